@@ -1,0 +1,202 @@
+"""`MolaConfig`: every setting of a mixture of LoRA experts, as it is saved in `adapter_config.json`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass, field, fields
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from mola.errors import MolaError
+from mola.tuner.allocation import check_notation
+
+REDUCTIONS = ("module", "layer")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
+# Fields whose absence from a checkpoint would load another model than the one that was saved.
+_REQUIRED_IN_CHECKPOINT = ("r", "num_experts", "top_k", "lora_alpha")
+
+
+@dataclass
+class MolaConfig(PeftConfig):
+    r"""Configuration of a mixture of LoRA experts (MoLA, arXiv 2402.08562).
+
+    For an adapted linear map the output is
+
+        y = x W^T + b + sum_e g_e(x) * (lora_alpha / r) * B_e A_e dropout(x)
+
+    with gates `g` from the `top_k` largest of `num_experts` router logits. See `MolaLinear`.
+
+    Args:
+        r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer.
+        num_experts (`int | list[int] | str`): experts per adapted module; one value, one per decoder
+            layer, digits over equal groups of layers ("2468", lowest layers first), a shape of the
+            paper ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file.
+            A layer with one expert is plain LoRA and has no router.
+        top_k (`int | list[int] | str`): experts used per token; at most the layer's `num_experts`.
+        lora_alpha (`float`): scale numerator; the update is multiplied by `lora_alpha / r`.
+        lora_dropout (`float`): dropout on the experts' input (the router sees the input as it is).
+        target_modules (`list[str] | str`): names of linears to adapt, one name, a regular expression,
+            or "all-linear". Default: the seven LLaMA linears where they exist, else PEFT's choice for
+            the architecture.
+        exclude_modules (`list[str] | str`): names or regular expression of modules to leave alone.
+        modules_to_save (`list[str]`): modules trained in full and saved with the adapter.
+        layers_to_transform (`int | list[int]`): adapt these decoder layers only. Per-layer lists still
+            have one entry for every layer of the model.
+        layers_pattern (`list[str] | str`): name of the layer list, for `layers_to_transform`.
+        bias (`str`): "none", "all" or "mola_only", as in PEFT.
+        init_lora_weights (`bool`): True starts as the base model (`B` zero); False draws `B` at random
+            too, for tests.
+        router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3
+            together with the "layer" reduction.
+        router_aux_loss_reduction (`str`): "module" = one loss per router, averaged, padding and ignored
+            positions left out; "layer" = as the paper's code: logits pooled per decoder layer, summed
+            over layers, padding counted.
+        router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
+        router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
+            from [1 - noise, 1 + noise]; 0 = off.
+
+    Raises:
+        MolaError: a value is out of range, contradicts another one, or a saved file lacks a field.
+    """
+
+    r: int | list[int] | str | None = field(
+        default=None, metadata={"help": "Rank of each expert: an integer, or one per decoder layer. Default 8."}
+    )
+    num_experts: int | list[int] | str | None = field(
+        default=None,
+        metadata={"help": "Experts per module: an integer, a list, digits such as '2468', or a shape's name."},
+    )
+    top_k: int | list[int] | str | None = field(
+        default=None, metadata={"help": "Experts used per token: an integer or one per layer. Default 2."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by lora_alpha / r. Default 16."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the linears to adapt, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Adapt these decoder layers only."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, for `layers_to_transform`."}
+    )
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'mola_only'."})
+    init_lora_weights: bool = field(
+        default=True, metadata={"help": "True starts as the base model; False draws B at random too."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the balance loss; 0 = off. The paper's code uses 1e-3."}
+    )
+    router_aux_loss_reduction: str = field(
+        default="module", metadata={"help": "'module' (per router, averaged) or 'layer' (as the paper's code)."}
+    )
+    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss; 0 = off."})
+    router_jitter_noise: float = field(
+        default=0.0, metadata={"help": "Relative noise on the router's input in training; 0 = off."}
+    )
+
+    def __post_init__(self) -> None:
+        from_checkpoint = self.peft_type is not None
+        super().__post_init__()
+        if from_checkpoint:
+            self._check_complete()
+        self.peft_type = PeftType("MOLA")
+        for name, default in (("r", 8), ("num_experts", "2468"), ("top_k", 2), ("lora_alpha", 16)):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for name in ("r", "num_experts", "top_k"):
+            check_notation(getattr(self, name), name)
+        self._check_numbers()
+        self._check_targets()
+
+    def _check_complete(self) -> None:
+        missing = [name for name in _REQUIRED_IN_CHECKPOINT if getattr(self, name) is None]
+        if missing:
+            raise MolaError(
+                f"`adapter_config.json` of a MOLA adapter must hold {list(_REQUIRED_IN_CHECKPOINT)}: "
+                f"{missing} missing. Without them another model would be loaded; restore the file."
+            )
+        if self.peft_type != "MOLA":
+            raise MolaError(f"`peft_type` must be 'MOLA' for MolaConfig, got {self.peft_type!r}.")
+
+    def _check_numbers(self) -> None:
+        ranges = {
+            "lora_alpha": (0.0, math.inf, "above 0"),
+            "lora_dropout": (-1.0, 1.0, "at least 0 and below 1"),
+            "router_aux_loss_coef": (-1.0, math.inf, "at least 0"),
+            "router_z_loss_coef": (-1.0, math.inf, "at least 0"),
+            "router_jitter_noise": (-1.0, 1.0, "at least 0 and below 1"),
+        }
+        for name, (low, high, rule) in ranges.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and low < value < high and (value >= 0 or low >= 0)):
+                raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
+        if self.router_aux_loss_reduction not in REDUCTIONS:
+            raise MolaError(
+                f"`router_aux_loss_reduction` must be one of {list(REDUCTIONS)}, "
+                f"got {self.router_aux_loss_reduction!r}."
+            )
+        if self.bias not in ("none", "all", "mola_only"):
+            raise MolaError(f"`bias` must be 'none', 'all' or 'mola_only', got {self.bias!r}.")
+        if not isinstance(self.init_lora_weights, bool):
+            raise MolaError(f"`init_lora_weights` must be True or False, got {self.init_lora_weights!r}.")
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                # A lone name is a name: PEFT would take it for a regular expression that matches nothing.
+                if value != "all-linear" and _PLAIN_NAME.fullmatch(value):
+                    setattr(self, name, [value])
+            elif value is not None:
+                names = list(value)
+                wrong = [item for item in names if not isinstance(item, str) or item != item.strip() or not item]
+                if wrong or not names:
+                    raise MolaError(
+                        f"`{name}` must be a non-empty list of module names without spaces, got {names!r}."
+                    )
+                setattr(self, name, set(names))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None or self.layers_pattern is not None:
+                raise MolaError(
+                    "`layers_to_transform` and `layers_pattern` need `target_modules` as a list of names, "
+                    f"got the regular expression {self.target_modules!r}."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise MolaError("`layers_pattern` is only used together with `layers_to_transform`, which is not set.")
+
+    def to_dict(self) -> dict:
+        """The fields as plain values; sets become sorted lists, so that a file is the same every time."""
+        return {
+            key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()
+        }
+
+
+_dataclass_init = MolaConfig.__init__
+
+
+@functools.wraps(_dataclass_init)
+def _init(self: MolaConfig, *args, **kwargs) -> None:
+    """Refuse unknown fields: PEFT's loader would drop them with a warning and go on with another model."""
+    unknown = sorted(set(kwargs) - {f.name for f in fields(MolaConfig)})
+    if unknown:
+        raise MolaError(
+            f"MolaConfig has no field {unknown}. The known ones are {[f.name for f in fields(MolaConfig)]}. "
+            "If they come from a saved adapter, it was written by a newer version: upgrade mola-peft or peft."
+        )
+    _dataclass_init(self, *args, **kwargs)
+
+
+MolaConfig.__init__ = _init  # type: ignore[method-assign]

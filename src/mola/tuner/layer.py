@@ -1,0 +1,264 @@
+"""`MolaLinear`: one linear map with its frozen weight, its router and its LoRA experts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mola.errors import MolaError
+from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
+from mola.tuner.statistics import RouterStatistics, router_statistics
+
+if TYPE_CHECKING:
+    from mola.tuner.router_losses import RouterLosses
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """What one adapter asks of one module; the per-layer lists of the config are already resolved."""
+
+    r: int
+    num_experts: int
+    top_k: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    router_jitter_noise: float = 0.0
+    init_lora_weights: bool = True
+
+    @property
+    def scaling(self) -> float:
+        """`lora_alpha / r`."""
+        return self.lora_alpha / self.r
+
+
+class MolaLinear(nn.Module, BaseTunerLayer):
+    r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
+
+    With `x: (..., in)`, `E` experts of rank `r` and a router of its own:
+
+        z = x Wr^T                               router logits, float32
+        g = softmax over the top_k largest z     zero for the others
+        y = x W^T + b + sum_e g_e * (lora_alpha / r) * B_e A_e dropout(x)
+
+    The research code draws one dropout mask per expert; here the experts of a module share one mask
+    per call, so that all experts are computed by one matrix product. The router sees `x` undropped.
+    With one expert the layer is LoRA and has no router.
+
+    Parameters per adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
+    `mola_router[a]: (E, in)` in float32.
+
+    Example:
+        >>> import torch, mola
+        >>> from mola.tuner.layer import ExpertSettings, MolaLinear
+        >>> layer = MolaLinear(torch.nn.Linear(8, 4), "default", ExpertSettings(2, 3, 2, 16.0))
+        >>> layer(torch.zeros(5, 8)).shape
+        torch.Size([5, 4])
+    """
+
+    adapter_layer_names = ("mola_A", "mola_B", "mola_router")
+    other_param_names = ("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout", "router_statistics")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        settings: ExpertSettings,
+        *,
+        layer_index: int | None = None,
+        inference_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.layer_index = layer_index
+        self.mola_A = nn.ParameterDict({})
+        self.mola_B = nn.ParameterDict({})
+        self.mola_router = nn.ParameterDict({})
+        self.mola_dropout = nn.ModuleDict({})
+        self.settings: dict[str, ExpertSettings] = {}
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        self.num_experts: dict[str, int] = {}
+        self.top_k: dict[str, int] = {}
+        # Filled by assignment in a training forward when the model's `router_losses` asks for it.
+        self.router_statistics: dict[str, RouterStatistics] = {}
+        self.router_losses: RouterLosses | None = None
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, settings, inference_mode=inference_mode)
+
+    def update_layer(self, adapter_name: str, settings: ExpertSettings, *, inference_mode: bool = False) -> None:
+        """Add the experts and the router of one adapter."""
+        shape = settings.num_experts, settings.r
+        self.settings[adapter_name] = settings
+        self.scaling[adapter_name] = settings.scaling
+        self.r[adapter_name] = settings.r
+        self.num_experts[adapter_name] = settings.num_experts
+        self.top_k[adapter_name] = settings.top_k
+        dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout > 0 else nn.Identity()
+        self.mola_dropout[adapter_name] = dropout
+        self.mola_A[adapter_name] = nn.Parameter(torch.empty(*shape, self.in_features))
+        self.mola_B[adapter_name] = nn.Parameter(torch.empty(*shape, self.out_features))
+        if settings.num_experts > 1:
+            self.mola_router[adapter_name] = nn.Parameter(torch.empty(settings.num_experts, self.in_features))
+        self.reset_parameters(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str) -> None:
+        """`A_e` and router uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5), `B_e` zero."""
+        # Written out, because kaiming_uniform_ on the stack would take r * in for the fan-in.
+        bound = 1.0 / math.sqrt(self.in_features)
+        self.mola_A[adapter_name].uniform_(-bound, bound)
+        if adapter_name in self.mola_router:
+            self.mola_router[adapter_name].uniform_(-bound, bound)
+        if self.settings[adapter_name].init_lora_weights:
+            self.mola_B[adapter_name].zero_()
+        else:
+            bound = 1.0 / math.sqrt(self.r[adapter_name])
+            self.mola_B[adapter_name].uniform_(-bound, bound)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        router = self.mola_router[adapter_name] if adapter_name in self.mola_router else None
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if router is not None:
+            # The router stays float32 on a half-precision base: put back the values from before the cast.
+            moved = self.mola_router[adapter_name]
+            self.mola_router[adapter_name] = nn.Parameter(
+                router.detach().to(moved.device), requires_grad=moved.requires_grad
+            )
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Map `(..., in)` to `(..., out)`; further arguments go to the base layer."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.mola_A:
+                result = self._add_experts(adapter_name, x, result)
+        return result.to(dtype)
+
+    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        experts_A, experts_B = self.mola_A[adapter_name], self.mola_B[adapter_name]
+        scaling = self.scaling[adapter_name]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, experts_A.dtype)
+        dropped = self.mola_dropout[adapter_name](x)
+        if self.num_experts[adapter_name] == 1:
+            return result + F.linear(F.linear(dropped, experts_A[0]), experts_B[0].t()) * scaling
+
+        routing = self.route(adapter_name, x)
+        gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
+        # All experts at once: A is one (E*r, in) matrix, B one (E*r, out) matrix, gates act in between.
+        hidden = F.linear(dropped.reshape(-1, self.in_features), experts_A.flatten(0, 1))  # (N, E*r)
+        hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
+        update = hidden.flatten(1) @ experts_B.flatten(0, 1)  # (N, out)
+        return result + update.view(result.shape)
+
+    def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
+        """Choose experts for `x: (..., in)`; leaves statistics behind if the model asked for them."""
+        settings = self.settings[adapter_name]
+        if settings.router_jitter_noise > 0 and self.training:
+            x = jitter(x, settings.router_jitter_noise)
+        logits = self.router_logits(adapter_name, x)
+        routing = top_k_softmax(logits, settings.top_k)
+        losses = self.router_losses
+        if losses is not None and losses.collecting and self.training:
+            mask = losses.token_mask(adapter_name, logits.shape[0])
+            self.router_statistics[adapter_name] = router_statistics(logits, routing, mask)
+        return routing
+
+    def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """Router logits of `x: (..., in)`: float32 `(N, E)`.
+
+        Raises:
+            MolaError: the adapter has one expert here, hence no router.
+        """
+        if adapter_name not in self.mola_router:
+            raise MolaError(f"Adapter {adapter_name!r} has no router in this module: it has one expert.")
+        return router_logits(x, self.mola_router[adapter_name])
+
+    # ------------------------------------------------------------------ merging (one expert only)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """`(lora_alpha / r) * B A` in the layout of the base weight; for one expert only."""
+        self._check_single_expert(adapter_name)
+        delta = (self.mola_B[adapter_name][0].t() @ self.mola_A[adapter_name][0]) * self.scaling[adapter_name]
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of adapters with one expert to the base weight.
+
+        Raises:
+            MolaError: an adapter has several experts (the gates depend on the input, so no single
+                weight is equal to the mixture), or the base layer is quantised.
+        """
+        names = [name for name in adapter_names or self.active_adapters if name in self.mola_A]
+        for name in names:
+            self._check_single_expert(name)
+        for name in names:
+            if name in self.merged_adapters:
+                warnings.warn(f"Adapter {name!r} is merged already, nothing to do.", stacklevel=2)
+                continue
+            weight = self._float_base_weight()
+            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise MolaError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("No adapter is merged, nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            weight = self._float_base_weight()
+            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def _float_base_weight(self) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise MolaError(
+                f"Merging needs a floating-point base weight, this one is {weight.dtype}. "
+                "Load the base model without quantisation to merge."
+            )
+        return weight
+
+    def _check_single_expert(self, adapter_name: str) -> None:
+        if self.num_experts[adapter_name] > 1:
+            raise MolaError(
+                f"Adapter {adapter_name!r} has {self.num_experts[adapter_name]} experts in this module and can "
+                "not be merged: its gates depend on the input. Keep it as an adapter; only `num_experts=1` merges."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a plain LoRA can express this adapter exactly: with one expert only."""
+        return self.num_experts.get(adapter_name, 1) == 1
+
+    def extra_repr(self) -> str:
+        """Experts, top_k and rank of every adapter, for `print(model)`."""
+        return ", ".join(
+            f"{name}: num_experts={s.num_experts}, top_k={s.top_k}, r={s.r}" for name, s in self.settings.items()
+        )
+
+    def __repr__(self) -> str:
+        return "mola." + super().__repr__()

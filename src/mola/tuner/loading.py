@@ -1,0 +1,54 @@
+"""Refuses adapter files that do not fit the model: PEFT itself would load what matches and go on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mola.errors import MolaError
+from mola.tuner.layer import MolaLinear
+
+
+def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Compare the tensors of a file (already with the adapter's name in their keys) to the model's.
+
+    Raises:
+        MolaError: a tensor is missing, is not known to the model, or has another shape.
+    """
+    # The model may sit inside a PeftModel or be the bare model; both forms of a key name one tensor.
+    found = {_bare(key): value for key, value in state_dict.items() if ".mola_" in key}
+    expected = _expected_shapes(model, adapter_name)
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise MolaError(
+            f"The adapter file does not fit the model: {len(missing)} of {len(expected)} tensors are missing"
+            f"{_some(missing)}, {len(unknown)} are unknown{_some(unknown)}. The file is incomplete, belongs to "
+            "another base model, or its adapter_config.json was changed (`num_experts`, `target_modules`)."
+        )
+    for key, shape in expected.items():
+        if tuple(found[key].shape) != shape:
+            raise MolaError(
+                f"The adapter file does not fit the model: {key} has shape {tuple(found[key].shape)}, the model "
+                f"needs {shape} (experts, rank or experts, features). The file belongs to another base model, or "
+                "`num_experts` or `r` in adapter_config.json was changed."
+            )
+
+
+def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MolaLinear):
+            for part in module.adapter_layer_names:
+                parameters = getattr(module, part)
+                if adapter_name in parameters:
+                    shapes[_bare(f"{name}.{part}.{adapter_name}")] = tuple(parameters[adapter_name].shape)
+    return shapes
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _some(keys: list[str]) -> str:
+    return f" (e.g. {keys[0]})" if keys else ""

@@ -1,0 +1,208 @@
+"""`MolaModel`: puts MoLA layers into any PyTorch model, layer by layer with its own number of experts."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from mola.errors import MolaError
+from mola.tuner.allocation import effective_top_k, resolve_per_layer
+from mola.tuner.config import MolaConfig
+from mola.tuner.layer import ExpertSettings, MolaLinear
+from mola.tuner.loading import check_adapter_tensors
+from mola.tuner.router_losses import RouterLosses
+from mola.tuner.targets import (
+    adaptable,
+    check_target_modules,
+    count_layers,
+    default_target_modules,
+    layer_index,
+)
+
+
+@dataclass(frozen=True)
+class _PerLayer:
+    """The resolved lists, one entry per decoder layer; `uniform` when every layer has the same."""
+
+    num_experts: list[int]
+    top_k: list[int]
+    r: list[int]
+
+    @property
+    def uniform(self) -> bool:
+        return all(len(set(values)) == 1 for values in (self.num_experts, self.top_k, self.r))
+
+
+class MolaModel(BaseTuner):
+    """A model whose targeted linears are `MolaLinear` (paper, section 3).
+
+    Made by `get_peft_model(model, MolaConfig(...))`; the whole of PEFT works on it: several adapters,
+    `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed configuration
+    is copied, so one object can be used for models of different depth.
+
+    Not possible: merging more than one expert (the gates depend on the input), and several adapters
+    in one batch (`adapter_names`); both raise.
+    """
+
+    prefix: str = "mola_"
+    tuner_layer_cls = MolaLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; see _prepare_adapter_config
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Replace the targeted linears; every way of adding an adapter passes here.
+
+        Raises:
+            MolaError: a target matches nothing, or the per-layer numbers do not fit the model.
+        """
+        config = copy.deepcopy(self.peft_config[adapter_name])
+        if not isinstance(config, MolaConfig):
+            raise MolaError(
+                f"Adapter {adapter_name!r} has peft_type {config.peft_type}; all adapters of a model must be of "
+                "one kind, here MOLA."
+            )
+        # A copy: filling in what depends on this model must not change the user's object.
+        self.peft_config[adapter_name] = config
+        self._resolve(config, model)
+        self._per_layer = self._resolve_per_layer(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        RouterLosses.install(model)
+
+    def _resolve(self, config: MolaConfig, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules()]
+        if config.target_modules is None:
+            model_type = self.get_model_config(model).get("model_type")
+            config.target_modules = set(default_target_modules(names, model_type))
+        elif config.target_modules != "all-linear":
+            check_target_modules(model, config.target_modules)
+
+    def _resolve_per_layer(self, config: MolaConfig, model: nn.Module) -> _PerLayer:
+        names = [name for name, _ in model.named_modules()]
+        # Without decoder layers (one custom block, say) a single value still means something.
+        num_layers = count_layers(self.get_model_config(model), names) or 1
+        num_experts, top_k, r = (
+            resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "top_k", "r")
+        )
+        used_top_k = effective_top_k(num_experts, top_k)
+        # From here on the numbers themselves are kept: a notation may be a file that is gone tomorrow.
+        for name, values in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
+            setattr(config, name, values[0] if len(set(values)) == 1 else values)
+        return _PerLayer(num_experts, used_top_k, r)
+
+    def _prepare_adapter_config(self, peft_config: MolaConfig, model_config: dict) -> MolaConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: MolaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        index = layer_index(current_key)
+        settings = self._settings(peft_config, current_key, index)
+        if isinstance(target, MolaLinear):
+            target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
+            return
+        if not adaptable(target):
+            raise MolaError(
+                f"`target_modules` matches {current_key!r}, a {type(target).__name__}. Only linear maps can be "
+                "adapted (nn.Linear, Conv1D of Transformers, quantised linears); use `modules_to_save` to train "
+                "other modules in full."
+            )
+        layer = MolaLinear(
+            target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:
+        lists = self._per_layer
+        if lists.uniform:
+            position = 0
+        elif index is None or index >= len(lists.num_experts):
+            raise MolaError(
+                f"`target_modules` matches {key!r}, which lies in none of the {len(lists.num_experts)} decoder "
+                "layers, while `num_experts`, `top_k` or `r` differ from layer to layer. Leave it out with "
+                "`exclude_modules`, train it in full with `modules_to_save`, or give one value for all layers."
+            )
+        else:
+            position = index
+        return ExpertSettings(
+            r=lists.r[position],
+            num_experts=lists.num_experts[position],
+            top_k=lists.top_k[position],
+            lora_alpha=float(config.lora_alpha),
+            lora_dropout=config.lora_dropout,
+            router_jitter_noise=config.router_jitter_noise,
+            init_lora_weights=config.init_lora_weights,
+        )
+
+    # ------------------------------------------------------------------ what differs from other methods
+
+    def _check_merge_allowed(self) -> None:
+        # Asked once for the whole model, before any layer is touched.
+        for name, module in self.model.named_modules():
+            if isinstance(module, MolaLinear):
+                for adapter_name in module.active_adapters:
+                    if module.num_experts.get(adapter_name, 1) > 1:
+                        raise MolaError(
+                            f"Adapter {adapter_name!r} can not be merged: {name!r} has "
+                            f"{module.num_experts[adapter_name]} experts and its gates depend on the input, so no "
+                            "single weight equals the mixture. Keep it as an adapter; only `num_experts=1` merges."
+                        )
+        super()._check_merge_allowed()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        RouterLosses.remove(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        # Without this method PEFT would drop `adapter_names` in silence.
+        if kwargs.get("adapter_names") is not None:
+            raise MolaError(
+                "`adapter_names` (several adapters in one batch) is not supported by mola; call the model once "
+                "per adapter after `set_adapter`."
+            )
+        yield
+
+    def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
+        """Balance loss of the last training forward pass, before its coefficient.
+
+        For training loops that compute their own loss:
+        `loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.
+
+        Args:
+            adapter_name: default: the first active adapter.
+
+        Returns:
+            Scalar, float32: 1 per router when perfectly even ("module": the mean over routers,
+            "layer": the sum over decoder layers).
+
+        Raises:
+            MolaError: no training forward pass with a router loss switched on has run.
+        """
+        return RouterLosses.install(self.model).balance_loss(adapter_name or self.active_adapters[0])
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_tensors(model, adapter_name, remapped)
+        return remapped

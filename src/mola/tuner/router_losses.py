@@ -1,0 +1,269 @@
+"""Adds the routers' balance loss and z-loss to whatever the wrapped model returns as its loss.
+
+Layers leave sums behind while the model runs forward in training mode (`MolaLinear.route`); hooks on
+the wrapped model clear them before, and turn them into a loss after. The weight of that loss follows
+the task loss: with `num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch
+weighs in by its share of the tokens, otherwise by 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from mola.errors import MolaError
+from mola.tuner.config import MolaConfig
+from mola.tuner.layer import MolaLinear
+from mola.tuner.statistics import RouterStatistics, balance_loss, pool, z_loss
+
+_ATTRIBUTE = "_mola_router_losses"
+_UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+class RouterLosses:
+    """Collects router statistics of a model's training forward passes and adds their losses.
+
+    Attributes:
+        collecting: whether layers should leave statistics behind in the current forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.collecting = False
+        self._attention_mask: torch.Tensor | None = None
+        self._label_mask: torch.Tensor | None = None
+        self._said: set[str] = set()
+        self._layers: list[MolaLinear] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    @classmethod
+    def install(cls, model: nn.Module) -> RouterLosses:
+        """Put the hooks on `model` (once) and tell every MoLA layer about them."""
+        losses = getattr(model, _ATTRIBUTE, None)
+        if losses is None:
+            losses = cls(model)
+            setattr(model, _ATTRIBUTE, losses)
+        losses._layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
+        for layer in losses._layers:
+            layer.router_losses = losses
+        return losses
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Take the hooks off `model` again."""
+        losses = getattr(model, _ATTRIBUTE, None)
+        if losses is not None:
+            for handle in losses._handles:
+                handle.remove()
+            delattr(model, _ATTRIBUTE)
+
+    # ------------------------------------------------------------------ what layers ask
+
+    def token_mask(self, adapter_name: str, num_tokens: int) -> torch.Tensor | None:
+        """The `(num_tokens,)` mask of counted tokens, or None when all count.
+
+        The "layer" reduction counts padding, as the paper's code does. A module that sees another
+        number of tokens than the mask has (cross attention, experts of a MoE base) counts all of its own.
+        """
+        if self._config(adapter_name).router_aux_loss_reduction == "layer":
+            return None
+        masks = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel() == num_tokens]
+        if not masks:
+            return None
+        mask = masks[0].reshape(-1)
+        return mask if len(masks) == 1 else mask * masks[1].reshape(-1).to(mask.device)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._clear()
+        adapters = self._active_adapters()
+        configs = [self._config(name) for name in adapters]
+        self.collecting = module.training and any(_wants_loss(config) for config in configs)
+        if not module.training:
+            return
+        self._warn_about_untrained_routers(adapters)
+        if self.collecting:
+            inputs = self._bind(module, args, kwargs)
+            self._set_masks(inputs, unshifted=any(config.task_type in _UNSHIFTED_TASKS for config in configs))
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.collecting:
+            return output
+        self.collecting = False
+        loss = None
+        for name in self._active_adapters():
+            term = self._weighted_loss(name)
+            if term is not None:
+                loss = term if loss is None else loss + term
+        if loss is None:
+            return output
+        return self._attach(output, loss, self._bind(module, args, kwargs))
+
+    def _clear(self) -> None:
+        for layer in self._layers:
+            # Also drops what a recomputation under gradient checkpointing stored after the last forward.
+            layer.router_statistics.clear()
+        self._attention_mask = self._label_mask = None
+
+    # ------------------------------------------------------------------ the loss
+
+    def balance_loss(self, adapter_name: str) -> torch.Tensor:
+        """Balance loss of the last training forward pass, before its coefficient (scalar, float32).
+
+        Raises:
+            MolaError: no training forward pass with a router loss switched on has run yet.
+        """
+        config = self._config(adapter_name)
+        groups = self._statistics(adapter_name)
+        if not groups:
+            raise MolaError(
+                "There are no router statistics: run a forward pass in training mode first, with "
+                "`router_aux_loss_coef` or `router_z_loss_coef` above 0 and more than one expert somewhere."
+            )
+        if config.router_aux_loss_reduction == "layer":
+            per_layer = [balance_loss(pool(statistics)) for statistics in groups.values()]
+            # A layer with one expert has no router here; in the paper's code it adds exactly 1.
+            return torch.stack(per_layer).sum() + self._num_single_expert_layers(adapter_name)
+        return torch.stack([balance_loss(s) for statistics in groups.values() for s in statistics]).mean()
+
+    def _weighted_loss(self, adapter_name: str) -> torch.Tensor | None:
+        config = self._config(adapter_name)
+        groups = self._statistics(adapter_name)
+        if not groups or not _wants_loss(config):
+            return None
+        self._refuse_reentrant_checkpointing(adapter_name, groups)
+        loss = config.router_aux_loss_coef * self.balance_loss(adapter_name)
+        if config.router_z_loss_coef > 0:
+            per_router = [z_loss(s) for statistics in groups.values() for s in statistics]
+            loss = loss + config.router_z_loss_coef * torch.stack(per_router).mean()
+        return loss
+
+    def _statistics(self, adapter_name: str) -> dict[Any, list[RouterStatistics]]:
+        """Statistics of the routers that ran, grouped by decoder layer."""
+        groups = defaultdict(list)
+        for layer in self._layers:
+            statistics = layer.router_statistics.get(adapter_name)
+            if statistics is not None:
+                groups[layer.layer_index].append(statistics)
+        return groups
+
+    def _num_single_expert_layers(self, adapter_name: str) -> int:
+        single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
+        return len(single)
+
+    def _refuse_reentrant_checkpointing(self, adapter_name: str, groups: dict) -> None:
+        if not torch.is_grad_enabled() or not any(
+            layer.mola_router[adapter_name].requires_grad
+            for layer in self._layers
+            if adapter_name in layer.mola_router
+        ):
+            return
+        if any(not s.probability_sum.requires_grad for statistics in groups.values() for s in statistics):
+            raise MolaError(
+                "`router_aux_loss_coef` and `router_z_loss_coef` do not work with re-entrant gradient "
+                "checkpointing: the routers' losses get no gradient there. Pass "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+
+    # ------------------------------------------------------------------ into the model's output
+
+    def _attach(self, output: Any, loss: torch.Tensor, inputs: dict[str, Any]) -> Any:
+        log_probs = getattr(output, "log_probs", None)
+        if torch.is_tensor(log_probs):
+            # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
+            output.log_probs = _AddLoss.apply(log_probs, loss, getattr(output, "label_mask", None))
+        weighted = loss * self._weight(inputs)
+        if torch.is_tensor(getattr(output, "loss", None)):
+            output.loss = output.loss + weighted.to(output.loss.device)
+        elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
+            output = (output[0] + weighted.to(output[0].device), *output[1:])
+        elif not torch.is_tensor(log_probs):
+            self._say(
+                "no loss",
+                "The model returned no loss, so the router losses were not added to it. Add them yourself: "
+                "`loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.",
+            )
+        return output
+
+    def _weight(self, inputs: dict[str, Any]) -> torch.Tensor | float:
+        num_items = inputs.get("num_items_in_batch")
+        if num_items is None or self._label_mask is None:
+            return 1.0
+        return self._label_mask.sum() / num_items
+
+    def _set_masks(self, inputs: dict[str, Any], *, unshifted: bool) -> None:
+        attention_mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+            self._attention_mask = attention_mask.bool()
+        if inputs.get("shift_labels") is not None:
+            self._label_mask = inputs["shift_labels"].ne(-100)
+        elif torch.is_tensor(labels) and labels.dim() == 2:
+            mask = labels.ne(-100)
+            # Position t predicts token t + 1: it counts when that token does. The last one predicts nothing.
+            self._label_mask = mask if unshifted else torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
+
+    # ------------------------------------------------------------------ small things
+
+    def _config(self, adapter_name: str) -> MolaConfig:
+        return self.model.peft_config[adapter_name]
+
+    def _active_adapters(self) -> list[str]:
+        for layer in self._layers:
+            if not layer.disable_adapters:
+                known = self.model.peft_config
+                return [name for name in layer.active_adapters if isinstance(known.get(name), MolaConfig)]
+        return []
+
+    def _warn_about_untrained_routers(self, adapters: list[str]) -> None:
+        for name in adapters:
+            routed = [layer for layer in self._layers if layer.num_experts.get(name, 1) > 1]
+            if not _wants_loss(self._config(name)) and any(layer.top_k[name] == 1 for layer in routed):
+                self._say(
+                    f"top_k {name}",
+                    f"Adapter {name!r} has `top_k=1`: the only gate is always 1, so the task loss gives the "
+                    "router no gradient and it never learns. Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`.",
+                )
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    @staticmethod
+    def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+
+
+def _wants_loss(config: MolaConfig) -> bool:
+    return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+
+
+class _AddLoss(torch.autograd.Function):
+    """Identity on log-probabilities that also backpropagates a loss, weighted as the tokens are.
+
+    A mean or sum over tokens gives each log-probability the gradient `-w`; the added loss gets the sum
+    of those `w` over real tokens, which is this batch's share of the total.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs, loss, label_mask):
+        ctx.save_for_backward(label_mask if label_mask is not None else torch.ones_like(log_probs))
+        ctx.loss_like = loss.dtype, loss.device
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (mask,) = ctx.saved_tensors
+        dtype, device = ctx.loss_like
+        return grad_output, (grad_output.abs() * mask).sum().to(device, dtype), None

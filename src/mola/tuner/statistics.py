@@ -1,0 +1,74 @@
+"""What a router did in one forward pass, reduced to sums that can be pooled and turned into losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from mola.tuner.routing import Routing
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over the counted tokens of one router; sums of several routers with equal `E` may be added.
+
+    Attributes:
+        expert_counts: how often each expert was chosen, float32 `(E,)`, without gradient.
+        probability_sum: softmax over all experts, summed over tokens, float32 `(E,)`.
+        z_sum: squared log-sum-exp of the logits, summed over tokens, float32 scalar.
+        num_tokens: counted tokens, float32 scalar.
+    """
+
+    expert_counts: torch.Tensor
+    probability_sum: torch.Tensor
+    z_sum: torch.Tensor
+    num_tokens: torch.Tensor
+
+
+def router_statistics(
+    logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None = None
+) -> RouterStatistics:
+    """Reduce one router's logits `(N, E)` and choices to sums.
+
+    Args:
+        logits: float32 `(N, E)`.
+        routing: the choices made from these logits.
+        token_mask: `(N,)`, 1 for tokens that count; None counts all.
+    """
+    chosen = torch.zeros_like(logits).scatter(1, routing.expert_indices, 1.0)  # (N, E)
+    probabilities = torch.softmax(logits, dim=-1)
+    z = torch.logsumexp(logits, dim=-1).square()
+    if token_mask is None:
+        num_tokens = torch.full((), float(logits.shape[0]), device=logits.device)
+    else:
+        mask = token_mask.to(logits.dtype)
+        chosen, probabilities, z = chosen * mask.unsqueeze(-1), probabilities * mask.unsqueeze(-1), z * mask
+        num_tokens = mask.sum()
+    return RouterStatistics(chosen.sum(0), probabilities.sum(0), z.sum(), num_tokens)
+
+
+def pool(statistics: Iterable[RouterStatistics]) -> RouterStatistics:
+    """Add up the sums of several routers with the same number of experts."""
+    return RouterStatistics(*(torch.stack(column).sum(0) for column in zip(*statistics, strict=True)))
+
+
+def balance_loss(statistics: RouterStatistics) -> torch.Tensor:
+    r"""Switch load-balancing loss of one router (or of several pooled ones).
+
+        loss = E * sum_e f_e P_e
+
+    with `f_e` the share of all assignments that went to expert `e` (no gradient) and `P_e` its mean
+    probability: 1 when perfectly even, at most E. 0 when no token counts.
+
+    Source: Fedus et al. 2021, equations 4 to 6, with top_k assignments per token.
+    """
+    num_experts = statistics.expert_counts.shape[0]
+    share = statistics.expert_counts / statistics.expert_counts.sum().clamp(min=1.0)
+    mean_probability = statistics.probability_sum / statistics.num_tokens.clamp(min=1.0)
+    return num_experts * (share * mean_probability).sum()
+
+
+def z_loss(statistics: RouterStatistics) -> torch.Tensor:
+    """Mean over tokens of `logsumexp(z)^2`, which keeps router logits small (ST-MoE, equation 5)."""
+    return statistics.z_sum / statistics.num_tokens.clamp(min=1.0)
