@@ -24,9 +24,7 @@ def fixture():
 
 
 def load(settings, **options):
-    base = AutoModelForCausalLM.from_pretrained(
-        GOLDEN / "base_tiny", dtype=torch.float32, attn_implementation="eager"
-    )
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_tiny", dtype=torch.float32, attn_implementation="eager")
     config, state_dict = read_published(GOLDEN / "case_a", settings["top_k"])
     for name, value in {"base_model_name_or_path": None, **options}.items():
         setattr(config, name, value)
@@ -164,6 +162,11 @@ def test_greedy_decoding(fixture):
     model = load(settings).eval()
     ids = numbers["generate.input_ids"]
     output = model.generate(
-        input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     assert torch.equal(output, numbers["generate.output_ids"])

@@ -63,7 +63,8 @@ class MolaConfig(PeftConfig):
     """
 
     r: int | list[int] | str | None = field(
-        default=None, metadata={"help": "Rank of each expert: an integer, or one per decoder layer. Default 8."}
+        default=None,
+        metadata={"help": "Rank of each expert: an integer, or one per decoder layer. Default 8."},
     )
     num_experts: int | list[int] | str | None = field(
         default=None,
@@ -72,14 +73,16 @@ class MolaConfig(PeftConfig):
     top_k: int | list[int] | str | None = field(
         default=None, metadata={"help": "Experts used per token: an integer or one per layer. Default 2."}
     )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "The update is scaled by lora_alpha / r. Default 16."}
+    lora_alpha: float = field(
+        default=None,  # type: ignore[assignment] # None only on the way in, see __post_init__
+        metadata={"help": "The update is scaled by lora_alpha / r. Default 16."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the linears to adapt, a regular expression, or 'all-linear'."}
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the linears to adapt, a regular expression, or 'all-linear'."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
     )
     modules_to_save: list[str] | None = field(
@@ -99,7 +102,8 @@ class MolaConfig(PeftConfig):
         default=0.0, metadata={"help": "Weight of the balance loss; 0 = off. The paper's code uses 1e-3."}
     )
     router_aux_loss_reduction: str = field(
-        default="module", metadata={"help": "'module' (per router, averaged) or 'layer' (as the paper's code)."}
+        default="module",
+        metadata={"help": "'module' (per router, averaged) or 'layer' (as the paper's code)."},
     )
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss; 0 = off."})
     router_jitter_noise: float = field(
@@ -164,24 +168,20 @@ class MolaConfig(PeftConfig):
                 names = list(value)
                 wrong = [item for item in names if not isinstance(item, str) or item != item.strip() or not item]
                 if wrong or not names:
-                    raise MolaError(
-                        f"`{name}` must be a non-empty list of module names without spaces, got {names!r}."
-                    )
+                    raise MolaError(f"`{name}` must be a non-empty list of module names without spaces, got {names!r}.")
                 setattr(self, name, set(names))
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None or self.layers_pattern is not None:
-                raise MolaError(
-                    "`layers_to_transform` and `layers_pattern` need `target_modules` as a list of names, "
-                    f"got the regular expression {self.target_modules!r}."
-                )
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise MolaError(
+                "`layers_to_transform` and `layers_pattern` need `target_modules` as a list of names, "
+                f"got the regular expression {self.target_modules!r}."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise MolaError("`layers_pattern` is only used together with `layers_to_transform`, which is not set.")
 
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that a file is the same every time."""
-        return {
-            key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()
-        }
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
 
 _dataclass_init = MolaConfig.__init__

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
-from mola.tuner.statistics import RouterStatistics, router_statistics
+from mola.tuner.statistics import RouterOutput
 
 if TYPE_CHECKING:
     from mola.tuner.router_losses import RouterLosses
@@ -64,7 +64,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("mola_A", "mola_B", "mola_router")
-    other_param_names = ("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout", "router_statistics")
+    other_param_names = ("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout", "router_outputs")
 
     def __init__(
         self,
@@ -77,7 +77,9 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features: int = features[0]
+        self.out_features: int = features[1]
         self.layer_index = layer_index
         self.mola_A = nn.ParameterDict({})
         self.mola_B = nn.ParameterDict({})
@@ -89,7 +91,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         self.num_experts: dict[str, int] = {}
         self.top_k: dict[str, int] = {}
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
-        self.router_statistics: dict[str, RouterStatistics] = {}
+        self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -128,10 +130,8 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             bound = 1.0 / math.sqrt(self.r[adapter_name])
             self.mola_B[adapter_name].uniform_(-bound, bound)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        router = self.mola_router[adapter_name] if adapter_name in self.mola_router else None
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        router = self.mola_router.get(adapter_name)
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if router is not None:
             # The router stays float32 on a half-precision base: put back the values from before the cast.
@@ -164,7 +164,9 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             x = self._cast_input_dtype(x, experts_A.dtype)
         dropped = self.mola_dropout[adapter_name](x)
         if self.num_experts[adapter_name] == 1:
-            return result + F.linear(F.linear(dropped, experts_A[0]), experts_B[0].t()) * scaling
+            # The copy has LoRA's memory layout, which keeps results equal to PEFT's LoRA to the last bit.
+            weight_B = experts_B[0].t().contiguous()
+            return result + F.linear(F.linear(dropped, experts_A[0]), weight_B) * scaling
 
         routing = self.route(adapter_name, x)
         gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
@@ -175,16 +177,15 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         return result + update.view(result.shape)
 
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
-        """Choose experts for `x: (..., in)`; leaves statistics behind if the model asked for them."""
+        """Choose experts for `x: (..., in)`; leaves logits and choices behind if the model asked for them."""
         settings = self.settings[adapter_name]
         if settings.router_jitter_noise > 0 and self.training:
             x = jitter(x, settings.router_jitter_noise)
         logits = self.router_logits(adapter_name, x)
         routing = top_k_softmax(logits, settings.top_k)
-        losses = self.router_losses
-        if losses is not None and losses.collecting and self.training:
-            mask = losses.token_mask(adapter_name, logits.shape[0])
-            self.router_statistics[adapter_name] = router_statistics(logits, routing, mask)
+        if self.training and self.router_losses is not None and self.router_losses.collecting:
+            # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
+            self.router_outputs[adapter_name] = RouterOutput(logits, routing.expert_indices)
         return routing
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -235,7 +236,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def _float_base_weight(self) -> torch.Tensor:
-        weight = self.get_base_layer().weight
+        weight: Any = self.get_base_layer().weight
         if not weight.is_floating_point():
             raise MolaError(
                 f"Merging needs a floating-point base weight, this one is {weight.dtype}. "
@@ -253,6 +254,10 @@ class MolaLinear(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a plain LoRA can express this adapter exactly: with one expert only."""
         return self.num_experts.get(adapter_name, 1) == 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
+        return {**self.__dict__, "router_outputs": {}}
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

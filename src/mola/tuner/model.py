@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -81,7 +82,7 @@ class MolaModel(BaseTuner):
             model_type = self.get_model_config(model).get("model_type")
             config.target_modules = set(default_target_modules(names, model_type))
         elif config.target_modules != "all-linear":
-            check_target_modules(model, config.target_modules)
+            check_target_modules(model, config.target_modules, config.exclude_modules)
 
     def _resolve_per_layer(self, config: MolaConfig, model: nn.Module) -> _PerLayer:
         names = [name for name, _ in model.named_modules()]
@@ -96,17 +97,18 @@ class MolaModel(BaseTuner):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
         return _PerLayer(num_experts, used_top_k, r)
 
-    def _prepare_adapter_config(self, peft_config: MolaConfig, model_config: dict) -> MolaConfig:
-        return peft_config
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config  # done before, in inject_adapter, where the model's modules are known
 
     def _create_and_replace(
         self,
-        peft_config: MolaConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
         index = layer_index(current_key)
@@ -120,9 +122,7 @@ class MolaModel(BaseTuner):
                 "adapted (nn.Linear, Conv1D of Transformers, quantised linears); use `modules_to_save` to train "
                 "other modules in full."
             )
-        layer = MolaLinear(
-            target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode
-        )
+        layer = MolaLinear(target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
@@ -143,7 +143,7 @@ class MolaModel(BaseTuner):
             r=lists.r[position],
             num_experts=lists.num_experts[position],
             top_k=lists.top_k[position],
-            lora_alpha=float(config.lora_alpha),
+            lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             router_jitter_noise=config.router_jitter_noise,
             init_lora_weights=config.init_lora_weights,
@@ -164,8 +164,8 @@ class MolaModel(BaseTuner):
                         )
         super()._check_merge_allowed()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         RouterLosses.remove(model)
         return model
 

@@ -1,6 +1,6 @@
 """Adds the routers' balance loss and z-loss to whatever the wrapped model returns as its loss.
 
-Layers leave sums behind while the model runs forward in training mode (`MolaLinear.route`); hooks on
+Layers leave logits behind while the model runs forward in training mode (`MolaLinear.route`); hooks on
 the wrapped model clear them before, and turn them into a loss after. The weight of that loss follows
 the task loss: with `num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch
 weighs in by its share of the tokens, otherwise by 1.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,17 +19,18 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.statistics import RouterStatistics, balance_loss, pool, z_loss
+from mola.tuner.statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
+Groups = dict[int | None, list[RouterStatistics]]
 _ATTRIBUTE = "_mola_router_losses"
 _UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 class RouterLosses:
-    """Collects router statistics of a model's training forward passes and adds their losses.
+    """Collects what routers gave in a model's training forward passes and adds their losses.
 
     Attributes:
-        collecting: whether layers should leave statistics behind in the current forward pass.
+        collecting: whether layers should leave their router's output behind in the current forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,22 +66,6 @@ class RouterLosses:
                 handle.remove()
             delattr(model, _ATTRIBUTE)
 
-    # ------------------------------------------------------------------ what layers ask
-
-    def token_mask(self, adapter_name: str, num_tokens: int) -> torch.Tensor | None:
-        """The `(num_tokens,)` mask of counted tokens, or None when all count.
-
-        The "layer" reduction counts padding, as the paper's code does. A module that sees another
-        number of tokens than the mask has (cross attention, experts of a MoE base) counts all of its own.
-        """
-        if self._config(adapter_name).router_aux_loss_reduction == "layer":
-            return None
-        masks = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel() == num_tokens]
-        if not masks:
-            return None
-        mask = masks[0].reshape(-1)
-        return mask if len(masks) == 1 else mask * masks[1].reshape(-1).to(mask.device)
-
     # ------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -111,7 +96,7 @@ class RouterLosses:
     def _clear(self) -> None:
         for layer in self._layers:
             # Also drops what a recomputation under gradient checkpointing stored after the last forward.
-            layer.router_statistics.clear()
+            layer.router_outputs.clear()
         self._attention_mask = self._label_mask = None
 
     # ------------------------------------------------------------------ the loss
@@ -122,14 +107,16 @@ class RouterLosses:
         Raises:
             MolaError: no training forward pass with a router loss switched on has run yet.
         """
-        config = self._config(adapter_name)
         groups = self._statistics(adapter_name)
         if not groups:
             raise MolaError(
-                "There are no router statistics: run a forward pass in training mode first, with "
+                "No router has run: run a forward pass in training mode first, with "
                 "`router_aux_loss_coef` or `router_z_loss_coef` above 0 and more than one expert somewhere."
             )
-        if config.router_aux_loss_reduction == "layer":
+        return self._reduce(adapter_name, groups)
+
+    def _reduce(self, adapter_name: str, groups: Groups) -> torch.Tensor:
+        if self._config(adapter_name).router_aux_loss_reduction == "layer":
             per_layer = [balance_loss(pool(statistics)) for statistics in groups.values()]
             # A layer with one expert has no router here; in the paper's code it adds exactly 1.
             return torch.stack(per_layer).sum() + self._num_single_expert_layers(adapter_name)
@@ -141,30 +128,29 @@ class RouterLosses:
         if not groups or not _wants_loss(config):
             return None
         self._refuse_reentrant_checkpointing(adapter_name, groups)
-        loss = config.router_aux_loss_coef * self.balance_loss(adapter_name)
+        loss = config.router_aux_loss_coef * self._reduce(adapter_name, groups)
         if config.router_z_loss_coef > 0:
             per_router = [z_loss(s) for statistics in groups.values() for s in statistics]
             loss = loss + config.router_z_loss_coef * torch.stack(per_router).mean()
         return loss
 
-    def _statistics(self, adapter_name: str) -> dict[Any, list[RouterStatistics]]:
+    def _statistics(self, adapter_name: str) -> Groups:
         """Statistics of the routers that ran, grouped by decoder layer."""
-        groups = defaultdict(list)
+        groups: Groups = defaultdict(list)
         for layer in self._layers:
-            statistics = layer.router_statistics.get(adapter_name)
-            if statistics is not None:
-                groups[layer.layer_index].append(statistics)
+            output = layer.router_outputs.get(adapter_name)
+            if output is not None:
+                mask = self._token_mask(adapter_name, output.logits.shape[0])
+                groups[layer.layer_index].append(router_statistics(output, mask))
         return groups
 
     def _num_single_expert_layers(self, adapter_name: str) -> int:
         single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
         return len(single)
 
-    def _refuse_reentrant_checkpointing(self, adapter_name: str, groups: dict) -> None:
+    def _refuse_reentrant_checkpointing(self, adapter_name: str, groups: Groups) -> None:
         if not torch.is_grad_enabled() or not any(
-            layer.mola_router[adapter_name].requires_grad
-            for layer in self._layers
-            if adapter_name in layer.mola_router
+            layer.mola_router[adapter_name].requires_grad for layer in self._layers if adapter_name in layer.mola_router
         ):
             return
         if any(not s.probability_sum.requires_grad for statistics in groups.values() for s in statistics):
@@ -211,16 +197,32 @@ class RouterLosses:
             # Position t predicts token t + 1: it counts when that token does. The last one predicts nothing.
             self._label_mask = mask if unshifted else torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
 
+    def _token_mask(self, adapter_name: str, num_tokens: int) -> torch.Tensor | None:
+        """The `(num_tokens,)` mask of counted tokens, or None when all count.
+
+        The "layer" reduction counts padding, as the paper's code does. A module that sees another
+        number of tokens than the mask has (cross attention, experts of a MoE base) counts all of its own.
+        """
+        if self._config(adapter_name).router_aux_loss_reduction == "layer":
+            return None
+        masks = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel() == num_tokens]
+        if not masks:
+            return None
+        mask = masks[0].reshape(-1)
+        return mask if len(masks) == 1 else mask * masks[1].reshape(-1).to(mask.device)
+
     # ------------------------------------------------------------------ small things
 
     def _config(self, adapter_name: str) -> MolaConfig:
-        return self.model.peft_config[adapter_name]
+        return self._configs()[adapter_name]
+
+    def _configs(self) -> dict[str, Any]:
+        return cast(Any, self.model).peft_config
 
     def _active_adapters(self) -> list[str]:
         for layer in self._layers:
             if not layer.disable_adapters:
-                known = self.model.peft_config
-                return [name for name in layer.active_adapters if isinstance(known.get(name), MolaConfig)]
+                return [name for name in layer.active_adapters if isinstance(self._configs().get(name), MolaConfig)]
         return []
 
     def _warn_about_untrained_routers(self, adapters: list[str]) -> None:

@@ -21,7 +21,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Router logits `x Wr^T` in float32, whatever the dtype or autocast around.
+    """Router logits `x Wr^T` in float32 (float64 for float64 input), whatever autocast is around.
 
     In bfloat16 near-ties fall the other way: about 0.2 % of tokens would pick other experts.
 
@@ -33,8 +33,9 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
         float32 `(N, E)` with the leading dimensions flattened.
     """
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(device_type=tokens.device.type, enabled=False):
-        return F.linear(tokens.float(), weight.float())
+        return F.linear(tokens.to(dtype), weight.to(dtype))
 
 
 def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:

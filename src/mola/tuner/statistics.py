@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from mola.tuner.routing import Routing
+
+class RouterOutput(NamedTuple):
+    """What one router gave for `N` tokens: logits `(N, E)` and chosen experts `(N, top_k)`."""
+
+    logits: torch.Tensor
+    expert_indices: torch.Tensor
 
 
 class RouterStatistics(NamedTuple):
@@ -26,23 +31,21 @@ class RouterStatistics(NamedTuple):
     num_tokens: torch.Tensor
 
 
-def router_statistics(
-    logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None = None
-) -> RouterStatistics:
-    """Reduce one router's logits `(N, E)` and choices to sums.
+def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = None) -> RouterStatistics:
+    """Reduce one router's output to sums over its tokens.
 
     Args:
-        logits: float32 `(N, E)`.
-        routing: the choices made from these logits.
+        output: logits `(N, E)` and choices.
         token_mask: `(N,)`, 1 for tokens that count; None counts all.
     """
-    chosen = torch.zeros_like(logits).scatter(1, routing.expert_indices, 1.0)  # (N, E)
+    logits = output.logits
+    chosen = torch.zeros_like(logits).scatter(1, output.expert_indices, 1.0)  # (N, E)
     probabilities = torch.softmax(logits, dim=-1)
     z = torch.logsumexp(logits, dim=-1).square()
     if token_mask is None:
         num_tokens = torch.full((), float(logits.shape[0]), device=logits.device)
     else:
-        mask = token_mask.to(logits.dtype)
+        mask = token_mask.to(logits.device, logits.dtype)
         chosen, probabilities, z = chosen * mask.unsqueeze(-1), probabilities * mask.unsqueeze(-1), z * mask
         num_tokens = mask.sum()
     return RouterStatistics(chosen.sum(0), probabilities.sum(0), z.sum(), num_tokens)

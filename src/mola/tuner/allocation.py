@@ -1,0 +1,226 @@
+"""What an allocation of experts to layers means and costs. Pure functions, no torch.
+
+- `resolve_per_layer`, `check_notation`, `SHAPES`: one integer per layer from any notation (`notation.py`).
+- `check_top_k`, `effective_top_k`: experts used against experts there are.
+- `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mola.errors import MolaError
+from mola.tuner.notation import SHAPES, Notation, check_notation, resolve_per_layer
+
+__all__ = [
+    "SHAPES",
+    "AllocationPlan",
+    "LayerPlan",
+    "LinearShape",
+    "Notation",
+    "check_notation",
+    "check_top_k",
+    "effective_top_k",
+    "plan_allocation",
+    "resolve_per_layer",
+]
+
+
+def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
+    """Check `1 <= top_k <= num_experts` in every layer.
+
+    A layer with one expert is plain LoRA without a router: a `top_k` that is the same in all layers is
+    allowed there, see `effective_top_k`. A `top_k` that differs between layers has to fit exactly.
+
+    Args:
+        num_experts: experts per layer.
+        top_k: experts used per token, per layer.
+
+    Raises:
+        MolaError: the lists differ in length, or a layer uses more experts than it has; the first such
+            layer is named.
+    """
+    _check_same_length(num_experts, top_k)
+    is_uniform = len(set(top_k)) == 1
+    for layer_index, (experts, chosen) in enumerate(zip(num_experts, top_k, strict=True)):
+        if chosen < 1 or (chosen > experts and not (is_uniform and experts == 1)):
+            raise MolaError(
+                f"`top_k` must be between 1 and `num_experts` in every layer: layer {layer_index} has "
+                f"top_k {chosen} and num_experts {experts}. Lower `top_k` to {max(experts, 1)} or give the "
+                f"layer at least {max(chosen, 1)} experts."
+            )
+
+
+def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[int]:
+    """`top_k` per layer as it is used: 1 where a layer has one expert, else as given.
+
+    Args:
+        num_experts: experts per layer.
+        top_k: experts used per token, per layer; checked with `check_top_k`.
+
+    Returns:
+        One integer per layer.
+
+    Raises:
+        MolaError: as `check_top_k`.
+    """
+    check_top_k(num_experts, top_k)
+    return [1 if experts == 1 else chosen for experts, chosen in zip(num_experts, top_k, strict=True)]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One adapted linear: module name, decoder layer (None outside the decoder) and its two sizes."""
+
+    name: str
+    layer_index: int | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one decoder layer gets and costs; the formulas are in `plan_allocation`."""
+
+    layer_index: int
+    num_experts: int
+    top_k: int
+    r: int
+    expert_parameters: int
+    router_parameters: int
+    flops_per_token: int
+    adapter_bytes: int
+
+
+@dataclass(frozen=True)
+class AllocationPlan:
+    """The cost of an adapter, layer by layer and in all.
+
+    Attributes:
+        layers: one `LayerPlan` per decoder layer, lowest first.
+        base_parameters: parameters of the model without the adapter; None if not counted.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    base_parameters: int | None = None
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all `A` and `B` matrices."""
+        return sum(layer.expert_parameters for layer in self.layers)
+
+    @property
+    def router_parameters(self) -> int:
+        """Parameters of all routers."""
+        return sum(layer.router_parameters for layer in self.layers)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Experts and routers together."""
+        return self.expert_parameters + self.router_parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs that the adapter adds to the forward pass of one token."""
+        return sum(layer.flops_per_token for layer in self.layers)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the saved adapter's tensors."""
+        return sum(layer.adapter_bytes for layer in self.layers)
+
+    @property
+    def trainable_share(self) -> float | None:
+        """Trainable parameters / parameters of the base model; None if those were not counted."""
+        return self.trainable_parameters / self.base_parameters if self.base_parameters else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `layers` (a list) and `totals`."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "totals": {
+                "num_layers": len(self.layers),
+                "num_experts": sum(layer.num_experts for layer in self.layers),
+                "expert_parameters": self.expert_parameters,
+                "router_parameters": self.router_parameters,
+                "trainable_parameters": self.trainable_parameters,
+                "base_parameters": self.base_parameters,
+                "trainable_share": self.trainable_share,
+                "flops_per_token": self.flops_per_token,
+                "adapter_bytes": self.adapter_bytes,
+            },
+        }
+
+
+def plan_allocation(
+    linears: Iterable[LinearShape],
+    num_experts: Sequence[int],
+    top_k: Sequence[int],
+    r: Sequence[int],
+    bytes_per_parameter: int = 4,
+) -> AllocationPlan:
+    """Parameters, FLOPs and bytes of an adapter.
+
+    Per adapted linear of a layer with `E` experts of rank `r`:
+
+        experts  E * r * (in + out)  parameters
+        routers  E * in              parameters; 0 if E = 1, such a layer has no router
+        forward  2*E*r*in + 2*E*r*out + 2*E*in  FLOPs per token (the last term only with a router)
+
+    All experts are computed for every token, as the layer does it, so FLOPs do not depend on `top_k`.
+
+    Args:
+        linears: the adapted linears.
+        num_experts: experts per decoder layer.
+        top_k: experts used per token, per decoder layer.
+        r: rank per decoder layer.
+        bytes_per_parameter: size of one saved number; 4 = float32.
+
+    Returns:
+        The plan, one entry per decoder layer; layers without adapted linears cost nothing.
+
+    Raises:
+        MolaError: lists of different lengths, `top_k` above `num_experts`, or a linear that is in none
+            of the layers.
+    """
+    _check_same_length(num_experts, r, "r")
+    chosen = effective_top_k(num_experts, top_k)
+    by_layer: list[list[LinearShape]] = [[] for _ in num_experts]
+    for linear in linears:
+        if linear.layer_index is None or linear.layer_index >= len(by_layer):
+            raise MolaError(
+                f"`target_modules` must be inside the {len(by_layer)} decoder layers, each with its own "
+                f"number of experts: {linear.name!r} is not. Leave it out of `target_modules` or exclude it."
+            )
+        by_layer[linear.layer_index].append(linear)
+    layers = []
+    for index, members in enumerate(by_layer):
+        experts, rank = num_experts[index], r[index]
+        total_in = sum(linear.in_features for linear in members)
+        total_out = sum(linear.out_features for linear in members)
+        expert_parameters = experts * rank * (total_in + total_out)
+        router_parameters = experts * total_in if experts > 1 else 0
+        parameters = expert_parameters + router_parameters
+        layers.append(
+            LayerPlan(
+                layer_index=index,
+                num_experts=experts,
+                top_k=chosen[index],
+                r=rank,
+                expert_parameters=expert_parameters,
+                router_parameters=router_parameters,
+                flops_per_token=2 * parameters,  # one multiply and one add per weight
+                adapter_bytes=bytes_per_parameter * parameters,
+            )
+        )
+    return AllocationPlan(tuple(layers))
+
+
+def _check_same_length(num_experts: Sequence[int], other: Sequence[int], name: str = "top_k") -> None:
+    if len(num_experts) != len(other):
+        raise MolaError(
+            f"`num_experts` and `{name}` need one entry per decoder layer each: got {len(num_experts)} and "
+            f"{len(other)} entries. Resolve both for the same model."
+        )

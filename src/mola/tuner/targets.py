@@ -1,0 +1,275 @@
+"""Which linears of a model are adapted, and in which decoder layer each of them is.
+
+- `layer_index`, `count_layers`: position and depth from module names and the model's config.
+- `default_target_modules`, `check_target_modules`: what to adapt, with every name accounted for.
+- `linear_shapes`: sizes of the targeted linears, also of a model without weights (meta device).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mola.errors import MolaError
+from mola.tuner.allocation import LinearShape
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Targets = Collection[str] | str
+
+_ALL_LINEAR = "all-linear"
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
+_NOT_LINEAR_NAME = re.compile(r"norm|ln_|embed|dropout|act|rotary|wte|wpe|^\d+$", re.IGNORECASE)
+
+
+def layer_index(module_name: str) -> int | None:
+    """Decoder layer of a module: the first dot-separated part of its name that is an integer.
+
+    Args:
+        module_name: as in `named_modules()`, e.g. "model.layers.3.mlp.experts.0.up_proj" -> 3.
+
+    Returns:
+        The layer, 0 = nearest the input; None for modules outside the layers.
+    """
+    for part in module_name.split("."):
+        if re.fullmatch(r"[0-9]+", part):
+            return int(part)
+    return None
+
+
+def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -> int | None:
+    """Number of decoder layers of a model.
+
+    Args:
+        model_config: a Transformers config as a dict; `num_hidden_layers`, `n_layer` or `num_layers` is
+            read from it, else from its `text_config`.
+        module_names: names of the model's modules; used when the config does not say.
+
+    Returns:
+        The depth; None if neither the config nor the names tell.
+    """
+    for section in (model_config, model_config.get("text_config")):
+        if not isinstance(section, Mapping):
+            continue
+        for key in _DEPTH_KEYS:
+            depth = section.get(key)
+            if isinstance(depth, int) and not isinstance(depth, bool):
+                return depth
+    indices = [index for index in map(layer_index, module_names) if index is not None]
+    return max(indices) + 1 if indices else None
+
+
+def default_target_modules(module_names: Iterable[str], model_type: str | None) -> list[str]:
+    """Names to adapt when the user gave none.
+
+    Those of `LLAMA_LINEARS` that exist in the model; if none does, PEFT's LoRA choice for `model_type`.
+
+    Args:
+        module_names: names of the model's modules.
+        model_type: `config.model_type` of the model.
+
+    Returns:
+        Names as `target_modules` takes them.
+
+    Raises:
+        MolaError: the architecture is unknown; the names it has are listed.
+    """
+    names = list(module_names)
+    leaves = {_leaf(name) for name in names}
+    found = [name for name in LLAMA_LINEARS if name in leaves]
+    if found:
+        return found
+    choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "", [])
+    found = [name for name in names if _matches(name, choice)] if isinstance(choice, str) else []
+    found = found or [name for name in choice if name in leaves]
+    if found:
+        return found
+    parents = {name.rpartition(".")[0] for name in names}
+    candidates = sorted({_leaf(name) for name in names if name and name not in parents})
+    candidates = [name for name in candidates if not _NOT_LINEAR_NAME.search(name)]
+    raise MolaError(
+        f"`target_modules` must be given for this architecture, there is no default for model type "
+        f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(candidates) or 'none'}."
+    )
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether the method can adapt this module.
+
+    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D` and quantised linears
+    that state `in_features` and `out_features`. A module that a PEFT method already wrapped counts by
+    its base layer.
+
+    Args:
+        module: any module of a model.
+
+    Returns:
+        False for embeddings, convolutions, norms and modules that only contain linears.
+    """
+    base = _base_layer(module)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
+    if isinstance(base, _NOT_ADAPTABLE):
+        return False
+    return all(isinstance(getattr(base, size, None), int) for size in ("in_features", "out_features"))
+
+
+def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modules: Targets | None = None) -> None:
+    """Check that every name in `target_modules` matches something, and only linears.
+
+    A name matches a module of that name and every module whose name ends with "." + name, as in PEFT; a
+    string is a regular expression over the whole name; "all-linear" is every linear except the head.
+
+    Args:
+        model: the model to be adapted, or already adapted by another PEFT method.
+        target_modules: list or set of names, a regular expression, or "all-linear".
+        exclude_modules: names or a regular expression of modules to leave alone.
+
+    Raises:
+        MolaError: a name or the expression matches nothing, or something that is not a linear; the linears
+            of this model and close spellings are named.
+    """
+    _check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
+    modules = dict(_original_modules(model))
+    if _is_all_linear(target_modules):
+        targeted = _select(model, target_modules, exclude_modules)
+        if not targeted:
+            raise MolaError(f"`target_modules` 'all-linear' finds no linear in this {type(model).__name__}.")
+        return
+    if isinstance(target_modules, str):
+        if not any(_matches(name, target_modules) for name in modules):
+            raise MolaError(_nothing_matches([target_modules], modules, is_pattern=True))
+    else:
+        if not target_modules:
+            raise MolaError("`target_modules` must name at least one module, got an empty list.")
+        missing = [target for target in target_modules if not any(_matches(name, [target]) for name in modules)]
+        if missing:
+            raise MolaError(_nothing_matches(sorted(missing), modules, is_pattern=False))
+    targeted = _select(model, target_modules, exclude_modules)
+    if not targeted:
+        raise MolaError(
+            f"`exclude_modules` must leave something to adapt: {_shown(exclude_modules)} excludes everything "
+            f"that `target_modules` {_shown(target_modules)} matches."
+        )
+    for name, module in targeted:
+        if not adaptable(module):
+            raise MolaError(
+                f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
+                f"({type(_base_layer(module)).__name__}). Linears of this model: "
+                f"{', '.join(_linear_names(modules))}; or use `exclude_modules`."
+            )
+
+
+def linear_shapes(
+    model: nn.Module, target_modules: Targets, exclude_modules: Targets | None = None
+) -> list[LinearShape]:
+    """Sizes of the targeted linears, in the order of `named_modules()`.
+
+    Args:
+        model: the model; weights are not read, so it may be on the meta device.
+        target_modules: list or set of names, a regular expression, or "all-linear".
+        exclude_modules: names or a regular expression of modules to leave alone.
+
+    Returns:
+        One entry per targeted linear. `Conv1D` keeps its weight as `(in, out)`, which is taken care of.
+
+    Raises:
+        MolaError: as `check_target_modules`.
+    """
+    check_target_modules(model, target_modules, exclude_modules)
+    return [
+        LinearShape(name, layer_index(name), *_sizes(module))
+        for name, module in _select(model, target_modules, exclude_modules)
+    ]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    base: Any = _base_layer(module)
+    if isinstance(base, Conv1D):
+        return base.weight.shape[0], base.weight.shape[1]
+    # Not from the weight: quantised ones are packed.
+    return base.in_features, base.out_features
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` without what is inside a module that a PEFT method wrapped."""
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        if wrapped and name.startswith(wrapped[-1]):
+            continue
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            wrapped.append(name + ".")
+        if name:
+            yield name, module
+
+
+def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:
+    modules = [(n, m) for n, m in _original_modules(model) if not (excluded and _matches(n, excluded))]
+    if not _is_all_linear(targets):
+        return [(name, module) for name, module in modules if _matches(name, targets)]
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return [(name, module) for name, module in modules if module is not head and adaptable(module)]
+
+
+def _is_all_linear(targets: Targets) -> bool:
+    return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+
+
+def _matches(name: str, targets: Targets) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _check_patterns(**fields: Targets | None) -> None:
+    for field, value in fields.items():
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise MolaError(
+                    f"`{field}` as one string must be a regular expression, got {value!r} ({error}). "
+                    "For module names pass a list."
+                ) from error
+
+
+def _nothing_matches(missing: list[str], modules: Mapping[str, nn.Module], is_pattern: bool) -> str:
+    linears = _linear_names(modules)
+    listed = f"Linears of this model: {', '.join(linears) or 'none'}."
+    if is_pattern:
+        hint = f"For a module name pass a list: [{missing[0]!r}]. " if missing[0].isidentifier() else ""
+        return (
+            f"`target_modules` as one string is a regular expression over whole module names: {missing[0]!r} "
+            f"matches nothing. {hint}{listed}"
+        )
+    described = []
+    for name in missing:
+        close = difflib.get_close_matches(name, linears, n=1)
+        described.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
+    return f"`target_modules` must all exist in the model, these do not: {', '.join(described)}. {listed}"
+
+
+def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return list(dict.fromkeys(_leaf(name) for name, module in modules.items() if adaptable(module)))
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _shown(targets: Targets | None) -> str:
+    return repr(targets if isinstance(targets, str) or targets is None else sorted(targets))

@@ -1,0 +1,161 @@
+"""The layer against a plain loop over experts, in values and gradients, and what it costs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mola import MolaLinear
+from mola.tuner.layer import ExpertSettings
+from mola.tuner.routing import router_logits
+
+GRID = [(1, 1), (2, 1), (2, 2), (5, 1), (5, 2), (5, 5)]
+TOLERANCES = [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)]
+
+
+def make(num_experts=3, top_k=2, r=4, inner=16, outer=24, bias=True, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    settings = ExpertSettings(r, num_experts, top_k, 16.0, init_lora_weights=False, **options)
+    layer = MolaLinear(nn.Linear(inner, outer, bias=bias).to(dtype), "default", settings)
+    return (layer.double() if dtype == torch.float64 else layer).requires_grad_()
+
+
+def loop_over_experts(layer, x):
+    """The formula of the paper, token by token and expert by expert."""
+    settings = layer.settings["default"]
+    tokens = x.reshape(-1, x.shape[-1])
+    updates = []
+    for token in tokens:
+        if settings.num_experts == 1:
+            gates = {0: 1.0}
+        else:
+            p = router_logits(token, layer.mola_router["default"])[0].softmax(-1)
+            chosen = sorted(range(len(p)), key=lambda e: -p[e].item())[: settings.top_k]
+            gates = {e: p[e] / p[chosen].sum() for e in chosen}
+        update = 0
+        for e, gate in gates.items():
+            hidden = layer.mola_A["default"][e] @ token.to(layer.mola_A["default"].dtype)
+            update = update + gate * settings.scaling * (layer.mola_B["default"][e].t() @ hidden)
+        updates.append(update)
+    return layer.base_layer(x) + torch.stack(updates).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), GRID)
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
+@pytest.mark.parametrize("shape", [(2, 8, 16), (3, 7, 16), (5, 16), (16,)])
+def test_equals_the_loop(num_experts, top_k, dtype, atol, rtol, shape):
+    layer = make(num_experts, top_k, dtype=dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for function in (layer, lambda value: loop_over_experts(layer, value)):
+        layer.zero_grad()
+        value = x.clone().requires_grad_()
+        output = function(value)
+        output.double().square().mean().backward()
+        results.append([output.detach(), value.grad, *(p.grad.clone() for p in layer.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol)
+
+
+def test_gradcheck():
+    layer = make(dtype=torch.float64).double()
+    x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    parameters = [*layer.parameters(), x]
+    assert torch.autograd.gradcheck(lambda *_: layer(x), parameters, eps=1e-6, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_even_when_an_expert_is_idle():
+    layer = make(num_experts=4, top_k=1)
+    with torch.no_grad():
+        layer.mola_router["default"].zero_()  # all ties: everything goes to expert 0
+    layer(torch.randn(5, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert layer.mola_B["default"].grad[0].any()
+    assert not layer.mola_B["default"].grad[1:].any()
+
+
+def test_empty_and_non_contiguous_input():
+    layer = make()
+    assert layer(torch.zeros(0, 16)).shape == (0, 24)
+    x = torch.randn(16, 6)
+    torch.testing.assert_close(layer(x.t()), layer(x.t().contiguous()))
+
+
+def test_eval_is_deterministic_and_training_draws_dropout_and_jitter():
+    layer = make(lora_dropout=0.5, router_jitter_noise=0.5)
+    x = torch.randn(6, 16)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_autocast_keeps_the_output_dtype_and_routes_in_float32():
+    layer = make(dtype=torch.float32)
+    x = torch.randn(50, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 2), (8, 2)])
+def test_compiles_to_one_graph(num_experts, top_k):
+    torch._dynamo.reset()
+    layer = make(num_experts, top_k, lora_dropout=0.1)
+    x = torch.randn(2, 9, 16)
+    layer.eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    layer.train()
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts operators, and those that make the host wait for the device."""
+
+    SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.operators = 0
+        self.syncs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        name = func.__name__
+        if any(name.startswith(word) for word in self.SYNCHRONISING):
+            self.syncs.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def count(layer, backward=True):
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    with CountOperators() as counter:
+        output = layer(x)
+        if backward:
+            output.sum().backward()
+    return counter
+
+
+def test_no_host_sync_and_no_growth_with_the_number_of_experts():
+    counters = [count(make(num_experts, 2, lora_dropout=0.1)) for num_experts in (2, 8, 32)]
+    assert [counter.syncs for counter in counters] == [[], [], []]
+    assert len({counter.operators for counter in counters}) == 1
+
+
+def test_the_counter_notices_a_sync():
+    with CountOperators() as counter:
+        torch.ones(3)[torch.tensor([True, False, True])].sum().item()
+    assert counter.syncs
+
+
+def test_deepcopy_is_independent():
+    layer = make()
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.mola_A["default"].zero_()
+    assert layer.mola_A["default"].any()

@@ -1,0 +1,362 @@
+"""What PEFT and Transformers users know works with mola too."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import mola
+from mola import MolaConfig, MolaError, MolaLinear
+
+from .models import clone, random_config, tiny_llama, token_batch
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    batch = token_batch(padding=2)
+    del batch["labels"]
+    return batch
+
+
+def logits(model, inputs):
+    model.eval()
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.fixture
+def saved(base, inputs, tmp_path):
+    """An adapter on disk and the logits of the model it was saved from."""
+    torch.manual_seed(5)
+    model = get_peft_model(clone(base), random_config(lora_alpha=32, top_k=2))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model, inputs)
+
+
+def test_a_new_adapter_changes_nothing(base, inputs):
+    model = get_peft_model(clone(base), MolaConfig(num_experts="2468", task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model, inputs), logits(base, inputs))
+
+
+def test_peft_model_from_pretrained(base, inputs, saved):
+    folder, expected = saved
+    model = PeftModel.from_pretrained(clone(base), folder)
+    assert torch.equal(logits(model, inputs), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_low_cpu_mem_usage(base, inputs, saved):
+    folder, expected = saved
+    model = PeftModel.from_pretrained(clone(base), folder, low_cpu_mem_usage=True)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_auto_peft_model(base, inputs, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(loaded, random_config())
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_sharded_base(base, inputs, saved, tmp_path):
+    folder, expected = saved
+    base.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "sharded"), folder)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_load_adapter_of_transformers(base, inputs, saved):
+    folder, expected = saved
+    model = clone(base)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits(model, inputs), expected)
+    with pytest.warns(UserWarning, match="multiple adapters"):  # PEFT says so for every method
+        model.load_adapter(str(folder), adapter_name="second")
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_inject_adapter_in_model(base, inputs):
+    model = inject_adapter_in_model(random_config(), clone(base))
+    assert not torch.equal(logits(model, inputs), logits(base, inputs))
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all(".mola_" in name for name in trained)
+    assert len(trained) == 4 * 7 * 3
+
+
+def test_two_adapters_at_once(base, inputs):
+    model = get_peft_model(clone(base), random_config(), adapter_name="one")
+    model.add_adapter("two", random_config(num_experts=3, top_k=1, r=2))
+    with_one = logits(model, inputs)
+    model.set_adapter("two")
+    with_two = logits(model, inputs)
+    assert not torch.equal(with_one, with_two)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(name.endswith(".two") for name in trainable)
+    model.set_adapter("one")
+    assert torch.equal(logits(model, inputs), with_one)
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, inputs)
+    assert not torch.equal(both, with_one)
+    assert not torch.equal(both, with_two)
+
+
+def test_two_adapters_are_saved_apart(base, inputs, tmp_path):
+    model = get_peft_model(clone(base), random_config())
+    model.add_adapter("other", random_config(num_experts="31"))
+    model.set_adapter("other")
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(clone(base), tmp_path / "other")
+    assert torch.equal(logits(again, inputs), expected)
+
+
+def test_disable_adapter(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    before = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(base, inputs))
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_delete_adapter(base, inputs):
+    model = get_peft_model(clone(base), random_config(), adapter_name="one")
+    with_one = logits(model, inputs)
+    model.add_adapter("two", random_config())
+    model.delete_adapter("two")
+    assert torch.equal(logits(model, inputs), with_one)
+    assert not any(".two" in name for name, _ in model.named_parameters())
+    model.add_adapter("two", random_config())
+    with pytest.warns(UserWarning, match="Setting active adapter"):
+        model.delete_adapter("one")
+    assert all("one" not in module.settings for module in model.modules() if isinstance(module, MolaLinear))
+
+
+def test_unload_gives_the_base_back(base, inputs):
+    model = get_peft_model(clone(base), random_config(router_aux_loss_coef=0.1))
+    plain = model.unload()
+    assert torch.equal(logits(plain, inputs), logits(base, inputs))
+    assert not any(isinstance(module, MolaLinear) for module in plain.modules())
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+
+
+def test_modules_to_save(base, inputs, tmp_path):
+    model = get_peft_model(clone(base), random_config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(clone(base), tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_bias_is_saved_together_with_the_routers(tmp_path, inputs):
+    base = tiny_llama(attention_bias=True)
+    model = get_peft_model(clone(base), random_config(bias="mola_only"))
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias.add_(0.1)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("router" in key for key in tensors) == 28
+    again = PeftModel.from_pretrained(clone(base), tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_training_goes_on_after_loading(base, inputs, saved):
+    folder, _ = saved
+    model = PeftModel.from_pretrained(clone(base), folder, is_trainable=True)
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".mola_" in name)
+
+
+def test_half_precision_base_keeps_routers_in_float32(base, inputs):
+    model = get_peft_model(clone(base).to(torch.bfloat16), random_config(), autocast_adapter_dtype=False)
+    dtypes = {name.split(".")[-2]: p.dtype for name, p in model.named_parameters() if ".mola_" in name}
+    assert dtypes == {"mola_A": torch.bfloat16, "mola_B": torch.bfloat16, "mola_router": torch.float32}
+    assert logits(model, inputs).dtype == torch.bfloat16
+
+
+def test_greedy_generation_with_and_without_cache(base, inputs):
+    model = get_peft_model(clone(base), random_config()).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    cached = model.generate(**prompt, **options)
+    assert torch.equal(cached, model.generate(**prompt, **options, use_cache=False))
+
+
+# ---------------------------------------------------------------------- what must be refused
+
+
+def test_merging_a_mixture_is_refused_and_changes_nothing(base, inputs):
+    model = get_peft_model(clone(base), random_config(num_experts=[1, 1, 1, 2], top_k=1))
+    before = logits(model, inputs)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MolaError, match="can not be merged.*2 experts"):
+            merge()
+    assert torch.equal(logits(model, inputs), before)
+    assert not any(module.merged for module in model.modules() if isinstance(module, MolaLinear))
+
+
+def test_mixed_adapter_batches_are_refused(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    with pytest.raises(MolaError, match="adapter_names"):
+        model(**inputs, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "r", "lora_alpha"])
+def test_missing_field_in_the_checkpoint(base, saved, name):
+    folder, _ = saved
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings[name]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(MolaError, match=name):
+        PeftModel.from_pretrained(clone(base), folder)
+    with pytest.raises(MolaError, match=name):
+        clone(base).load_adapter(str(folder))
+
+
+def test_unknown_field_in_the_checkpoint(base, saved):
+    folder, _ = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "router_temperature": 2.0}))
+    with pytest.raises(MolaError, match="router_temperature"):
+        PeftModel.from_pretrained(clone(base), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_experts", 3, "shape"),
+        ("num_experts", [2, 2, 4], "3 entries"),
+        ("r", 8, "shape"),
+        ("top_k", 5, "top_k"),
+        ("target_modules", ["q_proj"], "unknown"),
+        ("target_modules", ["q_proj", "qproj"], "qproj"),
+    ],
+)
+def test_wrong_field_in_the_checkpoint(base, saved, name, value, message):
+    folder, _ = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(MolaError, match=message):
+        PeftModel.from_pretrained(clone(base), folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_wrong_tensors_in_the_checkpoint(base, saved, change):
+    folder, _ = saved
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("mola_router"))
+    if change == "missing":
+        del tensors[key]
+    else:
+        tensors[key.replace("layers.0", "layers.9")] = tensors[key].clone()
+    save_file(tensors, path)
+    with pytest.raises(MolaError, match=change):
+        PeftModel.from_pretrained(clone(base), folder)
+
+
+def test_other_base_model_is_refused(saved, inputs):
+    folder, _ = saved
+    with pytest.raises(MolaError, match="5 layers"):
+        PeftModel.from_pretrained(tiny_llama(num_layers=5), folder)
+
+
+def test_mixing_with_another_method_is_refused(base):
+    model = get_peft_model(clone(base), random_config())
+    with pytest.raises((MolaError, ValueError), match="peft_type|can only|MOLA|mix"):
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_porj"]}, "q_porj.*q_proj"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"num_experts": [2, 2, 2]}, "3 entries.*4 layers"),
+        ({"num_experts": 2, "top_k": 3}, "top_k"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"r": -1}, "r"),
+        ({"top_k": 0}, "top_k"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"router_aux_loss_coef": -1e-3}, "router_aux_loss_coef"),
+        ({"router_aux_loss_reduction": "sum"}, "router_aux_loss_reduction"),
+        ({"target_modules": [" q_proj"]}, "spaces"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_wrong_settings_are_refused(base, options, message):
+    with pytest.raises(MolaError, match=message):
+        get_peft_model(clone(base), random_config(**options))
+
+
+def test_unknown_keyword_is_refused():
+    with pytest.raises(MolaError, match="nexperts"):
+        MolaConfig(nexperts=4)
+
+
+# ---------------------------------------------------------------------- the configuration
+
+
+def test_one_configuration_serves_models_of_any_depth():
+    config = MolaConfig(num_experts="2468", task_type="CAUSAL_LM")
+    for num_layers in (4, 8):
+        model = get_peft_model(tiny_llama(num_layers=num_layers), config)
+        assert len(model.peft_config["default"].num_experts) == num_layers
+    assert config.num_experts == "2468"
+    assert config.target_modules is None
+
+
+def test_configuration_round_trip(tmp_path):
+    config = MolaConfig(num_experts="hourglass", r=4, router_aux_loss_coef=1e-3, target_modules=["v_proj", "q_proj"])
+    config.save_pretrained(tmp_path)
+    again = MolaConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == {**config.to_dict(), "peft_type": again.peft_type}
+
+
+def test_experts_follow_the_layer_index(base):
+    model = get_peft_model(clone(base), MolaConfig(num_experts=[1, 2, 3, 4], top_k=1, r=[1, 2, 3, 4]))
+    for name, module in model.named_modules():
+        if isinstance(module, MolaLinear):
+            index = int(name.split("layers.")[1].split(".")[0])
+            assert module.num_experts["default"] == index + 1
+            assert module.mola_A["default"].shape[:2] == (index + 1, index + 1)
+
+
+def test_layers_to_transform(base):
+    model = get_peft_model(
+        clone(base), MolaConfig(num_experts="24", target_modules=["q_proj"], layers_to_transform=[1, 3])
+    )
+    adapted = [name for name, module in model.named_modules() if isinstance(module, MolaLinear)]
+    assert [name.split("layers.")[1][0] for name in adapted] == ["1", "3"]
+
+
+def test_all_linear(base):
+    model = get_peft_model(clone(base), MolaConfig(num_experts=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert sum(isinstance(module, MolaLinear) for module in model.modules()) == 28
+
+
+def test_registering_twice_is_harmless():
+    from mola.tuner.register import add_peft_type, register
+
+    assert add_peft_type("MOLA") is add_peft_type("MOLA")
+    register(mola.MolaConfig, mola.MolaModel)
+    assert mola.MolaConfig().peft_type in list(type(mola.MolaConfig().peft_type))

@@ -1,0 +1,382 @@
+"""The balance loss: its value, its gradient, and its weight in every kind of training loop."""
+
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model, inject_adapter_in_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mola import MolaError, MolaLinear
+
+from .models import clone, random_config, tiny_llama, token_batch
+
+COEF = 0.5  # large, so that a wrong weight shows
+
+
+def make(**options):
+    options = {"router_aux_loss_coef": COEF, **options}
+    torch.manual_seed(3)
+    return get_peft_model(tiny_llama(), random_config(**options)).train()
+
+
+def routers(model):
+    return [module for module in model.modules() if isinstance(module, MolaLinear)]
+
+
+def reference_terms(model, batch, counted):
+    """Per router: (logits, choices) of the counted tokens, recomputed from each module's input."""
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda m, args, _: seen.append((m, args[0].detach()))) for module in routers(model)
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    terms = []
+    for module, x in seen:
+        x = x[counted]
+        logits = x @ module.mola_router["default"].t()
+        terms.append((module, logits))
+    return terms
+
+
+def reference_balance(logits, top_k):
+    num_experts = logits.shape[-1]
+    p = logits.softmax(-1)
+    chosen = logits.topk(top_k).indices
+    share = torch.stack([(chosen == e).sum() for e in range(num_experts)]) / chosen.numel()
+    return num_experts * (share * p.mean(0)).sum()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, expected, tolerance=1e-5):
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        assert (ours[name] - gradient).abs().max() / scale < tolerance, name
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("padding", "prompt"), [(0, 0), (4, 0), (4, 3)])
+def test_module_reduction_counts_only_positions_that_are_trained(top_k, padding, prompt):
+    model = make(top_k=top_k)
+    batch = token_batch(padding=padding, prompt=prompt)
+    model(**batch)
+    labels = batch["labels"]
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    counted[:, :-1] = labels[:, 1:] != -100
+    counted &= batch["attention_mask"].bool()
+    expected = [
+        reference_balance(logits, module.top_k["default"]) for module, logits in reference_terms(model, batch, counted)
+    ]
+    model(**batch)
+    torch.testing.assert_close(model.get_balance_loss(), torch.stack(expected).mean())
+
+
+def test_module_reduction_ignores_what_stands_in_the_padding():
+    model = make()
+    batch = token_batch(padding=4)
+    model(**batch)
+    before = model.get_balance_loss()
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7)
+    model(**batch)
+    torch.testing.assert_close(model.get_balance_loss(), before)
+
+
+def test_layer_reduction_pools_and_sums_and_counts_padding():
+    model = make(num_experts=[1, 2, 3, 4], top_k=[1, 2, 2, 2], router_aux_loss_reduction="layer")
+    batch = token_batch(padding=4)
+    everything = torch.ones_like(batch["labels"], dtype=torch.bool)
+    pooled = {}
+    seen = [module for module in routers(model) if module.num_experts["default"] > 1]
+    inputs = {}
+    for module in seen:
+        module.register_forward_hook(lambda m, args, _: inputs.update({m: args[0].detach()}))
+    model(**batch)
+    for module, x in inputs.items():
+        logits = x[everything] @ module.mola_router["default"].t()
+        pooled.setdefault(module.layer_index, []).append(logits)
+    expected = 1.0 + sum(reference_balance(torch.cat(logits), 2) for logits in pooled.values())
+    torch.testing.assert_close(model.get_balance_loss(), expected)
+
+
+def test_z_loss():
+    model = make(router_aux_loss_coef=0.0, router_z_loss_coef=COEF)
+    batch = token_batch()
+    counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    counted[:, :-1] = True
+    with_loss = model(**batch).loss
+    z = [logits.logsumexp(-1).square().mean() for _, logits in reference_terms(model, batch, counted)]
+    plain = model.eval()(**batch).loss
+    torch.testing.assert_close(with_loss - plain, COEF * torch.stack(z).mean())
+
+
+def test_evaluation_does_not_count_it():
+    model = make()
+    batch = token_batch()
+    trained = model(**batch).loss
+    evaluated = model.eval()(**batch).loss
+    torch.testing.assert_close(trained - evaluated, COEF * make_balance(model, batch))
+
+
+def make_balance(model, batch):
+    model.train()(**batch)
+    return model.get_balance_loss()
+
+
+def test_tuple_output_and_positional_arguments():
+    model = make()
+    batch = token_batch(padding=3)
+    expected = model(**batch).loss
+    as_tuple = model(**batch, return_dict=False)[0]
+    torch.testing.assert_close(as_tuple, expected)
+    inner = model.base_model.model
+    positional = inner(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    torch.testing.assert_close(positional.loss, expected)
+
+
+def test_bare_model_with_an_injected_adapter():
+    model = make()
+    batch = token_batch(padding=3)
+    expected = model(**batch).loss
+    torch.manual_seed(3)
+    bare = inject_adapter_in_model(random_config(router_aux_loss_coef=COEF), tiny_llama()).train()
+    torch.testing.assert_close(bare(**batch).loss, expected)
+
+
+# ---------------------------------------------------------------------- gradient checkpointing
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients():
+    batch = token_batch(padding=2)
+    model = make()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    again = make()
+    again.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    again(**batch).loss.backward()
+    assert_same_gradients(gradients(again), expected)
+    # What the recomputation left behind must not reach the next forward pass.
+    plain = again.eval()(**batch).loss
+    torch.testing.assert_close(plain, model.eval()(**batch).loss)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = make()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(MolaError, match="use_reentrant"):
+        model(**token_batch())
+
+
+# ---------------------------------------------------------------------- trainers
+
+
+class KeepGradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(gradients(model))
+
+
+def rows(batches):
+    return [
+        {name: value[row].tolist() for name, value in batch.items()}
+        for batch in batches
+        for row in range(len(batch["labels"]))
+    ]
+
+
+def expected_gradients(model, batches):
+    """Sum over micro-batches of (share of the trained tokens) x (task loss + coef x balance loss)."""
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    model.zero_grad()
+    for batch, count in zip(batches, tokens, strict=True):
+        (model(**batch).loss * count / sum(tokens)).backward()
+    return gradients(model)
+
+
+def micro_batches():
+    return [token_batch(rows=2, padding=i, seed=i, prompt=2 * i) for i in range(4)]
+
+
+def training_arguments(folder, **options):
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_with_gradient_accumulation(tmp_path, checkpointing):
+    batches = micro_batches()
+    keep = KeepGradients()
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trainer = Trainer(
+        model=make(),
+        args=TrainingArguments(**training_arguments(tmp_path, **(options if checkpointing else {}))),
+        train_dataset=rows(batches),
+        callbacks=[keep],
+    )
+    trainer.train()
+    assert_same_gradients(keep.steps[0], expected_gradients(make(), batches))
+
+
+def test_equal_micro_batches_equal_one_big_batch(tmp_path):
+    batch = token_batch(rows=2, padding=2)
+    big = {name: torch.cat([value] * 4) for name, value in batch.items()}
+    model = make()
+    model(**big).loss.backward()
+    keep = KeepGradients()
+    arguments = TrainingArguments(**training_arguments(tmp_path))
+    Trainer(model=make(), args=arguments, train_dataset=rows([batch] * 4), callbacks=[keep]).train()
+    assert_same_gradients(keep.steps[0], gradients(model))
+
+
+def test_trl_sft_trainer(tmp_path, tiny_tokenizer):
+    trl = pytest.importorskip("trl", reason="needs the extra 'trl': pip install mola-peft[trl]")
+    datasets = pytest.importorskip("datasets")
+    batches = micro_batches()
+    keep = KeepGradients()
+    trainer = trl.SFTTrainer(
+        model=make(),
+        args=trl.SFTConfig(
+            **training_arguments(tmp_path),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            remove_unused_columns=False,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows(batches)),
+        data_collator=stack,
+        processing_class=tiny_tokenizer,
+        callbacks=[keep],
+    )
+    trainer.train()
+    assert_same_gradients(keep.steps[0], expected_gradients(make(), batches), tolerance=1e-4)
+
+
+def stack(features):
+    return {
+        name: torch.tensor([feature[name] for feature in features])
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+
+
+def ddp_worker(rank, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    keep = KeepGradients()
+    options = training_arguments(folder, gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
+    trainer = Trainer(
+        model=make(num_experts=4, top_k=1),
+        args=TrainingArguments(**options),
+        train_dataset=rows(micro_batches()),
+        callbacks=[keep],
+    )
+    trainer.train()
+    if rank == 0:
+        torch.save({name.removeprefix("module."): g for name, g in keep.steps[0].items()}, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
+    ours = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert_same_gradients(ours, expected_gradients(make(num_experts=4, top_k=1), micro_batches()))
+
+
+def test_whole_model_compiles_to_one_graph():
+    torch._dynamo.reset()
+    batch = token_batch(padding=2)
+    model = make()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    again = make()
+    compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
+    compiled(**batch).loss.backward()
+    assert_same_gradients(gradients(again), expected)
+
+
+# ---------------------------------------------------------------------- warnings
+
+
+def test_top_k_one_without_a_balance_loss_is_said_once():
+    model = make(top_k=1, router_aux_loss_coef=0.0)
+    with pytest.warns(UserWarning, match="top_k=1"):
+        model(**token_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**token_batch())
+
+
+def test_a_model_that_returns_no_loss_is_said_once():
+    model = make()
+    batch = token_batch()
+    labels = batch.pop("labels")
+    with pytest.warns(UserWarning, match="get_balance_loss"):
+        model(**batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch)
+    assert model.get_balance_loss().requires_grad
+    assert labels is not None
+
+
+def test_balance_loss_before_any_forward():
+    with pytest.raises(MolaError, match="forward pass in training mode"):
+        make().get_balance_loss()
+
+
+def test_nothing_is_collected_when_it_is_off():
+    model = make(router_aux_loss_coef=0.0)
+    model(**token_batch())
+    assert not any(module.router_outputs for module in routers(model))
+
+
+def test_hooks_are_installed_once_for_several_adapters():
+    model = make()
+    model.add_adapter("second", random_config(router_aux_loss_coef=1.0))
+    inner = model.base_model.model
+    assert len(inner._forward_hooks) == 1
+    batch = token_batch()
+    first = model(**batch).loss
+    model.set_adapter("second")
+    second = model(**batch).loss
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second - model.eval()(**batch).loss, clone_balance(model, batch))
+
+
+def clone_balance(model, batch):
+    again = clone(model).train()
+    again(**batch)
+    return again.get_balance_loss("second")
+
+
+def test_a_model_can_be_copied_between_forward_and_backward():
+    model = make()
+    batch = token_batch()
+    loss = model(**batch).loss
+    again = clone(model)
+    torch.testing.assert_close(again(**batch).loss, loss)
+    assert routers(again)[0].router_losses is not routers(model)[0].router_losses

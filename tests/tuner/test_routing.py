@@ -1,0 +1,66 @@
+"""Choosing experts: the paper's formula, ties, precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mola.tuner.routing import dense_gates, jitter, router_logits, top_k_softmax
+
+
+def reference_gates(logits, top_k):
+    """Softmax over all experts, the largest kept (lower index first among equals), renormalised."""
+    gates = torch.zeros_like(logits)
+    for token, row in enumerate(logits.softmax(-1)):
+        order = sorted(range(len(row)), key=lambda e: (-row[e].item(), e))[:top_k]
+        gates[token, order] = row[order] / row[order].sum()
+    return gates
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 20),
+    num_experts=st.integers(2, 12),
+    data=st.data(),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+)
+def test_gates_follow_the_formula(tokens, num_experts, data, scale):
+    top_k = data.draw(st.integers(1, num_experts))
+    seed = data.draw(st.integers(0, 1000))
+    logits = torch.randn(tokens, num_experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = logits * scale
+    gates = dense_gates(top_k_softmax(logits, top_k), num_experts)
+    torch.testing.assert_close(gates, reference_gates(logits, top_k), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(tokens, dtype=torch.float64))
+    assert ((gates > 0).sum(-1) <= top_k).all()
+
+
+def test_ties_go_to_the_lower_index():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 3.0, 1.0]])
+    assert top_k_softmax(logits, 2).expert_indices.tolist() == [[1, 2], [0, 1], [0, 2]]
+
+
+def test_one_choice_has_gate_one_and_no_gradient():
+    logits = torch.randn(5, 3, requires_grad=True)
+    routing = top_k_softmax(logits, 1)
+    assert torch.equal(routing.routing_weights, torch.ones(5, 1))
+    routing.routing_weights.sum().backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits_are_float32_under_autocast(dtype):
+    x, weight = torch.randn(2, 7, 16, dtype=dtype), torch.randn(4, 16)
+    expected = x.reshape(-1, 16).float() @ weight.t()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = router_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected)
+
+
+def test_jitter_stays_in_its_range():
+    x = torch.full((1000,), 2.0)
+    noisy = jitter(x, 0.1)
+    assert (noisy >= 1.8).all()
+    assert (noisy <= 2.2).all()
+    assert noisy.std() > 0.05
