@@ -43,9 +43,7 @@ class PlanOptions:
             "('2468', lowest layers first), integers between commas, a shape's name or a JSON file."
         },
     )
-    r: str = field(
-        default="8", metadata={"help": "Rank of each expert: an integer, or one per layer between commas."}
-    )
+    r: str = field(default="8", metadata={"help": "Rank of each expert: an integer, or one per layer between commas."})
     top_k: str = field(
         default="2", metadata={"help": "Experts used per token: an integer, or one per layer between commas."}
     )
@@ -188,9 +186,7 @@ def _targets(value: str | None) -> list[str] | str | None:
         return value and value.strip()
     names = [name.strip() for name in value.split(",")]
     if not all(names):
-        raise MolaError(
-            f"`target_modules` must be names between commas, got {value!r}. Example: 'q_proj,v_proj'."
-        )
+        raise MolaError(f"`target_modules` must be names between commas, got {value!r}. Example: 'q_proj,v_proj'.")
     return names
 
 

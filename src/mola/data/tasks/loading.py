@@ -1,0 +1,162 @@
+"""Read a task from YAML and check every key before anything runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mola.data.tasks.task import EXAMPLE_KEYS, AnswerRule, Task, field_names
+from mola.data.templates import template_names
+from mola.errors import MolaError
+
+
+def task_names() -> list[str]:
+    """Names of the packaged tasks."""
+    files = resources.files(__package__).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Packaged task of that name, or the task in a YAML file of the user.
+
+    Raises:
+        MolaError: no such task or file, or the YAML is not a valid task; the message names the key.
+    """
+    name = str(name_or_path)
+    if name in task_names():
+        text, source = resources.files(__package__).joinpath(f"{name}.yaml").read_text("utf-8"), name
+    elif name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file():
+        source = name
+        try:
+            text = Path(name).expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MolaError(f"`task` file `{name}` cannot be read: {error}. Check the file.") from error
+    else:
+        raise MolaError(
+            f"`task` must be one of {', '.join(task_names())}, or the path of an existing .yaml file: "
+            f"got {name!r}. Check the spelling."
+        )
+    try:
+        return _task_from_yaml(text)
+    except MolaError as error:
+        raise MolaError(f"task `{source}`: {error}") from error.__cause__
+
+
+def _task_from_yaml(text: str) -> Task:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MolaError(f"not valid YAML: {' '.join(str(error).split())}. Correct the file.") from error
+    if not isinstance(data, dict):
+        raise MolaError(f"must be a mapping of keys: got {type(data).__name__}. See the packaged tasks.")
+    known = {key.name: key for key in fields(Task)}
+    for key in data:
+        if key not in known:
+            raise MolaError(f"unknown key `{key}`. The keys are {', '.join(known)}.")
+    required = [k.name for k in known.values() if k.default is MISSING and k.default_factory is MISSING]
+    for key in required:
+        if key not in data:
+            raise MolaError(f"the key `{key}` is missing. A task needs {', '.join(required)}.")
+    for key, value in data.items():
+        _check_kind(key, value)
+    for key in ("columns", "groups"):
+        data[key] = tuple(data.get(key, ()))
+    data["fields"] = {name: _field_rule(name, rule) for name, rule in data.get("fields", {}).items()}
+    if data.get("answer") is not None:
+        data["answer"] = _answer_rule(data["answer"])
+    task = Task(**data)
+    _check_task(task)
+    return task
+
+
+_TEXT_KEYS = ("name", "template", "output", "description", "input")
+_OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
+
+
+def _check_kind(key: str, value: Any) -> None:
+    if key in _TEXT_KEYS:
+        valid, kind = isinstance(value, str), "text"
+    elif key in _OPTIONAL_TEXT_KEYS:
+        valid, kind = value is None or isinstance(value, str), "text or null"
+    elif key == "version":
+        valid, kind = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif key in ("columns", "groups"):
+        valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        kind = "a list of texts"
+    else:
+        valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        valid, kind = valid or (key == "answer" and value is None), "a mapping with text keys"
+    if not valid:
+        raise MolaError(f"`{key}` must be {kind}: got {value!r}. Correct the value (quote text).")
+
+
+def _field_rule(name: str, rule: Any) -> tuple[str, str | None]:
+    if (
+        not isinstance(rule, dict)
+        or not isinstance(rule.get("column"), str)
+        or not isinstance(rule.get("default"), (str, type(None)))
+        or set(rule) - {"column", "default"}
+    ):
+        raise MolaError(f"`fields.{name}` must be {{column: NAME}} or {{column: NAME, default: TEXT}}: got {rule!r}.")
+    return rule["column"], rule.get("default")
+
+
+def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
+    words, choices = rule.get("words"), rule.get("choices")
+    valid = isinstance(rule.get("column"), str) and not set(rule) - {"column", "choices", "words"}
+    if words is None:
+        valid = valid and isinstance(choices, str)
+    else:
+        valid = valid and choices is None and isinstance(words, dict) and len(words) > 1
+        valid = valid and all(isinstance(word, str) and word for word in words.values())
+    if not valid:
+        raise MolaError(
+            "`answer` must be {column: NAME, choices: NAME} or {column: NAME, words: {LABEL: TEXT, ...}} "
+            f"with at least two words, as quoted text: got {rule!r}."
+        )
+    if words is None:
+        return AnswerRule(column=rule["column"], choices=choices)
+    return AnswerRule(column=rule["column"], words={str(label): word for label, word in words.items()})
+
+
+def _check_task(task: Task) -> None:
+    """Rules that join several keys."""
+    _check_scoring(task)
+    if task.template not in template_names():
+        raise MolaError(f"`template` must be one of {', '.join(template_names())}: got {task.template!r}.")
+    used = {column for column, _ in task.fields.values()}
+    extra: set[str] = set()
+    if task.answer is not None:
+        used |= {task.answer.column, task.answer.choices or task.answer.column}
+        extra = {"answer", "options"} if task.answer.choices else {"answer"}
+    for column in sorted(used - set(task.columns)):
+        raise MolaError(f"`columns` must list every column in use: `{column}` is not in it. Add it.")
+    available = {*task.columns, *task.fields, *extra}
+    for key in ("instruction", "input", "output"):
+        for name in field_names(getattr(task, key) or ""):
+            if name not in available:
+                raise MolaError(f"`{key}` uses {{{name}}}, but the fields are {', '.join(sorted(available))}.")
+    for group in task.groups:
+        if group in EXAMPLE_KEYS:
+            raise MolaError(f"`groups` must not hold a name of the prepared form: got `{group}`. Rename it.")
+
+
+def _check_scoring(task: Task) -> None:
+    given = [task.answer is not None, task.answer_pattern is not None, task.metric is not None]
+    if any(given) and not all(given):
+        raise MolaError("`answer`, `answer_pattern` and `metric` go together: give all three, or none.")
+    if task.answer_pattern is None:
+        return
+    if task.metric != "accuracy":
+        raise MolaError(f"`metric` must be 'accuracy': got {task.metric!r}.")
+    try:
+        groups = re.compile(task.answer_pattern).groups
+    except re.error as error:
+        raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
+    if groups != 1:
+        raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")

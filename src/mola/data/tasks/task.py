@@ -1,0 +1,218 @@
+"""What a task does: a row becomes an example, and generated text gives an answer."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mola.errors import MolaError
+
+LETTERS = string.ascii_uppercase
+EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
+
+
+@dataclass(frozen=True)
+class AnswerRule:
+    """Where the answer of a row is: `column`, with either `choices` (letters) or `words` (labels)."""
+
+    column: str
+    choices: str | None = None
+    words: Mapping[str, str] | None = None
+
+    def resolve(self, row: Mapping[str, Any], row_id: str) -> tuple[str, str, int]:
+        """Answer, options text (``""`` for words) and number of choices of one row."""
+        value = row[self.column]
+        if self.words is not None:
+            if str(value) not in self.words:
+                raise MolaError(
+                    f"row `{row_id}`: `{self.column}` must be one of {', '.join(self.words)}: got {value!r}. "
+                    "Correct the row, or add the label to `words` of the task."
+                )
+            return self.words[str(value)], "", len(set(self.words.values()))
+        choices = row[str(self.choices)]
+        if (
+            not isinstance(choices, (list, tuple))
+            or not 2 <= len(choices) <= len(LETTERS)
+            or not all(isinstance(choice, str) for choice in choices)
+        ):
+            raise MolaError(
+                f"row `{row_id}`: `{self.choices}` must be a list of 2 to {len(LETTERS)} texts: "
+                f"got {choices!r}. Correct or remove the row."
+            )
+        letters = LETTERS[: len(choices)]
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
+        return self._letter(value, letters, row_id), options, len(choices)
+
+    def _letter(self, value: Any, letters: str, row_id: str) -> str:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
+            return letters[value]
+        if isinstance(value, str) and len(value) == 1 and value in letters:
+            return value
+        raise MolaError(
+            f"row `{row_id}`: `{self.column}` must be an index from 0 to {len(letters) - 1} or a letter from "
+            f"A to {letters[-1]}, since the row has {len(letters)} choices: got {value!r}. "
+            "Correct or remove the row."
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: how rows are turned into examples and how answers are read from generated text.
+
+    Attributes:
+        name: the task's name.
+        version: an integer that goes up whenever a score can change.
+        template: name of the prompt template.
+        columns: columns that every source row must have.
+        instruction: format string over `columns`, `fields`, ``{answer}`` and ``{options}``; None for text
+            without a prompt.
+        output: format string of the text to be learned.
+        description: one line for help texts.
+        dataset: Hub name of the source, if there is one.
+        input: format string of the further context, usually empty.
+        filters: column -> value that a row must have to be kept; an absent column counts as None.
+        fields: name -> (column, default): the column without blanks around it, the default if empty.
+        answer: where the answer is; None for free text.
+        answer_pattern: regular expression with one group that finds the answer in generated text.
+        metric: `accuracy`, or None for free text.
+        groups: columns by which a score is broken down.
+    """
+
+    name: str
+    version: int
+    template: str
+    columns: tuple[str, ...]
+    instruction: str | None
+    output: str
+    description: str = ""
+    dataset: str | None = None
+    input: str = ""
+    filters: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    answer: AnswerRule | None = None
+    answer_pattern: str | None = None
+    metric: str | None = None
+    groups: tuple[str, ...] = ()
+
+    def keeps(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row passes `filters`."""
+        return all(row.get(column) == value for column, value in self.filters.items())
+
+    def missing_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """Required columns that the row does not have."""
+        return [column for column in self.columns if column not in row]
+
+    def example(self, row: Mapping[str, Any], index: int, split: str | None = None) -> dict[str, Any]:
+        """Prompt, output and answer of one source row.
+
+        Args:
+            row: the source row; columns that the task does not name are ignored.
+            index: position in the source, for the id of a row that has none.
+            split: name of the split, for the same purpose.
+
+        Returns:
+            `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (None for free text), and
+            the columns of `groups` that have a value.
+
+        Raises:
+            MolaError: a column is missing or a value does not fit; the message names the row.
+        """
+        row_id = example_id(row, index, split)
+        missing = self.missing_columns(row)
+        if missing:
+            raise MolaError(
+                f"row `{row_id}` has no column `{missing[0]}`, which the task `{self.name}` needs: "
+                f"its columns are {', '.join(row)}. Add or rename the column, or choose another task."
+            )
+        values = {column: row[column] for column in self.columns}
+        for name, (column, default) in self.fields.items():
+            values[name] = _stripped(row[column], column, default, row_id)
+        answer = num_choices = None
+        if self.answer is not None:
+            answer, values["options"], num_choices = self.answer.resolve(row, row_id)
+            values["answer"] = answer
+        instruction = None if self.instruction is None else _fill(self.instruction, values, row_id)
+        return {
+            "id": row_id,
+            "instruction": instruction,
+            "input": _fill(self.input, values, row_id),
+            "output": _fill(self.output, values, row_id),
+            "answer": answer,
+            "num_choices": num_choices,
+            **self.group_values(row),
+        }
+
+    def group_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns of `groups` that have a value in this row."""
+        return {group: row[group] for group in self.groups if row.get(group) is not None}
+
+    def extract_answer(self, text: str, num_choices: int | None = None) -> str | None:
+        """Answer in generated text: the first match of `answer_pattern`, case-sensitive.
+
+        Args:
+            text: the generated text without the prompt.
+            num_choices: options of this question; a letter beyond them counts as unanswered.
+
+        Returns:
+            The letter or the word; None if the text has no answer.
+
+        Raises:
+            MolaError: the task has no answer to extract.
+        """
+        if self.answer is None or self.answer_pattern is None:
+            raise MolaError(f"`task` must have an answer to extract: `{self.name}` is free text. Choose another task.")
+        match = re.search(self.answer_pattern, text)
+        found = match.group(1) if match else None
+        if found is None:
+            return None
+        if self.answer.words is not None:
+            return found if found in self.answer.words.values() else None
+        letters = LETTERS[:num_choices]
+        return found if len(found) == 1 and found in letters else None
+
+
+def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> str:
+    """Id of a row as text: its own, else ``<split>-<index>`` (``row-<index>`` without a split)."""
+    value = row.get("id")
+    if value is None:
+        return f"{split or 'row'}-{index}"
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
+        raise MolaError(
+            f"row {index}: `id` must be text or an integer: got {value!r}. Correct it, or drop the column to "
+            "have ids made from the row's position."
+        )
+    return str(value)
+
+
+def _stripped(value: Any, column: str, default: str | None, row_id: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise MolaError(f"row `{row_id}`: `{column}` must be text: got {value!r}. Correct or remove the row.")
+    text = (value or "").strip()
+    if not text and default is None:
+        raise MolaError(
+            f"row `{row_id}`: `{column}` must not be empty: got {value!r}. Correct or remove the row, or "
+            "give the field a `default` in the task."
+        )
+    return text or str(default)
+
+
+def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
+    for name in field_names(layout):
+        if not isinstance(values[name], str):
+            raise MolaError(f"row `{row_id}`: `{name}` must be text: got {values[name]!r}. Correct or remove the row.")
+    return layout.format_map(values)
+
+
+def field_names(layout: str) -> list[str]:
+    """Names of the fields of a format string; only plain ``{name}`` is allowed."""
+    try:
+        parts = list(string.Formatter().parse(layout))
+    except ValueError as error:
+        raise MolaError(f"{layout!r} is not a format string: {error}. Write a literal brace twice.") from error
+    for _, name, spec, conversion in parts:
+        if name is not None and (spec or conversion or not name.isidentifier()):
+            raise MolaError(f"{layout!r} may only hold plain fields such as {{question}}: got {{{name}}}.")
+    return [name for _, name, _, _ in parts if name is not None]

@@ -1,0 +1,83 @@
+"""Where to compute and in which number format."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from mola.errors import MolaError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
+
+    Args:
+        device: such as `"cpu"`, `"cuda"` or `"cuda:1"`; None chooses.
+
+    Returns:
+        The device.
+
+    Raises:
+        MolaError: no such device exists here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MolaError(
+            f"`device` must be a device of this machine: got {str(device)!r} ({reason}). "
+            "Pass 'cpu', 'cuda', 'cuda:N' or 'mps', or leave it out to choose by itself."
+        ) from error
+    return resolved
+
+
+def cpu_has_native_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16, AMX or Arm's BF16)."""
+    names = {"avx512_bf16", "amx_bf16", "arm_bf16", "bf16"}
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # older torch has no such function
+    if capabilities is not None:
+        return any(bool(capabilities().get(name)) for name in names)
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    return bool(flags) and not names.isdisjoint(flags[0].split())
+
+
+def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, str]:
+    """Dtype of the base weights and why.
+
+    `"auto"` is bfloat16 where the device computes it natively (CUDA since Ampere, recent CPUs), float16 on
+    MPS, float32 elsewhere.
+
+    Args:
+        name: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        device: the device the model will run on.
+
+    Returns:
+        The dtype and a reason for the log.
+
+    Raises:
+        MolaError: another name.
+    """
+    kind = torch.device(device).type
+    if name in DTYPES:
+        return DTYPES[name], f"{name} as asked for"
+    if name != "auto":
+        raise MolaError(f"`dtype` must be one of auto, {', '.join(DTYPES)}: got {name!r}.")
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bfloat16: the GPU supports it"
+        return torch.float32, "float32: the GPU has no native bfloat16 (pass float16 for less memory)"
+    if kind == "mps":
+        return torch.float16, "float16: the fast type of MPS"
+    if kind == "cpu" and cpu_has_native_bfloat16():
+        return torch.bfloat16, "bfloat16: the CPU computes it natively, several times faster than float32"
+    return torch.float32, f"float32: no native bfloat16 on this {kind} device"

@@ -1,0 +1,41 @@
+"""What a result was made with: versions of the software and a description of the machine."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mola._version import __version__
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of mola, torch, transformers, peft and Python.
+
+    Returns:
+        `{"mola", "torch", "transformers", "peft", "python"}`, each a version as text.
+    """
+    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"mola": __version__, **libraries, "python": platform.python_version()}
+
+
+def machine_description() -> dict[str, Any]:
+    """Name of the processor and of the GPU (None without one), and the threads torch uses.
+
+    Returns:
+        `{"cpu": str, "gpu": str | None, "threads": int}`.
+    """
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "gpu": gpu, "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    # Linux: `platform.processor()` is empty or only the architecture there.
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,178 @@
+"""From examples to answers: prompts, checks that need no model, batches, extraction."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mola.data.tasks import Task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.evaluation import predicting
+from mola.evaluation.choices import answer_options, answer_prefix
+
+SCORINGS = ("generate", "likelihood")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example made ready to be asked.
+
+    Attributes:
+        example: the example as loaded.
+        prompt: text before the answer.
+        prefix: likelihood only: text of the output before its answer.
+        options: likelihood only: the possible answers.
+    """
+
+    example: Mapping[str, Any]
+    prompt: str
+    prefix: str = ""
+    options: tuple[str, ...] = ()
+
+    @property
+    def option_texts(self) -> list[str]:
+        """Prompt and output up to and with the answer, for every option."""
+        return [self.prompt + self.prefix + option for option in self.options]
+
+
+def make_questions(
+    task: Task, examples: Sequence[Mapping[str, Any]], template: str | None, scoring: str
+) -> list[Question]:
+    """Prompts of all examples; everything that can be wrong with them shows here, before a model is loaded.
+
+    Args:
+        task: says how an answer is extracted.
+        examples: with id, instruction, input, output, answer, num_choices; the task's groups.
+        template: name of a prompt template; None for the task's own.
+        scoring: `"generate"` or `"likelihood"`.
+
+    Returns:
+        One question per example.
+
+    Raises:
+        MolaError: no examples, an unknown `scoring` or template, an example without an answer, or
+            (likelihood) one whose possible answers are not known.
+    """
+    if scoring not in SCORINGS:
+        raise MolaError(f"`scoring` must be one of {', '.join(SCORINGS)}: got {scoring!r}.")
+    if not examples:
+        raise MolaError("`data` must hold at least one sample: got none. Check the file and `split`.")
+    layout = get_template(task.template if template is None else template)
+    questions = []
+    for example in examples:
+        if not example.get("answer"):
+            raise MolaError(
+                f"`task` must have answers to be evaluated: sample {example['id']!r} of {task.name!r} has "
+                f"`answer` {example.get('answer')!r}. Evaluate a task with an answer rule."
+            )
+        prompt = layout.prompt(example["instruction"], example["input"])
+        if scoring == "likelihood":
+            options = tuple(answer_options(example, task))
+            questions.append(Question(example, prompt, answer_prefix(example, task), options))
+        else:
+            questions.append(Question(example, prompt))
+    return questions
+
+
+def question_lengths(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    scoring: str,
+    max_new_tokens: int,
+    limit: int | None,
+) -> list[int]:
+    """Tokens of each question as the model will see it.
+
+    Args:
+        tokenizer: of the model.
+        questions: what will be asked.
+        scoring: `"generate"` or `"likelihood"`.
+        max_new_tokens: tokens to be generated; not counted for `"likelihood"`.
+        limit: positions the model has; None for no limit.
+
+    Returns:
+        One number per question.
+
+    Raises:
+        MolaError: a question leaves no room for `max_new_tokens` within `limit`.
+    """
+    texts, names = [], []
+    for question in questions:
+        longest = max(question.options, key=len, default="")
+        texts.append(question.prompt + question.prefix + longest)
+        names.append(question.example["id"])
+    encoded = predicting.encode_prompts(tokenizer, texts)
+    num_new_tokens = max_new_tokens if scoring == "generate" else 0
+    predicting.check_lengths(names, encoded, num_new_tokens, limit)
+    return [len(ids) for ids in encoded]
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Sequence[Question],
+    batches: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    on_batch: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Ask batch by batch and hand over the records of each batch as soon as it is done.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        task: says how an answer is extracted.
+        questions: all questions.
+        batches: indices into `questions`.
+        max_new_tokens: tokens to generate per question (generation only).
+        on_batch: called with `[{"index", "seconds", "sample"}]`; `seconds` is the sample's share of the
+            batch's wall time.
+    """
+    with predicting.inference_state(model):
+        for batch in batches:
+            start = time.perf_counter()
+            answers = list(_answer_batch(model, tokenizer, task, [questions[i] for i in batch], max_new_tokens))
+            share = (time.perf_counter() - start) / len(batch)
+            on_batch(
+                [
+                    {"index": index, "seconds": share, "sample": _sample(questions[index], *answer)}
+                    for index, answer in zip(batch, answers, strict=True)
+                ]
+            )
+
+
+def _answer_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+) -> Iterator[tuple[str, str | None]]:
+    """Output text and extracted answer of each question."""
+    if questions[0].options:
+        texts = [question.option_texts for question in questions]
+        scores = predicting.option_log_probabilities(model, tokenizer, texts)
+        for question, values in zip(questions, scores, strict=True):
+            answer = question.options[values.index(max(values))]
+            yield question.prefix + answer, answer
+        return
+    prompts = predicting.encode_prompts(tokenizer, [question.prompt for question in questions])
+    outputs = predicting.generate_batch(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    )
+    for question, output in zip(questions, outputs, strict=True):
+        yield output, task.extract_answer(output, question.example["num_choices"])
+
+
+def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:
+    return {
+        "id": question.example["id"],
+        "prompt": question.prompt,
+        "output": output,
+        "predicted": predicted,
+        "answer": question.example["answer"],
+        "correct": predicted == question.example["answer"],
+    }

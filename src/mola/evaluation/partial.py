@@ -1,0 +1,88 @@
+"""Finished samples of an unfinished run, so that an interrupted evaluation goes on where it stopped.
+
+One JSON object per line: first what identifies the run, then one record per finished sample.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
+
+
+class PartialResults:
+    """Journal `<output>.partial.jsonl` next to a result file.
+
+    Args:
+        output: the result file.
+        identity: settings and fingerprints; records are only reused by a run with the same ones.
+
+    Attributes:
+        path: the journal.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], identity: Mapping[str, Any]):
+        self.path = Path(f"{os.fspath(output)}.partial.jsonl")
+        # Through JSON once, so that tuples and lists compare equal after reading.
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+
+    def read(self, discard_other: bool = False) -> list[dict[str, Any]]:
+        """Records of an earlier run; empty without one.
+
+        Args:
+            discard_other: delete the journal of a run with another identity instead of refusing it.
+
+        Raises:
+            MolaError: the journal is from a run with another identity, or damaged.
+        """
+        if not self.path.exists():
+            return []
+        lines = self._complete_lines()
+        if not lines:
+            return []
+        try:
+            header, *records = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise MolaError(f"`{self.path}` is damaged ({error}). Delete it to start again.") from error
+        differing = [
+            f"{key} {header.get(key)!r} there, {self.identity.get(key)!r} now"
+            for key in sorted({*header, *self.identity})
+            if header.get(key) != self.identity.get(key)
+        ]
+        if differing and discard_other:
+            logger.warning("%s: discarding %d samples made with other settings.", self.path, len(records))
+            self.remove()
+            return []
+        if differing:
+            raise MolaError(
+                f"`{self.path}` holds {len(records)} samples of an unfinished run with other settings: "
+                f"{'; '.join(differing)}. Use the same settings to go on with it, another `output`, or "
+                "`overwrite` to discard it."
+            )
+        return records
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add finished samples; the first call writes what identifies the run."""
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        with open(self.path, "a", encoding="utf-8") as file:
+            for record in [self.identity, *records] if is_new else records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        """Delete the journal if there is one."""
+        self.path.unlink(missing_ok=True)
+
+    def _complete_lines(self) -> list[str]:
+        """Lines of the journal; a last line cut off by the interruption is removed from the file."""
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            logger.warning("%s: dropping a half-written last line.", self.path)
+            os.truncate(self.path, end)
+        # Not `splitlines`: model output may hold other characters that Unicode counts as line ends.
+        return data[:end].decode("utf-8").split("\n")[:-1]

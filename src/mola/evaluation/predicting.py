@@ -1,0 +1,217 @@
+"""Asking a model: batches, greedy decoding, likelihood of the options.
+
+- Batches go from the longest prompt to the shortest: little padding, and memory runs out at once or never.
+- Padding is on the left and done here, so the tokenizer's own state is neither used nor changed.
+- The model's `generation_config` is set aside while decoding: what a checkpoint ships (sampling,
+  repetition penalties, length limits) must not change a result.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mola.errors import MolaError
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt with the tokenizer's begin token, never with its end token.
+
+    Args:
+        tokenizer: any tokenizer.
+        prompts: texts.
+
+    Returns:
+        One list of ids per prompt.
+
+    Raises:
+        MolaError: a prompt has no token at all.
+    """
+    encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        # A tokenizer set to append the end token would make the model start a new text.
+        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+            ids.pop()
+        if not ids:
+            raise MolaError(f"`prompt` must hold at least one token: got {prompt!r}. Pass some text.")
+    return encoded
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence a model of this configuration takes; None when it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(
+    names: Sequence[Any], prompts: Sequence[Sequence[int]], num_new_tokens: int, limit: int | None
+) -> None:
+    """Refuse prompts that leave no room for the answer.
+
+    Args:
+        names: what to call each sample in the message.
+        prompts: token ids of each sample.
+        num_new_tokens: tokens to come after the prompt.
+        limit: `max_positions` of the model.
+
+    Raises:
+        MolaError: prompt and new tokens together are longer than `limit`.
+    """
+    for name, ids in zip(names, prompts, strict=True):
+        if limit is not None and len(ids) + num_new_tokens > limit:
+            raise MolaError(
+                f"`max_new_tokens` and prompt must fit into the model's {limit} positions: sample {name!r} "
+                f"has {len(ids)} prompt tokens and {num_new_tokens} to come. Lower `max_new_tokens`, "
+                "shorten or leave out the sample, or use a model with a longer context."
+            )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches, longest first; equal lengths keep their order.
+
+    Args:
+        lengths: one per sample.
+        batch_size: samples per batch, at least 1.
+
+    Returns:
+        Every index exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def left_pad(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask (1 = real token), both `(len(sequences), longest)`, padded on the left."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence)
+        ids[row, start:] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, start:] = 1
+    return ids.to(device), mask.to(device)
+
+
+@contextmanager
+def inference_state(model: Any) -> Iterator[None]:
+    """Eval mode, no gradients and a neutral `generation_config`; everything is put back afterwards."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    training = [(module, module.training) for module in model.modules()]
+    generation_config = base.generation_config
+    base.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference_mode: tensors a model caches must stay usable in training
+            yield
+    finally:
+        base.generation_config = generation_config
+        for module, was_training in training:
+            module.training = was_training
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    streamer: Any = None,
+    **decoding: Any,
+) -> list[str]:
+    """New text after each prompt, special tokens left out; call it inside `inference_state`.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its pad and end tokens are used.
+        prompts: token ids of each prompt.
+        streamer: passed to `generate`; one prompt only.
+        decoding: fields of `GenerationConfig`, such as `max_new_tokens` and `do_sample`.
+
+    Returns:
+        One text per prompt.
+    """
+    config = GenerationConfig(
+        pad_token_id=_pad_token_id(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+        **decoding,
+    )
+    ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
+    sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def option_log_probabilities(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Log-probability of the end of each text, given what all texts of its sample start with.
+
+    With the token ids `t_1 .. t_n` of one text, the first `c` shared by all texts of the sample:
+        score = sum_{i > c} log p(t_i | t_1 .. t_{i-1})
+    Texts are tokenised whole, so a letter gets the token it has in running text (" A", not "A").
+    Call it inside `inference_state`.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        texts: for each sample one text per option.
+
+    Returns:
+        For each sample one score per option.
+    """
+    encoded = [encode_prompts(tokenizer, options) for options in texts]
+    shared = [_shared_length(options) for options in encoded]
+    # Options usually differ in their last token only: then one row serves all options of a sample.
+    contexts: dict[tuple[int, ...], int] = {}
+    for options in encoded:
+        for ids in options:
+            contexts.setdefault(tuple(ids[:-1]), len(contexts))
+    tail = max(len(ids) - start for options, start in zip(encoded, shared, strict=True) for ids in options)
+    log_probabilities = _last_log_probabilities(model, tokenizer, list(contexts), tail)
+    scores = []
+    for options, start in zip(encoded, shared, strict=True):
+        rows = [log_probabilities[contexts[tuple(ids[:-1])]] for ids in options]
+        # Rows end with the prediction of the last token, so positions count from the right.
+        scores.append(
+            [
+                sum(float(row[i - len(ids), ids[i]]) for i in range(start, len(ids)))
+                for row, ids in zip(rows, options, strict=True)
+            ]
+        )
+    return scores
+
+
+def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens all sequences share, at most one less than the shortest."""
+    limit = min(len(sequence) for sequence in sequences) - 1
+    for index in range(limit):
+        if len({sequence[index] for sequence in sequences}) > 1:
+            return index
+    return limit
+
+
+def _last_log_probabilities(
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
+) -> torch.Tensor:
+    """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocab)`."""
+    ids, mask = left_pad(contexts, _pad_token_id(tokenizer), _device(model))
+    # Learned position embeddings must not count the padding.
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=count).logits
+    return torch.log_softmax(logits[:, -count:].float(), dim=-1).cpu()
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise MolaError(
+        "`tokenizer` has neither a padding, an unknown nor an end token. Set its `pad_token` to some token."
+    )
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,89 @@
+"""Writing results without half-written files: a temporary name in the same folder, then a rename.
+
+- `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
+- `check_writable`: fail before the long work, not after it.
+"""
+
+import json
+import os
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8 to `path` in one step; parent folders are created.
+
+    Args:
+        path: target file; replaced when it exists.
+        text: the whole content; newlines are written as given.
+
+    Returns:
+        The path written.
+
+    Raises:
+        MolaError: the folder or the file cannot be written.
+    """
+    target = check_writable(path)
+    # A plain open, not `tempfile`: the result gets the permissions of any other new file.
+    temporary = target.parent / f".{target.name[:80]}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 2) -> Path:
+    """Write `data` as JSON to `path` in one step, UTF-8, with a final newline.
+
+    Args:
+        path: target file; replaced when it exists.
+        data: anything `json.dumps` takes; NaN and infinities are refused, JSON has none.
+        indent: spaces per level; None writes one line.
+
+    Returns:
+        The path written.
+
+    Raises:
+        MolaError: the folder or the file cannot be written.
+        ValueError: `data` holds NaN or an infinity.
+        TypeError: `data` holds something JSON has no form for.
+    """
+    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    return atomic_write_text(path, text + "\n")
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Make sure the file `path` can be written, creating its parent folders; its content is untouched.
+
+    Args:
+        path: a file to be written later.
+
+    Returns:
+        The path.
+
+    Raises:
+        MolaError: `path` is a folder, or its folder cannot be created or written to.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise MolaError(f"`{target}` must be a file to write: it is a folder. Add a file name to the path.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".write-test-"):
+            pass
+    except OSError as error:
+        raise MolaError(
+            f"`{target}` cannot be written: {error.strerror or error}: {error.filename or target.parent}. "
+            "Choose a path in a folder you can write to."
+        ) from error
+    return target

@@ -1,0 +1,189 @@
+"""`mola train`: fine-tune a mixture of LoRA experts with the trainer of Transformers.
+
+- Options, data and allocation are checked before weights are loaded.
+- The run folder holds the adapter, the loss curve and everything needed to repeat or resume the run.
+- SIGINT and SIGTERM save a checkpoint and stop; `--resume_from_checkpoint last` goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
+
+from mola.environment import machine_description, software_versions
+from mola.files import atomic_write_json
+from mola.training.callbacks import FiniteLoss, Interruption, MetricsFile
+from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.run_folder import (
+    METRICS_FILE,
+    RUN_FILE,
+    check_output_dir,
+    clear_run,
+    find_checkpoint,
+    save_result,
+)
+from mola.training.setup import (
+    TrainingData,
+    build_model,
+    check_model_options,
+    check_steps,
+    effective_batch_size,
+    load_tokenizer_for,
+    prepare_data,
+)
+
+__all__ = ["TrainOptions", "TrainResult", "main", "train"]
+
+logger = logging.getLogger(__name__)
+
+_PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
+
+
+@dataclass
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        output_dir: the run folder; it holds the adapter.
+        status: "finished", or "interrupted" by a signal.
+        steps: optimiser steps done, those before a resume included.
+        metrics: the trainer's final metrics; with evaluation data `eval_loss` of the saved weights.
+        trainable_parameters: number of trained values, routers included.
+        best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
+        seconds: wall time of training, without loading.
+    """
+
+    output_dir: str
+    status: str
+    steps: int
+    metrics: dict[str, Any]
+    trainable_parameters: int
+    best_checkpoint: str | None
+    seconds: float
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Run a fine-tuning.
+
+    Args:
+        options: see `TrainOptions`.
+
+    Returns:
+        The result; the adapter is in `options.output_dir`.
+
+    Raises:
+        MolaError: options or data are wrong (before weights are loaded), or the loss is not finite.
+    """
+    folder = check_output_dir(
+        options.output_dir, overwrite=options.overwrite_output_dir, resume=bool(options.resume_from_checkpoint)
+    )
+    checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    allocation = check_model_options(options)
+    tokenizer = load_tokenizer_for(options)
+    data = prepare_data(options, tokenizer)
+    steps = check_steps(options, len(data.train))
+    logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
+    if data.evaluation is None:
+        options.eval_strategy, options.load_best_model_at_end = "no", False
+    if checkpoint is None and options.overwrite_output_dir and options.process_index == 0:
+        clear_run(folder)
+
+    interruption = Interruption()
+    model = build_model(options)
+    trainer = _make_trainer(options, model, tokenizer, data, folder, interruption)
+    record = _record(options, data, allocation)
+    _write_record(trainer, folder, {**record, "status": "running"})
+    start = time.perf_counter()
+    try:
+        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    finally:
+        interruption.restore()
+    seconds = time.perf_counter() - start
+    if data.evaluation is not None and interruption.signal_number is None:
+        metrics.update(trainer.evaluate())
+    result = TrainResult(
+        output_dir=str(folder),
+        status="finished" if interruption.signal_number is None else "interrupted",
+        steps=trainer.state.global_step,
+        metrics=metrics,
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
+        seconds=seconds,
+    )
+    save_result(trainer.save_model, folder, is_main_process=trainer.is_world_process_zero())
+    _write_record(trainer, folder, {**record, **asdict(result)})
+    return result
+
+
+def main(options: TrainOptions) -> int:
+    """Run the command and print where the result is.
+
+    Returns:
+        The exit code: 0, or 128 + the signal's number after an interruption.
+    """
+    result = train(options)
+    if options.process_index != 0:
+        return 0
+    console = Console(stderr=True)
+    loss = result.metrics.get("eval_loss")
+    console.print(
+        f"{result.status} after {result.steps} steps and {result.seconds:.0f} s, "
+        f"training loss {result.metrics.get('train_loss', float('nan')):.4f}"
+        + (f", evaluation loss {loss:.4f}" if loss is not None else "")
+        + f"; {result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
+        highlight=False,
+        markup=False,
+    )
+    if result.status == "interrupted":
+        console.print("Go on with the same command and --resume_from_checkpoint last", highlight=False, markup=False)
+        return 130
+    return 0
+
+
+def _make_trainer(
+    options: TrainOptions,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    folder: Path,
+    interruption: Interruption,
+) -> Trainer:
+    return Trainer(
+        model=model,
+        args=options,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(folder / METRICS_FILE), FiniteLoss(), interruption],
+    )
+
+
+def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to know, and to repeat, the run."""
+    return {
+        "command": sys.argv,
+        "settings": options.to_dict(),
+        "adapter_settings": None
+        if options.adapter
+        else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
+        "effective_batch_size": effective_batch_size(options),
+        "allocation": allocation,
+        "data": {name: asdict(report) for name, report in data.reports.items()},
+        "data_fingerprints": data.fingerprints,
+        "versions": software_versions(),
+        "machine": machine_description(),
+    }
+
+
+def _write_record(trainer: Trainer, folder: Path, record: dict[str, Any]) -> None:
+    if trainer.is_world_process_zero():
+        atomic_write_json(folder / RUN_FILE, record)

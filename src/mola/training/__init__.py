@@ -1,0 +1,1 @@
+"""What `mola train` is made of: run folder, callbacks, set-up. The command itself is `mola.train`."""

@@ -1,0 +1,134 @@
+"""What happens during a run besides training: the loss curve file, interruption, the finite-loss check."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mola.errors import MolaError
+from mola.files import atomic_write_text
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log entry to a JSON lines file; a resumed run keeps the lines up to its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop lines that the resumed part of the run will write again."""
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= state.global_step] if state.global_step else []
+        atomic_write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line at once, so that an interrupted run has its curve."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line of a killed run
+
+
+class Interruption(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
+
+    Attributes:
+        signal_number: the signal that stopped the run, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals; only the main thread of a program may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back, also after an error in training."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end, if a signal came."""
+        if self.signal_number is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.signal_number is not None:
+            self.restore()
+            os.kill(os.getpid(), number)
+            return
+        self.signal_number = number
+        logger.warning(
+            "%s: saving a checkpoint after this step, then stopping. Once more stops at once, without saving.",
+            signal.Signals(number).name,
+        )
+
+
+class FiniteLoss(TrainerCallback):
+    """Stops a run whose loss is no number any more: every later step would only spread it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the losses of a log entry.
+
+        Raises:
+            MolaError: a loss is NaN or infinite.
+        """
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise MolaError(
+                    f"`{name}` is {value} at step {state.global_step}: training has diverged. The checkpoints in "
+                    f"{args.output_dir} from before are intact; lower `learning_rate` ({args.learning_rate}), raise "
+                    "`warmup_steps`, or train with --dtype float32."
+                )

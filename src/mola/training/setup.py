@@ -1,0 +1,193 @@
+"""From options to a model and encoded data; everything that can be wrong is found before weights load."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from peft import PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
+from mola.data.prepare import load_examples
+from mola.data.read import split_names as data_splits
+from mola.data.tasks import Task, load_task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.evaluation.predicting import max_positions
+from mola.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.plan import PlanOptions, plan
+from mola.training.options import TrainOptions, split_names
+from mola.tuner import MolaConfig
+
+logger = logging.getLogger(__name__)
+
+Examples = list[dict[str, Any]]
+
+
+@dataclass
+class TrainingData:
+    """Encoded data of a run.
+
+    Attributes:
+        train: encoded training samples.
+        evaluation: encoded evaluation samples, or None.
+        reports: what encoding did, by part.
+        fingerprints: sha256 of the examples, by part.
+    """
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    reports: dict[str, EncodeReport]
+    fingerprints: dict[str, str]
+
+
+def check_model_options(options: TrainOptions) -> dict[str, Any]:
+    """Check base model, adapter and allocation against the model's configuration; loads no weights.
+
+    Returns:
+        The allocation's totals, as `mola plan --json` prints them; empty when an adapter is continued.
+
+    Raises:
+        MolaError: anything that does not fit.
+    """
+    if options.base_model is None:
+        raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
+    load_config(options.base_model, options.trust_remote_code)
+    if options.adapter is not None:
+        check_adapter(options.adapter)
+        return {}
+    adapter_config(options)
+    allocation = plan(
+        PlanOptions(
+            base_model=options.base_model,
+            num_experts=options.adapter_setting("num_experts"),
+            r=options.adapter_setting("r"),
+            top_k=options.adapter_setting("top_k"),
+            target_modules=options.target_modules,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+    return allocation.to_dict()["totals"]
+
+
+def adapter_config(options: TrainOptions) -> MolaConfig:
+    """The adapter's configuration.
+
+    Raises:
+        MolaError: a setting is out of range.
+    """
+    setting = options.adapter_setting
+    plain = ("num_experts", "r", "top_k", "lora_alpha", "lora_dropout")
+    router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
+    return MolaConfig(
+        **{name: setting(name) for name in (*plain, *router)},
+        target_modules=split_names(setting("target_modules")),
+        modules_to_save=split_names(setting("modules_to_save")),  # type: ignore[arg-type]
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Read, split and encode.
+
+    Raises:
+        MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
+    """
+    if options.data is None:
+        raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
+    task = load_task(options.task) if options.task is not None else None
+    template = get_template(options.template or (task.template if task is not None else "alpaca"))
+    train = load_examples(options.data, task, options.train_split, limit=options.limit)
+    train, evaluation = _evaluation_examples(options, task, train)
+    limit = max_positions(load_config(options.base_model or "", options.trust_remote_code))
+    if limit is not None and options.cutoff_len > limit:
+        raise MolaError(
+            f"`cutoff_len` must not be above what the model can read: got {options.cutoff_len}, "
+            f"{options.base_model} has {limit} positions. Lower `cutoff_len`."
+        )
+    encoded, reports, fingerprints = {}, {}, {}
+    for name, examples in (("train", train), ("evaluation", evaluation)):
+        if examples:
+            encoded[name], reports[name] = encode_examples(
+                examples,
+                tokenizer,
+                template,
+                cutoff_len=options.cutoff_len,
+                train_on_inputs=options.train_on_inputs,
+                add_eos_token=options.add_eos_token,
+                truncation=options.truncation,
+            )
+            fingerprints[name] = data_fingerprint(examples)
+            logger.info("%s data: %s", name, reports[name].summary())
+    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints)
+
+
+def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
+    """Training and evaluation examples: from another source, another split, or taken from the training part."""
+    if str(options.eval_strategy).endswith("no"):
+        return train, []
+    if options.eval_data is not None:
+        return train, load_examples(options.eval_data, task, options.eval_split, limit=options.eval_limit)
+    if options.eval_split in data_splits(options.data or ""):
+        return train, load_examples(options.data or "", task, options.eval_split, limit=options.eval_limit)
+    if options.validation_size == 0:
+        logger.warning("There is no evaluation data: the run ends with its last weights, not its best ones.")
+        return train, []
+    size = options.validation_size
+    count = math.ceil(len(train) * size) if size < 1 else int(size)
+    if not 0 < count < len(train):
+        raise MolaError(
+            f"`validation_size` must leave samples to train on: {size} of {len(train)} samples are {count}."
+        )
+    order = list(range(len(train)))
+    random.Random(options.seed).shuffle(order)
+    taken = set(order[:count])
+    return _pick(train, taken, False), _pick(train, taken, True)
+
+
+def _pick(examples: Sequence[dict[str, Any]], taken: set[int], inside: bool) -> Examples:
+    return [example for index, example in enumerate(examples) if (index in taken) is inside]
+
+
+def check_steps(options: TrainOptions, num_samples: int) -> int:
+    """Number of optimiser steps of the run.
+
+    Raises:
+        MolaError: the learning rate would still be warming up when the run ends.
+    """
+    batches = math.ceil(num_samples / (options.train_batch_size * options.world_size))
+    per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
+    warmup = options.get_warmup_steps(steps)
+    if warmup >= steps:
+        raise MolaError(
+            f"`warmup_steps` must end before the run does: {warmup} steps of warm-up in a run of {steps} "
+            f"({num_samples} samples, effective batch {effective_batch_size(options)}). Lower `warmup_steps` (below 1 "
+            "it is a share of the run), train longer, or use smaller batches."
+        )
+    return steps
+
+
+def effective_batch_size(options: TrainOptions) -> int:
+    """Samples per optimiser step over all processes."""
+    return options.train_batch_size * options.gradient_accumulation_steps * options.world_size
+
+
+def load_tokenizer_for(options: TrainOptions) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, padding on the right: no padded position predicts a real token then."""
+    return load_tokenizer(options.base_model or "", "right", options.trust_remote_code)
+
+
+def build_model(options: TrainOptions) -> PeftModel:
+    """Base model with new experts, or with those of `adapter`, ready to train."""
+    base = load_model(options.base_model or "", None, options.base_dtype, options.device, options.trust_remote_code)
+    set_seed(options.seed)
+    if options.adapter is None:
+        return get_peft_model(base, adapter_config(options))
+    return PeftModel.from_pretrained(base, options.adapter, is_trainable=True)

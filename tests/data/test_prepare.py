@@ -1,0 +1,273 @@
+import json
+import logging
+
+import datasets
+import pytest
+import yaml
+from transformers import HfArgumentParser
+
+from mola.data.prepare import PrepareOptions, load_examples, prepare
+from mola.data.read import read_rows
+from mola.data.tasks import load_task
+from mola.errors import MolaError
+
+TASK = load_task("scienceqa")
+
+
+def question(number, **changes):
+    return {
+        "question": f"Which is {number}?",
+        "choices": ["yes", "no", "é"],
+        "answer": number % 3,
+        "hint": "",
+        "image": None,
+        **changes,
+    }
+
+
+def write(folder, rows, name="a.jsonl"):
+    path = folder / name
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def run(folder, **options):
+    return prepare(PrepareOptions(**{"task": "scienceqa", "output_dir": str(folder / "out"), **options}))
+
+
+def test_raw_rows_go_through_the_task(tmp_path):
+    path = write(tmp_path, [question(4), question(5, id=7, topic="biology")])
+    assert load_examples(path, TASK, "train") == [
+        {
+            "id": "train-0",
+            "instruction": "Context: N/A\nQuestion: Which is 4?\nOptions: (A) yes (B) no (C) é\n",
+            "input": "",
+            "output": "Answer: The answer is B.",
+            "answer": "B",
+            "num_choices": 3,
+        },
+        {
+            "id": "7",
+            "instruction": "Context: N/A\nQuestion: Which is 5?\nOptions: (A) yes (B) no (C) é\n",
+            "input": "",
+            "output": "Answer: The answer is C.",
+            "answer": "C",
+            "num_choices": 3,
+            "topic": "biology",
+        },
+    ]
+
+
+def test_prepared_rows_are_taken_as_they_are(tmp_path):
+    row = {"instruction": "Do {it}\n", "input": None, "output": "Done"}
+    path = write(tmp_path, [row, {**row, "id": "x", "answer": "B", "choices": ["1", "2"], "topic": "t"}])
+    plain = {"instruction": "Do {it}\n", "input": "", "output": "Done", "num_choices": None}
+    first, second = load_examples(path, None, None)
+    assert first == {"id": "row-0", **plain, "answer": None}
+    assert second == {"id": "x", **plain, "answer": "B"}
+    assert load_examples(path, TASK, None)[1] == {**second, "num_choices": 2, "topic": "t"}
+    assert load_examples(path, None, None, limit=1) == [first]
+
+
+def test_prepared_row_without_prompt_is_possible(tmp_path):
+    path = write(tmp_path, [{"instruction": None, "input": None, "output": "text"}])
+    assert load_examples(path, None, None)[0]["instruction"] is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"output": None}, {"output": 4}, {"instruction": ["a"]}, {"input": 1}, {"answer": 0}]
+)
+def test_prepared_row_with_a_wrong_value_is_named(tmp_path, changes):
+    row = {"id": "r1", "instruction": "a", "input": "", "output": "b"}
+    name, value = next(iter(changes.items()))
+    with pytest.raises(MolaError) as caught:
+        load_examples(write(tmp_path, [{**row, **changes}]), TASK, None)
+    assert f"row `r1`: `{name}` must be text: got {value!r}" in str(caught.value)
+
+
+def test_limit_counts_rows_after_the_filters(tmp_path, caplog):
+    rows = [question(0, image={"bytes": "x"}), question(1), question(2), question(3)]
+    path = write(tmp_path, rows)
+    with caplog.at_level(logging.INFO, logger="mola"):
+        examples = load_examples(path, TASK, "test", limit=2)
+    # Ids tell the position in the source, whatever was filtered.
+    assert [example["id"] for example in examples] == ["test-1", "test-2"]
+    assert "left out 1 of 4 rows" in caplog.text
+    assert len(load_examples(path, TASK, "test", limit=99)) == 3
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+def test_limit_must_be_positive(tmp_path, limit):
+    with pytest.raises(MolaError, match=f"`limit` must be a positive integer: got {limit}"):
+        load_examples(write(tmp_path, [question(1)]), TASK, None, limit=limit)
+
+
+def test_missing_column_names_column_file_and_columns(tmp_path):
+    row = question(1)
+    del row["hint"]
+    path = write(tmp_path, [question(0), row])
+    with pytest.raises(MolaError, match=r"row 1 of .*a.jsonl` has no `hint`, its columns are question, choices"):
+        load_examples(path, TASK, None)
+
+
+def test_raw_rows_need_a_task(tmp_path):
+    with pytest.raises(MolaError, match=r"`task` is needed.* no `instruction` .* question, choices, answer"):
+        load_examples(write(tmp_path, [question(1)]), None, None)
+
+
+def test_duplicate_ids_are_an_error(tmp_path):
+    path = write(tmp_path, [question(0, id=1), question(1, id="1")])
+    with pytest.raises(MolaError, match="`1` occurs twice"):
+        load_examples(path, TASK, None)
+    with pytest.raises(MolaError, match="`1` occurs twice"):
+        run(tmp_path, data=str(path))
+
+
+def test_nothing_left_after_the_filters_is_an_error(tmp_path):
+    path = write(tmp_path, [question(0, image="x")])
+    with pytest.raises(MolaError, match="left out all 1 rows"):
+        load_examples(path, TASK, None)
+    with pytest.raises(MolaError, match="left out every row"):
+        run(tmp_path, data=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_writes_json_and_dataset(tmp_path, capsys):
+    rows = [question(0, id="q0"), question(1, id="q1", image={"bytes": "x"}), question(2, id="q2", grade="2")]
+    train, test = write(tmp_path, rows), write(tmp_path, [question(7, id="q7")], "b.jsonl")
+    result = run(tmp_path, data=f"train={train}, test={test}")
+    out = tmp_path / "out"
+    assert result["splits"] == {"train": {"rows": 2, "filtered": 1}, "test": {"rows": 1, "filtered": 0}}
+    assert result["output_dir"] == str(out)
+    assert "train: 2 rows, 1 left out" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["dataset.hf", "test.json", "train.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out"]
+
+    text = (out / "train.json").read_text(encoding="utf-8")
+    assert text.isascii()
+    assert "\n" not in text
+    written = json.loads(text)
+    assert list(written[0]) == [
+        *("question", "choices", "answer", "hint", "image", "id", "grade", "input", "instruction", "output")
+    ]
+    assert [row["answer"] for row in written] == ["A", "C"]
+    assert written[0]["grade"] is None
+    assert read_rows(out / "dataset.hf", "train") == written
+    saved = datasets.load_from_disk(str(out / "dataset.hf"))
+    assert saved["train"].features == saved["test"].features
+
+    expected = load_examples(train, TASK, "train")
+    assert load_examples(out / "dataset.hf", TASK, "train") == expected
+    assert load_examples(out / "train.json", TASK, None) == expected
+
+
+def test_prepare_twice_gives_the_same(tmp_path):
+    data = str(write(tmp_path, [question(0), question(1)]))
+    run(tmp_path, data=data)
+    first = (tmp_path / "out" / "train.json").read_bytes()
+    run(tmp_path, data=str(tmp_path / "out" / "dataset.hf"), output_dir=str(tmp_path / "again"))
+    assert (tmp_path / "again" / "train.json").read_bytes() == first
+
+
+def test_prepare_counts_instructions_in_two_splits(tmp_path, capsys):
+    train = write(tmp_path, [question(0), question(1)])
+    result = run(tmp_path, data=f"train={train},test={write(tmp_path, [question(1)], 'b.jsonl')}")
+    assert result["shared_instructions"] == 1
+    assert "1 instructions occur in more than one split" in capsys.readouterr().out
+
+
+def test_output_dir_is_replaced_only_on_request(tmp_path):
+    data = str(write(tmp_path, [question(0)]))
+    run(tmp_path, data=f"train={data},test={data}")
+    with pytest.raises(MolaError, match=r"`output_dir` must be empty.*`overwrite_output_dir`"):
+        run(tmp_path, data=data)
+    run(tmp_path, data=data, overwrite_output_dir=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset.hf", "train.json"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_folder_of_someone_else_is_never_replaced(tmp_path):
+    data = str(write(tmp_path, [question(0)]))
+    with pytest.raises(MolaError, match=r"only if `mola prepare` wrote it.* holds a.jsonl"):
+        run(tmp_path, data=data, output_dir=str(tmp_path), overwrite_output_dir=True)
+    with pytest.raises(MolaError, match="`output_dir` must be a folder"):
+        run(tmp_path, data=data, output_dir=data)
+    (tmp_path / "empty").mkdir()
+    run(tmp_path, data=data, output_dir=str(tmp_path / "empty"))
+    assert (tmp_path / "empty" / "train.json").exists()
+
+
+def test_failed_prepare_leaves_the_old_folder(tmp_path):
+    data = str(write(tmp_path, [question(0)]))
+    run(tmp_path, data=data)
+    before = (tmp_path / "out" / "train.json").read_bytes()
+    mixed = write(tmp_path, [question(0, extra="text"), question(1, extra=[1])], "b.jsonl")
+    with pytest.raises(MolaError, match="one kind in every column"):
+        run(tmp_path, data=str(mixed), overwrite_output_dir=True)
+    assert (tmp_path / "out" / "train.json").read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_sample_is_deterministic_and_splits_are_disjoint(tmp_path):
+    sizes = {"train_size": 40, "validation_size": 10, "test_size": 20}
+    result = run(tmp_path, task="sample", **sizes)
+    assert {name: count["rows"] for name, count in result["splits"].items()} == {
+        **{"train": 40, "validation": 10, "test": 20}
+    }
+    assert result["shared_instructions"] == 0
+    run(tmp_path, task="sample", output_dir=str(tmp_path / "same"), **sizes)
+    run(tmp_path, task="sample", output_dir=str(tmp_path / "other"), seed=1, **sizes)
+    texts = [(tmp_path / name / "train.json").read_text() for name in ("out", "same", "other")]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(load_examples(tmp_path / "out" / "dataset.hf", TASK, "test")) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "sample", "data": "x.json"}, "`data` has no use with the task `sample`"),
+        ({"data": "x.json", "train_size": 5}, "`train_size` is for the task `sample` only: got 5"),
+        ({"task": "unknown"}, "`task` must be one of"),
+        ({"data": "train=,test=b"}, "`data` must be train=A"),
+        ({"data": "train=a,train=b"}, "different names"),
+        ({"data": "train=missing.json"}, "`missing.json` does not exist"),
+    ],
+)
+def test_wrong_option_is_explained(tmp_path, options, message):
+    with pytest.raises(MolaError, match=message):
+        run(tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_task_of_the_user_without_data_needs_some(tmp_path):
+    task = {
+        "name": "t",
+        "version": 1,
+        "template": "alpaca",
+        "columns": ["a"],
+        "instruction": "{a}",
+        "output": "x",
+    }
+    path = tmp_path / "t.yaml"
+    path.write_text(yaml.safe_dump(task))
+    with pytest.raises(MolaError, match="`data` is needed for the task `t`"):
+        run(tmp_path, task=str(path))
+    data = write(tmp_path, [{"a": "one"}])
+    assert run(tmp_path, task=str(path), data=str(data))["splits"]["train"]["rows"] == 1
+
+
+def test_options_parse_from_flags():
+    parser = HfArgumentParser(PrepareOptions)
+    flags = [
+        "--task",
+        "sample",
+        "--output_dir",
+        "o",
+        "--seed",
+        "3",
+        "--test_size",
+        "9",
+        "--overwrite_output_dir",
+    ]
+    (options,) = parser.parse_args_into_dataclasses(flags)
+    assert options == PrepareOptions("sample", "o", seed=3, test_size=9, overwrite_output_dir=True)

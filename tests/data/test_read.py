@@ -1,0 +1,179 @@
+import csv
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mola.data.read import read_rows, split_names
+from mola.errors import MolaError
+
+ROWS = [
+    {"id": "1", "question": "Größe?\u2028x", "choices": ["a", "b"], "answer": 1, "hint": None},
+    {"id": "2", "question": "", "choices": ["c", "d", "e"], "answer": 0, "hint": "h"},
+]
+
+
+def write(path, data: bytes):
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def json_lines(rows=ROWS):
+    return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-8")
+
+
+def saved(folder, **splits):
+    dataset = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+    dataset.save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order-mark"])
+def test_json_files_keep_values_as_they_are(tmp_path, name, mark):
+    data = json_lines() if "jsonl" in name else json.dumps(ROWS, indent=1).encode()
+    path = write(tmp_path / name, mark + data)
+    assert read_rows(path) == read_rows(str(path), "ignored") == ROWS
+    assert split_names(path) == []
+
+
+@given(rows=st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.lists(st.text())), min_size=1))
+def test_json_lines_round_trip(tmp_path_factory, rows):
+    path = write(tmp_path_factory.mktemp("rows") / "a.jsonl", json_lines(rows))
+    assert read_rows(path) == rows
+
+
+def test_parquet_keeps_lists_and_none_and_ignores_folder_names(tmp_path):
+    folder = tmp_path / "split=train"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "a.parquet")
+    assert read_rows(folder / "a.parquet") == ROWS
+
+
+def test_csv_values_are_text(tmp_path):
+    rows = [{"sentence": 'a, "b"\nc', "label": "1"}, {"sentence": "NA", "label": ""}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["sentence", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_rows(tmp_path / "a.csv") == rows
+
+
+def test_saved_datasets_are_read_and_left_alone(tmp_path):
+    folder = saved(tmp_path / "d.hf", train=ROWS, test=ROWS[:1])
+    before = sorted(folder.rglob("*"))
+    assert split_names(folder) == ["train", "test"]
+    assert read_rows(folder, "train") == ROWS
+    assert read_rows(folder, "test") == ROWS[:1]
+    assert sorted(folder.rglob("*")) == before
+    assert read_rows(folder / "train") == ROWS
+    assert split_names(folder / "train") == []
+
+
+def test_images_are_not_decoded(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
+    rows = {"image": [{"bytes": b"no image", "path": None}, None], "id": ["1", "2"]}
+    table = pyarrow.table(rows, schema=features.arrow_schema)
+    datasets.Dataset(table, datasets.DatasetInfo(features=features)).save_to_disk(str(tmp_path / "d"))
+    assert [row["image"] for row in read_rows(tmp_path / "d")] == rows["image"]
+
+
+def test_split_must_be_chosen_from_those_there_are(tmp_path):
+    folder = saved(tmp_path / "d.hf", train=ROWS, test=ROWS)
+    for split in ("validation", None):
+        with pytest.raises(MolaError, match=f"`split` must be one of train, test .* got {split!r}"):
+            read_rows(folder, split)
+    assert read_rows(saved(tmp_path / "one.hf", train=ROWS)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b"", "at least one row"),
+        ("a.json", b"[]", "at least one row"),
+        ("a.jsonl", b"\n \n", "at least one row"),
+        ("a.jsonl.gz", b"", "at least one row"),
+        ("a.csv", b"", "at least one row"),
+        ("a.csv", b"x,y\n", "at least one row"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', "line 2: Expecting value"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "must be called .jsonl"),
+        ("a.json", b'{"a": 1}', "must hold a JSON array of rows: got a dict"),
+        ("a.json", b"[1]", "row 0 of .* is a int"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 2', "line 3: "),
+        ("a.jsonl", b'{"a": 1}\n["a"]', "row 1 of .* is a list"),
+        ("a.jsonl", b'{"a": "\xff"}', "cannot be read"),
+        ("a.csv", b"x,y\n1,2\n1\n", "2 values in every line.* line 3"),
+        ("a.csv", b"x,y\n1,2,3\n", "2 values in every line.* line 2"),
+        ("a.csv", b"x,x\n1,2\n", "different column names: got x, x"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.parquet.gz", b"", "must end in one of"),
+        ("a.txt", b"text", "must end in one of .json, .jsonl, .csv, .parquet"),
+    ],
+)
+def test_damaged_file_is_explained(tmp_path, name, data, message):
+    path = write(tmp_path / name, data)
+    with pytest.raises(MolaError, match=message) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)
+
+
+def test_cut_gzip_file_is_explained(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json_lines(ROWS * 100))[:-20])
+    with pytest.raises(MolaError, match="cannot be read"):
+        read_rows(path)
+
+
+def test_damaged_saved_dataset_is_explained(tmp_path):
+    folder = saved(tmp_path / "d.hf", train=ROWS)
+    next((folder / "train").glob("*.arrow")).write_bytes(b"broken")
+    with pytest.raises(MolaError, match="cannot be read"):
+        read_rows(folder, "train")
+
+
+def test_other_folder_says_what_it_holds(tmp_path):
+    write(tmp_path / "train.json", b"[]")
+    for call in (read_rows, split_names):
+        with pytest.raises(MolaError, match="holds train.json. Pass one"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["missing", "data/missing.jsonl", "a/b/c", "data/x.json.gz", "../up", "d/e.hf"])
+def test_missing_path_is_not_looked_up_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    for call in (read_rows, split_names):
+        with pytest.raises(MolaError, match=f"`{path}` does not exist"):
+            call(path)
+
+
+def test_hub_name_is_passed_to_datasets(monkeypatch):
+    asked = []
+
+    def load(name, split=None):
+        asked.append((name, split))
+        dataset = datasets.Dataset.from_list(ROWS)
+        return dataset if split else datasets.DatasetDict(train=dataset, test=dataset)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: [name, "train"])
+    assert read_rows("owner/name-1.0", "train") == ROWS
+    assert asked == [("owner/name-1.0", "train")]
+    assert split_names("owner/name-1.0") == ["owner/name-1.0", "train"]
+    with pytest.raises(MolaError, match="must be one of train, test"):
+        read_rows("owner/name-1.0")
+
+
+def test_hub_failure_names_both_readings(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    for call in (read_rows, split_names):
+        with pytest.raises(MolaError, match=r"no file or folder `owner/name` exists.*ConnectionError: offline"):
+            call("owner/name")

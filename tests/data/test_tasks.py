@@ -1,0 +1,282 @@
+import string
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mola.data.tasks import load_task, task_names
+from mola.errors import MolaError
+
+ROW = {
+    "id": 17,
+    "image": None,
+    "hint": "  Plants need light. ",
+    "question": "Which plant grows?",
+    "choices": ["the fern", "the  rock", "a pen"],
+    "answer": 0,
+    "subject": "natural science",
+    "topic": None,
+    "lecture": "not used",
+}
+INSTRUCTION = (
+    "Context: Plants need light.\nQuestion: Which plant grows?\nOptions: (A) the fern (B) the  rock (C) a pen\n"
+)
+PAIR = {
+    "name": "pair",
+    "version": 1,
+    "template": "alpaca",
+    "columns": ["sentence1", "sentence2", "label"],
+    "answer": {"column": "label", "words": {0: "No", 1: "Yes"}},
+    "instruction": "Same meaning?\n1: {sentence1}\n2: {sentence2}\n",
+    "output": "The answer is {answer}.",
+    "answer_pattern": r"The answer is (Yes|No)\b",
+    "metric": "accuracy",
+}
+
+
+@pytest.fixture(scope="module")
+def scienceqa():
+    return load_task("scienceqa")
+
+
+def write_task(folder: Path, changes=None, drop=()) -> Path:
+    data = {key: value for key, value in {**PAIR, **(changes or {})}.items() if key not in drop}
+    path = folder / "task.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
+
+
+def test_example_of_a_science_question_is_byte_exact(scienceqa):
+    assert scienceqa.example(ROW, 0) == {
+        "id": "17",
+        "instruction": INSTRUCTION,
+        "input": "",
+        "output": "Answer: The answer is A.",
+        "answer": "A",
+        "num_choices": 3,
+        "subject": "natural science",
+    }
+
+
+@pytest.mark.parametrize("hint", ["", "   \n", None])
+def test_empty_hint_becomes_not_available(scienceqa, hint):
+    instruction = scienceqa.example({**ROW, "hint": hint}, 0)["instruction"]
+    assert instruction.startswith("Context: N/A\nQuestion: Which plant grows?\n")
+
+
+def test_line_breaks_and_braces_stay(scienceqa):
+    row = {**ROW, "hint": "a\nb {question}", "question": "{x}\n {0}?", "choices": ["{", "}"]}
+    assert scienceqa.example(row, 0)["instruction"] == (
+        "Context: a\nb {question}\nQuestion: {x}\n {0}?\nOptions: (A) { (B) }\n"
+    )
+
+
+def test_answer_may_be_a_letter_already(scienceqa):
+    assert scienceqa.example({**ROW, "answer": "C"}, 0)["answer"] == "C"
+
+
+def test_letters_go_up_to_z(scienceqa):
+    row = {**ROW, "choices": [f"choice {i}" for i in range(26)], "answer": 25}
+    example = scienceqa.example(row, 0)
+    assert example["answer"] == "Z"
+    assert "(Y) choice 24 (Z) choice 25\n" in example["instruction"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": 3}, r"row `17`: `answer` must be an index from 0 to 2 .* got 3\."),
+        ({"answer": -1}, r"row `17`: `answer`.* got -1\."),
+        ({"answer": True}, r"row `17`: `answer`.* got True\."),
+        ({"answer": None}, r"row `17`: `answer`.* got None\."),
+        ({"answer": "D"}, r"row `17`: `answer`.* got 'D'\."),
+        ({"answer": "a"}, r"row `17`: `answer`.* got 'a'\."),
+        ({"answer": ""}, r"row `17`: `answer`.* got ''\."),
+        ({"choices": ["one"]}, r"row `17`: `choices` must be a list of 2 to 26 texts"),
+        ({"choices": ["x"] * 27}, r"row `17`: `choices`"),
+        ({"choices": "ab"}, r"row `17`: `choices`"),
+        ({"choices": ["a", 2]}, r"row `17`: `choices`"),
+        ({"choices": None}, r"row `17`: `choices`"),
+        ({"question": None}, r"row `17`: `question` must be text: got None"),
+        ({"hint": 4}, r"row `17`: `hint` must be text: got 4"),
+        ({"id": ""}, r"row 0: `id` must be text or an integer: got ''"),
+        ({"id": 1.5}, r"row 0: `id`"),
+    ],
+)
+def test_bad_value_names_the_row(scienceqa, changes, message):
+    with pytest.raises(MolaError, match=message):
+        scienceqa.example({**ROW, **changes}, 0)
+
+
+def test_missing_column_is_named_with_the_columns_there_are(scienceqa):
+    row = {name: value for name, value in ROW.items() if name != "hint"}
+    with pytest.raises(MolaError, match=r"no column `hint`, .* its columns are id, image, question"):
+        scienceqa.example(row, 0)
+
+
+def test_id_is_made_from_split_and_position(scienceqa):
+    row = {**ROW, "id": None}
+    assert scienceqa.example(row, 4, "train")["id"] == "train-4"
+    assert scienceqa.example(row, 4)["id"] == "row-4"
+
+
+def test_rows_with_an_image_are_filtered(scienceqa):
+    assert scienceqa.keeps(ROW)
+    assert scienceqa.keeps({"question": "no such column"})
+    assert not scienceqa.keeps({**ROW, "image": {"bytes": b"x"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Answer: The answer is A.", "A"),
+        ("The answer is A", "A"),
+        ("The answer is B</s>", "B"),
+        ("The answer is A. The answer is B.", "A"),
+        ("The answer is Apple", None),
+        ("The answer is Apple. The answer is B.", "B"),
+        ("The answer is A1", None),
+        ("the answer is A.", "A"),
+        ("The correct answer is (B) because it is.", "B"),
+        ("The answer is: C", "C"),
+        ("Answer: (B) the rock", "B"),
+        ("Answer (A) or (B)?", "A"),
+        ("The answer is a.", None),
+        ("The answer is D.", None),
+        ("The answer is Z. The answer is A.", None),
+        ("A", None),
+        ("", None),
+    ],
+)
+def test_extract_answer_with_three_choices(scienceqa, text, expected):
+    assert scienceqa.extract_answer(text, 3) == expected
+
+
+def test_extract_answer_without_number_of_choices_knows_all_letters(scienceqa):
+    assert scienceqa.extract_answer("The answer is Z.") == "Z"
+
+
+@given(
+    question=st.text(),
+    hint=st.none() | st.text(),
+    choices=st.lists(st.text(), min_size=2, max_size=26),
+    data=st.data(),
+)
+def test_output_gives_back_the_answer(question, hint, choices, data):
+    task = load_task("scienceqa")
+    answer = data.draw(st.integers(0, len(choices) - 1))
+    example = task.example({"question": question, "hint": hint, "choices": choices, "answer": answer}, 0)
+    letter = string.ascii_uppercase[answer]
+    assert example["answer"] == letter == task.extract_answer(example["output"], len(choices))
+    assert f"({letter}) {choices[answer]}" in example["instruction"]
+    assert f"\nQuestion: {question}\n" in example["instruction"]
+
+
+def test_task_of_the_user_with_words(tmp_path):
+    task = load_task(write_task(tmp_path))
+    example = task.example({"sentence1": "a", "sentence2": "b", "label": 1, "idx": 3}, 3, "dev")
+    assert example == {
+        "id": "dev-3",
+        "instruction": "Same meaning?\n1: a\n2: b\n",
+        "input": "",
+        "output": "The answer is Yes.",
+        "answer": "Yes",
+        "num_choices": 2,
+    }
+    assert task.example({"sentence1": "a", "sentence2": "b", "label": "0"}, 0)["answer"] == "No"
+    assert task.extract_answer("So The answer is No", example["num_choices"]) == "No"
+    assert task.extract_answer("The answer is Nothing.") is None
+    with pytest.raises(MolaError, match=r"row `row-0`: `label` must be one of 0, 1: got -1"):
+        task.example({"sentence1": "a", "sentence2": "b", "label": -1}, 0)
+
+
+def test_word_outside_the_task_is_unanswered(tmp_path):
+    task = load_task(write_task(tmp_path, {"answer_pattern": r"The answer is (\w+)"}))
+    assert task.extract_answer("The answer is Maybe.") is None
+
+
+def test_task_of_free_text(tmp_path):
+    changes = {
+        "columns": ["text"],
+        "instruction": None,
+        "output": "{text}",
+        "fields": {"text": {"column": "text"}},
+    }
+    task = load_task(write_task(tmp_path, changes, drop=("answer", "answer_pattern", "metric")))
+    example = task.example({"text": " a story "}, 0)
+    assert (example["instruction"], example["output"], example["answer"]) == (None, "a story", None)
+    with pytest.raises(MolaError, match="`text` must not be empty"):
+        task.example({"text": " "}, 0)
+    with pytest.raises(MolaError, match="`pair` is free text"):
+        task.extract_answer("The answer is A.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colums": []}, "unknown key `colums`"),
+        ({"version": "1"}, "`version` must be an integer: got '1'"),
+        ({"version": True}, "`version` must be an integer"),
+        ({"name": 5}, "`name` must be text"),
+        ({"input": None}, "`input` must be text"),
+        ({"template": "alpacca"}, "`template` must be one of alpaca"),
+        ({"columns": "label"}, "`columns` must be a list"),
+        ({"columns": ["sentence1", "sentence2"]}, "`columns` must list every column in use: `label`"),
+        ({"groups": [1]}, "`groups` must be a list"),
+        ({"groups": ["answer"]}, "`groups` must not hold .* got `answer`"),
+        ({"filters": ["image"]}, "`filters` must be a mapping"),
+        ({"fields": {"context": "hint"}}, "`fields.context` must be"),
+        ({"fields": {"context": {"column": "label", "defualt": "x"}}}, "`fields.context` must be"),
+        ({"fields": {"context": {"column": "hint"}}}, "`columns` must list every column in use: `hint`"),
+        ({"answer": "label"}, "`answer` must be a mapping"),
+        ({"answer": {"column": "label"}}, "`answer` must be {column"),
+        ({"answer": {"column": "label", "words": {0: False, 1: True}}}, "quoted text"),
+        ({"answer": {"column": "label", "words": {0: "No"}}}, "at least two words"),
+        ({"answer": {"column": "label", "words": {0: "a", 1: "b"}, "choices": "c"}}, "`answer` must be"),
+        ({"answer_pattern": "("}, "`answer_pattern` is not a regular expression"),
+        ({"answer_pattern": "The answer is [A-Z]"}, "exactly one group: got 0"),
+        ({"answer_pattern": "(A)(B)"}, "exactly one group: got 2"),
+        ({"answer_pattern": None}, "go together"),
+        ({"answer": None}, "go together"),
+        ({"metric": "bleu"}, "`metric` must be 'accuracy'"),
+        ({"instruction": "{sentence3}"}, "`instruction` uses {sentence3}"),
+        ({"instruction": "{options}"}, "`instruction` uses {options}"),
+        ({"output": "{answer.__class__}"}, "plain fields"),
+        ({"output": "{answer!r}"}, "plain fields"),
+        ({"output": "{}"}, "plain fields"),
+        ({"output": "{answer"}, "not a format string"),
+    ],
+)
+def test_malformed_key_is_named(tmp_path, changes, message):
+    with pytest.raises(MolaError, match=message):
+        load_task(write_task(tmp_path, changes))
+
+
+@pytest.mark.parametrize("key", ["name", "version", "template", "columns", "instruction", "output"])
+def test_missing_key_is_named(tmp_path, key):
+    with pytest.raises(MolaError, match=f"the key `{key}` is missing"):
+        load_task(write_task(tmp_path, drop=(key,)))
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- a\n", "mapping"), ("", "mapping")])
+def test_file_that_is_no_mapping(tmp_path, text, message):
+    path = tmp_path / "task.yml"
+    path.write_text(text)
+    with pytest.raises(MolaError, match=message) as caught:
+        load_task(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sciencqa", "", "missing.yaml", "scienceqa.yaml"])
+def test_unknown_task_lists_the_names(name):
+    with pytest.raises(MolaError, match=f"scienceqa.*got {name!r}"):
+        load_task(name)
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_packaged_task_loads_under_its_name(name):
+    task = load_task(name)
+    assert task.name == name
+    assert task.description
