@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import mola  # noqa: F401  (registers the method with PEFT)
+import mola.tuner  # noqa: F401  (registers the method with PEFT)
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
 

@@ -9,6 +9,7 @@ The model is built on the meta device: no weights are read, so 70B fits on a lap
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -187,7 +188,8 @@ def _targets(value: str | None) -> list[str] | str | None:
     names = [name.strip() for name in value.split(",")]
     if not all(names):
         raise MolaError(f"`target_modules` must be names between commas, got {value!r}. Example: 'q_proj,v_proj'.")
-    return names
+    # As in `mola train`: what is no list of names is a regular expression.
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else value
 
 
 def _runs(plan: AllocationPlan) -> Iterator[tuple[int, int, LayerPlan]]:

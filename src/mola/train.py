@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import time
@@ -26,6 +27,8 @@ from mola.training.run_folder import (
     METRICS_FILE,
     RUN_FILE,
     check_output_dir,
+    check_same_run,
+    checkpoint_step,
     clear_run,
     find_checkpoint,
     save_result,
@@ -82,6 +85,7 @@ def train(options: TrainOptions) -> TrainResult:
     Raises:
         MolaError: options or data are wrong (before weights are loaded), or the loss is not finite.
     """
+    options = copy.copy(options)  # what is settled below must not change the caller's object
     folder = check_output_dir(
         options.output_dir, overwrite=options.overwrite_output_dir, resume=bool(options.resume_from_checkpoint)
     )
@@ -93,22 +97,33 @@ def train(options: TrainOptions) -> TrainResult:
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False
+    record = _record(options, data, allocation)
+    if checkpoint is not None:
+        check_same_run(checkpoint, record)
+    model = build_model(options)
+    # Not before: as long as anything can be wrong the earlier run stays.
     if checkpoint is None and options.overwrite_output_dir and options.process_index == 0:
         clear_run(folder)
-
     interruption = Interruption()
-    model = build_model(options)
     trainer = _make_trainer(options, model, tokenizer, data, folder, interruption)
-    record = _record(options, data, allocation)
     _write_record(trainer, folder, {**record, "status": "running"})
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0  # now: the checkpoint may be replaced by newer ones
     start = time.perf_counter()
     try:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        seconds = time.perf_counter() - start
+        if trainer.state.global_step == first_step:
+            metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
+        if data.evaluation is not None and interruption.signal_number is None:
+            metrics.update(trainer.evaluate())
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        _write_record(
+            trainer, folder, {**record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        )
+        raise
     finally:
         interruption.restore()
-    seconds = time.perf_counter() - start
-    if data.evaluation is not None and interruption.signal_number is None:
-        metrics.update(trainer.evaluate())
     result = TrainResult(
         output_dir=str(folder),
         status="finished" if interruption.signal_number is None else "interrupted",
@@ -127,25 +142,29 @@ def main(options: TrainOptions) -> int:
     """Run the command and print where the result is.
 
     Returns:
-        The exit code: 0, or 128 + the signal's number after an interruption.
+        The exit code: 0, or 130 after an interruption.
     """
     result = train(options)
+    exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
-        return 0
+        return exit_code
     console = Console(stderr=True)
-    loss = result.metrics.get("eval_loss")
+    losses = [
+        f", {label} loss {result.metrics[name]:.4f}"
+        for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
+        if name in result.metrics
+    ]
     console.print(
-        f"{result.status} after {result.steps} steps and {result.seconds:.0f} s, "
-        f"training loss {result.metrics.get('train_loss', float('nan')):.4f}"
-        + (f", evaluation loss {loss:.4f}" if loss is not None else "")
-        + f"; {result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
+        f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
+        f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
         highlight=False,
         markup=False,
+        soft_wrap=True,  # a path in two lines can not be copied
     )
     if result.status == "interrupted":
-        console.print("Go on with the same command and --resume_from_checkpoint last", highlight=False, markup=False)
-        return 130
-    return 0
+        advice = "Go on with the same command and --resume_from_checkpoint last"
+        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+    return exit_code
 
 
 def _make_trainer(

@@ -117,7 +117,7 @@ class PrepareOptions:
     """Options of `mola prepare`."""
 
     task: str = field(
-        metadata={"help": "A packaged task, the path of your own task YAML, or `sample` (generated questions)."}
+        metadata={"help": "A packaged task (`sample` generates its questions), or the path of your own task YAML."}
     )
     output_dir: str = field(metadata={"help": "Folder that receives <split>.json and dataset.hf."})
     data: str | None = field(
@@ -158,7 +158,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     """
     output_dir = Path(options.output_dir).expanduser().resolve()
     _check_output_dir(output_dir, options.overwrite_output_dir)
-    task = load_task("scienceqa" if options.task == "sample" else options.task)
+    task = load_task(options.task)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for name, rows in _source_splits(options, task).items():
@@ -179,6 +179,19 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         "splits": counts,
         "shared_instructions": shared,
     }
+
+
+def main(options: PrepareOptions) -> int:
+    """Run the command.
+
+    Returns:
+        0, the exit code.
+
+    Raises:
+        MolaError: as `prepare`.
+    """
+    prepare(options)
+    return 0
 
 
 def _check_output_dir(output_dir: Path, overwrite: bool) -> None:

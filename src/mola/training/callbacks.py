@@ -11,12 +11,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mola.errors import MolaError
 from mola.files import atomic_write_text
 
 logger = logging.getLogger(__name__)
+
+_EPOCH_TOLERANCE = 1e-6  # far below one step of the longest epoch, far above rounding
 
 
 class MetricsFile(TrainerCallback):
@@ -32,7 +35,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step(line) <= state.global_step] if state.global_step else []
+        kept = [line for line in lines if _belongs_before(line, state.global_step)] if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -45,15 +48,24 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Write one line at once, so that an interrupted run has its curve."""
         if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step, "epoch": state.epoch, **logs}
+            # JSON has no NaN; a reader finds null instead.
+            entry = {key: None if _is_not_finite(value) else value for key, value in entry.items()}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+                file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def _step(line: str) -> float:
+def _belongs_before(line: str, step: int) -> bool:
+    """Whether a line was written by step `step` and is no summary of a part of the run."""
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return entry["step"] <= step and "train_runtime" not in entry
     except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line of a killed run
+        return False  # half a line of a killed run
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class Interruption(TrainerCallback):
@@ -91,9 +103,29 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end, if a signal came."""
+        if args.world_size > 1:
+            self._share(args.device)
         if self.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
+        return control
+
+    def _share(self, device: torch.device) -> None:
+        """All processes stop after the same step, or those left would wait for the others for ever."""
+        number = torch.tensor(self.signal_number or 0, device=device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        self.signal_number = int(number) or None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """The trainer also ends an epoch that a signal cut short: no evaluation of it, and no second checkpoint.
+
+        An epoch that was complete when the signal came is evaluated, since the resumed run will not do it.
+        """
+        epoch = state.epoch or 0.0
+        if self.signal_number is not None and abs(epoch - round(epoch)) > _EPOCH_TOLERANCE:
+            control.should_evaluate = control.should_save = False
         return control
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -111,6 +143,22 @@ class Interruption(TrainerCallback):
 class FiniteLoss(TrainerCallback):
     """Stops a run whose loss is no number any more: every later step would only spread it."""
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before a checkpoint: look at the weights, since the loss may not have been logged yet.
+
+        Raises:
+            MolaError: a trained weight is NaN or infinite.
+        """
+        if control.should_save:
+            _check_weights(args, state, kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `on_step_end`."""
+        if control.should_save:
+            _check_weights(args, state, kwargs["model"])
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -124,11 +172,21 @@ class FiniteLoss(TrainerCallback):
         Raises:
             MolaError: a loss is NaN or infinite.
         """
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "train_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                raise MolaError(
-                    f"`{name}` is {value} at step {state.global_step}: training has diverged. The checkpoints in "
-                    f"{args.output_dir} from before are intact; lower `learning_rate` ({args.learning_rate}), raise "
-                    "`warmup_steps`, or train with --dtype float32."
-                )
+                raise _diverged(f"`{name}` is {value}", args, state)
+
+
+def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise _diverged(f"weight {name} is no longer finite", args, state)
+
+
+def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> MolaError:
+    return MolaError(
+        f"{what} at step {state.global_step}: training has diverged. The checkpoints in {args.output_dir} from "
+        f"before are intact; lower `learning_rate` ({args.learning_rate}), raise `warmup_steps`, or train with "
+        "--dtype float32."
+    )

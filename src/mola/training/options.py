@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from mola.data.encode import TRUNCATIONS
 from mola.devices import DTYPES, resolve_device, resolve_dtype
@@ -25,6 +27,20 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "router_aux_loss_reduction": "module",
     "router_z_loss_coef": 0.0,
     "router_jitter_noise": 0.0,
+}
+
+_LOSS_NAMES = (None, "loss", "eval_loss")
+# Lowest and highest value, and the rule in words.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": (1, math.inf, "at least 1"),
+    "per_device_eval_batch_size": (1, math.inf, "at least 1"),
+    "gradient_accumulation_steps": (1, math.inf, "at least 1"),
+    "num_train_epochs": (1e-9, math.inf, "above 0"),
+    "learning_rate": (1e-30, math.inf, "above 0"),
+    "weight_decay": (0, math.inf, "at least 0"),
+    "warmup_steps": (0, math.inf, "at least 0"),
+    "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
+    "validation_size": (0, math.inf, "at least 0"),
 }
 
 
@@ -83,6 +99,7 @@ class TrainOptions(TrainingArguments):
     trust_remote_code: bool = _option(False, "Run code shipped with the model.")
 
     # Other defaults than TrainingArguments.
+    output_dir: str | None = _option(None, "Folder for the adapter and the run's files.")
     learning_rate: float = _option(3e-4, "Learning rate after warm-up.")
     warmup_steps: float = _option(0.1, "Steps of warm-up, or below 1 the share of all steps.")
     logging_steps: float = _option(10, "Log every so many steps, or below 1 this share of all steps.")
@@ -94,6 +111,8 @@ class TrainOptions(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_ranges()
+        self._check_schedule()
         device = resolve_device("cpu" if self.use_cpu else None)
         if device.type == "cpu":
             self.use_cpu = True
@@ -106,15 +125,32 @@ class TrainOptions(TrainingArguments):
             # Experts are kept in float32 and computed in the base's format: mixed precision.
             self.bf16 = self.base_dtype == "bfloat16"
             self.fp16 = self.base_dtype == "float16"
+        if self.fp16 and device.type == "cpu":
+            raise MolaError(
+                "`dtype` float16 (or `fp16`) can not be trained on a CPU: its gradients underflow. "
+                "Pass --dtype bfloat16 or float32."
+            )
         super().__post_init__()
+        self._check_trackers()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
     def _check_choices(self) -> None:
+        if not self.output_dir:
+            raise MolaError(
+                "`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR."
+            )
         if self.truncation not in TRUNCATIONS:
             raise MolaError(f"`truncation` must be one of {', '.join(TRUNCATIONS)}: got {self.truncation!r}.")
-        if self.validation_size < 0:
-            raise MolaError(f"`validation_size` must be at least 0: got {self.validation_size}.")
+        if self.validation_size > 1 and self.validation_size % 1:
+            raise MolaError(
+                f"`validation_size` must be a number of samples or a share below 1: got {self.validation_size}."
+            )
+        if self.metric_for_best_model not in _LOSS_NAMES:
+            raise MolaError(
+                f"`metric_for_best_model` must be eval_loss: got {self.metric_for_best_model!r}. Training measures "
+                "the loss only; for accuracy run `mola evaluate` on the checkpoints."
+            )
         if self.adapter is not None:
             given = [name for name in ADAPTER_DEFAULTS if getattr(self, name) is not None]
             if given:
@@ -122,6 +158,47 @@ class TrainOptions(TrainingArguments):
                     f"`adapter` brings its own {', '.join(f'`{name}`' for name in given)}: leave these options out, "
                     "or leave `adapter` out to start with new experts."
                 )
+
+    def _check_ranges(self) -> None:
+        for name, (low, high, rule) in _RANGES.items():
+            value = getattr(self, name)
+            if not (low <= value <= high and math.isfinite(value)):
+                raise MolaError(f"`{name}` must be {rule}: got {value}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {self.max_steps}.")
+
+    def _check_schedule(self) -> None:
+        """What is evaluated and saved when; Transformers ignores some contradictions in silence."""
+        evaluate, save = (getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy))
+        if evaluate not in ("no", "steps", "epoch") or save not in ("no", "steps", "epoch", "best"):
+            return  # TrainingArguments names the choices
+        if save != "steps" and self.save_steps != TrainingArguments.save_steps:
+            raise MolaError(
+                f"`save_steps` ({self.save_steps}) counts only with `save_strategy` steps, which is {save}. "
+                "Pass --save_strategy steps as well."
+            )
+        if evaluate == "epoch" and self.eval_steps is not None:
+            raise MolaError(
+                f"`eval_steps` ({self.eval_steps}) counts only with `eval_strategy` steps, which is epoch. "
+                "Pass --eval_strategy steps as well."
+            )
+        if evaluate == "no":
+            self.load_best_model_at_end = False  # nothing tells which one is the best
+        elif self.load_best_model_at_end and save not in (evaluate, "best"):
+            raise MolaError(
+                "`load_best_model_at_end` needs a checkpoint at every evaluation: `eval_strategy` is "
+                f"{evaluate}, `save_strategy` is {save}. Make them equal, pass --eval_strategy no if there is no "
+                "evaluation data, or pass --load_best_model_at_end false to keep the last weights."
+            )
+
+    def _check_trackers(self) -> None:
+        available = get_available_reporting_integrations()
+        missing = [name for name in self.report_to or () if name not in available]
+        if missing:
+            raise MolaError(
+                f"`report_to` must name installed trackers: {', '.join(missing)} is not; installed are "
+                f"{', '.join(available) or 'none'}. Install its package, or pass --report_to none."
+            )
 
     def adapter_setting(self, name: str) -> Any:
         """An option of the adapter, or its default."""

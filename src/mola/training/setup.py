@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import torch
 from peft import PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.prepare import load_examples
@@ -58,11 +59,11 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     """
     if options.base_model is None:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
-    load_config(options.base_model, options.trust_remote_code)
+    config = load_config(options.base_model, options.trust_remote_code)
     if options.adapter is not None:
         check_adapter(options.adapter)
         return {}
-    adapter_config(options)
+    wanted = adapter_config(options)
     allocation = plan(
         PlanOptions(
             base_model=options.base_model,
@@ -73,7 +74,22 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
             trust_remote_code=options.trust_remote_code,
         )
     )
+    if wanted.modules_to_save:
+        _check_modules_to_save(wanted.modules_to_save, config, options.trust_remote_code)
     return allocation.to_dict()["totals"]
+
+
+def _check_modules_to_save(names: Sequence[str], config: PretrainedConfig, trust_remote_code: bool) -> None:
+    """PEFT passes over a name that matches nothing, if another one does."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [name for name in names if name.rpartition(".")[2] not in known]
+    if missing:
+        raise MolaError(
+            f"`modules_to_save` must all exist in the model, these do not: {', '.join(missing)}. Modules of this "
+            f"model: {', '.join(sorted(name for name in known if name and not name.isdigit()))}."
+        )
 
 
 def adapter_config(options: TrainOptions) -> MolaConfig:
@@ -88,9 +104,15 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     return MolaConfig(
         **{name: setting(name) for name in (*plain, *router)},
         target_modules=split_names(setting("target_modules")),
-        modules_to_save=split_names(setting("modules_to_save")),  # type: ignore[arg-type]
+        modules_to_save=_module_list(setting("modules_to_save")),
         task_type=TaskType.CAUSAL_LM,
     )
+
+
+def _module_list(names: str | None) -> list[str] | None:
+    """PEFT takes no expression for these: a text would be read letter by letter."""
+    split = split_names(names)
+    return [split] if isinstance(split, str) else split
 
 
 def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -134,8 +156,14 @@ def _evaluation_examples(options: TrainOptions, task: Task | None, train: Exampl
         return train, []
     if options.eval_data is not None:
         return train, load_examples(options.eval_data, task, options.eval_split, limit=options.eval_limit)
-    if options.eval_split in data_splits(options.data or ""):
+    splits = data_splits(options.data or "")
+    if options.eval_split in splits:
         return train, load_examples(options.data or "", task, options.eval_split, limit=options.eval_limit)
+    if options.eval_split != TrainOptions.eval_split:
+        raise MolaError(
+            f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
+            f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
+        )
     if options.validation_size == 0:
         logger.warning("There is no evaluation data: the run ends with its last weights, not its best ones.")
         return train, []
@@ -190,4 +218,9 @@ def build_model(options: TrainOptions) -> PeftModel:
     set_seed(options.seed)
     if options.adapter is None:
         return get_peft_model(base, adapter_config(options))
-    return PeftModel.from_pretrained(base, options.adapter, is_trainable=True)
+    try:
+        return PeftModel.from_pretrained(base, options.adapter, is_trainable=True)
+    except MolaError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise MolaError(f"`adapter` does not fit the base model: {options.adapter!r}: {error}") from error

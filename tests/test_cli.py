@@ -1,0 +1,411 @@
+"""The `mola` command: flags, recipes, wrong input, exit codes; every command once on tiny data."""
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mola import TrainOptions, __version__
+from mola.cli import COMMANDS, main, parse, read_recipe, run
+from mola.errors import MolaError
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LABELS = "ABC"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from threads, and these wait for each other when the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of data files and recipes, right and wrong ones."""
+    folder = tmp_path_factory.mktemp("files")
+    raw = [
+        {"id": str(i), "question": f"What is {i}?", "choices": ["a", "b", "c"], "answer": i % 3, "hint": ""}
+        for i in range(6)
+    ]
+    prepared = [
+        {"id": str(i), "instruction": f"q{i}", "input": "", "output": f"Answer: The answer is {LABELS[i % 3]}."}
+        for i in range(10)
+    ]
+    contents = {
+        "raw.json": json.dumps(raw),
+        "no_choices.json": json.dumps([{k: v for k, v in row.items() if k != "choices"} for row in raw]),
+        "prepared.json": json.dumps(prepared),
+        "broken.json": '[{"a": 1},\n{"b": }]',
+        "broken.jsonl": '{"a": 1}\n{"b": 2}\n{"c"\n',
+        "typo.yaml": "learning_rat: 1",
+        "list.yaml": "- learning_rate",
+        "broken.yaml": "a: [1\nb: }",
+        "twice.yaml": "seed: 1\nseed: 2",
+        "no_value.yaml": "learning_rate:",
+        "empty.yaml": "",
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def no_weights_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model without its weights: whoever tries to load them fails."""
+    folder = tmp_path_factory.mktemp("no-weights")
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder
+
+
+def command(**options) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+
+# ---------------------------------------------------------------------- wrong input of `mola train`
+
+# What is changed in a correct command ({files} is the folder above, None leaves the option out), and what
+# the message has to say.
+WRONG = [
+    ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),
+    ({"num_experts": "2", "top_k": "3"}, ["`top_k`", "top_k 3", "num_experts 2"]),
+    ({"num_experts": "2468", "top_k": "4"}, ["`top_k`", "layer 0"]),
+    *(
+        ({name: value}, [f"`{name}` must", value])
+        for name in ("r", "top_k", "num_experts")
+        for value in ("0", "-1", "1.5", "many")
+    ),
+    ({"target_modules": "q_prj"}, ["`target_modules`", "'q_prj'", "'q_proj'", "down_proj"]),
+    ({"target_modules": "q_proj,nosuch"}, ["`target_modules`", "'nosuch'"]),
+    ({"target_modules": r".*nosuch\.(q|v)_proj"}, ["`target_modules`", "nosuch"]),
+    ({"modules_to_save": "lm_head,nosuch"}, ["`modules_to_save`", "nosuch", "embed_tokens"]),
+    ({"lora_alpha": 0}, ["`lora_alpha`", "above 0"]),
+    ({"lora_dropout": 1.5}, ["`lora_dropout`", "1.5"]),
+    ({"router_aux_loss_coef": -1}, ["`router_aux_loss_coef`"]),
+    ({"router_aux_loss_reduction": "sum"}, ["`router_aux_loss_reduction`", "'sum'", "layer"]),
+    ({"data": "{files}/nosuch.json"}, ["`data`", "nosuch.json", "does not exist"]),
+    ({"data": None}, ["`data`", "--data"]),
+    ({"data": "{files}/broken.json"}, ["broken.json", "line 2"]),
+    ({"data": "{files}/broken.jsonl"}, ["broken.jsonl", "line 3"]),
+    ({"data": "{files}/no_choices.json", "task": "scienceqa"}, ["no `choices`", "question", "hint"]),
+    ({"data": "{files}/raw.json"}, ["`task`", "question"]),
+    ({"task": "nosuch"}, ["`task`", "'nosuch'", "scienceqa"]),
+    ({"template": "nosuch"}, ["`template`", "'nosuch'", "alpaca"]),
+    ({"cutoff_len": 20}, ["`cutoff_len`", "168", "20"]),
+    ({"cutoff_len": 2000}, ["`cutoff_len`", "2000", "1024"]),
+    ({"cutoff_len": 0}, ["`cutoff_len`", "0"]),
+    ({"truncation": "cut"}, ["`truncation`", "'cut'", "left"]),
+    ({"limit": 0}, ["`limit`", "0"]),
+    ({"output_dir": "{files}/raw.json/run"}, ["raw.json", "cannot be written"]),
+    ({"output_dir": "{files}/raw.json"}, ["`output_dir`", "is a file"]),
+    ({"output_dir": "{files}"}, ["`output_dir`", "must be empty", "--overwrite_output_dir"]),
+    ({"output_dir": None}, ["`output_dir`", "--output_dir"]),
+    ({"base_model": None}, ["`base_model`", "--base_model"]),
+    ({"base_model": "{files}/nosuch"}, ["`base_model`", "nosuch"]),
+    ({"base_model": "{files}"}, ["`base_model`", "config.json"]),
+    ({"learning_rat": 1}, ["--learning_rat", "--learning_rate"]),
+    ({"config": "{files}/typo.yaml"}, ["`learning_rat`", "typo.yaml", "`learning_rate`"]),
+    ({"config": "{files}/nosuch.yaml"}, ["`config`", "nosuch.yaml"]),
+    ({"config": "{files}"}, ["`config`", "can not be read"]),
+    ({"config": "{files}/broken.yaml"}, ["broken.yaml", "line 1"]),
+    ({"config": "{files}/list.yaml"}, ["must be a mapping", "learning_rate"]),
+    ({"config": "{files}/empty.yaml"}, ["must be a mapping", "None"]),
+    ({"config": "{files}/twice.yaml"}, ["'seed'", "twice"]),
+    ({"config": "{files}/no_value.yaml"}, ["`learning_rate`", "needs a value"]),
+    ({"adapter": "{files}", "num_experts": 2}, ["`adapter`", "`num_experts`"]),
+    ({"adapter": "{files}"}, ["`adapter`", "adapter_config.json"]),
+    ({"resume_from_checkpoint": "{files}/nosuch"}, ["`resume_from_checkpoint`", "nosuch", "does not exist"]),
+    ({"resume_from_checkpoint": "{files}"}, ["`resume_from_checkpoint`", "adapter_config.json"]),
+    ({"resume_from_checkpoint": "last"}, ["'last'", "no complete checkpoint"]),
+    ({"warmup_steps": 100}, ["`warmup_steps`", "100 steps", "run of 6"]),
+    ({"warmup_steps": -1}, ["`warmup_steps`", "-1"]),
+    ({"per_device_train_batch_size": 0}, ["`per_device_train_batch_size`", "0"]),
+    ({"per_device_train_batch_size": -2}, ["`per_device_train_batch_size`", "-2"]),
+    ({"per_device_eval_batch_size": 0}, ["`per_device_eval_batch_size`", "0"]),
+    ({"gradient_accumulation_steps": 0}, ["`gradient_accumulation_steps`", "0"]),
+    ({"num_train_epochs": 0}, ["`num_train_epochs`", "0"]),
+    ({"max_steps": 0}, ["`max_steps`", "0"]),
+    ({"learning_rate": -1}, ["`learning_rate`", "-1"]),
+    ({"learning_rate": "nan"}, ["`learning_rate`", "nan"]),
+    ({"learning_rate": "fast"}, ["learning_rate", "'fast'"]),
+    ({"seed": -1}, ["`seed`", "-1"]),
+    ({"dtype": "float8"}, ["`dtype`", "'float8'", "bfloat16"]),
+    ({"eval_strategy": "sometimes"}, ["sometimes", "epoch"]),
+    ({"save_strategy": "sometimes"}, ["sometimes", "epoch"]),
+    ({"save_strategy": "steps"}, ["`load_best_model_at_end`", "epoch", "steps"]),
+    ({"save_steps": 2}, ["`save_steps`", "--save_strategy steps"]),
+    ({"eval_steps": 2}, ["`eval_steps`", "--eval_strategy steps"]),
+    ({"metric_for_best_model": "accuracy"}, ["`metric_for_best_model`", "'accuracy'"]),
+    ({"validation_size": 10}, ["`validation_size`", "10"]),
+    ({"validation_size": 0.99}, ["`validation_size`", "0.99"]),
+    ({"validation_size": 1.5}, ["`validation_size`", "1.5"]),
+    ({"validation_size": -1}, ["`validation_size`", "-1"]),
+    ({"eval_split": "nosuch"}, ["`eval_split`", "'nosuch'"]),
+    ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
+    ({"lr_scheduler_kwargs": '{"a":'}, ["JSON", '{"a":']),
+    ({"optim": "guess"}, ["optim", "'guess'"]),
+    ({"report_to": "nosuch"}, ["`report_to`", "nosuch"]),
+    ({"train_on_inputs": "maybe"}, ["train_on_inputs", "maybe"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), WRONG, ids=lambda value: str(value)[:60] if type(value) is dict else "")
+def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no_weights_dir, tmp_path, capsys):
+    options = {
+        "base_model": no_weights_dir,
+        "data": files / "prepared.json",
+        "output_dir": tmp_path / "run",
+        "dtype": "float32",
+        **{k: v.replace("{files}", str(files)) if isinstance(v, str) else v for k, v in changes.items()},
+    }
+    assert main(["train", *command(**options)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("mola train: error: ")
+    assert "no file named model.safetensors" not in line, "the weights were asked for"
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["stray"], "'stray' belongs to no flag"),
+        (["--r"], "expected one argument"),
+        (["--config"], "`--config` needs"),
+        (["--learning_r", "1"], "no flag --learning_r."),
+        (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output_dir"),
+        (["--outptu-dir", "x"], "no flag --outptu-dir. Did you mean --output_dir"),
+    ],
+)
+def test_train_refuses_words_that_make_no_option(words, part, capsys):
+    assert main(["train", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mola train: error: ")
+    assert part in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 trains on a GPU")
+def test_float16_is_refused_on_a_cpu(files, no_weights_dir, tmp_path, capsys):
+    arguments = command(
+        base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", dtype="float16"
+    )
+    assert main(["train", *arguments]) == 2
+    assert "bfloat16 or float32" in capsys.readouterr().err
+
+
+def test_messages_of_libraries_become_one_line(no_weights_dir, files, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}', encoding="utf-8")
+    assert main(["plan", *command(base_model=tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_exit_code_of_the_program_is_2_for_wrong_input(files, no_weights_dir, tmp_path):
+    arguments = command(
+        base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", num_experts="2,4,6"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", "mola.cli", "train", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert process.returncode == 2
+    assert process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("mola train: error: `num_experts`")
+
+
+# ---------------------------------------------------------------------- flags and recipes
+
+
+def parse_train(*arguments: str) -> TrainOptions:
+    return parse(TrainOptions, ["--output_dir", "run", "--dtype", "float32", *arguments], prog="mola train")
+
+
+@pytest.mark.parametrize("value", ["false", "False", "no", "0"])
+@pytest.mark.parametrize("form", ["--train_on_inputs={}", "--train-on-inputs={}", "--train_on_inputs {}"])
+def test_false_is_false(form, value):
+    assert parse_train(*form.format(value).split()).train_on_inputs is False
+    assert parse_train("--train_on_inputs").train_on_inputs is True
+    assert parse_train(f"--add_eos_token={value}").add_eos_token is False
+
+
+def test_dashes_and_underscores_are_the_same():
+    options = parse_train("--learning-rate", "0.5", "--num-experts=8642", "--save-total-limit", "7")
+    assert (options.learning_rate, options.num_experts, options.save_total_limit) == (0.5, "8642", 7)
+
+
+def test_recipe_values_of_every_kind(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+        num_experts: [2, 4, 6, 8]
+        r: 4
+        target_modules: [q_proj, v_proj]
+        label_names: [labels, more]
+        report-to: [none]
+        train_on_inputs: true
+        add_eos_token: no
+        eval_strategy: no
+        save_strategy: no
+        save_total_limit: null
+        learning_rate: 1e-4
+        lr_scheduler_type: cosine_with_min_lr
+        lr_scheduler_kwargs: {min_lr: 1e-5}
+        router_aux_loss_coef: 1.0e-3
+        """,
+        encoding="utf-8",
+    )
+    options = parse_train("--config", str(recipe))
+    assert (options.num_experts, options.r, options.target_modules) == ("2,4,6,8", "4", "q_proj,v_proj")
+    assert (options.label_names, options.report_to) == (["labels", "more"], [])
+    assert (options.train_on_inputs, options.add_eos_token) == (True, False)
+    assert (options.eval_strategy, options.save_strategy, options.load_best_model_at_end) == ("no", "no", False)
+    assert options.save_total_limit is None
+    assert (options.learning_rate, options.router_aux_loss_coef) == (1e-4, 1e-3)
+    assert options.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+@pytest.mark.parametrize("first", ["recipe", "flag"])
+def test_flags_win_over_the_recipe(tmp_path, first):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\nnum_experts: '8642'\ntrain_on_inputs: true\n", encoding="utf-8")
+    flags = ["--seed=2", "--train_on_inputs=false"]
+    config = [f"--config={recipe}"]
+    options = parse_train(*(config + flags if first == "recipe" else flags + config))
+    assert (options.seed, options.num_experts, options.train_on_inputs) == (2, "8642", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+        ("False", False),
+        ("1e-4", 1e-4),
+        ("1.5", 1.5),
+        ("-.5", -0.5),
+        ("2468", 2468),
+        ("'2468'", "2468"),
+        ("-1", -1),
+        ("1.2.3", "1.2.3"),
+        (".inf", float("inf")),
+        ("~", None),
+    ],
+)
+def test_recipe_words_and_numbers(tmp_path, text, value):
+    (tmp_path / "r.yaml").write_text(f"key: {text}", encoding="utf-8")
+    read = read_recipe(str(tmp_path / "r.yaml"))["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_first_word_of_prepare_is_its_task():
+    from mola.data.prepare import PrepareOptions
+
+    options = parse(PrepareOptions, ["sample", "--output_dir", "x"], prog="mola prepare", positional="task")
+    assert (options.task, options.output_dir) == ("sample", "x")
+    with pytest.raises(MolaError, match="task"):
+        parse(PrepareOptions, ["--output_dir", "x"], prog="mola prepare", positional="task")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_fits_the_command_on_its_first_line(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first = recipe.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# mola "), "the first line has to name the command"
+    _, _, name, *arguments = shlex.split(first)
+    assert f"recipes/{recipe.name}" in arguments or f"--config=recipes/{recipe.name}" in arguments
+    module = importlib.import_module(COMMANDS[name].module)
+    options = parse(getattr(module, COMMANDS[name].options), arguments, prog=name, positional=COMMANDS[name].positional)
+    for key, value in read_recipe(str(recipe)).items():
+        read = getattr(options, key)
+        if isinstance(value, str):
+            assert str(getattr(read, "value", read)) == value
+        elif isinstance(value, (int, float)):
+            assert float(read) == value
+
+
+# ---------------------------------------------------------------------- the command itself
+
+
+def test_usage_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert main([]) == 2
+    assert capsys.readouterr().out == usage
+    assert all(f"  {name} " in usage for name in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mola {__version__}\n"
+
+
+def test_unknown_command(capsys):
+    assert main(["nosuch"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mola: error: ")
+    assert "'nosuch'" in line
+    assert "train" in line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(name, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"mola {name}" in text
+    assert "--config" in text
+
+
+def test_plan_prints_json_and_nothing_else(no_weights_dir, capsys):
+    assert main(["plan", *command(base_model=no_weights_dir, num_experts="1,2,3,4"), "--json"]) == 0
+    captured = capsys.readouterr()
+    totals = json.loads(captured.out)["totals"]
+    assert totals
+    assert captured.err == ""
+    assert main(["plan", *command(base_model=no_weights_dir, r=0)]) == 2
+    assert capsys.readouterr().err.startswith("mola plan: error: `r`")
+
+
+def test_prepare_train_evaluate_generate(files, tiny_model_dir, tmp_path, capsys):
+    prepared, run_folder, result = tmp_path / "prepared", tmp_path / "run", tmp_path / "result.json"
+    assert main(["prepare", "scienceqa", *command(data=files / "raw.json", output_dir=prepared)]) == 0
+    data = prepared / "train.json"
+    base = command(base_model=tiny_model_dir, dtype="float32")
+    settings = command(task="scienceqa", data=data, output_dir=run_folder, num_experts="1,2,2,2", max_steps=3)
+    assert main(["train", *base, *settings, "--disable_tqdm", "true"]) == 0
+    adapter = command(adapter=run_folder)
+    assert main(["evaluate", *base, *adapter, *command(task="scienceqa", data=data, output=result, limit=3)]) == 0
+    read = json.loads(result.read_text(encoding="utf-8"))
+    assert {"accuracy", "correct", "total", "unanswered", "interval_95", "groups", "samples"} <= read.keys()
+    assert {"settings", "versions"} <= read.keys()
+    assert (read["total"], len(read["samples"])) == (3, 3)
+    assert {"id", "prompt", "output", "predicted", "answer", "correct"} <= read["samples"][0].keys()
+    assert read["settings"]["adapter"] == str(run_folder)
+    capsys.readouterr()
+    assert main(["generate", *base, *adapter, "--instruction", "Say A", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate", "prepare", "plan"])
+def test_unknown_flag_of_every_command(name, capsys):
+    assert main([name, "--nosuch", "1"]) == 2, "also where required options are missing"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mola {name}: error: there is no flag --nosuch.")

@@ -1,0 +1,163 @@
+"""The documentation is true: its code runs, its commands exist, its links lead somewhere, nothing public is left out.
+
+A comment in the line before a code block says what is done with it here:
+
+    <!-- run -->          python: executed, blocks of one page share their names; bash: every `mola` command is executed
+    <!-- run: PACKAGE --> the same, skipped if the package is not installed
+    <!-- file: NAME -->   written to the working folder before anything of the page runs
+
+The working folder has `my-model` (tiny, random) and `data/sample`. Of other bash blocks the flags are checked.
+"""
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mola
+from mola import cli
+from mola.data.prepare import PrepareOptions, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>run|file)(?:: (?P<value>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
+_LINK = re.compile(r"\]\((?!https?:|mailto:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+
+
+class Block(NamedTuple):
+    mark: str | None
+    value: str | None
+    kind: str
+    text: str
+    line: int
+
+
+def blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["mark"], m["value"], m["kind"], m["text"], text[: m.start("text")].count("\n") + 1)
+        for m in _BLOCK.finditer(text)
+    ]
+
+
+def commands(block):
+    """Arguments of every `mola` command in a bash block."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["mola"]]
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def pages_with(mark=None, kind=None):
+    return [
+        pytest.param(page, id=page_id(page))
+        for page in PAGES
+        if any((block.mark == mark) and (kind is None or block.kind == kind) for block in blocks(page))
+    ]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, tiny_model_dir):
+    """The working folder that every page may assume."""
+    (tmp_path / "my-model").symlink_to(tiny_model_dir)
+    monkeypatch.chdir(tmp_path)
+    prepare(PrepareOptions("sample", "data/sample", train_size=24, validation_size=4, test_size=4))
+    return tmp_path
+
+
+def write_files(page, folder):
+    for block in blocks(page):
+        if block.mark == "file":
+            (folder / block.value).write_text(block.text, encoding="utf-8")
+
+
+# Libraries warn about what they will do one day; here only our own words count.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", pages_with("run"))
+def test_code_runs(page, work):
+    write_files(page, work)
+    names = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.mark != "run" or (block.value and importlib.util.find_spec(block.value) is None):
+            continue
+        if block.kind == "python":
+            # Empty lines in front: a traceback then shows the line of the page.
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+        else:
+            for arguments in commands(block):
+                assert cli.main(arguments) == 0, f"{page_id(page)}: mola {shlex.join(arguments)}"
+
+
+@pytest.mark.parametrize("page", pages_with(kind="bash"))
+def test_commands_exist(page, work):
+    write_files(page, work)
+    unmarked = [block for block in blocks(page) if block.kind == "bash" and not block.mark]
+    for name, *arguments in [found for block in unmarked for found in commands(block)]:
+        command = cli.COMMANDS[name]
+        module = importlib.import_module(command.module)
+        assert callable(module.main)
+        options = getattr(module, command.options)
+        parsed = cli.parse(options, without_missing_recipe(arguments), prog=name, positional=command.positional)
+        assert isinstance(parsed, options)
+
+
+def without_missing_recipe(arguments):
+    """A recipe that the page does not show is left out; the flags beside it are still checked."""
+    if "--config" not in arguments or Path(arguments[arguments.index("--config") + 1]).exists():
+        return arguments
+    place = arguments.index("--config")
+    return [*arguments[:place], *arguments[place + 2 :]]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page_id(page)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    for match in _LINK.finditer(page.read_text(encoding="utf-8")):
+        target = page.parent / match["path"] if match["path"] else page
+        assert target.exists(), f"{page_id(page)}: {match[0]}"
+        if match["anchor"]:
+            assert match["anchor"] in anchors(target), f"{page_id(page)}: {match[0]}"
+
+
+def anchors(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ +(.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_public_name_is_documented():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    missing = [name for name in mola.__all__ if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    assert not missing
+
+
+def test_every_field_of_the_configuration_is_documented():
+    own = mola.MolaConfig.__annotations__
+    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    assert [name for name in own if f"| `{name}` |" not in text] == []
+
+
+def test_option_tables_are_up_to_date():
+    path = ROOT / "scripts" / "make_option_tables.py"
+    spec = importlib.util.spec_from_file_location("make_option_tables", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.TARGET.read_text(encoding="utf-8") == script.render(), "run scripts/make_option_tables.py"
+
+
+def test_every_command_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in cli.COMMANDS if f"mola {name}" not in text and f"make {name}" not in text] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
