@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Tests run in several processes: one thread each, or they wait for one another.
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
 .PHONY: quickstart test test-all check style setup clean
 
@@ -11,10 +13,10 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow" -n $(or $(WORKERS),2)
+	$(RUN_TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart
-	$(BIN)/pytest -n $(or $(WORKERS),2)
+	$(RUN_TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from mola import TrainOptions, __version__
-from mola.cli import COMMANDS, main, parse, read_recipe, run
+from mola.cli import COMMANDS, main, run
 from mola.errors import MolaError
+from mola.parsing import parse, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -1,29 +1,20 @@
-"""`mola <command>`: finds the command, turns flags and a YAML recipe into its options, runs it.
+"""`mola <command>`: finds the command, has its options parsed, runs it.
 
-Flags are those of the command's options dataclass, with underscores or dashes. `--config RECIPE.yaml`
-gives options by the same names; flags on the command line win. Unknown flags and keys are refused
-before anything else happens. Wrong input ends with one line and exit code 2.
+Wrong input ends with one line and exit code 2; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import json
 import logging
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_type_hints
-
-import yaml
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
-
-if TYPE_CHECKING:
-    from argparse import Action, ArgumentParser
+from mola.parsing import parse
 
 
 class Command(NamedTuple):
@@ -72,6 +63,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Run one command; see `main`."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mola").setLevel(logging.INFO)
+    # Between two libraries: PEFT asks for the old name of a property of Transformers.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)
@@ -90,172 +83,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"mola {name}: interrupted", file=sys.stderr)
         return 130
-
-
-def parse(
-    options_class: Any, arguments: Sequence[str], *, prog: str, summary: str = "", positional: str | None = None
-) -> Any:
-    """Options from flags and, with `--config`, a YAML recipe.
-
-    Args:
-        options_class: dataclass of options.
-        arguments: the words after the command.
-        prog: how the command is called, for the help text.
-        summary: one line for the help text.
-        positional: option that a first word without dashes sets.
-
-    Raises:
-        MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
-            options contradict each other.
-        SystemExit: after `--help`.
-    """
-    # Here, not above: the command list and --version should not wait for torch.
-    from transformers import HfArgumentParser
-
-    arguments, recipe = _take_config(list(arguments))
-    if positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{positional}={arguments[0]}", *arguments[1:]]
-    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
-    parser.error = _refuse  # type: ignore[method-assign]
-    flags = {option: action for action in parser._actions for option in action.option_strings}
-    # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.
-    for word in arguments:
-        if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
-            raise MolaError(_unknown(word.partition("=")[0], flags))
-    arguments = _recipe_flags(recipe, parser, flags, get_type_hints(options_class)) + arguments
-    _, stray = parser.parse_known_args(arguments)
-    if stray:
-        raise MolaError(_unknown(stray[0], flags))
-    try:
-        options, *_ = parser.parse_args_into_dataclasses(
-            args=arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-    except MolaError:
-        raise
-    except json.JSONDecodeError as error:
-        raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
-        raise MolaError(str(error)) from error
-    return options
-
-
-def _refuse(message: str) -> NoReturn:
-    """Instead of argparse's error, which prints every flag there is first."""
-    raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
-
-
-def _unknown(word: str, flags: Mapping[str, Action]) -> str:
-    if not word.startswith("-"):
-        return f"{word!r} belongs to no flag. Write every option as --flag value."
-    # Every flag is there with underscores and with dashes; one of the two is enough of a hint.
-    names = [name for name in flags if "-" not in name.removeprefix("--")]
-    close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"there is no flag {word}.{hint} Run the command with --help for the list."
-
-
-def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    recipe, rest = None, []
-    position = 0
-    while position < len(arguments):
-        flag, equals, value = arguments[position].partition("=")
-        if flag != "--config":
-            rest.append(arguments[position])
-        elif equals:
-            recipe = value
-        elif position + 1 < len(arguments):
-            position += 1
-            recipe = arguments[position]
-        else:
-            raise MolaError("`--config` needs the name of a YAML file after it.")
-        position += 1
-    return rest, recipe
-
-
-def _recipe_flags(
-    recipe: str | None, parser: ArgumentParser, flags: Mapping[str, Action], types: Mapping[str, Any]
-) -> list[str]:
-    """A recipe as flags, so that argparse checks and converts its values like any others."""
-    arguments = []
-    for key, value in read_recipe(recipe).items() if recipe is not None else ():
-        flag = f"--{key}"
-        if flag not in flags or key in ("config", "help"):
-            close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise MolaError(f"`{key}` in {recipe} is no option of this command.{hint} Run it with --help for the list.")
-        action = flags[flag]
-        if value is None:
-            if type(None) not in getattr(types.get(action.dest), "__args__", ()):
-                raise MolaError(f"`{key}` in {recipe} needs a value: it is empty. Fill it in or leave the line out.")
-            parser.set_defaults(**{action.dest: None})
-        elif isinstance(value, list) and action.nargs == "+":
-            arguments += [flag, *(_recipe_text(item) for item in value)]
-        else:
-            arguments.append(f"{flag}={_recipe_text(value)}")
-    return arguments
-
-
-def _recipe_text(value: Any) -> str:
-    """A recipe's value as one would write it on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return ",".join(_recipe_text(item) for item in value)
-    return str(value)
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node.
-
-        Raises:
-            yaml.YAMLError: a key occurs twice; only the last value would count.
-        """
-        mapping = super().construct_mapping(node, deep=deep)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in mapping:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
-        return mapping
-
-
-_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(
-    _REPLACED_TAGS[0], re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_RecipeLoader.add_implicit_resolver(
-    _REPLACED_TAGS[1],
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read a YAML recipe: a mapping from option names to values.
-
-    Raises:
-        MolaError: not there, no YAML, or no mapping.
-    """
-    try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise MolaError(f"`config` can not be read: {path!r} ({error}).") from error
-    except yaml.YAMLError as error:
-        raise MolaError(f"`config` is no YAML: {path!r}: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise MolaError(f"`config` must be a mapping from option names to values: {path!r} holds {recipe!r}.")
-    return recipe
 
 
 def _usage() -> str:

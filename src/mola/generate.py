@@ -165,7 +165,8 @@ def main(options: GenerateOptions) -> int:
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)
-    logger.info("Random seed %d.", seed)
+    if _samples(options):
+        logger.info("Random seed %d.", seed)
     if prompt is not None:
         _answer(model, tokenizer, prompt, options)
         return 0
@@ -176,6 +177,11 @@ def main(options: GenerateOptions) -> int:
         except MolaError as error:  # such as a line too long: the loop goes on
             print(error, file=sys.stderr)
     return 0
+
+
+def _samples(options: GenerateOptions) -> bool:
+    values = options.temperature, options.top_p, options.top_k
+    return decoding_settings(options.max_new_tokens, *values, options.do_sample)["do_sample"]
 
 
 def _checked_prompt(options: GenerateOptions) -> str | None:

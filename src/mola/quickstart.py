@@ -22,12 +22,13 @@ from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, EvaluateResult, evaluate
 from mola.files import atomic_write_json
+from mola.parsing import parse
 from mola.smollm2 import prepare_smollm2
-from mola.train import TrainResult, train
+from mola.train import TrainOptions, TrainResult, train
 
 logger = logging.getLogger(__name__)
 
-_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 560, 40, 100
+_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 640, 40, 100
 
 
 @dataclass
@@ -44,6 +45,10 @@ class QuickstartOptions:
 
 def main(options: QuickstartOptions) -> int:
     """Run all steps and print what came out; `summary.json` in the run folder holds the numbers."""
+    if not Path(options.recipe).is_file():
+        raise MolaError(
+            f"`recipe` can not be found: {options.recipe!r}. Run this in the project's folder, or name one."
+        )
     start = time.perf_counter()
     console = Console()
     seconds: dict[str, float] = {}
@@ -106,13 +111,6 @@ def _measure(folder: Path, name: str, base_model: Path, adapter: Path | None, da
 
 
 def _train(options: QuickstartOptions, base_model: Path, data: Path) -> TrainResult:
-    # The recipe goes the way of the command line, so it is checked as a user's recipe is.
-    from mola.cli import parse
-
-    if not Path(options.recipe).is_file():
-        raise MolaError(
-            f"`recipe` can not be found: {options.recipe!r}. Run this in the project's folder, or name one."
-        )
     arguments = {
         "config": options.recipe,
         "base_model": base_model,
@@ -122,8 +120,7 @@ def _train(options: QuickstartOptions, base_model: Path, data: Path) -> TrainRes
         "overwrite_output_dir": "true",
     }
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    from mola.train import TrainOptions
-
+    # The recipe goes the way of the command line, so it is checked as a user's recipe is.
     return train(parse(TrainOptions, flags, prog="mola train"))
 
 
@@ -158,9 +155,19 @@ def _report(
     pairs = list(zip(before.samples, after.samples, strict=True))
     learnt = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
     old, new = (learnt or pairs)[0]
-    for title, text in (("question", new["prompt"]), ("before", old["output"]), ("after", new["output"])):
-        console.print(f"[bold]{title}[/bold]")
-        console.print(text.strip(), markup=False, highlight=False)
-    console.print(f"{summary['seconds']:.0f} s in all. The adapter is in {folder}; try it:", highlight=False)
+    lines = new["prompt"].splitlines()
+    question, options = (next(line for line in lines if line.startswith(word)) for word in ("Question:", "Options:"))
+    for text in ("", "One of them:", question, options):
+        console.print(text, markup=False, highlight=False)
+    for name, sample in (("before", old), ("after", new)):
+        words = f"{sample['predicted'] or 'no answer'} ({'right' if sample['correct'] else 'wrong'})"
+        console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
-    console.print(f'mola generate --base_model {model} --adapter {folder} --instruction "..."', markup=False)
+    console.print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:", highlight=False)
+    console.print(
+        f"mola generate --base_model {model} --adapter {folder} --template alpaca_short "
+        f'--instruction "{question} {options}"',
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

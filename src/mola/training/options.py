@@ -132,8 +132,9 @@ class TrainOptions(TrainingArguments):
             )
         super().__post_init__()
         self._check_trackers()
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
+            if getattr(self, name, None) and getattr(self, f"{name}_kwargs") is None:
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False})
 
     def _check_choices(self) -> None:
         if not self.output_dir:
