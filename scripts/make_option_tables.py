@@ -32,7 +32,7 @@ _INHERITED = (
     "Also every other field of {base} under its own name, such as {examples}: "
     "see the documentation of Transformers or `mola {command} --help`."
 )
-_EXAMPLES = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_checkpointing")
+_EXAMPLES = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "activation_checkpointing")
 
 
 def render() -> str:
