@@ -242,15 +242,10 @@ def _attach(model: Any, name: str, folder: str) -> PeftModel:
         with warnings.catch_warnings():
             # Missing tensors are an error below, so PEFT's own warning would only repeat it.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-            else:
+            if not isinstance(model, PeftModel):
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
-        for parameter_name, parameter in model.named_parameters():
-            if "mola_router" in parameter_name and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
-        # Again into the float32 routers, for their exact values, and for the list of misfits.
-        result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+            # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
+            result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
