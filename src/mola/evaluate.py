@@ -8,34 +8,32 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import data_fingerprint
 from mola.data.prepare import load_examples
 from mola.data.tasks import Task, load_task
-from mola.environment import machine_description, software_versions
+from mola.environment import software_versions
 from mola.errors import MolaError
 from mola.evaluation import predicting
-from mola.evaluation.answering import answer_questions, make_questions, question_lengths
+from mola.evaluation.answering import make_questions, question_lengths
+from mola.evaluation.core import EvaluateResult, check_positive, evaluate_examples
 from mola.evaluation.partial import PartialResults
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary
 from mola.files import atomic_write_json, check_writable
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.options import option
+
+__all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "evaluate_examples", "main"]
 
 logger = logging.getLogger(__name__)
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -45,127 +43,25 @@ class EvaluateOptions:
     base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     task: str = field(metadata={"help": "Name of a task, or a task file (YAML)."})
     data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
-    adapter: str | None = _option(None, "Folder of an adapter; none evaluates the base model alone.")
-    split: str = _option("test", "Split to read where the data has several.")
-    limit: int | None = _option(None, "Evaluate only the first so many samples.")
-    batch_size: int = _option(8, "Samples per batch.")
-    max_new_tokens: int = _option(
+    adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
+    split: str = option("test", "Split to read where the data has several.")
+    limit: int | None = option(None, "Evaluate only the first so many samples.")
+    batch_size: int = option(8, "Samples per batch.")
+    max_new_tokens: int = option(
         16, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
     )
-    template: str | None = _option(None, "Prompt template; by default the task's own.")
-    scoring: str = _option(
+    template: str | None = option(None, "Prompt template; by default the task's own.")
+    scoring: str = option(
         "generate",
         "'generate': decode greedily and extract the answer. 'likelihood': the possible answer (letter or "
         "word) that is most probable where the expected output states it.",
     )
-    output: str | None = _option(None, "Result file (JSON) with every sample.")
-    overwrite: bool = _option(False, "Replace an existing result; discard an unfinished run with other settings.")
-    dtype: str = _option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    device: str | None = _option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    seed: int = _option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
-    trust_remote_code: bool = _option(False, "Run code shipped with the model.")
-
-
-@dataclass
-class EvaluateResult:
-    """Result of an evaluation; the fields are those of the result file.
-
-    Attributes:
-        accuracy: right answers as a fraction of all samples.
-        correct: number of right answers.
-        total: number of samples.
-        unanswered: samples without an extractable answer; they count as wrong.
-        interval_95: Wilson interval of `accuracy`.
-        groups: column -> value -> accuracy, correct, total, interval_95.
-        samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
-        settings: the options used.
-        versions: of mola, torch, transformers, peft and Python.
-        data_fingerprint: SHA-256 of the examples, the same as in a training run's `run.json`.
-        seconds: wall time of answering all samples, without loading; resumed parts included.
-        machine: cpu, gpu, threads.
-    """
-
-    accuracy: float
-    correct: int
-    total: int
-    unanswered: int
-    interval_95: list[float]
-    groups: dict[str, dict[str, dict[str, Any]]]
-    samples: list[dict[str, Any]]
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    data_fingerprint: str
-    seconds: float
-    machine: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Content of the result file."""
-        return asdict(self)
-
-
-def evaluate_examples(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Mapping[str, Any]],
-    *,
-    template: str | None = None,
-    scoring: str = "generate",
-    batch_size: int = 8,
-    max_new_tokens: int = 16,
-    finished: Iterable[Mapping[str, Any]] = (),
-    on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
-    show_progress: bool = True,
-) -> EvaluateResult:
-    """Ask a loaded model and score its answers; model and tokenizer come back as they were.
-
-    Args:
-        model: causal language model, in training or eval mode.
-        tokenizer: its tokenizer.
-        task: how answers are extracted and grouped.
-        examples: as `mola.data.prepare.load_examples` returns them.
-        template: prompt template; None for the task's own.
-        scoring: `"generate"` or `"likelihood"`.
-        batch_size: samples per batch.
-        max_new_tokens: tokens to generate per sample.
-        finished: records of samples answered before, as `on_batch` received them.
-        on_batch: called with the records of every finished batch.
-        show_progress: show a progress bar on stderr.
-
-    Returns:
-        The result; its `settings` are these arguments.
-
-    Raises:
-        MolaError: wrong arguments or examples; a prompt too long for the model.
-    """
-    _check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    questions = make_questions(task, examples, template, scoring)
-    limit = predicting.max_positions(model.config)
-    lengths = question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
-    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
-    open_indices = [index for index in range(len(questions)) if index not in records]
-    batches = [
-        [open_indices[i] for i in batch]
-        for batch in predicting.batches_by_length([lengths[i] for i in open_indices], batch_size)
-    ]
-    with _progress_bar(show_progress) as progress:
-        bar = progress.add_task(task.name, total=len(questions), completed=len(records))
-
-        def collect(batch: list[dict[str, Any]]) -> None:
-            records.update({record["index"]: record for record in batch})
-            if on_batch is not None:
-                on_batch(batch)
-            progress.update(bar, completed=len(records))
-
-        answer_questions(model, tokenizer, task, questions, batches, max_new_tokens, collect)
-    settings = {
-        "task": task.name,
-        "template": template,
-        "scoring": scoring,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-    }
-    return _result(task, examples, [records[index] for index in range(len(questions))], settings)
+    output: str | None = option(None, "Result file (JSON) with every sample.")
+    overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
+    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -227,7 +123,7 @@ def main(options: EvaluateOptions) -> int:
 
 def _check(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
     """Everything that can be wrong without a model, cheapest first."""
-    _check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
+    check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     resolve_dtype(options.dtype, resolve_device(options.device))
     config = load_config(options.base_model, options.trust_remote_code)
     if options.adapter is not None:
@@ -245,12 +141,6 @@ def _check(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTra
     limit = predicting.max_positions(config)
     question_lengths(tokenizer, questions, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise MolaError(f"`{name}` must be at least 1: got {value}.")
 
 
 def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -273,32 +163,6 @@ def _file_stamps(folder: str) -> list[list[Any]]:
     path = Path(folder)
     files = [file for kind in ("*.safetensors", "*.bin", "*config.json") for file in path.glob(kind)]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
-
-
-def _result(
-    task: Task,
-    examples: Sequence[Mapping[str, Any]],
-    records: Sequence[Mapping[str, Any]],
-    settings: dict[str, Any],
-) -> EvaluateResult:
-    samples = [dict(record["sample"]) for record in records]
-    marks = [bool(sample["correct"]) for sample in samples]
-    return EvaluateResult(
-        **accuracy_summary(sum(marks), len(marks)),
-        unanswered=sum(sample["predicted"] is None for sample in samples),
-        groups=accuracy_by_group(examples, marks, task.groups),
-        samples=samples,
-        settings=settings,
-        versions=software_versions(),
-        data_fingerprint=data_fingerprint(examples),
-        seconds=sum(record["seconds"] for record in records),
-        machine=machine_description(),
-    )
-
-
-def _progress_bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
 
 
 def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:

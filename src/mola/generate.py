@@ -26,12 +26,9 @@ from mola.loading import (
     resolve_device,
     resolve_dtype,
 )
+from mola.options import option
 
 logger = logging.getLogger(__name__)
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -39,23 +36,23 @@ class GenerateOptions:
     """Options of `mola generate`."""
 
     base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
-    adapter: str | None = _option(None, "Folder of an adapter.")
-    prompt: str | None = _option(None, "Text to continue, used as it is.")
-    instruction: str | None = _option(None, "Instruction, put through the template.")
-    input: str | None = _option(None, "Context of the instruction.")
-    template: str = _option("alpaca", "Prompt template for instructions.")
-    max_new_tokens: int = _option(128, "Longest answer in tokens.")
-    temperature: float | None = _option(
+    adapter: str | None = option(None, "Folder of an adapter.")
+    prompt: str | None = option(None, "Text to continue, used as it is.")
+    instruction: str | None = option(None, "Instruction, put through the template.")
+    input: str | None = option(None, "Context of the instruction.")
+    template: str = option("alpaca", "Prompt template for instructions.")
+    max_new_tokens: int = option(128, "Longest answer in tokens.")
+    temperature: float | None = option(
         None, "Sampling temperature; 0 is greedy. Giving it, top_p or top_k turns sampling on."
     )
-    top_p: float | None = _option(None, "Sample from the most probable tokens that hold this probability.")
-    top_k: int | None = _option(None, "Sample from this many most probable tokens.")
-    do_sample: bool | None = _option(None, "Sample or not; by default only if a sampling value is given.")
-    seed: int | None = _option(None, "Random seed; by default another one each time.")
-    stream: bool = _option(True, "Print the text while it is generated.")
-    dtype: str = _option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    device: str | None = _option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    trust_remote_code: bool = _option(False, "Run code shipped with the model.")
+    top_p: float | None = option(None, "Sample from the most probable tokens that hold this probability.")
+    top_k: int | None = option(None, "Sample from this many most probable tokens.")
+    do_sample: bool | None = option(None, "Sample or not; by default only if a sampling value is given.")
+    seed: int | None = option(None, "Random seed; by default another one each time.")
+    stream: bool = option(True, "Print the text while it is generated.")
+    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 def decoding_settings(

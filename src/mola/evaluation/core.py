@@ -1,0 +1,156 @@
+"""The core of an evaluation: a loaded model answers examples in memory, and the answers are counted."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from mola.data.encode import data_fingerprint
+from mola.data.tasks import Task
+from mola.environment import machine_description, software_versions
+from mola.errors import MolaError
+from mola.evaluation import predicting
+from mola.evaluation.answering import answer_questions, make_questions, question_lengths
+from mola.evaluation.scoring import accuracy_by_group, accuracy_summary
+
+
+@dataclass
+class EvaluateResult:
+    """Result of an evaluation; the fields are those of the result file.
+
+    Attributes:
+        accuracy: right answers as a fraction of all samples.
+        correct: number of right answers.
+        total: number of samples.
+        unanswered: samples without an extractable answer; they count as wrong.
+        interval_95: Wilson interval of `accuracy`.
+        groups: column -> value -> accuracy, correct, total, interval_95.
+        samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
+        settings: the options used.
+        versions: of mola, torch, transformers, peft and Python.
+        data_fingerprint: SHA-256 of the examples, the same as in a training run's `run.json`.
+        seconds: wall time of answering all samples, without loading; resumed parts included.
+        machine: cpu, gpu, threads.
+    """
+
+    accuracy: float
+    correct: int
+    total: int
+    unanswered: int
+    interval_95: list[float]
+    groups: dict[str, dict[str, dict[str, Any]]]
+    samples: list[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    data_fingerprint: str
+    seconds: float
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of the result file."""
+        return asdict(self)
+
+
+def evaluate_examples(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    scoring: str = "generate",
+    batch_size: int = 8,
+    max_new_tokens: int = 16,
+    finished: Iterable[Mapping[str, Any]] = (),
+    on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
+    show_progress: bool = True,
+) -> EvaluateResult:
+    """Ask a loaded model and score its answers; model and tokenizer come back as they were.
+
+    Args:
+        model: causal language model, in training or eval mode.
+        tokenizer: its tokenizer.
+        task: how answers are extracted and grouped.
+        examples: as `mola.data.prepare.load_examples` returns them.
+        template: prompt template; None for the task's own.
+        scoring: `"generate"` or `"likelihood"`.
+        batch_size: samples per batch.
+        max_new_tokens: tokens to generate per sample.
+        finished: records of samples answered before, as `on_batch` received them.
+        on_batch: called with the records of every finished batch.
+        show_progress: show a progress bar on stderr.
+
+    Returns:
+        The result; its `settings` are these arguments.
+
+    Raises:
+        MolaError: wrong arguments or examples; a prompt too long for the model.
+    """
+    check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    questions = make_questions(task, examples, template, scoring)
+    limit = predicting.max_positions(model.config)
+    lengths = question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
+    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
+    open_indices = [index for index in range(len(questions)) if index not in records]
+    batches = [
+        [open_indices[i] for i in batch]
+        for batch in predicting.batches_by_length([lengths[i] for i in open_indices], batch_size)
+    ]
+    with _progress_bar(show_progress) as progress:
+        bar = progress.add_task(task.name, total=len(questions), completed=len(records))
+
+        def collect(batch: list[dict[str, Any]]) -> None:
+            records.update({record["index"]: record for record in batch})
+            if on_batch is not None:
+                on_batch(batch)
+            progress.update(bar, completed=len(records))
+
+        answer_questions(model, tokenizer, task, questions, batches, max_new_tokens, collect)
+    settings = {
+        "task": task.name,
+        "template": template,
+        "scoring": scoring,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    return _result(task, examples, [records[index] for index in range(len(questions))], settings)
+
+
+def check_positive(**values: int | None) -> None:
+    """Refuse counts below 1; None passes.
+
+    Raises:
+        MolaError: a value is below 1.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise MolaError(f"`{name}` must be at least 1: got {value}.")
+
+
+def _result(
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+    settings: dict[str, Any],
+) -> EvaluateResult:
+    samples = [dict(record["sample"]) for record in records]
+    marks = [bool(sample["correct"]) for sample in samples]
+    return EvaluateResult(
+        **accuracy_summary(sum(marks), len(marks)),
+        unanswered=sum(sample["predicted"] is None for sample in samples),
+        groups=accuracy_by_group(examples, marks, task.groups),
+        samples=samples,
+        settings=settings,
+        versions=software_versions(),
+        data_fingerprint=data_fingerprint(examples),
+        seconds=sum(record["seconds"] for record in records),
+        machine=machine_description(),
+    )
+
+
+def _progress_bar(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
