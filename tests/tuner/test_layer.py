@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mola import MolaLinear
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import router_logits
+
+from .counting import CountOperators
 
 GRID = [(1, 1), (2, 1), (2, 2), (5, 1), (5, 2), (5, 5)]
 TOLERANCES = [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)]
@@ -112,24 +113,6 @@ def test_compiles_to_one_graph(num_experts, top_k):
     layer.train()
     compiled(x).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-class CountOperators(TorchDispatchMode):
-    """Counts operators, and those that make the host wait for the device."""
-
-    SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique", "masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.operators = 0
-        self.syncs = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators += 1
-        name = func.__name__
-        if any(name.startswith(word) for word in self.SYNCHRONISING):
-            self.syncs.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def count(layer, backward=True):

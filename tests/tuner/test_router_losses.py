@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaError, MolaLinear
 
+from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch
 
 COEF = 0.5  # large, so that a wrong weight shows
@@ -316,6 +317,18 @@ def test_whole_model_compiles_to_one_graph():
     compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
     compiled(**batch).loss.backward()
     assert_same_gradients(gradients(again), expected)
+
+
+def test_the_losses_need_no_host_sync():
+    counts = []
+    for coefficient in (0.0, COEF):
+        model = make(router_aux_loss_coef=coefficient)
+        batch = {**token_batch(padding=2), "num_items_in_batch": torch.tensor(20)}
+        model(**batch)  # masks of the attention are prepared on the first call
+        with CountOperators() as counter:
+            model(**batch).loss.backward()
+        counts.append(counter.syncs)
+    assert counts[1] == counts[0]  # the base model's own, if any
 
 
 # ---------------------------------------------------------------------- warnings
