@@ -304,8 +304,10 @@ def test_mixing_with_another_method_is_refused(base):
     ],
 )
 def test_wrong_settings_are_refused(base, options, message):
+    model = clone(base)
     with pytest.raises(MolaError, match=message):
-        get_peft_model(clone(base), random_config(**options))
+        get_peft_model(model, random_config(**options))
+    assert not any(isinstance(module, MolaLinear) for module in model.modules())
 
 
 def test_unknown_keyword_is_refused():

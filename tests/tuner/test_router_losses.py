@@ -178,6 +178,12 @@ def test_reentrant_checkpointing_is_refused():
         model(**token_batch())
 
 
+def test_data_parallel_is_refused():
+    replica = make().base_model.model._replicate_for_data_parallel()
+    with pytest.raises(MolaError, match="DataParallel"):
+        replica(**token_batch())
+
+
 # ---------------------------------------------------------------------- trainers
 
 

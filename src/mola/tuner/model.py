@@ -73,6 +73,7 @@ class MolaModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._resolve(config, model)
         self._per_layer = self._resolve_per_layer(config, model)
+        self._check_places(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         RouterLosses.install(model)
 
@@ -96,6 +97,13 @@ class MolaModel(BaseTuner):
         for name, values in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
         return _PerLayer(num_experts, used_top_k, r)
+
+    def _check_places(self, config: MolaConfig, model: nn.Module) -> None:
+        # All modules before the first one is replaced, so that a refused model is left as it was.
+        if config.target_modules != "all-linear":
+            for name, _ in model.named_modules():
+                if name and self._check_target_module_exists(config, name):
+                    self._settings(config, name, layer_index(name))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # done before, in inject_adapter, where the model's modules are known

@@ -77,6 +77,11 @@ class RouterLosses:
             return
         self._warn_about_untrained_routers(adapters)
         if self.collecting:
+            if module is not self.model:
+                raise MolaError(
+                    "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
+                    "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
+                )
             inputs = self._bind(module, args, kwargs)
             self._set_masks(inputs, unshifted=any(config.task_type in _UNSHIFTED_TASKS for config in configs))
 
