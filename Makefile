@@ -1,5 +1,5 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after
-# make test         set up, run the tests (about ten minutes on two cores)
+# make test         set up, run the tests (two minutes on two cores)
 
 PYTHON ?= python3
 VENV ?= .venv

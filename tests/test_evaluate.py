@@ -246,7 +246,7 @@ def test_result_file_has_the_documented_fields(options, examples):
     written = json.loads(Path(options.output).read_text(encoding="utf-8"))
     assert written == result.to_dict()
     assert set(written) == {
-        *("accuracy", "correct", "total", "unanswered", "interval_95", "groups", "samples"),
+        *("accuracy", "correct", "total", "unanswered", "interval_95", "metrics", "groups", "samples"),
         *("settings", "versions", "data_fingerprint", "seconds", "machine"),
     }
     assert set(written["samples"][0]) == {"id", "prompt", "output", "predicted", "answer", "correct"}
@@ -255,6 +255,7 @@ def test_result_file_has_the_documented_fields(options, examples):
     assert set(written["machine"]) == {"cpu", "gpu", "threads"}
     assert set(written["groups"]) == {"subject", "topic", "grade"}
     assert set(written["groups"]["subject"]["physics"]) == {"accuracy", "correct", "total", "interval_95"}
+    assert written["metrics"] == {}
     assert written["data_fingerprint"] == data_fingerprint(examples)
     assert written["total"] == 11
     assert written["seconds"] > 0
@@ -431,6 +432,75 @@ def test_command_prints_a_table_and_returns_zero(options, capsys):
     printed = capsys.readouterr().out
     for text in ("accuracy", "physics", "unanswered", "11"):
         assert text in printed
+
+
+PAIR_TASK = """
+name: pair
+version: 1
+template: meta
+columns: [text, label]
+answer: {column: label, words: {0: "n", 1: "y"}}
+instruction: "{text}"
+output: "{answer}"
+answer_pattern: '^([ny])'
+metric: accuracy
+more_metrics: [matthews, f1]
+"""
+
+
+@pytest.fixture
+def pair_options(options, tmp_path):
+    """The tiny model on short texts with two labels, by likelihood: it says y to some and n to others."""
+    data, task = tmp_path / "pairs.json", tmp_path / "pair.yaml"
+    data.write_text(json.dumps([{"text": f"{index} boats" * index, "label": index % 3 % 2} for index in range(1, 25)]))
+    task.write_text(PAIR_TASK)
+    return EvaluateOptions(**asdict(options) | {"task": str(task), "data": str(data), "scoring": "likelihood"})
+
+
+def test_metrics_of_the_task_are_in_the_result_and_the_table(pair_options, capsys):
+    assert main(pair_options) == 0
+    written = json.loads(Path(pair_options.output).read_text())
+    pairs = [(sample["answer"], sample["predicted"]) for sample in written["samples"]]
+    tp, fp, fn, tn = (pairs.count(pair) for pair in [("y", "y"), ("n", "y"), ("y", "n"), ("n", "n")])
+    assert min(tp, fp, fn, tn) > 0
+    assert written["metrics"] == pytest.approx(
+        {
+            "matthews": (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
+            "f1": 2 * tp / (2 * tp + fp + fn),
+        }
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"matthews {written['metrics']['matthews']:.3f}, f1 {written['metrics']['f1']:.3f}, 0 unanswered" in printed
+
+
+def test_unanswered_samples_count_as_wrong_in_matthews(tiny_model, tiny_tokenizer):
+    task = load_task("cola")
+    sentences = ["Boats float.", "Float boats do the.", "It rained all day.", "Day it all the rained on."]
+    rows = [{"sentence": sentence, "label": 1 - index % 2} for index, sentence in enumerate(sentences)]
+    examples = [task.example(row, index) for index, row in enumerate(rows)]
+    prompts = [get_template(task.template).prompt(e["instruction"], e["input"]) for e in examples]
+    lengths = [len(tiny_tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    outputs = ["Answer: yes", "The answer is (No)", "Who knows", "Answer: The answer is No."]
+    assert len(set(lengths)) == 4
+    model = Scripted(tiny_model, tiny_tokenizer, dict(zip(lengths, outputs, strict=True)))
+    result = evaluate_examples(model, tiny_tokenizer, task, examples, max_new_tokens=40, show_progress=False)
+    assert [sample["predicted"] for sample in result.samples] == ["Yes", "No", None, "No"]
+    assert (result.correct, result.unanswered) == (3, 1)
+    # One positive found, one missed, both negatives found: (1 * 2 - 0 * 1) / sqrt(1 * 2 * 2 * 3).
+    assert result.metrics == pytest.approx({"matthews": 2 / math.sqrt(12)})
+
+
+def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_options, tiny_model_dir, tmp_path):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    rows = [{"instruction": "x", "output": f"Answer: The answer is {word}.", "answer": word} for word in ("y", "Y")]
+    Path(pair_options.data).write_text(json.dumps(rows))
+    pair_options.base_model, pair_options.scoring = str(folder), "generate"
+    with pytest.raises(MolaError, match="`answers` must be 'n' or 'y'.*number 1 is 'Y'"):
+        evaluate(pair_options)
 
 
 def test_every_option_has_help():

@@ -1,11 +1,22 @@
 import math
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mola.errors import MolaError
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, wilson_interval
+from mola.evaluation.scoring import (
+    BinaryCounts,
+    accuracy_by_group,
+    accuracy_summary,
+    binary_counts,
+    binary_metrics,
+    check_labels,
+    f1_score,
+    matthews_correlation,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_of_a_published_example():
@@ -87,3 +98,107 @@ def test_accuracy_by_group_totals_add_up(pairs):
 def test_accuracy_by_group_refuses_other_lengths():
     with pytest.raises(MolaError, match="got 1 entries for 2 rows"):
         accuracy_by_group([{}, {}], [True], [])
+
+
+LABELS = ("No", "Yes")
+PAIRS = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1)
+
+
+def test_binary_metrics_of_a_hand_computed_table():
+    # 4 of 6 positives found, one miss being unanswered; 3 of 4 negatives found.
+    answers = ["Yes"] * 6 + ["No"] * 4
+    predicted = ["Yes", "Yes", "Yes", "Yes", "No", None, "No", "No", "No", "Yes"]
+    assert binary_counts(answers, predicted, LABELS) == BinaryCounts(4, 1, 2, 3)
+    metrics = binary_metrics(["f1", "matthews"], answers, predicted, LABELS)
+    assert metrics == pytest.approx({"f1": 8 / 11, "matthews": 10 / math.sqrt(600)}, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("counts", "f1", "matthews"),
+    [
+        ((3, 0, 0, 5), 1.0, 1.0),
+        ((0, 3, 5, 0), 0.0, -1.0),
+        ((2, 2, 2, 2), 0.5, 0.0),
+        ((6, 2, 0, 0), 12 / 14, 0.0),  # only "positive" is ever predicted
+        ((0, 0, 0, 4), 0.0, 0.0),  # no positive at all: neither is defined
+        ((90, 4, 1, 5), 180 / 185, (450 - 4) / math.sqrt(94 * 91 * 9 * 6)),
+    ],
+)
+def test_f1_and_matthews_of_counts(counts, f1, matthews):
+    assert f1_score(BinaryCounts(*counts)) == pytest.approx(f1, rel=1e-12)
+    assert matthews_correlation(BinaryCounts(*counts)) == pytest.approx(matthews, rel=1e-12)
+
+
+@given(PAIRS)
+def test_unanswered_counts_as_the_wrong_label(pairs):
+    answers = [answer for answer, _ in pairs]
+    predicted = [label for _, label in pairs]
+    other = {"No": "Yes", "Yes": "No"}
+    filled = [other[answer] if label is None else label for answer, label in pairs]
+    counts = binary_counts(answers, predicted, LABELS)
+    assert counts == binary_counts(answers, filled, LABELS)
+    assert sum(counts) == len(pairs)
+    assert counts.true_positive + counts.true_negative == sum(answer == label for answer, label in pairs)
+
+
+@given(PAIRS)
+def test_matthews_is_bounded_and_symmetric_in_the_labels(pairs):
+    answers, predicted = [answer for answer, _ in pairs], [label for _, label in pairs]
+    value = binary_metrics(["matthews"], answers, predicted, LABELS)["matthews"]
+    assert -1 <= value <= 1
+    assert binary_metrics(["matthews"], answers, predicted, LABELS[::-1])["matthews"] == value
+    if None not in predicted:
+        assert binary_metrics(["matthews"], predicted, answers, LABELS)["matthews"] == value
+
+
+@given(st.tuples(*[st.integers(0, 10**6)] * 4))
+def test_matthews_of_large_counts_is_bounded(counts):
+    tp, fp, fn, tn = counts
+    value = matthews_correlation(BinaryCounts(*counts))
+    assert -1 <= value <= 1
+    assert matthews_correlation(BinaryCounts(tn, fn, fp, tp)) == value
+    assert matthews_correlation(BinaryCounts(fp, tp, tn, fn)) == -value  # every prediction turned round
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
+def test_matthews_is_the_correlation_of_zeros_and_ones(pairs):
+    answers, predicted = ([int(pair[i]) for pair in pairs] for i in (0, 1))
+    counts = binary_counts([LABELS[i] for i in answers], [LABELS[i] for i in predicted], LABELS)
+    constant = len(set(answers)) == 1 or len(set(predicted)) == 1
+    expected = 0.0 if constant else statistics.correlation(answers, predicted)
+    assert matthews_correlation(counts) == pytest.approx(expected, abs=1e-9)
+
+
+@given(PAIRS)
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(pairs):
+    counts = binary_counts([answer for answer, _ in pairs], [label for _, label in pairs], LABELS)
+    if counts.true_positive == 0:
+        assert f1_score(counts) == 0
+        return
+    precision = counts.true_positive / (counts.true_positive + counts.false_positive)
+    recall = counts.true_positive / (counts.true_positive + counts.false_negative)
+    assert f1_score(counts) == pytest.approx(statistics.harmonic_mean([precision, recall]), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "predicted", "labels", "message"),
+    [
+        (["Yes"], ["Yes", "No"], LABELS, "got 2 entries for 1 answers"),
+        (["Yes", "yes"], ["Yes", "Yes"], LABELS, "`answers` must be 'No' or 'Yes'.*number 1 is 'yes'"),
+        (["Yes", None], ["Yes", "Yes"], LABELS, "`answers`.*number 1 is None"),
+        (["Yes"], ["Maybe"], LABELS, "`predicted`.*'Maybe'"),
+        (["Yes"], ["Yes"], ("Yes", "Yes"), "two different"),
+    ],
+)
+def test_binary_counts_refuse_wrong_labels(answers, predicted, labels, message):
+    with pytest.raises(MolaError, match=message):
+        binary_counts(answers, predicted, labels)
+
+
+def test_unknown_metric_is_refused():
+    with pytest.raises(MolaError, match="out of f1, matthews: got 'bleu'"):
+        binary_metrics(["bleu"], ["Yes"], ["Yes"], LABELS)
+
+
+def test_check_labels_lets_both_labels_through():
+    assert check_labels(["No", "Yes", "No"], LABELS) is None

@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": Command("mola.evaluate", "EvaluateOptions", "accuracy on a test file"),
     "generate": Command("mola.generate", "GenerateOptions", "answer one prompt, or one line after the other"),
     "plan": Command("mola.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
+    "convert": Command("mola.convert", "ConvertOptions", "adapters of the research code to mola's, and back", "source"),
     "quickstart": Command("mola.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
 }
 

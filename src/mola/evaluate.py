@@ -25,7 +25,7 @@ from mola.environment import software_versions
 from mola.errors import MolaError
 from mola.evaluation import predicting
 from mola.evaluation.answering import make_questions, question_lengths
-from mola.evaluation.core import EvaluateResult, check_positive, evaluate_examples
+from mola.evaluation.core import EvaluateResult, check_answers, check_positive, evaluate_examples
 from mola.evaluation.partial import PartialResults
 from mola.files import atomic_write_json, check_writable
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -137,6 +137,7 @@ def _check(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTra
     task = load_task(options.task)
     examples = load_examples(options.data, task, options.split, limit=options.limit)
     questions = make_questions(task, examples, options.template, options.scoring)
+    check_answers(task, examples)
     tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code)
     limit = predicting.max_positions(config)
     question_lengths(tokenizer, questions, options.scoring, options.max_new_tokens, limit)
@@ -188,5 +189,6 @@ def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:
     for column, values in result.groups.items():
         for value, row in values.items():
             add(column, value, row)
-    table.caption = f"{result.unanswered} unanswered (counted as wrong), {result.seconds:.1f} s"
+    metrics = "".join(f"{name} {value:.3f}, " for name, value in result.metrics.items())
+    table.caption = f"{metrics}{result.unanswered} unanswered (counted as wrong), {result.seconds:.1f} s"
     return table

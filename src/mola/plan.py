@@ -9,23 +9,17 @@ The model is built on the meta device: no weights are read, so 70B fits on a lap
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from mola.errors import MolaError
+from mola.options import names_between_commas
+from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner.allocation import AllocationPlan, LayerPlan, plan_allocation, resolve_per_layer
-from mola.tuner.targets import count_layers, default_target_modules, linear_shapes
+from mola.tuner.targets import default_target_modules, linear_shapes
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -74,16 +68,10 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
     """
-    config = _load_config(options.base_model, options.trust_remote_code)
-    model = _build_on_meta(config, options)
+    model = model_on_meta(options.base_model, options.trust_remote_code)
+    num_layers = count_decoder_layers(model, options.base_model)
     names = [name for name, _ in model.named_modules()]
-    num_layers = count_layers(config.to_dict(), names)
-    if num_layers is None or num_layers < 1:
-        raise MolaError(
-            f"`base_model` must have decoder layers: found {num_layers or 'none'} in {options.base_model!r}. "
-            "Check `num_hidden_layers` in its config.json."
-        )
-    targets = _targets(options.target_modules) or default_target_modules(names, config.model_type)
+    targets = names_between_commas(options.target_modules) or default_target_modules(names, model.config.model_type)
     result = plan_allocation(
         linear_shapes(model, targets),
         resolve_per_layer(options.num_experts, num_layers, "num_experts"),
@@ -150,48 +138,6 @@ def main(options: PlanOptions) -> int:
     return 0
 
 
-def _load_config(base_model: str, trust_remote_code: bool) -> Any:
-    path = Path(base_model).expanduser()
-    wanted = "Pass a folder with config.json, a config.json file, or a name on the hub."
-    if not path.exists():
-        # A hub name has at most one slash; anything else would only wait for the network to fail.
-        if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
-            raise MolaError(f"`base_model` does not exist: {base_model!r}. {wanted}")
-        source = base_model
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {wanted}")
-    else:
-        source = str(path)
-    try:
-        # Explicit False: with None Transformers would ask on the terminal.
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise MolaError(
-            f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {wanted}"
-        ) from error
-
-
-def _build_on_meta(config: Any, options: PlanOptions) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise MolaError(
-            f"`base_model` must be a causal language model: {options.base_model!r} of type "
-            f"{config.model_type!r} cannot be built as one ({_one_line(error)})."
-        ) from error
-
-
-def _targets(value: str | None) -> list[str] | str | None:
-    if value is None or value.strip().lower() == "all-linear":
-        return value and value.strip()
-    names = [name.strip() for name in value.split(",")]
-    if not all(names):
-        raise MolaError(f"`target_modules` must be names between commas, got {value!r}. Example: 'q_proj,v_proj'.")
-    # As in `mola train`: what is no list of names is a regular expression.
-    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else value
-
-
 def _runs(plan: AllocationPlan) -> Iterator[tuple[int, int, LayerPlan]]:
     for layer, members in groupby(plan.layers, key=lambda layer: replace(layer, layer_index=0)):
         indices = [member.layer_index for member in members]
@@ -209,8 +155,3 @@ def _share(parameters: int, base_parameters: int | None) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

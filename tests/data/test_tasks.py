@@ -241,6 +241,12 @@ def test_task_of_free_text(tmp_path):
         ({"answer_pattern": None}, "go together"),
         ({"answer": None}, "go together"),
         ({"metric": "bleu"}, "`metric` must be 'accuracy'"),
+        ({"more_metrics": "f1"}, "`more_metrics` must be a list of texts: got 'f1'"),
+        ({"more_metrics": ["bleu"]}, r"`more_metrics` must hold names out of f1, matthews.*got \['bleu'\]"),
+        ({"more_metrics": ["f1", "f1"]}, "each once"),
+        ({"more_metrics": ["f1"], "answer": {"column": "label", "words": {0: "Yes", 2: "No"}}}, "labels 0 and 1"),
+        ({"more_metrics": ["f1"], "answer": {"column": "label", "words": {0: "Yes", 1: "Yes"}}}, "two different"),
+        ({"more_metrics": ["f1"], "answer": {"column": "label", "choices": "sentence1"}}, "labels 0 and 1"),
         ({"instruction": "{sentence3}"}, "`instruction` uses {sentence3}"),
         ({"instruction": "{options}"}, "`instruction` uses {options}"),
         ({"output": "{answer.__class__}"}, "plain fields"),
@@ -280,3 +286,120 @@ def test_packaged_task_loads_under_its_name(name):
     task = load_task(name)
     assert task.name == name
     assert task.description
+
+
+QUESTION = {"question": "Where do boats sleep?", "choices": ["harbour", "attic", "oven", "cloud", "well"]}
+PAIR_ROW = {"sentence1": "The kettle sang at noon. ", "sentence2": " At noon the kettle was singing."}
+FIVE = "Options: (A) harbour (B) attic (C) oven (D) cloud (E) well\n"
+FOUR = FIVE.replace(" (E) well", "")
+PAIR_TEXT = "Sentence 1: The kettle sang at noon.\nSentence 2: At noon the kettle was singing.\nQuestion: "
+# Task, row, its instruction, its answer, its number of choices.
+PACKAGED = [
+    ("scienceqa", ROW, INSTRUCTION, "A", 3),
+    ("sample", ROW, INSTRUCTION, "A", 3),
+    (
+        "commonsenseqa",
+        {**QUESTION, "answer": 4, "question_concept": "boat"},
+        f"Question: Where do boats sleep?\n{FIVE}",
+        "E",
+        5,
+    ),
+    (
+        "openbookqa",
+        {**QUESTION, "choices": QUESTION["choices"][:4], "answer": 2, "fact1": "boats rest in ports"},
+        f"Question: Where do boats sleep?\n{FOUR}",
+        "C",
+        4,
+    ),
+    (
+        "mrpc",
+        {**PAIR_ROW, "label": 1},
+        f"{PAIR_TEXT}Do both sentences mean the same?\nOptions: Yes or No\n",
+        "Yes",
+        2,
+    ),
+    (
+        "rte",
+        {**PAIR_ROW, "label": 0},
+        f"{PAIR_TEXT}Does sentence 2 follow from sentence 1?\nOptions: Yes or No\n",
+        "Yes",
+        2,
+    ),
+    (
+        "cola",
+        {"sentence": "Kettle the sang noon at. ", "label": 0},
+        "Sentence: Kettle the sang noon at.\nQuestion: Is this sentence acceptable English?\nOptions: Yes or No\n",
+        "No",
+        2,
+    ),
+]
+WORD_TASKS = {"mrpc": {0: "No", 1: "Yes"}, "cola": {0: "No", 1: "Yes"}, "rte": {0: "Yes", 1: "No"}}
+
+
+@pytest.mark.parametrize(("name", "row", "instruction", "answer", "num_choices"), PACKAGED)
+def test_packaged_task_gives_back_its_own_answer(name, row, instruction, answer, num_choices):
+    task = load_task(name)
+    example = task.example(row, 0, "train")
+    assert example["instruction"] == instruction
+    assert (example["input"], example["output"]) == ("", f"Answer: The answer is {answer}.")
+    assert (example["answer"], example["num_choices"]) == (answer, num_choices)
+    assert task.extract_answer(example["output"], num_choices) == answer
+
+
+def test_every_packaged_task_has_an_example_here():
+    assert sorted(case[0] for case in PACKAGED) == task_names()
+
+
+@pytest.mark.parametrize(("name", "words"), WORD_TASKS.items())
+def test_label_becomes_its_word_and_other_labels_are_refused(name, words):
+    task = load_task(name)
+    row = next(case[1] for case in PACKAGED if case[0] == name)
+    assert {label: task.example({**row, "label": label}, 0)["answer"] for label in (0, 1)} == words
+    for label in (-1, 2, True, None, "Yes"):  # -1 is how test splits without labels come
+        with pytest.raises(MolaError, match=rf"row `row-0`: `label` must be one of 0, 1: got {label!r}"):
+            task.example({**row, "label": label}, 0)
+
+
+@pytest.mark.parametrize(("name", "column"), [("mrpc", "sentence2"), ("rte", "sentence1"), ("cola", "sentence")])
+def test_empty_sentence_is_refused(name, column):
+    row = next(case[1] for case in PACKAGED if case[0] == name)
+    with pytest.raises(MolaError, match=f"`{column}` must not be empty"):
+        load_task(name).example({**row, column: " "}, 0)
+
+
+@pytest.mark.parametrize("name", WORD_TASKS)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Answer: The answer is No.", "No"),
+        ("The correct answer is (Yes) because", "Yes"),
+        ("Answer: yes", "Yes"),
+        ("ANSWER: NO", "No"),
+        ("the answer is: no</s>", "No"),
+        ("Answer: Yes. Answer: No.", "Yes"),
+        ("The answer is not clear", None),
+        ("The answer is Yesterday", None),
+        ("I answered yes", None),
+        ("Yes", None),
+        ("", None),
+    ],
+)
+def test_word_is_found_however_it_is_put(name, text, expected):
+    assert load_task(name).extract_answer(text, 2) == expected
+
+
+def test_words_that_differ_in_case_only_stay_apart(tmp_path):
+    changes = {
+        "answer": {"column": "label", "words": {0: "us", 1: "US", 2: "Them"}},
+        "answer_pattern": r"The answer is (\w+)",
+    }
+    task = load_task(write_task(tmp_path, changes))
+    found = [task.extract_answer(f"The answer is {word}.") for word in ("us", "US", "Us", "THEM")]
+    assert found == ["us", "US", None, "Them"]
+
+
+def test_metrics_of_the_packaged_tasks():
+    found = {name: load_task(name).more_metrics for name in task_names()}
+    assert {name: metrics for name, metrics in found.items() if metrics} == {"cola": ("matthews",), "mrpc": ("f1",)}
+    assert load_task("mrpc").binary_labels == ("No", "Yes")
+    assert load_task("scienceqa").binary_labels is None

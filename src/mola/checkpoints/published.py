@@ -1,4 +1,4 @@
-"""Reads adapters saved by the paper's research code.
+"""Reads adapters in the format of the paper's research code.
 
 One folder with `adapter_config.json` (peft_type LORA, `r` a list) and `adapter_model.bin` or
 `.safetensors`, whose keys name every expert separately:
@@ -7,7 +7,13 @@ One folder with `adapter_config.json` (peft_type LORA, `r` a list) and `adapter_
     base_model.model.model.layers.N.MODULE.lora_B_e.weight     (out, r)
     base_model.model.model.layers.N.MODULE.router.router.weight (E, in)
 
-`num_experts` is counted from the keys. `top_k` is not saved there and has to be given.
+`num_experts` is counted from the keys. `top_k` is not saved there and has to be given. A layer with one
+expert has a router there, which decides nothing, and none here.
+
+- `read_published`: a folder to a `MolaConfig` and tensors.
+- `read_tensors`: the weights of an adapter folder of either format.
+
+The other direction is in `published_writer`.
 """
 
 from __future__ import annotations
@@ -28,6 +34,15 @@ from mola.tuner.targets import layer_index
 
 _KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>\d+)|(?P<router>router)\.router)\.weight")
 
+# Settings of the file that change what the tensors mean, with the values that `MolaConfig` is built for.
+_NEUTRAL = {
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layers_to_transform": (None,),
+    "modules_to_save": (None, []),
+    "peft_type": ("LORA",),
+}
+
 
 def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[MolaConfig, dict[str, torch.Tensor]]:
     """Read an adapter of the research code.
@@ -42,11 +57,11 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
 
     Raises:
         MolaError: a file is missing or unreadable, a key is not of this format, experts are not
-            numbered without a gap, or layers disagree about their number.
+            numbered without a gap, layers disagree about their number, or a setting has no counterpart.
     """
     folder = Path(folder)
     settings = _read_json(folder / "adapter_config.json")
-    experts, routers = _group(_read_tensors(folder))
+    experts, routers = _group(read_tensors(folder))
     counts = _experts_per_layer(experts)
     state_dict = {}
     for module, parts in experts.items():
@@ -80,6 +95,9 @@ def _group(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, list]]
         else:
             numbered[match["module"]][match["part"]][int(match["expert"])] = tensor
     experts = {}
+    for module in routers:
+        if module not in numbered:
+            raise MolaError(f"{module!r} has a router and no experts. The file is incomplete.")
     for module, parts in numbered.items():
         router = routers.get(module)
         count = len(parts["A"])
@@ -91,7 +109,14 @@ def _group(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, list]]
         if router is None or router.shape[0] != count:
             found = "no router" if router is None else f"a router for {router.shape[0]}"
             raise MolaError(f"{module!r} has {count} experts and {found}. The file is incomplete.")
-        experts[module] = {part: [found[e] for e in range(count)] for part, found in parts.items()}
+        for part, numbers in parts.items():
+            shapes = {tuple(tensor.shape) for tensor in numbers.values()}
+            if len(shapes) > 1:
+                raise MolaError(
+                    f"{module!r} has experts {part} of different shapes {sorted(shapes)}; all experts of a module "
+                    "must have one shape. The file is broken."
+                )
+        experts[module] = {part: [numbers[e] for e in range(count)] for part, numbers in parts.items()}
     return experts, routers
 
 
@@ -127,13 +152,26 @@ def _read_json(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MolaError(f"{path} can not be read: {error}. Point to the folder of the saved adapter.") from error
+    if not isinstance(settings, dict):
+        raise MolaError(f"{path} must hold an object, got {settings!r}. Point to the folder of the saved adapter.")
     missing = [name for name in ("lora_alpha", "target_modules", "r") if name not in settings]
     if missing:
         raise MolaError(f"{path} lacks {missing}; this is not an adapter of the research code.")
+    for name, allowed in _NEUTRAL.items():
+        if name in settings and settings[name] not in allowed:
+            raise MolaError(
+                f"`{name}` in {path} must be {allowed[0]!r}, got {settings[name]!r}. "
+                "No other adapters of the research code are supported."
+            )
     return settings
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an adapter folder, on the CPU; runs no code from the file.
+
+    Raises:
+        MolaError: no weights, two files of weights, or a file that is no flat dict of tensors.
+    """
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         if (folder / name).is_file():
             break
@@ -149,6 +187,9 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         if name.endswith(".safetensors"):
             return load_file(folder / name)
         # weights_only: a pickle from elsewhere must not be able to run code.
-        return torch.load(folder / name, map_location="cpu", weights_only=True)
+        tensors = torch.load(folder / name, map_location="cpu", weights_only=True)
     except Exception as error:
         raise MolaError(f"{folder / name} can not be read as tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise MolaError(f"{folder / name} must hold a flat dict of tensors, it does not.")
+    return tensors

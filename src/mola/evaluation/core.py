@@ -14,7 +14,7 @@ from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.evaluation import predicting
 from mola.evaluation.answering import answer_questions, make_questions, question_lengths
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary
+from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, check_labels
 
 
 @dataclass
@@ -27,6 +27,8 @@ class EvaluateResult:
         total: number of samples.
         unanswered: samples without an extractable answer; they count as wrong.
         interval_95: Wilson interval of `accuracy`.
+        metrics: name -> value of the task's `more_metrics` (`f1`, `matthews`); an unanswered sample counts as
+            the wrong label.
         groups: column -> value -> accuracy, correct, total, interval_95.
         samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
         settings: the options used.
@@ -41,6 +43,7 @@ class EvaluateResult:
     total: int
     unanswered: int
     interval_95: list[float]
+    metrics: dict[str, float]
     groups: dict[str, dict[str, dict[str, Any]]]
     samples: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -91,6 +94,7 @@ def evaluate_examples(
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     questions = make_questions(task, examples, template, scoring)
+    check_answers(task, examples)
     limit = predicting.max_positions(model.config)
     lengths = question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
@@ -119,6 +123,16 @@ def evaluate_examples(
     return _result(task, examples, [records[index] for index in range(len(questions))], settings)
 
 
+def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse answers with which the task's `more_metrics` could not be computed.
+
+    Raises:
+        MolaError: an answer is not a word of the task.
+    """
+    if task.more_metrics and task.binary_labels is not None:
+        check_labels((example["answer"] for example in examples), task.binary_labels)
+
+
 def check_positive(**values: int | None) -> None:
     """Refuse counts below 1; None passes.
 
@@ -141,6 +155,7 @@ def _result(
     return EvaluateResult(
         **accuracy_summary(sum(marks), len(marks)),
         unanswered=sum(sample["predicted"] is None for sample in samples),
+        metrics=_more_metrics(task, samples),
         groups=accuracy_by_group(examples, marks, task.groups),
         samples=samples,
         settings=settings,
@@ -149,6 +164,13 @@ def _result(
         seconds=sum(record["seconds"] for record in records),
         machine=machine_description(),
     )
+
+
+def _more_metrics(task: Task, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    if not task.more_metrics or task.binary_labels is None:
+        return {}
+    answers = [sample["answer"] for sample in samples]
+    return binary_metrics(task.more_metrics, answers, [sample["predicted"] for sample in samples], task.binary_labels)
 
 
 def _progress_bar(show: bool) -> Progress:

@@ -1,7 +1,8 @@
-"""Accuracy, its interval and its breakdown by group; statistics only, no torch."""
+"""Accuracy, its interval and its breakdown by group, F1, Matthews correlation; statistics only, no torch."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
@@ -91,3 +92,126 @@ def accuracy_by_group(
             count[1] += 1
         groups[column] = {value: accuracy_summary(*counts[value]) for value in sorted(counts)}
     return groups
+
+
+class BinaryCounts(NamedTuple):
+    """How often each answer to a question with two labels occurs.
+
+    Attributes:
+        true_positive: positive, and found to be.
+        false_positive: negative, but not found to be.
+        false_negative: positive, but not found to be.
+        true_negative: negative, and found to be.
+    """
+
+    true_positive: int
+    false_positive: int
+    false_negative: int
+    true_negative: int
+
+
+def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]) -> BinaryCounts:
+    """Count right and wrong predictions of each of two labels.
+
+    An unanswered sample counts as if the other, wrong label had been predicted, so right predictions are
+    the same samples as for accuracy.
+
+    Args:
+        answers: right label of each sample.
+        predicted: predicted label of each sample; None for unanswered.
+        labels: the negative and the positive label.
+
+    Returns:
+        The four counts, which add up to the number of samples.
+
+    Raises:
+        MolaError: the lengths differ, or a label is neither of the two.
+    """
+    if len(answers) != len(predicted):
+        raise MolaError(
+            f"`predicted` needs one entry per answer: got {len(predicted)} entries for {len(answers)} answers. "
+            "Pass None for a sample without an answer."
+        )
+    check_labels(answers, labels)
+    check_labels((label for label in predicted if label is not None), labels, "predicted")
+    right, wrong = [0, 0], [0, 0]
+    for answer, label in zip(answers, predicted, strict=True):
+        counts = right if label == answer else wrong
+        counts[labels.index(answer)] += 1
+    return BinaryCounts(right[1], wrong[0], wrong[1], right[0])
+
+
+def check_labels(values: Iterable[str], labels: tuple[str, str], name: str = "answers") -> None:
+    """Refuse a value that is neither of the two labels, or labels that do not differ.
+
+    Raises:
+        MolaError: a value is no label; the message gives its position.
+    """
+    if labels[0] == labels[1]:
+        raise MolaError(f"`labels` must be two different ones: got {labels!r}.")
+    for index, value in enumerate(values):
+        if value not in labels:
+            raise MolaError(
+                f"`{name}` must be {labels[0]!r} or {labels[1]!r} for `f1` and `matthews`: number {index} is "
+                f"{value!r}. Use the data of this task, or prepare them again."
+            )
+
+
+def f1_score(counts: BinaryCounts) -> float:
+    r"""F1 of the positive label: the harmonic mean of precision and recall.
+
+    With ``TP``, ``FP``, ``FN`` = true positives, false positives, false negatives:
+        F1 = 2 TP / (2 TP + FP + FN)
+
+    Returns:
+        0 to 1; 0 where it is not defined, with no positive sample and none predicted.
+
+    Source: van Rijsbergen 1979, Information Retrieval, chapter 7 (there as ``1 - E``).
+    """
+    wrong = counts.false_positive + counts.false_negative
+    total = 2 * counts.true_positive + wrong
+    return 2 * counts.true_positive / total if total else 0.0
+
+
+def matthews_correlation(counts: BinaryCounts) -> float:
+    r"""Matthews correlation: how answers and predictions go together, whatever the shares of the labels.
+
+    With ``TP``, ``FP``, ``FN``, ``TN`` = the four counts:
+        MCC = (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))
+
+    Returns:
+        -1 (always the wrong label) to 1 (always right); 0 where it is not defined, with one label only among
+        the answers or the predictions.
+
+    Source: Matthews 1975, Biochimica et Biophysica Acta 405:442.
+    """
+    tp, fp, fn, tn = counts
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+
+
+def binary_metrics(
+    names: Iterable[str], answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]
+) -> dict[str, float]:
+    """The named metrics of a task with two labels.
+
+    Args:
+        names: out of `f1` and `matthews`.
+        answers: right label of each sample.
+        predicted: predicted label of each sample; None, unanswered, counts as the wrong label.
+        labels: the negative and the positive label.
+
+    Returns:
+        Name -> value.
+
+    Raises:
+        MolaError: an unknown name, or as `binary_counts`.
+    """
+    functions = {"f1": f1_score, "matthews": matthews_correlation}
+    counts = binary_counts(answers, predicted, labels)
+    values = {}
+    for name in names:
+        if name not in functions:
+            raise MolaError(f"`names` must be out of {', '.join(functions)}: got {name!r}.")
+        values[name] = functions[name](counts)
+    return values

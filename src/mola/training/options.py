@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,11 +201,3 @@ class TrainOptions(TrainingArguments):
         """An option of the adapter, or its default."""
         value = getattr(self, name)
         return ADAPTER_DEFAULTS[name] if value is None else value
-
-
-def split_names(names: str | None) -> list[str] | str | None:
-    """Module names from a comma-separated option; "all-linear" and regular expressions stay one text."""
-    if names is None or names == "all-linear":
-        return names
-    parts = [name.strip() for name in names.split(",")]
-    return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 from peft import PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.prepare import load_examples
@@ -22,8 +21,10 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.options import names_between_commas
 from mola.plan import PlanOptions, plan
-from mola.training.options import TrainOptions, split_names
+from mola.skeleton import model_on_meta
+from mola.training.options import TrainOptions
 from mola.tuner import MolaConfig
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     """
     if options.base_model is None:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
-    config = load_config(options.base_model, options.trust_remote_code)
+    load_config(options.base_model, options.trust_remote_code)
     if options.adapter is not None:
         check_adapter(options.adapter)
         return {}
@@ -75,14 +76,13 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         )
     )
     if wanted.modules_to_save:
-        _check_modules_to_save(wanted.modules_to_save, config, options.trust_remote_code)
+        _check_modules_to_save(wanted.modules_to_save, options)
     return allocation.to_dict()["totals"]
 
 
-def _check_modules_to_save(names: Sequence[str], config: PretrainedConfig, trust_remote_code: bool) -> None:
+def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
     """PEFT passes over a name that matches nothing, if another one does."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = model_on_meta(options.base_model or "", options.trust_remote_code)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     missing = [name for name in names if name.rpartition(".")[2] not in known]
     if missing:
@@ -103,7 +103,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
     return MolaConfig(
         **{name: setting(name) for name in (*plain, *router)},
-        target_modules=split_names(setting("target_modules")),
+        target_modules=names_between_commas(setting("target_modules")),
         modules_to_save=_module_list(setting("modules_to_save")),
         task_type=TaskType.CAUSAL_LM,
     )
@@ -111,7 +111,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
 
 def _module_list(names: str | None) -> list[str] | None:
     """PEFT takes no expression for these: a text would be read letter by letter."""
-    split = split_names(names)
+    split = names_between_commas(names)
     return [split] if isinstance(split, str) else split
 
 

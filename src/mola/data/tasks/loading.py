@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mola.data.tasks.task import EXAMPLE_KEYS, AnswerRule, Task, field_names
+from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, Task, field_names
 from mola.data.templates import template_names
 from mola.errors import MolaError
 
@@ -64,7 +64,7 @@ def _task_from_yaml(text: str) -> Task:
             raise MolaError(f"the key `{key}` is missing. A task needs {', '.join(required)}.")
     for key, value in data.items():
         _check_kind(key, value)
-    for key in ("columns", "groups"):
+    for key in _LIST_KEYS:
         data[key] = tuple(data.get(key, ()))
     data["fields"] = {name: _field_rule(name, rule) for name, rule in data.get("fields", {}).items()}
     if data.get("answer") is not None:
@@ -76,6 +76,7 @@ def _task_from_yaml(text: str) -> Task:
 
 _TEXT_KEYS = ("name", "template", "output", "description", "input")
 _OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
+_LIST_KEYS = ("columns", "groups", "more_metrics")
 
 
 def _check_kind(key: str, value: Any) -> None:
@@ -85,7 +86,7 @@ def _check_kind(key: str, value: Any) -> None:
         valid, kind = value is None or isinstance(value, str), "text or null"
     elif key == "version":
         valid, kind = isinstance(value, int) and not isinstance(value, bool), "an integer"
-    elif key in ("columns", "groups"):
+    elif key in _LIST_KEYS:
         valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
         kind = "a list of texts"
     else:
@@ -147,6 +148,7 @@ def _check_task(task: Task) -> None:
 
 
 def _check_scoring(task: Task) -> None:
+    _check_more_metrics(task)
     given = [task.answer is not None, task.answer_pattern is not None, task.metric is not None]
     if any(given) and not all(given):
         raise MolaError("`answer`, `answer_pattern` and `metric` go together: give all three, or none.")
@@ -160,3 +162,17 @@ def _check_scoring(task: Task) -> None:
         raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
     if groups != 1:
         raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")
+
+
+def _check_more_metrics(task: Task) -> None:
+    for name in task.more_metrics:
+        if name not in BINARY_METRICS or task.more_metrics.count(name) > 1:
+            raise MolaError(
+                f"`more_metrics` must hold names out of {', '.join(BINARY_METRICS)}, each once: got "
+                f"{list(task.more_metrics)!r}. Correct the list."
+            )
+    if task.more_metrics and task.binary_labels is None:
+        raise MolaError(
+            f"`more_metrics` {list(task.more_metrics)!r} needs `words` of the labels 0 and 1, two different ones: "
+            f"got the answer rule {task.answer!r}. Leave `more_metrics` out, or correct `answer`."
+        )

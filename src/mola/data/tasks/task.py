@@ -11,6 +11,7 @@ from typing import Any
 from mola.errors import MolaError
 
 LETTERS = string.ascii_uppercase
+BINARY_METRICS = ("f1", "matthews")
 EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
 
 
@@ -78,6 +79,7 @@ class Task:
         answer: where the answer is; None for free text.
         answer_pattern: regular expression with one group that finds the answer in generated text.
         metric: `accuracy`, or None for free text.
+        more_metrics: `f1` and `matthews`, of a task whose `words` are of the labels 0 and 1.
         groups: columns by which a score is broken down.
     """
 
@@ -95,7 +97,16 @@ class Task:
     answer: AnswerRule | None = None
     answer_pattern: str | None = None
     metric: str | None = None
+    more_metrics: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+
+    @property
+    def binary_labels(self) -> tuple[str, str] | None:
+        """Words of the labels 0 and 1, the second being the positive class; None if that is not what there is."""
+        words = None if self.answer is None else self.answer.words
+        if words is None or set(words) != {"0", "1"} or words["0"] == words["1"]:
+            return None
+        return words["0"], words["1"]
 
     def keeps(self, row: Mapping[str, Any]) -> bool:
         """Whether the row passes `filters`."""
@@ -150,7 +161,10 @@ class Task:
         return {group: row[group] for group in self.groups if row.get(group) is not None}
 
     def extract_answer(self, text: str, num_choices: int | None = None) -> str | None:
-        """Answer in generated text: the first match of `answer_pattern`, case-sensitive.
+        """Answer in generated text: the first match of `answer_pattern`.
+
+        A letter is case-sensitive. A word is found in any case that the pattern lets through ("yes" for
+        "Yes"), unless the task has words that differ in nothing else.
 
         Args:
             text: the generated text without the prompt.
@@ -169,7 +183,9 @@ class Task:
         if found is None:
             return None
         if self.answer.words is not None:
-            return found if found in self.answer.words.values() else None
+            words = set(self.answer.words.values())
+            same = [word for word in words if word.casefold() == found.casefold()]
+            return found if found in words else same[0] if len(same) == 1 else None
         letters = LETTERS[:num_choices]
         return found if len(found) == 1 and found in letters else None
 

@@ -1,0 +1,301 @@
+"""`mola convert`: adapters of the paper's research code to mola's format, and back.
+
+    mola convert ./scienceqa_mola --from published --base_model my-model --top_k 2 --output adapter
+    mola convert adapter --to published --output for_the_research_code
+
+The output folder appears in one step, complete; a folder with something in it is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from mola.checkpoints.published import read_published, read_tensors
+from mola.checkpoints.published_writer import to_published
+from mola.errors import MolaError
+from mola.loading import check_adapter
+from mola.skeleton import count_decoder_layers, model_on_meta
+from mola.tuner import MolaConfig
+from mola.tuner.allocation import effective_top_k, resolve_per_layer
+from mola.tuner.loading import check_adapter_tensors
+
+
+@dataclass
+class ConvertOptions:
+    """Options of `mola convert`."""
+
+    source: str = field(metadata={"help": "Folder of the adapter to convert."})
+    output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    source_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "Format of the source, to convert it to mola's: 'published' is the research code's. "
+            "Also written --from.",
+            "aliases": ["--from"],
+        },
+    )
+    target_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "Format to convert an adapter of mola to: 'published' is the research code's. Also written --to.",
+            "aliases": ["--to"],
+        },
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --from: the adapter's base model, a folder or a name on the hub; only its config.json is "
+            "read, to check every shape."
+        },
+    )
+    top_k: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --from: experts per token the adapter was trained with, which its files do not say: an "
+            "integer, or one per layer between commas."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the base model; only for sources you trust."}
+    )
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was converted; the lists have one entry per decoder layer, lowest first.
+
+    Attributes:
+        output: the folder written.
+        num_experts: experts per module.
+        top_k: experts used per token.
+        r: rank of each expert.
+        lora_alpha: numerator of the scale.
+        tensors_read: tensors in the source.
+        tensors_written: tensors in the output.
+        routers_dropped: routers of one-expert layers, left out because they decide nothing.
+        routers_added: routers of zeros for one-expert layers, because the format wants one.
+        not_saved: settings that the output format has no place for.
+    """
+
+    output: Path
+    num_experts: list[int]
+    top_k: list[int]
+    r: list[int]
+    lora_alpha: float
+    tensors_read: int
+    tensors_written: int
+    routers_dropped: int = 0
+    routers_added: int = 0
+    not_saved: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"layers            {len(self.num_experts)}",
+            f"experts per layer {_shown(self.num_experts)}",
+            f"top_k             {_shown(self.top_k)}",
+            f"r                 {_shown(self.r)}",
+            f"lora_alpha        {self.lora_alpha:g}",
+            f"tensors           {self.tensors_read} read, {self.tensors_written} written",
+        ]
+        if self.routers_dropped:
+            lines.append(f"left out          {self.routers_dropped} routers of layers with one expert")
+        if self.routers_added:
+            lines.append(f"added             {self.routers_added} routers of zeros for layers with one expert")
+        if self.not_saved:
+            lost = ", ".join(f"{name} = {_shown(value)}" for name, value in self.not_saved.items())
+            lines.append(f"not in this format, write it down: {lost}")
+        return "\n".join([*lines, f"written to {self.output}"])
+
+
+def convert(options: ConvertOptions) -> ConvertReport:
+    """Convert an adapter, in the direction that `source_format` or `target_format` gives.
+
+    Args:
+        options: see `ConvertOptions`.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        MolaError: the options contradict each other, the output folder is not empty, the source is
+            unreadable or incomplete, does not fit the base model, or cannot be expressed.
+    """
+    _check_formats(options)
+    if not Path(options.source).expanduser().is_dir():
+        raise MolaError(f"`source` must be the folder of an adapter, there is none at {options.source!r}.")
+    output = _check_output(options.output)
+    return _from_published(options, output) if options.source_format else _to_published(options, output)
+
+
+def main(options: ConvertOptions) -> int:
+    """Convert and print the report; returns 0, the exit code."""
+    print(convert(options))
+    return 0
+
+
+def _check_formats(options: ConvertOptions) -> None:
+    if (options.source_format is None) == (options.target_format is None):
+        raise MolaError(
+            f"exactly one of `--from` and `--to` must be given, got {options.source_format!r} and "
+            f"{options.target_format!r}. Write --from published to get an adapter of mola, --to published to get "
+            "one for the research code."
+        )
+    name, value = ("--from", options.source_format) if options.source_format else ("--to", options.target_format)
+    if value == "moe_peft":
+        raise MolaError(f"`{name}` moe_peft is not supported yet; the only format is 'published'.")
+    if value != "published":
+        raise MolaError(f"`{name}` must be 'published', got {value!r}.")
+    if options.source_format:
+        if options.base_model is None:
+            raise MolaError("`base_model` must be given with --from: its config.json says whether the shapes fit.")
+        if options.top_k is None:
+            raise MolaError(
+                "`top_k` must be given with --from published: the files do not hold it, and a wrong one gives "
+                "other outputs without an error. Pass the value of the training command, such as --top_k 2."
+            )
+    for name in ("base_model", "top_k"):
+        if options.target_format and getattr(options, name) is not None:
+            raise MolaError(
+                f"`{name}` is only for --from, got {getattr(options, name)!r}: an adapter of mola holds what "
+                "--to needs. Leave it out."
+            )
+
+
+def _check_output(output: str) -> Path:
+    path = Path(output).expanduser()
+    if path.exists() and not path.is_dir():
+        raise MolaError(f"`output` must be a folder, got the file {output!r}. Choose another name.")
+    if path.is_dir() and any(path.iterdir()):
+        raise MolaError(f"`output` must not exist or be empty, got {output!r} with files in it. Choose another folder.")
+    return path
+
+
+def _from_published(options: ConvertOptions, output: Path) -> ConvertReport:
+    source = Path(options.source).expanduser()
+    base_model, top_k_text = str(options.base_model), str(options.top_k)
+    model, num_layers = _meta_model(base_model, options.trust_remote_code)
+    top_k = resolve_per_layer(top_k_text, num_layers, "top_k")
+    config, tensors = read_published(source, top_k[0] if len(set(top_k)) == 1 else top_k)
+    config.inference_mode = True
+    num_experts: Any = config.num_experts
+    r: Any = config.r
+    for name, values in (("num_experts", num_experts), ("r", r)):
+        if len(values) != num_layers:
+            raise MolaError(
+                f"`{name}` in {options.source!r} must have one entry per decoder layer: {len(values)} entries, "
+                f"`base_model` {base_model!r} has {num_layers} layers. The adapter belongs to another base model."
+            )
+    used = effective_top_k(num_experts, top_k)
+    _check_fits(model, config, tensors)
+    config.base_model_name_or_path = base_model
+    experts = sum(value.shape[0] for key, value in tensors.items() if key.endswith(".mola_A"))
+    modules = sum(key.endswith(".mola_A") for key in tensors)
+    routers = sum(key.endswith(".mola_router") for key in tensors)
+    with _new_folder(output) as folder:
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return ConvertReport(
+        output=output,
+        num_experts=num_experts,
+        top_k=used,
+        r=r,
+        lora_alpha=config.lora_alpha,
+        tensors_read=2 * experts + modules,
+        tensors_written=len(tensors),
+        routers_dropped=modules - routers,
+    )
+
+
+def _check_fits(model: Any, config: MolaConfig, tensors: dict[str, torch.Tensor]) -> None:
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
+    with torch.device("meta"):
+        adapted = get_peft_model(model, config)
+    check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
+
+
+def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[nn.Module, int]:
+    """The base model without weights, and its number of decoder layers."""
+    model = model_on_meta(base_model, trust_remote_code)
+    num_layers = count_decoder_layers(model, base_model)
+    return model, num_layers
+
+
+def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
+    source = Path(options.source).expanduser()
+    settings = check_adapter(source)
+    if settings["peft_type"] != "MOLA":
+        raise MolaError(
+            f"`source` must be an adapter of mola for --to published, got peft_type {settings['peft_type']!r} in "
+            f"{options.source!r}. To read one of the research code use --from published."
+        )
+    config: Any = MolaConfig.from_pretrained(str(source))
+    tensors = read_tensors(source)
+    published_settings, published = to_published(config, tensors)
+    r = published_settings["r"]
+    num_experts = resolve_per_layer(config.num_experts, len(r), "num_experts")
+    top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
+    not_saved = {"top_k": top_k}
+    if config.router_aux_loss_coef:
+        not_saved["router_aux_loss_coef"] = config.router_aux_loss_coef
+    if config.router_z_loss_coef:
+        not_saved["router_z_loss_coef"] = config.router_z_loss_coef
+    if config.router_jitter_noise:
+        not_saved["router_jitter_noise"] = config.router_jitter_noise
+    with _new_folder(output) as folder:
+        text = json.dumps(published_settings, indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        torch.save(published, folder / "adapter_model.bin")
+    modules = sum(key.endswith(".mola_A") for key in tensors)
+    return ConvertReport(
+        output=output,
+        num_experts=num_experts,
+        top_k=top_k,
+        r=r,
+        lora_alpha=config.lora_alpha,
+        tensors_read=len(tensors),
+        tensors_written=len(published),
+        routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
+        not_saved=not_saved,
+    )
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well, and is removed when it does not."""
+    # Not mkdtemp: its folders are closed to other users.
+    temporary = output.parent / f".{output.name[:80]}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise MolaError(
+            f"`output` cannot be written: {str(output)!r} ({error}). Choose a folder you can write to."
+        ) from error
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
+        os.replace(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _shown(values: Any) -> str:
+    if not isinstance(values, list):
+        return str(values)
+    return f"{values[0]} everywhere" if len(set(values)) == 1 else ",".join(map(str, values))
