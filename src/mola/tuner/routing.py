@@ -23,7 +23,7 @@ class Routing(NamedTuple):
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Router logits `x Wr^T` in float32 (float64 for float64 input), whatever autocast is around.
 
-    In bfloat16 near-ties fall the other way: about 0.2 % of tokens would pick other experts.
+    In bfloat16 near-ties fall the other way and some tokens would pick other experts.
 
     Args:
         hidden_states: `(..., in)`.
