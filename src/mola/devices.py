@@ -79,5 +79,5 @@ def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, s
     if kind == "mps":
         return torch.float16, "float16: the fast type of MPS"
     if kind == "cpu" and cpu_has_native_bfloat16():
-        return torch.bfloat16, "bfloat16: the CPU computes it natively, several times faster than float32"
+        return torch.bfloat16, "bfloat16: the CPU computes it natively"
     return torch.float32, f"float32: no native bfloat16 on this {kind} device"
