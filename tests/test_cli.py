@@ -22,15 +22,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LABELS = "ABC"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and these wait for each other when the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder of data files and recipes, right and wrong ones."""

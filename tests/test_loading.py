@@ -232,3 +232,10 @@ def test_tensors_that_do_not_match_are_refused(kind, change, tiny_model_dir, tmp
 def test_adapter_names_pytorch_cannot_use_are_refused(name, tiny_model_dir, lora_adapter):
     with pytest.raises(MolaError, match="without dots"):
         load_model(tiny_model_dir, {name: lora_adapter[0]})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
+def test_broken_configuration_is_one_clear_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(MolaError, match="no readable configuration"):
+        load_config(tmp_path)

@@ -27,15 +27,6 @@ WEIGHTS = "adapter_model.safetensors"
 NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and these wait for each other when the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory):
     """Ten short prepared rows."""

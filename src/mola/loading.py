@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -30,6 +29,7 @@ from transformers import (
 import mola.tuner  # noqa: F401  (registers the method with PEFT)
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
+from mola.skeleton import read_config
 
 __all__ = [
     "check_adapter",
@@ -110,13 +110,10 @@ def load_config(base_model: str | os.PathLike[str], trust_remote_code: bool = Fa
     """Configuration of the base model; loads no weights.
 
     Raises:
-        MolaError: see `check_base_model`; also when the hub does not have it.
+        MolaError: see `check_base_model`; also when the configuration is broken or the hub does not have it.
     """
     check_base_model(base_model)
-    try:
-        return AutoConfig.from_pretrained(os.fspath(base_model), trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
+    return read_config(os.fspath(base_model), trust_remote_code)
 
 
 def load_tokenizer(

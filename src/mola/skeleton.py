@@ -7,10 +7,27 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.errors import MolaError
 from mola.tuner.targets import count_layers
+
+_WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
+
+
+def read_config(base_model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Configuration of a model, whatever may be wrong with it.
+
+    Raises:
+        MolaError: it is not there, broken, or of a type that Transformers does not know.
+    """
+    try:
+        # Explicit False: with None Transformers would ask on the terminal.
+        return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise MolaError(
+            f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {_WANTED}"
+        ) from error
 
 
 def model_on_meta(base_model: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -43,23 +60,16 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
 
 def _load_config(base_model: str, trust_remote_code: bool) -> Any:
     path = Path(base_model).expanduser()
-    wanted = "Pass a folder with config.json, a config.json file, or a name on the hub."
     if not path.exists():
         # A hub name has at most one slash; anything else would only wait for the network to fail.
         if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
-            raise MolaError(f"`base_model` does not exist: {base_model!r}. {wanted}")
+            raise MolaError(f"`base_model` does not exist: {base_model!r}. {_WANTED}")
         source = base_model
     elif path.is_dir() and not (path / "config.json").is_file():
-        raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {wanted}")
+        raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
     else:
         source = str(path)
-    try:
-        # Explicit False: with None Transformers would ask on the terminal.
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise MolaError(
-            f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {wanted}"
-        ) from error
+    return read_config(source, trust_remote_code)
 
 
 def _build(base_model: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:

@@ -71,22 +71,21 @@ class MolaModel(BaseTuner):
             )
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
-        self._resolve(config, model)
-        self._per_layer = self._resolve_per_layer(config, model)
-        self._check_places(config, model)
+        names = [name for name, _ in model.named_modules()]
+        self._resolve_targets(config, model, names)
+        self._per_layer = self._resolve_per_layer(config, model, names)
+        self._check_places(config, names)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         RouterLosses.install(model)
 
-    def _resolve(self, config: MolaConfig, model: nn.Module) -> None:
-        names = [name for name, _ in model.named_modules()]
+    def _resolve_targets(self, config: MolaConfig, model: nn.Module, names: list[str]) -> None:
         if config.target_modules is None:
             model_type = self.get_model_config(model).get("model_type")
             config.target_modules = set(default_target_modules(names, model_type))
         elif config.target_modules != "all-linear":
             check_target_modules(model, config.target_modules, config.exclude_modules)
 
-    def _resolve_per_layer(self, config: MolaConfig, model: nn.Module) -> _PerLayer:
-        names = [name for name, _ in model.named_modules()]
+    def _resolve_per_layer(self, config: MolaConfig, model: nn.Module, names: list[str]) -> _PerLayer:
         # Without decoder layers (one custom block, say) a single value still means something.
         num_layers = count_layers(self.get_model_config(model), names) or 1
         num_experts, top_k, r = (
@@ -98,10 +97,10 @@ class MolaModel(BaseTuner):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
         return _PerLayer(num_experts, used_top_k, r)
 
-    def _check_places(self, config: MolaConfig, model: nn.Module) -> None:
+    def _check_places(self, config: MolaConfig, names: list[str]) -> None:
         # All modules before the first one is replaced, so that a refused model is left as it was.
         if config.target_modules != "all-linear":
-            for name, _ in model.named_modules():
+            for name in names:
                 if name and self._check_target_module_exists(config, name):
                     self._settings(config, name, layer_index(name))
 
