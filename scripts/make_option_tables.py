@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -48,22 +49,42 @@ def _section(name: str) -> str:
     if command.positional:
         intro += f" The first word after the command may be the {command.positional}, without a flag."
     lines = [f"## mola {name}", "", intro, "", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
-    own, inherited = _own_fields(options)
+    own, inherited, base = _own_fields(options)
     kinds = typing.get_type_hints(options)
     lines += [_row(field, kinds[field.name]) for field in own]
-    if inherited:
-        base = f"`transformers.{options.__mro__[1].__name__}`"
+    if base in _documented():
+        other = _documented()[base]
+        lines += ["", f"Also every option of [mola {other}](#mola-{other})."]
+    elif inherited:
         examples = ", ".join(f"`{example}`" for example in _EXAMPLES if example in inherited)
-        lines += ["", _INHERITED.format(base=base, examples=examples, command=name)]
+        lines += ["", _INHERITED.format(base=f"`transformers.{base.__name__}`", examples=examples, command=name)]
     return "\n".join([*lines, ""])
 
 
-def _own_fields(options: Any) -> tuple[list[dataclasses.Field], set[str]]:
-    """Fields the class declares itself, overridden defaults included, and the names of the others."""
-    declared = inspect.get_annotations(options)
+@functools.cache
+def _documented() -> dict[Any, str]:
+    """Options class -> command, of all commands."""
+    return {getattr(importlib.import_module(c.module), c.options): name for name, c in COMMANDS.items()}
+
+
+def _own_fields(options: Any) -> tuple[list[dataclasses.Field], set[str], Any]:
+    """Fields to list, the names of the others, and the class that these are from.
+
+    Listed are those the class declares itself, overridden defaults included, and those of a parent of this
+    package that is no command's own options class.
+    """
+    classes = [options]
+    while _is_ours(classes[-1].__mro__[1]):
+        classes.append(classes[-1].__mro__[1])
+    declared = list(dict.fromkeys(name for parent in classes for name in inspect.get_annotations(parent)))
     fields = [field for field in dataclasses.fields(options) if field.init]
     own = {field.name: field for field in fields if field.name in declared}
-    return [own[name] for name in declared if name in own], {f.name for f in fields} - set(own)
+    others = {field.name for field in fields} - set(own)
+    return [own[name] for name in declared if name in own], others, classes[-1].__mro__[1]
+
+
+def _is_ours(parent: Any) -> bool:
+    return parent.__module__.startswith("mola.") and parent not in _documented()
 
 
 def _row(field: dataclasses.Field, kind: Any) -> str:
@@ -81,6 +102,8 @@ def _cell(text: str) -> str:
 def _kind(kind: Any) -> str:
     """A word for the kind; an optional value is shown by its kind alone, since the default says the rest."""
     kinds = [part for part in (typing.get_args(kind) or (kind,)) if part is not type(None)]
+    if any(typing.get_origin(part) is dict for part in kinds):
+        return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     return " or ".join(names.get(part, getattr(part, "__name__", str(part))) for part in kinds)
 

@@ -1,6 +1,7 @@
 """`mola convert`, through the command."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig, MolaError
-from mola.checkpoints.published import read_tensors
+from mola.checkpoints.tensors import read_tensors
 from mola.cli import main
 from mola.convert import ConvertOptions, convert
+from tests.checkpoints.moe_peft_reference import make_settings, make_tensors, write
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE, BASE = str(GOLDEN / "case_a"), str(GOLDEN / "base_tiny")
@@ -104,21 +106,57 @@ def test_long_spelling_and_recipe(tmp_path):
     [
         ([], "exactly one of `--from` and `--to`"),
         ([*FROM, "--to", "published"], "exactly one of `--from` and `--to`"),
-        (["--from", "moe_peft", *FROM[2:]], "moe_peft is not supported yet"),
-        (["--to", "moe_peft"], "moe_peft is not supported yet"),
-        (["--from", "lora", *FROM[2:]], "`--from` must be 'published', got 'lora'"),
+        (["--from", "moe_peft", *FROM[2:]], "`top_k` is only for --from published, got '2'"),
+        (["--from", "moe_peft", *FROM[2:4]], "is in the format 'published'. Pass --from published"),
+        (["--to", "moe_peft"], "`--to` must be 'published', got 'moe_peft'"),
+        (["--from", "lora", *FROM[2:]], "`--from` must be 'published' or 'moe_peft', got 'lora'"),
         (FROM[:4], "`top_k` must be given"),
         ([*FROM[:2], *FROM[4:]], "`base_model` must be given"),
         ([*FROM[:5], "3"], "layer 0 has top_k 3 and num_experts 2"),
         ([*FROM[:5], "2,2"], "`top_k` needs one entry per decoder layer"),
         (["--to", "published", "--top_k", "2"], "`top_k` is only for --from"),
-        (["--to", "published"], "must be an adapter of mola"),
+        (["--to", "published"], "must be an adapter of mola for --to published, got peft_type 'LORA'"),
     ],
 )
 def test_wrong_options_are_refused_and_nothing_is_written(tmp_path, capsys, arguments, message):
     assert main(["convert", CASE, *arguments, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert files(tmp_path) == []
+
+
+def test_moe_peft_through_the_command(tmp_path, capsys):
+    settings = make_settings(["q_proj"], top_k=3)
+    sizes = {"self_attn.q_proj": (64, 64)}
+    source = write(tmp_path / "theirs", settings, make_tensors(settings, 4, sizes))
+    flags = ["--base_model", BASE, "--output", str(tmp_path / "ours")]
+    assert main(["convert", str(source), "--from", "moe_peft", *flags]) == 0
+    assert "top_k             3 everywhere" in capsys.readouterr().out
+    assert files(tmp_path / "ours") == ["adapter_config.json", "adapter_model.safetensors"]
+    for wrong, message in (
+        (["--from", "published", "--top_k", "2", *flags[:2]], "is in the format 'moe_peft'. Pass --from moe_peft"),
+        (["--to", "published"], "got peft_type 'MOLA' in "),
+    ):
+        assert main(["convert", str(source), *wrong, "--output", str(tmp_path / "no")]) == 2
+        assert message in capsys.readouterr().err
+    # From there on it is any adapter of mola.
+    assert main(["convert", str(tmp_path / "ours"), "--to", "published", "--output", str(tmp_path / "third")]) == 0
+    theirs, third = read_tensors(source), read_tensors(tmp_path / "third")
+    for key, tensor in theirs.items():
+        name = key.replace("mola.", "base_model.model.model.", 1).replace("moe_gate", "router.router")
+        name = re.sub(r"experts\.(\d+)\.lora_([AB])", r"lora_\2_\1", name)
+        assert torch.equal(third.pop(name), tensor)
+    assert not third
+
+
+def test_another_base_model_than_recorded_is_reported(tmp_path):
+    settings = json.loads((GOLDEN / "case_a" / "adapter_config.json").read_text())
+    for recorded, noted in (("base_tiny", False), ("elsewhere/base_tiny/", False), ("elsewhere/other", True)):
+        source = tmp_path / f"source-{noted}"
+        write(source, {**settings, "base_model_name_or_path": recorded}, read_tensors(GOLDEN / "case_a"))
+        options = ConvertOptions(
+            str(source), str(tmp_path / recorded), source_format="published", base_model=BASE, top_k="2"
+        )
+        assert ("base model: elsewhere/other in the source" in str(convert(options))) == noted
 
 
 def test_output_with_files_in_it_is_refused(tmp_path, capsys):

@@ -2,7 +2,8 @@
 
 A comment in the line before a code block says what is done with it here:
 
-    <!-- run -->          python: executed, blocks of one page share their names; bash: every `mola` command is executed
+    <!-- run -->          python: executed, blocks of one page share their names; bash: every `mola` command and every
+                          `python scripts/...` is executed
     <!-- run: PACKAGE --> the same, skipped if the package is not installed
     <!-- file: NAME -->   written to the working folder before anything of the page runs
 
@@ -12,6 +13,7 @@ The working folder has `my-model` (tiny, random) and `data/sample`. Of other bas
 import importlib
 import importlib.util
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +48,26 @@ def blocks(page):
     ]
 
 
+def lines(block):
+    """Words of every line of a bash block."""
+    return [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
+
+
 def commands(block):
     """Arguments of every `mola` command in a bash block."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[1:] for line in words if line[:1] == ["mola"]]
+    return [line[1:] for line in lines(block) if line[:1] == ["mola"]]
+
+
+def run_line(line, monkeypatch):
+    """Exit code of a line of a bash block."""
+    if line[:1] == ["mola"]:
+        return cli.main(line[1:])
+    if line[:1] == ["python"] and line[1].startswith("scripts/"):
+        monkeypatch.setattr("sys.argv", line[1:])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / line[1]), run_name="__main__")
+        return exit.value.code or 0
+    return 0
 
 
 def page_id(page):
@@ -83,7 +100,7 @@ def write_files(page, folder):
 # Libraries warn about what they will do one day; here only our own words count.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", pages_with("run"))
-def test_code_runs(page, work):
+def test_code_runs(page, work, monkeypatch):
     write_files(page, work)
     names = {"__name__": "__main__"}
     for block in blocks(page):
@@ -93,8 +110,8 @@ def test_code_runs(page, work):
             # Empty lines in front: a traceback then shows the line of the page.
             exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
         else:
-            for arguments in commands(block):
-                assert cli.main(arguments) == 0, f"{page_id(page)}: mola {shlex.join(arguments)}"
+            for line in lines(block):
+                assert run_line(line, monkeypatch) == 0, f"{page_id(page)}: {shlex.join(line)}"
 
 
 @pytest.mark.parametrize("page", pages_with(kind="bash"))

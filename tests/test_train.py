@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 from mola import TrainOptions, train
 from mola.cli import main
 from mola.data.encode import encode_examples
-from mola.data.prepare import load_examples
+from mola.data.prepare import PrepareOptions, load_examples, prepare
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.loading import load_tokenizer
@@ -173,6 +173,15 @@ def test_saved_weights_are_those_of_the_lowest_evaluation_loss(flags, tmp_path, 
     assert Path(record["best_checkpoint"]).name == f"checkpoint-{3 * (1 + curve.index(min(curve)))}"
     assert_same_weights(folder, Path(record["best_checkpoint"]))
     assert evaluation_loss(folder, tiny_model_dir, data, slice(None)) == pytest.approx(final, rel=1e-5)
+
+
+def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(flags, tmp_path):
+    options = {"train_size": 8, "validation_size": 4, "test_size": 4}
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1, **NO_EVALUATION)) == 0
+    record = read_record(tmp_path / "run")
+    assert record["data"].keys() == {"train"}
+    assert "eval_loss" not in record["metrics"]
 
 
 def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
@@ -422,6 +431,29 @@ def test_adapter_is_trained_on_with_its_own_configuration(flags, tmp_path, tiny_
     one, two = load_file(tmp_path / "first" / WEIGHTS), load_file(tmp_path / "second" / WEIGHTS)
     assert one.keys() == two.keys()
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file):
+    assert main(flags(num_experts="1224", num_train_epochs=1, **NO_EVALUATION)) == 0
+    changes = {"lora_dropout": 0.5, "router_aux_loss_coef": 0.25, "router_aux_loss_reduction": "layer"}
+    again = {"adapter": tmp_path / "run", "num_train_epochs": 1, **NO_EVALUATION}
+    assert main(flags(tmp_path / "next", **again, **changes)) == 0
+    config = json.loads((tmp_path / "next" / "adapter_config.json").read_text(encoding="utf-8"))
+    before = json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {name for name in config if config[name] != before[name]} == set(changes)
+    assert {name: config[name] for name in changes} == changes
+    assert read_record(tmp_path / "next")["adapter_settings"] == changes
+
+
+def test_checkpoints_hold_the_adapter_alone_and_load_as_one(flags, tmp_path, tiny_model_dir):
+    assert main(flags(num_train_epochs=1)) == 0
+    checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
+    weights = load_file(checkpoint / WEIGHTS)
+    assert [name for name in weights if "mola_" not in name] == []
+    assert not (checkpoint / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    loaded = dict(PeftModel.from_pretrained(base, checkpoint).named_parameters())
+    assert all(torch.equal(loaded[f"{name}.default"], tensor) for name, tensor in weights.items())
 
 
 def test_adapter_of_another_model_is_refused(flags, tmp_path, error_line):

@@ -1,21 +1,22 @@
 """mola: fine-tune language models with a mixture of LoRA experts whose number differs per layer.
 
 Importing it registers the method with PEFT; after that `get_peft_model`, `PeftModel.from_pretrained`
-and the other entry points of PEFT and Transformers know it.
+and the other entry points of PEFT and Transformers know it. The `mola` command imports only what it needs.
 """
+# ruff: noqa: F403, F405
 
-from mola import _threads as _threads  # first: it has to run before torch is imported
+from typing import TYPE_CHECKING
+
+from mola import _program
 from mola._version import __version__
 from mola.errors import MolaError
-from mola.tuner import MolaConfig, MolaLinear, MolaModel
 
-from mola.evaluate import EvaluateOptions, EvaluateResult, evaluate  # isort: skip
-from mola.generate import GenerateOptions, generate_text  # isort: skip
-from mola.loading import load_model, load_tokenizer  # isort: skip
-from mola.plan import PlanOptions, plan  # isort: skip
-from mola.train import TrainOptions, TrainResult, train  # isort: skip
+if _program.OWN_PROGRAM:
+    _program.prefer_passive_waiting()  # before anything imports torch
 
 __all__ = [
+    "ContinualOptions",
+    "ContinualResult",
     "EvaluateOptions",
     "EvaluateResult",
     "GenerateOptions",
@@ -27,6 +28,7 @@ __all__ = [
     "TrainOptions",
     "TrainResult",
     "__version__",
+    "continual",
     "evaluate",
     "generate_text",
     "load_model",
@@ -34,3 +36,16 @@ __all__ = [
     "plan",
     "train",
 ]
+
+if TYPE_CHECKING or not _program.OWN_PROGRAM:
+    from mola._names import *
+else:
+
+    def __getattr__(name):
+        """The names after all, for someone else's program that is called like one of ours."""
+        if name not in __all__:
+            raise AttributeError(f"module 'mola' has no attribute {name!r}")
+        from mola import _names
+
+        globals().update({each: getattr(_names, each) for each in __all__ if hasattr(_names, each)})
+        return globals()[name]

@@ -10,6 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from mola._version import __version__
@@ -32,10 +33,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "prepare": Command("mola.data.prepare", "PrepareOptions", "turn a data set into instructions and answers", "task"),
     "train": Command("mola.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
+    "continual": Command("mola.continual", "ContinualOptions", "train on one task after the other, measure forgetting"),
     "evaluate": Command("mola.evaluate", "EvaluateOptions", "accuracy on a test file"),
     "generate": Command("mola.generate", "GenerateOptions", "answer one prompt, or one line after the other"),
     "plan": Command("mola.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
-    "convert": Command("mola.convert", "ConvertOptions", "adapters of the research code to mola's, and back", "source"),
+    "convert": Command("mola.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"),
     "quickstart": Command("mola.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
 }
 
@@ -62,27 +64,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one command; see `main`."""
+    return _run(COMMANDS[name], arguments, f"mola {name}")
+
+
+def run_script(module: str, options: str, summary: str, *, bare_no: bool = False) -> int:
+    """Run a program of its own in the way of a command; it is named after its file.
+
+    Args:
+        module: holds the options and `main`.
+        options: name of the options dataclass.
+        summary: one line for the help text.
+        bare_no: accept `--noflag` for `--flag=false`, as Python Fire does.
+
+    Returns:
+        The exit code, as `main`.
+    """
+    name = Path(sys.argv[0]).name
+    return _run(Command(module, options, summary), sys.argv[1:], name, bare_no=bare_no)
+
+
+def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mola").setLevel(logging.INFO)
     # Between two libraries: PEFT asks for the old name of a property of Transformers.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)
         options = parse(
             getattr(module, command.options),
             arguments,
-            prog=f"mola {name}",
+            prog=name,
             summary=command.summary,
             positional=command.positional,
+            bare_no=bare_no,
         )
         return module.main(options)
     except MolaError as error:
         # One line, whatever a library put into its message.
-        print(f"mola {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"mola {name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
 
 

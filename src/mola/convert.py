@@ -1,6 +1,7 @@
-"""`mola convert`: adapters of the paper's research code to mola's format, and back.
+"""`mola convert`: adapters of the paper's research code and of MoE-PEFT to mola's format, and back to the former.
 
     mola convert ./scienceqa_mola --from published --base_model my-model --top_k 2 --output adapter
+    mola convert ./moe_peft_adapter --from moe_peft --base_model my-model --output adapter
     mola convert adapter --to published --output for_the_research_code
 
 The output folder appears in one step, complete; a folder with something in it is refused.
@@ -24,14 +25,23 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from mola.checkpoints.published import read_published, read_tensors
+from mola.checkpoints.formats import foreign_format
+from mola.checkpoints.moe_peft import read_moe_peft
+from mola.checkpoints.published import read_published
 from mola.checkpoints.published_writer import to_published
+from mola.checkpoints.report import ConvertReport
+from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
-from mola.loading import check_adapter
 from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
 from mola.tuner.loading import check_adapter_tensors
+from mola.tuner.targets import adaptable
+
+__all__ = ["ConvertOptions", "ConvertReport", "convert", "main"]
+
+SOURCE_FORMATS = ("published", "moe_peft")
+TARGET_FORMATS = ("published",)
 
 
 @dataclass
@@ -43,8 +53,8 @@ class ConvertOptions:
     source_format: str | None = field(
         default=None,
         metadata={
-            "help": "Format of the source, to convert it to mola's: 'published' is the research code's. "
-            "Also written --from.",
+            "help": "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' "
+            "MoE-PEFT's with mola routing. Also written --from.",
             "aliases": ["--from"],
         },
     )
@@ -65,60 +75,13 @@ class ConvertOptions:
     top_k: str | None = field(
         default=None,
         metadata={
-            "help": "With --from: experts per token the adapter was trained with, which its files do not say: an "
-            "integer, or one per layer between commas."
+            "help": "With --from published: experts per token the adapter was trained with, which its files do not "
+            "say: an integer, or one per layer between commas."
         },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the base model; only for sources you trust."}
     )
-
-
-@dataclass(frozen=True)
-class ConvertReport:
-    """What was converted; the lists have one entry per decoder layer, lowest first.
-
-    Attributes:
-        output: the folder written.
-        num_experts: experts per module.
-        top_k: experts used per token.
-        r: rank of each expert.
-        lora_alpha: numerator of the scale.
-        tensors_read: tensors in the source.
-        tensors_written: tensors in the output.
-        routers_dropped: routers of one-expert layers, left out because they decide nothing.
-        routers_added: routers of zeros for one-expert layers, because the format wants one.
-        not_saved: settings that the output format has no place for.
-    """
-
-    output: Path
-    num_experts: list[int]
-    top_k: list[int]
-    r: list[int]
-    lora_alpha: float
-    tensors_read: int
-    tensors_written: int
-    routers_dropped: int = 0
-    routers_added: int = 0
-    not_saved: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [
-            f"layers            {len(self.num_experts)}",
-            f"experts per layer {_shown(self.num_experts)}",
-            f"top_k             {_shown(self.top_k)}",
-            f"r                 {_shown(self.r)}",
-            f"lora_alpha        {self.lora_alpha:g}",
-            f"tensors           {self.tensors_read} read, {self.tensors_written} written",
-        ]
-        if self.routers_dropped:
-            lines.append(f"left out          {self.routers_dropped} routers of layers with one expert")
-        if self.routers_added:
-            lines.append(f"added             {self.routers_added} routers of zeros for layers with one expert")
-        if self.not_saved:
-            lost = ", ".join(f"{name} = {_shown(value)}" for name, value in self.not_saved.items())
-            lines.append(f"not in this format, write it down: {lost}")
-        return "\n".join([*lines, f"written to {self.output}"])
 
 
 def convert(options: ConvertOptions) -> ConvertReport:
@@ -138,7 +101,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
     if not Path(options.source).expanduser().is_dir():
         raise MolaError(f"`source` must be the folder of an adapter, there is none at {options.source!r}.")
     output = _check_output(options.output)
-    return _from_published(options, output) if options.source_format else _to_published(options, output)
+    return _to_mola(options, output) if options.source_format else _to_published(options, output)
 
 
 def main(options: ConvertOptions) -> int:
@@ -151,22 +114,27 @@ def _check_formats(options: ConvertOptions) -> None:
     if (options.source_format is None) == (options.target_format is None):
         raise MolaError(
             f"exactly one of `--from` and `--to` must be given, got {options.source_format!r} and "
-            f"{options.target_format!r}. Write --from published to get an adapter of mola, --to published to get "
-            "one for the research code."
+            f"{options.target_format!r}. Write --from published or --from moe_peft to get an adapter of mola, "
+            "--to published to get one for the research code."
         )
-    name, value = ("--from", options.source_format) if options.source_format else ("--to", options.target_format)
-    if value == "moe_peft":
-        raise MolaError(f"`{name}` moe_peft is not supported yet; the only format is 'published'.")
-    if value != "published":
-        raise MolaError(f"`{name}` must be 'published', got {value!r}.")
-    if options.source_format:
-        if options.base_model is None:
-            raise MolaError("`base_model` must be given with --from: its config.json says whether the shapes fit.")
-        if options.top_k is None:
-            raise MolaError(
-                "`top_k` must be given with --from published: the files do not hold it, and a wrong one gives "
-                "other outputs without an error. Pass the value of the training command, such as --top_k 2."
-            )
+    for name, value, known in (
+        ("--from", options.source_format, SOURCE_FORMATS),
+        ("--to", options.target_format, TARGET_FORMATS),
+    ):
+        if value is not None and value not in known:
+            raise MolaError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")
+    if options.source_format and options.base_model is None:
+        raise MolaError("`base_model` must be given with --from: its config.json says whether the shapes fit.")
+    if options.source_format == "published" and options.top_k is None:
+        raise MolaError(
+            "`top_k` must be given with --from published: the files do not hold it, and a wrong one gives "
+            "other outputs without an error. Pass the value of the training command, such as --top_k 2."
+        )
+    if options.source_format == "moe_peft" and options.top_k is not None:
+        raise MolaError(
+            f"`top_k` is only for --from published, got {options.top_k!r}: an adapter of MoE-PEFT holds its own. "
+            "Leave it out."
+        )
     for name in ("base_model", "top_k"):
         if options.target_format and getattr(options, name) is not None:
             raise MolaError(
@@ -184,40 +152,71 @@ def _check_output(output: str) -> Path:
     return path
 
 
-def _from_published(options: ConvertOptions, output: Path) -> ConvertReport:
-    source = Path(options.source).expanduser()
-    base_model, top_k_text = str(options.base_model), str(options.top_k)
+def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
+    source, base_model = Path(options.source).expanduser(), str(options.base_model)
+    found = foreign_format(read_settings(source))
+    if found not in (None, options.source_format):
+        raise MolaError(
+            f"`--from` must be the format of the source, got {options.source_format!r}: {options.source!r} is in the "
+            f"format {found!r}. Pass --from {found}."
+        )
     model, num_layers = _meta_model(base_model, options.trust_remote_code)
-    top_k = resolve_per_layer(top_k_text, num_layers, "top_k")
-    config, tensors = read_published(source, top_k[0] if len(set(top_k)) == 1 else top_k)
-    config.inference_mode = True
-    num_experts: Any = config.num_experts
-    r: Any = config.r
-    for name, values in (("num_experts", num_experts), ("r", r)):
-        if len(values) != num_layers:
-            raise MolaError(
-                f"`{name}` in {options.source!r} must have one entry per decoder layer: {len(values)} entries, "
-                f"`base_model` {base_model!r} has {num_layers} layers. The adapter belongs to another base model."
-            )
+    not_saved: dict[str, Any] = {}
+    notes: list[str] = []
+    if options.source_format == "published":
+        config, tensors = _read_published(source, options, num_layers)
+    else:
+        linears = [name for name, module in model.named_modules() if adaptable(module)]
+        config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
+    num_experts, r, top_k = (
+        resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r", "top_k")
+    )
     used = effective_top_k(num_experts, top_k)
+    config.inference_mode = True
     _check_fits(model, config, tensors)
+    notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
     config.base_model_name_or_path = base_model
-    experts = sum(value.shape[0] for key, value in tensors.items() if key.endswith(".mola_A"))
-    modules = sum(key.endswith(".mola_A") for key in tensors)
-    routers = sum(key.endswith(".mola_router") for key in tensors)
     with _new_folder(output) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
+    experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
     return ConvertReport(
         output=output,
         num_experts=num_experts,
         top_k=used,
         r=r,
         lora_alpha=config.lora_alpha,
-        tensors_read=2 * experts + modules,
+        tensors_read=2 * experts + len(modules),  # A and B of every expert, a router of every module
         tensors_written=len(tensors),
-        routers_dropped=modules - routers,
+        target_modules=list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
+        routers_dropped=sum(f"{module}.mola_router" not in tensors for module in modules),
+        not_saved=not_saved,
+        notes=notes,
     )
+
+
+def _other_base(recorded: str | None, base_model: str) -> list[str]:
+    # Folders move and hub ids lose their owner: only the last part says which model it is.
+    if not recorded or Path(recorded).name == Path(base_model).name:
+        return []
+    return [f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?"]
+
+
+def _read_published(
+    source: Path, options: ConvertOptions, num_layers: int
+) -> tuple[MolaConfig, dict[str, torch.Tensor]]:
+    top_k = resolve_per_layer(str(options.top_k), num_layers, "top_k")
+    config, tensors = read_published(source, top_k[0] if len(set(top_k)) == 1 else top_k)
+    for name in ("num_experts", "r"):
+        values = getattr(config, name)
+        if len(values) != num_layers:
+            raise MolaError(
+                f"`{name}` in {options.source!r} must have one entry per decoder layer: {len(values)} entries, "
+                f"`base_model` {options.base_model!r} has {num_layers} layers. The adapter belongs to another base "
+                "model."
+            )
+    return config, tensors
 
 
 def _check_fits(model: Any, config: MolaConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -237,11 +236,13 @@ def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[nn.Module, in
 
 def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
     source = Path(options.source).expanduser()
-    settings = check_adapter(source)
-    if settings["peft_type"] != "MOLA":
+    settings = read_settings(source)
+    peft_type, found = settings.get("peft_type"), foreign_format(settings)
+    if peft_type != "MOLA" or found:
+        hint = f" To read it use --from {found}." if found else ""
         raise MolaError(
-            f"`source` must be an adapter of mola for --to published, got peft_type {settings['peft_type']!r} in "
-            f"{options.source!r}. To read one of the research code use --from published."
+            f"`source` must be an adapter of mola for --to published, got peft_type {peft_type!r} in "
+            f"{options.source!r}{f', in the format {found!r}' if found else ''}.{hint}"
         )
     config: Any = MolaConfig.from_pretrained(str(source))
     tensors = read_tensors(source)
@@ -269,6 +270,7 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
         lora_alpha=config.lora_alpha,
         tensors_read=len(tensors),
         tensors_written=len(published),
+        target_modules=published_settings["target_modules"],
         routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
         not_saved=not_saved,
     )
@@ -293,9 +295,3 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _shown(values: Any) -> str:
-    if not isinstance(values, list):
-        return str(values)
-    return f"{values[0]} everywhere" if len(set(values)) == 1 else ",".join(map(str, values))

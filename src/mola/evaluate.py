@@ -29,7 +29,7 @@ from mola.evaluation.core import EvaluateResult, check_answers, check_positive, 
 from mola.evaluation.partial import PartialResults
 from mola.files import atomic_write_json, check_writable
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
-from mola.options import option
+from mola.options import mapping, option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "evaluate_examples", "main"]
 
@@ -45,6 +45,10 @@ class EvaluateOptions:
     data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
     split: str = option("test", "Split to read where the data has several.")
+    filters: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keep the rows whose columns have these values (or one of a list): a mapping, JSON."},
+    )
     limit: int | None = option(None, "Evaluate only the first so many samples.")
     batch_size: int = option(8, "Samples per batch.")
     max_new_tokens: int = option(
@@ -79,7 +83,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     Raises:
         MolaError: anything wrong with the options or the data, before the model is loaded.
     """
-    task, examples, tokenizer = _check(options)
+    task, examples, tokenizer = check_evaluation(options)
     partial, finished = None, []
     if options.output is not None:
         partial = PartialResults(options.output, _identity(options, task, examples))
@@ -121,8 +125,18 @@ def main(options: EvaluateOptions) -> int:
     return 0
 
 
-def _check(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Everything that can be wrong without a model, cheapest first."""
+def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
+    """Check everything that can be wrong without a model, cheapest first.
+
+    Args:
+        options: what to evaluate.
+
+    Returns:
+        The task, the examples and the tokenizer.
+
+    Raises:
+        MolaError: anything wrong with the options or the data.
+    """
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     resolve_dtype(options.dtype, resolve_device(options.device))
     config = load_config(options.base_model, options.trust_remote_code)
@@ -135,7 +149,8 @@ def _check(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTra
             )
         check_writable(options.output)
     task = load_task(options.task)
-    examples = load_examples(options.data, task, options.split, limit=options.limit)
+    filters = mapping("filters", options.filters)
+    examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     questions = make_questions(task, examples, options.template, options.scoring)
     check_answers(task, examples)
     tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code)

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import mola.tuner  # noqa: F401  (registers the method with PEFT)
+from mola.checkpoints.formats import conversion_hint
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
 from mola.skeleton import read_config
@@ -82,7 +83,8 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         The content of its `adapter_config.json`.
 
     Raises:
-        MolaError: no such folder, or its `adapter_config.json` or weights are missing or unreadable.
+        MolaError: no such folder, its `adapter_config.json` or weights are missing or unreadable, or it is in a
+            format that `mola convert` has to translate first.
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
@@ -103,6 +105,9 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         raise MolaError(f"`adapter` has a broken configuration: {path} is no JSON ({error}).") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise MolaError(f"`adapter` has a broken configuration: {path} has no `peft_type`.")
+    hint = conversion_hint(config, str(folder))
+    if hint:
+        raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
     return config
 
 

@@ -1,6 +1,8 @@
-"""What options dataclasses share: a field with its help text, and names between commas."""
+"""What options dataclasses share: a field with its help text, names between commas, mappings."""
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -24,3 +26,37 @@ def names_between_commas(names: str | None) -> list[str] | str | None:
     if not all(parts):
         raise MolaError(f"`target_modules` must be names between commas, got {names!r}. Example: 'q_proj,v_proj'.")
     return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
+
+
+def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """An option that holds a mapping: JSON text on the command line, a dict in Python; empty for None.
+
+    Args:
+        name: of the option, for messages.
+        value: what was given.
+
+    Raises:
+        MolaError: no mapping, or a key occurs twice.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value, object_pairs_hook=lambda pairs: _different_keys(name, pairs))
+        except json.JSONDecodeError as error:
+            raise MolaError(
+                f'`{name}` must be a mapping; on the command line as JSON, such as \'{{"key": "value"}}\': got '
+                f"{value!r} ({error})."
+            ) from error
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise MolaError(f"`{name}` must be a mapping with text keys: got {value!r}.")
+    return dict(value)
+
+
+def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Plain JSON would keep the last of two equal keys in silence."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
+    return dict(pairs)

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def parse(
-    options_class: Any, arguments: Sequence[str], *, prog: str, summary: str = "", positional: str | None = None
+    options_class: Any,
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    summary: str = "",
+    positional: str | None = None,
+    bare_no: bool = False,
 ) -> Any:
     """Options from flags and, with `--config`, a YAML recipe.
 
@@ -33,6 +39,7 @@ def parse(
         prog: how the command is called, for the help text.
         summary: one line for the help text.
         positional: option that a first word without dashes sets.
+        bare_no: accept `--noflag` for `--flag=false`.
 
     Raises:
         MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
@@ -42,15 +49,18 @@ def parse(
     arguments, recipe = _take_config(list(arguments))
     if positional and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{positional}={arguments[0]}", *arguments[1:]]
-    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False)
+    if bare_no:
+        arguments = _without_bare_no(arguments, options_class)
+    parser, flags = _make_parser(options_class, prog, summary)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
-    parser.error = _refuse  # type: ignore[method-assign]
-    flags = {option: action for action in parser._actions for option in action.option_strings}
+    flags |= {"--config": parser._actions[-1]}
     # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.
     for word in arguments:
         if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
             raise MolaError(_unknown(word.partition("=")[0], flags))
-    arguments = _recipe_flags(recipe, parser, flags, get_type_hints(options_class)) + arguments
+    if recipe is not None:
+        values = read_recipe(recipe)
+        arguments = _recipe_flags(values, recipe, parser, flags, get_type_hints(options_class)) + arguments
     _, stray = parser.parse_known_args(arguments)
     if stray:
         raise MolaError(_unknown(stray[0], flags))
@@ -65,6 +75,41 @@ def parse(
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise MolaError(str(error)) from error
     return options
+
+
+def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Some options of a dataclass, given as a mapping, checked and converted as flags are.
+
+    Args:
+        options_class: dataclass of options, none of them required.
+        values: option name -> value as YAML or JSON has it.
+        source: where the values are from, for messages.
+
+    Returns:
+        Field name -> value, of the options given only.
+
+    Raises:
+        MolaError: a name is unknown or a value does not fit.
+    """
+    parser, flags = _make_parser(options_class)
+    options = parser.parse_args(_recipe_flags(values, source, parser, flags, get_type_hints(options_class)))
+    names = [flags[f"--{key}"].dest for key in values]
+    return {name: getattr(options, name) for name in names}
+
+
+def _make_parser(
+    options_class: Any, prog: str | None = None, summary: str | None = None
+) -> tuple[HfArgumentParser, dict[str, Action]]:
+    """A parser that raises errors, and its flags."""
+    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser, {option: action for action in parser._actions for option in action.option_strings}
+
+
+def _without_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:
+    switches = [name for name, kind in get_type_hints(options_class).items() if kind is bool]
+    spelled = {f"--no{name}": f"--{name}=false" for name in switches}
+    return [spelled.get(word, word) for word in arguments]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -101,11 +146,15 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _recipe_flags(
-    recipe: str | None, parser: ArgumentParser, flags: Mapping[str, Action], types: Mapping[str, Any]
+    values: Mapping[str, Any],
+    recipe: str,
+    parser: ArgumentParser,
+    flags: Mapping[str, Action],
+    types: Mapping[str, Any],
 ) -> list[str]:
-    """A recipe as flags, so that argparse checks and converts its values like any others."""
+    """A recipe's values as flags, so that argparse checks and converts them like any others."""
     arguments = []
-    for key, value in read_recipe(recipe).items() if recipe is not None else ():
+    for key, value in values.items():
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
             close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
@@ -128,7 +177,12 @@ def _recipe_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except TypeError as error:  # YAML has dates
+            raise MolaError(
+                f"a recipe's mapping must hold text, numbers and truth values ({error}): quote it."
+            ) from error
     if isinstance(value, list):
         return ",".join(_recipe_text(item) for item in value)
     return str(value)

@@ -21,17 +21,18 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 
 from mola.environment import machine_description, software_versions
 from mola.files import atomic_write_json
-from mola.training.callbacks import FiniteLoss, Interruption, MetricsFile
+from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.run_folder import (
     METRICS_FILE,
     RUN_FILE,
+    check_best_checkpoint,
     check_output_dir,
     check_same_run,
     checkpoint_step,
-    clear_run,
     find_checkpoint,
     save_result,
+    start_run,
 )
 from mola.training.setup import (
     TrainingData,
@@ -41,6 +42,7 @@ from mola.training.setup import (
     effective_batch_size,
     load_tokenizer_for,
     prepare_data,
+    training_changes,
 )
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -87,9 +89,10 @@ def train(options: TrainOptions) -> TrainResult:
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
     folder = check_output_dir(
-        options.output_dir, overwrite=options.overwrite_output_dir, resume=bool(options.resume_from_checkpoint)
+        options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
     )
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
     allocation = check_model_options(options)
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
@@ -100,14 +103,20 @@ def train(options: TrainOptions) -> TrainResult:
     record = _record(options, data, allocation)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
+        if options.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
+        if first_step >= steps:
+            # Nothing is left, but in an epoch that was begun the trainer would do one more step.
+            options.num_train_epochs, options.max_steps = 0, -1
     model = build_model(options)
     # Not before: as long as anything can be wrong the earlier run stays.
-    if checkpoint is None and options.overwrite_output_dir and options.process_index == 0:
-        clear_run(folder)
+    if options.process_index == 0:
+        start_run(folder, checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
     trainer = _make_trainer(options, model, tokenizer, data, folder, interruption)
+    if checkpoint is not None:
+        trainer.add_callback(ResumedCheckpoints(checkpoint.parent))
     _write_record(trainer, folder, {**record, "status": "running"})
-    first_step = checkpoint_step(checkpoint) if checkpoint else 0  # now: the checkpoint may be replaced by newer ones
     start = time.perf_counter()
     try:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
@@ -182,7 +191,13 @@ def _make_trainer(
         eval_dataset=data.evaluation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / METRICS_FILE), FiniteLoss(), interruption],
+        # In this order: what is to be saved is known first, and is looked at before it is.
+        callbacks=[
+            MetricsFile(folder / METRICS_FILE),
+            interruption,
+            CheckpointLast(),
+            FiniteLoss(),
+        ],
     )
 
 
@@ -191,10 +206,11 @@ def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any
     return {
         "command": sys.argv,
         "settings": options.to_dict(),
-        "adapter_settings": None
+        "adapter_settings": training_changes(options)
         if options.adapter
         else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
         "effective_batch_size": effective_batch_size(options),
+        "processes": options.world_size,
         "allocation": allocation,
         "data": {name: asdict(report) for name, report in data.reports.items()},
         "data_fingerprints": data.fingerprints,

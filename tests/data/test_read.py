@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.data.read import read_rows, split_names
+from mola.data.read import _batches, read_rows, split_names, stream_rows
 from mola.errors import MolaError
 
 ROWS = [
@@ -177,3 +177,66 @@ def test_hub_failure_names_both_readings(monkeypatch):
     for call in (read_rows, split_names):
         with pytest.raises(MolaError, match=r"no file or folder `owner/name` exists.*ConnectionError: offline"):
             call("owner/name")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_lines_are_read_when_they_are_asked_for(tmp_path, name):
+    lines = b"x\n1\n2\n" if name == "a.csv" else b'{"x": "1"}\n{"x": "2"}\n'
+    rows = stream_rows(write(tmp_path / name, lines + b'[broken, "\n'))
+    assert [next(rows), next(rows)] == [{"x": "1"}, {"x": "2"}]
+    with pytest.raises(MolaError, match="a\\."):
+        next(rows)
+
+
+def test_stream_of_nothing_is_empty(tmp_path):
+    assert list(stream_rows(write(tmp_path / "a.jsonl", b""))) == []
+
+
+def test_columns_that_are_not_needed_are_left_out(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    folder = saved(tmp_path / "d.hf", train=ROWS)
+    for source in (tmp_path / "a.parquet", folder):
+        rows = list(stream_rows(source, "train", columns={"id", "answer", "nosuch"}))
+        assert rows == [{"id": row["id"], "answer": row["answer"]} for row in ROWS]
+        assert list(stream_rows(source, "train", columns=["nosuch"])) == ROWS
+    assert list(stream_rows(write(tmp_path / "a.jsonl", json_lines()), columns=["id"])) == ROWS
+
+
+def test_saved_dataset_with_more_rows_than_one_batch_keeps_their_order(tmp_path):
+    rows = [{"number": number} for number in range(2500)]
+    assert list(stream_rows(saved(tmp_path / "d", train=rows), "train")) == rows
+
+
+def test_streaming_dataset_of_the_library_is_read_without_decoding_images(tmp_path):
+    # What `load_dataset(..., streaming=True)` returns for a Hub name, here for a local file.
+    features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
+    rows = [{"image": {"bytes": b"no image", "path": None}, "id": "1"}, {"image": None, "id": "2"}]
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    settings = {"data_files": str(tmp_path / "a.parquet"), "cache_dir": str(tmp_path / "cache")}
+    loaded = datasets.load_dataset("parquet", split="train", streaming=True, features=features, **settings)
+    assert list(_batches(loaded, None)) == rows
+    assert list(_batches(loaded, {"id"})) == [{"id": "1"}, {"id": "2"}]
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) == 0, "but for a lock"
+
+
+def test_hub_dataset_is_streamed(monkeypatch):
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(stream_rows("owner/name", "train", columns=["id"])) == [{"id": "1"}, {"id": "2"}]
+    assert asked == [("owner/name", {"split": "train", "streaming": True})]
+
+
+def test_hub_connection_that_breaks_is_explained(monkeypatch):
+    def rows():
+        yield {"id": "1"}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(MolaError, match="`owner/name` exists.*ConnectionError: gone"):
+        list(stream_rows("owner/name", "train"))

@@ -1,9 +1,10 @@
+import re
 import string
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mola.data.tasks import load_task, task_names
@@ -230,6 +231,13 @@ def test_task_of_free_text(tmp_path):
         ({"fields": {"context": "hint"}}, "`fields.context` must be"),
         ({"fields": {"context": {"column": "label", "defualt": "x"}}}, "`fields.context` must be"),
         ({"fields": {"context": {"column": "hint"}}}, "`columns` must list every column in use: `hint`"),
+        ({"fields": {"context": {"column": "label", "strip": "start"}}}, "`strip: both` or `strip: end`"),
+        ({"strata": "label"}, "`strata` must be a mapping"),
+        ({"strata": {}}, "`strata` must be {column: NAME}"),
+        ({"strata": {"column": 1}}, "`strata` must be {column: NAME}"),
+        ({"strata": {"column": "label", "until": ""}}, "`strata` must be {column: NAME}"),
+        ({"strata": {"column": "label", "until": 3}}, "`strata` must be {column: NAME}"),
+        ({"strata": {"column": "label", "before": "."}}, "`strata` must be {column: NAME}"),
         ({"answer": "label"}, "`answer` must be a mapping"),
         ({"answer": {"column": "label"}}, "`answer` must be {column"),
         ({"answer": {"column": "label", "words": {0: False, 1: True}}}, "quoted text"),
@@ -347,7 +355,67 @@ def test_packaged_task_gives_back_its_own_answer(name, row, instruction, answer,
 
 
 def test_every_packaged_task_has_an_example_here():
-    assert sorted(case[0] for case in PACKAGED) == task_names()
+    free_text = [name for name in task_names() if load_task(name).answer is None]
+    assert free_text == ["openorca"], "see below"
+    assert sorted([case[0] for case in PACKAGED] + free_text) == task_names()
+
+
+@given(question=st.text(), response=st.text())
+@example(question=" a \n", response="  b\n c \n")
+@example(question="{x}", response="\n")
+def test_openorca_is_question_and_response_in_one_piece(question, response):
+    task = load_task("openorca")
+    row = {"id": "flan.1", "system_prompt": "S", "question": question, "response": response}
+    if not question.strip() or not response.strip():
+        assert task.blank_column(row) in ("question", "response")
+        with pytest.raises(MolaError, match="must not be empty"):
+            task.example(row, 0)
+        return
+    assert task.blank_column(row) is None
+    assert task.example(row, 0) == {
+        "id": "flan.1",
+        "instruction": None,
+        "input": "",
+        "output": (question.strip() + "\n" + response).strip(),
+        "answer": None,
+        "num_choices": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("until", "value", "group"),
+    [
+        (".", "flan.1.2", "flan"),
+        (".", "nodot", "nodot"),
+        (".", ".5", ""),
+        (None, "a.b", "a.b"),
+        (None, 7, "7"),
+        ("--", "a-b--c", "a-b"),
+    ],
+)
+def test_group_of_a_row(tmp_path, until, value, group):
+    rule = {"column": "source"} | ({"until": until} if until else {})
+    task = load_task(write_task(tmp_path, {"strata": rule}))
+    assert task.strata.resolve({"source": value}, "r") == group
+
+
+@pytest.mark.parametrize("value", [None, "", True, 1.5, ["a"]])
+def test_row_without_a_group_is_named(value):
+    with pytest.raises(MolaError, match=f"row `r`: `id` must be text or an integer.* got {re.escape(repr(value))}"):
+        load_task("openorca").strata.resolve({"id": value}, "r")
+
+
+def test_field_that_keeps_the_blanks_in_front(tmp_path):
+    fields = {
+        "first": {"column": "sentence1", "strip": "end"},
+        "second": {"column": "sentence2", "strip": "both", "default": "nothing"},
+    }
+    task = load_task(write_task(tmp_path, {"fields": fields, "instruction": "{first}|{second}"}))
+    row = {"sentence1": "  a ", "sentence2": "  b ", "label": 0}
+    assert task.example(row, 0)["instruction"] == "  a|b"
+    assert task.example({**row, "sentence2": " "}, 0)["instruction"] == "  a|nothing"
+    assert task.blank_column({**row, "sentence2": " "}) is None
+    assert task.blank_column({**row, "sentence1": " \n"}) == "sentence1"
 
 
 @pytest.mark.parametrize(("name", "words"), WORD_TASKS.items())

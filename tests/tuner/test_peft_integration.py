@@ -351,6 +351,13 @@ def test_layers_to_transform(base):
     assert [name.split("layers.")[1][0] for name in adapted] == ["1", "3"]
 
 
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj"]])
+def test_one_name_is_one_module_per_layer(base, targets):
+    model = get_peft_model(clone(base), MolaConfig(num_experts=2, target_modules=targets, task_type="CAUSAL_LM"))
+    names = [name for name, module in model.named_modules() if isinstance(module, MolaLinear)]
+    assert [name.rpartition(".")[2] for name in names] == ["q_proj"] * 4
+
+
 def test_all_linear(base):
     model = get_peft_model(clone(base), MolaConfig(num_experts=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert sum(isinstance(module, MolaLinear) for module in model.modules()) == 28

@@ -11,6 +11,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaError, MolaLinear
+from mola.tuner.statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
 from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch
@@ -371,6 +372,17 @@ def test_nothing_is_collected_when_it_is_off():
     model = make(router_aux_loss_coef=0.0)
     model(**token_batch())
     assert not any(module.router_outputs for module in routers(model))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_losses_stay_on_the_device_of_the_logits(masked):
+    """On a device that is neither the CPU nor a GPU: anything made elsewhere would not fit."""
+    logits = torch.empty(6, 3, device="meta", requires_grad=True)
+    output = RouterOutput(logits, torch.empty(6, 2, dtype=torch.long, device="meta"))
+    statistics = router_statistics(output, torch.ones(6, device="meta") if masked else None)
+    for loss in (balance_loss(pool([statistics, statistics])), z_loss(statistics)):
+        assert loss.device == logits.device
+        loss.backward()
 
 
 def test_hooks_are_installed_once_for_several_adapters():

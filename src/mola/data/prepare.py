@@ -8,18 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mola.data.read import read_rows, split_names
+from mola.data.drawn import drawn_sizes, prepare_drawn
+from mola.data.output import check_output_folder
+from mola.data.read import read_rows
+from mola.data.source import source_splits
 from mola.data.tasks import Task, example_id, load_task
-from mola.data.write import DATASET_FOLDER, PROMPT_COLUMNS, columns_of, write_splits
+from mola.data.write import columns_of, is_prepared_folder, merged_row, write_splits
 from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_VALUES = 12  # in a message
 SAMPLE_SIZES = {"train": 2000, "validation": 200, "test": 400}
 
 
 def load_examples(
-    path: str | Path, task: Task | None, split: str | None, limit: int | None = None
+    path: str | Path,
+    task: Task | None,
+    split: str | None,
+    limit: int | None = None,
+    filters: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Examples of a data source, ready to be encoded or evaluated.
 
@@ -29,7 +37,8 @@ def load_examples(
         path: anything that `read_rows` reads.
         task: how raw rows are turned into examples; None is enough for prepared rows.
         split: split of a source that has several; also names the rows without an id.
-        limit: keep only the first rows, after the task's filters.
+        limit: keep only the first rows, after all filters.
+        filters: column -> value, or list of values, that a row must have; on top of the task's own filters.
 
     Returns:
         Dicts with `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (both None if
@@ -40,13 +49,37 @@ def load_examples(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
-    rows = read_rows(path, split)
-    if all("instruction" in row and "output" in row for row in rows):
-        examples = [_prepared(row, index, split, task) for index, row in enumerate(rows[:limit])]
+    rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
+    if all("instruction" in row and "output" in row for _, row in rows):
+        examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
         examples = _from_raw(rows, path, task, split, limit)
     _check_ids((example["id"] for example in examples), str(path))
     return examples
+
+
+_Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, which ids are made of
+
+
+def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
+    """Rows that have the wanted values; a column or a value that no row has is an error, not an empty result."""
+    for column, wanted in filters.items():
+        if not any(column in row for _, row in rows):
+            raise MolaError(
+                f"`filters` must name columns of the data: no row of `{path}` has `{column}`, its columns are "
+                f"{', '.join(columns_of([row for _, row in rows]))}. Correct the name."
+            )
+        values = wanted if isinstance(wanted, list) else [wanted]
+        kept = [(index, row) for index, row in rows if row.get(column) in values]
+        if not kept:
+            found = list(dict.fromkeys(repr(row.get(column)) for _, row in rows))
+            more = ", ..." if len(found) > _SHOWN_VALUES else ""
+            raise MolaError(
+                f"`filters` must leave rows: `{column}` is {wanted!r} in none of the {len(rows)} rows left of "
+                f"`{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of these."
+            )
+        rows = kept
+    return rows
 
 
 def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:
@@ -69,15 +102,16 @@ def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task 
 
 
 def _from_raw(
-    rows: list[dict[str, Any]], path: str | Path, task: Task | None, split: str | None, limit: int | None
+    rows: _Rows, path: str | Path, task: Task | None, split: str | None, limit: int | None
 ) -> list[dict[str, Any]]:
     if task is None:
-        missing = next(name for name in ("instruction", "output") if any(name not in row for row in rows))
+        missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
         raise MolaError(
             f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
-            f"{', '.join(columns_of(rows))}. Name the task, or prepare the data with `mola prepare`."
+            f"{', '.join(columns_of([row for _, row in rows]))}. Name the task, or prepare the data with "
+            "`mola prepare`."
         )
-    kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
+    kept = [(index, row) for index, row in rows if task.keeps(row)]
     if len(kept) < len(rows):
         dropped = len(rows) - len(kept)
         logger.info("%s: filters of the task left out %d of %d rows", path, dropped, len(rows))
@@ -128,7 +162,20 @@ class PrepareOptions:
             "Default: the task's own Hub dataset."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the generated questions."})
+    num_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw so many training samples at random from a single source, without replacement and without "
+            "equal texts, and others for validation and test. Default: take the splits as they are."
+        },
+    )
+    num_validation: int | None = field(
+        default=None, metadata={"help": "Validation samples to draw (with `num_samples` only; default 1000)."}
+    )
+    num_test: int | None = field(
+        default=None, metadata={"help": "Test samples to draw (with `num_samples` only; default 1000)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the drawn samples and of the generated questions."})
     train_size: int | None = field(
         default=None, metadata={"help": "Generated training questions (task `sample` only; default 2000)."}
     )
@@ -151,14 +198,25 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
 
     Returns:
         `output_dir`, `task`, `splits` (per split `rows` and `filtered`) and `shared_instructions`, the
-        number of instructions that occur in more than one split.
+        number of instructions that occur in more than one split. With `num_samples` also `source`: its `rows`,
+        the `candidates` among them, those left out by reason, and the number of `groups`; `filtered` is 0 then.
 
     Raises:
         MolaError: an option or a row does not fit, or the output folder is in use.
     """
     output_dir = Path(options.output_dir).expanduser().resolve()
-    _check_output_dir(output_dir, options.overwrite_output_dir)
+    check_output_folder(
+        output_dir,
+        option="output_dir",
+        overwrite=options.overwrite_output_dir,
+        overwrite_option="overwrite_output_dir",
+        writer="`mola prepare`",
+        is_own=is_prepared_folder,
+    )
     task = load_task(options.task)
+    sizes = _drawn_sizes(options)
+    if sizes is not None:
+        return prepare_drawn(task, _data(options, task), sizes, options.seed, output_dir)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for name, rows in _source_splits(options, task).items():
@@ -181,6 +239,23 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     }
 
 
+def _drawn_sizes(options: PrepareOptions) -> dict[str, int] | None:
+    """Rows to draw for every split; None to take the splits of the source."""
+    given = {name: getattr(options, name) for name in ("num_samples", "num_validation", "num_test")}
+    if options.num_samples is None:
+        for name, value in given.items():
+            if value is not None:
+                raise MolaError(
+                    f"`{name}` goes with `num_samples`: got {value} alone. Add `num_samples`, or leave it out."
+                )
+        return None
+    if options.task == "sample":
+        raise MolaError("`num_samples` has no use with the task `sample`, which makes its questions. Use `train_size`.")
+    for name in SAMPLE_SIZES:
+        _refuse_size(options, name)
+    return drawn_sizes(options.num_samples, options.num_validation, options.num_test)
+
+
 def main(options: PrepareOptions) -> int:
     """Run the command.
 
@@ -192,26 +267,6 @@ def main(options: PrepareOptions) -> int:
     """
     prepare(options)
     return 0
-
-
-def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    if not output_dir.exists():
-        return
-    if not output_dir.is_dir():
-        raise MolaError(f"`output_dir` must be a folder: `{output_dir}` is a file. Choose another name.")
-    names = [entry.name for entry in output_dir.iterdir()]
-    if names and not overwrite:
-        raise MolaError(
-            f"`output_dir` must be empty: `{output_dir}` is not. Choose another folder, or pass "
-            "`overwrite_output_dir` to replace it."
-        )
-    # The folder is replaced as a whole, so it must hold nothing that someone else put there.
-    foreign = [name for name in names if name != DATASET_FOLDER and not name.endswith(".json")]
-    if names and (foreign or DATASET_FOLDER not in names):
-        raise MolaError(
-            f"`output_dir` is replaced only if `mola prepare` wrote it: `{output_dir}` holds "
-            f"{', '.join(sorted(foreign or names)[:5])}. Choose another folder."
-        )
 
 
 def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[str, Any]]]:
@@ -226,29 +281,22 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             {name: SAMPLE_SIZES[name] if size is None else size for name, size in sizes.items()},
             seed=options.seed,
         )
-    for name, size in sizes.items():
-        if size is not None:
-            raise MolaError(f"`{name}_size` is for the task `sample` only: got {size}. Leave it out.")
+    for name in SAMPLE_SIZES:
+        _refuse_size(options, name)
+    return {name: read_rows(source.path, source.split) for name, source in source_splits(_data(options, task)).items()}
+
+
+def _refuse_size(options: PrepareOptions, split: str) -> None:
+    size = getattr(options, f"{split}_size")
+    if size is not None:
+        raise MolaError(f"`{split}_size` is for the task `sample` only: got {size}. Leave it out.")
+
+
+def _data(options: PrepareOptions, task: Task) -> str:
     data = options.data or task.dataset
     if data is None:
         raise MolaError(f"`data` is needed for the task `{task.name}`. Name a file, a folder or a Hub dataset.")
-    if "=" in data and not Path(data).expanduser().exists():
-        return {name: read_rows(path) for name, path in _named_files(data).items()}
-    names = split_names(data)
-    return {name: read_rows(data, name) for name in names} if names else {"train": read_rows(data)}
-
-
-def _named_files(data: str) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for part in data.split(","):
-        name, _, path = (piece.strip() for piece in part.partition("="))
-        if not name.isidentifier() or not path or name in files:
-            raise MolaError(
-                f"`data` must be train=A,validation=B,test=C with different names: got {data!r}. Correct the "
-                f"part {part!r}."
-            )
-        files[name] = path
-    return files
+    return data
 
 
 def _prepared_rows(rows: list[dict[str, Any]], task: Task, split: str) -> tuple[list[dict[str, Any]], int]:
@@ -259,11 +307,7 @@ def _prepared_rows(rows: list[dict[str, Any]], task: Task, split: str) -> tuple[
     _check_ids((example["id"] for example in examples), split)
     result = []
     for (_, row), example in zip(kept, examples, strict=True):
-        new = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
-        if task.answer is not None:
-            new["answer"] = example["answer"]
-        new.update({name: example[name] for name in PROMPT_COLUMNS})
-        result.append(new)
+        result.append(merged_row(row, example))
     return result, len(rows) - len(kept)
 
 

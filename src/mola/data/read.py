@@ -1,24 +1,20 @@
-"""Read rows from whatever the user has: JSON, JSON lines, CSV, Parquet, a saved dataset, the Hub.
+"""Read rows from whatever the user has: files, a saved dataset, the Hub. All at once or as a stream.
 
 Values stay as the source has them; nothing is written next to the source.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import re
-import zlib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, unreadable
 from mola.errors import MolaError
 
-FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.
-_READ_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, csv.Error)
+_BATCH_SIZE = 1000
 
 
 def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]]:
@@ -36,24 +32,65 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
         MolaError: the source is missing, unreadable or empty, a row is not a mapping, or the split does
             not exist or has to be chosen.
     """
+    rows = list(_iterate(path, split, None, _load_hub))
+    if not rows:
+        raise MolaError(f"`data` must have at least one row: `{path}` has none. Choose another one.")
+    return rows
+
+
+def stream_rows(
+    path: str | Path, split: str | None = None, columns: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data source one after the other, without having all of them in memory.
+
+    A ``.json`` array is the exception: it is read as a whole. A Hub dataset is streamed, not stored.
+
+    Args:
+        path: as for `read_rows`.
+        split: as for `read_rows`.
+        columns: what is needed of the rows; Parquet files, saved datasets and the Hub leave out the rest, others
+            ignore it. A column that the source does not have is missing from the rows.
+
+    Yields:
+        The rows as dicts, in their order; possibly none.
+
+    Raises:
+        MolaError: as `read_rows`, except for a source without rows.
+    """
+    return _iterate(path, split, columns, _stream_hub)
+
+
+def _iterate(
+    path: str | Path,
+    split: str | None,
+    columns: Collection[str] | None,
+    hub: Callable[[str, str | None, Collection[str] | None], Iterator[Any]],
+) -> Iterator[dict[str, Any]]:
     source, place = str(path), Path(path).expanduser()
     if place.is_dir():
-        rows = _select(_load_folder(place), split, source).to_list()
+        rows = _read_folder(place, split, columns)
     elif place.exists():
-        rows = _read_file(place)
+        rows = iterate_file(place, columns)
     elif is_hub_name(source):
-        rows = _select(_load_hub(source, split), split, source).to_list()
+        rows = hub(source, split, columns)
     else:
         raise _not_there(source)
-    if not rows:
-        raise MolaError(f"`data` must have at least one row: `{source}` has none. Choose another one.")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise MolaError(
                 f"`data` must hold one mapping per row: row {index} of `{source}` is a "
                 f"{type(row).__name__}. Write each row as {{column: value, ...}}."
             )
-    return rows
+        yield row
+
+
+def _batches(dataset: Any, columns: Collection[str] | None) -> Iterator[Any]:
+    """Rows of a Dataset or IterableDataset, straight from Arrow: images are not decoded."""
+    if columns is not None and dataset.column_names is not None:
+        names = [name for name in dataset.column_names if name in columns]
+        dataset = dataset.select_columns(names) if names else dataset
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
+        yield from table.to_pylist()
 
 
 def split_names(path: str | Path) -> list[str]:
@@ -111,16 +148,39 @@ def _load_folder(place: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(place))
-    except (*_READ_ERRORS, pyarrow.ArrowException) as error:
-        raise _unreadable(place, error) from error
+    except (*READ_ERRORS, pyarrow.ArrowException) as error:
+        raise unreadable(place, error) from error
 
 
-def _load_hub(source: str, split: str | None) -> Any:
+def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
+    dataset = _select(_load_folder(place), split, str(place))
+    import pyarrow
+
+    try:
+        yield from _batches(dataset, columns)
+    except (*READ_ERRORS, pyarrow.ArrowException) as error:
+        raise unreadable(place, error) from error
+
+
+def _load_hub(source: str, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(source, split=split)
+        loaded = datasets.load_dataset(source, split=split)
     except Exception as error:  # the Hub client has no common base class
+        raise _hub_error(source, error) from error
+    return _batches(_select(loaded, split, source), columns)
+
+
+def _stream_hub(source: str, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, split=split, streaming=True)
+        yield from _batches(_select(loaded, split, source), columns)
+    except MolaError:
+        raise
+    except Exception as error:  # also a connection that breaks later
         raise _hub_error(source, error) from error
 
 
@@ -134,95 +194,3 @@ def _select(loaded: Any, split: str | None, source: str) -> Any:
     if split not in loaded:
         raise MolaError(f"`split` must be one of {', '.join(names)} for `{source}`: got {split!r}. Choose one.")
     return loaded[split]
-
-
-def _unreadable(place: Path, error: BaseException) -> MolaError:
-    return MolaError(f"`data` file `{place}` cannot be read: {error}. Check that it is complete.")
-
-
-def _read_file(place: Path) -> list[Any]:
-    ending = Path(place.name.removesuffix(".gz")).suffix
-    if ending not in FILE_ENDINGS or (ending == ".parquet" and place.name.endswith(".gz")):
-        raise MolaError(
-            f"`data` must end in one of {', '.join(FILE_ENDINGS)} (.json, .jsonl and .csv also with .gz): "
-            f"got `{place}`. Convert or rename the file."
-        )
-    if ending == ".parquet":
-        return _read_parquet(place)
-    reader = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
-    try:
-        with _open_text(place) as file:
-            return reader(file, place)
-    except MolaError:
-        raise
-    except _READ_ERRORS as error:
-        raise _unreadable(place, error) from error
-
-
-def _open_text(place: Path) -> IO[str]:
-    if place.name.endswith(".gz"):
-        return gzip.open(place, "rt", encoding="utf-8-sig", newline="")
-    return place.open(encoding="utf-8-sig", newline="")
-
-
-def _read_json(file: IO[str], place: Path) -> list[Any]:
-    text = file.read()
-    if not text.strip():
-        return []
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        cure = "Correct the line."
-        if error.msg == "Extra data":
-            cure = "A file with one row per line must be called .jsonl."
-        raise MolaError(f"`data` file `{place}` is not valid JSON: line {error.lineno}: {error.msg}. {cure}") from error
-    if not isinstance(rows, list):
-        raise MolaError(
-            f"`data` file `{place}` must hold a JSON array of rows: got a {type(rows).__name__}. Write "
-            "[{...}, {...}], or one row per line in a .jsonl file."
-        )
-    return rows
-
-
-def _read_json_lines(file: IO[str], place: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise MolaError(
-                f"`data` file `{place}` is not valid JSON: line {number}: {error.msg}. Correct it; each "
-                "line must be one complete row."
-            ) from error
-    return rows
-
-
-def _read_csv(file: IO[str], place: Path) -> list[Any]:
-    reader = csv.DictReader(file, strict=True)
-    names = reader.fieldnames or ()
-    if len(set(names)) < len(names):
-        raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
-    rows = []
-    for row in reader:
-        # DictReader marks surplus values with the key None and missing ones with the value None.
-        if None in row or None in row.values():
-            raise MolaError(
-                f"`data` file `{place}` must have {len(names)} values in every line, as its "
-                f"header: line {reader.line_num} has another number. Correct the line, or quote its commas."
-            )
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(place: Path) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # ParquetFile, not read_table: the latter turns parts of the path like `split=train` into columns.
-        with pyarrow.parquet.ParquetFile(place) as file:
-            return file.read().to_pylist()
-    except (*_READ_ERRORS, pyarrow.ArrowException) as error:
-        raise _unreadable(place, error) from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mola.errors import MolaError
+from mola.data.output import complete_folder
+
+if TYPE_CHECKING:
+    from mola.data.spool import Spool
 
 DATASET_FOLDER = "dataset.hf"
 PROMPT_COLUMNS = ("input", "instruction", "output")  # written last, in this order
@@ -18,6 +20,20 @@ PROMPT_COLUMNS = ("input", "instruction", "output")  # written last, in this ord
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """All columns of the rows, in the order they first occur."""
     return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def merged_row(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+    """A source row with the answer as text, and with prompt and output as its last columns."""
+    new = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+    if example["answer"] is not None:
+        new["answer"] = example["answer"]
+    return {**new, **{name: example[name] for name in PROMPT_COLUMNS}}
+
+
+def is_prepared_folder(folder: Path) -> bool:
+    """Whether a folder holds what `mola prepare` writes, and nothing else."""
+    names = {entry.name for entry in folder.iterdir()}
+    return DATASET_FOLDER in names and all(name == DATASET_FOLDER or name.endswith(".json") for name in names)
 
 
 def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -> None:
@@ -30,53 +46,69 @@ def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -
     Raises:
         MolaError: the folder cannot be written, or a column mixes kinds of values.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        _write_files(splits, temporary)
-        if output_dir.exists():
-            # A folder with files cannot be renamed over; the old one goes only when the new one is there.
-            old = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.old")
-            os.replace(output_dir, old)
-            try:
-                os.replace(temporary, output_dir)
-            except OSError:
-                os.replace(old, output_dir)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, output_dir)
-    except OSError as error:
-        raise MolaError(f"`output_dir` cannot be written: {error}. Choose another folder.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    from mola.data.spool import Spool
+
+    with complete_folder(output_dir) as (folder, scratch), Spool(scratch / "rows", last=PROMPT_COLUMNS) as spool:
+        numbers = {}
+        for split, rows in splits.items():
+            numbers[split] = range(len(spool), len(spool) + len(rows))
+            for row in rows:
+                spool.add(row)
+        write_spooled(spool, numbers, folder, scratch)
 
 
-def _write_files(splits: Mapping[str, list[dict[str, Any]]], folder: Path) -> None:
+def write_spooled(spool: Spool, numbers: Mapping[str, Iterable[int]], folder: Path, scratch: Path) -> None:
+    """Write ``<split>.json`` and `DATASET_FOLDER` of rows in a spool.
+
+    Args:
+        spool: the rows.
+        numbers: rows of every split, in their order.
+        folder: an existing folder that receives the files.
+        scratch: folder for temporary files.
+    """
+    for split, chosen in numbers.items():
+        write_json(spool.rows(chosen), folder / f"{split}.json")
+    save_dataset(spool, numbers, folder / DATASET_FOLDER, scratch)
+
+
+def write_json(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write rows as one JSON array in ASCII, on one line; they need not be in memory."""
+    with path.open("w", encoding="ascii") as file:
+        file.write("[")
+        for index, row in enumerate(rows):
+            file.write((", " if index else "") + json.dumps(row))
+        file.write("]")
+
+
+def save_dataset(spool: Spool, numbers: Mapping[str, Iterable[int]], path: Path, scratch: Path) -> None:
+    """Save rows of a spool as a DatasetDict; the same rows give the same bytes.
+
+    Args:
+        spool: the rows; types come from all of them, so that splits cannot differ.
+        numbers: rows of every split, in their order.
+        path: folder to create.
+        scratch: folder for temporary files.
+    """
     import datasets
     import pyarrow
 
-    source = columns_of(row for rows in splits.values() for row in rows)
-    names = [*(name for name in source if name not in PROMPT_COLUMNS), *PROMPT_COLUMNS]
-    columns = {name: [row.get(name) for rows in splits.values() for row in rows] for name in names}
-    try:
-        # Types come from all splits together, or a column that is empty in one split would get another type.
-        features = datasets.Dataset.from_dict(columns).features
-        saved = {
-            split: datasets.Dataset.from_dict(
-                {name: [row.get(name) for row in rows] for name in names}, features=features
-            )
-            for split, rows in splits.items()
-        }
-    except (pyarrow.ArrowException, TypeError) as error:
-        raise MolaError(
-            f"`data` must have values of one kind in every column: {error}. Correct the column, or drop it."
-        ) from error
-    for split, rows in splits.items():
-        full = [{name: row.get(name) for name in names} for row in rows]
-        try:
-            text = json.dumps(full)
-        except TypeError as error:
-            raise MolaError(f"`data` must hold JSON values: {error}. Drop the column from the source.") from error
-        (folder / f"{split}.json").write_text(text, encoding="ascii")
-    datasets.DatasetDict(saved).save_to_disk(str(folder / DATASET_FOLDER))
+    schema = spool.schema()
+    splits = {}
+    for split, chosen in numbers.items():
+        place = scratch / f"{split}.arrow"
+        with pyarrow.OSFile(str(place), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+            for table in spool.tables(chosen):
+                stream.write_table(table)
+        written = pyarrow.ipc.open_stream(pyarrow.memory_map(str(place))).read_all()
+        splits[split] = datasets.Dataset(written, fingerprint=_digest(place))
+    # Without a file of its own an empty split could not be loaded again.
+    shards = {split: None if len(dataset) else 1 for split, dataset in splits.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(path), num_shards=shards)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]

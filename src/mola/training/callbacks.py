@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from mola.errors import MolaError
 from mola.files import atomic_write_text
@@ -35,7 +36,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _belongs_before(line, state.global_step)] if state.global_step else []
+        kept = _lines_until(lines, state.global_step) if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -55,17 +56,73 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def _belongs_before(line: str, step: int) -> bool:
-    """Whether a line was written by step `step` and is no summary of a part of the run."""
-    try:
-        entry = json.loads(line)
-        return entry["step"] <= step and "train_runtime" not in entry
-    except (ValueError, KeyError, TypeError):
-        return False  # half a line of a killed run
+def _lines_until(lines: list[str], step: int) -> list[str]:
+    """Lines written by step `step`, without the summary of an ended run and the evaluation that follows it."""
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if "train_runtime" in entry:
+                break
+            if entry["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line of a killed run
+    return kept
 
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+class ResumedCheckpoints(TrainerCallback):
+    """Puts the checkpoints of a resumed run in order; `folder` is where they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the best one, if the folder was moved; end a rotation in which the run was killed."""
+        path = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and state.best_model_checkpoint is None and path.is_dir():
+            state.best_model_checkpoint = str(path)  # the trainer forgets a path that is not there
+        if args.train_sampling_strategy == "group_by_length" and not _is_whole(state.epoch):
+            logger.warning(
+                "With `train_sampling_strategy` group_by_length the order within an epoch is drawn anew when a run is "
+                "resumed: until its end this epoch may repeat or leave out samples."
+            )
+        if args.should_save and args.output_dir:
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+
+
+class CheckpointLast(TrainerCallback):
+    """At the last step of an epoch or of the run: one checkpoint, after all else that happens at this step.
+
+    The trainer would save after the step, evaluate at the end of the epoch and perhaps save again. Killed in
+    between, a run could not make up for the evaluation, and the second checkpoint would be written into the first.
+    """
+
+    def __init__(self) -> None:
+        self._is_wanted = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the checkpoint off."""
+        self._is_wanted = control.should_save and (control.should_training_stop or _is_whole(state.epoch))
+        if self._is_wanted:
+            control.should_save = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follows at once."""
+        control.should_save = control.should_save or self._is_wanted
+        self._is_wanted = False
+
+
+def _is_whole(epoch: float | None) -> bool:
+    return epoch is not None and abs(epoch - round(epoch)) <= _EPOCH_TOLERANCE
 
 
 class Interruption(TrainerCallback):
@@ -108,6 +165,8 @@ class Interruption(TrainerCallback):
         if self.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
+            if args.save_strategy == SaveStrategy.BEST:
+                args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
         return control
 
     def _share(self, device: torch.device) -> None:
@@ -119,13 +178,12 @@ class Interruption(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """The trainer also ends an epoch that a signal cut short: no evaluation of it, and no second checkpoint.
+        """The trainer also ends an epoch that a signal cut short: no evaluation of it.
 
         An epoch that was complete when the signal came is evaluated, since the resumed run will not do it.
         """
-        epoch = state.epoch or 0.0
-        if self.signal_number is not None and abs(epoch - round(epoch)) > _EPOCH_TOLERANCE:
-            control.should_evaluate = control.should_save = False
+        if self.signal_number is not None and not _is_whole(state.epoch):
+            control.should_evaluate = False
         return control
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from mola.data.encode import TRUNCATIONS
 from mola.devices import DTYPES, resolve_device, resolve_dtype
 from mola.errors import MolaError
-from mola.options import option
+from mola.options import mapping, option
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -28,6 +28,15 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "router_z_loss_coef": 0.0,
     "router_jitter_noise": 0.0,
 }
+
+# These change how the experts are trained, not what they compute: an adapter that is trained on may get others.
+TRAINING_ONLY = (
+    "lora_dropout",
+    "router_aux_loss_coef",
+    "router_aux_loss_reduction",
+    "router_z_loss_coef",
+    "router_jitter_noise",
+)
 
 _LOSS_NAMES = (None, "loss", "eval_loss")
 # Lowest and highest value, and the rule in words.
@@ -53,14 +62,24 @@ class TrainOptions(TrainingArguments):
     """
 
     base_model: str | None = option(None, "Folder or hub id of the base model.")
-    adapter: str | None = option(None, "Adapter to start from; its experts are trained on.")
+    adapter: str | None = option(
+        None, "Adapter to start from; its experts are trained on. Dropout and router losses may be changed."
+    )
     task: str | None = option(None, "Name of a task, or a task file (YAML); not needed for prepared data.")
     data: str | None = option(None, "Training data: a JSON, JSON lines, CSV or parquet file, or a saved dataset.")
     train_split: str = option("train", "Split to train on where the data has several.")
     eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")
     eval_split: str = option("validation", "Split to evaluate on; without one the run has no evaluation.")
     validation_size: float = option(
-        0.0, "Without a validation split: samples (or a share below 1) to take from the training data for it."
+        0.0,
+        "Samples (or a share below 1) to take from the training data and evaluate on; 0 = use `eval_data` or "
+        "`eval_split`.",
+    )
+    filters: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the rows of all data whose columns have these values (or one of a list): a mapping, JSON."
+        },
     )
     limit: int | None = option(None, "Train on the first so many samples only.")
     eval_limit: int | None = option(None, "Evaluate on the first so many samples only.")
@@ -137,11 +156,18 @@ class TrainOptions(TrainingArguments):
             raise MolaError(
                 "`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR."
             )
+        self.filters = mapping("filters", self.filters) or None
         if self.truncation not in TRUNCATIONS:
             raise MolaError(f"`truncation` must be one of {', '.join(TRUNCATIONS)}: got {self.truncation!r}.")
         if self.validation_size > 1 and self.validation_size % 1:
             raise MolaError(
                 f"`validation_size` must be a number of samples or a share below 1: got {self.validation_size}."
+            )
+        if self.validation_size and (self.eval_data is not None or self.eval_split != TrainOptions.eval_split):
+            other = "eval_data" if self.eval_data is not None else "eval_split"
+            raise MolaError(
+                f"`validation_size` ({self.validation_size:g}) takes samples out of the training data, and "
+                f"`{other}` ({getattr(self, other)!r}) names others. Leave one of the two out."
             )
         if self.metric_for_best_model not in _LOSS_NAMES:
             raise MolaError(
@@ -150,6 +176,7 @@ class TrainOptions(TrainingArguments):
             )
         if self.adapter is not None:
             given = [name for name in ADAPTER_DEFAULTS if getattr(self, name) is not None]
+            given = [name for name in given if name not in TRAINING_ONLY]
             if given:
                 raise MolaError(
                     f"`adapter` brings its own {', '.join(f'`{name}`' for name in given)}: leave these options out, "

@@ -6,12 +6,12 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import datasets
-from peft import PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.prepare import load_examples
@@ -21,10 +21,10 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer
-from mola.options import names_between_commas
+from mola.options import mapping, names_between_commas
 from mola.plan import PlanOptions, plan
 from mola.skeleton import model_on_meta
-from mola.training.options import TrainOptions
+from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.tuner import MolaConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     load_config(options.base_model, options.trust_remote_code)
     if options.adapter is not None:
         check_adapter(options.adapter)
+        continued_config(options, options.adapter)
         return {}
     wanted = adapter_config(options)
     allocation = plan(
@@ -109,6 +110,33 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     )
 
 
+def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
+    """The configuration of an adapter that is trained on, with the training settings that were given.
+
+    Raises:
+        MolaError: a setting is out of range, or the adapter's method does not have it.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    changes = training_changes(options)
+    if not changes:
+        return config
+    if not isinstance(config, MolaConfig):
+        raise MolaError(
+            f"`{next(iter(changes))}` can be changed for an adapter of mola only: {adapter!r} is of type "
+            f"{config.peft_type}. Leave the option out."
+        )
+    return MolaConfig(**{**{name: getattr(config, name) for name in _init_fields(config)}, **changes})
+
+
+def training_changes(options: TrainOptions) -> dict[str, Any]:
+    """Settings that were given for an adapter that is trained on."""
+    return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
+
+
+def _init_fields(config: PeftConfig) -> list[str]:
+    return [field.name for field in fields(config) if field.init]
+
+
 def _module_list(names: str | None) -> list[str] | None:
     """PEFT takes no expression for these: a text would be read letter by letter."""
     split = names_between_commas(names)
@@ -125,7 +153,8 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
     template = get_template(options.template or (task.template if task is not None else "alpaca"))
-    train = load_examples(options.data, task, options.train_split, limit=options.limit)
+    filters = mapping("filters", options.filters)
+    train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)
     limit = max_positions(load_config(options.base_model or "", options.trust_remote_code))
     if limit is not None and options.cutoff_len > limit:
@@ -152,19 +181,24 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
 
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
     """Training and evaluation examples: from another source, another split, or taken from the training part."""
-    if str(options.eval_strategy).endswith("no"):
+    if options.eval_strategy == IntervalStrategy.NO:
         return train, []
+    filters = mapping("filters", options.filters)
     if options.eval_data is not None:
-        return train, load_examples(options.eval_data, task, options.eval_split, limit=options.eval_limit)
-    splits = data_splits(options.data or "")
-    if options.eval_split in splits:
-        return train, load_examples(options.data or "", task, options.eval_split, limit=options.eval_limit)
-    if options.eval_split != TrainOptions.eval_split:
-        raise MolaError(
-            f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
-            f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
+        return train, load_examples(
+            options.eval_data, task, options.eval_split, limit=options.eval_limit, filters=filters
         )
     if options.validation_size == 0:
+        splits = data_splits(options.data or "")
+        if options.eval_split in splits:
+            return train, load_examples(
+                options.data or "", task, options.eval_split, limit=options.eval_limit, filters=filters
+            )
+        if options.eval_split != TrainOptions.eval_split:
+            raise MolaError(
+                f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
+                f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
+            )
         logger.warning("There is no evaluation data: the run ends with its last weights, not its best ones.")
         return train, []
     size = options.validation_size
@@ -176,7 +210,7 @@ def _evaluation_examples(options: TrainOptions, task: Task | None, train: Exampl
     order = list(range(len(train)))
     random.Random(options.seed).shuffle(order)
     taken = set(order[:count])
-    return _pick(train, taken, False), _pick(train, taken, True)
+    return _pick(train, taken, False), _pick(train, taken, True)[: options.eval_limit]
 
 
 def _pick(examples: Sequence[dict[str, Any]], taken: set[int], inside: bool) -> Examples:
@@ -219,7 +253,9 @@ def build_model(options: TrainOptions) -> PeftModel:
     if options.adapter is None:
         return get_peft_model(base, adapter_config(options))
     try:
-        return PeftModel.from_pretrained(base, options.adapter, is_trainable=True)
+        return PeftModel.from_pretrained(
+            base, options.adapter, is_trainable=True, config=continued_config(options, options.adapter)
+        )
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, Task, field_names
+from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, FieldRule, StrataRule, Task, field_names
 from mola.data.templates import template_names
 from mola.errors import MolaError
 
@@ -69,6 +69,8 @@ def _task_from_yaml(text: str) -> Task:
     data["fields"] = {name: _field_rule(name, rule) for name, rule in data.get("fields", {}).items()}
     if data.get("answer") is not None:
         data["answer"] = _answer_rule(data["answer"])
+    if data.get("strata") is not None:
+        data["strata"] = _strata_rule(data["strata"])
     task = Task(**data)
     _check_task(task)
     return task
@@ -77,6 +79,7 @@ def _task_from_yaml(text: str) -> Task:
 _TEXT_KEYS = ("name", "template", "output", "description", "input")
 _OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
 _LIST_KEYS = ("columns", "groups", "more_metrics")
+_OPTIONAL_MAPPING_KEYS = ("answer", "strata")
 
 
 def _check_kind(key: str, value: Any) -> None:
@@ -91,20 +94,37 @@ def _check_kind(key: str, value: Any) -> None:
         kind = "a list of texts"
     else:
         valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
-        valid, kind = valid or (key == "answer" and value is None), "a mapping with text keys"
+        valid, kind = valid or (key in _OPTIONAL_MAPPING_KEYS and value is None), "a mapping with text keys"
     if not valid:
         raise MolaError(f"`{key}` must be {kind}: got {value!r}. Correct the value (quote text).")
 
 
-def _field_rule(name: str, rule: Any) -> tuple[str, str | None]:
+def _field_rule(name: str, rule: Any) -> FieldRule:
     if (
         not isinstance(rule, dict)
         or not isinstance(rule.get("column"), str)
         or not isinstance(rule.get("default"), (str, type(None)))
-        or set(rule) - {"column", "default"}
+        or rule.get("strip", "both") not in ("both", "end")
+        or set(rule) - {"column", "default", "strip"}
     ):
-        raise MolaError(f"`fields.{name}` must be {{column: NAME}} or {{column: NAME, default: TEXT}}: got {rule!r}.")
-    return rule["column"], rule.get("default")
+        raise MolaError(
+            f"`fields.{name}` must be {{column: NAME}}, with `default: TEXT` and `strip: both` or `strip: end` as you "
+            f"like: got {rule!r}. Correct the field."
+        )
+    return FieldRule(**rule)
+
+
+def _strata_rule(rule: dict[str, Any]) -> StrataRule:
+    until = rule.get("until")
+    if (
+        not isinstance(rule.get("column"), str)
+        or not (until is None or (isinstance(until, str) and until))
+        or set(rule) - {"column", "until"}
+    ):
+        raise MolaError(
+            f"`strata` must be {{column: NAME}} or {{column: NAME, until: TEXT}}: got {rule!r}. Correct the value."
+        )
+    return StrataRule(**rule)
 
 
 def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
@@ -130,7 +150,7 @@ def _check_task(task: Task) -> None:
     _check_scoring(task)
     if task.template not in template_names():
         raise MolaError(f"`template` must be one of {', '.join(template_names())}: got {task.template!r}.")
-    used = {column for column, _ in task.fields.values()}
+    used = {rule.column for rule in task.fields.values()}
     extra: set[str] = set()
     if task.answer is not None:
         used |= {task.answer.column, task.answer.choices or task.answer.column}

@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mola.errors import MolaError
@@ -60,6 +61,48 @@ class AnswerRule:
 
 
 @dataclass(frozen=True)
+class FieldRule:
+    """A column as text without blanks around it (`strip` `both`) or only behind it (`end`); `default` if empty."""
+
+    column: str
+    default: str | None = None
+    strip: str = "both"
+
+    def resolve(self, row: Mapping[str, Any], row_id: str) -> str:
+        """The text of one row."""
+        value = row[self.column]
+        if value is not None and not isinstance(value, str):
+            raise MolaError(f"row `{row_id}`: `{self.column}` must be text: got {value!r}. Correct or remove the row.")
+        text = value or ""
+        if text.strip():
+            return text.strip() if self.strip == "both" else text.rstrip()
+        if self.default is None:
+            raise MolaError(
+                f"row `{row_id}`: `{self.column}` must not be empty: got {value!r}. Correct or remove the row, or "
+                "give the field a `default` in the task."
+            )
+        return self.default
+
+
+@dataclass(frozen=True)
+class StrataRule:
+    """The group of a row when samples are drawn: a column's value, or its part before the first `until`."""
+
+    column: str
+    until: str | None = None
+
+    def resolve(self, row: Mapping[str, Any], row_id: str) -> str:
+        """The group of one row."""
+        value = row.get(self.column)
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise MolaError(
+                f"row `{row_id}`: `{self.column}` must be text or an integer, since samples are drawn in groups by "
+                f"it: got {value!r}. Correct or remove the row, or change `strata` of the task."
+            )
+        return str(value) if self.until is None else str(value).split(self.until, 1)[0]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task: how rows are turned into examples and how answers are read from generated text.
 
@@ -75,12 +118,13 @@ class Task:
         dataset: Hub name of the source, if there is one.
         input: format string of the further context, usually empty.
         filters: column -> value that a row must have to be kept; an absent column counts as None.
-        fields: name -> (column, default): the column without blanks around it, the default if empty.
+        fields: name -> rule: a column without blanks around it, or a default if it is empty.
         answer: where the answer is; None for free text.
         answer_pattern: regular expression with one group that finds the answer in generated text.
         metric: `accuracy`, or None for free text.
         more_metrics: `f1` and `matthews`, of a task whose `words` are of the labels 0 and 1.
         groups: columns by which a score is broken down.
+        strata: groups that keep their shares when samples are drawn; None for one group.
     """
 
     name: str
@@ -93,12 +137,13 @@ class Task:
     dataset: str | None = None
     input: str = ""
     filters: Mapping[str, Any] = field(default_factory=dict)
-    fields: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    fields: Mapping[str, FieldRule] = field(default_factory=dict)
     answer: AnswerRule | None = None
     answer_pattern: str | None = None
     metric: str | None = None
     more_metrics: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    strata: StrataRule | None = None
 
     @property
     def binary_labels(self) -> tuple[str, str] | None:
@@ -115,6 +160,21 @@ class Task:
     def missing_columns(self, row: Mapping[str, Any]) -> list[str]:
         """Required columns that the row does not have."""
         return [column for column in self.columns if column not in row]
+
+    def blank_column(self, row: Mapping[str, Any]) -> str | None:
+        """First column without any text that `instruction` or `output` cannot do without; None if there is none."""
+        for layout in (self.instruction, self.output):
+            for name in field_names(layout or ""):
+                rule = self.fields.get(name, FieldRule(name))
+                value = row.get(rule.column)
+                is_column = name in self.fields or name in self.columns
+                if (
+                    is_column
+                    and rule.default is None
+                    and (value is None or (isinstance(value, str) and not value.strip()))
+                ):
+                    return rule.column
+        return None
 
     def example(self, row: Mapping[str, Any], index: int, split: str | None = None) -> dict[str, Any]:
         """Prompt, output and answer of one source row.
@@ -139,8 +199,8 @@ class Task:
                 f"its columns are {', '.join(row)}. Add or rename the column, or choose another task."
             )
         values = {column: row[column] for column in self.columns}
-        for name, (column, default) in self.fields.items():
-            values[name] = _stripped(row[column], column, default, row_id)
+        for name, rule in self.fields.items():
+            values[name] = rule.resolve(row, row_id)
         answer = num_choices = None
         if self.answer is not None:
             answer, values["options"], num_choices = self.answer.resolve(row, row_id)
@@ -203,18 +263,6 @@ def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> 
     return str(value)
 
 
-def _stripped(value: Any, column: str, default: str | None, row_id: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise MolaError(f"row `{row_id}`: `{column}` must be text: got {value!r}. Correct or remove the row.")
-    text = (value or "").strip()
-    if not text and default is None:
-        raise MolaError(
-            f"row `{row_id}`: `{column}` must not be empty: got {value!r}. Correct or remove the row, or "
-            "give the field a `default` in the task."
-        )
-    return text or str(default)
-
-
 def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
     for name in field_names(layout):
         if not isinstance(values[name], str):
@@ -222,7 +270,8 @@ def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
     return layout.format_map(values)
 
 
-def field_names(layout: str) -> list[str]:
+@lru_cache(maxsize=256)
+def field_names(layout: str) -> tuple[str, ...]:
     """Names of the fields of a format string; only plain ``{name}`` is allowed."""
     try:
         parts = list(string.Formatter().parse(layout))
@@ -231,4 +280,4 @@ def field_names(layout: str) -> list[str]:
     for _, name, spec, conversion in parts:
         if name is not None and (spec or conversion or not name.isidentifier()):
             raise MolaError(f"{layout!r} may only hold plain fields such as {{question}}: got {{{name}}}.")
-    return [name for _, name, _, _ in parts if name is not None]
+    return tuple(name for _, name, _, _ in parts if name is not None)

@@ -1,0 +1,107 @@
+"""Experts that a file holds one by one: grouped by module, checked, stacked into mola's tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mola.errors import MolaError
+
+
+@dataclass(frozen=True)
+class ModuleExperts:
+    """Experts and router of one module.
+
+    Attributes:
+        lora_A: one `(r, in)` per expert.
+        lora_B: one `(out, r)` per expert.
+        router: `(E, in)`.
+    """
+
+    lora_A: list[torch.Tensor]  # noqa: N815
+    lora_B: list[torch.Tensor]  # noqa: N815
+    router: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return len(self.lora_A)
+
+    def stacked(self, module: str) -> dict[str, torch.Tensor]:
+        """mola's tensors of this module: `mola_A (E, r, in)`, `mola_B (E, r, out)`, `mola_router (E, in)`.
+
+        The router is float32; with one expert it decides nothing and is left out.
+        """
+        tensors = {
+            f"{module}.mola_A": torch.stack(self.lora_A),
+            f"{module}.mola_B": torch.stack([b.t() for b in self.lora_B]),
+        }
+        if self.num_experts > 1:
+            # A copy, since tensors of one file may share their memory, which safetensors does not write.
+            tensors[f"{module}.mola_router"] = self.router.float().clone(memory_format=torch.contiguous_format)
+        return tensors
+
+
+def group_experts(
+    tensors: Mapping[str, torch.Tensor], key: re.Pattern[str], format_name: str, expected: str
+) -> dict[str, ModuleExperts]:
+    """Sort the tensors of a file into the experts and the router of each module.
+
+    Args:
+        tensors: the file's content.
+        key: matches every key of the format, with the groups `module`, `part` ("A" or "B") and `expert`, or
+            `module` and `router`.
+        format_name: for messages.
+        expected: the keys of the format, for messages.
+
+    Returns:
+        From module name, as in the file, to its experts.
+
+    Raises:
+        MolaError: a key is not of this format, experts are not numbered without a gap or differ in shape, or
+            a router is missing or made for another number of experts.
+    """
+    numbered: dict[str, dict[str, dict[int, torch.Tensor]]] = defaultdict(lambda: {"A": {}, "B": {}})
+    routers = {}
+    for name, tensor in tensors.items():
+        match = key.fullmatch(name)
+        if match is None:
+            raise MolaError(f"{name!r} is no key of {format_name}; expected {expected}.")
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise MolaError(
+                f"{name!r} must be a matrix of floating-point numbers, got shape {tuple(tensor.shape)} of "
+                f"{tensor.dtype}. The file is broken."
+            )
+        if match["router"]:
+            routers[match["module"]] = tensor
+        else:
+            numbered[match["module"]][match["part"]][int(match["expert"])] = tensor
+    for module in routers:
+        if module not in numbered:
+            raise MolaError(f"{module!r} has a router and no experts. The file is incomplete.")
+    return {module: _checked(module, parts, routers.get(module)) for module, parts in numbered.items()}
+
+
+def _checked(module: str, parts: dict[str, dict[int, torch.Tensor]], router: torch.Tensor | None) -> ModuleExperts:
+    count = len(parts["A"])
+    if set(parts["A"]) != set(range(count)) or set(parts["B"]) != set(range(count)):
+        raise MolaError(
+            f"{module!r} has experts A {sorted(parts['A'])} and B {sorted(parts['B'])}; both must be numbered "
+            "from 0 without a gap. The file is incomplete."
+        )
+    if router is None or router.shape[0] != count:
+        found = "no router" if router is None else f"a router for {router.shape[0]}"
+        raise MolaError(f"{module!r} has {count} experts and {found}. The file is incomplete.")
+    for part, numbers in parts.items():
+        shapes = {tuple(tensor.shape) for tensor in numbers.values()}
+        if len(shapes) > 1:
+            raise MolaError(
+                f"{module!r} has experts {part} of different shapes {sorted(shapes)}; all experts of a module "
+                "must have one shape. The file is broken."
+            )
+    lora_A, lora_B = ([parts[part][index] for index in range(count)] for part in "AB")
+    return ModuleExperts(lora_A, lora_B, router)

@@ -1,0 +1,230 @@
+"""Reads adapters of MoE-PEFT (github.com/TUDB-Labs/MoE-PEFT) that were trained with its `mola` routing.
+
+One folder with `adapter_config.json` (peft_type MOLA, a name it shares with this project; one number for
+`num_experts`, `top_k` and `r`) and `adapter_model.bin`, whose keys name every expert separately:
+
+    mola.layers.N.self_attn|mlp.LINEAR.experts.E.lora_A.weight     (r, in)
+    mola.layers.N.self_attn|mlp.LINEAR.experts.E.lora_B.weight     (out, r)
+    mola.layers.N.self_attn|mlp.LINEAR.moe_gate.weight             (E, in)
+
+- The keys leave out where the decoder layers are; that is found in the base model.
+- `use_rslora` scales by `lora_alpha / sqrt(r)`: the same as `lora_alpha * sqrt(r)` with our scale.
+- `use_dora` has no effect in MoE-PEFT's mixture, and no magnitudes are saved: the experts are plain.
+- Classification heads and MoE-PEFT's other methods are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mola.checkpoints.experts import ModuleExperts, group_experts
+from mola.checkpoints.tensors import read_settings, read_tensors
+from mola.errors import MolaError
+from mola.tuner import MolaConfig
+from mola.tuner.targets import layer_index
+
+_KEY = re.compile(
+    r"(?P<module>mola\.layers\.(?:0|[1-9]\d*)\.(?:self_attn|mlp)\.\w+)\."
+    r"(?:experts\.(?P<expert>0|[1-9]\d*)\.lora_(?P<part>[AB])|(?P<router>moe_gate))\.weight"
+)
+_EXPECTED = "mola.layers.N.self_attn.q_proj.experts.0.lora_A.weight and the like"
+_HEAD = "classifier"
+
+_REQUIRED = ("peft_type", "num_experts", "top_k", "r", "lora_alpha", "lora_dropout", "target_modules")
+_ALSO_KNOWN = ("routing_strategy", "bias", "use_dora", "use_rslora", "base_model_name_or_path", "task_type")
+# MoE-PEFT takes these from its training settings; they concern the start and the loss, not what is computed.
+_TRAINING_ONLY = ("lora_init", "router_init_range", "router_loss", "router_aux_loss_coef", "name", "task_name")
+# All but classification end in the base model's own head.
+_TASKS = ("CAUSAL_LM", "QUESTION_ANS", None)
+
+_OTHER_METHODS = {
+    "LORA": "Plain LoRA of MoE-PEFT has PEFT's own format: try it as `adapter` without converting",
+    "MIXLORA": "MixLoRA has one router per feed-forward block, which a router per linear cannot express",
+    "LORAMOE": "LoRAMoE weights all experts of the feed-forward block, which is another method",
+}
+
+
+class MoePeftAdapter(NamedTuple):
+    """An adapter of MoE-PEFT in mola's terms.
+
+    Attributes:
+        config: for `get_peft_model`.
+        tensors: a state dict in mola's layout.
+        training_only: settings of the file that are not kept, since they only concern its training.
+        notes: what was understood in a way that the reader of a report should know.
+    """
+
+    config: MolaConfig
+    tensors: dict[str, torch.Tensor]
+    training_only: dict[str, Any]
+    notes: list[str]
+
+
+def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -> MoePeftAdapter:
+    """Read an adapter of MoE-PEFT.
+
+    Args:
+        folder: holds `adapter_config.json` and the weights.
+        linears: names of all linears of the base model, as in `named_modules()`.
+        num_layers: decoder layers of the base model.
+
+    Returns:
+        See `MoePeftAdapter`. Only the names were compared to the base model, not the shapes.
+
+    Raises:
+        MolaError: a file is missing or unreadable, belongs to another method or a classifier, is incomplete,
+            contradicts itself, or does not fit the base model.
+    """
+    folder, linears = Path(folder), list(linears)
+    path = folder / "adapter_config.json"
+    settings = read_settings(folder)
+    _check_settings(settings, path)
+    tensors = read_tensors(folder)
+    _check_no_head(settings, tensors, path)
+    experts = group_experts(tensors, _KEY, "MoE-PEFT's mola format", _EXPECTED)
+    _check_counts(experts, settings["num_experts"], path)
+    state_dict: dict[str, torch.Tensor] = {}
+    modules = {module: _locate(module.removeprefix("mola."), linears) for module in experts}
+    _check_every_layer(modules.values(), num_layers)
+    for module, found in experts.items():
+        state_dict.update(found.stacked(f"base_model.model.{modules[module]}"))
+    adapted = sorted({_leaf(module) for module in modules.values()})
+    lora_alpha, notes = _scale(settings)
+    if settings.get("task_type") != "CAUSAL_LM":
+        notes.append(f"task_type: {settings.get('task_type')} is written as CAUSAL_LM, the head is the same")
+    notes += _check_targets(settings["target_modules"], adapted, {_leaf(name) for name in linears}, path)
+    config = MolaConfig(
+        r=settings["r"],
+        num_experts=settings["num_experts"],
+        top_k=settings["top_k"],
+        lora_alpha=lora_alpha,
+        lora_dropout=settings["lora_dropout"],
+        target_modules=adapted,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.get("base_model_name_or_path"),
+    )
+    return MoePeftAdapter(config, state_dict, {k: settings[k] for k in _TRAINING_ONLY if k in settings}, notes)
+
+
+def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    peft_type = settings.get("peft_type")
+    if peft_type != "MOLA":
+        reason = _OTHER_METHODS.get(str(peft_type), "This is not an adapter of MoE-PEFT with `mola` routing")
+        raise MolaError(f"`peft_type` in {path} must be 'MOLA', got {peft_type!r}. {reason}.")
+    unknown = sorted(set(settings) - {*_REQUIRED, *_ALSO_KNOWN, *_TRAINING_ONLY})
+    missing = [name for name in _REQUIRED if name not in settings]
+    if unknown or missing:
+        raise MolaError(
+            f"{path} is not as MoE-PEFT writes it: {missing or 'nothing'} missing, {unknown or 'nothing'} unknown. "
+            "An adapter of mola also calls itself MOLA; it needs no conversion."
+        )
+    for name, wanted in (("routing_strategy", "mola"), ("bias", "none")):
+        if settings.get(name, wanted) != wanted:
+            raise MolaError(
+                f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}. No other adapters of MoE-PEFT can be "
+                "converted."
+            )
+    _check_values(settings, path)
+
+
+def _check_values(settings: Mapping[str, Any], path: Path) -> None:
+    for name in ("num_experts", "top_k", "r"):
+        value = settings[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise MolaError(f"`{name}` in {path} must be a whole number above 0, got {value!r}. The file is broken.")
+    if settings["top_k"] > settings["num_experts"]:
+        raise MolaError(
+            f"`top_k` in {path} must be at most `num_experts` {settings['num_experts']}, got {settings['top_k']}. "
+            "MoE-PEFT could not run this adapter either; was the file changed?"
+        )
+    for name in ("lora_alpha", "lora_dropout"):  # their ranges are for `MolaConfig` to check
+        if not isinstance(settings[name], (int, float)) or isinstance(settings[name], bool):
+            raise MolaError(f"`{name}` in {path} must be a number, got {settings[name]!r}. The file is broken.")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(settings.get(name, False), bool):
+            raise MolaError(f"`{name}` in {path} must be true or false, got {settings[name]!r}. The file is broken.")
+    targets = settings["target_modules"]
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise MolaError(f"`target_modules` in {path} must be a list of names, got {targets!r}. The file is broken.")
+
+
+def _check_no_head(settings: Mapping[str, Any], tensors: Collection[str], path: Path) -> None:
+    task = settings.get("task_type")
+    if task not in _TASKS or _HEAD in tensors:
+        holds = " and its weights hold a classifier" if _HEAD in tensors else ""
+        raise MolaError(
+            f"`task_type` in {path} must be one of {[name for name in _TASKS if name]}, got {task!r}{holds}. mola "
+            "adapts causal language models with their own head; an adapter of a classifier can not be converted."
+        )
+
+
+def _check_counts(experts: Mapping[str, ModuleExperts], num_experts: int, path: Path) -> None:
+    if not experts:
+        raise MolaError(f"The weights beside {path} hold no tensor. The file is incomplete.")
+    for module, found in experts.items():
+        if found.num_experts != num_experts:
+            raise MolaError(
+                f"`num_experts` in {path} is {num_experts}, but {module!r} has {found.num_experts} experts. "
+                "Was the file changed, or are weights and settings of two adapters mixed?"
+            )
+
+
+def _locate(module: str, linears: Iterable[str]) -> str:
+    """The linear of the base model that MoE-PEFT calls `layers.N.BLOCK.LINEAR`."""
+    found = [name for name in linears if name == module or name.endswith("." + module)]
+    if len(found) != 1:
+        count = f"{len(found)} of them ({', '.join(found)})" if found else "none"
+        raise MolaError(
+            f"`base_model` must have one linear {module!r}, as the adapter does: it has {count}. The adapter belongs "
+            "to another base model, or to an architecture that MoE-PEFT names in its own way, such as ChatGLM; the "
+            "latter can not be converted."
+        )
+    return found[0]
+
+
+def _check_every_layer(modules: Iterable[str], num_layers: int) -> None:
+    layers: dict[str, set[int | None]] = defaultdict(set)
+    for module in modules:
+        layers[".".join(module.split(".")[-2:])].add(layer_index(module))
+    for name, found in layers.items():
+        missing = sorted(set(range(num_layers)) - found)
+        if missing:
+            raise MolaError(
+                f"Every decoder layer of `base_model` needs experts for {name!r}: of {num_layers} layers {missing} "
+                "have none. The file is incomplete, or the adapter belongs to a base model with fewer layers."
+            )
+
+
+def _scale(settings: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """`lora_alpha` for a scale of `lora_alpha / r`, and what to report about it."""
+    alpha, notes = settings["lora_alpha"], []
+    if settings.get("use_rslora"):
+        notes.append(f"use_rslora: lora_alpha {alpha} / sqrt(r) is written as lora_alpha {alpha} * sqrt(r) / r")
+        alpha = alpha * math.sqrt(settings["r"])
+    if settings.get("use_dora"):
+        notes.append("use_dora: MoE-PEFT's mixture does not apply it and saves no magnitudes; experts are plain LoRA")
+    return alpha, notes
+
+
+def _check_targets(targets: list[str], adapted: list[str], linears: Collection[str], path: Path) -> list[str]:
+    extra = sorted(set(adapted) - set(targets))
+    missing = sorted(set(targets) & set(linears) - set(adapted))
+    if extra or missing:
+        raise MolaError(
+            f"`target_modules` in {path} and the weights disagree: {extra or 'no'} experts that it does not name, "
+            f"{missing or 'nothing'} named without experts. Was the file changed, or is it incomplete?"
+        )
+    # MoE-PEFT accepts the names of all its architectures and passes over those that a model does not have.
+    absent = sorted(set(targets) - set(linears))
+    return [f"target_modules: the base model has no {', '.join(absent)}; not adapted there either"] if absent else []
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

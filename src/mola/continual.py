@@ -1,0 +1,282 @@
+"""`mola continual`: train on one task after the other, and see what is remembered of the earlier ones.
+
+- Every stage is a run of `mola train` that starts from the experts of the stage before.
+- After every stage all tasks so far are tested as by `mola evaluate`.
+- Stopped at any moment, the same command goes on; finished stages and tests are not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mola.continual_learning.metrics import overall_performance, performance_drop
+from mola.continual_learning.options import ContinualOptions, StageOptions
+from mola.continual_learning.record import (
+    EVALUATION_FOLDER,
+    RECORD_FILE,
+    START_FOLDER,
+    adapter_sha256,
+    check_same_sequence,
+    clear_sequence,
+    is_empty,
+    is_finished,
+    read_record,
+    stage_entries,
+)
+from mola.continual_learning.stages import Stage, check_stages
+from mola.environment import machine_description, software_versions
+from mola.errors import MolaError
+from mola.evaluate import EvaluateOptions, evaluate
+from mola.files import atomic_write_json
+from mola.train import train
+from mola.training.run_folder import find_checkpoint
+
+__all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = ("accuracy", "correct", "total", "unanswered", "interval_95")
+
+
+@dataclass
+class ContinualResult:
+    """What a sequence of stages ended with.
+
+    Attributes:
+        output_dir: folder of the sequence; `output_dir/NN-NAME` are the stages' run folders.
+        status: "finished", or "interrupted" by a signal.
+        stages: names of the stages in the order of training.
+        base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
+            stage; else None. No part of OP and PD.
+        results: per finished and tested stage `stage` (1, 2, ...), `name`, `tasks` (the row of R: task -> as in
+            `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
+        seconds: wall time of this call, checks left out.
+    """
+
+    output_dir: str
+    status: str
+    stages: list[str]
+    base: dict[str, dict[str, Any]] | None
+    results: list[dict[str, Any]]
+    seconds: float
+
+
+def continual(options: ContinualOptions) -> ContinualResult:
+    """Train on the tasks in their order and test after every stage.
+
+    Args:
+        options: see `ContinualOptions`.
+
+    Returns:
+        The result; `continual.json` in `options.output_dir` has the same and how it was made.
+
+    Raises:
+        MolaError: options or data of any stage are wrong (before the first is trained), the folder holds
+            another sequence, or a loss is not finite.
+    """
+    folder = Path(options.output_dir or "")
+    record = read_record(folder, options.overwrite_output_dir)
+    stages = check_stages(options)
+    if options.overwrite_output_dir:
+        # Not before: as long as anything can be wrong the earlier sequence stays.
+        clear_sequence(folder, record)
+        record = None
+    check_same_sequence(record or {"stages": []}, stages, folder)
+    sequence = _Sequence(options, stages, stage_entries(stages, record))
+    with _sigterm_as_interrupt():
+        return sequence.run()
+
+
+def main(options: ContinualOptions) -> int:
+    """Run the command and print the table.
+
+    Returns:
+        The exit code: 0, or 130 after an interruption.
+    """
+    result = continual(options)
+    if result.results or result.base is not None:
+        Console().print(_table(result))
+    console = Console(stderr=True)
+    lines = [f"{result.status} after {len(result.results)} of {len(result.stages)} stages; all numbers are in "]
+    lines[0] += str(Path(result.output_dir) / RECORD_FILE)
+    if result.status == "interrupted":
+        again = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
+        lines.append(f"Go on with the same command{again}.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0 if result.status == "finished" else 130
+
+
+class _Sequence:
+    """Runs what is left of the stages and keeps the record up to date."""
+
+    def __init__(self, options: ContinualOptions, stages: Sequence[Stage], entries: list[dict[str, Any]]) -> None:
+        self.options = options
+        self.stages = stages
+        self.entries = entries
+        self.folder = Path(options.output_dir or "")
+        self.start = time.perf_counter()
+        self.result = ContinualResult(str(self.folder), "running", [stage.name for stage in stages], None, [], 0.0)
+
+    def run(self) -> ContinualResult:
+        """Train and test until the end or a signal."""
+        self._write("running")
+        try:
+            is_complete = self._all_stages()
+        except KeyboardInterrupt:
+            is_complete = False
+        except BaseException as error:
+            self._write("failed", error=str(error) or type(error).__name__)
+            raise
+        self._write("finished" if is_complete else "interrupted")
+        return self.result
+
+    def _all_stages(self) -> bool:
+        if self.options.evaluate_base:
+            self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
+            self._write("running")
+        for number, stage in enumerate(self.stages, start=1):
+            logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
+            if not is_finished(stage) and not _train_stage(stage):
+                return False
+            self.entries[number - 1]["adapter_sha256"] = adapter_sha256(stage)
+            self._write("running")
+            row = self._test(self.stages[:number], str(stage.folder), stage.folder)
+            self._add(stage, row)
+            self._write("running")
+        return True
+
+    def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
+        """Results of the tasks of `stages` with one adapter."""
+        row = {}
+        for stage in stages:
+            number = 1 + self.stages.index(stage)
+            output = folder / EVALUATION_FOLDER / f"{number:02d}-{stage.name}.json"
+            row[stage.name] = _evaluate_once(
+                replace(stage.test, adapter=adapter, output=str(output)), stage.fingerprints["test"]
+            )
+        return row
+
+    def _add(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
+        rows = [*(list(result["tasks"].values()) for result in self.result.results), list(row.values())]
+        matrix = [[task["accuracy"] for task in tasks] for tasks in rows]
+        self.result.results.append(
+            {
+                "stage": len(matrix),
+                "name": stage.name,
+                "tasks": row,
+                "overall_performance": overall_performance(matrix),
+                "performance_drop": performance_drop(matrix),
+            }
+        )
+
+    def _write(self, status: str, **more: Any) -> None:
+        self.result.status = status
+        self.result.seconds = time.perf_counter() - self.start
+        content = {
+            **asdict(self.result),
+            **more,
+            "stages": self.entries,
+            "command": sys.argv,
+            "settings": self.options.to_dict(),
+            "versions": software_versions(),
+            "machine": machine_description(),
+        }
+        atomic_write_json(self.folder / RECORD_FILE, content)
+
+
+def _train_stage(stage: Stage) -> bool:
+    """Train a stage, from its last complete checkpoint if there is one; False after a signal."""
+    options = copy.copy(stage.options)
+    if not is_empty(stage.folder):
+        try:
+            find_checkpoint(stage.folder, "last")
+            options.resume_from_checkpoint = "last"
+        except MolaError:
+            logger.warning("%s holds no complete checkpoint: the stage starts again.", stage.folder)
+            options.overwrite_output_dir = True
+    result = train(options)
+    gc.collect()  # the trainer and its model refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result.status == "finished"
+
+
+def _evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
+    """The numbers of a test, from its result file if it was done before.
+
+    Raises:
+        MolaError: there is a result of something else, or the test can not be done.
+    """
+    path = Path(options.output or "")
+    if not path.exists():
+        result = evaluate(options).to_dict()
+        return {name: result[name] for name in _REPORTED}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        old = {**result["settings"], "data": result["data_fingerprint"]}
+        numbers = {name: result[name] for name in _REPORTED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
+    new = {**asdict(options), "data": fingerprint}
+    places = ("adapter", "output", "overwrite")  # the folder may have been moved
+    key = next((key for key in new if key not in places and old.get(key) != new[key]), None)
+    if key is not None:
+        raise MolaError(
+            f"{str(path)!r} was made with another `{key}`: {old.get(key)!r}, now {new[key]!r}. Use the same options "
+            "and data, or delete that file to test again."
+        )
+    return numbers
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a test as Ctrl-C does; a running training has its own way of stopping."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _table(result: ContinualResult) -> Table:
+    table = Table(title=escape(f"{result.output_dir}: accuracy after every stage"))
+    table.add_column("after stage", overflow="fold")
+    for name in (*result.stages, "OP", "PD"):
+        table.add_column(escape(name), justify="right", overflow="fold")
+    if result.base is not None:
+        table.add_row("start", *_cells(result.base, result.stages), "", "")
+    for row in result.results:
+        drop = row["performance_drop"]
+        table.add_row(
+            escape(f"{row['stage']} {row['name']}"),
+            *_cells(row["tasks"], result.stages),
+            f"{row['overall_performance']:.1%}",
+            "" if drop is None else f"{100 * drop:+.1f}",
+        )
+    table.caption = "OP: mean of the row. PD: mean change since a task's own stage, in points; negative = forgotten."
+    return table
+
+
+def _cells(tasks: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
+    return [f"{tasks[name]['accuracy']:.1%}" if name in tasks else "" for name in names]

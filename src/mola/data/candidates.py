@@ -1,0 +1,136 @@
+"""Rows of a data source that samples can be drawn from, of which a few dozen bytes are kept each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mola.data.source import Source
+from mola.data.tasks import Task
+from mola.errors import MolaError
+
+_SHOWN_GROUPS = 20
+_REASONS = {
+    "filtered": "by the task's filters",
+    "blank": "without text",
+    "duplicates": "with a text that an earlier row has",
+    "repeated_ids": "with an id that an earlier row has",
+}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows that can be drawn, and why others cannot.
+
+    Attributes:
+        numbers: positions in the source.
+        texts: hash of instruction, input and output of each.
+        groups: number of the group of each, in the order in which groups first occur.
+        group_names: names of the groups, or nothing if there are many.
+        left_out: rows that are `filtered`, `blank`, `duplicates` of an earlier text, or have `repeated_ids`.
+    """
+
+    numbers: NDArray[np.int64]
+    texts: NDArray[np.uint64]
+    groups: NDArray[np.int64]
+    group_names: list[str]
+    left_out: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """All rows of the source."""
+        return len(self.numbers) + sum(self.left_out.values())
+
+    def reasons(self) -> str:
+        """`left_out` in words."""
+        return ", ".join(f"{count} {_REASONS[name]}" for name, count in self.left_out.items())
+
+
+def find_candidates(source: Source, task: Task, columns: Collection[str], unique_ids: bool) -> Candidates:
+    """First pass: rows that the task keeps, that have their text, and whose text no earlier row has.
+
+    Args:
+        source: where rows come from.
+        task: turns a row into an example.
+        columns: what is needed of a row.
+        unique_ids: leave out rows with an `id` that an earlier row has.
+    """
+    numbers, texts, groups, ids = (array(kind) for kind in "qQQQ")
+    names: dict[int, str] = {}
+    filtered = blank = 0
+    for number, row in enumerate(source.rows(columns)):
+        if not task.keeps(row):
+            filtered += 1
+            continue
+        _check_columns(row, number, task, source)
+        if task.blank_column(row) is not None:
+            blank += 1
+            continue
+        example = task.example(row, number, source.split)
+        group = task.strata.resolve(row, example["id"]) if task.strata else ""
+        numbers.append(number)
+        texts.append(hash_example(example))
+        groups.append(hash_text(group))
+        ids.append(hash_text(example["id"]))
+        if len(names) <= _SHOWN_GROUPS:
+            names.setdefault(groups[-1], group)
+    is_first = _is_first(np.array(texts, dtype=np.uint64))
+    duplicates = len(numbers) - int(is_first.sum())
+    if unique_ids:
+        kept = np.flatnonzero(is_first)
+        is_first[kept] = _is_first(np.array(ids, dtype=np.uint64)[kept])
+    hashes, codes = _in_order(np.array(groups, dtype=np.uint64)[is_first])
+    return Candidates(
+        numbers=np.array(numbers, dtype=np.int64)[is_first],
+        texts=np.array(texts, dtype=np.uint64)[is_first],
+        groups=codes,
+        group_names=[names[each] for each in hashes.tolist()] if len(names) <= _SHOWN_GROUPS else [],
+        left_out={"filtered": filtered, "blank": blank, "duplicates": duplicates}
+        | ({"repeated_ids": len(numbers) - duplicates - int(is_first.sum())} if unique_ids else {}),
+    )
+
+
+def _check_columns(row: Mapping[str, Any], number: int, task: Task, source: Source) -> None:
+    missing = task.missing_columns(row)
+    if task.strata is not None and task.strata.column not in row:
+        missing.append(task.strata.column)
+    if missing:
+        raise MolaError(
+            f"`data` must have the columns {', '.join(task.columns)} for the task `{task.name}`"
+            f"{f', and `{task.strata.column}` to draw samples' if task.strata else ''}: row {number} of "
+            f"`{source.path}` has no `{missing[0]}`, the columns of the first row are "
+            f"{', '.join(next(source.rows()))}. Rename or add the column, or choose another task."
+        )
+
+
+def hash_text(text: str) -> int:
+    """Eight bytes for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def hash_example(example: Mapping[str, Any]) -> int:
+    """Eight bytes for instruction, input and output together."""
+    return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
+
+
+def _is_first(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether no earlier value is the same."""
+    result = np.zeros(len(values), dtype=bool)
+    result[np.unique(values, return_index=True)[1]] = True
+    return result
+
+
+def _in_order(values: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Different values in the order they first occur, and for every value its place there."""
+    different, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    return different[order], places[inverse]

@@ -1,0 +1,120 @@
+"""Rows of one file, by its ending: JSON, JSON lines, CSV, Parquet. All but JSON are read piece by piece."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mola.errors import MolaError
+
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+# What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.
+READ_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, csv.Error)
+_BATCH_SIZE = 1000
+
+
+def unreadable(place: Path, error: BaseException) -> MolaError:
+    """The error for a damaged file or folder."""
+    return MolaError(f"`data` file `{place}` cannot be read: {error}. Check that it is complete.")
+
+
+def iterate_file(place: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
+    """The rows of a file; what a row is, is not checked.
+
+    Args:
+        place: the file; its ending says how it is read.
+        columns: columns to read of a Parquet file, as far as it has them; all if it has none. Other formats
+            ignore it.
+
+    Raises:
+        MolaError: the ending is none of `FILE_ENDINGS`, or the file is damaged.
+    """
+    ending = Path(place.name.removesuffix(".gz")).suffix
+    if ending not in FILE_ENDINGS or (ending == ".parquet" and place.name.endswith(".gz")):
+        raise MolaError(
+            f"`data` must end in one of {', '.join(FILE_ENDINGS)} (.json, .jsonl and .csv also with .gz): "
+            f"got `{place}`. Convert or rename the file."
+        )
+    if ending == ".parquet":
+        yield from _read_parquet(place, columns)
+        return
+    reader = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
+    try:
+        with _open_text(place) as file:
+            yield from reader(file, place)
+    except MolaError:
+        raise
+    except READ_ERRORS as error:
+        raise unreadable(place, error) from error
+
+
+def _open_text(place: Path) -> IO[str]:
+    if place.name.endswith(".gz"):
+        return gzip.open(place, "rt", encoding="utf-8-sig", newline="")
+    return place.open(encoding="utf-8-sig", newline="")
+
+
+def _read_json(file: IO[str], place: Path) -> list[Any]:
+    text = file.read()
+    if not text.strip():
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        cure = "Correct the line."
+        if error.msg == "Extra data":
+            cure = "A file with one row per line must be called .jsonl."
+        raise MolaError(f"`data` file `{place}` is not valid JSON: line {error.lineno}: {error.msg}. {cure}") from error
+    if not isinstance(rows, list):
+        raise MolaError(
+            f"`data` file `{place}` must hold a JSON array of rows: got a {type(rows).__name__}. Write "
+            "[{...}, {...}], or one row per line in a .jsonl file."
+        )
+    return rows
+
+
+def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MolaError(
+                f"`data` file `{place}` is not valid JSON: line {number}: {error.msg}. Correct it; each "
+                "line must be one complete row."
+            ) from error
+
+
+def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
+    reader = csv.DictReader(file, strict=True)
+    names = reader.fieldnames or ()
+    if len(set(names)) < len(names):
+        raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
+    for row in reader:
+        # DictReader marks surplus values with the key None and missing ones with the value None.
+        if None in row or None in row.values():
+            raise MolaError(
+                f"`data` file `{place}` must have {len(names)} values in every line, as its "
+                f"header: line {reader.line_num} has another number. Correct the line, or quote its commas."
+            )
+        yield row
+
+
+def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # ParquetFile, not read_table: the latter turns parts of the path like `split=train` into columns.
+        with pyarrow.parquet.ParquetFile(place, buffer_size=1 << 20) as file:
+            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=names or None):
+                yield from batch.to_pylist()
+    except (*READ_ERRORS, pyarrow.ArrowException) as error:
+        raise unreadable(place, error) from error

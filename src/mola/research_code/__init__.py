@@ -1,0 +1,1 @@
+"""The command-line programs of the paper's research code, on top of mola."""

@@ -1,0 +1,185 @@
+"""The adapter that a script is given: mola's own, checked against the lists, or the research code's, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.convert import ConvertOptions, convert
+from mola.errors import MolaError
+from mola.files import atomic_write_json
+from mola.loading import check_adapter
+from mola.options import names_between_commas
+from mola.skeleton import count_decoder_layers, model_on_meta
+from mola.tuner.allocation import effective_top_k, resolve_per_layer
+
+DEFAULT_TOP_K = "2"
+_RECORD = "conversion.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What the research code wants repeated for every adapter; None where the flag was not given.
+
+    Attributes:
+        number_experts: experts per layer, in any notation.
+        top_k: experts used per token, in any notation.
+        lora_r: ranks, in any notation.
+        lora_alpha: numerator of the scale.
+        lora_target_modules: names between commas.
+    """
+
+    number_experts: str | None = None
+    top_k: str | None = None
+    lora_r: str | None = None
+    lora_alpha: float | None = None
+    lora_target_modules: str | None = None
+
+
+def is_research_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter of the research code: type LORA, ranks as a list."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("peft_type") == "LORA" and isinstance(settings.get("r"), list)
+
+
+def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code: bool = False) -> str:
+    """Folder of an adapter of mola, which may be `folder` itself.
+
+    An adapter of the research code is converted to `<folder>.mola`, once: as long as the source and
+    `top_k` stay the same the folder is used again.
+
+    Args:
+        folder: the adapter.
+        base_model: its base model.
+        lists: what the command line says about the adapter; it must not contradict its files.
+        trust_remote_code: run code shipped with the model.
+
+    Returns:
+        The folder to load.
+
+    Raises:
+        MolaError: no adapter there, or it is not what the lists say.
+    """
+    if is_research_adapter(folder):
+        folder = _converted(folder, base_model, lists.top_k, trust_remote_code)
+    settings = check_adapter(folder)
+    if settings["peft_type"] == "MOLA":
+        _check_lists(folder, settings, base_model, lists, trust_remote_code)
+    return folder
+
+
+def _converted(source: str, base_model: str, top_k: str | None, trust_remote_code: bool) -> str:
+    if top_k is None:
+        top_k = DEFAULT_TOP_K
+        logger.warning(
+            "%s does not say with which top_k it was trained; using %s, the default of this script. Another value "
+            "gives other outputs without an error: pass --top_k if it was another one.",
+            source,
+            top_k,
+        )
+    target = Path(f"{source.rstrip('/')}.mola")
+    record = {"source": _fingerprint(Path(source)), "top_k": top_k}
+    if target.exists():
+        if _read(target / _RECORD) == record:
+            return str(target)
+        raise MolaError(
+            f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
+            "convert by hand with `mola convert` and pass its output."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MolaError(
+            f"{source!r} is an adapter of the research code, which one process has to convert before several train: "
+            f"run `mola convert {source} --from published --base_model {base_model} --top_k {top_k} --output DIR` and "
+            "pass DIR."
+        )
+    report = convert(
+        ConvertOptions(
+            source=source,
+            output=str(target),
+            source_format="published",
+            base_model=base_model,
+            top_k=top_k,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    try:
+        atomic_write_json(target / _RECORD, record)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    logger.warning("Converted the adapter of the research code:\n%s", report)
+    return str(target)
+
+
+def _fingerprint(folder: Path) -> dict[str, str]:
+    files = [folder / name for name in ("adapter_config.json", *_WEIGHTS)]
+    return {file.name: _sha256(file) for file in files if file.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_lists(
+    folder: str, settings: Mapping[str, Any], base_model: str, lists: Lists, trust_remote_code: bool
+) -> None:
+    """Refuse a flag that says something else than the adapter's own file, which is what counts."""
+    if lists == Lists():
+        return
+    model = model_on_meta(base_model, trust_remote_code)
+    num_layers = count_decoder_layers(model, base_model)
+    num_experts = resolve_per_layer(settings["num_experts"], num_layers, "num_experts")
+    saved: dict[str, Any] = {
+        "number_experts": num_experts,
+        "lora_r": resolve_per_layer(settings["r"], num_layers, "r"),
+    }
+    saved["top_k"] = effective_top_k(num_experts, resolve_per_layer(settings["top_k"], num_layers, "top_k"))
+    given: dict[str, Any] = {}
+    for flag, name in (("number_experts", "num_experts"), ("lora_r", "r"), ("top_k", "top_k")):
+        notation = getattr(lists, flag)
+        if notation is not None:
+            given[flag] = resolve_per_layer(notation, num_layers, name)
+    if "top_k" in given:
+        given["top_k"] = effective_top_k(num_experts, given["top_k"])
+    if lists.lora_alpha is not None:
+        given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
+    if lists.lora_target_modules is not None:
+        wanted = names_between_commas(lists.lora_target_modules)
+        given["lora_target_modules"] = sorted(wanted) if isinstance(wanted, list) else wanted
+        targets = settings.get("target_modules")
+        saved["lora_target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    for flag, value in given.items():
+        if value != saved[flag]:
+            raise MolaError(
+                f"`{flag}` must be what the adapter was made with: got {_text(value)}, {folder!r} has "
+                f"{_text(saved[flag])}. Leave the flag out: the adapter says it itself."
+            )
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,130 @@
+"""The research code's evaluation script: its flags and its result file, on top of `mola evaluate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.evaluate import EvaluateOptions
+from mola.evaluate import main as evaluate_main
+from mola.files import atomic_write_json, check_writable
+from mola.options import option
+from mola.research_code.adapters import Lists, usable_adapter
+
+logger = logging.getLogger(__name__)
+
+# The preparation script leaves a letter out; people correct it.
+_SPELLINGS = ("scienceq_", "scienceqa_")
+
+
+@dataclass
+class ResearchEvaluateOptions:
+    """Flags of `evaluation_scienceqa.py`."""
+
+    test_dataset: str = option(
+        "./scienceqa/scienceq_test.json",
+        "Prepared test data; the names scienceq_* and scienceqa_* stand for each other.",
+    )
+    base_model: str = option("NousResearch/Llama-2-7b-hf", "Folder or hub id of the base model.")
+    mola_weights: str = option(
+        "./scienceqa_mola",
+        "Folder of the adapter: mola's, or the research code's, which is converted to <folder>.mola.",
+    )
+    number_experts: str | None = option(
+        None, "Experts per layer. The adapter says it itself; if given it must be the same."
+    )
+    top_k: str | None = option(
+        None, "Experts used per token. Adapters of the research code do not say it: default 2. For others as above."
+    )
+    lora_target_modules: str | None = option(None, "Adapted linears; as number_experts.")
+    save_path: str = option("./results/mola_test_sciqa_seed_10.json", "Result file (JSON).")
+    batch_size: int = option(8, "Samples per batch.")
+
+    # Not in the research code.
+    max_new_tokens: int = option(128, "Tokens to generate per sample.")
+    limit: int | None = option(None, "Evaluate only the first so many samples.")
+    overwrite: bool = option(False, "Replace an existing result file.")
+    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
+
+
+def main(options: ResearchEvaluateOptions) -> int:
+    """Evaluate, print the table of `mola evaluate`, write the result file.
+
+    The file has the names of the research code (`acc` in percent, `correct`, `len`, `results`, `outputs`) and
+    all those of a result of `mola evaluate`.
+
+    Returns:
+        0, the exit code.
+
+    Raises:
+        MolaError: as `usable_adapter` and `mola.evaluate`.
+    """
+    check_writable(options.save_path)
+    if Path(options.save_path).exists() and not options.overwrite:
+        raise MolaError(
+            f"`save_path` must be a new file: {options.save_path!r} exists. Pass another name or --overwrite."
+        )
+    lists = Lists(
+        number_experts=options.number_experts,
+        top_k=options.top_k,
+        lora_target_modules=options.lora_target_modules,
+    )
+    adapter = usable_adapter(options.mola_weights, options.base_model, lists, options.trust_remote_code)
+    code = evaluate_main(
+        EvaluateOptions(
+            base_model=options.base_model,
+            task="scienceqa",
+            data=_either_spelling(options.test_dataset),
+            adapter=adapter,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            output=options.save_path,
+            overwrite=options.overwrite,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+    result = json.loads(Path(options.save_path).read_text(encoding="utf-8"))
+    atomic_write_json(options.save_path, {**research_result(result), **result})
+    return code
+
+
+def research_result(result: dict[str, Any]) -> dict[str, Any]:
+    """The research code's part of a result file.
+
+    Args:
+        result: content of a result file of `mola evaluate`.
+
+    Returns:
+        `acc` (percent), `correct`, `len`, `results` (per sample a list with its answer, empty if there is none) and
+        `outputs` (per sample the text of the model, without special tokens).
+    """
+    samples = result["samples"]
+    return {
+        "acc": 100 * result["accuracy"],
+        "correct": result["correct"],
+        "len": result["total"],
+        "results": [[] if sample["predicted"] is None else [sample["predicted"]] for sample in samples],
+        "outputs": [sample["output"] for sample in samples],
+    }
+
+
+def _either_spelling(path: str) -> str:
+    """`path`, or the file of the other spelling if only that one is there."""
+    place = Path(path)
+    if place.exists():
+        return path
+    for old, new in (_SPELLINGS, _SPELLINGS[::-1]):
+        other = place.with_name(new + place.name.removeprefix(old))
+        if place.name.startswith(old) and other.exists():
+            logger.warning("There is no %s; reading %s.", path, other)
+            return str(other)
+    return path

@@ -1,0 +1,208 @@
+"""The research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.data.drawn import HELD_OUT_SIZE, drawn_sizes
+from mola.data.output import check_output_folder, complete_folder
+from mola.data.source import Source, single_source, source_splits
+from mola.data.tasks import Task, load_task
+from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
+from mola.errors import MolaError
+from mola.options import option
+
+SPLITS = ("train", "validation", "test")
+SCIENCEQA_FOLDER = "science_qa.hf"
+SCIENCEQA_COLUMNS = (
+    *("image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category", "skill"),
+    *("lecture", "solution"),
+)
+_NEEDED = ("question", "choices", "answer")  # others may be missing, and are null then
+
+
+@dataclass
+class ScienceQAOptions:
+    """Options of `preparation_scienceqa_data.py`."""
+
+    dataset: str = option(
+        "derek-thomas/ScienceQA",
+        "Hub name, folder written by `save_to_disk`, or files as train=A,validation=B,test=C.",
+    )
+    save_path: str = option("./scienceqa", "Folder that receives science_qa.hf and scienceq_<split>.json.")
+    overwrite: bool = option(False, "Replace a folder that this script wrote.")
+
+
+@dataclass
+class InstructionOptions:
+    """Options of `preparation_instruction_data.py`."""
+
+    dataset: str = option("Open-Orca/OpenOrca", "Hub name, folder written by `save_to_disk`, or file.")
+    num_samples: int = option(50000, "Training samples to draw.")
+    save_path: str = option("./meta_moe_50k.hf", "Folder that becomes the saved dataset.")
+    num_validation: int = option(HELD_OUT_SIZE, "Validation samples to draw.")
+    num_test: int = option(HELD_OUT_SIZE, "Test samples to draw.")
+    seed: int = option(10, "Seed of the draw.")
+    overwrite: bool = option(False, "Replace a folder that this script wrote.")
+
+
+def main(options: ScienceQAOptions | InstructionOptions) -> int:
+    """Run the script that the options belong to.
+
+    Returns:
+        0, the exit code.
+
+    Raises:
+        MolaError: as the two functions.
+    """
+    import datasets
+
+    with _flag_names():
+        if isinstance(options, ScienceQAOptions):
+            print(datasets.load_from_disk(str(prepare_scienceqa(options) / SCIENCEQA_FOLDER)))
+        else:
+            print(datasets.load_from_disk(str(prepare_instruction(options))))
+    return 0
+
+
+def prepare_scienceqa(options: ScienceQAOptions) -> Path:
+    """Write the questions without an image, as prompts of the form CQM-A, to `save_path`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MolaError: a split is missing, a row is no question, no row is left, or the folder is in use.
+    """
+    from mola.data.spool import Spool
+
+    save_path = _check_save_path(options, _is_scienceqa_folder)
+    sources = source_splits(options.dataset)
+    missing = [split for split in SPLITS if split not in sources]
+    if missing:
+        raise MolaError(
+            f"`dataset` must have the splits {', '.join(SPLITS)}: `{options.dataset}` has no {', no '.join(missing)}, "
+            f"only {', '.join(sources)}. Pass three files as train=A,validation=B,test=C, or another dataset."
+        )
+    task = load_task("scienceqa")
+    with (
+        complete_folder(save_path, "save_path") as (folder, scratch),
+        Spool(scratch / "rows", SCIENCEQA_COLUMNS, PROMPT_COLUMNS, _scienceqa_types()) as spool,
+    ):
+        numbers = {}
+        for split in reversed(SPLITS):
+            start, images = len(spool), 0
+            for row in _without_image(sources[split], task, split):
+                if row is None:
+                    images += 1
+                else:
+                    spool.add(row)
+            numbers[split] = range(start, len(spool))
+            kept = len(numbers[split])
+            print(f"{split}: {kept} rows, {images} with an image left out")
+            if not kept:
+                print(f"warning: {split} is empty")
+        if not len(spool):
+            raise MolaError(f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose another.")
+        for split in sources.keys() - set(SPLITS):
+            print(f"warning: the split {split} is not used")
+        for split, chosen in numbers.items():
+            write_json(spool.rows(chosen), folder / f"scienceq_{split}.json")
+        save_dataset(spool, {split: numbers[split] for split in SPLITS}, folder / SCIENCEQA_FOLDER, scratch)
+    print(f"written to {save_path}")
+    return save_path
+
+
+def _without_image(source: Source, task: Task, split: str) -> Iterator[dict[str, Any] | None]:
+    """Rows as they are written; None for one with an image."""
+    optional = dict.fromkeys(name for name in SCIENCEQA_COLUMNS if name not in _NEEDED)
+    for index, row in enumerate(source.rows()):
+        if task.keeps(row):
+            full = {**optional, **row}
+            yield merged_row(full, task.example(full, index, split))
+        else:
+            yield None
+
+
+def _scienceqa_types() -> dict[str, Any]:
+    """Types of columns that hold nothing; `image` has none, whatever the rows."""
+    import pyarrow
+
+    types = dict.fromkeys((*SCIENCEQA_COLUMNS[1:], *PROMPT_COLUMNS), pyarrow.string())
+    return types | {"choices": pyarrow.list_(pyarrow.string())}
+
+
+def prepare_instruction(options: InstructionOptions) -> Path:
+    """Draw samples of instruction data and save them at `save_path` as plain text, in `output`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MolaError: the source has too few rows or lacks a column, or the folder is in use.
+    """
+    import pyarrow
+
+    from mola.data.spool import Spool
+    from mola.data.subset import draw_subset
+
+    save_path = _check_save_path(options, _is_instruction_folder)
+    sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
+    source = single_source(options.dataset)
+    with (
+        complete_folder(save_path, "save_path") as (folder, scratch),
+        Spool(scratch / "rows", PROMPT_COLUMNS, types={"output": pyarrow.string()}) as spool,
+    ):
+        subset = draw_subset(
+            source, load_task("openorca"), sizes, options.seed, spool, _text_alone, columns=(), unique_ids=False
+        )
+        save_dataset(spool, subset.numbers, folder, scratch)
+    print(subset.summary())
+    print(f"written to {save_path}")
+    return save_path
+
+
+def _text_alone(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input": None, "instruction": None, "output": example["output"]}
+
+
+def _check_save_path(options: ScienceQAOptions | InstructionOptions, is_own: Any) -> Path:
+    folder = Path(options.save_path).expanduser().resolve()
+    check_output_folder(
+        folder,
+        option="save_path",
+        overwrite=options.overwrite,
+        overwrite_option="--overwrite",
+        writer="this script",
+        is_own=is_own,
+    )
+    return folder
+
+
+def _is_scienceqa_folder(folder: Path) -> bool:
+    names = {entry.name for entry in folder.iterdir()}
+    return SCIENCEQA_FOLDER in names and names <= {SCIENCEQA_FOLDER, *(f"scienceq_{split}.json" for split in SPLITS)}
+
+
+def _is_instruction_folder(folder: Path) -> bool:
+    if {entry.name for entry in folder.iterdir()} != {"dataset_dict.json", *SPLITS}:
+        return False
+    try:
+        infos = [json.loads((folder / split / "dataset_info.json").read_text("utf-8")) for split in SPLITS]
+        return all(set(info["features"]) == set(PROMPT_COLUMNS) for info in infos)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def _flag_names() -> Iterator[None]:
+    """`data` of mola's messages is `dataset` here."""
+    try:
+        yield
+    except MolaError as error:
+        raise MolaError(str(error).replace("`data`", "`dataset`")) from error

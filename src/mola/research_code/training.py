@@ -1,0 +1,252 @@
+"""The research code's two training scripts: their flags, turned into the options of `mola train`.
+
+Flags keep their names, types and defaults. Where a flag did something else than it said, it does here what
+it says; where a default could not work on every model or run, the log says what is used instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mola.data.prepare import load_examples
+from mola.errors import MolaError
+from mola.research_code.adapters import Lists, usable_adapter
+from mola.research_code.training_options import (
+    BALANCE_COEF,
+    WARMUP_SHARE,
+    WARMUP_STEPS,
+    ResearchInstructionOptions,
+    ResearchTrainOptions,
+    SharedOptions,
+)
+from mola.train import main as train_main
+from mola.training.options import TrainOptions
+from mola.training.run_folder import RUN_FILE, STATE_FILE
+
+__all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "as_command", "main", "train_settings"]
+
+logger = logging.getLogger(__name__)
+
+_NONE = ("", "none", "false", "no")
+# Weights of the whole model under the names of the running program; no adapter configuration beside them.
+_WHOLE_MODEL = "pytorch_model.bin"
+
+
+def train_settings(options: SharedOptions) -> dict[str, Any]:
+    """Options of `mola train` that do what these flags say.
+
+    Args:
+        options: flags of one of the scripts.
+
+    Returns:
+        Arguments of `TrainOptions`.
+
+    Raises:
+        MolaError: flags that contradict each other, or that can not be done.
+    """
+    settings: dict[str, Any] = {
+        "base_model": options.base_model,
+        "data": options.data_path,
+        "output_dir": options.output_dir,
+        "per_device_train_batch_size": options.micro_batch_size,
+        "gradient_accumulation_steps": _accumulation(options),
+        "num_train_epochs": options.num_epochs,
+        "learning_rate": options.learning_rate,
+        "cutoff_len": options.cutoff_len,
+        "truncation": options.truncation,
+        "train_on_inputs": options.train_on_inputs,
+        "add_eos_token": options.add_eos_token,
+        "template": options.template,
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "load_best_model_at_end": False,
+        "overwrite_output_dir": options.overwrite_output_dir,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if options.group_by_length:
+        settings["train_sampling_strategy"] = "group_by_length"
+    if options.val_set_size:
+        settings |= {
+            "validation_size": options.val_set_size,
+            "eval_strategy": "steps",
+            "eval_steps": options.save_steps,
+        }
+    else:
+        settings["eval_strategy"] = "no"
+    settings["warmup_steps"] = _warmup(options, settings["gradient_accumulation_steps"])
+    return settings | _trackers(options) | _experts(options)
+
+
+def main(options: SharedOptions) -> int:
+    """Check the flags, show the same as a `mola train` command, train.
+
+    Returns:
+        The exit code of `mola train`.
+
+    Raises:
+        MolaError: as `train_settings` and `mola.train`.
+    """
+    if getattr(options, "load_in_8bit", False):
+        raise MolaError(
+            "`load_in_8bit` true is not supported: bases quantised while loading can not be trained yet. Leave it out; "
+            "--dtype bfloat16 needs half the memory of float32."
+        )
+    settings = train_settings(options)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("The same as: %s", as_command(settings))
+    return train_main(TrainOptions(**settings))
+
+
+def as_command(settings: dict[str, Any]) -> str:
+    """The `mola train` command with these options."""
+    flags = [f"--{name}={_flag_text(value)}" for name, value in settings.items() if value is not None]
+    return shlex.join(["mola", "train", *flags])
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _accumulation(options: SharedOptions) -> int:
+    """Micro-batches per step and process."""
+    for name in ("batch_size", "micro_batch_size"):
+        if getattr(options, name) < 1:
+            raise MolaError(f"`{name}` must be at least 1: got {getattr(options, name)}.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = options.micro_batch_size * processes
+    if options.batch_size % at_once:
+        near = max(1, round(options.batch_size / at_once)) * at_once
+        times = f" times {processes} processes" if processes > 1 else ""
+        raise MolaError(
+            f"`batch_size` must be a multiple of `micro_batch_size`{times}: got {options.batch_size} and "
+            f"{options.micro_batch_size}. Pass --batch_size {near}, or a smaller --micro_batch_size."
+        )
+    return options.batch_size // at_once
+
+
+def _warmup(options: SharedOptions, accumulation: int) -> float:
+    """The research code's 100 steps, or less where they would be most of the run."""
+    if options.warmup_steps is not None:
+        return options.warmup_steps
+    rows = len(load_examples(options.data_path, None, "train"))
+    size = options.val_set_size
+    rows -= math.ceil(rows * size) if size < 1 else int(size)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = math.ceil(math.ceil(rows / (options.micro_batch_size * processes)) / accumulation)
+    steps = math.ceil(options.num_epochs * per_epoch)
+    warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
+    if warmup < WARMUP_STEPS:
+        logger.warning(
+            "Warm-up is %d of %d steps; the research code's %d would keep the learning rate low for most of the run. "
+            "--warmup_steps chooses another number.",
+            warmup,
+            steps,
+            WARMUP_STEPS,
+        )
+    return warmup
+
+
+def _trackers(options: SharedOptions) -> dict[str, Any]:
+    """Weights & Biases if a project is named; without the package a warning, since the run does not need it."""
+    project = options.wandb_project or os.environ.get("WANDB_PROJECT", "")
+    others = {
+        name: getattr(options, name)
+        for name in ("wandb_run_name", "wandb_watch", "wandb_log_model")
+        if getattr(options, name)
+    }
+    if not project:
+        if others:
+            name = next(iter(others))
+            raise MolaError(f"`{name}` ({others[name]!r}) needs a `wandb_project`. Name one, or leave it out.")
+        return {"report_to": "none"}
+    if importlib.util.find_spec("wandb") is None:
+        logger.warning("`wandb_project` %s: the package wandb is not installed, nothing is reported there.", project)
+        return {"report_to": "none"}
+    os.environ["WANDB_PROJECT"] = project
+    for name in ("wandb_watch", "wandb_log_model"):
+        if name in others:
+            os.environ[name.upper()] = others[name]
+    return {"report_to": "wandb", "run_name": options.wandb_run_name or None}
+
+
+def _experts(options: SharedOptions) -> dict[str, Any]:
+    """New experts, those of an adapter, or those of an interrupted run."""
+    balance = {
+        "router_aux_loss_coef": BALANCE_COEF if options.obalance else 0.0,
+        "router_aux_loss_reduction": "layer",
+    }
+    start = (options.resume_from_checkpoint or "").strip()
+    resume: dict[str, Any] = {}
+    if start.lower() not in _NONE:
+        resume = _resumed_run(start, options)
+        if not resume:
+            adapter = usable_adapter(start, options.base_model, _lists(options), options.trust_remote_code)
+            return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
+        if "adapter" in resume:
+            return {"lora_dropout": options.lora_dropout, **balance, **resume}
+    return {
+        "num_experts": _plain(options.number_experts),
+        "r": _plain(options.lora_r),
+        "top_k": _plain(options.top_k),
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "target_modules": options.lora_target_modules,
+        **balance,
+        **resume,
+    }
+
+
+def _lists(options: SharedOptions) -> Lists:
+    return Lists(
+        number_experts=_plain(options.number_experts),
+        top_k=_plain(options.top_k),
+        lora_r=_plain(options.lora_r),
+        lora_alpha=options.lora_alpha,
+        lora_target_modules=options.lora_target_modules,
+    )
+
+
+def _plain(numbers: str | None) -> str | None:
+    """A list as the research code takes it may stand in brackets."""
+    return None if numbers is None else numbers.strip().strip("()[]")
+
+
+def _resumed_run(start: str, options: SharedOptions) -> dict[str, Any]:
+    """Options that go on with a run; empty if `start` is an adapter and no checkpoint of a run."""
+    path = Path(start)
+    if start.lower() in ("last", "true"):
+        return {"resume_from_checkpoint": "last", **_adapter_of_run(Path(options.output_dir))}
+    if (path / STATE_FILE).is_file() and (path / _WHOLE_MODEL).is_file():
+        raise MolaError(
+            f"`resume_from_checkpoint` {start!r} is a checkpoint of the research code's trainer: it holds the whole "
+            "model and no adapter. Pass the adapter folder that its run ended with."
+        )
+    if (path / STATE_FILE).is_file():
+        return {"resume_from_checkpoint": start, **_adapter_of_run(path.parent)}
+    if not path.is_dir():
+        raise MolaError(
+            f"`resume_from_checkpoint` must be a checkpoint-N folder or the folder of an adapter: {start!r} does not "
+            "exist. Correct the path, or leave the flag out to train new experts."
+        )
+    return {}
+
+
+def _adapter_of_run(folder: Path) -> dict[str, Any]:
+    """The adapter that the run in `folder` started from, if it did."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        adapter = record["settings"].get("adapter")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {"adapter": adapter} if adapter else {}

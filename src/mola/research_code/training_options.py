@@ -1,0 +1,116 @@
+"""Flags of the research code's two training scripts: the same names, types and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mola.options import option
+
+WARMUP_STEPS = 100
+WARMUP_SHARE = 0.1
+BALANCE_COEF = 1e-3
+
+
+@dataclass
+class SharedOptions:
+    """Flags that both training scripts have; the defaults are those of `mola_training.py`."""
+
+    base_model: str = option("NousResearch/Llama-2-7b-hf", "Folder or hub id of the base model.")
+    data_path: str = option(
+        "./sampled_data/sampled_scienceqa_train_all.hf",
+        "Prepared training data: a folder written by `save_to_disk`, or a JSON, JSON lines, CSV or parquet file.",
+    )
+    output_dir: str = option("./sampled_scienceqa_256r_8mbs_no8bit_1", "Folder for the adapter and the run's files.")
+    batch_size: int = option(128, "Samples per optimiser step over all processes; a multiple of micro_batch_size.")
+    micro_batch_size: int = option(8, "Samples that one process computes at once.")
+    num_epochs: float = option(1, "Passes over the data.")
+    learning_rate: float = option(3e-4, "Learning rate after warm-up; it falls linearly to 0.")
+    cutoff_len: int = option(256, "Most tokens of a sample; see truncation.")
+    val_set_size: float = option(
+        2, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
+    )
+    lora_r: str | None = option(None, "Rank of each expert: one, or one per layer between commas. Default 8.")
+    lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / lora_r. Default 16.")
+    lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
+    lora_target_modules: str | None = option(
+        None, "Names of the linears to adapt, between commas. Default: the seven of LLaMA."
+    )
+    number_experts: str | None = option(
+        None,
+        "Experts per layer: one number, one per layer between commas, or digits over equal groups of layers. "
+        "Default 2468: on 32 layers 8 times 2, 8 times 4, 8 times 6, 8 times 8.",
+    )
+    top_k: str | None = option(None, "Experts used per token: one, or one per layer between commas. Default 2.")
+    train_on_inputs: bool = option(True, "Train on the prompt's tokens as well.")
+    add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
+    group_by_length: bool = option(False, "Put samples of similar length into one batch.")
+    wandb_project: str = option("", "Report to this project of Weights & Biases.")
+    wandb_run_name: str = option("", "Name of the run there.")
+    wandb_watch: str = option("", "What to watch there: false, gradients or all.")
+    wandb_log_model: str = option("", "Upload there: false, end or checkpoint.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint-N folder: go on with that run, its optimiser and schedule. An adapter folder, of mola or of the "
+        "research code: start a new run from its experts. 'last': go on with the newest checkpoint in output_dir.",
+    )
+    obalance: bool = option(
+        False,
+        f"Add {BALANCE_COEF:g} times the balance loss, pooled per layer and summed over layers, padding counted.",
+    )
+
+    # Not in the research code.
+    warmup_steps: float | None = option(
+        None,
+        f"Steps of warm-up, or below 1 a share of all. Default: {WARMUP_STEPS} as in the research code, but at most "
+        f"{WARMUP_SHARE:.0%} of the run.",
+    )
+    truncation: str = option(
+        "left", "What to do with samples longer than cutoff_len: error, drop, left (cut the prompt) or right."
+    )
+    save_steps: int = option(200, "Evaluate and write a checkpoint every so many steps; the last 3 are kept.")
+    seed: int = option(42, "Random seed of everything.")
+    dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
+
+    @property
+    def template(self) -> str:
+        """Prompt template; the two scripts have different flags for it."""
+        raise NotImplementedError
+
+
+@dataclass
+class ResearchTrainOptions(SharedOptions):
+    """Flags of `mola_training.py`."""
+
+    prompt_template_name: str = option("alpaca", "Prompt template.")
+
+    @property
+    def template(self) -> str:
+        """Prompt template."""
+        return self.prompt_template_name
+
+
+@dataclass
+class ResearchInstructionOptions(SharedOptions):
+    """Flags of `mola_training_instruction.py`."""
+
+    data_path: str = option(
+        "./meta_moe_50k.hf", "Prepared training data, as `preparation_instruction_data.py` writes it."
+    )
+    output_dir: str = option("./meta_moe_llm2_3ep_2468", "Folder for the adapter and the run's files.")
+    num_epochs: float = option(3, "Passes over the data.")
+    val_set_size: float = option(
+        100, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
+    )
+    load_in_8bit: bool = option(False, "Load the base in 8 bits; not supported, refused when true.")
+    prompt_template_name_meta: str = option("meta", "Prompt template; meta: the text itself, without a prompt.")
+    obalance: bool = option(
+        True, f"Add {BALANCE_COEF:g} times the balance loss, pooled per layer and summed over layers, padding counted."
+    )
+    truncation: str = option("right", "What to do with texts longer than cutoff_len: error, drop, left or right.")
+
+    @property
+    def template(self) -> str:
+        """Prompt template."""
+        return self.prompt_template_name_meta

@@ -1,0 +1,89 @@
+"""`filters`: rows by the values of their columns, raw and prepared, on the command line and in Python."""
+
+import json
+
+import pytest
+
+from mola.cli import main
+from mola.data.prepare import load_examples
+from mola.data.tasks import load_task
+from mola.errors import MolaError
+from mola.options import mapping
+
+ROWS = [
+    {"question": f"q{i}", "choices": ["a", "b"], "answer": i % 2, "hint": "", "topic": topic, "grade": i}
+    for i, topic in enumerate(["physics", "biology", "physics", None, "music"])
+]
+PREPARED = [{"instruction": f"i{i}", "output": "o", "topic": row["topic"]} for i, row in enumerate(ROWS)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "raw.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    (tmp_path / "prepared.json").write_text(json.dumps(PREPARED), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["raw.json", "prepared.json"])
+@pytest.mark.parametrize(
+    ("filters", "limit", "kept"),
+    [
+        (None, None, [0, 1, 2, 3, 4]),
+        ({"topic": "physics"}, None, [0, 2]),
+        ({"topic": "physics"}, 1, [0]),
+        ({"topic": ["biology", "music"]}, None, [1, 4]),
+        ({"topic": None}, None, [3]),
+    ],
+)
+def test_rows_with_the_wanted_values_keep_their_ids(files, name, filters, limit, kept):
+    examples = load_examples(files / name, load_task("scienceqa"), "test", limit=limit, filters=filters)
+    assert [example["id"] for example in examples] == [f"test-{index}" for index in kept]
+
+
+def test_several_columns_must_all_fit(files):
+    task = load_task("scienceqa")
+    filters = {"topic": "physics", "grade": [1, 2]}
+    assert [e["id"] for e in load_examples(files / "raw.json", task, "test", filters=filters)] == ["test-2"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "parts"),
+    [
+        ({"topc": "physics"}, ["`filters`", "`topc`", "topic"]),
+        ({"topic": "art"}, ["`filters`", "'art'", "5 rows", "'physics'", "'music'"]),
+        ({"grade": "1"}, ["`filters`", "'1'", "0, 1, 2"]),
+        ({"topic": "physics", "grade": 1}, ["`grade` is 1", "2 rows left", "0, 2"]),
+    ],
+)
+def test_filters_that_leave_nothing_say_what_there_is(files, filters, parts):
+    with pytest.raises(MolaError) as caught:
+        load_examples(files / "raw.json", load_task("scienceqa"), "test", filters=filters)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_evaluate_takes_filters_from_flags_and_recipes(files, tiny_model_dir, tmp_path):
+    arguments = [
+        "evaluate",
+        f"--base_model={tiny_model_dir}",
+        "--task=scienceqa",
+        f"--data={files / 'raw.json'}",
+        "--scoring=likelihood",
+        "--dtype=float32",
+    ]
+    (tmp_path / "recipe.yaml").write_text("filters: {topic: physics}", encoding="utf-8")
+    assert main([*arguments, f"--output={tmp_path / 'a'}", '--filters={"topic": "physics"}']) == 0
+    assert main([*arguments, f"--output={tmp_path / 'b'}", f"--config={tmp_path / 'recipe.yaml'}"]) == 0
+    one, two = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in "ab")
+    assert (one["total"], one["samples"]) == (2, two["samples"])
+
+
+@pytest.mark.parametrize("value", ["topic", "[1]", '{"a": 1, "a": 2}', [1], {1: 2}])
+def test_a_mapping_that_is_none_is_refused(value):
+    with pytest.raises(MolaError, match="`filters`"):
+        mapping("filters", value)
+
+
+def test_dates_in_a_recipe_s_mapping_have_to_be_quoted(files, capsys):
+    (files / "recipe.yaml").write_text("filters: {day: 2020-01-01}", encoding="utf-8")
+    assert main(["train", f"--config={files / 'recipe.yaml'}"]) == 2
+    assert "quote it" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+import json
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mola.data.output import complete_folder
+from mola.data.spool import Spool
+from mola.data.write import write_splits
+from mola.errors import MolaError
+
+PROMPT = {"input": "", "instruction": "i", "output": "o"}
+
+
+def test_empty_split_can_be_loaded_again(tmp_path):
+    write_splits({"train": [{"a": 1, **PROMPT}], "test": []}, tmp_path / "out")
+    saved = datasets.load_from_disk(str(tmp_path / "out" / "dataset.hf"))
+    assert len(saved["test"]) == 0
+    assert saved["test"].features == saved["train"].features
+    assert (tmp_path / "out" / "test.json").read_text() == "[]"
+
+
+# Half of a surrogate pair is a text for Python, but not for a file: see below.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+COLUMN = st.sampled_from(
+    [st.none() | TEXT, st.lists(TEXT), st.none() | st.integers(-(2**63), 2**63 - 1), st.booleans()]
+)
+
+
+@settings(max_examples=25, deadline=None)  # every example writes files
+@given(data=st.data(), kinds=st.lists(COLUMN, min_size=1, max_size=4), split_at=st.integers(0, 5))
+def test_json_and_dataset_hold_what_was_put_in(tmp_path_factory, data, kinds, split_at):
+    columns = st.fixed_dictionaries({f"c{index}": kind for index, kind in enumerate(kinds)})
+    rows = [{**row, **PROMPT} for row in data.draw(st.lists(columns, min_size=1, max_size=6))]
+    out = tmp_path_factory.mktemp("w") / "out"
+    splits = {"a": rows[:split_at], "b": rows[split_at:]}
+    write_splits(splits, out)
+    saved = datasets.load_from_disk(str(out / "dataset.hf"))
+    for name, expected in splits.items():
+        assert json.loads((out / f"{name}.json").read_text()) == expected
+        assert saved[name].to_list() == expected
+
+
+def test_text_that_no_file_can_hold_is_an_error(tmp_path):
+    with pytest.raises(MolaError, match="must hold valid text: `a`"):
+        write_splits({"train": [{"a": "\ud800", **PROMPT}]}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_types_come_from_all_rows_however_many(tmp_path):
+    with Spool(tmp_path / "rows", first=["z"], last=["y"]) as spool:
+        for number in range(2500):
+            spool.add({"y": 1, "a": None if number < 2400 else [0.5], "b": 1 if number % 2 else 2.5, "extra": None})
+        schema = spool.schema()
+        assert {name: str(schema.field(name).type) for name in schema.names} == {
+            **{"z": "null", "a": "list<item: double>", "b": "double", "extra": "null", "y": "int64"}
+        }
+        assert schema.names == ["z", "a", "b", "extra", "y"]
+        assert [row["b"] for row in spool.rows([2499, 0, 1])] == [1, 2.5, 1]
+        assert [table.num_rows for table in spool.tables(range(2500))] == [1000, 1000, 500]
+
+
+@pytest.mark.parametrize("other", ["text", [1], {"a": 1}, True])
+def test_kinds_that_differ_after_many_rows_name_the_column(tmp_path, other):
+    with Spool(tmp_path / "rows") as spool:
+        for _ in range(1500):
+            spool.add({"a": 1})
+        spool.add({"a": other})
+        with pytest.raises(MolaError, match="one kind in every column: `a`"):
+            spool.schema()
+
+
+def write_and_fail(folder):
+    with complete_folder(folder) as (temporary, scratch):
+        (temporary / "a").write_text("x")
+        (scratch / "b").write_text("x")
+        raise KeyError
+
+
+def test_folder_appears_only_without_an_error(tmp_path):
+    with pytest.raises(KeyError):
+        write_and_fail(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with complete_folder(tmp_path / "out") as (folder, _):
+        (folder / "a").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(MolaError, match="`save_path` cannot be written"),
+        complete_folder(tmp_path / "file" / "out", "save_path"),
+    ):
+        raise AssertionError("not reached")

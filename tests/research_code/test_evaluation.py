@@ -1,0 +1,199 @@
+"""`evaluation_scienceqa.py`: the command people have, its result file, adapters of both kinds."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from mola import MolaConfig
+from mola.cli import main as mola_main
+from mola.research_code.evaluation import ResearchEvaluateOptions
+from tests.research_code.scripts import SEVEN, character_tokenizer, error_line, run_script, write_json
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SCRIPT = "evaluation_scienceqa.py"
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """The script's default paths are relative to the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model):
+    """A random mixture on the tiny model, saved."""
+    torch.manual_seed(0)
+    config = MolaConfig(num_experts=[2, 2, 3, 3], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model, config).save_pretrained(tmp_path / "scienceqa_mola")
+    return tmp_path / "scienceqa_mola"
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir, adapter, monkeypatch):
+    """Runs the script on five rows; flags given replace or extend it."""
+    write_json(tmp_path / "scienceqa" / "scienceq_test.json", 5)
+
+    def run(**flags):
+        settings = {"base_model": tiny_model_dir, "max_new_tokens": 4, "dtype": "float32", **flags}
+        words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        return run_script(SCRIPT, monkeypatch, *words)
+
+    return run
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_command_of_the_paper(tmp_path, tiny_model_dir, adapter, monkeypatch):
+    write_json(tmp_path / "scienceqa" / "scienceq_test.json", 3)
+    words = ["--test_dataset", "./scienceqa/scienceq_test.json", "--base_model", tiny_model_dir]
+    words += ["--mola_weights", "./scienceqa_mola", "--batch_size", 8, "--lora_target_modules", SEVEN]
+    words += ["--number_experts", "2,2,3,3", "--top_k", "2,2,2,2", "--save_path", "./results/mola_test_sciqa.json"]
+    assert run_script(SCRIPT, monkeypatch, *words) == 0
+    result = read("results/mola_test_sciqa.json")
+    assert list(result)[:5] == ["acc", "correct", "len", "results", "outputs"]
+    assert (result["len"], len(result["results"]), len(result["outputs"])) == (3, 3, 3)
+    assert result["settings"]["max_new_tokens"] == 128
+
+
+def test_result_file_has_both_forms(command, tmp_path, monkeypatch):
+    """One answer right, one wrong, three without any: what the model wrote is replaced, the counting is real."""
+    outputs = ["Answer: The answer is A.", "The answer is A", "Apple", "", "The answer is Z."]
+    monkeypatch.setattr("mola.evaluation.predicting.generate_batch", lambda *rest, **more: outputs)
+    assert command() == 0
+    result = read("results/mola_test_sciqa_seed_10.json")
+    assert result["acc"] == 20.0
+    assert result["accuracy"] == 0.2
+    assert (result["correct"], result["len"], result["unanswered"]) == (1, 5, 3)
+    assert sorted(result["results"]) == [[], [], [], ["A"], ["A"]]
+    assert sorted(result["outputs"]) == sorted(outputs)
+    assert result["outputs"] == [sample["output"] for sample in result["samples"]]
+    assert not list(Path("results").glob("*.partial*"))
+
+
+def test_outputs_have_no_special_tokens_and_no_prompt(command):
+    assert command() == 0
+    result = read("results/mola_test_sciqa_seed_10.json")
+    assert not [text for text in result["outputs"] if "<s>" in text or "</s>" in text or "### Response" in text]
+
+
+@pytest.mark.parametrize(("asked", "there"), [("scienceq_", "scienceqa_"), ("scienceqa_", "scienceq_")])
+def test_both_spellings_of_the_data_file(asked, there, command, tmp_path):
+    write_json(tmp_path / "data" / f"{there}test.json", 2)
+    assert command(test_dataset=f"data/{asked}test.json", save_path="r.json") == 0
+    assert read("r.json")["len"] == 2
+
+
+def test_own_file_wins_over_the_other_spelling(command, tmp_path):
+    write_json(tmp_path / "data" / "scienceq_test.json", 2)
+    write_json(tmp_path / "data" / "scienceqa_test.json", 3)
+    assert command(test_dataset="data/scienceqa_test.json", save_path="r.json") == 0
+    assert read("r.json")["len"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({"test_dataset": "nowhere/scienceq_test.json"}, ["nowhere/scienceq_test.json"]),
+        ({"mola_weights": "nowhere"}, ["`adapter`", "nowhere"]),
+        ({"number_experts": "2,2,2,2"}, ["`number_experts`", "2,2,2,2", "2,2,3,3"]),
+        ({"top_k": "1"}, ["`top_k`", "1,1,1,1", "2,2,2,2"]),
+        ({"lora_target_modules": "q_proj"}, ["`lora_target_modules`", "q_proj"]),
+        ({"number_experts": "2,2"}, ["num_experts", "2", "4"]),
+        ({"batch_size": 0}, ["`batch_size`", "0"]),
+        ({"save_path": "."}, ["folder"]),
+        ({"numbr_experts": "2"}, ["--numbr_experts", "--number_experts"]),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, parts, command, capsys):
+    assert command(**flags) == 2
+    line = error_line(SCRIPT, capsys)
+    assert [part for part in parts if part not in line] == []
+
+
+def test_existing_result_is_kept(command, capsys):
+    assert command() == 0
+    before = read("results/mola_test_sciqa_seed_10.json")
+    assert command() == 2
+    assert "--overwrite" in error_line(SCRIPT, capsys)
+    assert read("results/mola_test_sciqa_seed_10.json") == before
+    assert command(overwrite=True) == 0
+
+
+def test_empty_test_file_is_an_error(command, tmp_path, capsys):
+    (tmp_path / "empty.json").write_text("[]")
+    assert command(test_dataset="empty.json") == 2
+    assert "empty.json" in error_line(SCRIPT, capsys)
+
+
+def test_flags_and_defaults():
+    defaults = {field.name: field.default for field in dataclasses.fields(ResearchEvaluateOptions)}
+    assert {
+        "test_dataset": "./scienceqa/scienceq_test.json",
+        "base_model": "NousResearch/Llama-2-7b-hf",
+        "mola_weights": "./scienceqa_mola",
+        "number_experts": None,  # the adapter's own
+        "top_k": None,
+        "lora_target_modules": None,
+        "save_path": "./results/mola_test_sciqa_seed_10.json",
+        "batch_size": 8,
+    }.items() <= defaults.items()
+
+
+# ---------------------------------------------------------------------- an adapter of the research code
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """The recorded base model with a tokenizer and room for prompts, the recorded adapter, and three questions."""
+    shutil.copytree(GOLDEN / "base_tiny", tmp_path / "base_tiny")
+    config = read(tmp_path / "base_tiny" / "config.json")
+    (tmp_path / "base_tiny" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    character_tokenizer(tmp_path / "base_tiny")
+    shutil.copytree(GOLDEN / "case_a", tmp_path / "case_a", ignore=shutil.ignore_patterns("fixture*"))
+    write_json(tmp_path / "scienceq_test.json", 3)
+    return load_file(GOLDEN / "case_a" / "fixture.safetensors")
+
+
+def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(golden, monkeypatch):
+    """The very model that the script evaluates: its logits are the recorded ones, its answers are that model's."""
+    loaded = []
+    module = sys.modules["mola.evaluate"]  # `mola.evaluate` is the function
+    load = module.load_model
+    monkeypatch.setattr(module, "load_model", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
+    words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
+    words += ["--number_experts", "2,3,4,5", "--top_k", "2,2,2,2", "--lora_target_modules", SEVEN]
+    words += ["--save_path", "result.json", "--dtype", "float32", "--max_new_tokens", 5]
+    assert run_script(SCRIPT, monkeypatch, *words) == 0
+    with torch.no_grad():
+        batch = {name: golden[name] for name in ("input_ids", "attention_mask")}
+        logits = loaded[0](**batch).logits
+    torch.testing.assert_close(logits, golden["logits"], atol=2e-5, rtol=1e-4)
+    # By hand: mola convert, then mola evaluate.
+    convert = ["convert", "case_a", "--from", "published", "--base_model", "base_tiny", "--top_k", "2"]
+    assert mola_main([*convert, "--output", "by_hand"]) == 0
+    evaluate = ["evaluate", "--base_model", "base_tiny", "--adapter", "by_hand", "--task", "scienceqa"]
+    evaluate += ["--data", "scienceq_test.json", "--output", "by_hand.json", "--dtype", "float32"]
+    assert mola_main([*evaluate, "--max_new_tokens", "5"]) == 0
+    assert read("result.json")["outputs"] == [sample["output"] for sample in read("by_hand.json")["samples"]]
+
+
+def test_adapter_of_the_research_code_is_converted_once(golden, monkeypatch, caplog, capsys):
+    words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
+    words += ["--dtype", "float32", "--max_new_tokens", 2]
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "one.json") == 0
+    assert "which top_k" in caplog.text
+    stamp = Path("case_a.mola/adapter_model.safetensors").stat().st_mtime_ns
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "two.json", "--top_k", 2) == 0
+    assert Path("case_a.mola/adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "three.json", "--top_k", 1) == 2
+    assert "case_a.mola" in error_line(SCRIPT, capsys)
+    assert not Path("three.json").exists()
