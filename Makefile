@@ -1,5 +1,6 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after
 # make test         set up, run the tests (two minutes on two cores)
+# make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
-.PHONY: quickstart test test-all check style setup clean
+.PHONY: quickstart test test-all bench check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -17,6 +18,13 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart
 	$(RUN_TESTS)
+
+# Everything takes roughly two hours on one core, much of it torch.compile. A part, here the step times on SmolLM2
+# (roughly 15 minutes): make bench BENCH="--suite step --model smollm2". Options: .venv/bin/python -m benchmarks --help
+SMOLLM2 = .cache/SmolLM2-135M-Instruct
+bench: $(VENV)/.quickstart
+	$(BIN)/python -m mola.smollm2 $(SMOLLM2)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

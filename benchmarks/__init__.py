@@ -1,0 +1,1 @@
+"""What mola costs, side by side with its alternatives: `python -m benchmarks --help`."""

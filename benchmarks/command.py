@@ -1,0 +1,142 @@
+"""The command line of the benchmarks: parse, measure suite by suite, print tables, write JSON after each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.cases import check_compiler, check_model, choose_device, prepare_torch
+from benchmarks.decode import decode
+from benchmarks.growth import growth
+from benchmarks.load import load
+from benchmarks.models import PROJECT, model_folder
+from benchmarks.options import BenchmarkOptions
+from benchmarks.tables import tables
+from benchmarks.training import counts, memory, step
+from mola.environment import machine_description, software_versions
+from mola.errors import MolaError
+from mola.files import atomic_write_json, check_writable
+from mola.parsing import parse
+
+logger = logging.getLogger("benchmarks")
+
+RUN = {"step": step, "memory": memory, "counts": counts, "decode": decode, "load": load, "growth": growth}
+_WIDTH_OF_FILES = 160  # columns when the output is no terminal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks.
+
+    Args:
+        arguments: the command line without the program; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 2 for wrong input, 130 after an interruption.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    # Between two libraries: PEFT asks for the old name of a property of Transformers.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    try:
+        options = parse(BenchmarkOptions, arguments, prog="python -m benchmarks", summary=sys.modules[__name__].__doc__)
+        run(options, arguments)
+    except MolaError as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; suites that were finished are in the JSON file", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
+    """Measure, print and write.
+
+    Args:
+        options: what to measure.
+        arguments: the command line, for the record.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        MolaError: something does not fit, before the first measurement where it can be known.
+    """
+    device = choose_device(options.device)
+    check_compiler(options)
+    prepare_torch(device, options.threads)
+    output = _output(options)
+    record = _record(options, arguments, device)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_FILES)
+    for name in options.model:
+        if name != "random12":
+            with model_folder(name, options.seed) as folder:
+                check_model(options, folder)
+    for name in options.model:
+        with model_folder(name, options.seed) as folder:
+            check_model(options, folder)
+            for suite in options.suite:
+                start = time.perf_counter()
+                rows = RUN[suite](options, name, folder)
+                record["suite_seconds"].setdefault(name, {})[suite] = round(time.perf_counter() - start, 1)
+                record["results"].setdefault(suite, []).extend(rows)
+                atomic_write_json(output, record)
+                for table in tables(suite, rows):
+                    console.print(table)
+    console.print(f"Written to {output}.", highlight=False, markup=False, soft_wrap=True)
+    return output
+
+
+def _output(options: BenchmarkOptions) -> Path:
+    if options.output is None:
+        now = datetime.now()
+        return check_writable(f"results/benchmarks-{now:%Y%m%d-%H%M%S}.json")
+    if Path(options.output).exists() and not options.overwrite:
+        raise MolaError(
+            f"`output` must be a new file: {options.output!r} exists. Choose another name or pass --overwrite."
+        )
+    return check_writable(options.output)
+
+
+def _record(options: BenchmarkOptions, arguments: Sequence[str], device: str) -> dict[str, Any]:
+    """What the numbers were made with."""
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    return {
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine_description() | {"cores": os.cpu_count(), "system": platform.platform()},
+        "load_average_before": load and list(load),
+        "threads": options.threads,
+        "device": device,
+        "versions": software_versions(),
+        "options": dict(vars(options)),
+        "suite_seconds": {},
+        "results": {},
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the project, marked when files differ from it; None outside a repository."""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

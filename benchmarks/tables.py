@@ -1,0 +1,121 @@
+"""Results as tables: one per suite, model, dtype and what else was held fixed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """A header and how a row's cell is written."""
+
+    header: str
+    cell: Callable[[Row], str]
+
+
+def _number(key: str, pattern: str = "{:,}") -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) is None else pattern.format(row[key])
+
+
+def _spread(key: str, pattern: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if (value := row.get(key)) is None:
+            return "-"
+        low, middle, high = (pattern.format(value[name]) for name in ("p20", "median", "p80"))
+        return f"{middle} ({low} to {high})"
+
+    return cell
+
+
+def _mebibytes(key: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) is None else f"{row[key] / 2**20:,.1f}"
+
+
+def _text(key: str) -> Callable[[Row], str]:
+    return lambda row: str(row.get(key, "-"))
+
+
+NAME = Column("contestant", _text("contestant"))
+SIZE = [
+    Column("rank", _number("rank")),
+    Column("trainable", _number("trainable_parameters")),
+]
+FLOOR = Column("x floor", _spread("ratio_to_floor", "{:.3f}"))
+LORA = Column("x lora_8", _spread("ratio_to_lora_8", "{:.3f}"))
+SECONDS = [Column("seconds", _spread("seconds", "{:.3f}")), Column("on the clock", _spread("wall_seconds", "{:.3f}"))]
+
+COLUMNS: dict[str, list[Column]] = {
+    "step": [NAME, *SIZE, *SECONDS, Column("tokens/s", _number("tokens_per_second", "{:,.0f}")), FLOOR, LORA],
+    "memory": [
+        NAME,
+        *SIZE,
+        Column("peak MiB", _mebibytes("peak_bytes")),
+        Column("above floor", _mebibytes("peak_bytes_above_floor")),
+        Column("kept MiB", _mebibytes("saved_bytes")),
+        Column("kept B/token/linear", _number("saved_bytes_per_token_and_linear", "{:,.0f}")),
+        Column("each save counted", _number("saved_bytes_repeated_per_token_and_linear", "{:,.0f}")),
+    ],
+    "counts": [
+        NAME,
+        Column("operators forward", _number("forward_operators")),
+        Column("backward", _number("backward_operators")),
+        Column("per linear forward", _number("forward_operators_per_linear", "{:.1f}")),
+        Column("backward", _number("backward_operators_per_linear", "{:.1f}")),
+        Column("host syncs", _number("host_syncs")),
+        Column("per linear", _number("host_syncs_per_linear", "{:.1f}")),
+    ],
+    "decode": [
+        NAME,
+        *SECONDS,
+        Column("tokens/s", _number("tokens_per_second", "{:,.1f}")),
+        Column("x base", _spread("ratio_to_base", "{:.3f}")),
+        LORA,
+        Column("graphs", _number("graphs")),
+        Column("while measured", _number("graphs_while_measured")),
+    ],
+    "load": [
+        NAME,
+        *SECONDS,
+        Column("x base", _spread("ratio_to_base", "{:.3f}")),
+        Column("adapter MiB", _mebibytes("adapter_bytes")),
+        Column("folder MiB", _mebibytes("folder_bytes")),
+    ],
+    "growth": [
+        NAME,
+        Column("experts", _number("num_experts")),
+        Column("tokens", _number("tokens")),
+        Column("seconds", _spread("seconds", "{:.4f}")),
+        FLOOR,
+        Column("overhead / lora_8's", _number("overhead_in_lora_8", "{:.2f}")),
+    ],
+}
+# What is the same in all rows of a table, and so goes into its title.
+FIXED = {
+    "step": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer"),
+    "memory": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer"),
+    "counts": ("model", "dtype", "dropout", "num_experts"),
+    "decode": ("model", "dtype", "mode", "batch_size", "num_experts", "new_tokens"),
+    "load": ("model", "dtype", "num_experts"),
+    "growth": ("model", "num_layers", "dtype", "dropout", "over"),
+}
+
+
+def tables(suite: str, rows: Sequence[Row]) -> Iterator[Table]:
+    """Tables of a suite's rows, which come in the order they were measured in."""
+
+    def fixed(row: Row) -> list[Any]:
+        return [row[name] for name in FIXED[suite]]
+
+    for values, members in itertools.groupby(rows, key=fixed):
+        said = ", ".join(f"{name} {value}" for name, value in zip(FIXED[suite], values, strict=True))
+        table = Table(title=f"{suite}: {said}", title_justify="left")
+        for column in COLUMNS[suite]:
+            table.add_column(column.header, justify="left" if column is NAME else "right")
+        for row in members:
+            table.add_row(*(column.cell(row) for column in COLUMNS[suite]))
+        yield table
