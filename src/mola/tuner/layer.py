@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
 
@@ -150,43 +151,99 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.mola_A]
+        if len(names) == 1 and not args and not kwargs and self._is_fusable(names[0], x):
+            base: Any = self.base_layer
+            return self._add_fused(names[0], x, FrozenLinear(base.weight, base.bias), x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.mola_A:
-                result = self._add_experts(adapter_name, x, result)
+        for name in names:
+            result = self._add_experts(name, x, result)
         return result.to(dtype)
 
-    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        experts_A, experts_B = self.mola_A[adapter_name], self.mola_B[adapter_name]
-        scaling = self.scaling[adapter_name]
-        if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, experts_A.dtype)
-        dropped = self.mola_dropout[adapter_name](x)
-        if self.num_experts[adapter_name] == 1:
-            # The copy has LoRA's memory layout, which keeps results equal to PEFT's LoRA to the last bit.
-            weight_B = experts_B[0].t().contiguous()
-            return result + F.linear(F.linear(dropped, experts_A[0]), weight_B) * scaling
+    def _is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
+        """Whether base and experts can be one computation: a plain frozen linear, in the experts' number format."""
+        base, device = self.base_layer, x.device.type
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+            return False
+        if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != x.dtype):
+            return False
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.mola_A[adapter_name].dtype
+        return x.dtype == base.weight.dtype == dtype and not self._needs_plain(adapter_name)
 
+    def _needs_plain(self, adapter_name: str) -> bool:
+        return self.num_experts[adapter_name] == 1 or torch.compiler.is_compiling() or self._jitters(adapter_name)
+
+    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        experts_A = self.mola_A[adapter_name]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            x = self._cast_input_dtype(x, experts_A.dtype)
+            dtype = x.dtype
+        if self.num_experts[adapter_name] == 1:
+            return self._add_one_expert(adapter_name, x, result)
+        if self._needs_plain(adapter_name):
+            return self._add_plain(adapter_name, x, result)
+        return self._add_fused(adapter_name, x, result, dtype)
+
+    def _add_one_expert(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        # The copy has LoRA's memory layout, which keeps results equal to PEFT's LoRA to the last bit.
+        weight_B = self.mola_B[adapter_name][0].t().contiguous()
+        hidden = F.linear(self.mola_dropout[adapter_name](x), self.mola_A[adapter_name][0])
+        return result + F.linear(hidden, weight_B) * self.scaling[adapter_name]
+
+    def _add_fused(
+        self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear, dtype: torch.dtype
+    ) -> torch.Tensor:
+        dropout, kept, scaling = self.mola_dropout[adapter_name], None, self.scaling[adapter_name]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            kept = keep_mask(x, dropout.p)
+            scaling /= keep_probability(x, dropout.p)
+        output, logits, expert_indices = add_mixture(
+            base,
+            x,
+            self.mola_A[adapter_name],
+            self.mola_B[adapter_name],
+            self.mola_router[adapter_name],
+            kept,
+            MixtureSettings(self.top_k[adapter_name], scaling, dtype),
+        )
+        self._leave_behind(adapter_name, logits, expert_indices)
+        return output
+
+    def _add_plain(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The same in plain operators: for compilers, and for jitter."""
+        experts_A, experts_B = self.mola_A[adapter_name], self.mola_B[adapter_name]
         routing = self.route(adapter_name, x)
-        gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
-        # All experts at once: A is one (E*r, in) matrix, B one (E*r, out) matrix, gates act in between.
+        gates = dense_gates(routing, self.num_experts[adapter_name]) * self.scaling[adapter_name]
+        dropped = self.mola_dropout[adapter_name](x)
         hidden = F.linear(dropped.reshape(-1, self.in_features), experts_A.flatten(0, 1))  # (N, E*r)
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
         update = hidden.flatten(1) @ experts_B.flatten(0, 1)  # (N, out)
         return result + update.view(result.shape)
 
+    def _jitters(self, adapter_name: str) -> bool:
+        return self.training and self.settings[adapter_name].router_jitter_noise > 0
+
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
         """Choose experts for `x: (..., in)`; leaves logits and choices behind if the model asked for them."""
         settings = self.settings[adapter_name]
-        if settings.router_jitter_noise > 0 and self.training:
+        if self._jitters(adapter_name):
             x = jitter(x, settings.router_jitter_noise)
         logits = self.router_logits(adapter_name, x)
         routing = top_k_softmax(logits, settings.top_k)
+        self._leave_behind(adapter_name, logits, routing.expert_indices)
+        return routing
+
+    def _leave_behind(self, adapter_name: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> None:
         if self.training and self.router_losses is not None and self.router_losses.collecting:
             # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
-            self.router_outputs[adapter_name] = RouterOutput(logits, routing.expert_indices)
-        return routing
+            self.router_outputs[adapter_name] = RouterOutput(logits, expert_indices)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits of `x: (..., in)`: float32 `(N, E)`.

@@ -67,6 +67,23 @@ def dense_gates(routing: Routing, num_experts: int) -> torch.Tensor:
     return weights.new_zeros(weights.shape[0], num_experts).scatter(1, routing.expert_indices, weights)
 
 
+def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates of all experts, zero where not chosen, and the chosen ones in any order: the router in one call.
+
+    Args:
+        logits: float32 `(N, E)`.
+        top_k: experts per token.
+
+    Returns:
+        float32 `(N, E)`, integers `(N, top_k)`.
+    """
+    num_experts = logits.shape[1]
+    if top_k == num_experts:  # nothing to choose
+        return torch.softmax(logits, dim=-1), torch.arange(top_k, device=logits.device).expand(logits.shape)
+    routing = top_k_softmax(logits, top_k)
+    return dense_gates(routing, num_experts), routing.expert_indices
+
+
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:
     """Multiply by uniform noise from `[1 - noise, 1 + noise]` (Switch Transformers, section 2.2)."""
     return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - noise, 1.0 + noise)

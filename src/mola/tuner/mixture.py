@@ -1,0 +1,240 @@
+"""The update of a mixture of experts, with its backward pass written out.
+
+- All experts at once: A is one `(E*r, in)` matrix, B one `(E*r, out)`; gates act between them, in rank space.
+- Kept for the backward pass: the input, which other linears that read it keep too, and tensors of rank size.
+- The update is added to the base output by the product itself; no tensor of output size is made for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from mola.errors import MolaError
+from mola.tuner.routing import choose_gates, router_logits
+
+_STEPS = 1 << 16  # of a probability that 16 bits decide
+
+
+class MixtureSettings(NamedTuple):
+    """What does not need a gradient.
+
+    Attributes:
+        top_k: experts per token.
+        scaling: `lora_alpha / r`, divided by the probability of keeping an input under dropout.
+        dtype: number format of the products.
+    """
+
+    top_k: int
+    scaling: float
+    dtype: torch.dtype
+
+
+class FrozenLinear(NamedTuple):
+    """Weight `(out, in)` and bias of a base layer that is nothing but a frozen linear map."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Mixture(NamedTuple):
+    """Result of a mixture.
+
+    Attributes:
+        output: base output plus update, `(..., out)`.
+        logits: router logits, float32 `(N, E)`, with gradient.
+        expert_indices: chosen experts, `(N, top_k)`, in any order.
+    """
+
+    output: torch.Tensor
+    logits: torch.Tensor
+    expert_indices: torch.Tensor
+
+
+def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Booleans of the shape of `x`, False with probability `p`; see `keep_probability`.
+
+    On the CPU 16 random bits decide about an element, a quarter of a 64-bit draw: several times
+    faster than a floating-point draw for each.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep_probability(x, p))
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[: x.numel()] >= round(p * _STEPS) - _STEPS // 2).view(x.shape)
+
+
+def keep_probability(x: torch.Tensor, p: float) -> float:
+    """Probability with which `keep_mask` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
+    return 1.0 - (round(p * _STEPS) / _STEPS if x.device.type == "cpu" else p)
+
+
+def add_mixture(
+    base: torch.Tensor | FrozenLinear,
+    x: torch.Tensor,
+    experts_A: torch.Tensor,
+    experts_B: torch.Tensor,
+    router: torch.Tensor,
+    kept: torch.Tensor | None,
+    settings: MixtureSettings,
+) -> Mixture:
+    r"""Add the experts' update to the base output.
+
+        z = x Wr^T,   g = softmax over the top_k largest z
+        y = base output + scaling * sum_e g_e B_e A_e (kept * x)
+
+    Args:
+        base: the base output `(..., out)`, or a frozen linear map of the products' number format: its product
+            is then part of the same computation, and so is its gradient.
+        x: input `(..., in)`; the router sees it as it is.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, out)`.
+        router: `(E, in)`, float32 or wider.
+        kept: booleans `(..., in)`, False where dropout sets the experts' input to 0; None without dropout.
+        settings: see `MixtureSettings`.
+
+    Returns:
+        The output and what the router said; gradients are defined once, not twice.
+
+    Source: paper, section 3.1.
+    """
+    result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
+    arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
+    if torch.is_grad_enabled():
+        return Mixture(*_AddMixture.apply(*arguments))
+    forward = _forward(*arguments)
+    return Mixture(forward.output, forward.logits, forward.expert_indices)
+
+
+class _Forward(NamedTuple):
+    output: torch.Tensor
+    logits: torch.Tensor
+    expert_indices: torch.Tensor
+    inputs: torch.Tensor  # (N, in), in the format of the products
+    hidden: torch.Tensor  # (N, E*r), before the gates
+    gates: torch.Tensor  # float32 (N, E)
+
+
+def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
+    num_experts, r, _ = experts_A.shape
+    tokens = x.reshape(-1, x.shape[-1])
+    inputs = tokens.to(settings.dtype)
+    matrix_A = experts_A.flatten(0, 1).to(settings.dtype)
+    if kept is None and router.dtype == inputs.dtype == tokens.dtype:
+        # One product for experts and router: they read the same numbers in the same format.
+        both = F.linear(inputs, torch.cat([matrix_A, router]))
+        hidden, logits = both.split([num_experts * r, num_experts], dim=1)
+    else:
+        hidden = F.linear(_dropped(inputs, kept), matrix_A)
+        logits = router_logits(tokens, router)
+    gates, expert_indices = choose_gates(logits, settings.top_k)
+    update = _gate(hidden, gates, settings), experts_B.flatten(0, 1).to(settings.dtype)
+    if weight is not None:
+        output = F.linear(inputs, weight, bias).addmm_(*update).view(*x.shape[:-1], -1)
+    elif result.dtype == settings.dtype:
+        output = torch.addmm(result.reshape(-1, result.shape[-1]), *update).view(result.shape)
+    else:
+        output = result + (update[0] @ update[1]).view(result.shape)
+    return _Forward(output, logits, expert_indices, inputs, hidden, gates)
+
+
+def _dropped(inputs: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return inputs if kept is None else torch.where(kept.view(inputs.shape), inputs, 0.0)
+
+
+def _gate(hidden: torch.Tensor, gates: torch.Tensor, settings: MixtureSettings) -> torch.Tensor:
+    """Every expert's part of `hidden: (N, E*r)` times its gate and the scale."""
+    weights = (gates * settings.scaling).to(hidden.dtype)
+    return (hidden.unflatten(1, (weights.shape[1], -1)) * weights.unsqueeze(-1)).flatten(1)
+
+
+class _AddMixture(torch.autograd.Function):
+    """`_forward` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, result, weight, bias, x, experts_A, experts_B, router, kept, settings):
+        """See `add_mixture`."""
+        done = _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings)
+        ctx.mark_non_differentiable(done.expert_indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(done.inputs, done.hidden, done.gates, weight, experts_A, experts_B, router, kept)
+        ctx.settings, ctx.x_shape, ctx.x_dtype = settings, x.shape, x.dtype
+        return done.output, done.logits, done.expert_indices
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_logits, _):
+        """With `t = dy B^T`, per expert: `dg = scaling * <t, h>`, `dh = scaling * g t`, softmax backward for `dz`."""
+        if torch.is_grad_enabled():  # only under create_graph; a gradient of this one would be wrong in silence
+            raise MolaError(
+                "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
+            )
+        inputs, hidden, gates, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
+        _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
+        grad_B = grad_hidden = grad_x = None
+        if grad_output is not None:
+            rows = grad_output.reshape(-1, experts_B.shape[-1]).to(ctx.settings.dtype)
+            grad_hidden, grad_gates = _through_gates(rows, hidden, gates, experts_B, ctx.settings)
+            # Of experts that were not chosen the gate is 0, and so is the gradient.
+            grad_chosen = gates * (grad_gates - (gates * grad_gates).sum(-1, keepdim=True))
+            grad_logits = grad_chosen if grad_logits is None else grad_chosen + grad_logits
+            if wants_B:
+                grad_B = (_gate(hidden, gates, ctx.settings).t() @ rows).view(experts_B.shape).to(experts_B.dtype)
+            if wants_x and weight is not None:
+                grad_x = rows @ weight
+        parts = _parts(grad_hidden, grad_logits, experts_A, router, inputs.dtype, kept)
+        if wants_x:
+            for part in parts:
+                grad_x = part.add_input_gradient(grad_x)
+            grad_x = None if grad_x is None else grad_x.view(ctx.x_shape).to(ctx.x_dtype)
+        grad_A = grad_router = None
+        if parts and (wants_A or wants_router):
+            grads = torch.cat([part.weight_gradient(inputs) for part in parts])
+            num_rows = 0 if grad_hidden is None else grad_hidden.shape[1]
+            if wants_A and num_rows:
+                grad_A = grads[:num_rows].view(experts_A.shape).to(experts_A.dtype)
+            if wants_router:
+                grad_router = grads[num_rows:].to(router.dtype)
+        grad_result = grad_output if weight is None else None
+        return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
+
+
+def _through_gates(rows, hidden, gates, experts_B, settings: MixtureSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `hidden: (N, E*r)` and of the gates `(N, E)`, from `dy: (N, out)`."""
+    through_B = rows @ experts_B.flatten(0, 1).to(settings.dtype).t()  # (N, E*r)
+    per_expert = through_B.unflatten(1, (gates.shape[1], -1)) * hidden.unflatten(1, (gates.shape[1], -1))
+    return _gate(through_B, gates, settings), per_expert.sum(-1, dtype=gates.dtype) * settings.scaling
+
+
+class _Part(NamedTuple):
+    """A gradient `rows: (N, m)` of `input @ weight^T`, with `weight: (m, in)` and the input dropped by `kept`."""
+
+    rows: torch.Tensor
+    weight: torch.Tensor
+    kept: torch.Tensor | None
+
+    def weight_gradient(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`(m, in)`."""
+        return self.rows.t() @ _dropped(inputs, self.kept)
+
+    def add_input_gradient(self, grad_x: torch.Tensor | None) -> torch.Tensor:
+        """`grad_x: (N, in)` plus this part's."""
+        if grad_x is None:
+            return _dropped(self.rows @ self.weight, self.kept)
+        if self.kept is None:
+            return grad_x.addmm_(self.rows, self.weight)
+        return grad_x.add_(_dropped(self.rows @ self.weight, self.kept))
+
+
+def _parts(grad_hidden, grad_logits, experts_A, router, dtype: torch.dtype, kept: torch.Tensor | None) -> list[_Part]:
+    """What flows back into the input: through the experts, and through the router."""
+    parts = []
+    if grad_hidden is not None:
+        parts.append(_Part(grad_hidden, experts_A.flatten(0, 1).to(dtype), kept))
+    if grad_logits is not None:
+        parts.append(_Part(grad_logits.to(dtype), router.to(dtype), None))
+    if kept is None and len(parts) == 2:
+        # They read the same input: one product for both.
+        experts, choice = parts
+        parts = [_Part(torch.cat([experts.rows, choice.rows], 1), torch.cat([experts.weight, choice.weight]), None)]
+    return parts
