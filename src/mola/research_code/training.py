@@ -66,6 +66,7 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
         "template": options.template,
         "seed": options.seed,
         "dtype": options.dtype,
+        "logging_first_step": True,
         "save_strategy": "steps",
         "save_steps": options.save_steps,
         "load_best_model_at_end": False,

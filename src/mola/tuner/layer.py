@@ -145,11 +145,9 @@ class MolaLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map `(..., in)` to `(..., out)`; further arguments go to the base layer."""
-        if self.disable_adapters:
-            if self.merged:
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.mola_A]
         if len(names) == 1 and not args and not kwargs and self._is_fusable(names[0], x):

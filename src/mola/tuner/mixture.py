@@ -16,6 +16,7 @@ from mola.errors import MolaError
 from mola.tuner.routing import choose_gates, router_logits
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
+_FEW_TOKENS = 64  # below, joining two weights costs more than a second product
 
 
 class MixtureSettings(NamedTuple):
@@ -103,8 +104,7 @@ def add_mixture(
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
     if torch.is_grad_enabled():
         return Mixture(*_AddMixture.apply(*arguments))
-    forward = _forward(*arguments)
-    return Mixture(forward.output, forward.logits, forward.expert_indices)
+    return Mixture(*_forward(*arguments)[:3])
 
 
 class _Forward(NamedTuple):
@@ -113,7 +113,7 @@ class _Forward(NamedTuple):
     expert_indices: torch.Tensor
     inputs: torch.Tensor  # (N, in), in the format of the products
     hidden: torch.Tensor  # (N, E*r), before the gates
-    gates: torch.Tensor  # float32 (N, E)
+    weights: torch.Tensor  # gates times scaling, float32 (N, E)
 
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
@@ -121,7 +121,7 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     tokens = x.reshape(-1, x.shape[-1])
     inputs = tokens.to(settings.dtype)
     matrix_A = experts_A.flatten(0, 1).to(settings.dtype)
-    if kept is None and router.dtype == inputs.dtype == tokens.dtype:
+    if kept is None and router.dtype == inputs.dtype == tokens.dtype and tokens.shape[0] >= _FEW_TOKENS:
         # One product for experts and router: they read the same numbers in the same format.
         both = F.linear(inputs, torch.cat([matrix_A, router]))
         hidden, logits = both.split([num_experts * r, num_experts], dim=1)
@@ -129,24 +129,25 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
         hidden = F.linear(_dropped(inputs, kept), matrix_A)
         logits = router_logits(tokens, router)
     gates, expert_indices = choose_gates(logits, settings.top_k)
-    update = _gate(hidden, gates, settings), experts_B.flatten(0, 1).to(settings.dtype)
+    weights = gates.mul_(settings.scaling)
+    update = _gate(hidden, weights), experts_B.flatten(0, 1).to(settings.dtype)
     if weight is not None:
         output = F.linear(inputs, weight, bias).addmm_(*update).view(*x.shape[:-1], -1)
     elif result.dtype == settings.dtype:
         output = torch.addmm(result.reshape(-1, result.shape[-1]), *update).view(result.shape)
     else:
         output = result + (update[0] @ update[1]).view(result.shape)
-    return _Forward(output, logits, expert_indices, inputs, hidden, gates)
+    return _Forward(output, logits, expert_indices, inputs, hidden, weights)
 
 
 def _dropped(inputs: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return inputs if kept is None else torch.where(kept.view(inputs.shape), inputs, 0.0)
 
 
-def _gate(hidden: torch.Tensor, gates: torch.Tensor, settings: MixtureSettings) -> torch.Tensor:
-    """Every expert's part of `hidden: (N, E*r)` times its gate and the scale."""
-    weights = (gates * settings.scaling).to(hidden.dtype)
-    return (hidden.unflatten(1, (weights.shape[1], -1)) * weights.unsqueeze(-1)).flatten(1)
+def _gate(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Every expert's part of `hidden: (N, E*r)` times its weight."""
+    per_expert = hidden.unflatten(1, (weights.shape[1], -1))
+    return (per_expert * weights.to(hidden.dtype).unsqueeze(-1)).flatten(1)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -158,28 +159,29 @@ class _AddMixture(torch.autograd.Function):
         done = _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings)
         ctx.mark_non_differentiable(done.expert_indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(done.inputs, done.hidden, done.gates, weight, experts_A, experts_B, router, kept)
+        ctx.save_for_backward(done.inputs, done.hidden, done.weights, weight, experts_A, experts_B, router, kept)
         ctx.settings, ctx.x_shape, ctx.x_dtype = settings, x.shape, x.dtype
         return done.output, done.logits, done.expert_indices
 
     @staticmethod
     def backward(ctx, grad_output, grad_logits, _):
-        """With `t = dy B^T`, per expert: `dg = scaling * <t, h>`, `dh = scaling * g t`, softmax backward for `dz`."""
+        """With `t = dy B^T`, weights `w = scaling * g` and per expert `u = <t, h>`:
+
+        dh = w t,   dB = (w h)^T dy,   dz = w (u - sum_e g_e u_e)    (the softmax over the chosen)
+        """
         if torch.is_grad_enabled():  # only under create_graph; a gradient of this one would be wrong in silence
             raise MolaError(
                 "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
             )
-        inputs, hidden, gates, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
+        inputs, hidden, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         grad_B = grad_hidden = grad_x = None
         if grad_output is not None:
             rows = grad_output.reshape(-1, experts_B.shape[-1]).to(ctx.settings.dtype)
-            grad_hidden, grad_gates = _through_gates(rows, hidden, gates, experts_B, ctx.settings)
-            # Of experts that were not chosen the gate is 0, and so is the gradient.
-            grad_chosen = gates * (grad_gates - (gates * grad_gates).sum(-1, keepdim=True))
+            grad_hidden, grad_chosen = _through_gates(rows, hidden, weights, experts_B, ctx.settings.scaling)
             grad_logits = grad_chosen if grad_logits is None else grad_chosen + grad_logits
             if wants_B:
-                grad_B = (_gate(hidden, gates, ctx.settings).t() @ rows).view(experts_B.shape).to(experts_B.dtype)
+                grad_B = (_gate(hidden, weights).t() @ rows).view(experts_B.shape).to(experts_B.dtype)
             if wants_x and weight is not None:
                 grad_x = rows @ weight
         parts = _parts(grad_hidden, grad_logits, experts_A, router, inputs.dtype, kept)
@@ -199,11 +201,13 @@ class _AddMixture(torch.autograd.Function):
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
 
 
-def _through_gates(rows, hidden, gates, experts_B, settings: MixtureSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `hidden: (N, E*r)` and of the gates `(N, E)`, from `dy: (N, out)`."""
-    through_B = rows @ experts_B.flatten(0, 1).to(settings.dtype).t()  # (N, E*r)
-    per_expert = through_B.unflatten(1, (gates.shape[1], -1)) * hidden.unflatten(1, (gates.shape[1], -1))
-    return _gate(through_B, gates, settings), per_expert.sum(-1, dtype=gates.dtype) * settings.scaling
+def _through_gates(rows, hidden, weights, experts_B, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `hidden: (N, E*r)` and of the router logits `(N, E)`, from `dy: (N, out)`."""
+    through_B = rows @ experts_B.flatten(0, 1).to(rows.dtype).t()  # (N, E*r)
+    agreement = (through_B * hidden).unflatten(1, (weights.shape[1], -1)).sum(-1, dtype=weights.dtype)
+    # Of experts that were not chosen the weight is 0, and so is the gradient.
+    mean = (weights * agreement).sum(-1, keepdim=True) / scaling
+    return _gate(through_B, weights), weights * (agreement - mean)
 
 
 class _Part(NamedTuple):

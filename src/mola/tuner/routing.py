@@ -34,8 +34,11 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
     """
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
-        return F.linear(tokens.to(dtype), weight.to(dtype))
+    device = tokens.device.type
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        with torch.autocast(device_type=device, enabled=False):
+            return F.linear(tokens.to(dtype), weight.to(dtype))
+    return F.linear(tokens.to(dtype), weight.to(dtype))
 
 
 def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
@@ -51,12 +54,12 @@ def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
         top_k: experts per token, `1 <= top_k <= E`.
     """
     remaining = logits.detach()
-    chosen = []
+    chosen: list[torch.Tensor] = []
     # Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
-    for _ in range(top_k):
-        index = remaining.max(dim=-1, keepdim=True).indices
-        chosen.append(index)
-        remaining = remaining.scatter(1, index, float("-inf"))
+    for count in range(top_k):
+        if count:
+            remaining = remaining.scatter(1, chosen[-1], float("-inf"))
+        chosen.append(remaining.max(dim=-1, keepdim=True).indices)
     expert_indices = torch.cat(chosen, dim=-1)
     return Routing(expert_indices, torch.softmax(logits.gather(1, expert_indices), dim=-1))
 
