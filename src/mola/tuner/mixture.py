@@ -16,7 +16,6 @@ from mola.errors import MolaError
 from mola.tuner.routing import choose_gates, router_logits
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
-_FEW_TOKENS = 64  # below, joining two weights costs more than a second product
 
 
 class MixtureSettings(NamedTuple):
@@ -117,17 +116,12 @@ class _Forward(NamedTuple):
 
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
-    num_experts, r, _ = experts_A.shape
     tokens = x.reshape(-1, x.shape[-1])
     inputs = tokens.to(settings.dtype)
     matrix_A = experts_A.flatten(0, 1).to(settings.dtype)
-    if kept is None and router.dtype == inputs.dtype == tokens.dtype and tokens.shape[0] >= _FEW_TOKENS:
-        # One product for experts and router: they read the same numbers in the same format.
-        both = F.linear(inputs, torch.cat([matrix_A, router]))
-        hidden, logits = both.split([num_experts * r, num_experts], dim=1)
-    else:
-        hidden = F.linear(_dropped(inputs, kept), matrix_A)
-        logits = router_logits(tokens, router)
+    # Not one product for both: the few rows of the router beside those of A measured slower than two products.
+    hidden = F.linear(_dropped(inputs, kept), matrix_A)
+    logits = router_logits(tokens, router)
     gates, expert_indices = choose_gates(logits, settings.top_k)
     weights = gates.mul_(settings.scaling)
     update = _gate(hidden, weights), experts_B.flatten(0, 1).to(settings.dtype)
@@ -184,19 +178,20 @@ class _AddMixture(torch.autograd.Function):
                 grad_B = (_gate(hidden, weights).t() @ rows).view(experts_B.shape).to(experts_B.dtype)
             if wants_x and weight is not None:
                 grad_x = rows @ weight
-        parts = _parts(grad_hidden, grad_logits, experts_A, router, inputs.dtype, kept)
-        if wants_x:
-            for part in parts:
-                grad_x = part.add_input_gradient(grad_x)
-            grad_x = None if grad_x is None else grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         grad_A = grad_router = None
-        if parts and (wants_A or wants_router):
-            grads = torch.cat([part.weight_gradient(inputs) for part in parts])
-            num_rows = 0 if grad_hidden is None else grad_hidden.shape[1]
-            if wants_A and num_rows:
-                grad_A = grads[:num_rows].view(experts_A.shape).to(experts_A.dtype)
+        if grad_hidden is not None:
+            if wants_A:
+                grad_A = (grad_hidden.t() @ _dropped(inputs, kept)).view(experts_A.shape).to(experts_A.dtype)
+            if wants_x:
+                grad_x = _add_product(grad_x, grad_hidden, experts_A.flatten(0, 1), kept)
+        if grad_logits is not None:
+            grad_logits = grad_logits.to(inputs.dtype)
             if wants_router:
-                grad_router = grads[num_rows:].to(router.dtype)
+                grad_router = (grad_logits.t() @ inputs).to(router.dtype)
+            if wants_x:
+                grad_x = _add_product(grad_x, grad_logits, router, None)
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         grad_result = grad_output if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
 
@@ -210,35 +205,9 @@ def _through_gates(rows, hidden, weights, experts_B, scaling: float) -> tuple[to
     return _gate(through_B, weights), weights * (agreement - mean)
 
 
-class _Part(NamedTuple):
-    """A gradient `rows: (N, m)` of `input @ weight^T`, with `weight: (m, in)` and the input dropped by `kept`."""
-
-    rows: torch.Tensor
-    weight: torch.Tensor
-    kept: torch.Tensor | None
-
-    def weight_gradient(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`(m, in)`."""
-        return self.rows.t() @ _dropped(inputs, self.kept)
-
-    def add_input_gradient(self, grad_x: torch.Tensor | None) -> torch.Tensor:
-        """`grad_x: (N, in)` plus this part's."""
-        if grad_x is None:
-            return _dropped(self.rows @ self.weight, self.kept)
-        if self.kept is None:
-            return grad_x.addmm_(self.rows, self.weight)
-        return grad_x.add_(_dropped(self.rows @ self.weight, self.kept))
-
-
-def _parts(grad_hidden, grad_logits, experts_A, router, dtype: torch.dtype, kept: torch.Tensor | None) -> list[_Part]:
-    """What flows back into the input: through the experts, and through the router."""
-    parts = []
-    if grad_hidden is not None:
-        parts.append(_Part(grad_hidden, experts_A.flatten(0, 1).to(dtype), kept))
-    if grad_logits is not None:
-        parts.append(_Part(grad_logits.to(dtype), router.to(dtype), None))
-    if kept is None and len(parts) == 2:
-        # They read the same input: one product for both.
-        experts, choice = parts
-        parts = [_Part(torch.cat([experts.rows, choice.rows], 1), torch.cat([experts.weight, choice.weight]), None)]
-    return parts
+def _add_product(total: torch.Tensor | None, rows, matrix, kept: torch.Tensor | None) -> torch.Tensor:
+    """`total + kept * (rows @ matrix)`, in place where there is a total."""
+    matrix = matrix.to(rows.dtype)
+    if total is None:
+        return _dropped(rows @ matrix, kept)
+    return total.addmm_(rows, matrix) if kept is None else total.add_(_dropped(rows @ matrix, kept))
