@@ -1,9 +1,14 @@
 """Fixtures every test may use: a tiny random LLaMA and a byte-level tokenizer, made once per session."""
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("mola", deadline=None)
+hypothesis.settings.load_profile("mola")
 
 BOS, EOS = "<s>", "</s>"
 

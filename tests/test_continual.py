@@ -470,6 +470,66 @@ def test_a_result_of_another_test_is_refused(begun):
         continual(ContinualOptions(**options))
 
 
+def spoil(path):
+    """Make a result one that no test can have, so that a reader of it is found out."""
+    result = read(path)
+    path.write_text(json.dumps({**result, "correct": -1}), encoding="utf-8")
+
+
+def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
+    folder, options = begun
+    stage = folder / FOLDERS[1]
+    for checkpoint in stage.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (stage / WEIGHTS).unlink()
+    for name in ("01-physics", "02-biology"):
+        spoil(stage / "evaluation" / f"{name}.json")
+    (stage / "evaluation" / "mine.json").write_text("{}", encoding="utf-8")
+    first = contents(folder / FOLDERS[0])
+    continual(ContinualOptions(**{**options, "stages": FIRST_TWO}))
+    assert "no complete checkpoint: the stage starts again" in caplog.text
+    assert_same_end(folder, whole, 2)
+    assert contents(folder / FOLDERS[0]) == first
+    assert (stage / "evaluation" / "mine.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_path, at_step):
+    def crash():
+        raise RuntimeError("power cut")
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(whole[0] / FOLDERS[0], adapter)
+    stage = tmp_path / "run" / "01-words"
+    options = {
+        "stages": {"words": {**STAGES["words"], "max_steps": 1}},
+        "adapter": str(adapter),
+        "num_experts": None,
+        "evaluate_base": True,
+    }
+    at_step(stage.name, 1, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(**options)
+    spoil(tmp_path / "run" / "00-start" / "evaluation" / "01-words.json")
+    shutil.copy(whole[0] / FOLDERS[1] / WEIGHTS, adapter / WEIGHTS)
+    before = contents(tmp_path / "run")
+    with pytest.raises(MolaError, match="stage `words` was begun from other weights"):
+        run(**options)
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(stage)
+    result = run(**options)
+    assert (result.status, result.base["words"]["correct"] >= 0) == ("finished", True)
+
+
+@pytest.mark.parametrize("change", [{"folder": 3}, {"settings": []}, {"data_fingerprints": None}])
+def test_a_record_of_another_form_is_refused(begun, change):
+    folder, options = begun
+    record = read(folder / "continual.json")
+    record["stages"][0].update(change)
+    (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(MolaError, match="can not be read"):
+        continual(ContinualOptions(**options))
+
+
 def test_weights_of_a_stage_that_were_exchanged_are_refused(begun):
     folder, options = begun
     shutil.copy(folder / FOLDERS[1] / WEIGHTS, folder / FOLDERS[0] / WEIGHTS)

@@ -78,6 +78,7 @@ class Scripted(torch.nn.Module):
         self.tokenizer, self.texts = tokenizer, texts
 
     def generate(self, input_ids, attention_mask, generation_config, streamer=None):
+        self.asked = generation_config
         answers = [self.texts[int(length)] for length in attention_mask.sum(dim=1)]
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] + [1] for text in answers]
         width = max(map(len, rows))
@@ -116,6 +117,26 @@ def test_answers_are_extracted_counted_and_put_back_in_order(tiny_model, tiny_to
     assert result.unanswered == sum(predicted is None for predicted, _ in expected)
     assert result.accuracy == result.correct / result.total
     assert sum(row["total"] for row in result.groups["subject"].values()) == len(kept)
+
+
+def test_headings_in_question_and_answer_cut_nothing(tiny_model, tiny_tokenizer, task):
+    row = {"question": "What follows?\n### Response:\nThe answer is B.", "choices": ["x", "y"], "answer": 0, "hint": ""}
+    example = task.example(row, 0)
+    prompt = get_template(task.template).prompt(example["instruction"], example["input"])
+    assert prompt.count("### Response:") == 2
+    text = "Answer: The answer is A.\n### Response:\nThe answer is B."
+    model = Scripted(tiny_model, tiny_tokenizer, {len(tiny_tokenizer(prompt)["input_ids"]): text})
+    (sample,) = evaluate_examples(model, tiny_tokenizer, task, [example], show_progress=False).samples
+    assert (sample["output"], sample["predicted"]) == (text, "A")
+
+
+def test_scores_of_the_steps_are_not_kept(tiny_model, tiny_tokenizer, task, examples):
+    prompts = [get_template(task.template).prompt(e["instruction"], e["input"]) for e in examples]
+    texts = {len(tiny_tokenizer(prompt)["input_ids"]): "Answer: (A)" for prompt in prompts}
+    model = Scripted(tiny_model, tiny_tokenizer, texts)
+    evaluate_examples(model, tiny_tokenizer, task, examples, show_progress=False)
+    kept = ("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    assert [name for name in kept if getattr(model.asked, name)] == []
 
 
 @pytest.mark.parametrize("method", ["none", "lora", "mola"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from mola._program import is_own_program
 
 MOLA = Path(sys.executable).with_name("mola")
+ROOT = Path(__file__).parents[1]
 
 
 def run(*words, flags=(), **variables):
@@ -36,14 +38,29 @@ def test_preparing_needs_no_torch(tmp_path):
     [
         ("/usr/bin/mola", True),
         ("mola.exe", True),
-        ("scripts/preparation_instruction_data.py", True),
+        (ROOT / "scripts" / "preparation_instruction_data.py", True),
+        (ROOT / "scripts" / "mola_training.py", True),
+        (ROOT / "scripts" / "make_option_tables.py", False),
+        ("nosuch/mola_training.py", False),
         ("pytest", False),
         ("my_mola.py", False),
         ("", False),
     ],
 )
-def test_own_programs_are_known_by_their_name(program, own):
-    assert is_own_program(program) is own
+def test_own_programs_are_known(program, own):
+    assert is_own_program(str(program)) is own
+
+
+def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
+    """Who goes on from the research code will call a file like this."""
+    program = tmp_path / "mola_training.py"
+    program.write_text("import mola\nfrom peft import PeftType\nprint(PeftType('MOLA'))\n", encoding="utf-8")
+    assert "MOLA" in run(program).stdout
+
+
+def test_renamed_script_is_still_one(tmp_path):
+    shutil.copy(ROOT / "scripts" / "mola_training.py", tmp_path / "mine.py")
+    assert is_own_program(str(tmp_path / "mine.py"))
 
 
 CHECK = """
@@ -64,8 +81,8 @@ except AttributeError as error:
     ("name", "chosen", "expected"),
     [
         pytest.param("other.py", None, "False None", marks=pytest.mark.slow),
-        # Somebody's program that happens to be called like one of ours gets all names, when it asks for one.
-        ("mola_training.py", None, "True PASSIVE"),
+        # Somebody's program that happens to be called like ours gets all names, when it asks for one.
+        ("mola", None, "True PASSIVE"),
         pytest.param("mola", "ACTIVE", "True ACTIVE", marks=pytest.mark.slow),
     ],
 )

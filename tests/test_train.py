@@ -12,16 +12,18 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, TrainerState, set_seed
 
-from mola import TrainOptions, train
+from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, load_examples, prepare
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.loading import load_tokenizer
+from mola.evaluate import EvaluateOptions
+from mola.loading import load_tokenizer, resolve_device, resolve_dtype
 from mola.training.callbacks import FiniteLoss
+from mola.training.setup import build_model
 
 WEIGHTS = "adapter_model.safetensors"
 NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no"}
@@ -106,11 +108,11 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def evaluation_loss(folder: Path, base: Path, data: Path, rows: slice) -> float:
+def evaluation_loss(folder: Path, base: Path, data: Path, rows: slice, **encoding) -> float:
     """Mean loss per trained token, one sample at a time and without the trainer."""
     tokenizer = load_tokenizer(base, "right")
     examples = load_examples(data, None, None)[rows]
-    encoded, _ = encode_examples(examples, tokenizer, get_template("meta"), cutoff_len=512)
+    encoded, _ = encode_examples(examples, tokenizer, get_template("meta"), cutoff_len=512, **encoding)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
     total, count = 0.0, 0
     for sample in encoded:
@@ -156,12 +158,55 @@ def test_run_folder_is_complete_and_loads_everywhere(flags, tmp_path, tiny_model
     assert (one - before).abs().max() > 1e-2
 
 
+def test_base_keeps_its_number_format_and_its_values(flags, tiny_model_dir, monkeypatch):
+    """The very model that was trained, looked at after training."""
+    built = []
+    module = sys.modules["mola.train"]  # `mola.train` is the function
+    monkeypatch.setattr(module, "build_model", lambda options: built.append(build_model(options)) or built[0])
+    assert main(flags(dtype="bfloat16", max_steps=2, num_experts=2, **NO_EVALUATION)) == 0
+    trained = dict(built[0].named_parameters())
+    experts = {name for name in trained if ".mola_" in name}
+    assert {trained[name].dtype for name in experts} == {torch.float32}
+    assert {name for name in trained if trained[name].requires_grad} == experts
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    before = dict(base.named_parameters())
+    after = {name.removeprefix("base_model.model.").replace(".base_layer", ""): trained[name] for name in trained}
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(after[name].cpu(), tensor), name
+
+
+def test_building_draws_the_experts_and_routers_alone(tiny_model_dir, tmp_path):
+    """No random number is spent on weights that are then replaced: drawing the same by hand ends in the same state."""
+    options = TrainOptions(
+        base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32", num_experts="2468", use_cpu=True
+    )
+    model = build_model(options)
+    state = torch.get_rng_state()
+    set_seed(options.seed)
+    layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
+    assert len(layers) == 28
+    for layer in layers:
+        bound = layer.in_features**-0.5
+        for drawn in (layer.mola_A["default"], layer.mola_router["default"]):
+            assert torch.equal(drawn, torch.empty_like(drawn).uniform_(-bound, bound))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_and_evaluation_choose_the_same_number_format(tmp_path):
+    assert TrainOptions.dtype == EvaluateOptions.dtype == "auto"
+    options = TrainOptions(base_model="x", output_dir=str(tmp_path))
+    chosen, _ = resolve_dtype("auto", resolve_device(None))
+    assert options.base_dtype == str(chosen).removeprefix("torch.")
+
+
 def test_saved_weights_are_those_of_the_lowest_evaluation_loss(flags, tmp_path, tiny_model_dir, rows_file):
     data = tmp_path / "validation.json"
     rows = json.loads(rows_file.read_text(encoding="utf-8"))
     data.write_text(json.dumps(rows[:3]), encoding="utf-8")
-    # A rate this high gets better first and worse afterwards.
-    options = {"learning_rate": 0.1, "num_train_epochs": 6, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    # The rate rises to a hundred times its start: the loss gets better first and much worse afterwards.
+    options = {"num_train_epochs": 6, "warmup_steps": 0, "lr_scheduler_type": "cosine_with_min_lr"}
+    options["lr_scheduler_kwargs"] = '{"min_lr_rate": 100}'
     assert main(flags(eval_data=data, lora_dropout=0, save_total_limit=1, **options)) == 0
     folder = tmp_path / "run"
     # The last entry is the evaluation of the weights that were kept.
@@ -182,6 +227,17 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
     record = read_record(tmp_path / "run")
     assert record["data"].keys() == {"train"}
     assert "eval_loss" not in record["metrics"]
+
+
+def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path):
+    options = {"train_size": 8, "validation_size": 4, "test_size": 4}
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", **steps)) == 0
+    record = read_record(tmp_path / "run")
+    assert [record["data"][name]["kept"] for name in ("train", "evaluation")] == [8, 4]
+    evaluated = [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
+    assert evaluated == [2, 4, 4]  # the last one is that of the weights that were kept
 
 
 def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
@@ -398,6 +454,18 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_
     assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign
 
 
+@pytest.mark.parametrize("place", [".", "checkpoint-2"])
+def test_adapter_in_the_run_folder_is_not_overwritten(finished_run, error_line, flags, place):
+    folder, _ = finished_run
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    start = folder / place
+    arguments = flags(output_dir=folder, adapter=start, num_experts=None, **NO_EVALUATION)
+    for more in ([], ["--overwrite_output_dir"]):
+        line = error_line([*arguments, *more])
+        assert f"`adapter` must lie outside of `output_dir`: got {str(start)!r} and {str(folder)!r}" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_readme_of_the_user_survives(flags, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -431,6 +499,14 @@ def test_adapter_is_trained_on_with_its_own_configuration(flags, tmp_path, tiny_
     one, two = load_file(tmp_path / "first" / WEIGHTS), load_file(tmp_path / "second" / WEIGHTS)
     assert one.keys() == two.keys()
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_padding_position_is_trained(flags, tmp_path, tiny_model_dir, rows_file):
+    """Padding in front would have to predict the begin token, which counts when prompts are trained."""
+    options = {"per_device_train_batch_size": 10, "max_steps": 1, "warmup_steps": 0, "lora_dropout": 0}
+    assert main(flags(train_on_inputs="true", learning_rate=1e-30, **options, **NO_EVALUATION)) == 0
+    expected = evaluation_loss(tmp_path / "run", tiny_model_dir, rows_file, slice(None), train_on_inputs=True)
+    assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file):

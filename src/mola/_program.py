@@ -11,16 +11,26 @@ import os
 import sys
 from pathlib import Path
 
-_NAMES = (
-    *("mola", "mola.exe", "mola-script.py"),
-    *("preparation_scienceqa_data.py", "preparation_instruction_data.py"),
-    *("mola_training.py", "mola_training_instruction.py", "evaluation_scienceqa.py"),
-)
+_COMMAND = ("mola", "mola.exe", "mola-script.py")
+_SCRIPT_LINE = "from mola.cli import run_script"
+_LONGEST_SCRIPT = 1 << 16  # characters looked at
 
 
 def is_own_program(program: str) -> bool:
-    """Whether a process that was started as `program` is one of mola's own."""
-    return Path(program).name in _NAMES
+    """Whether a process that was started as `program` runs a command of mola: the command itself, or a script for one.
+
+    Not by the name of a script: people have programs of their own that are called like those of the research code.
+    """
+    path = Path(program)
+    if path.name in _COMMAND:
+        return True
+    if path.suffix != ".py":
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            return any(line.strip() == _SCRIPT_LINE for line in file.read(_LONGEST_SCRIPT).splitlines())
+    except (OSError, ValueError):
+        return False
 
 
 def prefer_passive_waiting() -> None:

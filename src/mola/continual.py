@@ -32,13 +32,17 @@ from mola.continual_learning.record import (
     EVALUATION_FOLDER,
     RECORD_FILE,
     START_FOLDER,
+    START_KEY,
     adapter_sha256,
     check_same_sequence,
+    check_same_start,
     clear_sequence,
+    clear_tests,
     is_empty,
     is_finished,
     read_record,
     stage_entries,
+    start_sha256,
 )
 from mola.continual_learning.stages import Stage, check_stages
 from mola.environment import machine_description, software_versions
@@ -98,8 +102,13 @@ def continual(options: ContinualOptions) -> ContinualResult:
         # Not before: as long as anything can be wrong the earlier sequence stays.
         clear_sequence(folder, record)
         record = None
-    check_same_sequence(record or {"stages": []}, stages, folder)
-    sequence = _Sequence(options, stages, stage_entries(stages, record))
+    before: dict[str, Any] = record or {"stages": []}
+    check_same_sequence(before, stages, folder)
+    start = start_sha256(options.adapter)
+    check_same_start(before, stages[0], start)
+    if before.get(START_KEY) != start:
+        clear_tests(folder / START_FOLDER)  # of other weights
+    sequence = _Sequence(options, stages, stage_entries(stages, record), start)
     with _sigterm_as_interrupt():
         return sequence.run()
 
@@ -127,10 +136,17 @@ def main(options: ContinualOptions) -> int:
 class _Sequence:
     """Runs what is left of the stages and keeps the record up to date."""
 
-    def __init__(self, options: ContinualOptions, stages: Sequence[Stage], entries: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        options: ContinualOptions,
+        stages: Sequence[Stage],
+        entries: list[dict[str, Any]],
+        start_sha256: str | None,
+    ) -> None:
         self.options = options
         self.stages = stages
         self.entries = entries
+        self.start_sha256 = start_sha256
         self.folder = Path(options.output_dir or "")
         self.start = time.perf_counter()
         self.result = ContinualResult(str(self.folder), "running", [stage.name for stage in stages], None, [], 0.0)
@@ -156,12 +172,20 @@ class _Sequence:
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
             if not is_finished(stage) and not _train_stage(stage):
                 return False
-            self.entries[number - 1]["adapter_sha256"] = adapter_sha256(stage)
-            self._write("running")
+            self._record_weights(stage, self.entries[number - 1])
             row = self._test(self.stages[:number], str(stage.folder), stage.folder)
             self._add(stage, row)
             self._write("running")
         return True
+
+    def _record_weights(self, stage: Stage, entry: dict[str, Any]) -> None:
+        """Write down which weights are tested from now on; results of others go."""
+        checksum = adapter_sha256(stage)
+        if entry["adapter_sha256"] != checksum:
+            # First, so that no kill leaves a record that fits these weights beside results that do not.
+            clear_tests(stage.folder)
+            entry["adapter_sha256"] = checksum
+        self._write("running")
 
     def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
         """Results of the tasks of `stages` with one adapter."""
@@ -194,6 +218,7 @@ class _Sequence:
             **asdict(self.result),
             **more,
             "stages": self.entries,
+            START_KEY: self.start_sha256,
             "command": sys.argv,
             "settings": self.options.to_dict(),
             "versions": software_versions(),

@@ -2,8 +2,10 @@
 
 - `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
 - `check_writable`: fail before the long work, not after it.
+- `file_sha256`: whether a file is still the one that a record speaks of.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+
+_PIECE = 1 << 20
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -87,3 +91,22 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
             "Choose a path in a folder you can write to."
         ) from error
     return target
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file's bytes, in hexadecimal.
+
+    Args:
+        path: the file; it is read piece by piece, whatever its size.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -29,6 +29,7 @@ from mola.training.run_folder import (
     check_best_checkpoint,
     check_output_dir,
     check_same_run,
+    check_start_is_kept,
     checkpoint_step,
     find_checkpoint,
     save_result,
@@ -88,6 +89,8 @@ def train(options: TrainOptions) -> TrainResult:
         MolaError: options or data are wrong (before weights are loaded), or the loss is not finite.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
+    if options.adapter is not None:
+        check_start_is_kept(options.adapter, options.output_dir)
     folder = check_output_dir(
         options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
     )

@@ -218,3 +218,29 @@ def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path):
     torch.save({"weights": [1, 2]}, tmp_path / "adapter_model.bin")
     with pytest.raises(MolaError, match="flat dict of tensors"):
         read_tensors(tmp_path)
+
+
+def test_a_pickle_that_would_run_code_is_refused(case, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").write_text, ("yes",))
+
+    values, tensors, save = case
+    folder = save(values, {**tensors, "more": Harmful()})
+    with pytest.raises(MolaError, match="can not be read as tensors"):
+        read_published(folder, 2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tensors_saved_on_a_gpu_load_on_the_cpu(case, monkeypatch):
+    """The file says where its tensors were; a machine without that device reads them all the same."""
+    values, tensors, save = case
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:7")
+        folder = save(values, tensors)
+    with pytest.raises(RuntimeError, match=r"(?i)cuda"):
+        torch.load(folder / "adapter_model.bin", weights_only=True)
+    found = read_tensors(folder)
+    assert {tensor.device.type for tensor in found.values()} == {"cpu"}
+    assert_equal(found, tensors)
+    assert {tensor.device.type for tensor in read_published(folder, 2)[1].values()} == {"cpu"}

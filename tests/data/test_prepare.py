@@ -169,6 +169,16 @@ def test_prepare_twice_gives_the_same(tmp_path):
     assert (tmp_path / "again" / "train.json").read_bytes() == first
 
 
+def test_row_without_a_column_is_named_by_its_place_in_the_source(tmp_path):
+    broken = question(2)
+    del broken["choices"]
+    path = write(tmp_path, [question(0, image="x"), question(1), broken])
+    with pytest.raises(MolaError, match=r"row 2 of `.*a\.jsonl` has no `choices`"):
+        load_examples(path, TASK, None)
+    with pytest.raises(MolaError, match=r"row 2 of `train` has no `choices`"):
+        run(tmp_path, data=str(path))
+
+
 def test_prepare_counts_instructions_in_two_splits(tmp_path, capsys):
     train = write(tmp_path, [question(0), question(1)])
     result = run(tmp_path, data=f"train={train},test={write(tmp_path, [question(1)], 'b.jsonl')}")
@@ -195,6 +205,68 @@ def test_folder_of_someone_else_is_never_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     run(tmp_path, data=data, output_dir=str(tmp_path / "empty"))
     assert (tmp_path / "empty" / "train.json").exists()
+
+
+def test_folder_with_another_json_file_is_never_replaced(tmp_path):
+    data = str(write(tmp_path, [question(0)]))
+    run(tmp_path, data=data)
+    (tmp_path / "out" / "my_results.json").write_text("{}")
+    with pytest.raises(MolaError, match=r"only if `mola prepare` wrote it.* my_results.json"):
+        run(tmp_path, data=data, overwrite_output_dir=True)
+    assert (tmp_path / "out" / "my_results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"splits": 3}'])
+def test_folder_whose_splits_are_unknown_is_never_replaced(tmp_path, content):
+    data = str(write(tmp_path, [question(0)]))
+    (tmp_path / "out" / "dataset.hf").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "out" / "dataset.hf" / "dataset_dict.json").write_text(content)
+    with pytest.raises(MolaError, match="only if `mola prepare` wrote it"):
+        run(tmp_path, data=data, overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize("other", [{}, {"overwrite_output_dir": True}])
+def test_result_that_a_killed_command_was_replacing_comes_back(tmp_path, caplog, other):
+    data = str(write(tmp_path, [question(0)]))
+    run(tmp_path, data=data)
+    before = (tmp_path / "out" / "train.json").read_bytes()
+    # Killed between the two renames.
+    (tmp_path / "out").rename(tmp_path / f".out.{'1' * 32}.old")
+    (tmp_path / f".out.{'1' * 32}.tmp").mkdir()
+    if other:
+        with pytest.raises(MolaError, match="`missing.json` does not exist"):
+            run(tmp_path, data="missing.json", **other)
+    else:
+        with pytest.raises(MolaError, match="`output_dir` must be empty"):
+            run(tmp_path, data=data)
+    assert (tmp_path / "out" / "train.json").read_bytes() == before
+    assert "out is back as it was" in caplog.text
+    assert f".out.{'1' * 32}.tmp: left by a command that was killed" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.{'1' * 32}.tmp", "a.jsonl", "out"]
+
+
+def test_leftover_beside_a_complete_result_is_named_and_kept(tmp_path, caplog):
+    data = str(write(tmp_path, [question(0)]))
+    run(tmp_path, data=data)
+    left = tmp_path / f".out.{'2' * 32}.old"
+    (tmp_path / "out").rename(left)
+    run(tmp_path, data=data, output_dir=str(tmp_path / "other"))
+    assert "left by" not in caplog.text
+    (tmp_path / "other").rename(tmp_path / "out")
+    run(tmp_path, data=data, overwrite_output_dir=True)
+    assert f"{left}: left by a command that was killed" in caplog.text
+    assert (left / "train.json").exists()
+
+
+def test_hidden_folder_of_someone_else_is_not_taken_for_a_result(tmp_path, caplog):
+    data = str(write(tmp_path, [question(0)]))
+    foreign = tmp_path / f".out.{'3' * 32}.old"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    run(tmp_path, data=data)
+    assert (foreign / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset.hf", "train.json"]
 
 
 def test_failed_prepare_leaves_the_old_folder(tmp_path):

@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 
 import datasets
 import pytest
@@ -95,3 +97,48 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
         complete_folder(tmp_path / "file" / "out", "save_path"),
     ):
         raise AssertionError("not reached")
+
+
+def raise_in_block(folder, error):
+    with complete_folder(folder) as (temporary, _):
+        raise error(temporary)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda folder: OSError(errno.ENOSPC, "No space left on device"),
+        lambda folder: PermissionError(errno.EACCES, "Permission denied", str(folder / "a")),
+        lambda folder: PermissionError(errno.EACCES, "Permission denied", "elsewhere", None, str(folder / "a")),
+    ],
+)
+def test_error_of_writing_in_the_block_is_reported(tmp_path, error):
+    with pytest.raises(MolaError, match=r"`output_dir` cannot be written: .* Choose another folder"):
+        raise_in_block(tmp_path / "out", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_of_reading_in_the_block_is_not_one_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), complete_folder(tmp_path / "out"):
+        (tmp_path / "source.json").read_text()
+    with pytest.raises(OSError, match="stale") as caught, complete_folder(tmp_path / "out"):
+        raise OSError(errno.ESTALE, "stale file handle")
+    assert not isinstance(caught.value, MolaError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_result_stands_if_what_it_replaced_cannot_be_removed(tmp_path, monkeypatch, caplog):
+    out, remove = tmp_path / "out", shutil.rmtree
+    out.mkdir()
+    (out / "a").write_text("old")
+
+    def refuse(path, **options):
+        if path.suffix == ".old":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with complete_folder(out) as (folder, _):
+        (folder / "a").write_text("new")
+    assert (out / "a").read_text() == "new"
+    assert "is complete, but what it replaced could not be removed" in caplog.text

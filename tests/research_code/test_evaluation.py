@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig
 from mola.cli import main as mola_main
@@ -107,7 +108,8 @@ def test_own_file_wins_over_the_other_spelling(command, tmp_path):
         ({"number_experts": "2,2,2,2"}, ["`number_experts`", "2,2,2,2", "2,2,3,3"]),
         ({"top_k": "1"}, ["`top_k`", "1,1,1,1", "2,2,2,2"]),
         ({"lora_target_modules": "q_proj"}, ["`lora_target_modules`", "q_proj"]),
-        ({"number_experts": "2,2"}, ["num_experts", "2", "4"]),
+        ({"number_experts": "2,2"}, ["`number_experts`", "2", "4"]),
+        ({"number_experts": "[2,2,x,3]"}, ["`number_experts`", "x"]),
         ({"batch_size": 0}, ["`batch_size`", "0"]),
         ({"save_path": "."}, ["folder"]),
         ({"numbr_experts": "2"}, ["--numbr_experts", "--number_experts"]),
@@ -117,6 +119,21 @@ def test_wrong_flags_end_in_one_line(flags, parts, command, capsys):
     assert command(**flags) == 2
     line = error_line(SCRIPT, capsys)
     assert [part for part in parts if part not in line] == []
+
+
+@pytest.mark.parametrize("form", ["[2,2,3,3]", "(2, 2, 3, 3)"])
+def test_lists_in_brackets(form, command):
+    assert command(number_experts=form, top_k="[2,2,2,2]") == 0
+
+
+def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, tiny_model_dir, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    assert command(mola_weights="lora", top_k=2) == 2
+    line = error_line(SCRIPT, capsys)
+    assert [part for part in ("`top_k` (2)", "LORA", "Leave it out") if part not in line] == []
+    assert command(mola_weights="lora") == 0
 
 
 def test_existing_result_is_kept(command, capsys):
@@ -186,13 +203,15 @@ def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(gol
     assert read("result.json")["outputs"] == [sample["output"] for sample in read("by_hand.json")["samples"]]
 
 
-def test_adapter_of_the_research_code_is_converted_once(golden, monkeypatch, caplog, capsys):
+def test_adapter_of_the_research_code_is_converted_once(golden, monkeypatch, capsys):
     words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
     words += ["--dtype", "float32", "--max_new_tokens", 2]
-    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "one.json") == 0
-    assert "which top_k" in caplog.text
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "one.json") == 2
+    line = error_line(SCRIPT, capsys)
+    assert [part for part in ("`top_k`", "'case_a'", "--top_k", "2 was the default") if part not in line] == []
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "one.json", "--top_k", "2") == 0
     stamp = Path("case_a.mola/adapter_model.safetensors").stat().st_mtime_ns
-    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "two.json", "--top_k", 2) == 0
+    assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "two.json", "--top_k", "2,2,2,2") == 0
     assert Path("case_a.mola/adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "three.json", "--top_k", 1) == 2
     assert "case_a.mola" in error_line(SCRIPT, capsys)

@@ -5,13 +5,16 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from peft import PeftModel
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +23,11 @@ from mola.data.encode import encode_examples
 from mola.data.prepare import load_examples
 from mola.data.templates import get_template
 from mola.loading import load_tokenizer
-from mola.research_code.training import train_settings
+from mola.parsing import parse
+from mola.research_code.trackers import tracker_environment
+from mola.research_code.training import as_command, train_settings
 from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
+from mola.training.options import TrainOptions
 from tests.research_code.scripts import SEVEN, character_tokenizer, error_line, run_script, write_dataset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -263,7 +269,18 @@ def test_lists_in_any_form(form, command, tmp_path):
         ({"resume_from_checkpoint": "./step2_biology"}, ["`resume_from_checkpoint`", "./step2_biology"]),
         ({"learnig_rate": 1}, ["--learnig_rate", "--learning_rate"]),
         ({"warmup_steps": 100}, ["`warmup_steps`", "100"]),
-        ({"val_set_size": 13}, ["`validation_size`", "13"]),
+        ({"val_set_size": 13}, ["`val_set_size`", "13"]),
+        ({"val_set_size": 400}, ["`val_set_size`", "400", "13"]),
+        ({"val_set_size": 13, "warmup_steps": 0}, ["`validation_size`", "13"]),
+        ({"val_set_size": "nan"}, ["`val_set_size`", "nan"]),
+        ({"val_set_size": "inf"}, ["`val_set_size`", "inf"]),
+        ({"val_set_size": -1}, ["`val_set_size`", "-1"]),
+        ({"val_set_size": 1.5}, ["`val_set_size`", "1.5"]),
+        ({"num_epochs": "nan"}, ["`num_epochs`", "nan"]),
+        ({"num_epochs": "inf"}, ["`num_epochs`", "inf"]),
+        ({"num_epochs": 0}, ["`num_epochs`", "0"]),
+        ({"learning_rate": "nan"}, ["`learning_rate`", "nan"]),
+        ({"warmup_steps": "inf"}, ["`warmup_steps`", "inf"]),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, parts, command, capsys, tmp_path):
@@ -332,10 +349,66 @@ def test_no_tracker_unless_named(tmp_path, monkeypatch):
     assert train_settings(options)["report_to"] == "none"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     monkeypatch.setenv("WANDB_PROJECT", "from-the-environment")
-    settings = train_settings(dataclasses.replace(options, wandb_run_name="first", wandb_watch="gradients"))
+    options = dataclasses.replace(options, wandb_run_name="first", wandb_watch="gradients")
+    before = dict(os.environ)
+    settings = train_settings(options)
     assert (settings["report_to"], settings["run_name"]) == ("wandb", "first")
-    assert os.environ["WANDB_WATCH"] == "gradients"
-    monkeypatch.delenv("WANDB_WATCH")
+    assert tracker_environment(options) == {"WANDB_PROJECT": "from-the-environment", "WANDB_WATCH": "gradients"}
+    assert dict(os.environ) == before  # a function that makes settings changes nothing
+
+
+def test_variables_of_the_tracker_are_set_and_shown(command, monkeypatch, caplog):
+    """The package is not needed to see what the run would start with."""
+    seen = {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    # Registered, so that they are as before after the test.
+    monkeypatch.setenv("WANDB_PROJECT", "other")
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")
+
+    def start(settings):
+        seen.update(os.environ)
+        return 0
+
+    monkeypatch.setattr("mola.research_code.training.TrainOptions", dict)
+    monkeypatch.setattr("mola.research_code.training.train_main", start)
+    with caplog.at_level(logging.INFO, "mola"):
+        assert command(wandb_project="my project", wandb_log_model="checkpoint") == 0
+    assert (seen["WANDB_PROJECT"], seen["WANDB_LOG_MODEL"]) == ("my project", "checkpoint")
+    assert "The same as: WANDB_PROJECT='my project' WANDB_LOG_MODEL=checkpoint mola train " in caplog.text
+
+
+# ---------------------------------------------------------------------- the command shown
+
+
+@given(
+    learning_rate=st.floats(min_value=1e-30, max_value=1e30),
+    epochs=st.floats(min_value=1e-9, max_value=1e9),
+    path=st.text(st.characters(exclude_categories=("C",)), min_size=1),
+    flag=st.booleans(),
+)
+def test_command_shown_has_the_very_same_values(learning_rate, epochs, path, flag):
+    settings = {"learning_rate": learning_rate, "num_train_epochs": epochs, "data": path, "add_eos_token": flag}
+    words = shlex.split(as_command({**settings, "adapter": None}))
+    assert words[:2] == ["mola", "train"]
+    given_back = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
+    assert given_back.keys() == settings.keys()
+    assert float(given_back["learning_rate"]) == learning_rate
+    assert float(given_back["num_train_epochs"]) == epochs
+    assert given_back["data"] == path
+    assert given_back["add_eos_token"] == str(flag).lower()
+
+
+def test_command_shown_is_understood_by_mola_train(tmp_path, tiny_model_dir):
+    data = write_dataset(tmp_path / "data.hf", {"train": 4})
+    numbers = {"learning_rate": 1.23456789e-4, "num_epochs": 2.0, "lora_alpha": 16.0, "lora_dropout": 0.123456789}
+    options = ResearchTrainOptions(
+        base_model=str(tiny_model_dir), data_path=str(data), output_dir="a run", val_set_size=0.1234567, **numbers
+    )
+    settings = train_settings(options)
+    words = shlex.split(as_command(settings))[2:]
+    assert "--lora_alpha=16" in words
+    shown, meant = parse(TrainOptions, words, prog="mola train"), TrainOptions(**settings)
+    assert {name: getattr(shown, name) for name in settings} == {name: getattr(meant, name) for name in settings}
 
 
 # ---------------------------------------------------------------------- resume_from_checkpoint
@@ -378,6 +451,40 @@ def test_adapter_that_contradicts_a_list_is_refused(command, tmp_path, capsys):
     assert "2,2,3,3" in line
 
 
+@pytest.mark.parametrize("start", ["run", "run/checkpoint-3-copy", "other/../run"])
+def test_adapter_in_the_output_folder_is_refused_and_stays(start, command, tmp_path, capsys):
+    """Its experts would be removed, and there may be no other copy."""
+    assert command() == 0
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.move(tmp_path / "copy", tmp_path / "run" / "checkpoint-3-copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert command(resume_from_checkpoint=start, overwrite_output_dir=True) == 2
+    line = error_line(TRAIN, capsys)
+    assert [
+        part for part in ("`resume_from_checkpoint`", start, "`output_dir`", str(tmp_path)) if part not in line
+    ] == []
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_adapter_of_the_research_code_in_the_output_folder_is_refused(command, tmp_path, golden_base, capsys):
+    shutil.copytree(GOLDEN / "case_a", tmp_path / "run")
+    flags = {"base_model": golden_base, "resume_from_checkpoint": tmp_path / "run", "top_k": 2, "number_experts": None}
+    assert command(**flags, overwrite_output_dir=True) == 2
+    assert "`resume_from_checkpoint` must lie outside of `output_dir`" in error_line(TRAIN, capsys)
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+    assert not (tmp_path / "run.mola").exists()
+
+
+def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, tiny_model, capsys):
+    get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    capsys.readouterr()
+    assert command(resume_from_checkpoint=tmp_path / "lora", top_k=1) == 2
+    line = error_line(TRAIN, capsys)
+    assert [part for part in ("`number_experts` (2,2,3,3)", "`top_k` (1)", "LORA", "lora") if part not in line] == []
+
+
 def test_run_goes_on_from_its_checkpoint_to_the_same_weights(command, tmp_path):
     whole = {"num_epochs": 2, "save_steps": 2, "learning_rate": 1e-2}
     assert command(**whole, output_dir=tmp_path / "whole") == 0
@@ -392,7 +499,7 @@ def test_run_goes_on_from_its_checkpoint_to_the_same_weights(command, tmp_path):
     assert [entry["step"] for entry in log_entries(tmp_path / "cut") if "eval_loss" in entry][:3] == [2, 4, 6]
 
 
-def test_continued_run_goes_on_too(command, tmp_path):
+def test_continued_run_goes_on_too(command, tmp_path, capsys):
     """A run that started from an adapter is resumed with its checkpoint as the only thing to name."""
     assert command() == 0
     flags = {"output_dir": tmp_path / "next", "num_epochs": 2, "save_steps": 2}
@@ -400,6 +507,15 @@ def test_continued_run_goes_on_too(command, tmp_path):
     final = load_file(tmp_path / "next" / "adapter_model.safetensors")
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(tmp_path / "next" / name)
+    capsys.readouterr()
+    # Its lists are those of the adapter that it began with.
+    assert command(resume_from_checkpoint="last", **flags, number_experts="2,2,2,2") == 2
+    line = error_line(TRAIN, capsys)
+    assert [
+        part for part in ("`number_experts`", "2,2,2,2", "2,2,3,3", str(tmp_path / "run")) if part not in line
+    ] == []
+    assert command(resume_from_checkpoint=tmp_path / "next" / "checkpoint-2", **flags, lora_r=4) == 2
+    assert "`lora_r`" in error_line(TRAIN, capsys)
     assert command(resume_from_checkpoint="last", **flags) == 0
     again = load_file(tmp_path / "next" / "adapter_model.safetensors")
     assert all(torch.equal(final[name], again[name]) for name in final)
@@ -425,7 +541,7 @@ def golden_base(tmp_path):
     return folder
 
 
-def test_training_goes_on_from_an_adapter_of_the_research_code(command, tmp_path, golden_base, caplog):
+def test_training_goes_on_from_an_adapter_of_the_research_code(command, tmp_path, golden_base, capsys):
     source = tmp_path / "scienceqa_mola"
     shutil.copytree(GOLDEN / "case_a", source)
     flags = {
@@ -435,8 +551,11 @@ def test_training_goes_on_from_an_adapter_of_the_research_code(command, tmp_path
         "lora_r": "4,4,4,4",
         "learning_rate": 1e-20,
     }
-    assert command(**flags) == 0
-    assert "which top_k" in caplog.text  # not in the files, so the default is named
+    assert command(**flags) == 2  # a wrong top_k would run to the end
+    line = error_line(TRAIN, capsys)
+    assert [part for part in ("`top_k`", "scienceqa_mola", "--top_k", "2 was the default") if part not in line] == []
+    assert not (tmp_path / "scienceqa_mola.mola").exists()
+    assert command(**flags, top_k="2") == 0
     numbers = load_file(GOLDEN / "case_a" / "fixture.safetensors")
     base = AutoModelForCausalLM.from_pretrained(golden_base, dtype=torch.float32, attn_implementation="eager")
     model = PeftModel.from_pretrained(base, tmp_path / "run").eval()
@@ -444,5 +563,15 @@ def test_training_goes_on_from_an_adapter_of_the_research_code(command, tmp_path
         logits = model(input_ids=numbers["input_ids"], attention_mask=numbers["attention_mask"]).logits
     torch.testing.assert_close(logits, numbers["logits"], atol=2e-5, rtol=1e-4)
     # A second run uses the converted folder again; a changed top_k does not.
-    assert command(**flags, output_dir=tmp_path / "second") == 0
+    stamp = (tmp_path / "scienceqa_mola.mola" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert command(**flags, output_dir=tmp_path / "second", top_k="[2,2,2,2]") == 0
+    assert (tmp_path / "scienceqa_mola.mola" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert command(**flags, output_dir=tmp_path / "third", top_k="1") == 2
+    assert "`top_k` 1. Remove that folder" in error_line(TRAIN, capsys)
+
+
+@pytest.mark.parametrize("text", ["", "0", "two"])
+def test_number_of_processes_that_is_none_is_refused(text, command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    assert command() == 2
+    assert f"`WORLD_SIZE` must be the number of processes: got {text!r}" in error_line(TRAIN, capsys)

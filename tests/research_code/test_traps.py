@@ -1,10 +1,23 @@
-"""The table of traps in the documentation is complete, and its tests exist."""
+"""The table of traps in the documentation is complete, its tests exist, and some of its rows are shown here."""
 
 import ast
+import importlib.metadata
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from mola import TrainOptions
+from mola.data.encode import IGNORED, encode_examples
+from mola.data.tasks import load_task
+from mola.data.templates import get_template
+from mola.research_code.training import train_settings
+from mola.research_code.training_options import ResearchTrainOptions
+from mola.training.setup import adapter_config
+
+from .scripts import write_dataset
 
 try:
     import tomllib
@@ -13,22 +26,69 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "from-the-research-code.md"
-_ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| `(.+)` \|$", re.M)
+_ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|$", re.M)
+_TEST = r"`([\w/]+\.py)::(\w+)`"
+_TESTS = re.compile(rf"{_TEST}(, {_TEST})*")
+_NOT_TESTED = re.compile(r"not tested: \S.+")
 
 
 def rows():
     return [match.groups() for match in _ROW.finditer(PAGE.read_text(encoding="utf-8"))]
 
 
+def named_tests():
+    return sorted({test for *_, shown in rows() for test in re.findall(_TEST, shown)})
+
+
 def test_every_trap_has_a_row():
     assert [int(number) for number, *_ in rows()] == list(range(1, 75))
 
 
-@pytest.mark.parametrize(("number", "test"), [(number, test) for number, _, _, test in rows()])
-def test_the_test_of_a_trap_exists(number, test):
-    path, name = test.split("::")
+def test_every_row_names_tests_or_says_why_there_is_none():
+    wrong = [number for number, *_, shown in rows() if not (_TESTS.fullmatch(shown) or _NOT_TESTED.fullmatch(shown))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("path", "name"), named_tests())
+def test_the_test_of_a_trap_exists(path, name):
     tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
     assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field", "expected"),
+    [
+        ("number_experts", "3", "num_experts", "3"),
+        ("number_experts", "2,3,2,4", "num_experts", "2,3,2,4"),
+        ("lora_r", "12", "r", "12"),
+        ("lora_r", "[4,4,8,8]", "r", "4,4,8,8"),
+        ("top_k", "1", "top_k", "1"),
+        ("lora_target_modules", "q_proj", "target_modules", {"q_proj"}),
+        ("lora_alpha", 2.5, "lora_alpha", 2.5),
+    ],
+)
+def test_each_list_may_be_given_alone(flag, value, field, expected, tmp_path):
+    data = str(write_dataset(tmp_path / "data.hf", {"train": 12}))
+    plain, changed = (
+        adapter_config(TrainOptions(**train_settings(ResearchTrainOptions(data_path=data, **flags)), use_cpu=True))
+        for flags in ({}, {flag: value})
+    )
+    assert getattr(changed, field) == expected
+    differing = {name for name in vars(plain) if getattr(plain, name) != getattr(changed, name)}
+    assert differing == {field}
+
+
+def test_prompt_of_the_notebook_is_the_one_that_training_encodes(tiny_tokenizer):
+    cells = json.loads((ROOT / "notebooks" / "mola_inference.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (source,) = [source for source in sources if source.startswith("row = ")]
+    names = {"load_task": load_task, "get_template": get_template, "task_name": "scienceqa"}
+    exec(source, names)
+    task = names["task"]
+    encoded, _ = encode_examples([names["example"]], tiny_tokenizer, get_template(task.template), cutoff_len=1024)
+    (sample,) = encoded
+    masked = [token for token, label in zip(sample["input_ids"], sample["labels"], strict=True) if label == IGNORED]
+    assert tiny_tokenizer.decode(masked, skip_special_tokens=True) == names["prompt"]
 
 
 def test_licence_is_part_of_the_project():
@@ -37,8 +97,38 @@ def test_licence_is_part_of_the_project():
     assert all((ROOT / name).read_text(encoding="utf-8").strip() for name in project["license-files"])
 
 
-def test_requirements_are_ranges():
+def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [requirement for group in project["optional-dependencies"].values() for requirement in group]
-    pinned = [requirement for requirement in [*project["dependencies"], *extras] if "==" in requirement]
-    assert pinned == []
+    return project["dependencies"], extras
+
+
+def project_name(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_requirements_are_ranges():
+    needed, extras = requirements()
+    assert [requirement for requirement in [*needed, *extras] if "==" in requirement] == []
+    assert [requirement for requirement in needed if ">=" not in requirement] == []
+
+
+def test_every_import_is_a_requirement_and_no_library_is_shipped():
+    needed, extras = requirements()
+    known = {project_name(requirement) for requirement in [*needed, *extras]}
+    for requirement in needed:  # what a library always brings along is there too
+        brought = importlib.metadata.requires(project_name(requirement)) or []
+        known |= {project_name(other) for other in brought if "extra ==" not in other}
+    imported = set()
+    for path in (ROOT / "src" / "mola").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"mola"}
+    names = importlib.metadata.packages_distributions()
+    assert {"torch", "peft", "transformers"} <= others
+    missing = [name for name in others if not known & {project_name(found) for found in names.get(name, [name])}]
+    assert missing == []
+    assert [path.name for path in (ROOT / "src").iterdir() if (path / "__init__.py").is_file()] == ["mola"]

@@ -42,6 +42,18 @@ FAMILIES = {
         },
         3,
     ),
+    "falcon": (  # adds in place to what a linear returns
+        "FalconConfig",
+        {
+            **TOKENS,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "parallel_attn": True,
+        },
+        1,
+    ),
     "mixtral": ("MixtralConfig", {**SMALL, "num_local_experts": 2}, 4),
 }
 

@@ -1,6 +1,7 @@
 """The layer against a plain loop over experts, in values and gradients, and what it costs."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,13 +94,24 @@ def test_eval_is_deterministic_and_training_draws_dropout_and_jitter():
     assert not torch.equal(layer(x), layer(x))
 
 
-def test_autocast_keeps_the_output_dtype_and_routes_in_float32():
-    layer = make(dtype=torch.float32)
-    x = torch.randn(50, 16)
+@pytest.mark.parametrize("is_plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_keeps_the_output_dtype_and_routes_in_float32(dtype, is_plain):
+    """Logits are those of a float32 product to the last bit, in either way of computing the layer."""
+    noise = 1e-30 if is_plain else 0.0  # too little to change a number, but jitter takes the plain way
+    layer = make(dtype=dtype, router_jitter_noise=noise)
+    layer.base_layer.requires_grad_(False)
+    layer.router_losses = SimpleNamespace(collecting=True)  # what asks a layer to leave its logits behind
+    x = torch.randn(50, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(x)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), layer(x), atol=5e-2, rtol=5e-2)
+    logits = layer.router_outputs["default"].logits
+    expected = torch.nn.functional.linear(x.float(), layer.mola_router["default"])
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+    assert not torch.equal(logits, expected.bfloat16().float())
+    torch.testing.assert_close(output.float(), layer(x).float(), atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 2), (8, 2)])

@@ -109,6 +109,73 @@ def test_base_output_of_another_format_is_not_rounded():
     )
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["with_base", "base_apart"])
+@pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (3, 0, 8)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_empty_input(shape, fused, grad):
+    case = make(shape, 4, torch.float32, fused=fused)
+    with torch.set_grad_enabled(grad):
+        y, logits, _ = add_mixture(case[0], *case[1][:4], None, case[3])
+    assert y.shape == (*shape[:-1], 7)
+    assert logits.shape == (0, 4)
+    if grad:
+        y.sum().backward()
+        assert case[1][0].grad.shape == shape
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_input_in_another_order_of_dimensions(dropout):
+    base, leaves, kept, settings = make((4, 6, 8), 4, torch.float32, fused=True, dropout=dropout)
+    x = leaves[0].detach().transpose(0, 1)
+    kept = None if kept is None else kept.transpose(0, 1)
+    found = add_mixture(base, x, *leaves[1:4], kept, settings).output
+    expected = add_mixture(base, x.contiguous(), *leaves[1:4], kept, settings).output
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["with_base", "base_apart"])
+def test_output_may_be_changed_in_place(fused):
+    case = make((2, 3, 8), 4, torch.float32, fused=fused)
+    expected = torch.autograd.grad((add_mixture(case[0], *case[1][:4], None, case[3]).output * 2).sum(), case[1][0])
+    y = add_mixture(case[0], *case[1][:4], None, case[3]).output
+    y.mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), case[1][0]), expected)
+
+
+@pytest.mark.parametrize("tokens", [3, 63, 64, 500])
+def test_router_computes_in_float32_for_any_number_of_tokens(tokens):
+    """Also where the whole model was cast to bfloat16, the router with it."""
+    base, leaves, _, settings = make((tokens, 32), 8, torch.bfloat16, fused=True)
+    router = leaves[3].detach().bfloat16()
+    logits = add_mixture(base, *leaves[:3], router, None, settings).logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, leaves[0].float() @ router.float().t(), atol=1e-5, rtol=1e-5)
+
+
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_the_base_layer_are_called(hook):
+    model = get_peft_model(tiny_llama(), random_config())
+    layer = next(module for module in model.modules() if hasattr(module, "mola_A"))
+    called = []
+    getattr(layer.base_layer, f"register_{hook}")(lambda *arguments: called.append(hook))
+    x = torch.randn(1, 2, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert called == [hook]
+
+
+def test_hooks_for_all_modules_are_called():
+    model = get_peft_model(tiny_llama(), random_config())
+    layer = next(module for module in model.modules() if hasattr(module, "mola_A"))
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    layer(torch.randn(1, 2, layer.in_features))
+    handle.remove()
+    assert layer.base_layer in called
+
+
 @pytest.mark.parametrize("unused", range(4), ids=["x", "A", "B", "router"])
 def test_gradients_nobody_asks_for_are_not_made(unused):
     case = make((2, 3, 8), 4, torch.float32, fused=True)

@@ -190,6 +190,16 @@ def test_half_precision_base_keeps_routers_in_float32(base, inputs):
     assert logits(model, inputs).dtype == torch.bfloat16
 
 
+def test_every_attention_gives_the_same_logits(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    found = {}
+    for name in ("eager", "sdpa"):
+        model.base_model.model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        found[name] = logits(model, inputs)[inputs["attention_mask"].bool()]
+    torch.testing.assert_close(found["eager"], found["sdpa"], atol=1e-5, rtol=1e-5)
+
+
 def test_greedy_generation_with_and_without_cache(base, inputs):
     model = get_peft_model(clone(base), random_config()).eval()
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -332,6 +342,7 @@ def test_configuration_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     again = MolaConfig.from_pretrained(tmp_path)
     assert again.to_dict() == {**config.to_dict(), "peft_type": again.peft_type}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOLA"
 
 
 def test_experts_follow_the_layer_index(base):

@@ -7,8 +7,6 @@ continual.json      stages with their settings and fingerprints, R, OP, PD, vers
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,16 +15,17 @@ from typing import Any
 
 from mola.continual_learning.stages import Stage
 from mola.errors import MolaError
-from mola.files import check_writable
+from mola.files import check_writable, file_sha256
 from mola.training.run_folder import RUN_FILE, clear_run
 
 RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
+START_KEY = "start_adapter_sha256"  # in the record
 _ADAPTER_FILE = "adapter_model.safetensors"
+_START_FILES = (_ADAPTER_FILE, "adapter_model.bin")  # the start may come from elsewhere
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
-_CHUNK = 1 << 20
 
 
 def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
@@ -47,11 +46,18 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(entry["folder"], entry["settings"], entry["data_fingerprints"]) for entry in record["stages"]]
+        _check_entries(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(f"{str(path)!r} can not be read ({error}). Pass another `output_dir`.") from error
-    del entries
     return record
+
+
+def _check_entries(record: Mapping[str, Any]) -> None:
+    """Raise a KeyError or TypeError unless every stage has what is read of it later."""
+    for entry in record["stages"]:
+        mappings = (entry["settings"], entry["data_fingerprints"])
+        if not isinstance(entry["folder"], str) or not all(isinstance(value, dict) for value in mappings):
+            raise TypeError(f"`stages` has an entry of another form: {entry!r}")
 
 
 def is_empty(folder: Path) -> bool:
@@ -70,11 +76,14 @@ def is_finished(stage: Stage) -> bool:
 
 def adapter_sha256(stage: Stage) -> str:
     """Sha256 (hex) of a finished stage's weights."""
-    digest = hashlib.sha256()
-    with (stage.folder / _ADAPTER_FILE).open("rb") as file:
-        for chunk in iter(functools.partial(file.read, _CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(stage.folder / _ADAPTER_FILE)
+
+
+def start_sha256(adapter: str | None) -> str | None:
+    """Sha256 (hex) of the weights that the first stage starts from; None for new experts."""
+    if adapter is None:
+        return None
+    return file_sha256(next(path for name in _START_FILES if (path := Path(adapter) / name).is_file()))
 
 
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -121,6 +130,26 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
             )
 
 
+def check_same_start(record: Mapping[str, Any], first: Stage, start: str | None) -> None:
+    """Refuse to go on if the first stage was begun from other weights than those at its `adapter` now.
+
+    Raises:
+        MolaError: they were exchanged.
+    """
+    if START_KEY in record and record[START_KEY] != start and not is_empty(first.folder):
+        raise MolaError(
+            f"stage `{first.name}` was begun from other weights than those in `adapter`, {first.options.adapter!r}, "
+            f"now. Put them back, delete {str(first.folder)!r} and the later ones, or pass another `output_dir`."
+        )
+
+
+def clear_tests(folder: Path) -> None:
+    """Remove the results of tests, finished or not, in the folder of a stage or of the start; nothing else."""
+    for pattern in (f"*.json{_PARTIAL}", "[0-9][0-9]*-*.json", ".[0-9][0-9]*-*.tmp"):
+        for path in (folder / EVALUATION_FOLDER).glob(pattern):
+            path.unlink()
+
+
 def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
     parts = (("settings", stage.settings), ("data_fingerprints", stage.fingerprints))
     for part, new in parts:
@@ -147,9 +176,7 @@ def clear_sequence(folder: Path, record: Mapping[str, Any] | None) -> None:
         place = folder / name
         if not place.is_dir():
             continue
-        for pattern in (f"*.json{_PARTIAL}", "[0-9][0-9]*-*.json", ".[0-9][0-9]*-*.tmp"):
-            for path in (place / EVALUATION_FOLDER).glob(pattern):
-                path.unlink()
+        clear_tests(place)
         clear_run(place)
         for path in (place / "tokenizer.json", place / "tokenizer_config.json"):
             path.unlink(missing_ok=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mola.data.examples import check_columns
+from mola.data.hashing import hash_example, hash_text
 from mola.data.source import Source
 from mola.data.tasks import Task
-from mola.errors import MolaError
 
 _SHOWN_GROUPS = 20
 _REASONS = {
@@ -69,7 +67,7 @@ def find_candidates(source: Source, task: Task, columns: Collection[str], unique
         if not task.keeps(row):
             filtered += 1
             continue
-        _check_columns(row, number, task, source)
+        check_columns(row, number, task, source.path, strata=task.strata, columns=lambda: next(source.rows()))
         if task.blank_column(row) is not None:
             blank += 1
             continue
@@ -95,29 +93,6 @@ def find_candidates(source: Source, task: Task, columns: Collection[str], unique
         left_out={"filtered": filtered, "blank": blank, "duplicates": duplicates}
         | ({"repeated_ids": len(numbers) - duplicates - int(is_first.sum())} if unique_ids else {}),
     )
-
-
-def _check_columns(row: Mapping[str, Any], number: int, task: Task, source: Source) -> None:
-    missing = task.missing_columns(row)
-    if task.strata is not None and task.strata.column not in row:
-        missing.append(task.strata.column)
-    if missing:
-        raise MolaError(
-            f"`data` must have the columns {', '.join(task.columns)} for the task `{task.name}`"
-            f"{f', and `{task.strata.column}` to draw samples' if task.strata else ''}: row {number} of "
-            f"`{source.path}` has no `{missing[0]}`, the columns of the first row are "
-            f"{', '.join(next(source.rows()))}. Rename or add the column, or choose another task."
-        )
-
-
-def hash_text(text: str) -> int:
-    """Eight bytes for a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def hash_example(example: Mapping[str, Any]) -> int:
-    """Eight bytes for instruction, input and output together."""
-    return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
 
 
 def _is_first(values: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mola.errors import MolaError
 
+logger = logging.getLogger(__name__)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # raised without a file's name
+
 
 def check_output_folder(
     folder: Path, *, option: str, overwrite: bool, overwrite_option: str, writer: str, is_own: Callable[[Path], bool]
 ) -> None:
     """Refuse a folder that holds something, unless it is to be replaced and holds only what we wrote.
+
+    What a killed command left beside the folder is named in a warning; the result that it was about to replace is put
+    back first.
 
     Args:
         folder: where results will go.
@@ -27,6 +38,7 @@ def check_output_folder(
     Raises:
         MolaError: `folder` is a file, or is not empty and cannot be replaced.
     """
+    _restore_replaced(folder, is_own)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -45,6 +57,30 @@ def check_output_folder(
         )
 
 
+def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:
+    """Deal with the hidden folders of a `complete_folder` that was killed."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(tmp|scratch|old)")
+    left = sorted(path for path in folder.parent.glob(".*") if name.fullmatch(path.name) and path.is_dir())
+    replaced = [path for path in left if path.suffix == ".old" and is_own(path)]
+    if replaced and not os.path.lexists(folder):
+        newest = max(replaced, key=lambda path: path.stat().st_mtime)
+        try:
+            os.replace(newest, folder)
+        except OSError as error:
+            raise MolaError(
+                f"`{newest}` holds the result of `{folder}` from before a command that was killed, and cannot be "
+                f"renamed to it: {error}. Rename it, or delete it."
+            ) from error
+        left.remove(newest)
+        logger.warning("%s is back as it was: a command that was replacing it has been killed.", folder)
+    if left:
+        logger.warning(
+            "%s: left by a command that was killed, unless one is writing %s now. Delete them to free the space.",
+            ", ".join(str(path) for path in left),
+            folder,
+        )
+
+
 @contextmanager
 def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[Path, Path]]:
     """Write a folder under a temporary name; it takes its place when the block ends without an error.
@@ -57,28 +93,53 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
         The folder to fill, and a second one for scratch files that goes away in any case.
 
     Raises:
-        MolaError: the folder cannot be written.
+        MolaError: the folder cannot be written. Other errors of the block, also an OSError of a file elsewhere, pass.
     """
+    mark = uuid.uuid4().hex
     temporary, scratch, old = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{ending}") for ending in ("tmp", "scratch", "old")
+        folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("tmp", "scratch", "old")
     )
     try:
-        temporary.mkdir(parents=True)
-        scratch.mkdir()
-        yield temporary, scratch
-        if folder.exists():
-            # A folder with files cannot be renamed over; the old one goes only when the new one is there.
-            os.replace(folder, old)
-            try:
-                os.replace(temporary, folder)
-            except OSError:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    except OSError as error:
-        raise MolaError(f"`{option}` cannot be written: {error}. Choose another folder.") from error
+        with _write_errors(option):
+            temporary.mkdir(parents=True)
+            scratch.mkdir()
+        with _write_errors(option, within=(temporary, scratch)):
+            yield temporary, scratch
+        with _write_errors(option):
+            _put_in_place(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    # A folder with files cannot be renamed over; the old one goes only when the new one is there.
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("%s is complete, but what it replaced could not be removed from %s: %s.", folder, old, error)
+
+
+@contextmanager
+def _write_errors(option: str, within: tuple[Path, ...] = ()) -> Iterator[None]:
+    """Report errors of writing; with `within` only those of files in these folders, and of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if within and error.errno not in _NO_SPACE and not _is_about(error, within):
+            raise
+        raise MolaError(f"`{option}` cannot be written: {error}. Choose another folder.") from error
+
+
+def _is_about(error: OSError, folders: tuple[Path, ...]) -> bool:
+    names = [Path(os.path.abspath(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, Path))]
+    return any(name.is_relative_to(os.path.abspath(folder)) for name in names for folder in folders)

@@ -37,17 +37,21 @@ def source_splits(data: str) -> dict[str, Source]:
     return {name: Source(data, name) for name in split_names(data)} or {"train": Source(data)}
 
 
-def single_source(data: str) -> Source:
+def single_source(data: str, *, may_take_all: bool = True) -> Source:
     """The table that samples are drawn from: a file, the split `train`, or the only split.
+
+    Args:
+        data: see `source_splits`.
+        may_take_all: whether the command could also take all splits, without `num_samples`; for the message.
 
     Raises:
         MolaError: there are several files, or several splits without a `train`.
     """
     splits = source_splits(data)
     if "=" in data and len(splits) > 1 and all(source.split is None for source in splits.values()):
+        otherwise = ", or leave `num_samples` out to take the splits as they are" if may_take_all else ""
         raise MolaError(
-            f"`data` must be a single source to draw samples from: got the files {data!r}. Name one of them, or leave "
-            "`num_samples` out to take the splits as they are."
+            f"`data` must be a single source to draw samples from: got the files {data!r}. Name one of them{otherwise}."
         )
     if len(splits) > 1 and "train" not in splits:
         raise MolaError(

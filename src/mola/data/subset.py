@@ -6,7 +6,6 @@ source may be larger than memory.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mola.data.candidates import Candidates, find_candidates, hash_example, hash_text
+from mola.data.candidates import Candidates, find_candidates
+from mola.data.hashing import count_shared, hash_example, hash_instruction
 from mola.data.sampling import draw
 from mola.data.source import Source
 from mola.data.spool import Spool
@@ -112,7 +112,7 @@ def draw_subset(
         candidates=candidates,
         groups=_group_counts(candidates, dict(zip(sizes, drawn, strict=True))),
         num_groups=int(candidates.groups.max(initial=-1)) + 1,
-        shared_instructions=_count_shared([heads[part] for part in numbers.values()]),
+        shared_instructions=count_shared([heads[part] for part in numbers.values()]),
     )
 
 
@@ -137,8 +137,7 @@ def _fetch(
         if not example or hash_example(example) != text:
             break
         take(row, example)
-        instruction = example["instruction"]
-        heads.append(0 if instruction is None else hash_text(json.dumps([instruction, example["input"]])))
+        heads.append(hash_instruction(example))
         number, text = next(wanted, (-1, 0))
     if number >= 0:
         raise MolaError(
@@ -168,9 +167,3 @@ def _group_counts(candidates: Candidates, drawn: Mapping[str, NDArray[np.int64]]
         counts[name] = {"candidates": int((candidates.groups == group).sum())}
         counts[name] |= {split: int((candidates.groups[rows] == group).sum()) for split, rows in drawn.items()}
     return counts
-
-
-def _count_shared(splits: list[NDArray[np.uint64]]) -> int:
-    """Values other than 0 that occur in more than one split."""
-    values, counts = np.unique(np.concatenate([np.unique(part) for part in splits]), return_counts=True)
-    return int(((counts > 1) & (values != 0)).sum())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mola.data.output import complete_folder
+from mola.files import file_sha256
 
 if TYPE_CHECKING:
     from mola.data.spool import Spool
 
 DATASET_FOLDER = "dataset.hf"
+_FINGERPRINT_LENGTH = 16  # as Datasets makes them
 PROMPT_COLUMNS = ("input", "instruction", "output")  # written last, in this order
 
 
@@ -32,8 +33,11 @@ def merged_row(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, 
 
 def is_prepared_folder(folder: Path) -> bool:
     """Whether a folder holds what `mola prepare` writes, and nothing else."""
-    names = {entry.name for entry in folder.iterdir()}
-    return DATASET_FOLDER in names and all(name == DATASET_FOLDER or name.endswith(".json") for name in names)
+    try:
+        splits = json.loads((folder / DATASET_FOLDER / "dataset_dict.json").read_text("utf-8"))["splits"]
+        return {entry.name for entry in folder.iterdir()} <= {DATASET_FOLDER, *(f"{split}.json" for split in splits)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -> None:
@@ -100,15 +104,7 @@ def save_dataset(spool: Spool, numbers: Mapping[str, Iterable[int]], path: Path,
             for table in spool.tables(chosen):
                 stream.write_table(table)
         written = pyarrow.ipc.open_stream(pyarrow.memory_map(str(place))).read_all()
-        splits[split] = datasets.Dataset(written, fingerprint=_digest(place))
+        splits[split] = datasets.Dataset(written, fingerprint=file_sha256(place)[:_FINGERPRINT_LENGTH])
     # Without a file of its own an empty split could not be loaded again.
     shards = {split: None if len(dataset) else 1 for split, dataset in splits.items()}
     datasets.DatasetDict(splits).save_to_disk(str(path), num_shards=shards)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()[:16]

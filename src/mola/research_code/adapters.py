@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mola.checkpoints.formats import foreign_format
 from mola.convert import ConvertOptions, convert
 from mola.errors import MolaError
-from mola.files import atomic_write_json
+from mola.files import atomic_write_json, file_sha256
 from mola.loading import check_adapter
 from mola.options import names_between_commas
 from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
 
-DEFAULT_TOP_K = "2"
 _RECORD = "conversion.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -46,21 +46,28 @@ class Lists:
     lora_target_modules: str | None = None
 
 
-def is_research_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter of the research code: type LORA, ranks as a list."""
-    path = Path(folder) / "adapter_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("peft_type") == "LORA" and isinstance(settings.get("r"), list)
+def plain_list(numbers: str | None) -> str | None:
+    """A list without the brackets in which the research code lets it stand."""
+    return None if numbers is None else numbers.strip().strip("()[]")
+
+
+def process_count() -> int:
+    """Processes of this run, as their launcher says in `WORLD_SIZE`; 1 without one.
+
+    Raises:
+        MolaError: `WORLD_SIZE` is no number above 0.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise MolaError(f"`WORLD_SIZE` must be the number of processes: got {text!r}. Unset it to run one process.")
+    return int(text)
 
 
 def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code: bool = False) -> str:
     """Folder of an adapter of mola, which may be `folder` itself.
 
     An adapter of the research code is converted to `<folder>.mola`, once: as long as the source and
-    `top_k` stay the same the folder is used again.
+    `top_k` stay the same the folder is used again. Its files do not hold `top_k`, so `lists` must.
 
     Args:
         folder: the adapter.
@@ -72,27 +79,29 @@ def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code
         The folder to load.
 
     Raises:
-        MolaError: no adapter there, or it is not what the lists say.
+        MolaError: no adapter there, it is not what the lists say, or they lack the `top_k` that it needs.
     """
-    if is_research_adapter(folder):
-        folder = _converted(folder, base_model, lists.top_k, trust_remote_code)
+    published = _read(Path(folder) / "adapter_config.json")
+    if isinstance(published, dict) and foreign_format(published) == "published":
+        folder = _converted(folder, base_model, lists.top_k, len(published["r"]), trust_remote_code)
     settings = check_adapter(folder)
     if settings["peft_type"] == "MOLA":
         _check_lists(folder, settings, base_model, lists, trust_remote_code)
+    else:
+        _refuse_lists(folder, settings["peft_type"], lists)
     return folder
 
 
-def _converted(source: str, base_model: str, top_k: str | None, trust_remote_code: bool) -> str:
+def _converted(source: str, base_model: str, top_k: str | None, num_layers: int, trust_remote_code: bool) -> str:
     if top_k is None:
-        top_k = DEFAULT_TOP_K
-        logger.warning(
-            "%s does not say with which top_k it was trained; using %s, the default of this script. Another value "
-            "gives other outputs without an error: pass --top_k if it was another one.",
-            source,
-            top_k,
+        raise MolaError(
+            f"`top_k` must be given for an adapter of the research code: the files in {source!r} do not hold it, and a "
+            "wrong one gives other outputs without an error. Pass --top_k with the value of its training (2 was the "
+            "default)."
         )
     target = Path(f"{source.rstrip('/')}.mola")
-    record = {"source": _fingerprint(Path(source)), "top_k": top_k}
+    # Numbers, not the text: "2" and "2,2,2,2" are the same adapter.
+    record = {"source": _fingerprint(Path(source)), "top_k": resolve_per_layer(top_k, num_layers, "top_k")}
     if target.exists():
         if _read(target / _RECORD) == record:
             return str(target)
@@ -100,11 +109,11 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
             f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
             "convert by hand with `mola convert` and pass its output."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         raise MolaError(
             f"{source!r} is an adapter of the research code, which one process has to convert before several train: "
-            f"run `mola convert {source} --from published --base_model {base_model} --top_k {top_k} --output DIR` and "
-            "pass DIR."
+            f"run `mola convert {shlex.quote(source)} --from published --base_model {shlex.quote(base_model)} --top_k "
+            f"{top_k} --output DIR` and pass DIR."
         )
     report = convert(
         ConvertOptions(
@@ -127,15 +136,7 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
 
 def _fingerprint(folder: Path) -> dict[str, str]:
     files = [folder / name for name in ("adapter_config.json", *_WEIGHTS)]
-    return {file.name: _sha256(file) for file in files if file.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
 def _read(path: Path) -> Any:
@@ -143,6 +144,25 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _refuse_lists(folder: str, peft_type: str, lists: Lists) -> None:
+    """Only an adapter of mola has what the lists could be compared with."""
+    given = {name: value for name, value in asdict(lists).items() if value is not None}
+    if given:
+        flags = ", ".join(f"`{name}` ({value})" for name, value in given.items())
+        raise MolaError(
+            f"{flags} can be checked for an adapter of mola only: {folder!r} is of type {peft_type}. Leave "
+            f"{'it' if len(given) == 1 else 'them'} out: the adapter brings its own settings."
+        )
+
+
+def _resolved(notation: str, num_layers: int, flag: str, name: str) -> list[int]:
+    """One integer per layer; messages name the flag, which has another name than the setting."""
+    try:
+        return resolve_per_layer(notation, num_layers, name)
+    except MolaError as error:
+        raise MolaError(str(error).replace(f"`{name}`", f"`{flag}`")) from error
 
 
 def _check_lists(
@@ -163,7 +183,7 @@ def _check_lists(
     for flag, name in (("number_experts", "num_experts"), ("lora_r", "r"), ("top_k", "top_k")):
         notation = getattr(lists, flag)
         if notation is not None:
-            given[flag] = resolve_per_layer(notation, num_layers, name)
+            given[flag] = _resolved(notation, num_layers, flag, name)
     if "top_k" in given:
         given["top_k"] = effective_top_k(num_experts, given["top_k"])
     if lists.lora_alpha is not None:

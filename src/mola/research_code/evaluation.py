@@ -13,7 +13,7 @@ from mola.evaluate import EvaluateOptions
 from mola.evaluate import main as evaluate_main
 from mola.files import atomic_write_json, check_writable
 from mola.options import option
-from mola.research_code.adapters import Lists, usable_adapter
+from mola.research_code.adapters import Lists, plain_list, usable_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ class ResearchEvaluateOptions:
         None, "Experts per layer. The adapter says it itself; if given it must be the same."
     )
     top_k: str | None = option(
-        None, "Experts used per token. Adapters of the research code do not say it: default 2. For others as above."
+        None,
+        "Experts used per token. Needed for an adapter of the research code, whose files do not hold it: the value of "
+        "its training (2 was the default). For others as number_experts.",
     )
     lora_target_modules: str | None = option(None, "Adapted linears; as number_experts.")
     save_path: str = option("./results/mola_test_sciqa_seed_10.json", "Result file (JSON).")
@@ -71,8 +73,8 @@ def main(options: ResearchEvaluateOptions) -> int:
             f"`save_path` must be a new file: {options.save_path!r} exists. Pass another name or --overwrite."
         )
     lists = Lists(
-        number_experts=options.number_experts,
-        top_k=options.top_k,
+        number_experts=plain_list(options.number_experts),
+        top_k=plain_list(options.top_k),
         lora_target_modules=options.lora_target_modules,
     )
     adapter = usable_adapter(options.mola_weights, options.base_model, lists, options.trust_remote_code)

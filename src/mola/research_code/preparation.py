@@ -153,7 +153,7 @@ def prepare_instruction(options: InstructionOptions) -> Path:
 
     save_path = _check_save_path(options, _is_instruction_folder)
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
-    source = single_source(options.dataset)
+    source = single_source(options.dataset, may_take_all=False)
     with (
         complete_folder(save_path, "save_path") as (folder, scratch),
         Spool(scratch / "rows", PROMPT_COLUMNS, types={"output": pyarrow.string()}) as spool,

@@ -1,23 +1,24 @@
 """The research code's two training scripts: their flags, turned into the options of `mola train`.
 
-Flags keep their names, types and defaults. Where a flag did something else than it said, it does here what
+Flags keep their names and their effective defaults. Where a flag did something else than it said, it does here what
 it says; where a default could not work on every model or run, the log says what is used instead.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mola.data.prepare import load_examples
 from mola.errors import MolaError
-from mola.research_code.adapters import Lists, usable_adapter
+from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter
+from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (
     BALANCE_COEF,
     WARMUP_SHARE,
@@ -28,7 +29,7 @@ from mola.research_code.training_options import (
 )
 from mola.train import main as train_main
 from mola.training.options import TrainOptions
-from mola.training.run_folder import RUN_FILE, STATE_FILE
+from mola.training.run_folder import RUN_FILE, STATE_FILE, check_start_is_kept
 
 __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "as_command", "main", "train_settings"]
 
@@ -51,12 +52,14 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
     Raises:
         MolaError: flags that contradict each other, or that can not be done.
     """
+    _check_numbers(options)
+    accumulation = _accumulation(options)
     settings: dict[str, Any] = {
         "base_model": options.base_model,
         "data": options.data_path,
         "output_dir": options.output_dir,
         "per_device_train_batch_size": options.micro_batch_size,
-        "gradient_accumulation_steps": _accumulation(options),
+        "gradient_accumulation_steps": accumulation,
         "num_train_epochs": options.num_epochs,
         "learning_rate": options.learning_rate,
         "cutoff_len": options.cutoff_len,
@@ -83,8 +86,9 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
         }
     else:
         settings["eval_strategy"] = "no"
-    settings["warmup_steps"] = _warmup(options, settings["gradient_accumulation_steps"])
-    return settings | _trackers(options) | _experts(options)
+    settings |= tracker_settings(options) | _experts(options)
+    settings["warmup_steps"] = _warmup(options, accumulation)
+    return settings
 
 
 def main(options: SharedOptions) -> int:
@@ -102,21 +106,46 @@ def main(options: SharedOptions) -> int:
             "--dtype bfloat16 needs half the memory of float32."
         )
     settings = train_settings(options)
+    environment = tracker_environment(options)
     if os.environ.get("RANK", "0") == "0":
-        logger.info("The same as: %s", as_command(settings))
+        logger.info("The same as: %s", as_command(settings, environment))
+    os.environ.update(environment)
     return train_main(TrainOptions(**settings))
 
 
-def as_command(settings: dict[str, Any]) -> str:
-    """The `mola train` command with these options."""
+def as_command(settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
+    """The `mola train` command with these options, for a POSIX shell.
+
+    Args:
+        settings: options of `mola train`.
+        environment: variables to set for it.
+
+    Returns:
+        One line.
+    """
     flags = [f"--{name}={_flag_text(value)}" for name, value in settings.items() if value is not None]
-    return shlex.join(["mola", "train", *flags])
+    variables = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
+    return " ".join([*variables, shlex.join(["mola", "train", *flags])])
 
 
 def _flag_text(value: Any) -> str:
+    """As it can be read back without a loss."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value)
+
+
+def _check_numbers(options: SharedOptions) -> None:
+    """What is computed with before `TrainOptions` sees it."""
+    size, epochs = options.val_set_size, options.num_epochs
+    if not math.isfinite(size) or size < 0 or (size > 1 and size % 1):
+        raise MolaError(
+            f"`val_set_size` must be a number of samples or a share below 1: got {size}. Pass 0 for no evaluation."
+        )
+    if not math.isfinite(epochs) or epochs <= 0:
+        raise MolaError(f"`num_epochs` must be a number above 0: got {epochs}. Pass --num_epochs 1 for one pass.")
 
 
 def _accumulation(options: SharedOptions) -> int:
@@ -124,7 +153,7 @@ def _accumulation(options: SharedOptions) -> int:
     for name in ("batch_size", "micro_batch_size"):
         if getattr(options, name) < 1:
             raise MolaError(f"`{name}` must be at least 1: got {getattr(options, name)}.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     at_once = options.micro_batch_size * processes
     if options.batch_size % at_once:
         near = max(1, round(options.batch_size / at_once)) * at_once
@@ -140,11 +169,15 @@ def _warmup(options: SharedOptions, accumulation: int) -> float:
     """The research code's 100 steps, or less where they would be most of the run."""
     if options.warmup_steps is not None:
         return options.warmup_steps
-    rows = len(load_examples(options.data_path, None, "train"))
+    there = len(load_examples(options.data_path, None, "train"))
     size = options.val_set_size
-    rows -= math.ceil(rows * size) if size < 1 else int(size)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(math.ceil(rows / (options.micro_batch_size * processes)) / accumulation)
+    rows = there - (math.ceil(there * size) if size < 1 else int(size))
+    if rows < 1:
+        raise MolaError(
+            f"`val_set_size` must leave samples to train on: got {size:g}, {options.data_path!r} has {there}. "
+            "Pass a smaller number, or 0 for no evaluation."
+        )
+    per_epoch = math.ceil(math.ceil(rows / (options.micro_batch_size * process_count())) / accumulation)
     steps = math.ceil(options.num_epochs * per_epoch)
     warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
     if warmup < WARMUP_STEPS:
@@ -158,29 +191,6 @@ def _warmup(options: SharedOptions, accumulation: int) -> float:
     return warmup
 
 
-def _trackers(options: SharedOptions) -> dict[str, Any]:
-    """Weights & Biases if a project is named; without the package a warning, since the run does not need it."""
-    project = options.wandb_project or os.environ.get("WANDB_PROJECT", "")
-    others = {
-        name: getattr(options, name)
-        for name in ("wandb_run_name", "wandb_watch", "wandb_log_model")
-        if getattr(options, name)
-    }
-    if not project:
-        if others:
-            name = next(iter(others))
-            raise MolaError(f"`{name}` ({others[name]!r}) needs a `wandb_project`. Name one, or leave it out.")
-        return {"report_to": "none"}
-    if importlib.util.find_spec("wandb") is None:
-        logger.warning("`wandb_project` %s: the package wandb is not installed, nothing is reported there.", project)
-        return {"report_to": "none"}
-    os.environ["WANDB_PROJECT"] = project
-    for name in ("wandb_watch", "wandb_log_model"):
-        if name in others:
-            os.environ[name.upper()] = others[name]
-    return {"report_to": "wandb", "run_name": options.wandb_run_name or None}
-
-
 def _experts(options: SharedOptions) -> dict[str, Any]:
     """New experts, those of an adapter, or those of an interrupted run."""
     balance = {
@@ -192,14 +202,16 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
     if start.lower() not in _NONE:
         resume = _resumed_run(start, options)
         if not resume:
+            check_start_is_kept(start, options.output_dir, "resume_from_checkpoint")
             adapter = usable_adapter(start, options.base_model, _lists(options), options.trust_remote_code)
             return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
         if "adapter" in resume:
+            usable_adapter(resume["adapter"], options.base_model, _lists(options), options.trust_remote_code)
             return {"lora_dropout": options.lora_dropout, **balance, **resume}
     return {
-        "num_experts": _plain(options.number_experts),
-        "r": _plain(options.lora_r),
-        "top_k": _plain(options.top_k),
+        "num_experts": plain_list(options.number_experts),
+        "r": plain_list(options.lora_r),
+        "top_k": plain_list(options.top_k),
         "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "target_modules": options.lora_target_modules,
@@ -210,17 +222,12 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
 
 def _lists(options: SharedOptions) -> Lists:
     return Lists(
-        number_experts=_plain(options.number_experts),
-        top_k=_plain(options.top_k),
-        lora_r=_plain(options.lora_r),
+        number_experts=plain_list(options.number_experts),
+        top_k=plain_list(options.top_k),
+        lora_r=plain_list(options.lora_r),
         lora_alpha=options.lora_alpha,
         lora_target_modules=options.lora_target_modules,
     )
-
-
-def _plain(numbers: str | None) -> str | None:
-    """A list as the research code takes it may stand in brackets."""
-    return None if numbers is None else numbers.strip().strip("()[]")
 
 
 def _resumed_run(start: str, options: SharedOptions) -> dict[str, Any]:

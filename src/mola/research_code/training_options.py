@@ -1,4 +1,7 @@
-"""Flags of the research code's two training scripts: the same names, types and defaults."""
+"""Flags of the research code's two training scripts: the same names and the same effective defaults.
+
+None stands for the default that the help text names; so "not given" is known where an adapter brings its own value.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,20 @@ class SharedOptions:
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / lora_r. Default 16.")
     lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
     lora_target_modules: str | None = option(
-        None, "Names of the linears to adapt, between commas. Default: the seven of LLaMA."
+        None,
+        "Names of the linears to adapt, between commas. Default: the seven of LLaMA where they exist, else PEFT's "
+        "choice for the architecture.",
     )
     number_experts: str | None = option(
         None,
         "Experts per layer: one number, one per layer between commas, or digits over equal groups of layers. "
         "Default 2468: on 32 layers 8 times 2, 8 times 4, 8 times 6, 8 times 8.",
     )
-    top_k: str | None = option(None, "Experts used per token: one, or one per layer between commas. Default 2.")
+    top_k: str | None = option(
+        None,
+        "Experts used per token: one, or one per layer between commas. Default 2; needed to start from an adapter of "
+        "the research code, whose files do not hold it.",
+    )
     train_on_inputs: bool = option(True, "Train on the prompt's tokens as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
     group_by_length: bool = option(False, "Put samples of similar length into one batch.")

@@ -42,6 +42,24 @@ _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints")
 logger = logging.getLogger(__name__)
 
 
+def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter") -> None:
+    """Refuse to start from an adapter in the run folder: the run would remove or replace it.
+
+    Args:
+        adapter: folder of the adapter that the run starts from.
+        folder: the run folder.
+        option: the option that names the adapter.
+
+    Raises:
+        MolaError: the adapter's folder is the run folder, or lies in it.
+    """
+    if folder and Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
+        raise MolaError(
+            f"`{option}` must lie outside of `output_dir`: got {adapter!r} and {folder!r}, so the run would remove the "
+            "experts that it starts from. Pass another --output_dir."
+        )
+
+
 def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None) -> Path:
     """Refuse a folder that can not be written or that holds something else's files; deletes nothing.
 

@@ -40,6 +40,12 @@ class ExpertSettings:
         return self.lora_alpha / self.r
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when the module is called, or has replaced its forward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+
+
 class MolaLinear(nn.Module, BaseTunerLayer):
     r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
 
@@ -164,7 +170,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         base, device = self.base_layer, x.device.type
         if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
             return False
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        if _is_watched(base):
             return False
         if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != x.dtype):
             return False

@@ -60,7 +60,7 @@ def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     faster than a floating-point draw for each.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(keep_probability(x, p))
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep_probability(x, p))
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return (draws.view(torch.int16)[: x.numel()] >= round(p * _STEPS) - _STEPS // 2).view(x.shape)
 
@@ -101,13 +101,15 @@ def add_mixture(
     """
     result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
-    if torch.is_grad_enabled():
-        return Mixture(*_AddMixture.apply(*arguments))
-    return Mixture(*_forward(*arguments)[:3])
+    output, logits, expert_indices = (
+        _AddMixture.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[:3]
+    )
+    # Shaped out here: what a function returns as a view may not be changed in place, which some models do.
+    return Mixture(output.view(*x.shape[:-1], output.shape[-1]), logits, expert_indices)
 
 
 class _Forward(NamedTuple):
-    output: torch.Tensor
+    output: torch.Tensor  # (N, out)
     logits: torch.Tensor
     expert_indices: torch.Tensor
     inputs: torch.Tensor  # (N, in), in the format of the products
@@ -126,16 +128,15 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     weights = gates.mul_(settings.scaling)
     update = _gate(hidden, weights), experts_B.flatten(0, 1).to(settings.dtype)
     if weight is not None:
-        output = F.linear(inputs, weight, bias).addmm_(*update).view(*x.shape[:-1], -1)
-    elif result.dtype == settings.dtype:
-        output = torch.addmm(result.reshape(-1, result.shape[-1]), *update).view(result.shape)
+        output = F.linear(inputs, weight, bias).addmm_(*update)
     else:
-        output = result + (update[0] @ update[1]).view(result.shape)
+        rows = result.reshape(-1, result.shape[-1])
+        output = torch.addmm(rows, *update) if rows.dtype == settings.dtype else rows + update[0] @ update[1]
     return _Forward(output, logits, expert_indices, inputs, hidden, weights)
 
 
 def _dropped(inputs: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return inputs if kept is None else torch.where(kept.view(inputs.shape), inputs, 0.0)
+    return inputs if kept is None else torch.where(kept.reshape(inputs.shape), inputs, 0.0)
 
 
 def _gate(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -155,6 +156,7 @@ class _AddMixture(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(done.inputs, done.hidden, done.weights, weight, experts_A, experts_B, router, kept)
         ctx.settings, ctx.x_shape, ctx.x_dtype = settings, x.shape, x.dtype
+        ctx.result_shape = None if result is None else result.shape
         return done.output, done.logits, done.expert_indices
 
     @staticmethod
@@ -171,7 +173,7 @@ class _AddMixture(torch.autograd.Function):
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         grad_B = grad_hidden = grad_x = None
         if grad_output is not None:
-            rows = grad_output.reshape(-1, experts_B.shape[-1]).to(ctx.settings.dtype)
+            rows = grad_output.to(ctx.settings.dtype)
             grad_hidden, grad_chosen = _through_gates(rows, hidden, weights, experts_B, ctx.settings.scaling)
             grad_logits = grad_chosen if grad_logits is None else grad_chosen + grad_logits
             if wants_B:
@@ -192,7 +194,9 @@ class _AddMixture(torch.autograd.Function):
                 grad_x = _add_product(grad_x, grad_logits, router, None)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        grad_result = grad_output if weight is None else None
+        grad_result = None
+        if weight is None and grad_output is not None:
+            grad_result = grad_output.reshape(ctx.result_shape)
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
 
 

@@ -1,0 +1,172 @@
+"""Rows become examples in memory: `load_examples`, and the checks of columns and ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mola.data.read import read_rows
+from mola.data.tasks import StrataRule, Task, example_id
+from mola.data.write import columns_of
+from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_VALUES = 12  # in a message
+
+
+def load_examples(
+    path: str | Path,
+    task: Task | None,
+    split: str | None,
+    limit: int | None = None,
+    filters: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Examples of a data source, ready to be encoded or evaluated.
+
+    Rows that have `instruction` and `output` are taken as they are; others go through the task.
+
+    Args:
+        path: anything that `read_rows` reads.
+        task: how raw rows are turned into examples; None is enough for prepared rows.
+        split: split of a source that has several; also names the rows without an id.
+        limit: keep only the first rows, after all filters.
+        filters: column -> value, or list of values, that a row must have; on top of the task's own filters.
+
+    Returns:
+        Dicts with `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (both None if
+        unknown), and the task's group columns where the row has them.
+
+    Raises:
+        MolaError: a column is missing, a value does not fit, an id occurs twice, or no row is left.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
+    rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
+    if all("instruction" in row and "output" in row for _, row in rows):
+        examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
+    else:
+        examples = _from_raw(rows, path, task, split, limit)
+    check_ids((example["id"] for example in examples), str(path))
+    return examples
+
+
+_Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, which ids are made of
+
+
+def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
+    """Rows that have the wanted values; a column or a value that no row has is an error, not an empty result."""
+    for column, wanted in filters.items():
+        if not any(column in row for _, row in rows):
+            raise MolaError(
+                f"`filters` must name columns of the data: no row of `{path}` has `{column}`, its columns are "
+                f"{', '.join(columns_of([row for _, row in rows]))}. Correct the name."
+            )
+        values = wanted if isinstance(wanted, list) else [wanted]
+        kept = [(index, row) for index, row in rows if row.get(column) in values]
+        if not kept:
+            found = list(dict.fromkeys(repr(row.get(column)) for _, row in rows))
+            more = ", ..." if len(found) > _SHOWN_VALUES else ""
+            raise MolaError(
+                f"`filters` must leave rows: `{column}` is {wanted!r} in none of the {len(rows)} rows left of "
+                f"`{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of these."
+            )
+        rows = kept
+    return rows
+
+
+def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:
+    """Example from a row in the instruction / input / output form."""
+    row_id = example_id(row, index, split)
+    text = {"instruction": row["instruction"], "input": row.get("input"), "output": row["output"]}
+    for name, value in {**text, "answer": row.get("answer")}.items():
+        if not isinstance(value, str) and (value is not None or name == "output"):
+            raise MolaError(
+                f"row `{row_id}`: `{name}` must be text: got {value!r}. Correct it, or run `mola prepare` on "
+                "the raw data."
+            )
+    text["input"] = text["input"] or ""
+    num_choices = None
+    if task is not None and task.answer is not None and task.answer.choices:
+        choices = row.get(task.answer.choices)
+        num_choices = len(choices) if isinstance(choices, (list, tuple)) else None
+    groups = task.group_values(row) if task is not None else {}
+    return {"id": row_id, **text, "answer": row.get("answer"), "num_choices": num_choices, **groups}
+
+
+def _from_raw(
+    rows: _Rows, path: str | Path, task: Task | None, split: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    if task is None:
+        missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
+        raise MolaError(
+            f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
+            f"{', '.join(columns_of([row for _, row in rows]))}. Name the task, or prepare the data with "
+            "`mola prepare`."
+        )
+    kept = [(index, row) for index, row in rows if task.keeps(row)]
+    if len(kept) < len(rows):
+        dropped = len(rows) - len(kept)
+        logger.info("%s: filters of the task left out %d of %d rows", path, dropped, len(rows))
+    if not kept:
+        raise MolaError(
+            f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
+            f"`{path}`. Choose another source or split."
+        )
+    for index, row in kept:
+        check_columns(row, index, task, str(path))
+    return [task.example(row, index, split) for index, row in kept[:limit]]
+
+
+def check_columns(
+    row: Mapping[str, Any],
+    number: int,
+    task: Task,
+    source: str,
+    *,
+    strata: StrataRule | None = None,
+    columns: Callable[[], Iterable[str]] | None = None,
+) -> None:
+    """Refuse a row that lacks a column.
+
+    Args:
+        row: a row that the task keeps.
+        number: its position in the source.
+        task: says which columns are needed.
+        source: where it comes from, for the message.
+        strata: how samples are drawn; its column is needed too.
+        columns: names of the first row's columns, where `row` holds a part of its own.
+
+    Raises:
+        MolaError: a column is missing.
+    """
+    missing = task.missing_columns(row)
+    if strata is not None and strata.column not in row:
+        missing.append(strata.column)
+    if not missing:
+        return
+    more = "" if strata is None else f", and `{strata.column}` to draw samples"
+    found = "its columns" if columns is None else "the columns of the first row"
+    raise MolaError(
+        f"`data` must have the columns {', '.join(task.columns)} for the task `{task.name}`{more}: row {number} of "
+        f"`{source}` has no `{missing[0]}`, {found} are {', '.join(row if columns is None else columns())}. Rename or "
+        "add the column, or choose another task."
+    )
+
+
+def check_ids(ids: Iterable[str], source: str) -> None:
+    """Refuse an id that occurs twice.
+
+    Raises:
+        MolaError: the message names the id.
+    """
+    seen: set[str] = set()
+    for row_id in ids:
+        if row_id in seen:
+            raise MolaError(
+                f"`id` must be different in every row: `{row_id}` occurs twice in `{source}`. Correct the "
+                "ids, or drop the column to have ids made from the row's position."
+            )
+        seen.add(row_id)

@@ -1,0 +1,33 @@
+"""Eight bytes for a text, an example or its instruction: enough to find equal ones among millions of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def hash_text(text: str) -> int:
+    """Eight bytes for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def hash_example(example: Mapping[str, Any]) -> int:
+    """Eight bytes for instruction, input and output together."""
+    return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
+
+
+def hash_instruction(example: Mapping[str, Any]) -> int:
+    """Eight bytes for instruction and input together; 0 without an instruction."""
+    instruction = example["instruction"]
+    return 0 if instruction is None else hash_text(json.dumps([instruction, example["input"]]))
+
+
+def count_shared(splits: Iterable[NDArray[np.uint64]]) -> int:
+    """Values other than 0 that occur in more than one split."""
+    values, counts = np.unique(np.concatenate([np.unique(part) for part in splits]), return_counts=True)
+    return int(((counts > 1) & (values != 0)).sum())
