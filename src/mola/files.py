@@ -2,6 +2,7 @@
 
 - `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
 - `check_writable`: fail before the long work, not after it.
+- `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
 """
 
@@ -64,6 +65,15 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | Non
     """
     text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
     return atomic_write_text(path, text + "\n")
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object; empty if there is no readable one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mola.continual_learning.stages import Stage
 from mola.errors import MolaError
-from mola.files import check_writable, file_sha256
+from mola.files import check_writable, file_sha256, read_json_object
 from mola.training.run_folder import RUN_FILE, clear_run
 
 RECORD_FILE = "continual.json"
@@ -67,10 +67,7 @@ def is_empty(folder: Path) -> bool:
 
 def is_finished(stage: Stage) -> bool:
     """Whether the stage's training has ended and its adapter is there."""
-    try:
-        status = json.loads((stage.folder / RUN_FILE).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    status = read_json_object(stage.folder / RUN_FILE).get("status")
     return status == "finished" and (stage.folder / _ADAPTER_FILE).is_file()
 
 

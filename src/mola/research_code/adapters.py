@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 from mola.checkpoints.formats import foreign_format
 from mola.convert import ConvertOptions, convert
 from mola.errors import MolaError
-from mola.files import atomic_write_json, file_sha256
+from mola.files import atomic_write_json, file_sha256, read_json_object
 from mola.loading import check_adapter
 from mola.options import names_between_commas
 from mola.skeleton import count_decoder_layers, model_on_meta
@@ -81,8 +80,8 @@ def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code
     Raises:
         MolaError: no adapter there, it is not what the lists say, or they lack the `top_k` that it needs.
     """
-    published = _read(Path(folder) / "adapter_config.json")
-    if isinstance(published, dict) and foreign_format(published) == "published":
+    published = read_json_object(Path(folder) / "adapter_config.json")
+    if foreign_format(published) == "published":
         folder = _converted(folder, base_model, lists.top_k, len(published["r"]), trust_remote_code)
     settings = check_adapter(folder)
     if settings["peft_type"] == "MOLA":
@@ -103,7 +102,7 @@ def _converted(source: str, base_model: str, top_k: str | None, num_layers: int,
     # Numbers, not the text: "2" and "2,2,2,2" are the same adapter.
     record = {"source": _fingerprint(Path(source)), "top_k": resolve_per_layer(top_k, num_layers, "top_k")}
     if target.exists():
-        if _read(target / _RECORD) == record:
+        if read_json_object(target / _RECORD) == record:
             return str(target)
         raise MolaError(
             f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
@@ -137,13 +136,6 @@ def _converted(source: str, base_model: str, top_k: str | None, num_layers: int,
 def _fingerprint(folder: Path) -> dict[str, str]:
     files = [folder / name for name in ("adapter_config.json", *_WEIGHTS)]
     return {file.name: file_sha256(file) for file in files if file.is_file()}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _refuse_lists(folder: str, peft_type: str, lists: Lists) -> None:

@@ -6,7 +6,6 @@ it says; where a default could not work on every model or run, the log says what
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from mola.data.prepare import load_examples
 from mola.errors import MolaError
+from mola.files import read_json_object
 from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter
 from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (
@@ -252,9 +252,6 @@ def _resumed_run(start: str, options: SharedOptions) -> dict[str, Any]:
 
 def _adapter_of_run(folder: Path) -> dict[str, Any]:
     """The adapter that the run in `folder` started from, if it did."""
-    try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        adapter = record["settings"].get("adapter")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    settings = read_json_object(folder / RUN_FILE).get("settings")
+    adapter = settings.get("adapter") if isinstance(settings, dict) else None
     return {"adapter": adapter} if adapter else {}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files import atomic_write_json, check_writable
+from mola.files import atomic_write_json, check_writable, read_json_object
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -200,7 +200,7 @@ def _problem(path: Path) -> str:
     """
     if not path.is_dir():
         return "does not exist"
-    if _read_json(path.parent / RUN_FILE).get("status") == _CLEARING:
+    if read_json_object(path.parent / RUN_FILE).get("status") == _CLEARING:
         return "belongs to a run that was being replaced when the command was killed"
     for name in (*_ADAPTER_FILES, STATE_FILE):
         if not (path / name).is_file():
@@ -223,7 +223,7 @@ def _has(folder: Path, pattern: str) -> bool:
 
 def _broken_file(path: Path) -> str:
     """What is cut off; the contents of complete files are not read."""
-    if not isinstance(_read_json(path / STATE_FILE).get("global_step"), int):
+    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
     try:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
@@ -233,15 +233,6 @@ def _broken_file(path: Path) -> str:
     # torch.save writes zip files, whose directory is at their end.
     broken = [file.name for file in sorted(path.glob("*.pt*")) if file.is_file() and not zipfile.is_zipfile(file)]
     return f"has a broken {broken[0]}" if broken else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no readable one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -260,7 +251,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
         MolaError: something that a resumed run must share is different.
     """
     _warn_of_other_random_numbers(checkpoint, record.get("processes", 1))
-    before = _read_json(checkpoint.parent / RUN_FILE)
+    before = read_json_object(checkpoint.parent / RUN_FILE)
     if not before:
         logger.warning("There is no readable %s beside %s: can not tell if data are the same.", RUN_FILE, checkpoint)
         return
@@ -295,7 +286,7 @@ def check_best_checkpoint(checkpoint: Path) -> None:
     Raises:
         MolaError: its folder or its weights are missing.
     """
-    best = best_checkpoint(_read_json(checkpoint / STATE_FILE), checkpoint.parent)
+    best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
     if best is not None and any(not (best / name).is_file() for name in _ADAPTER_FILES):
         raise MolaError(
             f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
