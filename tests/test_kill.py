@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mola.cli import main
 from mola.errors import MolaError
-from mola.training.run_folder import find_checkpoint
+from mola.training.checkpoints import find_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="file operations are followed through /proc, which Linux has"

@@ -50,7 +50,7 @@ from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, evaluate
 from mola.files import atomic_write_json
 from mola.train import train
-from mola.training.run_folder import find_checkpoint
+from mola.training.checkpoints import find_checkpoint
 
 __all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
 

@@ -22,19 +22,15 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from mola.environment import machine_description, software_versions
 from mola.files import atomic_write_json
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
-from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.run_folder import (
-    METRICS_FILE,
+from mola.training.checkpoints import (
     RUN_FILE,
     check_best_checkpoint,
-    check_output_dir,
     check_same_run,
-    check_start_is_kept,
     checkpoint_step,
     find_checkpoint,
-    save_result,
-    start_run,
 )
+from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
     TrainingData,
     build_model,

@@ -16,7 +16,8 @@ from typing import Any
 from mola.continual_learning.stages import Stage
 from mola.errors import MolaError
 from mola.files import check_writable, file_sha256, read_json_object
-from mola.training.run_folder import RUN_FILE, clear_run
+from mola.training.checkpoints import RUN_FILE
+from mola.training.run_folder import clear_run
 
 RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"

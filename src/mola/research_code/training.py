@@ -28,8 +28,9 @@ from mola.research_code.training_options import (
     SharedOptions,
 )
 from mola.train import main as train_main
+from mola.training.checkpoints import RUN_FILE, STATE_FILE
 from mola.training.options import TrainOptions
-from mola.training.run_folder import RUN_FILE, STATE_FILE, check_start_is_kept
+from mola.training.run_folder import check_start_is_kept
 
 __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "as_command", "main", "train_settings"]
 

@@ -1,0 +1,194 @@
+"""The checkpoints of a run folder: which there are, which are complete, which one a run can go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mola.errors import MolaError
+from mola.files import read_json_object
+
+RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"
+CLEARING = "clearing"  # status in run.json while an earlier run is being removed
+_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", _WEIGHTS_FILE)
+_SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints")
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoint folders, complete or not, newest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_in_name(path) >= 0]
+    return sorted(found, key=step_in_name, reverse=True)
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        folder: the run folder.
+        resume: None or empty: start anew; "last" or "true": the newest complete checkpoint of
+            `folder`; else the path of a checkpoint.
+
+    Raises:
+        MolaError: there is no such checkpoint, or it is incomplete.
+    """
+    if resume is None or not asks_to_resume(resume):
+        return None
+    if not asks_for_last(resume):
+        path = Path(resume)
+        problem = _problem(path)
+        if problem:
+            raise MolaError(
+                f"`resume_from_checkpoint` must be a checkpoint folder of a run: {resume!r} {problem}. "
+                "Pass DIR/checkpoint-N, or 'last' for the newest one in --output_dir."
+            )
+        return path
+    for path in checkpoints_in(folder):
+        problem = _problem(path)
+        if not problem:
+            return path
+        logger.warning("Skipping %s, which %s.", path, problem)
+    raise MolaError(
+        f"`resume_from_checkpoint` is 'last', but {str(folder)!r} holds no complete checkpoint. "
+        "To start from the beginning leave the option out and, if the folder is not empty, pass --overwrite_output_dir."
+    )
+
+
+def asks_to_resume(resume: str | None) -> bool:
+    """Whether the option asks to go on with a run."""
+    return resume is not None and resume.strip().lower() not in ("", "false", "no", "none")
+
+
+def asks_for_last(resume: str | None) -> bool:
+    """Whether it means the newest checkpoint of the run folder."""
+    return resume is not None and resume.strip().lower() in ("last", "true")
+
+
+def is_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of the run in `folder`."""
+    return checkpoint.resolve().parent == folder.resolve()
+
+
+def step_in_name(path: Path) -> int:
+    """N of `checkpoint-N`; -1 for another name."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _problem(path: Path) -> str:
+    """Why a checkpoint can not be used; empty if it can.
+
+    The trainer writes its state file last, but deletes an old checkpoint in any order: every file is looked for.
+    """
+    if not path.is_dir():
+        return "does not exist"
+    if read_json_object(path.parent / RUN_FILE).get("status") == CLEARING:
+        return "belongs to a run that was being replaced when the command was killed"
+    for name in (*ADAPTER_FILES, STATE_FILE):
+        if not (path / name).is_file():
+            return f"has no {name}"
+    # optimizer.pt, or the names of FSDP and DeepSpeed.
+    if not _has(path, "optimizer*") and not _has(path, "global_step*"):
+        return "has no optimiser state (`save_only_model` leaves it out)"
+    if not _has(path, "scheduler.pt") and not _has(path, "global_step*"):
+        return "has no scheduler.pt"
+    if not _has(path, "scaler.pt") and _has(path.parent, f"{PREFIX_CHECKPOINT_DIR}-*/scaler.pt"):
+        return "has no scaler.pt, as others of its run have"
+    if not _has(path, "rng_state*.pth"):
+        return "has no random state"
+    return _broken_file(path)
+
+
+def _has(folder: Path, pattern: str) -> bool:
+    return next(folder.glob(pattern), None) is not None
+
+
+def _broken_file(path: Path) -> str:
+    """What is cut off; the contents of complete files are not read."""
+    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
+        return f"has a broken {STATE_FILE}"
+    try:
+        with safe_open(path / _WEIGHTS_FILE, "pt"):
+            pass
+    except (OSError, SafetensorError):
+        return f"has a broken {_WEIGHTS_FILE}"
+    # torch.save writes zip files, whose directory is at their end.
+    broken = [file.name for file in sorted(path.glob("*.pt*")) if file.is_file() and not zipfile.is_zipfile(file)]
+    return f"has a broken {broken[0]}" if broken else ""
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimiser steps done when a checkpoint was written."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+
+
+def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with another adapter or other data than the run began with.
+
+    Args:
+        checkpoint: checkpoint of a run; the run's own record lies beside it.
+        record: what the new part of the run would write.
+
+    Raises:
+        MolaError: something that a resumed run must share is different.
+    """
+    _warn_of_other_random_numbers(checkpoint, record.get("processes", 1))
+    before = read_json_object(checkpoint.parent / RUN_FILE)
+    if not before:
+        logger.warning("There is no readable %s beside %s: can not tell if data are the same.", RUN_FILE, checkpoint)
+        return
+    pairs = [(name, (before.get(name) or {}), (record.get(name) or {})) for name in _SAME_WHEN_RESUMED]
+    for name, old, new in pairs:
+        different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if different:
+            key = different[0]
+            raise MolaError(
+                f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({name.replace('_', ' ')}) differs: "
+                f"{old.get(key)!r} in {checkpoint.parent}, now {new.get(key)!r}. Use the same options and data, or "
+                "start a new run with --adapter."
+            )
+
+
+def _warn_of_other_random_numbers(checkpoint: Path, processes: int) -> None:
+    """Each process has a file of its own; the trainer goes on without one."""
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+    missing = [name for name in names if not (checkpoint / name).is_file()]
+    if missing:
+        logger.warning(
+            "%s has no %s: written by another number of processes, or cut short. The run goes on with other random "
+            "numbers than it would have had.",
+            checkpoint,
+            ", ".join(missing),
+        )
+
+
+def check_best_checkpoint(checkpoint: Path) -> None:
+    """Refuse to go on if the best checkpoint so far is gone: the run may have to end with its weights.
+
+    Raises:
+        MolaError: its folder or its weights are missing.
+    """
+    best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
+    if best is not None and any(not (best / name).is_file() for name in ADAPTER_FILES):
+        raise MolaError(
+            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
+            "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."
+        )
+
+
+def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
+    """The best checkpoint so far by a trainer's state: where it was written, or in `folder`, if that was moved."""
+    recorded = state.get("best_model_checkpoint")
+    if not recorded:
+        return None
+    return Path(recorded) if Path(recorded).is_dir() else folder / Path(recorded).name
