@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -293,7 +294,9 @@ def stack(features):
 def ddp_worker(rank, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
     keep = KeepGradients()
     options = training_arguments(folder, gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
     trainer = Trainer(
@@ -305,6 +308,7 @@ def ddp_worker(rank, folder):
     trainer.train()
     if rank == 0:
         torch.save({name.removeprefix("module."): g for name, g in keep.steps[0].items()}, f"{folder}/gradients.pt")
+    dist.barrier()  # or one may wait for ever for the other, which has gone
     dist.destroy_process_group()
 
 

@@ -217,7 +217,8 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             kept,
             MixtureSettings(self.top_k[adapter_name], scaling, dtype),
         )
-        self._leave_behind(adapter_name, logits, expert_indices)
+        if self._collects:  # asked here too: transposing what nobody wants takes time
+            self._leave_behind(adapter_name, logits.t(), expert_indices.t())
         return output
 
     def _add_plain(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -244,8 +245,12 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         self._leave_behind(adapter_name, logits, routing.expert_indices)
         return routing
 
+    @property
+    def _collects(self) -> bool:
+        return self.training and self.router_losses is not None and self.router_losses.collecting
+
     def _leave_behind(self, adapter_name: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> None:
-        if self.training and self.router_losses is not None and self.router_losses.collecting:
+        if self._collects:
             # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
             self.router_outputs[adapter_name] = RouterOutput(logits, expert_indices)
 

@@ -1,6 +1,8 @@
 """The update of a mixture of experts, with its backward pass written out.
 
 - All experts at once: A is one `(E*r, in)` matrix, B one `(E*r, out)`; gates act between them, in rank space.
+- Tensors of rank size have tokens last: operators over experts then run along memory, and the router's thin product
+  is twice as fast.
 - Kept for the backward pass: the input, which other linears that read it keep too, and tensors of rank size.
 - The update is added to the base output by the product itself; no tensor of output size is made for it.
 """
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mola.errors import MolaError
-from mola.tuner.routing import choose_gates, router_logits
+from mola.tuner.routing import choose_gates, logits_by_expert
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
 
@@ -44,8 +46,8 @@ class Mixture(NamedTuple):
 
     Attributes:
         output: base output plus update, `(..., out)`.
-        logits: router logits, float32 `(N, E)`, with gradient.
-        expert_indices: chosen experts, `(N, top_k)`, in any order.
+        logits: router logits, float32 `(E, N)`, with gradient.
+        expert_indices: chosen experts, `(top_k, N)`, in any order.
     """
 
     output: torch.Tensor
@@ -101,48 +103,46 @@ def add_mixture(
     """
     result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
-    output, logits, expert_indices = (
-        _AddMixture.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[:3]
-    )
-    # Shaped out here: what a function returns as a view may not be changed in place, which some models do.
-    return Mixture(output.view(*x.shape[:-1], output.shape[-1]), logits, expert_indices)
+    return Mixture(*(_AddMixture.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[:3]))
 
 
 class _Forward(NamedTuple):
-    output: torch.Tensor  # (N, out)
-    logits: torch.Tensor
+    output: torch.Tensor  # (..., out); not a view, for some models change it in place
+    logits: torch.Tensor  # (E, N)
     expert_indices: torch.Tensor
-    inputs: torch.Tensor  # (N, in), in the format of the products
-    hidden: torch.Tensor  # (N, E*r), before the gates
-    weights: torch.Tensor  # gates times scaling, float32 (N, E)
+    inputs: torch.Tensor  # (..., in), in the format of the products
+    gated: torch.Tensor  # (E*r, N): what A gives, times gates and scaling
+    weights: torch.Tensor  # gates times scaling, float32 (E, N)
 
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
-    tokens = x.reshape(-1, x.shape[-1])
-    inputs = tokens.to(settings.dtype)
-    matrix_A = experts_A.flatten(0, 1).to(settings.dtype)
-    # Not one product for both: the few rows of the router beside those of A measured slower than two products.
-    hidden = F.linear(_dropped(inputs, kept), matrix_A)
-    logits = router_logits(tokens, router)
+    inputs = x.to(settings.dtype)
+    logits = logits_by_expert(_rows(x), router)
     gates, expert_indices = choose_gates(logits, settings.top_k)
     weights = gates.mul_(settings.scaling)
-    update = _gate(hidden, weights), experts_B.flatten(0, 1).to(settings.dtype)
+    gated = experts_A.flatten(0, 1).to(settings.dtype) @ _dropped(_rows(inputs), kept).t()
+    gated.view(*experts_A.shape[:2], -1).mul_(weights.to(settings.dtype).unsqueeze(1))
     if weight is not None:
-        output = F.linear(inputs, weight, bias).addmm_(*update)
+        output = F.linear(inputs, weight, bias)
     else:
-        rows = result.reshape(-1, result.shape[-1])
-        output = torch.addmm(rows, *update) if rows.dtype == settings.dtype else rows + update[0] @ update[1]
-    return _Forward(output, logits, expert_indices, inputs, hidden, weights)
+        dtype = torch.promote_types(result.dtype, settings.dtype)
+        output = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    update = gated.t(), experts_B.flatten(0, 1).to(settings.dtype)
+    rows = output.view(-1, output.shape[-1])
+    if rows.dtype == settings.dtype:
+        rows.addmm_(*update)
+    else:
+        rows.add_(torch.mm(*update))
+    return _Forward(output, logits, expert_indices, inputs, gated, weights)
 
 
-def _dropped(inputs: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return inputs if kept is None else torch.where(kept.reshape(inputs.shape), inputs, 0.0)
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`(..., features)` as `(N, features)`."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _gate(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Every expert's part of `hidden: (N, E*r)` times its weight."""
-    per_expert = hidden.unflatten(1, (weights.shape[1], -1))
-    return (per_expert * weights.to(hidden.dtype).unsqueeze(-1)).flatten(1)
+def _dropped(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return rows if kept is None else torch.where(kept.reshape(rows.shape), rows, 0.0)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -154,64 +154,72 @@ class _AddMixture(torch.autograd.Function):
         done = _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings)
         ctx.mark_non_differentiable(done.expert_indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(done.inputs, done.hidden, done.weights, weight, experts_A, experts_B, router, kept)
-        ctx.settings, ctx.x_shape, ctx.x_dtype = settings, x.shape, x.dtype
-        ctx.result_shape = None if result is None else result.shape
+        ctx.save_for_backward(done.inputs, done.gated, done.weights, weight, experts_A, experts_B, router, kept)
+        ctx.settings, ctx.x_dtype, ctx.result_dtype = settings, x.dtype, None if result is None else result.dtype
         return done.output, done.logits, done.expert_indices
 
     @staticmethod
     def backward(ctx, grad_output, grad_logits, _):
-        """With `t = dy B^T`, weights `w = scaling * g` and per expert `u = <t, h>`:
+        """With `t = B dy`, weights `w = scaling * g`, `a_e = w_e h_e` and per expert `v_e = <t_e, a_e>`:
 
-        dh = w t,   dB = (w h)^T dy,   dz = w (u - sum_e g_e u_e)    (the softmax over the chosen)
+        dh_e = w_e t_e,   dB = a dy^T,   dz_e = v_e - g_e sum_e v_e    (the softmax over the chosen)
         """
         if torch.is_grad_enabled():  # only under create_graph; a gradient of this one would be wrong in silence
             raise MolaError(
                 "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
             )
-        inputs, hidden, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
+        inputs, gated, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
-        grad_B = grad_hidden = grad_x = None
-        if grad_output is not None:
-            rows = grad_output.to(ctx.settings.dtype)
-            grad_hidden, grad_chosen = _through_gates(rows, hidden, weights, experts_B, ctx.settings.scaling)
-            grad_logits = grad_chosen if grad_logits is None else grad_chosen + grad_logits
-            if wants_B:
-                grad_B = (_gate(hidden, weights).t() @ rows).view(experts_B.shape).to(experts_B.dtype)
-            if wants_x and weight is not None:
-                grad_x = rows @ weight
-        grad_A = grad_router = None
-        if grad_hidden is not None:
-            if wants_A:
-                grad_A = (grad_hidden.t() @ _dropped(inputs, kept)).view(experts_A.shape).to(experts_A.dtype)
-            if wants_x:
-                grad_x = _add_product(grad_x, grad_hidden, experts_A.flatten(0, 1), kept)
-        if grad_logits is not None:
-            grad_logits = grad_logits.to(inputs.dtype)
-            if wants_router:
-                grad_router = (grad_logits.t() @ inputs).to(router.dtype)
-            if wants_x:
-                grad_x = _add_product(grad_x, grad_logits, router, None)
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        grad_result = None
-        if weight is None and grad_output is not None:
-            grad_result = grad_output.reshape(ctx.result_shape)
+        if grad_output is None:
+            grad_output = inputs.new_zeros(*inputs.shape[:-1], experts_B.shape[2])
+        rows = _rows(grad_output).to(ctx.settings.dtype)
+        inner = _through_gates(rows, gated, weights, experts_B, grad_logits, ctx.settings.scaling)
+        grad_x = grad_A = grad_B = grad_router = None
+        if wants_B:
+            grad_B = (gated @ rows).view(experts_B.shape).to(experts_B.dtype)
+        if wants_A or wants_router:
+            grad_A, grad_router = _weight_gradients(inner, _rows(inputs), experts_A, router, kept)
+        if wants_x:
+            grad_x = _input_gradient(None if weight is None else rows @ weight, inner, experts_A, router, kept)
+            grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
+        grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
 
 
-def _through_gates(rows, hidden, weights, experts_B, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `hidden: (N, E*r)` and of the router logits `(N, E)`, from `dy: (N, out)`."""
-    through_B = rows @ experts_B.flatten(0, 1).to(rows.dtype).t()  # (N, E*r)
-    agreement = (through_B * hidden).unflatten(1, (weights.shape[1], -1)).sum(-1, dtype=weights.dtype)
+def _through_gates(rows, gated, weights, experts_B, grad_logits, scaling: float) -> torch.Tensor:
+    """Gradients of what A gives and, below them, of the router logits: `(E*r + E, N)`, from `dy: (N, out)`."""
+    num_experts, r, _ = experts_B.shape
+    inner = rows.new_empty(num_experts * (r + 1), rows.shape[0])
+    hidden, logits = inner[: num_experts * r], inner[num_experts * r :]
+    torch.mm(experts_B.flatten(0, 1).to(rows.dtype), rows.t(), out=hidden)
     # Of experts that were not chosen the weight is 0, and so is the gradient.
-    mean = (weights * agreement).sum(-1, keepdim=True) / scaling
-    return _gate(through_B, weights), weights * (agreement - mean)
+    agreement = (hidden * gated).view(num_experts, r, -1).sum(1, dtype=weights.dtype)
+    mean = agreement.sum(0, keepdim=True)
+    if grad_logits is not None:
+        agreement += grad_logits
+    torch.addcmul(agreement, weights, mean, value=-1.0 / scaling, out=logits)
+    hidden.view(num_experts, r, -1).mul_(weights.to(rows.dtype).unsqueeze(1))
+    return inner
 
 
-def _add_product(total: torch.Tensor | None, rows, matrix, kept: torch.Tensor | None) -> torch.Tensor:
-    """`total + kept * (rows @ matrix)`, in place where there is a total."""
-    matrix = matrix.to(rows.dtype)
-    if total is None:
-        return _dropped(rows @ matrix, kept)
-    return total.addmm_(rows, matrix) if kept is None else total.add_(_dropped(rows @ matrix, kept))
+def _weight_gradients(inner, inputs, experts_A, router, kept) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of A and router; without dropout both read the same input, in one product."""
+    split = inner.shape[0] - router.shape[0]
+    if kept is None:
+        both = inner @ inputs
+        grad_A, grad_router = both[:split], both[split:]
+    else:
+        grad_A, grad_router = inner[:split] @ _dropped(inputs, kept), inner[split:] @ inputs
+    return grad_A.view(experts_A.shape).to(experts_A.dtype), grad_router.to(router.dtype)
+
+
+def _input_gradient(total: torch.Tensor | None, inner, experts_A, router, kept) -> torch.Tensor:
+    """Add what comes through A and the router to `total`, in place where there is one."""
+    matrix_A = experts_A.flatten(0, 1)
+    if kept is None:
+        matrix = torch.cat((matrix_A, router), out=inner.new_empty(inner.shape[0], matrix_A.shape[1]))
+        return inner.t() @ matrix if total is None else total.addmm_(inner.t(), matrix)
+    split = matrix_A.shape[0]
+    through_A = _dropped(inner[:split].t() @ matrix_A.to(inner.dtype), kept)
+    total = through_A if total is None else total.add_(through_A)
+    return total.addmm_(inner[split:].t(), router.to(inner.dtype))

@@ -53,15 +53,8 @@ def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
         logits: float32 `(N, E)`.
         top_k: experts per token, `1 <= top_k <= E`.
     """
-    remaining = logits.detach()
-    chosen: list[torch.Tensor] = []
-    # Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
-    for count in range(top_k):
-        if count:
-            remaining = remaining.scatter(1, chosen[-1], float("-inf"))
-        chosen.append(remaining.max(dim=-1, keepdim=True).indices)
-    expert_indices = torch.cat(chosen, dim=-1)
-    return Routing(expert_indices, torch.softmax(logits.gather(1, expert_indices), dim=-1))
+    _, expert_indices = _largest(logits.detach(), top_k, dim=-1)
+    return Routing(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1))
 
 
 def dense_gates(routing: Routing, num_experts: int) -> torch.Tensor:
@@ -70,21 +63,49 @@ def dense_gates(routing: Routing, num_experts: int) -> torch.Tensor:
     return weights.new_zeros(weights.shape[0], num_experts).scatter(1, routing.expert_indices, weights)
 
 
-def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of all experts, zero where not chosen, and the chosen ones in any order: the router in one call.
+def logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`router_logits` with experts first, `(E, N)`, for code that autograd does not record.
 
     Args:
-        logits: float32 `(N, E)`.
+        tokens: `(N, in)`.
+        weight: `(E, in)`.
+    """
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    logits = torch.empty(weight.shape[0], tokens.shape[0], dtype=dtype, device=tokens.device)
+    # Autocast leaves operators with `out` alone.
+    return torch.mm(weight.to(dtype), tokens.to(dtype).t(), out=logits)
+
+
+def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_k_softmax` with experts first, and with zeros for the experts that were not chosen.
+
+    Args:
+        logits: float32 `(E, N)`.
         top_k: experts per token.
 
     Returns:
-        float32 `(N, E)`, integers `(N, top_k)`.
+        Gates, float32 `(E, N)`, and chosen experts in any order, integers `(top_k, N)`.
     """
-    num_experts = logits.shape[1]
+    num_experts, num_tokens = logits.shape
     if top_k == num_experts:  # nothing to choose
-        return torch.softmax(logits, dim=-1), torch.arange(top_k, device=logits.device).expand(logits.shape)
-    routing = top_k_softmax(logits, top_k)
-    return dense_gates(routing, num_experts), routing.expert_indices
+        return torch.softmax(logits, dim=0), torch.arange(top_k, device=logits.device)[:, None].expand(-1, num_tokens)
+    largest, expert_indices = _largest(logits, top_k, dim=0)
+    return torch.zeros_like(logits).scatter_(0, expert_indices, torch.softmax(largest, dim=0)), expert_indices
+
+
+def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits along `dim` and where they are; of equal ones the first.
+
+    Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
+    """
+    values, indices = [], []
+    for _ in range(count):
+        if indices:
+            logits = logits.scatter(dim, indices[-1], float("-inf"))
+        value, index = logits.max(dim, keepdim=True)
+        values.append(value)
+        indices.append(index)
+    return torch.cat(values, dim), torch.cat(indices, dim)
 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:
