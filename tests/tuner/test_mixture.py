@@ -38,13 +38,15 @@ def plain(base, x, experts_A, experts_B, router, kept, settings):
     return y, logits.flatten(0, -2).t()
 
 
-def make(shape, num_experts, dtype, *, fused, bias=False, dropout=False, top_k=2, router_dtype=torch.float32):
+def make(
+    shape, num_experts, dtype, *, fused, bias=False, dropout=False, top_k=2, router_dtype=torch.float32, r=3, out=7
+):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size, dtype=dtype):
         return (torch.randn(*size, generator=generator, dtype=torch.float64) / size[-1] ** 0.5).to(dtype)
 
-    r, in_features, out_features = 3, shape[-1], 7
+    in_features, out_features = shape[-1], out
     base = FrozenLinear(draw(out_features, in_features), draw(out_features) if bias else None)
     x = draw(*shape)
     leaves = [
@@ -78,13 +80,17 @@ def run(function, base, leaves, kept, settings):
 )
 def test_values_and_gradients_follow_the_formula(shape, num_experts, top_k, dtype, fused, dropout):
     case = make(shape, num_experts, dtype, fused=fused, bias=True, dropout=dropout, top_k=top_k)
+    check_against_the_formula(case, TOLERANCE[dtype])
+
+
+def check_against_the_formula(case, tolerance):
     found, expected = run(add_mixture, *case), run(plain, *case)
     for name, one, two in zip(("output", "logits"), found, expected, strict=False):
-        torch.testing.assert_close(one.double(), two, **TOLERANCE[dtype], msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(one.double(), two, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
     names = ("x", "A", "B", "router", "base output")
     for name, one, two in zip(names, found[2], expected[2], strict=False):
         torch.testing.assert_close(
-            one.double(), two.double(), **TOLERANCE[dtype], msg=lambda m, name=name: f"gradient of {name}: {m}"
+            one.double(), two.double(), **tolerance, msg=lambda m, name=name: f"gradient of {name}: {m}"
         )
 
 

@@ -25,25 +25,29 @@ MAX_TOKENS = 32
 
 
 def add_to_few_tokens(layer: MolaLinear, x: torch.Tensor) -> torch.Tensor | None:
-    """Output of a layer in evaluation mode for `x: (..., in)`; None where this way of computing it does not apply."""
+    """Output of a layer in evaluation mode for `x: (..., in)`, not compiled; None where this way does not apply."""
     if layer._disable_adapters or layer.merged_adapters:
         return None
     place = layer.place
     if place is not None:
-        output = place.siblings.take(place.index, layer, x)
+        output = place.siblings.take(place.member, layer, x)
         if output is not None:
             return output
     if not _applies(layer, x):
         return None
     while True:
-        if layer.place is None:
-            names = [name for name in layer.active_adapters if name in layer.mola_A]
-            if len(names) != 1 or not layer.is_fusable(names[0], x):
-                return None
-            Siblings([layer], names[0], x.dtype)
-        place = layer.place
+        place = layer.place or _place_alone(layer, x)
+        if place is None:
+            return None
         if place.siblings.begin(x):
-            return place.siblings.take(place.index, layer, x)
+            return place.siblings.take(place.member, layer, x)
+
+
+def _place_alone(layer: MolaLinear, x: torch.Tensor) -> Place | None:
+    names = [name for name in layer.active_adapters if name in layer.mola_A]
+    if len(names) != 1 or not layer.is_fusable(names[0], x):
+        return None
+    return Siblings([layer], names[0], x.dtype).place_of(layer)
 
 
 def _applies(layer: MolaLinear, x: torch.Tensor) -> bool:
@@ -52,7 +56,6 @@ def _applies(layer: MolaLinear, x: torch.Tensor) -> bool:
         and 0 < x.numel() <= MAX_TOKENS * layer.in_features
         and not x.is_inference()  # has no version that would tell whether it was changed from one linear to the next
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -64,7 +67,7 @@ def check_places(layers: Iterable[MolaLinear]) -> None:
     """
     for layer in layers:
         place = layer.place
-        if place is not None and place.index == 0 and not place.siblings.is_current():
+        if place is not None and place.member == 0 and not place.siblings.is_current():
             place.siblings.dissolve()
 
 
@@ -73,7 +76,8 @@ class _Member:
 
     def __init__(self, layer: MolaLinear, adapter_name: str) -> None:
         base: Any = layer.base_layer
-        self.layer, self.base, self.name, self.active_adapter = layer, base, adapter_name, layer._active_adapter
+        self.layer: Any = layer
+        self.base, self.name, self.active_adapter = base, adapter_name, layer._active_adapter
         self.in_A, self.in_B, self.in_router, self.in_base = (
             module._parameters for module in (layer.mola_A, layer.mola_B, layer.mola_router, base)
         )
@@ -163,7 +167,7 @@ class Place(NamedTuple):
     """Where a layer is among those that read the same input."""
 
     siblings: Siblings
-    index: int
+    member: int
 
 
 class Siblings:
@@ -184,8 +188,12 @@ class Siblings:
         self._order = torch.arange(self.settings.num_experts, dtype=self._inner_dtype) * -1e-30
         self._members = [_Member(layer, adapter_name) for layer in layers]
         self._of_thread = _OfThread()
-        for index, layer in enumerate(layers):
-            layer.place = Place(self, index)
+        for layer in layers:
+            layer.place = self.place_of(layer)
+
+    def place_of(self, layer: MolaLinear) -> Place:
+        """The place of one of the layers."""
+        return Place(self, self.layers.index(layer))
 
     def take(self, index: int, layer: MolaLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Output of one member, `(..., out)`; None if nothing was computed for it that is still right."""

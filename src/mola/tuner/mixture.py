@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from mola.errors import MolaError
+from mola.tuner.pieces import as_rows, base_output, drop
 from mola.tuner.routing import choose_gates, logits_by_expert
+from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
 
@@ -103,7 +104,9 @@ def add_mixture(
     """
     result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
-    return Mixture(*(_AddMixture.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[:3]))
+    if pays(x, experts_A, experts_B, settings):
+        return Mixture(*(AddSparseMixture.apply if torch.is_grad_enabled() else compute_sparse)(*arguments)[:3])
+    return Mixture(*(_AddMixture.apply if torch.is_grad_enabled() else _forward)(*arguments)[:3])
 
 
 class _Forward(NamedTuple):
@@ -117,16 +120,12 @@ class _Forward(NamedTuple):
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
     inputs = x.to(settings.dtype)
-    logits = logits_by_expert(_rows(x), router)
+    logits = logits_by_expert(as_rows(x), router)
     gates, expert_indices = choose_gates(logits, settings.top_k)
     weights = gates.mul_(settings.scaling)
-    gated = experts_A.flatten(0, 1).to(settings.dtype) @ _dropped(_rows(inputs), kept).t()
+    gated = experts_A.flatten(0, 1).to(settings.dtype) @ drop(as_rows(inputs), kept).t()
     gated.view(*experts_A.shape[:2], -1).mul_(weights.to(settings.dtype).unsqueeze(1))
-    if weight is not None:
-        output = F.linear(inputs, weight, bias)
-    else:
-        dtype = torch.promote_types(result.dtype, settings.dtype)
-        output = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    output = base_output(result, weight, bias, inputs)
     update = gated.t(), experts_B.flatten(0, 1).to(settings.dtype)
     rows = output.view(-1, output.shape[-1])
     if rows.dtype == settings.dtype:
@@ -134,15 +133,6 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     else:
         rows.add_(torch.mm(*update))
     return _Forward(output, logits, expert_indices, inputs, gated, weights)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`(..., features)` as `(N, features)`."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _dropped(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return rows if kept is None else torch.where(kept.reshape(rows.shape), rows, 0.0)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -172,13 +162,13 @@ class _AddMixture(torch.autograd.Function):
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         if grad_output is None:
             grad_output = inputs.new_zeros(*inputs.shape[:-1], experts_B.shape[2])
-        rows = _rows(grad_output).to(ctx.settings.dtype)
+        rows = as_rows(grad_output).to(ctx.settings.dtype)
         inner = _through_gates(rows, gated, weights, experts_B, grad_logits, ctx.settings.scaling)
         grad_x = grad_A = grad_B = grad_router = None
         if wants_B:
             grad_B = (gated @ rows).view(experts_B.shape).to(experts_B.dtype)
         if wants_A or wants_router:
-            grad_A, grad_router = _weight_gradients(inner, _rows(inputs), experts_A, router, kept)
+            grad_A, grad_router = _weight_gradients(inner, as_rows(inputs), experts_A, router, kept)
         if wants_x:
             grad_x = _input_gradient(None if weight is None else rows @ weight, inner, experts_A, router, kept)
             grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
@@ -209,7 +199,7 @@ def _weight_gradients(inner, inputs, experts_A, router, kept) -> tuple[torch.Ten
         both = inner @ inputs
         grad_A, grad_router = both[:split], both[split:]
     else:
-        grad_A, grad_router = inner[:split] @ _dropped(inputs, kept), inner[split:] @ inputs
+        grad_A, grad_router = inner[:split] @ drop(inputs, kept), inner[split:] @ inputs
     return grad_A.view(experts_A.shape).to(experts_A.dtype), grad_router.to(router.dtype)
 
 
@@ -220,6 +210,6 @@ def _input_gradient(total: torch.Tensor | None, inner, experts_A, router, kept) 
         matrix = torch.cat((matrix_A, router), out=inner.new_empty(inner.shape[0], matrix_A.shape[1]))
         return inner.t() @ matrix if total is None else total.addmm_(inner.t(), matrix)
     split = matrix_A.shape[0]
-    through_A = _dropped(inner[:split].t() @ matrix_A.to(inner.dtype), kept)
+    through_A = drop(inner[:split].t() @ matrix_A.to(inner.dtype), kept)
     total = through_A if total is None else total.add_(through_A)
     return total.addmm_(inner[split:].t(), router.to(inner.dtype))

@@ -53,7 +53,7 @@ def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
         logits: float32 `(N, E)`.
         top_k: experts per token, `1 <= top_k <= E`.
     """
-    _, expert_indices = _largest(logits.detach(), top_k, dim=-1)
+    _, expert_indices = largest_logits(logits.detach(), top_k, dim=-1)
     return Routing(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1))
 
 
@@ -89,16 +89,17 @@ def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
     num_experts, num_tokens = logits.shape
     if top_k == num_experts:  # nothing to choose
         return torch.softmax(logits, dim=0), torch.arange(top_k, device=logits.device)[:, None].expand(-1, num_tokens)
-    largest, expert_indices = _largest(logits, top_k, dim=0)
+    largest, expert_indices = largest_logits(logits, top_k, dim=0)
     return torch.zeros_like(logits).scatter_(0, expert_indices, torch.softmax(largest, dim=0)), expert_indices
 
 
-def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest_logits(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits along `dim` and where they are; of equal ones the first.
 
     Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
     """
-    values, indices = [], []
+    values: list[torch.Tensor] = []
+    indices: list[torch.Tensor] = []
     for _ in range(count):
         if indices:
             logits = logits.scatter(dim, indices[-1], float("-inf"))

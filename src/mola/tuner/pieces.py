@@ -1,0 +1,27 @@
+"""Small pieces that the ways of computing a mixture share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`(..., features)` as `(N, features)`."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def drop(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """`rows` with 0 where `kept` is False; as they are without `kept`."""
+    return rows if kept is None else torch.where(kept.reshape(rows.shape), rows, 0.0)
+
+
+def base_output(
+    result: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None, inputs: torch.Tensor
+) -> torch.Tensor:
+    """`inputs W^T + b`, or a copy of `result` that is not narrower than `inputs`; contiguous, to be added to."""
+    if weight is not None:
+        return F.linear(inputs, weight, bias)
+    assert result is not None
+    dtype = torch.promote_types(result.dtype, inputs.dtype)
+    return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
