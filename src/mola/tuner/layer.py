@@ -14,13 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
-from mola.tuner.few_tokens import add_to_few_tokens
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
+from mola.tuner.pieces import update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
 
 if TYPE_CHECKING:
-    from mola.tuner.few_tokens import Place
     from mola.tuner.router_losses import RouterLosses
 
 
@@ -102,9 +101,6 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
-        # Which linears read the same input, as far as is known; see mola.tuner.few_tokens.
-        self.place: Place | None = None
-        self.reads_alone = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -156,17 +152,12 @@ class MolaLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map `(..., in)` to `(..., out)`; further arguments go to the base layer."""
-        eager = not torch.compiler.is_compiling()
-        if eager and not (self.training or torch.is_grad_enabled() or args or kwargs):
-            output = add_to_few_tokens(self, x)
-            if output is not None:
-                return output
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.mola_A]
-        if len(names) == 1 and not args and not kwargs and self.is_fusable(names[0], x):
+        if len(names) == 1 and not args and not kwargs and self._is_fusable(names[0], x):
             base: Any = self.base_layer
             return self._add_fused(names[0], x, FrozenLinear(base.weight, base.bias), x.dtype)
         result = self.base_layer(x, *args, **kwargs)
@@ -175,7 +166,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
             result = self._add_experts(name, x, result)
         return result.to(dtype)
 
-    def is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
+    def _is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
         """Whether base and experts can be one computation: a plain frozen linear, in the experts' number format."""
         base, device = self.base_layer, x.device.type
         if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
@@ -235,9 +226,12 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         """The same in plain operators: for compilers, and for jitter."""
         experts_A, experts_B = self.mola_A[adapter_name], self.mola_B[adapter_name]
         routing = self.route(adapter_name, x)
-        gates = dense_gates(routing, self.num_experts[adapter_name]) * self.scaling[adapter_name]
-        dropped = self.mola_dropout[adapter_name](x)
-        hidden = F.linear(dropped.reshape(-1, self.in_features), experts_A.flatten(0, 1))  # (N, E*r)
+        scaling = self.scaling[adapter_name]
+        dropped = self.mola_dropout[adapter_name](x).reshape(-1, self.in_features)
+        if not torch.is_grad_enabled() and routing.expert_indices.numel() < self.num_experts[adapter_name]:
+            return result + update_of_chosen(dropped, experts_A, experts_B, routing, scaling).view(result.shape)
+        gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
+        hidden = F.linear(dropped, experts_A.flatten(0, 1))  # (N, E*r)
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
         update = hidden.flatten(1) @ experts_B.flatten(0, 1)  # (N, out)
         return result + update.view(result.shape)
@@ -333,7 +327,7 @@ class MolaLinear(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}, "place": None}
+        return {**self.__dict__, "router_outputs": {}}
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

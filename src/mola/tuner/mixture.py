@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mola.errors import MolaError
+from mola.tuner.few_tokens import compute_few, is_few
 from mola.tuner.pieces import as_rows, base_output, drop
 from mola.tuner.routing import choose_gates, logits_by_expert
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
@@ -104,6 +105,8 @@ def add_mixture(
     """
     result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
+    if kept is None and not torch.is_grad_enabled() and is_few(x):
+        return Mixture(*compute_few(result, weight, bias, x, experts_A, experts_B, router, settings))
     if pays(x, experts_A, experts_B, settings):
         return Mixture(*(AddSparseMixture.apply if torch.is_grad_enabled() else compute_sparse)(*arguments)[:3])
     return Mixture(*(_AddMixture.apply if torch.is_grad_enabled() else _forward)(*arguments)[:3])

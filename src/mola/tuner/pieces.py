@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from mola.tuner.routing import Routing
+
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`(..., features)` as `(N, features)`."""
@@ -25,3 +27,16 @@ def base_output(
     assert result is not None
     dtype = torch.promote_types(result.dtype, inputs.dtype)
     return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def update_of_chosen(
+    rows: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, routing: Routing, scaling: float
+) -> torch.Tensor:
+    """Update of each token from its chosen experts' matrices alone, `(N, out)`, for fewer assignments than experts.
+
+    For compilers, which read the matrices where they are; without a compiler they would be copied for every token.
+    """
+    chosen_A, chosen_B = experts_A[routing.expert_indices], experts_B[routing.expert_indices]  # (N, top_k, r, ...)
+    hidden = (chosen_A * rows[:, None, None, :]).sum(-1)  # (N, top_k, r)
+    hidden = hidden * (routing.routing_weights * scaling).to(hidden.dtype).unsqueeze(-1)
+    return (hidden.unsqueeze(-1) * chosen_B).sum((1, 2))

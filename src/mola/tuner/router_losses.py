@@ -18,7 +18,6 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
-from mola.tuner.few_tokens import check_places
 from mola.tuner.layer import MolaLinear
 from mola.tuner.statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
@@ -32,13 +31,11 @@ class RouterLosses:
 
     Attributes:
         collecting: whether layers should leave their router's output behind in the current forward pass.
-        places_checked: whether `few_tokens.check_places` has been called for the current forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.collecting = False
-        self.places_checked = False
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
         self._said: set[str] = set()
@@ -77,9 +74,6 @@ class RouterLosses:
         configs = [self._config(name) for name in adapters]
         self.collecting = module.training and any(_wants_loss(config) for config in configs)
         if not module.training:
-            if module is self.model and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                check_places(self._layers)
-                self.places_checked = True
             return
         self._warn_about_untrained_routers(adapters)
         if self.collecting:
@@ -92,7 +86,6 @@ class RouterLosses:
             self._set_masks(inputs, unshifted=any(config.task_type in _UNSHIFTED_TASKS for config in configs))
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        self.places_checked = False
         if not self.collecting:
             return output
         self.collecting = False

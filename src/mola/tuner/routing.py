@@ -93,6 +93,12 @@ def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
     return torch.zeros_like(logits).scatter_(0, expert_indices, torch.softmax(largest, dim=0)), expert_indices
 
 
+def largest_first(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`largest_logits` along the last dimension by one sort, which is faster for few tokens."""
+    values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return values[..., :count], indices[..., :count]
+
+
 def largest_logits(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits along `dim` and where they are; of equal ones the first.
 
