@@ -19,7 +19,8 @@ from mola.tuner.routing import largest_logits, logits_by_expert
 if TYPE_CHECKING:
     from mola.tuner.mixture import MixtureSettings
 
-_FROM_EXPERTS = 24  # measured on SmolLM2's shapes with 2 experts per token: equal at about 16
+# With 2 per token, SmolLM2 shapes, 512 tokens, over frozen layers: 16 experts 1.48 (all experts 1.56), 8: 1.45 (1.37).
+_FROM_EXPERTS = 16
 
 
 def pays(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, settings: MixtureSettings) -> bool:
