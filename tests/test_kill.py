@@ -33,8 +33,8 @@ RUNS = {
         "validation_size": 3,
         "num_train_epochs": 3,
         "save_total_limit": 1,
-        "learning_rate": 0.2,
-        "seed": 3,  # with these the second epoch is the best one by far
+        "learning_rate": 0.05,
+        "seed": 2,  # with these the second epoch is the best one by far
         "warmup_steps": 0,
         "lr_scheduler_type": "constant",
     },
