@@ -77,7 +77,7 @@ def fresh():
 
 @pytest.fixture
 def model(fresh):
-    """A model that has been called, so that its groups are known."""
+    """A model that has been called before."""
     model = clone(fresh)
     few(model, IDS), few(model, IDS)
     return model

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from mola.errors import MolaError
 from mola.tuner.few_tokens import compute_few, is_few
-from mola.tuner.pieces import as_rows, base_output, drop
+from mola.tuner.pieces import as_rows, base_output, drop, refuse_second_derivatives
 from mola.tuner.routing import choose_gates, logits_by_expert
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
 
@@ -157,10 +156,7 @@ class _AddMixture(torch.autograd.Function):
 
         dh_e = w_e t_e,   dB = a dy^T,   dz_e = v_e - g_e sum_e v_e    (the softmax over the chosen)
         """
-        if torch.is_grad_enabled():  # only under create_graph; a gradient of this one would be wrong in silence
-            raise MolaError(
-                "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
-            )
+        refuse_second_derivatives()
         inputs, gated, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         if grad_output is None:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from mola.errors import MolaError
 from mola.tuner.routing import Routing
+
+
+def refuse_second_derivatives() -> None:
+    """For a backward pass written out: under `create_graph` its own gradient would be wrong in silence.
+
+    Raises:
+        MolaError: gradients of the gradient are asked for.
+    """
+    if torch.is_grad_enabled():
+        raise MolaError(
+            "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
+        )
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

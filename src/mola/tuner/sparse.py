@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.errors import MolaError
-from mola.tuner.pieces import as_rows, base_output, drop
+from mola.tuner.pieces import as_rows, base_output, drop, refuse_second_derivatives
 from mola.tuner.routing import largest_logits, logits_by_expert
 
 if TYPE_CHECKING:
@@ -98,10 +97,7 @@ class AddSparseMixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_logits, _):
         """As in `mola.tuner.mixture`, with one row for every assignment in place of zeros for other experts."""
-        if torch.is_grad_enabled():
-            raise MolaError(
-                "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
-            )
+        refuse_second_derivatives()
         inputs, gated, weights, *assigned, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
         assigned, dtype = Assignments(*assigned), ctx.settings.dtype
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
