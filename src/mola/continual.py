@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mola.continual_learning.metrics import overall_performance, performance_drop
 from mola.continual_learning.options import ContinualOptions, StageOptions
@@ -45,6 +43,7 @@ from mola.continual_learning.record import (
     start_sha256,
 )
 from mola.continual_learning.stages import Stage, check_stages
+from mola.continual_learning.table import result_table
 from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, evaluate
@@ -121,7 +120,7 @@ def main(options: ContinualOptions) -> int:
     """
     result = continual(options)
     if result.results or result.base is not None:
-        Console().print(_table(result))
+        Console().print(result_table(result))
     console = Console(stderr=True)
     lines = [f"{result.status} after {len(result.results)} of {len(result.stages)} stages; all numbers are in "]
     lines[0] += str(Path(result.output_dir) / RECORD_FILE)
@@ -282,26 +281,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _table(result: ContinualResult) -> Table:
-    table = Table(title=escape(f"{result.output_dir}: accuracy after every stage"))
-    table.add_column("after stage", overflow="fold")
-    for name in (*result.stages, "OP", "PD"):
-        table.add_column(escape(name), justify="right", overflow="fold")
-    if result.base is not None:
-        table.add_row("start", *_cells(result.base, result.stages), "", "")
-    for row in result.results:
-        drop = row["performance_drop"]
-        table.add_row(
-            escape(f"{row['stage']} {row['name']}"),
-            *_cells(row["tasks"], result.stages),
-            f"{row['overall_performance']:.1%}",
-            "" if drop is None else f"{100 * drop:+.1f}",
-        )
-    table.caption = "OP: mean of the row. PD: mean change since a task's own stage, in points; negative = forgotten."
-    return table
-
-
-def _cells(tasks: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
-    return [f"{tasks[name]['accuracy']:.1%}" if name in tasks else "" for name in names]

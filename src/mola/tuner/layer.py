@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
+from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
 from mola.tuner.pieces import update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
@@ -47,7 +46,7 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
 
 
-class MolaLinear(nn.Module, BaseTunerLayer):
+class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
 
     With `x: (..., in)`, `E` experts of rank `r` and a router of its own:
@@ -267,63 +266,6 @@ class MolaLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.mola_router:
             raise MolaError(f"Adapter {adapter_name!r} has no router in this module: it has one expert.")
         return router_logits(x, self.mola_router[adapter_name])
-
-    # ------------------------------------------------------------------ merging (one expert only)
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """`(lora_alpha / r) * B A` in the layout of the base weight; for one expert only."""
-        self._check_single_expert(adapter_name)
-        delta = (self.mola_B[adapter_name][0].t() @ self.mola_A[adapter_name][0]) * self.scaling[adapter_name]
-        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update of adapters with one expert to the base weight.
-
-        Raises:
-            MolaError: an adapter has several experts (the gates depend on the input, so no single
-                weight is equal to the mixture), or the base layer is quantised.
-        """
-        names = [name for name in adapter_names or self.active_adapters if name in self.mola_A]
-        for name in names:
-            self._check_single_expert(name)
-        for name in names:
-            if name in self.merged_adapters:
-                warnings.warn(f"Adapter {name!r} is merged already, nothing to do.", stacklevel=2)
-                continue
-            weight = self._float_base_weight()
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise MolaError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
-            weight.data = merged
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again."""
-        if not self.merged:
-            warnings.warn("No adapter is merged, nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            weight = self._float_base_weight()
-            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def _float_base_weight(self) -> torch.Tensor:
-        weight: Any = self.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise MolaError(
-                f"Merging needs a floating-point base weight, this one is {weight.dtype}. "
-                "Load the base model without quantisation to merge."
-            )
-        return weight
-
-    def _check_single_expert(self, adapter_name: str) -> None:
-        if self.num_experts[adapter_name] > 1:
-            raise MolaError(
-                f"Adapter {adapter_name!r} has {self.num_experts[adapter_name]} experts in this module and can "
-                "not be merged: its gates depend on the input. Keep it as an adapter; only `num_experts=1` merges."
-            )
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a plain LoRA can express this adapter exactly: with one expert only."""
-        return self.num_experts.get(adapter_name, 1) == 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.

@@ -1,0 +1,79 @@
+"""Merging a layer's update into its base weight, which one expert allows and several do not."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from mola.errors import MolaError
+
+
+class SingleExpertMerging:
+    """The part of `MolaLinear` that merges; what it reads of the layer is declared here."""
+
+    mola_A: Any  # noqa: N815 - PEFT wants the prefix of the method
+    mola_B: Any  # noqa: N815
+    scaling: dict[str, float]
+    num_experts: dict[str, int]
+    merged_adapters: list[str]
+    active_adapters: Any
+    merged: Any
+    get_base_layer: Any
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """`(lora_alpha / r) * B A` in the layout of the base weight; for one expert only."""
+        self._check_single_expert(adapter_name)
+        delta = (self.mola_B[adapter_name][0].t() @ self.mola_A[adapter_name][0]) * self.scaling[adapter_name]
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of adapters with one expert to the base weight.
+
+        Raises:
+            MolaError: an adapter has several experts (the gates depend on the input, so no single
+                weight is equal to the mixture), or the base layer is quantised.
+        """
+        names = [name for name in adapter_names or self.active_adapters if name in self.mola_A]
+        for name in names:
+            self._check_single_expert(name)
+        for name in names:
+            if name in self.merged_adapters:
+                warnings.warn(f"Adapter {name!r} is merged already, nothing to do.", stacklevel=2)
+                continue
+            weight = self._float_base_weight()
+            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise MolaError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("No adapter is merged, nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            weight = self._float_base_weight()
+            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def _float_base_weight(self) -> torch.Tensor:
+        weight: Any = self.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise MolaError(
+                f"Merging needs a floating-point base weight, this one is {weight.dtype}. "
+                "Load the base model without quantisation to merge."
+            )
+        return weight
+
+    def _check_single_expert(self, adapter_name: str) -> None:
+        if self.num_experts[adapter_name] > 1:
+            raise MolaError(
+                f"Adapter {adapter_name!r} has {self.num_experts[adapter_name]} experts in this module and can "
+                "not be merged: its gates depend on the input. Keep it as an adapter; only `num_experts=1` merges."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a plain LoRA can express this adapter exactly: with one expert only."""
+        return self.num_experts.get(adapter_name, 1) == 1
