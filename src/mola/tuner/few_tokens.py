@@ -19,6 +19,16 @@ def is_few(x: torch.Tensor) -> bool:
     return x.is_cpu and 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and not torch.is_autocast_enabled("cpu")
 
 
+def gates_of_few(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mola.tuner.routing.choose_gates` with tokens first: gates `(N, E)`, chosen experts `(N, top_k)`."""
+    num_experts = logits.shape[1]
+    if top_k == num_experts:
+        return torch.softmax(logits, dim=-1), torch.arange(num_experts, device=logits.device).expand_as(logits)
+    largest, expert_indices = largest_first(logits, top_k)
+    gates = torch.zeros_like(logits).scatter_(1, expert_indices, torch.softmax(largest, dim=-1))
+    return gates, expert_indices
+
+
 def compute_few(result, weight, bias, x, experts_A, experts_B, router, settings):
     """The computation of `add_mixture` without dropout; its three results."""
     num_experts, r, _ = experts_A.shape
@@ -26,12 +36,7 @@ def compute_few(result, weight, bias, x, experts_A, experts_B, router, settings)
     inputs = as_rows(x).to(dtype)
     logits = torch.mm(inputs, router.to(dtype).t())  # (N, E)
     hidden = torch.mm(inputs, experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
-    if settings.top_k == num_experts:
-        gates = torch.softmax(logits, dim=-1)
-        expert_indices = torch.arange(num_experts, device=x.device).expand_as(logits)
-    else:
-        largest, expert_indices = largest_first(logits, settings.top_k)
-        gates = torch.zeros_like(logits).scatter_(1, expert_indices, torch.softmax(largest, dim=-1))
+    gates, expert_indices = gates_of_few(logits, settings.top_k)
     hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
     output = base_output(result, weight, bias, x.to(settings.dtype))
     rows = output.view(-1, output.shape[-1])

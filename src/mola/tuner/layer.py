@@ -14,12 +14,13 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
-from mola.tuner.pieces import update_of_chosen
+from mola.tuner.pieces import is_watched, update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
 
 if TYPE_CHECKING:
     from mola.tuner.router_losses import RouterLosses
+    from mola.tuner.siblings import Slot
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,6 @@ class ExpertSettings:
     def scaling(self) -> float:
         """`lora_alpha / r`."""
         return self.lora_alpha / self.r
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to know when the module is called, or has replaced its forward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
 
 
 class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
@@ -100,6 +95,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
+        # Set while text is generated: see mola.tuner.siblings.
+        self.slot: Slot | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -155,6 +152,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        # In this order: a compiler must not look at the slot, or it would compile again when one comes or goes.
+        if not args and not kwargs and not torch.compiler.is_compiling() and self.slot is not None:
+            output = self.slot.add_to_base(x)
+            if output is not None:
+                return output
         names = [name for name in self.active_adapters if name in self.mola_A]
         if len(names) == 1 and not args and not kwargs and self._is_fusable(names[0], x):
             base: Any = self.base_layer
@@ -170,7 +172,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         base, device = self.base_layer, x.device.type
         if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
             return False
-        if _is_watched(base):
+        if is_watched(base):
             return False
         if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != x.dtype):
             return False
@@ -269,7 +271,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}}
+        return {**self.__dict__, "router_outputs": {}, "slot": None}
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

@@ -18,6 +18,7 @@ from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors
 from mola.tuner.router_losses import RouterLosses
+from mola.tuner.siblings import computing_together
 from mola.tuner.targets import (
     adaptable,
     check_target_modules,
@@ -185,6 +186,12 @@ class MolaModel(BaseTuner):
                 "per adapter after `set_adapter`."
             )
         yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model; on a CPU, linears that read the same input compute their experts together."""
+        model: Any = self.model
+        with computing_together(module for module in model.modules() if isinstance(module, MolaLinear)):
+            return model.generate(*args, **kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient.

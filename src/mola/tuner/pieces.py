@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.routing import Routing
@@ -19,6 +20,12 @@ def refuse_second_derivatives() -> None:
         raise MolaError(
             "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
         )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when the module is called, or has replaced its forward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
