@@ -129,16 +129,36 @@ def test_compiles_to_one_graph(num_experts, top_k):
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 50])
-def test_compiled_without_gradients(tokens):
-    """For 1 and 3 tokens chosen experts only are read, for more all of them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [2, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
+def test_compiled_without_gradients(tokens, top_k, dtype):
+    """For up to 8 tokens chosen experts only are read, for more all of them."""
     torch._dynamo.reset()
-    layer = make(8, 2).eval()
-    x = torch.randn(1, tokens, 16)
-    expected = layer(x)
+    layer = make(8, top_k, dtype=dtype).eval()
+    x = torch.randn(1, tokens, 16).to(dtype)
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
-        torch.testing.assert_close(compiled(x), expected)
+        output = compiled(x)
+        assert output.dtype == dtype
+        tolerance = {"atol": 1e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(output, layer(x), **tolerance)
+    # Base and router; all experts in one more product, or matrices looked up for every token.
+    assert products(layer, x) == (2 if tokens <= 8 else 3)
+
+
+@torch.no_grad()
+def products(layer, x):
+    """Products with a whole weight matrix in the graph that a compiler is given."""
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(node for node in graph.graph.nodes if node.target is torch.nn.functional.linear)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)(x)
+    return len(found)
 
 
 def count(layer, backward=True):

@@ -52,11 +52,12 @@ def base_output(
 def update_of_chosen(
     rows: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, routing: Routing, scaling: float
 ) -> torch.Tensor:
-    """Update of each token from its chosen experts' matrices alone, `(N, out)`, for fewer assignments than experts.
+    """Update of each token from its chosen experts' matrices alone, float32 `(N, out)` (float64 for float64).
 
     For compilers, which read the matrices where they are; without a compiler they would be copied for every token.
     """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     chosen_A, chosen_B = experts_A[routing.expert_indices], experts_B[routing.expert_indices]  # (N, top_k, r, ...)
-    hidden = (chosen_A * rows[:, None, None, :]).sum(-1)  # (N, top_k, r)
-    hidden = hidden * (routing.routing_weights * scaling).to(hidden.dtype).unsqueeze(-1)
-    return (hidden.unsqueeze(-1) * chosen_B).sum((1, 2))
+    hidden = (chosen_A.to(dtype) * rows.to(dtype)[:, None, None, :]).sum(-1)  # (N, top_k, r)
+    hidden = hidden * (routing.routing_weights * scaling).unsqueeze(-1)
+    return (hidden.unsqueeze(-1) * chosen_B.to(dtype)).sum((1, 2))
