@@ -19,13 +19,19 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.cases import check_compiler, check_model, choose_device, prepare_torch
+from benchmarks.compiled import compile_steps
+from benchmarks.contention import contention
+from benchmarks.curve import curve
 from benchmarks.decode import decode
 from benchmarks.growth import growth
 from benchmarks.load import load
 from benchmarks.models import PROJECT, model_folder
 from benchmarks.options import BenchmarkOptions
+from benchmarks.outliers import outliers
 from benchmarks.tables import tables
+from benchmarks.text import check_text
 from benchmarks.training import counts, memory, step
+from mola._memory import CHOICES, KEPT, keep_freed_memory
 from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
@@ -33,7 +39,18 @@ from mola.parsing import parse
 
 logger = logging.getLogger("benchmarks")
 
-RUN = {"step": step, "memory": memory, "counts": counts, "decode": decode, "load": load, "growth": growth}
+RUN = {
+    "step": step,
+    "memory": memory,
+    "counts": counts,
+    "decode": decode,
+    "load": load,
+    "growth": growth,
+    "compile": compile_steps,
+    "contention": contention,
+    "curve": curve,
+    "outliers": outliers,
+}
 _WIDTH_OF_FILES = 160  # columns when the output is no terminal
 
 
@@ -78,6 +95,8 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
         MolaError: something does not fit, before the first measurement where it can be known.
     """
     device = choose_device(options.device)
+    if options.keep_memory:
+        _keep_memory()
     check_compiler(options)
     prepare_torch(device, options.threads)
     output = _output(options)
@@ -89,6 +108,7 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
         if name != "random12":
             with model_folder(name, options.seed) as folder:
                 check_model(options, folder)
+                check_text(options, folder)
     for name in options.model:
         with model_folder(name, options.seed) as folder:
             check_model(options, folder)
@@ -102,6 +122,16 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
                     console.print(table)
     console.print(f"Written to {output}.", highlight=False, markup=False, soft_wrap=True)
     return output
+
+
+def _keep_memory() -> None:
+    """Here and, through the environment, in the processes that suites start."""
+    if not keep_freed_memory():
+        raise MolaError(
+            f"`keep_memory` needs glibc's malloc, and none of {', '.join(CHOICES)} in the environment. Unset these, or "
+            "leave it out."
+        )
+    os.environ.update(KEPT)
 
 
 def _output(options: BenchmarkOptions) -> Path:

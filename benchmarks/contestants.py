@@ -32,6 +32,10 @@ TAKES_PART = {
     "decode": ("floor", "lora_8", "mola"),
     "load": ("floor", "lora_8", "mola"),
     "growth": ("floor", "lora_8", "loop", "mola"),
+    "compile": ("floor", "lora_8", "mola"),
+    "contention": ("mola",),
+    "curve": ("loop", "mola"),
+    "outliers": ("mola",),
 }
 _SCALING = 2.0  # lora_alpha / r, for every contestant
 
@@ -62,7 +66,7 @@ class Contestant(NamedTuple):
         }
 
 
-def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = False) -> Contestant:
+def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = False, fresh: bool = False) -> Contestant:
     """One contestant on a base model that is left as it is.
 
     Args:
@@ -70,6 +74,7 @@ def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = Fal
         base: the frozen model.
         case: adapter settings.
         inference: adapters in the base's dtype, as `mola.load_model` has them, no gradients.
+        fresh: leave the zeros that adapters start from, else they become small random numbers.
     """
     model: Any = share_weights(base)
     linears = _linears(model)
@@ -99,7 +104,8 @@ def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = Fal
     elif name == "loop":
         experts, top_k = _num_experts(model, case), _top_k(model, case)
         add_loops(model, linears, experts, top_k, case.r, _SCALING * case.r, case.dropout)
-    _make_trained(model)
+    if not fresh:
+        _make_trained(model)
     if inference:
         model.requires_grad_(False).eval()
     else:

@@ -12,7 +12,7 @@ from benchmarks.cases import COMPILERS
 from benchmarks.command import main
 from benchmarks.contestants import CONTESTANTS, build, make_forward, make_step, trainable_parameters
 from benchmarks.counting import OperatorCounter, count_operators, saved_bytes
-from benchmarks.loop import LoopLinear
+from benchmarks.experts import copy_experts
 from benchmarks.measure import Times, ratio, summarize, time_interleaved
 from benchmarks.models import Case, growth_base, load_base, training_batch
 from torch import nn
@@ -44,27 +44,6 @@ def base(case):
 @pytest.fixture(scope="module")
 def batch(case, base):
     return training_batch(case, base.config.vocab_size)
-
-
-def loops(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoopLinear)}
-
-
-def copy_experts(mola, loop):
-    """The experts of a mola model into the loop's, and pairs of tensors that must stay equal."""
-    tensors = {name.removeprefix("base_model.model."): each for name, each in mola.named_parameters()}
-    pairs = []
-    for name, module in loops(loop).items():
-        experts_A, experts_B = (tensors[f"{name}.mola_{part}.default"] for part in "AB")
-        for e, (lora_A, lora_B) in enumerate(zip(module.experts_A, module.experts_B, strict=True)):
-            lora_A.weight.data.copy_(experts_A[e])
-            lora_B.weight.data.copy_(experts_B[e].t())
-            pairs += [(lora_A.weight, experts_A, e, False), (lora_B.weight, experts_B, e, True)]
-        router = tensors.get(f"{name}.mola_router.default")
-        if router is not None:
-            module.router.weight.data.copy_(router)
-            pairs.append((module.router.weight, router, ..., False))
-    return pairs
 
 
 # ------------------------------------------------------------------ contestants

@@ -7,12 +7,13 @@ and the other entry points of PEFT and Transformers know it. The `mola` command 
 
 from typing import TYPE_CHECKING
 
-from mola import _program
+from mola import _memory, _program
 from mola._version import __version__
 from mola.errors import MolaError
 
 if _program.OWN_PROGRAM:
     _program.prefer_passive_waiting()  # before anything imports torch
+    _memory.keep_freed_memory()
 
 __all__ = [
     "ContinualOptions",

@@ -2,6 +2,7 @@
 
 - Waiting: OpenMP threads wait for each other at barriers by spinning. When other programs hold the cores, a step of
   one second can become a minute. Passive waiting cures that; it has to be set before torch is imported.
+- Memory: the process keeps what it frees; see `mola._memory`.
 - Imports: a program imports what its command needs, so that preparing data needs no torch.
 
 A library does not change its host program's environment, and offers all of its names: neither holds for others.

@@ -1,0 +1,78 @@
+"""Real text for the suites that need it: the generated questions of `mola prepare sample`, in a model's tokens."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import Case
+from benchmarks.options import BenchmarkOptions
+from mola.data.encode import encode_examples
+from mola.data.sample import generate_splits
+from mola.data.tasks import load_task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.evaluation.predicting import max_positions
+from mola.loading import load_config, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SUITES_WITH_TEXT = ("curve", "outliers")
+_QUESTIONS = 640  # as many as `mola quickstart` trains on
+
+
+def has_text(suite: str, model: str) -> bool:
+    """Whether a model has a tokenizer; says so where it has none."""
+    if model == "random12":
+        logger.info("%s: random12 is left out, it has no tokenizer for real text", suite)
+    return model != "random12"
+
+
+def check_text(options: BenchmarkOptions, folder: Path) -> None:
+    """Whether a model can read the text in blocks of the wanted length, if a suite asks for it.
+
+    Raises:
+        MolaError: there is no tokenizer, or blocks are too long.
+    """
+    lengths = {"curve": ("curve_seq_len", options.curve_seq_len), "outliers": ("seq_len", options.seq_len)}
+    limit = max_positions(load_config(folder))
+    for suite in options.suite:
+        if suite in SUITES_WITH_TEXT:
+            name, length = lengths[suite]
+            if limit is not None and length > limit:
+                raise MolaError(f"`{name}` must fit the model: got {length}, {folder.name} has {limit} positions.")
+            if not len(text_blocks(folder, length)):
+                raise MolaError(f"`{name}` must not be above the sample text's tokens: got {length}. Lower it.")
+
+
+def text_blocks(folder: str | Path, seq_len: int) -> torch.Tensor:
+    """All questions with their answers one after the other, cut into blocks: `(blocks, seq_len)`."""
+    task = load_task("sample")
+    rows = generate_splits({"train": _QUESTIONS})["train"]
+    examples = [task.example(row, index, "train") for index, row in enumerate(rows)]
+    encoded, report = encode_examples(
+        examples,
+        load_tokenizer(folder, "right"),
+        get_template(task.template),
+        cutoff_len=1 << 20,
+        train_on_inputs=True,
+    )
+    tokens = torch.tensor([token for ids in encoded["input_ids"] for token in ids])
+    blocks = report.tokens // seq_len
+    return tokens[: blocks * seq_len].view(blocks, seq_len)
+
+
+def text_batches(case: Case, steps: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of blocks without padding, every token a label; blocks in an order that `case.seed` decides.
+
+    When all blocks were used they come again, in another order.
+    """
+    blocks = text_blocks(case.folder, case.seq_len)
+    needed = steps * case.batch_size
+    generator = torch.Generator().manual_seed(case.seed)
+    rounds = -(-needed // len(blocks))
+    order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(rounds)])[:needed]
+    batches = blocks[order].view(steps, case.batch_size, case.seq_len).to(case.device)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in batches]
