@@ -29,6 +29,7 @@ from mola.training.checkpoints import (
     checkpoint_step,
     find_checkpoint,
 )
+from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
@@ -118,7 +119,8 @@ def train(options: TrainOptions) -> TrainResult:
     _write_record(trainer, folder, {**record, "status": "running"})
     start = time.perf_counter()
     try:
-        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        with compiled_if_asked(trainer):
+            metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         seconds = time.perf_counter() - start
         if trainer.state.global_step == first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
@@ -196,6 +198,7 @@ def _make_trainer(
             interruption,
             CheckpointLast(),
             FiniteLoss(),
+            FrozenInput(),
         ],
     )
 

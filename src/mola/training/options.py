@@ -13,6 +13,7 @@ from mola.data.encode import TRUNCATIONS
 from mola.devices import DTYPES, resolve_device, resolve_dtype
 from mola.errors import MolaError
 from mola.options import mapping, option
+from mola.training.compiling import check_compiler
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -113,6 +114,12 @@ class TrainOptions(TrainingArguments):
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
+    torch_compile: bool = option(
+        False,
+        "Compile the training step: a wait of minutes at the first step, faster steps after it. On a CPU it needs a "
+        "C++ compiler.",
+    )
+
     # Other defaults than TrainingArguments.
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.")
     learning_rate: float = option(3e-4, "Learning rate after warm-up.")
@@ -145,7 +152,11 @@ class TrainOptions(TrainingArguments):
                 "`dtype` float16 (or `fp16`) can not be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
+        if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
         super().__post_init__()
+        if self.torch_compile:
+            check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
         self._check_trackers()
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
             if getattr(self, name, None) and getattr(self, f"{name}_kwargs") is None:
