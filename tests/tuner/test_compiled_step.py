@@ -108,7 +108,6 @@ def test_graphs_do_not_grow_with_the_lengths_of_batches(dynamic, expected):
     assert graphs() == expected
 
 
-@pytest.mark.xfail(strict=True, reason="`RouterLosses._clear` reads the dicts it clears: empty ones need a graph")
 def test_router_losses_need_no_second_graph():
     model, batch = make(**LOSSES), token_batch(padding=2)
     forward = compiled(model)

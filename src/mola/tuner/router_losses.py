@@ -100,8 +100,9 @@ class RouterLosses:
 
     def _clear(self) -> None:
         for layer in self._layers:
-            # Also drops what a recomputation under gradient checkpointing stored after the last forward.
-            layer.router_outputs.clear()
+            # Also drops what a recomputation under gradient checkpointing stored after the last forward. A new dict,
+            # since a compiler that sees the old one cleared makes another graph for one that is empty.
+            layer.router_outputs = {}
         self._attention_mask = self._label_mask = None
 
     # ------------------------------------------------------------------ the loss
