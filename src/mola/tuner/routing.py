@@ -12,7 +12,8 @@ class Routing(NamedTuple):
     """What a router decided for `N` tokens.
 
     Attributes:
-        expert_indices: chosen experts, largest logit first, integers `(N, top_k)`.
+        expert_indices: chosen experts, largest logit first, integers `(N, top_k)`; all experts in their own order
+            where there is nothing to choose.
         routing_weights: gates of the chosen experts, float32 `(N, top_k)`, each row sums to 1.
     """
 
@@ -53,6 +54,9 @@ def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
         logits: float32 `(N, E)`.
         top_k: experts per token, `1 <= top_k <= E`.
     """
+    if top_k == logits.shape[-1]:
+        everyone = torch.arange(top_k, device=logits.device).expand(logits.shape)
+        return Routing(everyone, torch.softmax(logits, dim=-1))
     _, expert_indices = largest_logits(logits.detach(), top_k, dim=-1)
     return Routing(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1))
 
