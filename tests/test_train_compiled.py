@@ -140,7 +140,7 @@ def test_router_losses_with_checkpointing_stay_in_graphs(options, tmp_path):
     run(**options("eager", **settings))
     run(**options("compiled", torch_compile=True, torch_compile_backend=BACKEND, **settings))
     assert breaks() == 0
-    assert graphs() <= 2
+    assert graphs() == 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 

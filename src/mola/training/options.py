@@ -116,8 +116,8 @@ class TrainOptions(TrainingArguments):
 
     torch_compile: bool = option(
         False,
-        "Compile the training step: a wait of minutes at the first step, faster steps after it. On a CPU it needs a "
-        "C++ compiler.",
+        "Compile the training step, after a wait of minutes. On a CPU it needs a C++ compiler, and makes steps slower "
+        "rather than faster (docs/performance.md); on a GPU it was not measured.",
     )
 
     # Other defaults than TrainingArguments.
