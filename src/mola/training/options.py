@@ -116,8 +116,8 @@ class TrainOptions(TrainingArguments):
 
     torch_compile: bool = option(
         False,
-        "Compile the training step, after a wait of minutes. On a CPU it needs a C++ compiler, and makes steps slower "
-        "rather than faster (docs/performance.md); on a GPU it was not measured.",
+        "Compile the training step, after a wait of minutes. On a CPU it needs a C++ compiler, and steps with dropout "
+        "became slower rather than faster (docs/performance.md); on a GPU it was not measured.",
     )
 
     # Other defaults than TrainingArguments.
