@@ -100,6 +100,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         # Set while text is generated: see mola.tuner.siblings.
         self.slot: Slot | None = None
         self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings, inference_mode=inference_mode)

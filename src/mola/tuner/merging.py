@@ -6,6 +6,8 @@ import warnings
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
@@ -36,33 +38,34 @@ class SingleExpertMerging:
             MolaError: an adapter has several experts (the gates depend on the input, so no single
                 weight is equal to the mixture), or the base layer is quantised.
         """
-        names = [name for name in adapter_names or self.active_adapters if name in self.mola_A]
+        layer: Any = self
+        names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in self.mola_A]
         for name in names:
             self._check_single_expert(name)
         for name in names:
-            if name in self.merged_adapters:
-                warnings.warn(f"Adapter {name!r} is merged already, nothing to do.", stacklevel=2)
-                continue
             weight = self._float_base_weight()
             merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise MolaError(f"Merging adapter {name!r} gives NaN or infinite weights; the adapter is broken.")
+                # PEFT's words: code that looks for them is to find them.
+                raise MolaError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken.")
             weight.data = merged
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weight again."""
         if not self.merged:
-            warnings.warn("No adapter is merged, nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             weight = self._float_base_weight()
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def _float_base_weight(self) -> torch.Tensor:
-        weight: Any = self.get_base_layer().weight
-        if not weight.is_floating_point():
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        # Exactly a parameter: packed weights are subclasses of it, and may be stored as floating-point numbers.
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise MolaError(
-                f"Merging needs a floating-point base weight, this one is {weight.dtype}. "
+                f"Merging needs a plain floating-point base weight, this {type(base).__name__} has none. "
                 "Load the base model without quantisation to merge."
             )
         return weight

@@ -17,15 +17,13 @@ from mola.tuner.allocation import effective_top_k, resolve_per_layer
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors
+from mola.tuner.reference import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.siblings import computing_together
-from mola.tuner.targets import (
-    adaptable,
-    check_target_modules,
-    count_layers,
-    default_target_modules,
-    layer_index,
-)
+from mola.tuner.stacks import LayerStacks
+from mola.tuner.targets import adaptable, resolve_target_modules
+
+_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class MolaModel(BaseTuner):
         Raises:
             MolaError: a target matches nothing, or the per-layer numbers do not fit the model.
         """
+        original = original_of(adapter_name, self.peft_config)
         config = copy.deepcopy(self.peft_config[adapter_name])
         if not isinstance(config, MolaConfig):
             raise MolaError(
@@ -72,23 +71,29 @@ class MolaModel(BaseTuner):
             )
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
+        self._add_head(config)
         names = [name for name, _ in model.named_modules()]
-        self._resolve_targets(config, model, names)
-        self._per_layer = self._resolve_per_layer(config, model, names)
+        self._stacks = LayerStacks.of(model)
+        config.target_modules, config.exclude_modules = resolve_target_modules(
+            model, self._stacks, config.target_modules, config.exclude_modules
+        )
+        self._per_layer = self._resolve_per_layer(config)
         self._check_places(config, names)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if original is not None:
+            copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
 
-    def _resolve_targets(self, config: MolaConfig, model: nn.Module, names: list[str]) -> None:
-        if config.target_modules is None:
-            model_type = self.get_model_config(model).get("model_type")
-            config.target_modules = set(default_target_modules(names, model_type))
-        elif config.target_modules != "all-linear":
-            check_target_modules(model, config.target_modules, config.exclude_modules)
+    @staticmethod
+    def _add_head(config: MolaConfig) -> None:
+        # PEFT writes the heads of these tasks into the user's object, after it has been copied here.
+        heads = [name for name in _HEADS.get(config.task_type, ()) if name not in (config.modules_to_save or ())]
+        if heads:
+            config.modules_to_save = [*(config.modules_to_save or ()), *heads]
 
-    def _resolve_per_layer(self, config: MolaConfig, model: nn.Module, names: list[str]) -> _PerLayer:
+    def _resolve_per_layer(self, config: MolaConfig) -> _PerLayer:
         # Without decoder layers (one custom block, say) a single value still means something.
-        num_layers = count_layers(self.get_model_config(model), names) or 1
+        num_layers = self._stacks.num_layers or 1
         num_experts, top_k, r = (
             resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "top_k", "r")
         )
@@ -100,10 +105,9 @@ class MolaModel(BaseTuner):
 
     def _check_places(self, config: MolaConfig, names: list[str]) -> None:
         # All modules before the first one is replaced, so that a refused model is left as it was.
-        if config.target_modules != "all-linear":
-            for name in names:
-                if name and self._check_target_module_exists(config, name):
-                    self._settings(config, name, layer_index(name))
+        for name in names:
+            if name and self._check_target_module_exists(config, name):
+                self._settings(config, name, self._stacks.index(name))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # done before, in inject_adapter, where the model's modules are known
@@ -119,7 +123,7 @@ class MolaModel(BaseTuner):
         parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
-        index = layer_index(current_key)
+        index = self._stacks.index(current_key)
         settings = self._settings(peft_config, current_key, index)
         if isinstance(target, MolaLinear):
             target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
@@ -159,21 +163,39 @@ class MolaModel(BaseTuner):
 
     # ------------------------------------------------------------------ what differs from other methods
 
-    def _check_merge_allowed(self) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters with one expert into the base weights, see PEFT; the active ones by default.
+
+        Raises:
+            MolaError: one of them has several experts somewhere; no layer has been touched then.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         # Asked once for the whole model, before any layer is touched.
         for name, module in self.model.named_modules():
             if isinstance(module, MolaLinear):
-                for adapter_name in module.active_adapters:
+                for adapter_name in module.active_adapters if adapter_names is None else adapter_names:
                     if module.num_experts.get(adapter_name, 1) > 1:
                         raise MolaError(
                             f"Adapter {adapter_name!r} can not be merged: {name!r} has "
                             f"{module.num_experts[adapter_name]} experts and its gates depend on the input, so no "
                             "single weight equals the mixture. Keep it as an adapter; only `num_experts=1` merges."
                         )
-        super()._check_merge_allowed()
+                    if adapter_name in module.mola_A:
+                        module._float_base_weight()  # raises on a quantised layer
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         RouterLosses.remove(model)
         return model
 

@@ -19,6 +19,7 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
+from mola.tuner.stacks import LayerStacks
 from mola.tuner.statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
 Groups = dict[int | None, list[RouterStatistics]]
@@ -40,6 +41,7 @@ class RouterLosses:
         self._label_mask: torch.Tensor | None = None
         self._said: set[str] = set()
         self._layers: list[MolaLinear] = []
+        self._stacks = LayerStacks.of(model)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -146,7 +148,7 @@ class RouterLosses:
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
             if output is not None:
-                mask = self._token_mask(adapter_name, output.logits.shape[0])
+                mask = self._token_mask(adapter_name, output.logits.shape[0], layer.layer_index)
                 groups[layer.layer_index].append(router_statistics(output, mask))
         return groups
 
@@ -203,15 +205,18 @@ class RouterLosses:
             # Position t predicts token t + 1: it counts when that token does. The last one predicts nothing.
             self._label_mask = mask if unshifted else torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
 
-    def _token_mask(self, adapter_name: str, num_tokens: int) -> torch.Tensor | None:
+    def _token_mask(self, adapter_name: str, num_tokens: int, layer_index: int | None) -> torch.Tensor | None:
         """The `(num_tokens,)` mask of counted tokens, or None when all count.
 
         The "layer" reduction counts padding, as the paper's code does. A module that sees another
-        number of tokens than the mask has (cross attention, experts of a MoE base) counts all of its own.
+        number of tokens than the mask has (experts of a MoE base) counts all of its own.
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
         masks = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel() == num_tokens]
+        if self._stacks.num_encoder_layers:
+            # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
+            masks = masks[:1] if self._stacks.is_encoder(layer_index) else masks[-1:]
         if not masks:
             return None
         mask = masks[0].reshape(-1)
@@ -261,7 +266,8 @@ class _AddLoss(torch.autograd.Function):
     """Identity on log-probabilities that also backpropagates a loss, weighted as the tokens are.
 
     A mean or sum over tokens gives each log-probability the gradient `-w`; the added loss gets the sum
-    of those `w` over real tokens, which is this batch's share of the total.
+    of those `w` over real tokens, which is this batch's share of the total. A loss of preferences gives some
+    tokens `+w`, and its size says nothing about that share: it is refused.
     """
 
     @staticmethod
@@ -274,4 +280,12 @@ class _AddLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         (mask,) = ctx.saved_tensors
         dtype, device = ctx.loss_like
-        return grad_output, (grad_output.abs() * mask).sum().to(device, dtype), None
+        weights = -grad_output * mask
+        if not torch.compiler.is_compiling() and bool((weights < 0).any()):
+            raise MolaError(
+                "`router_aux_loss_coef` and `router_z_loss_coef` must be 0 where the trainer's loss is not a mean of "
+                "negative log-likelihoods: this one also lowers the likelihood of some tokens, as DPO, KTO and GRPO "
+                "do, so the weight of the routers' losses does not follow from it. Set them to 0 in the MolaConfig, "
+                "or for a loaded adapter in `model.peft_config[name]`."
+            )
+        return grad_output, weights.sum().to(device, dtype), None

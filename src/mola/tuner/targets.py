@@ -1,7 +1,7 @@
-"""Which linears of a model are adapted, and in which decoder layer each of them is.
+"""Which linears of a model are adapted.
 
-- `layer_index`, `count_layers`: position and depth from module names and the model's config.
 - `default_target_modules`, `check_target_modules`: what to adapt, with every name accounted for.
+- `resolve_target_modules`: both, and "all-linear", for one model.
 - `linear_shapes`: sizes of the targeted linears, also of a model without weights (meta device).
 """
 
@@ -9,67 +9,38 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
 from mola.tuner.allocation import LinearShape
+from mola.tuner.stacks import LayerStacks
+from mola.tuner.stacks import count_layers as count_layers
+from mola.tuner.stacks import layer_index as layer_index
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Where these are one linear, as in Phi-3, its name is another.
+_FUSED_LINEARS = ("qkv_proj", "gate_up_proj")
 
-Targets = Collection[str] | str
+Targets = list[str] | set[str] | str
 
 _ALL_LINEAR = "all-linear"
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
+# The last one is never called: nn.MultiheadAttention reads its weight.
+_NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, NonDynamicallyQuantizableLinear)
+_HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 _NOT_LINEAR_NAME = re.compile(r"norm|ln_|embed|dropout|act|rotary|wte|wpe|^\d+$", re.IGNORECASE)
-
-
-def layer_index(module_name: str) -> int | None:
-    """Decoder layer of a module: the first dot-separated part of its name that is an integer.
-
-    Args:
-        module_name: as in `named_modules()`, e.g. "model.layers.3.mlp.experts.0.up_proj" -> 3.
-
-    Returns:
-        The layer, 0 = nearest the input; None for modules outside the layers.
-    """
-    for part in module_name.split("."):
-        if re.fullmatch(r"[0-9]+", part):
-            return int(part)
-    return None
-
-
-def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -> int | None:
-    """Number of decoder layers of a model.
-
-    Args:
-        model_config: a Transformers config as a dict; `num_hidden_layers`, `n_layer` or `num_layers` is
-            read from it, else from its `text_config`.
-        module_names: names of the model's modules; used when the config does not say.
-
-    Returns:
-        The depth; None if neither the config nor the names tell.
-    """
-    for section in (model_config, model_config.get("text_config")):
-        if not isinstance(section, Mapping):
-            continue
-        for key in _DEPTH_KEYS:
-            depth = section.get(key)
-            if isinstance(depth, int) and not isinstance(depth, bool):
-                return depth
-    indices = [index for index in map(layer_index, module_names) if index is not None]
-    return max(indices) + 1 if indices else None
 
 
 def default_target_modules(module_names: Iterable[str], model_type: str | None) -> list[str]:
     """Names to adapt when the user gave none.
 
-    Those of `LLAMA_LINEARS` that exist in the model; if none does, PEFT's LoRA choice for `model_type`.
+    Those of `LLAMA_LINEARS` that exist in the model, also where query, key and value or gate and up are one
+    linear; if none does, PEFT's LoRA choice for `model_type`.
 
     Args:
         module_names: names of the model's modules.
@@ -83,7 +54,7 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
     """
     names = list(module_names)
     leaves = {_leaf(name) for name in names}
-    found = [name for name in LLAMA_LINEARS if name in leaves]
+    found = [name for name in (*LLAMA_LINEARS, *_FUSED_LINEARS) if name in leaves]
     if found:
         return found
     choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "", [])
@@ -114,10 +85,10 @@ def adaptable(module: nn.Module) -> bool:
         False for embeddings, convolutions, norms and modules that only contain linears.
     """
     base = _base_layer(module)
-    if isinstance(base, (nn.Linear, Conv1D)):
-        return True
     if isinstance(base, _NOT_ADAPTABLE):
         return False
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
     return all(isinstance(getattr(base, size, None), int) for size in ("in_features", "out_features"))
 
 
@@ -150,6 +121,7 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
         if not target_modules:
             raise MolaError("`target_modules` must name at least one module, got an empty list.")
         missing = [target for target in target_modules if not any(_matches(name, [target]) for name in modules)]
+        _refuse_fused_experts(model, missing)
         if missing:
             raise MolaError(_nothing_matches(sorted(missing), modules, is_pattern=False))
     targeted = _select(model, target_modules, exclude_modules)
@@ -184,10 +156,48 @@ def linear_shapes(
         MolaError: as `check_target_modules`.
     """
     check_target_modules(model, target_modules, exclude_modules)
+    stacks = LayerStacks.of(model)
     return [
-        LinearShape(name, layer_index(name), *_sizes(module))
+        LinearShape(name, stacks.index(name), *_sizes(module))
         for name, module in _select(model, target_modules, exclude_modules)
     ]
+
+
+def resolve_target_modules(
+    model: nn.Module, stacks: LayerStacks, target_modules: Targets | None, exclude_modules: Targets | None = None
+) -> tuple[Targets, Targets | None]:
+    """`target_modules` and `exclude_modules` for one model: the default and "all-linear" become names.
+
+    The default leaves out what is beside a language model: towers for images or sound.
+
+    Args:
+        model: the model to be adapted.
+        stacks: its layers.
+        target_modules: as in the configuration, None for the default.
+        exclude_modules: as in the configuration.
+
+    Raises:
+        MolaError: as `default_target_modules` and `check_target_modules`.
+    """
+    if target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        names = [name for name, _ in model.named_modules()]
+        target_modules = set(default_target_modules(names, model_type))
+        return target_modules, stacks.also_excluding_towers(exclude_modules)
+    check_target_modules(model, target_modules, exclude_modules)
+    if _is_all_linear(target_modules):
+        target_modules = {name for name, _ in _select(model, target_modules, exclude_modules)}
+    return target_modules, exclude_modules
+
+
+def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and any(_matches(name, [target]) for target in missing):
+            raise MolaError(
+                f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
+                "of a mixture-of-experts base model in one parameter, which can not be adapted. Name the linears of "
+                "its attention, or of its shared experts."
+            )
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -220,9 +230,17 @@ def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> lis
     modules = [(n, m) for n, m in _original_modules(model) if not (excluded and _matches(n, excluded))]
     if not _is_all_linear(targets):
         return [(name, module) for name, module in modules if _matches(name, targets)]
+    heads = _heads(model)
+    return [(name, module) for name, module in modules if adaptable(module) and not any(module is h for h in heads)]
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """Modules of the head of a Transformers model, the classifiers' included; none for other models."""
     get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    return [(name, module) for name, module in modules if module is not head and adaptable(module)]
+    if get_head is None:
+        return []
+    heads = [get_head(), *(getattr(model, name, None) for name in _HEADS)]
+    return [module for head in heads if isinstance(head, nn.Module) for module in head.modules()]
 
 
 def _is_all_linear(targets: Targets) -> bool:

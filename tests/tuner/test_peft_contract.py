@@ -1,0 +1,132 @@
+"""What PEFT's own tests ask of every method; `make test-peft` runs those themselves."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+
+from mola import MolaConfig, MolaError, MolaLinear
+
+from .models import clone, random_config, tiny_llama
+
+
+class TwoLinears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0 = nn.Linear(6, 5)
+        self.lin1 = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.lin1(torch.relu(self.lin0(x)))
+
+
+def config(num_experts=1, **options):
+    defaults = {"num_experts": num_experts, "top_k": 1, "r": 2, "init_lora_weights": False}
+    return MolaConfig(**{**defaults, "target_modules": ["lin0", "lin1"], **options})
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    return get_peft_model(TwoLinears(), config(**options)).eval()
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MolaLinear)]
+
+
+# ---------------------------------------------------------------------- merging
+
+
+def test_merging_twice_says_so_and_changes_nothing():
+    model, x = adapted(), torch.randn(4, 6)
+    model.merge_adapter()
+    before = model(x)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    assert torch.equal(model(x), before)
+
+
+def test_merging_no_adapter_merges_none():
+    model = adapted()
+    model.merge_adapter(adapter_names=[])
+    assert not any(layer.merged for layer in layers(model))
+
+
+def test_a_broken_adapter_is_not_merged_safely():
+    model = adapted()
+    with torch.no_grad():
+        model.base_model.model.lin0.mola_A["default"][0, 0] = torch.nan
+    weight = model.base_model.model.lin0.base_layer.weight.clone()
+    with pytest.raises(MolaError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(model.base_model.model.lin0.base_layer.weight, weight)
+
+
+def test_the_adapters_that_are_merged_decide_whether_it_is_possible():
+    """Not the active ones: a named mixture is refused before the first layer, named LoRA beside a mixture merges."""
+    base = tiny_llama(num_layers=2)
+    model = get_peft_model(clone(base), random_config(num_experts=1), adapter_name="lora")
+    model.add_adapter("mixture", random_config(num_experts=[1, 2], top_k=1))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MolaError, match="'mixture' can not be merged.*2 experts"):
+            merge(adapter_names=["mixture"])
+    assert not any(layer.merged for layer in layers(model))
+    model.set_adapter("mixture")
+    model.merge_adapter(adapter_names=["lora"])
+    assert all(layer.merged_adapters == ["lora"] for layer in layers(model))
+
+
+# ---------------------------------------------------------------------- number formats
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 2)])
+def test_casting_of_the_input_can_be_switched_off(num_experts, top_k):
+    """For programs that keep weights in half precision and cast them in hooks, layer by layer."""
+    model = adapted(num_experts=num_experts, top_k=top_k, target_modules=["lin0"])
+    layer, x = model.base_model.model.lin0, torch.randn(4, 6)
+    expected = layer(x)
+    stored = {name: p for name, p in layer.named_parameters() if "mola_A" in name or "mola_B" in name}
+    with torch.no_grad():
+        for parameter in stored.values():
+            parameter.data = parameter.data.half().float()
+        rounded = layer(x)
+        for parameter in stored.values():
+            parameter.data = parameter.data.half()
+        assert not torch.equal(layer(x), rounded)  # the input is cast to half precision as well
+        with disable_input_dtype_casting(model):
+            for parameter in stored.values():
+                parameter.data = parameter.data.float()
+            assert torch.equal(layer(x), rounded)
+    torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
+    assert layer.cast_input_dtype_enabled
+
+
+# ---------------------------------------------------------------------- heads of a task
+
+
+@pytest.mark.parametrize(
+    ("task_type", "model_class", "head"),
+    [("TOKEN_CLS", BertForTokenClassification, "classifier"), ("QUESTION_ANS", BertForQuestionAnswering, "qa_outputs")],
+)
+def test_the_head_of_a_task_is_trained_and_saved(task_type, model_class, head, tmp_path):
+    torch.manual_seed(0)
+    bert = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=32, num_labels=2
+    )
+    base = model_class(bert)
+    settings = MolaConfig(task_type=task_type, num_experts=[2, 3], r=2, init_lora_weights=False)
+    model = get_peft_model(clone(base), settings).eval()
+    model.add_adapter("second", MolaConfig(task_type=task_type, num_experts=2, r=2))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(f"{head}.modules_to_save.default" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"{head}.modules_to_save.default" in name:
+                parameter.add_(1.0)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    loaded = PeftModel.from_pretrained(clone(base), tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0])
+    assert head in loaded.peft_config["default"].modules_to_save
