@@ -14,6 +14,7 @@ from mola.errors import MolaError
 if _program.OWN_PROGRAM:
     _program.prefer_passive_waiting()  # before anything imports torch
     _memory.keep_freed_memory()
+    _program.hush_recommendations()
 
 __all__ = [
     "ContinualOptions",

@@ -3,11 +3,16 @@
 - Waiting: OpenMP threads wait for each other at barriers by spinning. When other programs hold the cores, a step of
   one second can become a minute. Passive waiting cures that; it has to be set before torch is imported.
 - Memory: the process keeps what it frees; see `mola._memory`.
+- Messages: PEFT imports bitsandbytes where it is installed, which then recommends another package; every run, quantised
+  or not, would begin with that.
 - Imports: a program imports what its command needs, so that preparing data needs no torch.
 
-A library does not change its host program's environment, and offers all of its names: neither holds for others.
+A library does not change its host program's environment and messages, and offers all of its names: none of this holds
+for others.
 """
 
+import itertools
+import logging
 import os
 import sys
 from pathlib import Path
@@ -39,4 +44,14 @@ def prefer_passive_waiting() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-OWN_PROGRAM = is_own_program(sys.argv[0] if sys.argv else "")
+def hush_recommendations() -> None:
+    """Leave out what bitsandbytes says about an optional kernel while it is imported; its errors stay."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def is_own_module(words: list[str]) -> bool:
+    """Whether a command line of Python runs `-m mola.cli`, as launchers of several processes do."""
+    return any(pair == ("-m", "mola.cli") for pair in itertools.pairwise(words))
+
+
+OWN_PROGRAM = is_own_program(sys.argv[0] if sys.argv else "") or is_own_module(sys.orig_argv)

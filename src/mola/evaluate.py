@@ -30,6 +30,7 @@ from mola.evaluation.partial import PartialResults
 from mola.files import atomic_write_json, check_writable
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from mola.options import mapping, option
+from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "evaluate_examples", "main"]
 
@@ -63,6 +64,12 @@ class EvaluateOptions:
     output: str | None = option(None, "Result file (JSON) with every sample.")
     overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
     dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    load_in_8bit: bool = quantization_option("load_in_8bit")
+    load_in_4bit: bool = quantization_option("load_in_4bit")
+    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
+    gguf_file: str | None = quantization_option("gguf_file")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
@@ -91,7 +98,14 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         if finished:
             logger.warning("Going on with %d finished samples of %s.", len(finished), partial.path)
     set_seed(options.seed)
-    model = load_model(options.base_model, options.adapter, options.dtype, options.device, options.trust_remote_code)
+    model = load_model(
+        options.base_model,
+        options.adapter,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        quantization=quantization_of(options),
+    )
     result = evaluate_examples(
         model,
         tokenizer,
@@ -138,8 +152,10 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
         MolaError: anything wrong with the options or the data.
     """
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
-    resolve_dtype(options.dtype, resolve_device(options.device))
-    config = load_config(options.base_model, options.trust_remote_code)
+    device, quantization = resolve_device(options.device), quantization_of(options)
+    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_quantized_base(options.base_model, config, quantization, device)
     if options.adapter is not None:
         check_adapter(options.adapter)
     if options.output is not None:
@@ -153,7 +169,7 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     questions = make_questions(task, examples, options.template, options.scoring)
     check_answers(task, examples)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code)
+    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
     limit = predicting.max_positions(config)
     question_lengths(tokenizer, questions, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
@@ -177,7 +193,7 @@ def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[s
 def _file_stamps(folder: str) -> list[list[Any]]:
     """Name, size and time of the files that make a local model; empty for a hub id."""
     path = Path(folder)
-    files = [file for kind in ("*.safetensors", "*.bin", "*config.json") for file in path.glob(kind)]
+    files = [file for kind in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for file in path.glob(kind)]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 
 

@@ -27,6 +27,7 @@ from mola.loading import (
     resolve_dtype,
 )
 from mola.options import option
+from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ class GenerateOptions:
     seed: int | None = option(None, "Random seed; by default another one each time.")
     stream: bool = option(True, "Print the text while it is generated.")
     dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    load_in_8bit: bool = quantization_option("load_in_8bit")
+    load_in_4bit: bool = quantization_option("load_in_4bit")
+    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
+    gguf_file: str | None = quantization_option("gguf_file")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
@@ -153,12 +160,21 @@ def main(options: GenerateOptions) -> int:
         MolaError: wrong options, before the model is loaded.
     """
     prompt = _checked_prompt(options)
-    resolve_dtype(options.dtype, resolve_device(options.device))
-    load_config(options.base_model, options.trust_remote_code)
+    device, quantization = resolve_device(options.device), quantization_of(options)
+    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_quantized_base(options.base_model, config, quantization, device)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code)
-    model = load_model(options.base_model, options.adapter, options.dtype, options.device, options.trust_remote_code)
+    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
+    model = load_model(
+        options.base_model,
+        options.adapter,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        quantization=quantization,
+    )
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)

@@ -30,7 +30,10 @@ import mola.tuner  # noqa: F401  (registers the method with PEFT)
 from mola.checkpoints.formats import conversion_hint
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
-from mola.skeleton import read_config
+from mola.gguf import check_gguf_file, tokenizer_arguments
+from mola.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
+from mola.quantized_model import check_packable, finish_loading, loading_arguments
+from mola.skeleton import model_on_meta, read_config
 
 __all__ = [
     "check_adapter",
@@ -47,18 +50,23 @@ logger = logging.getLogger(__name__)
 _pad_tokens_reported: set[tuple[str, str]] = set()
 
 
-def check_base_model(base_model: str | os.PathLike[str]) -> None:
+def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
     """Refuse a base model that cannot load, before anything heavy happens; a hub id is let through.
 
+    Args:
+        base_model: folder or hub id.
+        gguf_file: GGUF file in that folder, which holds everything; None for a folder with `config.json`.
+
     Raises:
-        MolaError: a folder without `config.json`, a file, or a path that does not exist.
+        MolaError: a folder without `config.json` or without the GGUF file, a file, or a path that does not exist.
     """
     name = os.fspath(base_model)
     if not name.strip():
         raise MolaError("`base_model` must name a model: got an empty text. Pass a folder or a hub id.")
     path = Path(name)
     if path.is_dir():
-        if (path / "config.json").is_file():
+        check_gguf_file(path, gguf_file)
+        if gguf_file is not None or (path / "config.json").is_file():
             return
         if (path / "adapter_config.json").is_file():
             raise MolaError(
@@ -111,18 +119,28 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def load_config(base_model: str | os.PathLike[str], trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(
+    base_model: str | os.PathLike[str], trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PretrainedConfig:
     """Configuration of the base model; loads no weights.
+
+    Args:
+        base_model: folder or hub id.
+        trust_remote_code: run code shipped with the model.
+        gguf_file: GGUF file in that folder, if it is one.
 
     Raises:
         MolaError: see `check_base_model`; also when the configuration is broken or the hub does not have it.
     """
-    check_base_model(base_model)
-    return read_config(os.fspath(base_model), trust_remote_code)
+    check_base_model(base_model, gguf_file)
+    return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
 
 
 def load_tokenizer(
-    base_model: str | os.PathLike[str], padding_side: str = "left", trust_remote_code: bool = False
+    base_model: str | os.PathLike[str],
+    padding_side: str = "left",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Tokenizer of the base model with a padding token; the vocabulary never grows.
 
@@ -133,6 +151,7 @@ def load_tokenizer(
         base_model: folder or hub id.
         padding_side: `"left"` for generation, `"right"` for training.
         trust_remote_code: run code shipped with the model.
+        gguf_file: GGUF file in that folder; its tokenizer is used only where the folder has no other.
 
     Returns:
         The tokenizer.
@@ -140,13 +159,16 @@ def load_tokenizer(
     Raises:
         MolaError: see `check_base_model`; no tokenizer there, or no token that could pad.
     """
-    check_base_model(base_model)
+    check_base_model(base_model, gguf_file)
     name = os.fspath(base_model)
     if padding_side not in ("left", "right"):
         raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
+    arguments = tokenizer_arguments(name, gguf_file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side=padding_side, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, padding_side=padding_side, trust_remote_code=trust_remote_code, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
         raise MolaError(f"`base_model` has no tokenizer that loads: {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
@@ -169,16 +191,19 @@ def load_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
 
     Args:
         base_model: folder or hub id.
         adapter: an adapter folder, or several as name -> folder (the first is active); None for none.
-        dtype: see `resolve_dtype`; adapters take the dtype of the base, routers stay float32.
+        dtype: see `resolve_dtype`; adapters take the dtype of the base, routers stay float32. On quantised layers
+            adapters stay as they were saved.
         device: see `resolve_device`.
         trust_remote_code: run code shipped with the model.
         attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, ...); None for its default.
+        quantization: how to quantise the base; None loads it as it is, which may be quantised already.
 
     Returns:
         The model; a `PeftModel` when an adapter was given.
@@ -190,12 +215,18 @@ def load_model(
     configs = {name: check_adapter(folder) for name, folder in adapters.items()}
     target = resolve_device(device)
     torch_dtype, reason = resolve_dtype(dtype, target)
-    config = load_config(base_model, trust_remote_code)
+    quantization = quantization or Quantization()
+    check_quantization(quantization, target, torch_dtype)
+    config = load_config(base_model, trust_remote_code, quantization.gguf_file)
+    check_quantized_base(os.fspath(base_model), config, quantization, target)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    is_quantized = getattr(config, "quantization_config", None) is not None
+    arguments |= loading_arguments(quantization, torch_dtype)
+    if quantization.on_loading:
+        check_packable(model_on_meta(os.fspath(base_model), trust_remote_code), os.fspath(base_model))
+    is_quantized = quantization.on_loading or stored_quantization(config) is not None
     if is_quantized:  # packed weights are placed while loading and cannot be moved afterwards
         arguments["device_map"] = {"": target}
     try:
@@ -204,6 +235,7 @@ def load_model(
         raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
     if not is_quantized:
         model = model.to(target)
+    finish_loading(model)
     for name, folder in adapters.items():
         _warn_other_base(base_model, folder, configs[name])
         model = _attach(model, name, os.fspath(folder))

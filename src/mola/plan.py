@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mola.options import names_between_commas
+from mola.quantization import quantization_option
 from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner.allocation import AllocationPlan, LayerPlan, plan_allocation, resolve_per_layer
-from mola.tuner.targets import default_target_modules, linear_shapes
+from mola.tuner.stacks import LayerStacks
+from mola.tuner.targets import linear_shapes, resolve_target_modules
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -49,6 +51,7 @@ class PlanOptions:
             "linears where they exist, else PEFT's choice for the architecture."
         },
     )
+    gguf_file: str | None = quantization_option("gguf_file")
     json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
     trust_remote_code: bool = field(
         default=False,
@@ -68,12 +71,11 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
     """
-    model = model_on_meta(options.base_model, options.trust_remote_code)
+    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file)
     num_layers = count_decoder_layers(model, options.base_model)
-    names = [name for name, _ in model.named_modules()]
-    targets = names_between_commas(options.target_modules) or default_target_modules(names, model.config.model_type)
+    targets = names_between_commas(options.target_modules)
     result = plan_allocation(
-        linear_shapes(model, targets),
+        linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets)),
         resolve_per_layer(options.num_experts, num_layers, "num_experts"),
         resolve_per_layer(options.top_k, num_layers, "top_k"),
         resolve_per_layer(options.r, num_layers, "r"),

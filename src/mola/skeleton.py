@@ -10,18 +10,26 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.errors import MolaError
+from mola.gguf import read_gguf_config
 from mola.tuner.targets import count_layers
 
 _WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
 
 
-def read_config(base_model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:
     """Configuration of a model, whatever may be wrong with it.
+
+    Args:
+        base_model: a folder with config.json, a config.json file, or a name on the hub.
+        trust_remote_code: run code shipped with the model.
+        gguf_file: name of a GGUF file there, which is read instead of config.json.
 
     Raises:
         MolaError: it is not there, broken, or of a type that Transformers does not know.
     """
     try:
+        if gguf_file is not None:
+            return read_gguf_config(base_model, gguf_file)
         # Explicit False: with None Transformers would ask on the terminal.
         return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
@@ -30,16 +38,19 @@ def read_config(base_model: str, trust_remote_code: bool = False) -> PretrainedC
         ) from error
 
 
-def model_on_meta(base_model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
     """Build a causal language model from its configuration only.
 
     Args:
         base_model: a folder with config.json, a config.json file, or a name on the hub.
         trust_remote_code: run code shipped with the model.
+        gguf_file: as in `read_config`.
 
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
     """
+    if gguf_file is not None:
+        return _build(base_model, read_config(base_model, trust_remote_code, gguf_file), trust_remote_code)
     return _build(base_model, _load_config(base_model, trust_remote_code), trust_remote_code)
 
 

@@ -290,9 +290,11 @@ def test_wrong_flags_end_in_one_line(flags, parts, command, capsys, tmp_path):
     assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
-def test_base_in_8_bits_is_refused(command, capsys):
-    assert command(script=INSTRUCTION, load_in_8bit=True, val_set_size=1) == 2
-    assert "`load_in_8bit`" in error_line(INSTRUCTION, capsys)
+@pytest.mark.quant
+def test_base_in_8_bits(command, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'mola-peft[quant]'")
+    assert command(script=INSTRUCTION, load_in_8bit=True, val_set_size=1) == 0
+    assert record(tmp_path / "run")["quantization"] == {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
 
 def test_validation_rows_come_from_the_training_split(command, tmp_path):

@@ -12,6 +12,7 @@ from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions
 from mola.options import mapping, option
 from mola.parsing import convert
+from mola.quantization import QUANTIZATION_OPTIONS
 from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY, TrainOptions
 
 # The stages hand one adapter on, and are evaluated with one base model in one number format.
@@ -19,6 +20,7 @@ _SAME_IN_ALL_STAGES = (
     "base_model",
     *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
     "dtype",
+    *QUANTIZATION_OPTIONS,
     "bf16",
     "fp16",
     "use_cpu",

@@ -12,6 +12,7 @@ from mola.data.encode import data_fingerprint
 from mola.data.read import split_names
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, check_evaluation
+from mola.quantization import QUANTIZATION_OPTIONS
 from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _TEST_OPTIONS = {
     "template": "template",
     "scoring": "scoring",
     "dtype": "base_dtype",
+    **{name: name for name in QUANTIZATION_OPTIONS},
     "trust_remote_code": "trust_remote_code",
 }
 

@@ -77,6 +77,8 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
         "overwrite_output_dir": options.overwrite_output_dir,
         "trust_remote_code": options.trust_remote_code,
     }
+    if getattr(options, "load_in_8bit", False):
+        settings["load_in_8bit"] = True
     if options.group_by_length:
         settings["train_sampling_strategy"] = "group_by_length"
     if options.val_set_size:
@@ -101,11 +103,6 @@ def main(options: SharedOptions) -> int:
     Raises:
         MolaError: as `train_settings` and `mola.train`.
     """
-    if getattr(options, "load_in_8bit", False):
-        raise MolaError(
-            "`load_in_8bit` true is not supported: bases quantised while loading can not be trained yet. Leave it out; "
-            "--dtype bfloat16 needs half the memory of float32."
-        )
     settings = train_settings(options)
     environment = tracker_environment(options)
     if os.environ.get("RANK", "0") == "0":

@@ -112,7 +112,7 @@ class ResearchInstructionOptions(SharedOptions):
     val_set_size: float = option(
         100, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
     )
-    load_in_8bit: bool = option(False, "Load the base in 8 bits; not supported, refused when true.")
+    load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads; needs bitsandbytes.")
     prompt_template_name_meta: str = option("meta", "Prompt template; meta: the text itself, without a prompt.")
     obalance: bool = option(
         True, f"Add {BALANCE_COEF:g} times the balance loss, pooled per layer and summed over layers, padding counted."

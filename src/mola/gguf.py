@@ -1,0 +1,61 @@
+"""GGUF files as base models: one file that holds configuration, tokenizer and packed weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
+    """Refuse a file that is not in the folder, and a folder with nothing but such files where none was chosen.
+
+    Raises:
+        MolaError: either; names the files that are there.
+    """
+    names = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf_file is None and names and not (folder / "config.json").is_file():
+        raise MolaError(
+            f"`base_model` {str(folder)!r} has no config.json but GGUF files: {', '.join(names)}. Pass one of them as "
+            f"well: --gguf_file {names[0]}."
+        )
+    if gguf_file is not None and not (folder / gguf_file).is_file():
+        found = ", ".join(names) or "none"
+        raise MolaError(
+            f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
+            f"GGUF files there: {found}."
+        )
+
+
+def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:
+    """Configuration of the model in a GGUF file."""
+    file = Path(base_model) / gguf_file
+    stamp = file.stat().st_mtime_ns if file.is_file() else None
+    return copy.deepcopy(_read_once(base_model, gguf_file, stamp))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(base_model: str, gguf_file: str, stamp: int | None) -> PretrainedConfig:
+    """Reading takes seconds, and a run asks several times; `stamp` changes with the file."""
+    return AutoConfig.from_pretrained(base_model, gguf_file=gguf_file)
+
+
+def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str]:
+    """Arguments for `AutoTokenizer.from_pretrained`: the file, unless the folder has a tokenizer beside it."""
+    if gguf_file is None or any((Path(base_model) / name).is_file() for name in _TOKENIZER_FILES):
+        return {}
+    logger.warning(
+        "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "
+        "digits, for one, may become other tokens. Put tokenizer.json beside the file to use that.",
+        gguf_file,
+    )
+    return {"gguf_file": gguf_file}

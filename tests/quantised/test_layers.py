@@ -1,0 +1,187 @@
+"""One adapted linear on a packed weight: base plus experts, number formats, gradients, merging."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from mola import MolaConfig, MolaError, MolaLinear
+from mola.quantized_model import prepare_for_training, weight_bytes
+from tests.quantised.models import KINDS, packed_layers, quantised
+
+pytestmark = [pytest.mark.quant, pytest.mark.usefixtures("bitsandbytes")]
+IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def adapted(base, **options):
+    """With experts that are not zero."""
+    defaults = {"num_experts": "24", "r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(1)
+    return get_peft_model(base, MolaConfig(**{**defaults, **options}))
+
+
+def mixtures(model):
+    return [module for module in model.modules() if isinstance(module, MolaLinear)]
+
+
+def by_hand(layer, x):
+    """The formula of the paper, expert by expert, on what the packed layer returns."""
+    result = layer.base_layer(x).float()
+    A, B, router = layer.mola_A["default"], layer.mola_B["default"], layer.mola_router["default"]
+    chosen, experts = (x.float() @ router.float().T).softmax(-1).topk(layer.top_k["default"])
+    gates = torch.zeros(*x.shape[:-1], len(A)).scatter(-1, experts, chosen / chosen.sum(-1, keepdim=True))
+    for index in range(len(A)):
+        update = x.float() @ A[index].float().T @ B[index].float()
+        result = result + gates[..., index : index + 1] * layer.scaling["default"] * update
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_is_base_plus_experts(kind, dtype, blocks_dir):
+    layer = mixtures(adapted(quantised(blocks_dir, kind, dtype)).eval())[-1]  # 128 inputs, 4 experts
+    assert (layer.num_experts["default"], layer.in_features, layer.out_features) == (4, 128, 64)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        expected, got = by_hand(layer, x), layer(x)
+        base = layer.base_layer(x).float()
+    assert got.dtype == dtype
+    assert (expected - base).norm() > 0.1 * base.norm()
+    # bfloat16 keeps 8 bits, and base and sum are both rounded to it.
+    torch.testing.assert_close(got.float(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_and_routers_are_never_packed(dtype, blocks_dir):
+    model = adapted(quantised(blocks_dir, "nf4", dtype))
+    formats = {name.split(".")[-2]: p.dtype for name, p in model.named_parameters() if "mola_" in name}
+    assert formats == {"mola_A": torch.float32, "mola_B": torch.float32, "mola_router": torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_counted_unpacked(kind, blocks_dir, tmp_path):
+    model = quantised(blocks_dir, kind)
+    packed = sum(parameter.numel() for parameter in model.parameters())
+    trained, total = adapted(model).get_nb_trainable_parameters()
+    plain = 2 * 258 * 64 + 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+    assert total - trained == plain
+    assert packed == plain if kind == "int8" else packed < plain
+
+
+@pytest.mark.parametrize(("kind", "scales"), [("nf4", 4 / 64), ("fp4-double", 1 / 64 + 4 / 64 / 256), ("int8", 4 / 64)])
+def test_bytes_are_counted_with_the_scales(kind, scales, blocks_dir):
+    """One scale for 64 weights in 4 bits, for one row in 8 bits; all rows but those of `down_proj` are 64 long."""
+    base = quantised(blocks_dir, kind)
+    linears = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    rows = linears - 4 * 64 * 128 / 2 if kind == "int8" else linears
+    packed = linears * (1 if kind == "int8" else 0.5) + rows * scales
+    others = 4 * (2 * 258 * 64 + 4 * 2 * 64 + 64) + sum(buffer.nbytes for buffer in base.buffers())
+    # The scales' own scales: one for 256, at least one per linear.
+    assert weight_bytes(base) - others == pytest.approx(packed, abs=4 * 7 * 4 if kind == "fp4-double" else 0)
+
+
+def gradients(model):
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_evaluation_does_not_change_the_gradients_after_it(kind, checkpointing, blocks_dir):
+    """bitsandbytes repacks weights at an evaluation on some CPUs, and lets no gradient through from then on."""
+    base = quantised(blocks_dir, kind)
+    model = adapted(prepare_for_training(base, checkpointing, {"use_reentrant": False})).train()
+    before = gradients(model)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    after = gradients(model.train())
+    assert set(before) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("mola_" in name for name in before)
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_checkpointing_gives_the_same_gradients(blocks_dir):
+    plain, checkpointed = (
+        gradients(adapted(prepare_for_training(quantised(blocks_dir, "nf4"), on, {"use_reentrant": False})).train())
+        for on in (False, True)
+    )
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_repacked_weights_are_refused_for_training(bitsandbytes, blocks_dir):
+    base = quantised(blocks_dir, "nf4", torch.bfloat16)
+    with torch.no_grad():
+        base(input_ids=IDS)
+    if not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in packed_layers(base).values()):
+        pytest.skip("this CPU has no bfloat16 instructions: bitsandbytes does not repack weights")
+    with pytest.raises(MolaError, match="Load it again"):
+        prepare_for_training(base)
+
+
+def test_norms_embeddings_and_head_are_float32_for_training(blocks_dir):
+    base = quantised(blocks_dir, "nf4", torch.bfloat16)
+    packed = {f"{name}.weight" for name in packed_layers(base)}
+    assert {p.dtype for name, p in base.named_parameters() if name not in packed} == {torch.bfloat16}
+    prepare_for_training(base)
+    assert {p.dtype for name, p in base.named_parameters() if name not in packed} == {torch.float32}
+    assert {p.dtype for name, p in base.named_parameters() if name in packed} == {torch.uint8}
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_plain_base_comes_back_as_it_is(tiny_model):
+    assert prepare_for_training(tiny_model) is tiny_model
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_is_refused_and_changes_nothing(kind, blocks_dir):
+    model = adapted(quantised(blocks_dir, kind), num_experts=1)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        with pytest.raises(MolaError, match="without quantisation"):
+            model.merge_and_unload()
+        with pytest.raises(MolaError, match="without quantisation"):
+            model.merge_adapter()
+        assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_packed_weights_stored_as_floats_are_not_merged(bitsandbytes):
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_storage=torch.bfloat16).to("cpu")
+    assert layer.weight.is_floating_point()
+    model = torch.nn.Sequential(layer)
+    model = get_peft_model(model, MolaConfig(num_experts=1, target_modules=["0"]))
+    with pytest.raises(MolaError, match="Linear4bit"):
+        model.merge_and_unload()
+
+
+def test_linears_without_whole_blocks_work_without_gradients(tiny_model_dir):
+    """32 wide: the CPU kernel of bitsandbytes can not repack that."""
+    model = adapted(quantised(tiny_model_dir, "nf4", torch.bfloat16)).eval()
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=IDS).logits).all()
+
+
+def test_switched_off_it_is_the_packed_base(blocks_dir):
+    base = quantised(blocks_dir, "int8")
+    with torch.no_grad():
+        expected = base(input_ids=IDS).logits.clone()
+        model = adapted(base).eval()
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generating_equals_calling_the_model_token_by_token(kind, blocks_dir):
+    model = adapted(quantised(blocks_dir, kind)).eval()
+    with torch.no_grad():
+        generated = model.generate(input_ids=IDS[:1], max_new_tokens=5, do_sample=False, pad_token_id=0)
+        ids = IDS[:1]
+        while ids.shape[1] < generated.shape[1]:
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert generated.tolist() == ids.tolist()
