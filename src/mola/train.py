@@ -21,6 +21,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 
 from mola.environment import machine_description, software_versions
 from mola.files import atomic_write_json
+from mola.hub import check_hub_options, create_repository, upload, without_token
+from mola.loss_plot import PLOT_FILE
+from mola.model_card import CARD_FILE, write_card
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import (
     RUN_FILE,
@@ -31,6 +34,7 @@ from mola.training.checkpoints import (
 )
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
     TrainingData,
@@ -40,8 +44,10 @@ from mola.training.setup import (
     effective_batch_size,
     load_tokenizer_for,
     prepare_data,
+    recorded_quantization,
     training_changes,
 )
+from mola.training.sharding import check_sharding, keep_number_formats
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
@@ -86,12 +92,15 @@ def train(options: TrainOptions) -> TrainResult:
         MolaError: options or data are wrong (before weights are loaded), or the loss is not finite.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
+    check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
-    folder = check_output_dir(
-        options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
-    )
+    with main_process_first(options):  # it tries to write, which others would take for an earlier run's file
+        folder = check_output_dir(
+            options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
+        )
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    check_sharding(options, checkpoint)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     allocation = check_model_options(options)
     tokenizer = load_tokenizer_for(options)
@@ -108,8 +117,12 @@ def train(options: TrainOptions) -> TrainResult:
         if first_step >= steps:
             # Nothing is left, but in an epoch that was begun the trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
+    pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.hub`
+    if pushes and options.process_index == 0:
+        record["repository"] = create_repository(options)
     model = build_model(options)
-    # Not before: as long as anything can be wrong the earlier run stays.
+    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
+    wait_for_all(options)
     if options.process_index == 0:
         start_run(folder, checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
@@ -143,8 +156,16 @@ def train(options: TrainOptions) -> TrainResult:
         best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
         seconds=seconds,
     )
-    save_result(trainer.save_model, folder, is_main_process=trainer.is_world_process_zero())
-    _write_record(trainer, folder, {**record, **asdict(result)})
+    saved = save_result(trainer.save_model, folder, is_main_process=trainer.is_world_process_zero())
+    record |= asdict(result)
+    _write_record(trainer, folder, record)
+    if trainer.is_world_process_zero():
+        write_card(folder, record)
+    if "repository" in record:
+        if result.status == "finished":
+            upload(folder, [*saved, RUN_FILE, METRICS_FILE, CARD_FILE, PLOT_FILE], record["repository"], options)
+        else:
+            logger.warning("Not uploaded to %s: the run is not finished.", record["repository"])
     return result
 
 
@@ -154,6 +175,7 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
+    let_main_process_speak(options)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
@@ -185,7 +207,7 @@ def _make_trainer(
     folder: Path,
     interruption: Interruption,
 ) -> Trainer:
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=options,
         train_dataset=data.train,
@@ -201,12 +223,14 @@ def _make_trainer(
             FrozenInput(),
         ],
     )
+    keep_number_formats(trainer)
+    return trainer
 
 
 def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:
     """What a reader needs to know, and to repeat, the run."""
     return {
-        "command": sys.argv,
+        "command": without_token(sys.argv, options.hub_token),
         "settings": options.to_dict(),
         "adapter_settings": training_changes(options)
         if options.adapter
@@ -214,6 +238,7 @@ def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any
         "effective_batch_size": effective_batch_size(options),
         "processes": options.world_size,
         "allocation": allocation,
+        "quantization": recorded_quantization(options),
         "data": {name: asdict(report) for name, report in data.reports.items()},
         "data_fingerprints": data.fingerprints,
         "versions": software_versions(),

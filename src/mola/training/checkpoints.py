@@ -20,7 +20,7 @@ STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
 _WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", _WEIGHTS_FILE)
-_SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints")
+_SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ def _broken_file(path: Path) -> str:
     except (OSError, SafetensorError):
         return f"has a broken {_WEIGHTS_FILE}"
     # torch.save writes zip files, whose directory is at their end.
-    broken = [file.name for file in sorted(path.glob("*.pt*")) if file.is_file() and not zipfile.is_zipfile(file)]
+    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
+    broken = [file.name for file in files if file.is_file() and not zipfile.is_zipfile(file)]
     return f"has a broken {broken[0]}" if broken else ""
 
 

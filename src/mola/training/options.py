@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
 from mola.data.encode import TRUNCATIONS
 from mola.devices import DTYPES, resolve_device, resolve_dtype
 from mola.errors import MolaError
 from mola.options import mapping, option
+from mola.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
 from mola.training.compiling import check_compiler
+from mola.training.trackers import check_trackers
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -111,6 +113,12 @@ class TrainOptions(TrainingArguments):
     router_jitter_noise: float | None = option(None, "Relative noise on the routers' input; default 0 = off.")
 
     dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
+    load_in_8bit: bool = quantization_option("load_in_8bit")
+    load_in_4bit: bool = quantization_option("load_in_4bit")
+    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
+    gguf_file: str | None = quantization_option("gguf_file")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
@@ -130,6 +138,7 @@ class TrainOptions(TrainingArguments):
     save_strategy: str = option("epoch", "When to write checkpoints: no, steps, epoch or best.")
     save_total_limit: int | None = option(3, "Checkpoints to keep, besides the best one.")
     load_best_model_at_end: bool = option(True, "End with the checkpoint of the lowest evaluation loss.")
+    hub_strategy: str = option("end", "With `push_to_hub`: the finished run is uploaded, once. There is no other.")
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -152,12 +161,15 @@ class TrainOptions(TrainingArguments):
                 "`dtype` float16 (or `fp16`) can not be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
+        self._check_quantization(device, torch_dtype)
         if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
+        if str(self.fsdp).lower() in ("true", "false"):
+            self.fsdp: Any = str(self.fsdp).lower() == "true"  # a text on the command line and in a recipe
         super().__post_init__()
         if self.torch_compile:
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
-        self._check_trackers()
+        check_trackers(self.report_to or ())
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
             if getattr(self, name, None) and getattr(self, f"{name}_kwargs") is None:
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False})
@@ -194,6 +206,17 @@ class TrainOptions(TrainingArguments):
                     "or leave `adapter` out to start with new experts."
                 )
 
+    def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
+        quantization = quantization_of(self)
+        check_quantization(quantization, device, dtype)
+        mixed = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+        check_mixed_precision(quantization, DTYPES[mixed] if mixed else None)
+        if quantization.on_loading and self.torch_compile:
+            raise MolaError(
+                "`torch_compile` can not be combined with a quantised base: Transformers does not train one compiled. "
+                "Leave it out."
+            )
+
     def _check_ranges(self) -> None:
         for name, (low, high, rule) in _RANGES.items():
             value = getattr(self, name)
@@ -226,14 +249,10 @@ class TrainOptions(TrainingArguments):
                 "evaluation data, or pass --load_best_model_at_end false to keep the last weights."
             )
 
-    def _check_trackers(self) -> None:
-        available = get_available_reporting_integrations()
-        missing = [name for name in self.report_to or () if name not in available]
-        if missing:
-            raise MolaError(
-                f"`report_to` must name installed trackers: {', '.join(missing)} is not; installed are "
-                f"{', '.join(available) or 'none'}. Install its package, or pass --report_to none."
-            )
+    def to_dict(self) -> dict[str, Any]:
+        """All options, for records and trackers; secrets are masked."""
+        # Transformers takes every name that ends in `_token` for a secret.
+        return {**super().to_dict(), "add_eos_token": self.add_eos_token}
 
     def adapter_setting(self, name: str) -> Any:
         """An option of the adapter, or its default."""

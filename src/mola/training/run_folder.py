@@ -3,6 +3,7 @@
 adapter_config.json, adapter_model.safetensors    the adapter (the best one, when evaluated)
 run.json         settings, versions, machine, data fingerprints, metrics, status
 metrics.jsonl    the loss curve: one JSON object per log entry
+README.md        the model card; loss.png, its picture
 checkpoint-N/    adapter, optimiser, schedule and random state after step N
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
+from mola.loss_plot import PLOT_FILE
+from mola.model_card import CARD_FILE, is_own_card
 from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,
@@ -29,13 +32,16 @@ from mola.training.checkpoints import (
 )
 
 METRICS_FILE = "metrics.jsonl"
-_MODEL_CARD = "README.md"
 _SAVING = ".saving-"  # the adapter on its way into the run folder
-_RUN_FILES = (METRICS_FILE, *ADAPTER_FILES, "training_args.bin", RUN_FILE)
+_RUN_FILES = (METRICS_FILE, PLOT_FILE, *ADAPTER_FILES, "training_args.bin", RUN_FILE)
 # What a run that was killed while it wrote can leave behind besides checkpoints.
-_LEFTOVERS = (f"{_SAVING}*", f".{RUN_FILE}.*.tmp", f".{METRICS_FILE}.*.tmp", ".write-test-*")
-# What the trainer adds for itself and a reader of the finished adapter has no use for.
-_NOT_IN_RESULT = ("training_args.bin",)
+_LEFTOVERS = (
+    f"{_SAVING}*",
+    *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, CARD_FILE, PLOT_FILE)),
+    ".write-test-*",
+)
+# What the trainer adds for itself, and PEFT's card: the run has its own.
+_NOT_IN_RESULT = ("training_args.bin", CARD_FILE)
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +113,8 @@ def clear_run(folder: Path) -> None:
         atomic_write_json(folder / RUN_FILE, {"status": CLEARING})
     for path in checkpoints:
         shutil.rmtree(path)
-    if _is_model_card(folder / _MODEL_CARD):
-        (folder / _MODEL_CARD).unlink()
+    if is_own_card(folder / CARD_FILE):
+        (folder / CARD_FILE).unlink()
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     _remove_leftovers(folder)
@@ -130,24 +136,23 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_model_card(path: Path) -> bool:
-    """Whether a README was written with an adapter, not by a person for the folder."""
-    return path.is_file() and "library_name: peft" in path.read_text(encoding="utf-8", errors="replace")
-
-
-def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool = True) -> None:
+def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool = True) -> list[str]:
     """Put the finished adapter into `folder`: written beside it first, then renamed file by file.
 
     Args:
         save: writes the adapter into the folder it is given; called in every process.
         folder: the run folder.
         is_main_process: whether this process moves the files.
+
+    Returns:
+        Names of the files that were moved.
     """
+    moved = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=_SAVING) as temporary:
         save(temporary)
         if is_main_process:
             for file in sorted(Path(temporary).iterdir()):
-                target = folder / file.name
-                is_foreign = file.name == _MODEL_CARD and target.exists() and not _is_model_card(target)
-                if file.name not in _NOT_IN_RESULT and not is_foreign:
-                    os.replace(file, target)
+                if file.name not in _NOT_IN_RESULT:
+                    os.replace(file, folder / file.name)
+                    moved.append(file.name)
+    return moved

@@ -18,11 +18,14 @@ from mola.data.prepare import load_examples
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
+from mola.devices import DTYPES
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer
 from mola.options import mapping, names_between_commas
 from mola.plan import PlanOptions, plan
+from mola.quantization import check_quantized_base, quantization_of, stored_quantization
+from mola.quantized_model import check_packable, prepare_for_training, quantization_record
 from mola.skeleton import model_on_meta
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.tuner import MolaConfig
@@ -60,7 +63,12 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     """
     if options.base_model is None:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
-    load_config(options.base_model, options.trust_remote_code)
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    quantization = quantization_of(options)
+    check_quantized_base(options.base_model, config, quantization, options.device, training=True)
+    if quantization.on_loading or (stored_quantization(config) and options.modules_to_save):
+        model = model_on_meta(options.base_model, options.trust_remote_code)
+        check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
         check_adapter(options.adapter)
         continued_config(options, options.adapter)
@@ -73,6 +81,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
             r=options.adapter_setting("r"),
             top_k=options.adapter_setting("top_k"),
             target_modules=options.target_modules,
+            gguf_file=options.gguf_file,
             trust_remote_code=options.trust_remote_code,
         )
     )
@@ -83,7 +92,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
 
 def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
     """PEFT passes over a name that matches nothing, if another one does."""
-    model = model_on_meta(options.base_model or "", options.trust_remote_code)
+    model = model_on_meta(options.base_model or "", options.trust_remote_code, options.gguf_file)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     missing = [name for name in names if name.rpartition(".")[2] not in known]
     if missing:
@@ -156,7 +165,7 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     filters = mapping("filters", options.filters)
     train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)
-    limit = max_positions(load_config(options.base_model or "", options.trust_remote_code))
+    limit = max_positions(load_config(options.base_model or "", options.trust_remote_code, options.gguf_file))
     if limit is not None and options.cutoff_len > limit:
         raise MolaError(
             f"`cutoff_len` must not be above what the model can read: got {options.cutoff_len}, "
@@ -241,14 +250,28 @@ def effective_batch_size(options: TrainOptions) -> int:
     return options.train_batch_size * options.gradient_accumulation_steps * options.world_size
 
 
+def recorded_quantization(options: TrainOptions) -> dict[str, Any] | None:
+    """How the base model is quantised, for `run.json`; None for plain weights."""
+    config = load_config(options.base_model or "", options.trust_remote_code, options.gguf_file)
+    return quantization_record(config, quantization_of(options), DTYPES[options.base_dtype])
+
+
 def load_tokenizer_for(options: TrainOptions) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, padding on the right: no padded position predicts a real token then."""
-    return load_tokenizer(options.base_model or "", "right", options.trust_remote_code)
+    return load_tokenizer(options.base_model or "", "right", options.trust_remote_code, options.gguf_file)
 
 
 def build_model(options: TrainOptions) -> PeftModel:
     """Base model with new experts, or with those of `adapter`, ready to train."""
-    base = load_model(options.base_model or "", None, options.base_dtype, options.device, options.trust_remote_code)
+    base: Any = load_model(
+        options.base_model or "",
+        None,
+        options.base_dtype,
+        options.device,
+        options.trust_remote_code,
+        quantization=quantization_of(options),
+    )
+    base = prepare_for_training(base, bool(options.activation_checkpointing), options.activation_checkpointing_kwargs)
     set_seed(options.seed)
     if options.adapter is None:
         return get_peft_model(base, adapter_config(options))

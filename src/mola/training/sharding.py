@@ -1,0 +1,110 @@
+"""A model sharded over processes (FSDP, DeepSpeed): what a run needs for that, in which number format it computes.
+
+Asked for by options (`fsdp`, `fsdp_config`, `deepspeed`), or by `accelerate launch` through environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mola.errors import MolaError
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+_FULL = "FULL_STATE_DICT"
+_SHARDED_WEIGHTS = "pytorch_model_fsdp*"
+
+
+def is_sharded(options: TrainingArguments) -> bool:
+    """Whether the run was asked to shard the model with FSDP."""
+    return bool(options.fsdp) or _launched_with("FSDP")
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
+    """Refuse what could not shard, or could not save an adapter.
+
+    Args:
+        options: of the run; processes are known.
+        checkpoint: where the run goes on from, or None.
+
+    Raises:
+        MolaError: one process, a CPU, FSDP1, sharded state dicts, a checkpoint of the other kind, or half precision
+            with DeepSpeed.
+    """
+    if (options.deepspeed or _launched_with("DEEPSPEED")) and (options.bf16 or options.fp16):
+        raise MolaError(
+            "`dtype` must be float32 with DeepSpeed: in half precision it casts every weight, and routers stay in "
+            "float32. Pass --dtype float32, or use FSDP, which keeps each weight's own format."
+        )
+    sharded = is_sharded(options)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, sharded)
+    if not sharded:
+        return
+    if options.world_size == 1:
+        raise MolaError(
+            "`fsdp` shards a model over several processes, this run has one. Start it with torchrun or accelerate "
+            "launch, or leave `fsdp` out."
+        )
+    check_device(options.device)
+    version = _setting(options, "fsdp_version", default="1")
+    if version != "2":
+        raise MolaError(
+            "`fsdp_config` must have version 2: FSDP1 needs all weights of a layer in one number format, and routers "
+            f"stay in float32. Got version {version}; with accelerate launch set fsdp_version: 2."
+        )
+    saved = _setting(options, "state_dict_type", default="SHARDED_STATE_DICT")
+    if saved != _FULL:
+        raise MolaError(
+            f"`fsdp_config` must have state_dict_type {_FULL}, or no adapter would be saved: got {saved}. With "
+            f"accelerate launch set fsdp_state_dict_type: {_FULL}."
+        )
+
+
+def _setting(options: TrainingArguments, name: str, default: str) -> str:
+    """A setting of FSDP: an option's, else that of `accelerate launch`, else accelerate's default for FSDP2."""
+    variable = f"FSDP_{name.removeprefix('fsdp_').upper()}"
+    return str((options.fsdp_plugin_args or {}).get(name) or os.environ.get(variable, default)).upper()
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a CPU, where accelerate would copy the model to every process instead, without a word.
+
+    Raises:
+        MolaError: the device is a CPU.
+    """
+    if device.type == "cpu":
+        raise MolaError(
+            "`fsdp` works on GPUs only: on a CPU every process would hold the whole model after all. Leave it out to "
+            "train with one copy of the model per process."
+        )
+
+
+def _check_checkpoint(checkpoint: Path, sharded: bool) -> None:
+    was_sharded = next(checkpoint.glob(_SHARDED_WEIGHTS), None) is not None
+    if was_sharded != sharded:
+        before, now = ("with", "without") if was_sharded else ("without", "with")
+        raise MolaError(
+            f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written {before} FSDP, and "
+            f"this run is {now} it. Start it in the same way, or start a new run with --adapter {checkpoint}."
+        )
+
+
+def keep_number_formats(trainer: Trainer) -> None:
+    """Every weight is computed in its own format: mixed precision is left to autocast, as in one process.
+
+    The trainer would have FSDP cast all weights to the format of the base, and so round the routers.
+    """
+    if trainer.is_fsdp_enabled:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)

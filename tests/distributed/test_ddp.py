@@ -1,0 +1,144 @@
+"""`mola train` in several processes with a copy of the model each: the same run as in one process."""
+
+import json
+import re
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from mola.training.processes import main_process_first, wait_for_all
+
+from .conftest import assert_same_run, record, weights_of
+
+# Two processes with batches of 2 see what one process sees in two accumulated batches of 2. Gradients are summed in
+# another order, and Adam's first steps make much of little.
+TOLERANCE = 1e-4
+ROUTER_LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+
+
+@pytest.fixture(scope="module")
+def whole(processes, flags, tmp_path_factory):
+    """A run with router losses, in two processes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    processes.mola(flags(folder, **ROUTER_LOSSES))
+    return folder, list(processes.output)
+
+
+def test_two_processes_equal_one(processes, flags, whole, tmp_path):
+    folder, output = whole
+    alone = tmp_path / "alone"
+    processes.mola(flags(alone, gradient_accumulation_steps=2, **ROUTER_LOSSES), processes=1)
+    assert_same_run(folder, alone, TOLERANCE)
+    both = record(folder)
+    assert (both["processes"], both["effective_batch_size"], both["status"]) == (2, 4, "finished")
+    assert record(alone)["effective_batch_size"] == 4
+    # One of them writes and speaks.
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert "4 steps of 4 samples" in output[0]
+    assert "The adapter is in" in output[0]
+    assert not re.search(r"samples kept|steps of|finished|'loss'", output[1]), output[1]
+
+
+@pytest.mark.slow
+def test_resumed_run_is_the_same(processes, flags, whole, tmp_path):
+    """Killed after the checkpoint of step 2, with both processes' random numbers in it."""
+    options = {**ROUTER_LOSSES, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2}
+    processes.mola(flags(tmp_path / "whole", **options))
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(folder / "checkpoint-4")
+    processes.mola([*flags(folder, **options), "--resume_from_checkpoint=last"])
+    assert_same_run(folder, tmp_path / "whole", 0.0)
+    assert "Skipping" not in processes.output[0]
+
+
+@pytest.mark.slow
+def test_run_goes_on_in_another_number_of_processes(processes, flags, whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    arguments = [*flags(folder, **ROUTER_LOSSES, num_train_epochs=2), "--resume_from_checkpoint=last"]
+    processes.mola(arguments, processes=1)
+    assert "has no rng_state.pth" in processes.output[0]
+    assert (record(folder)["status"], record(folder)["processes"]) == ("finished", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_experts": 8, "top_k": 1, **ROUTER_LOSSES}, id="idle experts"),
+        pytest.param({"router_aux_loss_coef": 0.1, "router_aux_loss_reduction": "layer"}, id="layer"),
+        pytest.param({"activation_checkpointing": "true", **ROUTER_LOSSES}, id="checkpointing"),
+        pytest.param({"ddp_find_unused_parameters": "false", **ROUTER_LOSSES}, id="no search for unused"),
+        pytest.param({"modules_to_save": "lm_head", **ROUTER_LOSSES}, id="modules to save"),
+    ],
+)
+def test_two_processes_equal_one_with(processes, flags, tmp_path, options):
+    processes.mola(flags(tmp_path / "two", **options))
+    processes.mola(flags(tmp_path / "one", gradient_accumulation_steps=2, **options), processes=1)
+    assert_same_run(tmp_path / "two", tmp_path / "one", TOLERANCE)
+
+
+@pytest.mark.slow
+def test_without_router_losses_the_batch_is_all_that_counts(processes, flags, tmp_path):
+    """One batch of 4 equals two of 2: losses of routers, which are no sums over tokens, would differ."""
+    processes.mola(flags(tmp_path / "two"))
+    processes.mola(flags(tmp_path / "one", per_device_train_batch_size=4), processes=1)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-3)  # products of other shapes, summed in other orders
+
+
+@pytest.mark.slow
+def test_signal_to_one_process_leaves_a_run_that_goes_on(processes, flags, tmp_path):
+    options = {**ROUTER_LOSSES, "num_train_epochs": 15}
+    processes.mola(flags(tmp_path / "whole", **options))
+    folder = tmp_path / "part"
+    terminate = {"file": str(folder / "metrics.jsonl"), "lines": 5}
+    assert processes.run(arguments=flags(folder, **options), terminate=terminate) == [130, 130], processes.output
+    assert record(folder)["status"] == "interrupted"
+    assert 0 < record(folder)["steps"] < 60
+    processes.mola([*flags(folder, **options), "--resume_from_checkpoint=last"])
+    assert_same_run(folder, tmp_path / "whole", 0.0)
+
+
+@pytest.mark.slow
+def test_wrong_input_ends_all_processes_and_earlier_runs_stay(processes, flags, whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for options, field in (({}, "output_dir"), ({"overwrite_output_dir": "true", "cutoff_len": 3}, "cutoff_len")):
+        assert processes.run(arguments=flags(folder, **options)) == [2, 2], processes.output
+        assert all("mola train: error: " in text and field in text for text in processes.output)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def note_order(index: int, folder: str, error: str | None) -> None:
+    options = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
+    with pytest.raises(RuntimeError, match=error) if error else nullcontext(), main_process_first(options):
+        assert (Path(folder) / "0").exists() is (index == 1)
+        if index == 0:
+            time.sleep(0.3)
+        (Path(folder) / str(index)).touch()
+        if error:
+            raise RuntimeError(error)
+    wait_for_all(options)
+    assert (Path(folder) / "1").exists()
+
+
+@pytest.mark.parametrize("error", [None, "as wrong in one process as in the others"])
+def test_main_process_goes_first(processes, tmp_path, error):
+    processes.call(note_order, folder=str(tmp_path), error=error)
+
+
+@pytest.mark.slow
+def test_best_weights_are_saved_by_name_of_their_loss(processes, flags, tmp_path):
+    """A learning rate that ruins the second epoch: the first one's weights are the result."""
+    options = {"num_train_epochs": 2, "learning_rate": 0.3, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    processes.mola(flags(tmp_path, **options))
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text(encoding="utf-8"))
+    best = tmp_path / f"checkpoint-{state['best_global_step']}"
+    assert record(tmp_path)["best_checkpoint"] == str(best)
+    one, two = weights_of(tmp_path), weights_of(best)
+    assert all((tensor == two[name]).all() for name, tensor in one.items())
+    assert record(tmp_path)["metrics"]["eval_loss"] == pytest.approx(state["best_metric"])
