@@ -1,0 +1,86 @@
+"""What routers decide, written down while a model computes.
+
+Recording asks each router once more, in a hook before its layer: the layer itself computes as it always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from mola.tuner.layer import MolaLinear
+from mola.tuner.routing import dense_gates, top_k_softmax
+
+
+class ModuleGates(NamedTuple):
+    """Gates of one adapted module.
+
+    Attributes:
+        module: its name in the model.
+        layer_index: its decoder layer, from 0; None outside the layers.
+        gates: float32 `(N, E)` on the CPU, one row per token in the order of the input; 0 where not chosen.
+    """
+
+    module: str
+    layer_index: int | None
+    gates: torch.Tensor
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, such as `q_proj`: what modules of all layers have in common."""
+        return self.module.rpartition(".")[2]
+
+
+@contextmanager
+def recorded_gates(model: torch.nn.Module) -> Iterator[list[ModuleGates]]:
+    """Record the gates of the active adapters' routers in every forward pass of a `with` block.
+
+    Args:
+        model: holds `MolaLinear` modules; those with one expert have no router and are left out.
+
+    Yields:
+        A list that grows with every call of a module.
+    """
+    recorded: list[ModuleGates] = []
+    handles = [
+        module.register_forward_pre_hook(_recorder(name, recorded))
+        for name, module in model.named_modules()
+        if isinstance(module, MolaLinear)
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
+    def record(layer: MolaLinear, inputs: tuple[torch.Tensor, ...]) -> None:
+        if layer.disable_adapters or layer.merged:
+            return
+        for adapter in layer.active_adapters:
+            if adapter in layer.mola_router:
+                with torch.no_grad():
+                    routing = top_k_softmax(layer.router_logits(adapter, inputs[0]), layer.top_k[adapter])
+                    gates = dense_gates(routing, layer.num_experts[adapter]).cpu()
+                recorded.append(ModuleGates(name, layer.layer_index, gates))
+
+    return record
+
+
+@torch.no_grad()
+def gates_of_tokens(model: Any, token_ids: list[int]) -> list[ModuleGates]:
+    """Gates of every module for one text, from one forward pass.
+
+    For a text that the model has generated these are the gates that it had then, but for rounding.
+
+    Args:
+        model: causal language model with an adapter, in eval mode.
+        token_ids: of the text.
+    """
+    with recorded_gates(model) as recorded:
+        model(input_ids=torch.tensor([token_ids], device=next(model.parameters()).device))
+    return recorded

@@ -1,0 +1,71 @@
+"""Gates as HTML tables: readable as text, shaded for the eye, without script or style sheet of their own."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import torch
+
+from mola.insight.recording import ModuleGates
+
+# Shades of the page's own text colour serve light and dark pages alike.
+_CELL = "padding:2px 8px;text-align:right;background:color-mix(in srgb,currentColor {shade}%,transparent)"
+_MOST_SHADE = 45  # per cent; the number stays legible on it
+
+
+def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
+    """Mean gate of each expert, one row per layer, in per cent.
+
+    Args:
+        modules: of one kind, one per layer.
+        tokens: which rows of the gates count.
+    """
+    width = max((module.gates.shape[1] for module in modules), default=0)
+    head = _row("th", ["layer", *(f"expert {expert}" for expert in range(width))])
+    rows = []
+    for module in modules:
+        counted = module.gates[tokens]
+        mean = counted.mean(0).tolist() if len(counted) else [0.0] * module.gates.shape[1]
+        cells = [_cell(value) for value in mean] + ["<td></td>"] * (width - len(mean))
+        layer = module.module if module.layer_index is None else str(module.layer_index)
+        rows.append(f'<tr><th scope="row">{html.escape(layer)}</th>{"".join(cells)}</tr>')
+    return _table("Mean gate of each expert, by layer, per cent", head, rows)
+
+
+def tokens_table(module: ModuleGates, tokens: Sequence[str], shown: slice) -> str:
+    """Gates of one module, one row per token, in per cent.
+
+    Args:
+        module: the gates.
+        tokens: text of every token.
+        shown: which of them get a row.
+    """
+    head = _row("th", ["token", *(f"expert {expert}" for expert in range(module.gates.shape[1]))])
+    rows = []
+    for text, gates in zip(tokens[shown], module.gates[shown], strict=True):
+        name = f'<th scope="row" style="text-align:left"><code>{html.escape(text)}</code></th>'
+        rows.append(f"<tr>{name}{''.join(_cell(gate) for gate in _values(gates))}</tr>")
+    return _table(f"Gates of {module.module}, by token, per cent", head, rows)
+
+
+def _values(gates: torch.Tensor) -> list[float]:
+    return gates.tolist()
+
+
+def _cell(gate: float) -> str:
+    if gate == 0:
+        return '<td style="padding:2px 8px;text-align:right">·</td>'
+    style = _CELL.format(shade=round(_MOST_SHADE * gate))
+    return f'<td style="{style}">{100 * gate:.0f}</td>'
+
+
+def _row(kind: str, texts: Sequence[str]) -> str:
+    return "<tr>" + "".join(f'<{kind} scope="col">{html.escape(text)}</{kind}>' for text in texts) + "</tr>"
+
+
+def _table(caption: str, head: str, rows: Sequence[str]) -> str:
+    caption = f'<caption style="text-align:left">{html.escape(caption)}</caption>'
+    table = f"<table>{caption}<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    # Tables wider than a phone scroll by themselves, with the keyboard too.
+    return f'<div style="overflow-x:auto" tabindex="0">{table}</div>'
