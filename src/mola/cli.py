@@ -35,9 +35,12 @@ COMMANDS = {
     "train": Command("mola.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
     "continual": Command("mola.continual", "ContinualOptions", "train on one task after the other, measure forgetting"),
     "evaluate": Command("mola.evaluate", "EvaluateOptions", "accuracy on a test file"),
+    "lm-eval": Command("mola.lm_eval", "LmEvalOptions", "a model on the tasks of the LM Evaluation Harness"),
     "generate": Command("mola.generate", "GenerateOptions", "answer one prompt, or one line after the other"),
+    "serve": Command("mola.serve", "ServeOptions", "answer over HTTP, with OpenAI's interface"),
     "plan": Command("mola.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
     "convert": Command("mola.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"),
+    "demo": Command("mola.demo", "DemoOptions", "a page with answers, with and without an adapter, and their experts"),
     "quickstart": Command("mola.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
 }
 

@@ -1,0 +1,257 @@
+"""`python -m benchmarks.serve_load`: how `mola serve` behaves under load.
+
+A server in a process of its own, a base model and two random adapters. Clients ask in turn for all three, each sending
+its next request when the last one is answered; every answer is streamed and compared with the greedy one of
+`mola.generate_text`. `--batching true` also measures continuous batching of Transformers beside one answer after the
+other, without a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mola.environment import machine_description, software_versions
+from mola.errors import MolaError
+from mola.files import atomic_write_json, check_writable
+from mola.options import option
+from mola.parsing import parse
+
+logger = logging.getLogger("benchmarks")
+
+_PROJECT = Path(__file__).resolve().parents[1]
+_ADAPTERS = ("first", "second")
+_SUBJECTS = ("sun", "sea", "moon", "wind", "rain", "snow", "river", "forest")
+_STD = 0.3  # of the experts' B and of the routers: adapters whose answers differ from the base's
+
+
+@dataclass
+class LoadOptions:
+    """Options of `python -m benchmarks.serve_load`."""
+
+    base_model: str = option(
+        str(_PROJECT / ".cache" / "SmolLM2-135M-Instruct"), "Folder of the base model; by default the quickstart's."
+    )
+    clients: list[int] = field(
+        default_factory=lambda: [1, 8, 32, 100], metadata={"help": "Clients at the same time, one row each."}
+    )
+    requests: int = option(100, "Requests of one row.")
+    max_tokens: int = option(16, "Tokens of each answer.")
+    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    batching: bool = option(False, "Also measure continuous batching, offline, with the first adapter.")
+    output: str | None = option(None, "Result file (JSON).")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write JSON if asked for.
+
+    Returns:
+        The exit code: 0, 1 if an answer was not that of `mola.generate_text`, 2 for wrong input.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(LoadOptions, arguments, prog="python -m benchmarks.serve_load", summary=__doc__ or "")
+        return run(options)
+    except MolaError as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(options: LoadOptions) -> int:
+    """See `main`."""
+    if not (Path(options.base_model) / "config.json").is_file():
+        raise MolaError(f"`base_model` must be a folder that holds a model: got {options.base_model!r}.")
+    if min(*options.clients, options.requests, options.max_tokens) < 1:
+        raise MolaError("`clients`, `requests` and `max_tokens` must be at least 1.")
+    output = None if options.output is None else check_writable(options.output)
+    with tempfile.TemporaryDirectory(prefix="mola-serve-load-") as temporary:
+        folders = {name: Path(temporary) / name for name in _ADAPTERS}
+        for seed, folder in enumerate(folders.values()):
+            _save_adapter(options.base_model, folder, seed)
+        expected, rows = _offline(options, folders)
+        with _server(options, folders) as url:
+            for clients in options.clients:
+                logger.info("%s clients", clients)
+                rows.append(asyncio.run(_load(url, expected, clients, options)))
+    _print(rows)
+    if output is not None:
+        record = {"options": asdict(options), "machine": machine_description(), "versions": software_versions()}
+        atomic_write_json(output, record | {"rows": rows})
+    return 1 if any(row.get("wrong") for row in rows) else 0
+
+
+def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from mola import MolaConfig
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(base_model)
+    layers = base.config.num_hidden_layers
+    # The paper's 2-4-6-8, as far as the depth allows.
+    config = MolaConfig(
+        num_experts="2468" if layers >= 4 else 2, r=8, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "mola_B" in name or "mola_router" in name:
+            torch.nn.init.normal_(parameter, std=_STD)
+    model.save_pretrained(str(folder))
+
+
+def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple[str, str], str], list[dict[str, Any]]]:
+    """Greedy answers by model name and prompt, and rows that say how long they took without a server."""
+    from mola.generate import generate_text
+    from mola.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(options.base_model)
+    expected, rows = {}, []
+    for name, folder in [("base", None), *folders.items()]:
+        model = load_model(options.base_model, folder, options.dtype, options.device)
+        start = time.perf_counter()
+        for subject in _SUBJECTS:
+            prompt = f"A short story about the {subject}:"
+            expected[name, prompt] = generate_text(model, tokenizer, prompt, max_new_tokens=options.max_tokens)
+        seconds = time.perf_counter() - start
+        rows.append({"what": f"offline, {name}", "requests": len(_SUBJECTS), "seconds": seconds})
+        if options.batching and name == _ADAPTERS[0]:
+            rows.append(_batched(model, tokenizer, expected, name, options))
+    return expected, rows
+
+
+def _batched(
+    model: Any, tokenizer: Any, expected: dict[tuple[str, str], str], name: str, options: LoadOptions
+) -> dict[str, Any]:
+    """Continuous batching of the same prompts, without the start-up that a first call pays."""
+    from transformers import GenerationConfig
+
+    from mola.evaluation import predicting
+
+    prompts = [prompt for model_name, prompt in expected if model_name == name]
+    encoded = predicting.encode_prompts(tokenizer, prompts)
+    config = GenerationConfig(
+        max_new_tokens=options.max_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with predicting.inference_state(model):
+        for _ in range(2):
+            start = time.perf_counter()
+            results = model.generate_batch(inputs=encoded, generation_config=config, progress_bar=False)
+            seconds = time.perf_counter() - start
+    texts = {tokenizer.decode(result.generated_tokens, skip_special_tokens=True) for result in results.values()}
+    # The results have their own order.
+    wrong = sum(expected[name, prompt] not in texts for prompt in prompts)
+    return {"what": f"continuous batching, {name}", "requests": len(prompts), "seconds": seconds, "other": wrong}
+
+
+@contextmanager
+def _server(options: LoadOptions, folders: dict[str, Path]) -> Iterator[str]:
+    command = [sys.executable, "-m", "mola.cli", "serve", "--base_model", options.base_model, "--base_name", "base"]
+    command += ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
+    command += ["--port", "0", "--dtype", options.dtype, "--max_waiting", str(max(options.clients))]
+    command += [] if options.device is None else ["--device", options.device]
+    environment = {name: value for name, value in os.environ.items() if name != "MOLA_API_KEY"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
+        try:
+            yield _address(process, log)
+        finally:
+            process.terminate()
+
+
+def _address(process: subprocess.Popen[bytes], log: Any) -> str:
+    while True:
+        is_running = process.poll() is None
+        log.seek(0)
+        text = log.read()
+        if found := re.search(r"Serving .* on (http://\S+)\n", text):
+            return found[1]
+        if not is_running:
+            raise RuntimeError(f"the server did not start:\n{text}")
+        time.sleep(0.1)
+
+
+async def _load(url: str, expected: dict[tuple[str, str], str], clients: int, options: LoadOptions) -> dict[str, Any]:
+    """One row: `clients` clients share the requests."""
+    from openai import AsyncOpenAI
+
+    questions = list(itertools.islice(itertools.cycle(expected), options.requests))
+    pending = iter(questions)
+    times: list[tuple[float, float]] = []
+    wrong = 0
+
+    async def visit(client: AsyncOpenAI) -> None:
+        nonlocal wrong
+        for model, prompt in pending:
+            start, first, text = time.perf_counter(), None, ""
+            stream = await client.completions.create(
+                model=model, prompt=prompt, max_tokens=options.max_tokens, stream=True
+            )
+            async for chunk in stream:
+                first = first or time.perf_counter() - start
+                text += chunk.choices[0].text
+            times.append((first or 0.0, time.perf_counter() - start))
+            wrong += text != expected[model, prompt]
+
+    start = time.perf_counter()
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+        await asyncio.gather(*(visit(client) for _ in range(clients)))
+    seconds = time.perf_counter() - start
+    firsts, wholes = zip(*times, strict=True)
+    return {
+        "what": f"server, {clients} client{'s' if clients > 1 else ''}",
+        "requests": len(times),
+        "seconds": seconds,
+        "first_text": _spread(firsts),
+        "answer": _spread(wholes),
+        "wrong": wrong,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    p95 = quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
+    return {"median": median(values), "p95": p95}
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="mola serve")
+    for name in ("", "requests", "requests/s", "first text, s: median (p95)", "answer, s: median (p95)", "other text"):
+        table.add_column(name)
+    for row in rows:
+        spreads = [
+            f"{row[name]['median']:.2f} ({row[name]['p95']:.2f})" if name in row else "-"
+            for name in ("first_text", "answer")
+        ]
+        other = row.get("wrong", row.get("other", "-"))
+        table.add_row(
+            row["what"], str(row["requests"]), f"{row['requests'] / row['seconds']:.2f}", *spreads, str(other)
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

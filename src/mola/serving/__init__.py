@@ -1,0 +1,1 @@
+"""What `mola serve` is made of: checks, requests, the queue, answers, routes."""

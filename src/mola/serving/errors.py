@@ -1,0 +1,123 @@
+"""Errors a client sees: OpenAI's JSON form, with the HTTP status that fits."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
+_NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
+
+
+class RequestError(Exception):
+    """A request that is refused, or an answer that ends early.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong, the value, the limit and the cure.
+        code: OpenAI's machine-readable code, where it has one.
+        param: the field that is wrong.
+        headers: further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's servers write it."""
+        return {
+            "error": {
+                "message": _encodable(str(self)),
+                "type": _kind(self.status),
+                "param": self.param and _encodable(self.param),
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """The error as a response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold half a surrogate pair, UTF-8 can not."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _kind(status: int) -> str:
+    if status >= 500:
+        return "server_error"
+    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let every error of an application leave it in this form."""
+
+    async def refused(_: Request, error: Any) -> JSONResponse:
+        return error.response()
+
+    async def wrong_input(_: Request, error: Any) -> JSONResponse:
+        return RequestError(400, str(error)).response()
+
+    async def invalid(_: Request, error: Any) -> JSONResponse:
+        return from_validation(error).response()
+
+    async def http(_: Request, error: Any) -> JSONResponse:
+        return RequestError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return internal().response()
+
+    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(MolaError, wrong_input)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def internal() -> RequestError:
+    """What a client is told about a bug; the server's log has the traceback."""
+    return RequestError(500, "the server failed to answer this request; its log says why.")
+
+
+def from_validation(error: RequestValidationError) -> RequestError:
+    """The first thing that pydantic found wrong with a body."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return RequestError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
+    if not place and first["type"] == "missing":
+        return RequestError(400, "the body is empty: send a JSON object.")
+    if not place and first["type"] in _NO_OBJECT:
+        return RequestError(400, "the body must be a JSON object, sent with `Content-Type: application/json`.")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, MolaError):
+        return RequestError(400, str(cause))
+    name = ".".join(place)
+    if first["type"] == "missing":
+        return RequestError(400, f"`{name}` is missing.", param=name)
+    if first["type"] == "extra_forbidden":
+        return RequestError(400, f"`{name}` is no field that this server knows. Leave it out.", param=name)
+    value = repr(first["input"])
+    if len(value) > _LONGEST_ECHO:
+        value = f"{value[:_LONGEST_ECHO]}..."
+    return RequestError(400, f"`{name}` is wrong: {first['msg']}; got {value}.", param=name)

@@ -1,0 +1,170 @@
+"""From a checked request to jobs: which adapter, which tokens, how to decode; every limit is applied here."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from mola.errors import MolaError
+from mola.evaluation import predicting
+from mola.generate import decoding_settings
+from mola.serving.errors import RequestError
+from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
+
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Args:
+        max_tokens: tokens of one answer.
+        max_choices: answers: prompts times `n`.
+        positions: longest sequence of the model; None for no limit.
+    """
+
+    max_tokens: int
+    max_choices: int
+    positions: int | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be generated.
+
+    Args:
+        adapter: the model's name for the adapter; None for the base model alone.
+        prompt: token ids.
+        decoding: fields of `GenerationConfig`.
+        seed: of the random numbers; None for greedy decoding.
+        stops: texts that end the answer.
+    """
+
+    adapter: str | None
+    prompt: Sequence[int]
+    decoding: Mapping[str, Any]
+    seed: int | None
+    stops: Sequence[str]
+
+
+class JobMaker:
+    """Makes jobs for one loaded model.
+
+    Args:
+        tokenizer: of the base model.
+        adapters: name in requests -> the model's name for it; None for the base model.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, str | None], limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self._adapters = dict(adapters)
+        self._limits = limits
+
+    @property
+    def names(self) -> list[str]:
+        """Names that requests may use as `model`."""
+        return list(self._adapters)
+
+    def adapter(self, name: str) -> str | None:
+        """The model's name for the adapter of a request.
+
+        Raises:
+            RequestError: 404, there is none of this name.
+        """
+        if name not in self._adapters:
+            raise RequestError(
+                404,
+                f"`model` {name[:200]!r} does not exist here. The models are {', '.join(self._adapters)}.",
+                code="model_not_found",
+                param="model",
+            )
+        return self._adapters[name]
+
+    def make(self, request: ChatRequest | CompletionRequest) -> list[Job]:
+        """Every answer that a request asks for: for each prompt `n`, in the order of the choices' numbers.
+
+        Sampled choices use the seeds `seed`, `seed` + 1, ... (mod 2^63); without `seed` they start anywhere.
+
+        Raises:
+            RequestError: unknown model, a limit exceeded, no chat template.
+            MolaError: a sampling value out of range, or a prompt without tokens.
+        """
+        adapter = self.adapter(request.model)
+        settings = decoding_settings(1, request.temperature, request.top_p, request.top_k)
+        self._check_stops(request.stops())
+        count = request.n or 1
+        num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompts())
+        if num_prompts * count > self._limits.max_choices:
+            raise RequestError(
+                400,
+                f"`n` times the number of prompts must be at most {self._limits.max_choices}: "
+                f"got {num_prompts * count}. Send several requests.",
+                param="n",
+            )
+        seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
+        jobs: list[Job] = []
+        for ids in self._encode(request):
+            decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
+            for _ in range(count):
+                own_seed = (seed + len(jobs)) % _SEEDS if settings["do_sample"] else None
+                jobs.append(Job(adapter, ids, decoding, own_seed, request.stops()))
+        return jobs
+
+    def _encode(self, request: AnswerRequest) -> list[list[int]]:
+        if isinstance(request, CompletionRequest):
+            return predicting.encode_prompts(self._tokenizer, request.prompts())
+        assert isinstance(request, ChatRequest)
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                400,
+                "this base model has no chat template, so `messages` have no form it knows. Send the text itself as "
+                "`prompt` to /v1/completions.",
+                param="messages",
+            )
+        messages = [message.plain() for message in request.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise RequestError(
+                400, f"`messages` do not fit the model's chat template: {error}", param="messages"
+            ) from None
+        # The template writes the begin token itself where the model wants one.
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise MolaError("`messages` must hold at least one token: got none. Write some text.")
+        return [ids]
+
+    def _new_tokens(self, request: AnswerRequest, prompt_tokens: int) -> int:
+        asked, most, positions = request.new_tokens(), self._limits.max_tokens, self._limits.positions
+        if asked is not None and asked > most:
+            raise RequestError(
+                400, f"`max_tokens` must be at most {most} on this server: got {asked}.", param="max_tokens"
+            )
+        room = most if positions is None else positions - prompt_tokens
+        if (asked or 1) > room:
+            raise RequestError(
+                400,
+                f"prompt and answer must fit into the model's {positions} positions: the prompt has {prompt_tokens} "
+                f"tokens, and `max_tokens` is {asked or 'not given (at least 1 is needed)'}. Shorten the prompt or "
+                "lower `max_tokens`.",
+                code="context_length_exceeded",
+                param="max_tokens" if prompt_tokens < (positions or 0) else "prompt",
+            )
+        return min(most, room) if asked is None else asked
+
+    def _check_stops(self, stops: Sequence[str]) -> None:
+        special = [str(token) for token in self._tokenizer.all_special_tokens]
+        for stop in stops:
+            inside = [token for token in special if token in stop and token != stop]
+            if inside:
+                raise RequestError(
+                    400,
+                    f"`stop` mixes text with the special token {inside[0]!r}, which answers never show: got "
+                    f"{stop[:80]!r}. Pass the token or the text alone.",
+                    param="stop",
+                )

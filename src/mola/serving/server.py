@@ -1,0 +1,113 @@
+"""The process side: socket, signals, the end."""
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from mola.errors import MolaError
+from mola.serving.queue import AnswerQueue
+
+logger = logging.getLogger(__name__)
+
+_BACKSTOP = 5  # seconds after the queue gave up, before connections are cut
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on the address, before anything heavy is loaded; it does not listen yet.
+
+    Raises:
+        MolaError: no such address here, or it is taken.
+    """
+    opened = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        return opened
+    except OSError as error:
+        if opened is not None:
+            opened.close()
+        raise MolaError(
+            f"`host` {host!r} and `port` {port} can not be listened on: {error.strerror or error}. Choose another "
+            "port, or end the program that uses it."
+        ) from error
+
+
+def url_of(bound: socket.socket) -> str:
+    """Address of a bound socket, as clients write it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which at its end lets the running answer finish.
+
+    Args:
+        app: ASGI application.
+        queue: of the application.
+        shutdown_timeout: seconds that the running answer gets.
+        greeting: logged when the server listens.
+    """
+
+    def __init__(self, app: Any, queue: AnswerQueue, shutdown_timeout: float, greeting: str) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # as the program has it
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _BACKSTOP,
+        )
+        super().__init__(config)
+        self._queue = queue
+        self._shutdown_timeout = shutdown_timeout
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn; it listens afterwards."""
+        await super().startup(sockets)
+        if self.started:
+            logger.info("%s", self._greeting)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after a signal."""
+        self._queue.stop()
+        timer = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._queue.abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def run_on(self, bound: socket.socket) -> bool:
+        """Serve until a signal; the model is free afterwards.
+
+        Returns:
+            Whether the server had started.
+        """
+        try:
+            self.run(sockets=[bound])
+        finally:
+            self._queue.close()
+        return self.started
+
+
+@contextmanager
+def signals_end_quietly() -> Iterator[None]:
+    """Uvicorn raises the signals that ended it once more; they shall not end the process before it has cleaned up."""
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(name, lambda *_: None) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)

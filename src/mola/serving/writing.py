@@ -1,0 +1,117 @@
+"""From the tokens of one answer to pieces of text that are final when they are sent.
+
+The pieces put together are the text that decoding all tokens at once gives, up to the first stop text. So a piece
+leaves out what later tokens could still change: half a character, or the beginning of a stop text.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that the vocabulary does not have
+_INCOMPLETE = "\ufffd"
+
+
+class AnswerEndedError(Exception):
+    """Raised out of `generate` when the rest of an answer is not wanted."""
+
+
+class Writer:
+    """Takes the tokens of one answer, as the streamer of `generate`.
+
+    Args:
+        tokenizer: of the model.
+        send: takes every piece of text; None for an answer that is sent as a whole.
+        stops: texts that end the answer and do not belong to it.
+        is_unwanted: asked at every token; True ends the answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        send: Callable[[str], None] | None,
+        stops: Sequence[str],
+        is_unwanted: Callable[[], bool],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._send = send
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self._stop_ids = {special[text] for text in stops if text in special}
+        self._stops = [text for text in stops if text not in special]
+        self._is_unwanted = is_unwanted
+        self._is_first = True
+        self._sent = 0
+        self._stopped = False
+        self.token_ids: list[int] = []
+        self.text = ""
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then token after token.
+
+        Raises:
+            AnswerEndedError: nobody wants the rest, or a stop text is complete.
+        """
+        if self._is_unwanted():
+            raise AnswerEndedError
+        if self._is_first:
+            self._is_first = False
+            return
+        self.token_ids += value.flatten().tolist()
+        if self.token_ids[-1] in self._stop_ids:
+            self._stopped = True
+            raise AnswerEndedError
+        if self._send is None and not self._stops:
+            return
+        self._write(self._unchangeable(), is_final=False)
+        if self._stopped:
+            raise AnswerEndedError
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+
+    def finish(self) -> str:
+        """Send what is left.
+
+        Returns:
+            OpenAI's reason for the end: `"stop"` or `"length"`.
+        """
+        ids = self.token_ids
+        self._write(self._decoded(), is_final=True)
+        return "stop" if self._stopped or (ids and ids[-1] == self._tokenizer.eos_token_id) else "length"
+
+    def _unchangeable(self) -> str:
+        if self._tokenizer.clean_up_tokenization_spaces:
+            return ""  # such a tokenizer takes back spaces
+        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self.token_ids[-1]))):
+            return self.text  # a run of byte tokens is decoded as one
+        return self._decoded().rstrip(_INCOMPLETE)
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self.token_ids, skip_special_tokens=True))
+
+    def _write(self, text: str, is_final: bool) -> None:
+        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        if places:
+            self._stopped = True
+            text = text[: min(places)]
+        elif not is_final:
+            text = text[: len(text) - _longest_beginning(text, self._stops)]
+        if is_final or places or len(text) > self._sent:
+            if not text.startswith(self.text[: self._sent]):
+                raise RuntimeError("the tokenizer changed text that had been sent")
+            self.text = text
+            if self._send is not None and len(text) > self._sent:
+                self._send(text[self._sent :])
+            self._sent = len(text)
+
+
+def _longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of `stops` begins with."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    return next((size for size in range(min(longest, len(text)), 0, -1) if text.endswith(_cut(stops, size))), 0)
+
+
+def _cut(stops: Sequence[str], size: int) -> tuple[str, ...]:
+    return tuple(stop[:size] for stop in stops if len(stop) > size)

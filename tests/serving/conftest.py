@@ -1,0 +1,91 @@
+"""A real server on loopback: tiny random model with a chat template, two adapters that give different answers."""
+
+import socket
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mola import MolaConfig
+from mola.generate import generate_text
+from mola.loading import load_model, load_tokenizer
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+NEW_TOKENS = 4
+
+
+def save_adapter(base, folder, seed, std=0.3):
+    """An adapter far enough from zero that greedy answers differ."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = MolaConfig(
+            num_experts="2222", r=2, top_k=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "mola_B" in name or "mola_router" in name:
+                torch.nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def endless_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model again, never choosing its end token: its answers are as long as asked for."""
+    folder = tmp_path_factory.mktemp("endless") / "tiny"
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model_dir(endless_model_dir, tmp_path_factory):
+    """The same with a chat template."""
+    folder = tmp_path_factory.mktemp("serve") / "tiny-chat"
+    LlamaForCausalLM.from_pretrained(endless_model_dir).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(endless_model_dir)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model_dir, tmp_path_factory):
+    """Name -> folder of two adapters; one name has a dot, which PEFT would not take."""
+    parent = tmp_path_factory.mktemp("adapters")
+    folders = {"first": parent / "first", "v2.0": parent / "second"}
+    for seed, folder in enumerate(folders.values()):
+        save_adapter(tiny_model_dir, folder, seed)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def offline(chat_model_dir, adapters):
+    """Function (model name, prompt, options) -> what `mola.generate` answers."""
+    tokenizer = load_tokenizer(chat_model_dir)
+    base = load_model(chat_model_dir, dtype="float32", device="cpu")
+    models = {"tiny-chat": base}
+    for name, folder in adapters.items():
+        models[name] = load_model(chat_model_dir, folder, dtype="float32", device="cpu")
+    known = {}
+
+    def answer(name, prompt, **options):
+        options = {"max_new_tokens": NEW_TOKENS} | options
+        key = name, prompt, *sorted(options.items())
+        if key not in known:
+            known[key] = generate_text(models[name], tokenizer, prompt, **options)
+        return known[key]
+
+    return answer
+
+
+@pytest.fixture
+def free_port():
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]

@@ -1,0 +1,37 @@
+"""The load benchmark runs and finds every answer right."""
+
+import json
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+pytest.importorskip("openai", reason="needs the extra `test`")
+
+from benchmarks.serve_load import main
+
+
+@pytest.mark.slow
+def test_rows_for_offline_batching_and_every_number_of_clients(endless_model_dir, tmp_path):
+    output = tmp_path / "load.json"
+    words = f"--base_model {endless_model_dir} --clients 1 3 --requests 6 --max_tokens 3 --dtype float32 --device cpu"
+    assert main([*words.split(), "--batching", "true", "--output", str(output)]) == 0
+    rows = {row["what"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == [
+        "offline, base",
+        "offline, first",
+        "continuous batching, first",
+        "offline, second",
+        "server, 1 client",
+        "server, 3 clients",
+    ]
+    assert all(rows[f"server, {name}"]["wrong"] == 0 for name in ("1 client", "3 clients"))
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    "words", [["--base_model", "missing"], ["--clients", "0"], ["--requests", "-1"], ["--max_tokens", "0"]]
+)
+def test_wrong_options_end_with_2(words, endless_model_dir, capsys):
+    arguments = words if words[0] == "--base_model" else ["--base_model", str(endless_model_dir), *words]
+    assert main(arguments) == 2
+    assert words[0].removeprefix("--") in capsys.readouterr().err

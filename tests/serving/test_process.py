@@ -1,0 +1,247 @@
+"""Beginning and end of the server: options, signals, a full queue, models without chat template."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
+openai = pytest.importorskip("openai", reason="needs the extra `test`")
+
+from mola import cli  # noqa: E402
+from mola.errors import MolaError  # noqa: E402
+from mola.parsing import parse  # noqa: E402
+from mola.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
+
+LONG = {"model": "tiny", "prompt": "x", "max_tokens": 900, "stream": True}
+
+
+@pytest.fixture
+def options(endless_model_dir):
+    return ServeOptions(base_model=str(endless_model_dir), port=0, dtype="float32", device="cpu")
+
+
+def in_background(function):
+    """Run a function in a thread; calling the result waits and hands on what it returned or raised."""
+    outcome = {}
+
+    def run():
+        try:
+            outcome["value"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def wait():
+        thread.join(300)
+        assert not thread.is_alive()
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
+
+    return wait
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def health(url):
+    return httpx.get(f"{url}/health").json()
+
+
+def test_base_without_chat_template_points_at_completions(options):
+    with running_server(options) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="no chat template.*/v1/completions"):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
+        assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
+
+
+def test_full_queue_sends_away_and_leaves_no_trace(options):
+    options.max_waiting = 1
+    with running_server(options) as url, httpx.Client(base_url=url) as http, httpx.Client(base_url=url) as second:
+        with http.stream("POST", "/v1/completions", json=LONG) as running:
+            lines = running.iter_lines()  # httpx closes the connection when nobody holds it
+            next(lines)
+            with second.stream("POST", "/v1/completions", json=LONG):  # headers come, text has to wait
+                assert health(url) == {"status": "ok", "running": 1, "waiting": 1}
+                refused = httpx.post(f"{url}/v1/completions", json=LONG)
+                assert refused.status_code == 429
+                assert refused.json()["error"]["code"] == "queue_full"
+                assert int(refused.headers["Retry-After"]) >= 1
+        wait_for(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+
+
+def run_main_and_stop(options, sign, num_streams, max_tokens):
+    """Exit code of the command, and the lines of every stream; the signal comes while the first one runs."""
+    url = f"http://127.0.0.1:{options.port}"
+
+    def read():
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=LONG | {"max_tokens": max_tokens}, timeout=300
+        ) as answer:
+            return [line for line in answer.iter_lines() if line]
+
+    def visit():
+        wait_for(lambda: health(url))
+        streams = []
+        while len(streams) < num_streams:
+            streams.append(in_background(read))
+            wait_for(lambda: health(url)["running"] + health(url)["waiting"] == len(streams))
+        wait_for(lambda: health(url)["running"])
+        os.kill(os.getpid(), sign)
+        return [wait() for wait in streams]
+
+    wait = in_background(visit)
+    return main(options), wait()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_signals_let_the_running_answer_finish(sign, options, free_port):
+    options.port, options.shutdown_timeout = free_port, 300
+    before = signal.getsignal(sign)
+    code, (running, waiting) = run_main_and_stop(options, sign, num_streams=2, max_tokens=400)
+    assert code == 0
+    assert signal.getsignal(sign) is before
+    assert running[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in running[-2]
+    assert '"code":"stopping"' in waiting[-1]
+    assert len(waiting) == 1
+
+
+def test_signals_end_an_answer_that_takes_too_long(options, free_port):
+    options.port, options.shutdown_timeout = free_port, 0.2
+    code, (running,) = run_main_and_stop(options, signal.SIGTERM, num_streams=1, max_tokens=900)
+    assert code == 0
+    assert '"code":"stopping"' in running[-1]
+
+
+@pytest.mark.slow
+def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
+    token = "a-secret-token"
+    command = [sys.executable, "-m", "mola.cli", "serve", "--base_model", str(tiny_model_dir), "--port", "0"]
+    environment = os.environ | {"MOLA_API_KEY": token, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if found := re.search(r"http://\S+", line):
+                break
+        url = found[0]
+        headers = {"Authorization": f"Bearer {token}"}
+        name = httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"]
+        body = LONG | {"model": name, "max_tokens": 20, "stream": False}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        assert httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        lines += server.stdout.readlines()
+        assert server.wait(60) == 0
+    text = "".join(lines)
+    assert "POST /v1/completions 401" in text
+    assert "POST /v1/completions 200" in text
+    assert token not in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"adapter": ["missing"]}, "`adapter` must be a folder.*'missing'"),
+        ({"adapter": ["=folder"]}, "NAME=FOLDER or FOLDER: got '=folder'"),
+        ({"adapter": ["name="]}, "NAME=FOLDER or FOLDER: got 'name='"),
+        ({"adapter": ["a=x/b", "a=y/b"]}, "'y/b' is named 'a', as is 'x/b'"),
+        ({"adapter": ["x/tiny"]}, "'x/tiny' is named 'tiny', as is the base model"),
+        ({"base_name": ""}, "`base_name`"),
+        ({"base_model": "does/not/exist"}, "`base_model`"),
+        ({"max_tokens": 0}, "`max_tokens` must be at least 1: got 0"),
+        ({"max_waiting": -1}, "`max_waiting` must be at least 0: got -1"),
+        ({"shutdown_timeout": -1.0}, "`shutdown_timeout`.*-1"),
+        ({"shutdown_timeout": float("nan")}, "`shutdown_timeout`.*nan"),
+        ({"port": 65536}, "`port`.*65536"),
+        ({"host": "256.1.1.1"}, "`host` '256.1.1.1'"),
+        ({"api_key": ""}, "`api_key` must be a token"),
+        ({"api_key": "two words"}, "`api_key` must be a token"),
+        ({"dtype": "float8"}, "`dtype`"),
+    ],
+)
+def test_wrong_options_are_refused(fields, message, options):
+    for name, value in fields.items():
+        setattr(options, name, value)
+    with pytest.raises(MolaError, match=message) as raised:
+        main(options)
+    assert "two words" not in str(raised.value)
+
+
+def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options.port = taken.getsockname()[1]
+        with pytest.raises(MolaError, match=f"`port` {options.port} can not be listened on"):
+            main(options)
+    assert "Loading" not in caplog.text
+
+
+def test_token_of_the_environment(options, monkeypatch):
+    monkeypatch.setenv("MOLA_API_KEY", "from-outside")
+    with running_server(options) as url:
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "bearer from-outside"}).status_code == 200
+    monkeypatch.setenv("MOLA_API_KEY", "")
+    with pytest.raises(MolaError, match="the environment variable MOLA_API_KEY"):
+        main(options)
+
+
+@pytest.mark.parametrize(("api_key", "warns"), [(None, True), ("token", False)])
+def test_an_open_address_without_token_is_warned_about(api_key, warns, options, caplog):
+    options.host, options.api_key = "0.0.0.0", api_key
+    with running_server(options):
+        pass
+    assert ("Anyone who reaches 0.0.0.0" in caplog.text) == warns
+
+
+def test_missing_packages_are_named(options, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.import_utils.is_uvicorn_available", lambda: False)
+    with pytest.raises(MolaError, match="pip install 'mola-peft\\[serve\\]'"):
+        main(options)
+
+
+def test_adapters_are_named_by_hand_or_after_their_folder(options, tmp_path):
+    odd = tmp_path / "lr=1e-4"
+    odd.mkdir()
+    words = ["--base_model", options.base_model, "--adapter", "a=runs/x", "runs/y.2", "--adapter", str(odd)]
+    parsed = parse(ServeOptions, words, prog="mola serve")
+    expected = {"a": "runs/x", "y.2": "runs/y.2", "lr=1e-4": str(odd)}
+    assert adapter_folders(parsed) == expected
+    recipe = tmp_path / "serve.yaml"
+    recipe.write_text("adapter: [b=runs/z]\n")
+    parsed = parse(ServeOptions, [*words, "--config", str(recipe)], prog="mola serve")
+    assert adapter_folders(parsed) == {"b": "runs/z"} | expected
+
+
+def test_options_do_not_show_the_token(options):
+    options.api_key = "a-secret-token"
+    assert "a-secret-token" not in repr(options)
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "--shutdown_timeout" in capsys.readouterr().out

@@ -1,0 +1,352 @@
+"""One server for all: answers, limits and errors over real connections."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
+openai = pytest.importorskip("openai", reason="needs the extra `test`")
+
+from mola.serve import ServeOptions, running_server  # noqa: E402
+
+from .conftest import NEW_TOKENS  # noqa: E402
+
+MODELS = ["tiny-chat", "first", "v2.0"]
+TOKEN = "a-secret-token"
+PROMPTS = [f"Question {number}: what comes next?" for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def url(chat_model_dir, adapters):
+    options = ServeOptions(
+        base_model=str(chat_model_dir),
+        adapter=[f"{name}={folder}" for name, folder in adapters.items()],
+        port=0,
+        api_key=TOKEN,
+        max_tokens=900,
+        max_choices=4,
+        max_waiting=100,
+        max_body_bytes=20_000,
+        dtype="float32",
+        device="cpu",
+    )
+    with running_server(options) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
+        yield http
+
+
+def complete(client, model="first", prompt=PROMPTS[0], max_tokens=NEW_TOKENS, **arguments):
+    return client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, **arguments)
+
+
+def streamed(chunks):
+    """Text of each choice, and why it ended."""
+    texts, reasons = {}, {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            assert choice.index not in reasons
+            text = choice.text if hasattr(choice, "text") else choice.delta.content
+            texts[choice.index] = texts.get(choice.index, "") + (text or "")
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert texts.keys() == reasons.keys()
+    return [texts[index] for index in sorted(texts)], reasons
+
+
+@pytest.fixture
+def alive(url, client, offline):
+    """After the test the server still answers, and nothing is left in it."""
+    yield
+    assert complete(client).choices[0].text == offline("first", PROMPTS[0])
+    wait_until_idle(url)
+
+
+def wait_until_idle(url, seconds=20):
+    end = time.monotonic() + seconds
+    while (state := httpx.get(f"{url}/health").json()) != {"status": "ok", "running": 0, "waiting": 0}:
+        assert time.monotonic() < end, state
+        time.sleep(0.02)
+
+
+def test_models_are_the_base_and_every_adapter(client, url):
+    assert [model.id for model in client.models.list()] == MODELS
+    assert client.models.retrieve("v2.0").id == "v2.0"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_answers_are_those_of_generate(model, client, offline):
+    expected = offline(model, PROMPTS[0])
+    whole = complete(client, model)
+    assert whole.choices[0].text == expected
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.model == model
+    prompt_tokens = len(PROMPTS[0]) + 1
+    assert whole.usage.to_dict() == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": NEW_TOKENS,
+        "total_tokens": prompt_tokens + NEW_TOKENS,
+    }
+    assert streamed(complete(client, model, stream=True)) == ([expected], {0: "length"})
+    others = {offline(other, PROMPTS[0]) for other in MODELS}
+    assert len(others) == 3
+
+
+def test_chat_uses_the_template(client, offline):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+    ]
+    # The template writes a begin token, to which the server must not add another; `generate` adds one to plain text.
+    text = "<system>Be brief.<user>Hi<assistant>"
+    arguments = {"model": "first", "messages": messages, "max_completion_tokens": NEW_TOKENS}
+    whole = client.chat.completions.create(**arguments)
+    assert whole.usage.prompt_tokens == 1 + len(text)
+    assert whole.choices[0].message.content == offline("first", text)
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert streamed(chunks) == ([whole.choices[0].message.content], {0: "length"})
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_hundred_streams_at_once_are_each_the_answer_of_generate(url, offline):
+    async def one(client, number):
+        model, prompt = MODELS[number % 3], PROMPTS[number % 5]
+        stream = await client.completions.create(model=model, prompt=prompt, max_tokens=NEW_TOKENS, stream=True)
+        return streamed([chunk async for chunk in stream])[0][0]
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(100)))
+
+    expected = [offline(MODELS[number % 3], PROMPTS[number % 5]) for number in range(100)]
+    assert asyncio.run(all_of_them()) == expected
+
+
+def test_sampling_is_that_of_generate_with_the_same_seed(client, offline):
+    for values in ({"temperature": 1.5}, {"temperature": 1.0, "top_p": 0.7}, {"top_p": 0.9}):
+        texts = [complete(client, seed=seed, **values).choices[0].text for seed in (7, 8)]
+        assert texts == [offline("first", PROMPTS[0], seed=seed, **values) for seed in (7, 8)]
+        assert texts[0] != texts[1]
+    top_k = complete(client, seed=7, temperature=9.0, extra_body={"top_k": 1})
+    assert top_k.choices[0].text == offline("first", PROMPTS[0])
+
+
+def test_without_seed_every_sampled_answer_is_another(client):
+    assert len({complete(client, temperature=1.5, max_tokens=12).choices[0].text for _ in range(3)}) > 1
+
+
+def test_temperature_zero_is_greedy(client, offline):
+    assert complete(client, temperature=0, seed=3, top_p=0.5).choices[0].text == offline("first", PROMPTS[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_and_several_prompts_are_numbered_choices(stream, client, offline):
+    result = complete(client, prompt=PROMPTS[:2], n=2, temperature=1.5, seed=5, stream=stream)
+    expected = [
+        offline("first", prompt, temperature=1.5, seed=seed)
+        for prompt, seed in zip([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, range(5, 9), strict=True)
+    ]
+    if stream:
+        assert streamed(result)[0] == expected
+    else:
+        assert [choice.text for choice in result.choices] == expected
+        assert [choice.index for choice in result.choices] == [0, 1, 2, 3]
+        assert result.usage.prompt_tokens == sum(len(prompt) + 1 for prompt in PROMPTS[:2])
+        assert result.usage.completion_tokens == 4 * NEW_TOKENS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_ends_before_its_text(stream, client, offline):
+    text = offline("first", PROMPTS[0], max_new_tokens=40)
+    stop = text[10:13]
+    result = complete(client, max_tokens=40, stop=["never there", stop], stream=stream)
+    texts, reasons = streamed(result) if stream else ([result.choices[0].text], {0: result.choices[0].finish_reason})
+    assert texts == [text[: text.index(stop)]]
+    assert reasons == {0: "stop"}
+
+
+def test_a_special_token_can_be_the_stop_and_costs_no_text(client, tiny_tokenizer):
+    with pytest.raises(openai.BadRequestError, match="special token '</s>'"):
+        complete(client, stop="x</s>")
+    assert complete(client, stop="</s>").choices[0].text
+
+
+WRONG = {
+    "temperature type": ({"temperature": "warm"}, "`temperature`"),
+    "temperature range": ({"temperature": -1}, "`temperature`.*-1"),
+    "temperature nan": ({"temperature": float("nan")}, "`temperature`"),
+    "top_p": ({"top_p": 0}, "`top_p`.*0"),
+    "top_k": ({"top_k": 0}, "`top_k`"),
+    "true is no number": ({"max_tokens": True}, "`max_tokens`"),
+    "max_tokens 0": ({"max_tokens": 0}, "`max_tokens`"),
+    "max_tokens limit": ({"max_tokens": 901}, "at most 900.*901"),
+    "n": ({"n": 5}, "at most 4.*5"),
+    "many prompts": ({"prompt": ["a"] * 3, "n": 2}, "at most 4.*6"),
+    "seed": ({"seed": -1}, "`seed`"),
+    "stop": ({"stop": [""]}, "`stop`"),
+    "stops": ({"stop": ["a"] * 5}, "`stop`.*5"),
+    "logprobs": ({"logprobs": 2}, "`logprobs`"),
+    "echo": ({"echo": True}, "`echo`"),
+    "penalty": ({"frequency_penalty": 0.5}, "`frequency_penalty`"),
+    "false is not 0": ({"frequency_penalty": False}, "`frequency_penalty`"),
+    "bias": ({"logit_bias": {"5": 1}}, "`logit_bias`"),
+    "unknown field": ({"min_p": 0.1}, "`min_p`"),
+    "unknown field, half a pair": ({"\ud800": 0.1}, "surrogate"),
+    "half a pair": ({"prompt": "\ud800"}, "surrogate"),
+    "half a pair elsewhere": ({"logit_bias": "\ud800"}, "surrogate"),
+    "tokens": ({"prompt": [1, 2]}, "`prompt"),
+    "no prompts": ({"prompt": []}, "`prompt"),
+    "stream_options": ({"stream_options": {"include_usage": True}}, "`stream_options` needs"),
+    "long prompt": ({"prompt": "x" * 2000}, "1024 positions.*2001 tokens"),
+    "no room": ({"prompt": "x" * 1000, "max_tokens": 24}, "1024 positions.*1001 tokens.*24"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_fields_are_refused_by_name(fields, message, http):
+    body = {"model": "first", "prompt": "x", "max_tokens": 2} | fields
+    response = http.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert re.search(message, error["message"]), error
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "`messages`"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "`messages.0.role`"),
+        ({"messages": [{"role": "user", "content": None}]}, "`messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "`messages.0.content"),
+        ({"tools": [{"type": "function"}]}, "`tools`"),
+        ({"response_format": {"type": "json_object"}}, "`response_format`"),
+        ({"logprobs": True}, "`logprobs`"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "3 and .* 4 disagree"),
+    ],
+)
+def test_wrong_chats_are_refused(fields, message, http):
+    body = {"model": "first", "messages": [{"role": "user", "content": "x"}]} | fields
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert re.search(message, response.json()["error"]["message"]), response.text
+
+
+def test_fields_that_ask_for_nothing_pass(client, offline):
+    result = complete(
+        client, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, echo=False, user="somebody", n=1
+    )
+    assert result.choices[0].text == offline("first", PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"model": ', b"", b"[1]", b'"text"', b"null", b"\xff\xfe", b"[" * 15_000, b'{"seed": ' + b"9" * 10_000 + b"}"],
+)
+def test_malformed_bodies(content, http, alive):
+    response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_content_types_are_told_what_to_send(http):
+    response = http.post("/v1/completions", data={"model": "first"})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("chunks", [None, [50_000] * 4, [20_001], [20_000, 1]])
+def test_too_large_bodies(chunks, http, alive):
+    content = b"x" * 200_000 if chunks is None else iter([b"x" * size for size in chunks])
+    response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert "at most 20000 bytes" in response.json()["error"]["message"]
+
+
+def test_unknown_models_paths_and_methods(client, http, alive):
+    with pytest.raises(
+        openai.NotFoundError, match="'gpt-4' does not exist here. The models are tiny-chat, first, v2.0"
+    ):
+        complete(client, "gpt-4")
+    assert http.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+    response = http.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", TOKEN, f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", "Bearer \xe9"]
+)
+def test_wrong_tokens(header, url, alive):
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    for response in (
+        httpx.get(f"{url}/v1/models", headers=headers),
+        httpx.post(f"{url}/v1/completions", headers=headers, json={"model": "first", "prompt": "x"}),
+        httpx.get(f"{url}/other", headers=headers),
+    ):
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{url}/health", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_stops_when_the_client_leaves(stream, url, http, alive):
+    body = {"model": "first", "prompt": "x", "max_tokens": 900, "stream": stream}
+    start = time.monotonic()
+    if stream:
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # httpx closes the connection when nobody holds it
+            next(lines)
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=body, timeout=0.5)
+    wait_until_idle(url)
+    assert time.monotonic() - start < seconds_of_whole_answer(url) / 2
+
+
+def seconds_of_whole_answer(url, known=[]):  # noqa: B006
+    if not known:
+        start = time.monotonic()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN) as client:
+            assert complete(client, prompt="x", max_tokens=300).usage.completion_tokens == 300
+        known.append((time.monotonic() - start) * 3)
+    return known[0]
+
+
+def test_log_has_one_line_per_request_and_no_token(http, caplog):
+    with caplog.at_level(logging.DEBUG):
+        http.get(f"/v1/models?api_key={TOKEN}")
+        http.get("/a%0Ab")
+        end = time.monotonic() + 20
+        while len(lines := messages(caplog, "mola.serving.guard")) < 2:  # written after the answer is sent
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert lines[0].startswith("GET /v1/models 200")
+    assert lines[1].startswith("GET /a%0Ab 404")
+    assert TOKEN not in "".join(messages(caplog, "mola") + messages(caplog, "uvicorn") + messages(caplog, "asyncio"))
+
+
+def messages(caplog, logger):
+    return [record.getMessage() for record in caplog.records if record.name.startswith(logger)]

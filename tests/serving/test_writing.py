@@ -1,0 +1,105 @@
+"""Pieces of text: put together they are the whole, and no piece has to be taken back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+import torch
+
+from mola.serving.writing import AnswerEndedError, Writer
+
+from ..conftest import build_byte_tokenizer
+
+BYTES = build_byte_tokenizer()
+ALPHABET = "aé€😀 "
+
+
+def fallback_tokenizer():
+    """Two letters as tokens, everything else as bytes, as SentencePiece models have it."""
+    tokens = ["<unk>", "</s>", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+FALLBACK = fallback_tokenizer()
+
+
+def write(tokenizer, token_ids, stops=(), streams=True):
+    """Pieces, whole text, reason, tokens used."""
+    pieces = []
+    writer = Writer(tokenizer, pieces.append if streams else None, stops, lambda: False)
+    writer.put(torch.tensor([[1, 2, 3]]))
+    try:
+        for token_id in token_ids:
+            writer.put(torch.tensor([token_id]))
+        writer.end()
+    except AnswerEndedError:
+        pass
+    reason = writer.finish()
+    return pieces, writer.text, reason, len(writer.token_ids)
+
+
+def cut(text, stops):
+    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+
+
+@given(st.lists(st.integers(2, 257), min_size=1, max_size=30))
+def test_any_bytes_are_sent_as_decoded_at_once(token_ids):
+    pieces, text, reason, used = write(BYTES, token_ids)
+    assert "".join(pieces) == text == BYTES.decode(token_ids, skip_special_tokens=True)
+    assert (reason, used) == ("length", len(token_ids))
+
+
+@given(st.lists(st.one_of(st.integers(2, 3), st.integers(4, 259)), min_size=1, max_size=30))
+def test_byte_fallback_is_sent_as_decoded_at_once(token_ids):
+    pieces, text, _, _ = write(FALLBACK, token_ids)
+    assert "".join(pieces) == text == FALLBACK.decode(token_ids, skip_special_tokens=True)
+
+
+@given(st.text(ALPHABET, min_size=1, max_size=20), st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
+def test_stops_cut_the_same_in_streams_and_wholes(text, stops):
+    token_ids = BYTES(text, add_special_tokens=False)["input_ids"]
+    pieces, streamed, reason, used = write(BYTES, token_ids, stops)
+    assert "".join(pieces) == streamed
+    assert write(BYTES, token_ids, stops, streams=False) == ([], streamed, reason, used)
+    found = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    assert (reason == "stop") == bool(found)
+    if found:  # it ends with the first stop that is complete
+        assert used == len(text[: min(found)].encode())
+        assert streamed == cut(text[: min(found)], stops)
+    else:
+        assert streamed == text
+
+
+def test_text_is_sent_as_soon_as_it_is_final():
+    token_ids = BYTES("é STOP", add_special_tokens=False)["input_ids"]
+    assert write(BYTES, token_ids)[0] == ["é", " ", "S", "T", "O", "P"]
+    assert write(BYTES, token_ids, ["STAY"])[0] == ["é", " ", "STO", "P"]
+    assert write(BYTES, token_ids, ["TOP"])[0] == ["é", " ", "S"]
+
+
+def test_end_token_and_special_stops_end_without_text():
+    token_ids = [*BYTES("ab", add_special_tokens=False)["input_ids"], BYTES.eos_token_id]
+    assert write(BYTES, token_ids) == (["a", "b"], "ab", "stop", 3)
+    begin = [token_ids[0], BYTES.bos_token_id, token_ids[1]]
+    assert write(BYTES, begin, ["<s>"]) == (["a"], "a", "stop", 2)
+    assert write(BYTES, begin, ["<s>"], streams=False) == ([], "a", "stop", 2)
+
+
+def test_tokenizers_that_take_back_spaces_send_at_the_end():
+    tokenizer = build_byte_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    assert write(tokenizer, token_ids)[0] == ["a b"]
+
+
+def test_unwanted_answers_end_at_the_next_token():
+    writer = Writer(BYTES, None, [], lambda: True)
+    with pytest.raises(AnswerEndedError):
+        writer.put(torch.tensor([5]))
