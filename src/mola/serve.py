@@ -19,6 +19,7 @@ from mola.errors import MolaError
 from mola.evaluation import predicting
 from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from mola.options import option
+from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -55,6 +56,12 @@ class ServeOptions:
     max_body_bytes: int = option(1 << 20, "Longest body of a request.")
     shutdown_timeout: float = option(30.0, "Seconds that the running answer gets to finish when the server is stopped.")
     dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    load_in_8bit: bool = quantization_option("load_in_8bit")
+    load_in_4bit: bool = quantization_option("load_in_4bit")
+    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
+    gguf_file: str | None = quantization_option("gguf_file")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
@@ -116,12 +123,14 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
 
     _check_numbers(options)
     api_key = _api_key(options)
-    resolve_dtype(options.dtype, resolve_device(options.device))
-    config = load_config(options.base_model, options.trust_remote_code)
+    device, quantization = resolve_device(options.device), quantization_of(options)
+    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_quantized_base(options.base_model, config, quantization, device)
     folders = adapter_folders(options)
     for folder in folders.values():
         check_adapter(folder)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code)
+    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
     with bind(options.host, options.port) as bound:
         # Names inside the model are ours: PEFT takes no dots, requests do.
         inside = {name: f"served{number}" for number, name in enumerate(folders)}
@@ -131,6 +140,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
             options.dtype,
             options.device,
             options.trust_remote_code,
+            quantization=quantization,
         )
         names = {base_name(options): None, **inside}
         limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config))

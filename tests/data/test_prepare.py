@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from mola.data.prepare import PrepareOptions, load_examples, prepare
+from mola.data.prepare import SAMPLE_SIZES, PrepareOptions, load_examples, prepare
 from mola.data.read import read_rows
 from mola.data.tasks import load_task
 from mola.errors import MolaError
@@ -278,6 +278,13 @@ def test_failed_prepare_leaves_the_old_folder(tmp_path):
         run(tmp_path, data=str(mixed), overwrite_output_dir=True)
     assert (tmp_path / "out" / "train.json").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_default_sizes_of_the_sample_can_be_generated(tmp_path, seed):
+    result = prepare(PrepareOptions("sample", str(tmp_path / "data"), seed=seed))
+    assert {name: split["rows"] for name, split in result["splits"].items()} == SAMPLE_SIZES
+    assert result["shared_instructions"] == 0
 
 
 def test_sample_is_deterministic_and_splits_are_disjoint(tmp_path):

@@ -20,7 +20,7 @@ from mola.errors import MolaError
 
 __all__ = ["PrepareOptions", "load_examples", "main", "prepare"]
 
-SAMPLE_SIZES = {"train": 2000, "validation": 200, "test": 400}
+SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}
 
 
 @dataclass
@@ -54,13 +54,13 @@ class PrepareOptions:
     )
     seed: int = field(default=0, metadata={"help": "Seed of the drawn samples and of the generated questions."})
     train_size: int | None = field(
-        default=None, metadata={"help": "Generated training questions (task `sample` only; default 2000)."}
+        default=None, metadata={"help": "Generated training questions (task `sample` only; default 640)."}
     )
     validation_size: int | None = field(
-        default=None, metadata={"help": "Generated validation questions (task `sample` only; default 200)."}
+        default=None, metadata={"help": "Generated validation questions (task `sample` only; default 40)."}
     )
     test_size: int | None = field(
-        default=None, metadata={"help": "Generated test questions (task `sample` only; default 400)."}
+        default=None, metadata={"help": "Generated test questions (task `sample` only; default 100)."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an output folder that an earlier `mola prepare` wrote."}
