@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: parse, measure suite by suite, print tables, write JSON after each."""
+"""The command line of the benchmarks: parse, measure suite by suite, print tables, write JSON row by row."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmarks: interrupted; suites that were finished are in the JSON file", file=sys.stderr)
+        print("benchmarks: interrupted; what was finished is in the JSON file", file=sys.stderr)
         return 130
     return 0
 
@@ -114,9 +114,12 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
             check_model(options, folder)
             for suite in options.suite:
                 start = time.perf_counter()
-                rows = RUN[suite](options, name, folder)
+                rows = []
+                for row in RUN[suite](options, name, folder):
+                    rows.append(row)
+                    record["results"].setdefault(suite, []).append(row)
+                    atomic_write_json(output, record)  # a suite may take an hour and be interrupted
                 record["suite_seconds"].setdefault(name, {})[suite] = round(time.perf_counter() - start, 1)
-                record["results"].setdefault(suite, []).extend(rows)
                 atomic_write_json(output, record)
                 for table in tables(suite, rows):
                     console.print(table)

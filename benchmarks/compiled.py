@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +57,8 @@ class TokensIn(nn.Module):
         return self._forward_of[0](inputs_embeds=embedded.requires_grad_(), **batch)
 
 
-def compile_steps(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str, Any]]:
+def compile_steps(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of a step, eager and compiled, and of the first compiled one; graphs for batches of several lengths."""
-    rows = []
     for dtype in options.dtype:
         case = make_case(options, model, folder, dtype, options.dropout[0])
         base = load_base(case)
@@ -67,8 +66,7 @@ def compile_steps(options: BenchmarkOptions, model: str, folder: Path) -> list[d
         contestants = [build(name, base, case) for name in names]
         for each in contestants:
             each.model.disable_input_require_grads()
-        rows += _measure(options, case, contestants)
-    return rows
+        yield from _measure(options, case, contestants)
 
 
 def _measure(options: BenchmarkOptions, case: Case, contestants: list[Contestant]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from benchmarks.options import BenchmarkOptions
 logger = logging.getLogger(__name__)
 
 
-def decode(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str, Any]]:
+def decode(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of a whole `generate`, the prompt included, and the tokens per second that they make."""
-    rows = []
     for dtype in options.dtype:
         case = make_case(options, model, folder, dtype, 0.0)
         base = load_base(case)
@@ -30,8 +30,7 @@ def decode(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str
             logger.info("decode: %s, %s, %s, batch %s", model, dtype, mode, batch_size)
             names = [name for name in TAKES_PART["decode"] if name in options.contestants]
             contestants = [build(name, base, case, inference=True) for name in names]
-            rows += _measure(options, case, contestants, mode, batch_size)
-    return rows
+            yield from _measure(options, case, contestants, mode, batch_size)
 
 
 def _measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,16 @@ logger = logging.getLogger(__name__)
 EXPERTS_WHILE_TOKENS_GROW = 8
 
 
-def growth(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str, Any]]:
+def growth(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Steps of a few random layers with the model's shapes; see `growth_base`."""
-    rows = []
     for dtype in options.dtype:
         case = make_case(options, model, folder, dtype, options.dropout[0])
         for experts in options.growth_experts:
-            rows += _measure(options, replace(case, num_experts=experts), "experts")
+            yield from _measure(options, replace(case, num_experts=experts), "experts")
         for tokens in options.growth_tokens:
             batch_size = tokens // case.seq_len
             grown = replace(case, num_experts=EXPERTS_WHILE_TOKENS_GROW, batch_size=batch_size)
-            rows += _measure(options, grown, "tokens")
-    return rows
+            yield from _measure(options, grown, "tokens")
 
 
 def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str, Any]]:

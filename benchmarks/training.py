@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 
-def step(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
+def step(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of a training step, and ratios to the floor and to LoRA."""
-    rows = []
     for case in cases(options, model, folder):
         logger.info("step: %s, %s, dropout %g", model, case.dtype, case.dropout)
         contestants, batch = _build_all(options.contestants, case)
@@ -32,8 +31,7 @@ def step(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
         for each in contestants:
             measured = times[each.name].row()
             speed = tokens / measured["seconds"]["median"]
-            rows.append(case.row() | each.row() | measured | {"tokens_per_second": speed} | ratios(times, each.name))
-    return rows
+            yield case.row() | each.row() | measured | {"tokens_per_second": speed} | ratios(times, each.name)
 
 
 def memory(options: BenchmarkOptions, model: str, folder: Path) -> Rows:

@@ -251,6 +251,24 @@ def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     assert results["growth"][0]["top_k"] == 1
 
 
+def test_an_interruption_keeps_what_was_measured(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    measured = []
+
+    def interrupted(*arguments):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(time_interleaved(*arguments))
+        return measured[0]
+
+    monkeypatch.setattr("benchmarks.training.time_interleaved", interrupted)
+    output = tmp_path / "results.json"
+    both = ("--suite", "step", "--dtype", "float32", "--dropout", "0", "0.05", "--contestants", "floor", "mola")
+    assert run(tiny_model_dir, output, *both) == 130
+    assert "what was finished is in the JSON file" in capsys.readouterr().err
+    rows = json.loads(output.read_text())["results"]["step"]
+    assert [(row["contestant"], row["dropout"]) for row in rows] == [("floor", 0.0), ("mola", 0.0)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler")
 def test_memory_and_compiled_decoding_from_end_to_end(tiny_model_dir, tmp_path, capsys):
