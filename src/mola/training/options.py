@@ -166,6 +166,8 @@ class TrainOptions(TrainingArguments):
             self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp: Any = str(self.fsdp).lower() == "true"  # a text on the command line and in a recipe
+        if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         super().__post_init__()
         if self.torch_compile:
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
