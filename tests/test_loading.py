@@ -191,6 +191,23 @@ def test_adapter_of_another_base_model_is_told_once(tiny_model_dir, lora_adapter
     assert not [r for r in caplog.records if "trained on" in r.getMessage()]
 
 
+def test_a_base_model_with_an_adapter_in_its_folder_says_so(
+    tiny_model_dir, mola_adapter, lora_adapter, tmp_path, caplog
+):
+    """Transformers loads both; a second adapter on top would be in nobody's control."""
+    adapter, expected = mola_adapter
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_model_dir, folder)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    with caplog.at_level(logging.WARNING):
+        model = load_model(folder, dtype="float32", device="cpu")
+    assert "holds an adapter too" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MolaError, match="has one already"):
+        load_model(folder, lora_adapter[0], dtype="float32", device="cpu")
+
+
 def test_folder_without_adapter_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(MolaError, match=r"no adapter_config\.json"):
         load_model(tiny_model_dir, tmp_path)

@@ -1,23 +1,18 @@
 """Loading what a command needs: device, dtype, tokenizer, base model, adapters.
 
 - Everything that can be checked without weights is checked first (`check_base_model`, `check_adapter`).
-- Adapters of any PEFT method load, not only ours; one that does not fit the model is an error.
 - Routers are kept in float32 on any base: in bfloat16 a few tokens would pick other experts.
 """
 
-import itertools
-import json
 import logging
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,8 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import mola.tuner  # noqa: F401  (registers the method with PEFT)
-from mola.checkpoints.formats import conversion_hint
+from mola.adapters import as_mapping, attach, check_adapter, warn_other_base
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
 from mola.gguf import check_gguf_file, tokenizer_arguments
@@ -82,41 +76,6 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
     # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise MolaError(f"`base_model` names a folder that does not exist: {name!r}. Check the path.")
-
-
-def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter folder.
-
-    Returns:
-        The content of its `adapter_config.json`.
-
-    Raises:
-        MolaError: no such folder, its `adapter_config.json` or weights are missing or unreadable, or it is in a
-            format that `mola convert` has to translate first.
-    """
-    folder = Path(adapter)
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        missing = "no adapter_config.json in it" if folder.is_dir() else "no such folder"
-        raise MolaError(
-            f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
-            "Pass the folder that training or `mola convert` wrote."
-        )
-    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
-        raise MolaError(
-            f"`adapter` has no weights: neither adapter_model.safetensors nor adapter_model.bin is in "
-            f"{str(folder)!r}. Was the training interrupted before it saved?"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MolaError(f"`adapter` has a broken configuration: {path} is no JSON ({error}).") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise MolaError(f"`adapter` has a broken configuration: {path} has no `peft_type`.")
-    hint = conversion_hint(config, str(folder))
-    if hint:
-        raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
-    return config
 
 
 def load_config(
@@ -211,7 +170,7 @@ def load_model(
     Raises:
         MolaError: model or adapter missing, broken, or not made for each other.
     """
-    adapters = _as_mapping(adapter)
+    adapters = as_mapping(adapter)
     configs = {name: check_adapter(folder) for name, folder in adapters.items()}
     target = resolve_device(device)
     torch_dtype, reason = resolve_dtype(dtype, target)
@@ -219,6 +178,7 @@ def load_model(
     check_quantization(quantization, target, torch_dtype)
     config = load_config(base_model, trust_remote_code, quantization.gguf_file)
     check_quantized_base(os.fspath(base_model), config, quantization, target)
+    _report_own_adapter(base_model, adapters)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
@@ -237,69 +197,18 @@ def load_model(
         model = model.to(target)
     finish_loading(model)
     for name, folder in adapters.items():
-        _warn_other_base(base_model, folder, configs[name])
-        model = _attach(model, name, os.fspath(folder))
+        warn_other_base(base_model, folder, configs[name])
+        model = attach(model, name, os.fspath(folder))
     return model.requires_grad_(False).eval()
 
 
-def _as_mapping(
-    adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
-) -> dict[str, str | os.PathLike[str]]:
-    if adapter is None:
-        return {}
-    if not isinstance(adapter, Mapping):
-        return {"default": adapter}
-    for name in adapter:
-        if not name or "." in name:
-            raise MolaError(f"`adapter` needs names without dots, not empty: got {name!r}. Pass another name.")
-    return dict(adapter)
-
-
-def _warn_other_base(
-    base_model: str | os.PathLike[str], folder: str | os.PathLike[str], config: Mapping[str, Any]
-) -> None:
-    recorded = config.get("base_model_name_or_path")
-    # Folders move and hub ids lose their owner: only the last part says which model it is.
-    if recorded and Path(recorded).name != Path(base_model).name:
-        logger.warning(
-            "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
-            "the same weights.",
-            folder,
-            recorded,
-            os.fspath(base_model),
+def _report_own_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
+    """A folder with a model and an adapter: Transformers loads both without a word."""
+    if not (Path(base_model) / "adapter_config.json").is_file():
+        return
+    if adapters:
+        raise MolaError(
+            f"`adapter` can not be added to a base model that has one already: {os.fspath(base_model)!r} holds an "
+            "adapter_config.json. Pass a folder with the base model alone."
         )
-
-
-def _attach(model: Any, name: str, folder: str) -> PeftModel:
-    """Add one adapter and check that every one of its tensors found its place."""
-    try:
-        with warnings.catch_warnings():
-            # Missing tensors are an error below, so PEFT's own warning would only repeat it.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            if not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
-            # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
-            result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
-    missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
-    for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):
-        if keys:
-            raise MolaError(
-                f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "
-                f"such as {keys[0]!r}. Pass the base model it was trained on, or save the adapter again."
-            )
-    return model
-
-
-def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:
-    """Keys that are one adapter's; PEFT looks for the name anywhere, so `"b"` also finds `"base_model"`."""
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, "")
-    parts = [(key, key.split(".")) for key in keys]
-    return [
-        key
-        for key, path in parts
-        if any(before.startswith(prefix) and part == name for before, part in itertools.pairwise(path))
-    ]
+    logger.warning("%s holds an adapter too, which is loaded with the base model.", os.fspath(base_model))
