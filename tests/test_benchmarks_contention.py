@@ -102,9 +102,11 @@ def test_a_neighbour_that_ended_is_no_silent_quiet_machine():
     assert not any(map(running, pids))
 
 
+# In the background of a shell without job control, tests inherit that Ctrl-C is ignored.
 PARENT = """
-import sys, time
+import signal, sys, time
 from benchmarks.neighbours import busy_neighbours
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with busy_neighbours(2) as pids:
     print(*pids, flush=True)
     time.sleep(600)
