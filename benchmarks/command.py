@@ -114,10 +114,10 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
             check_model(options, folder)
             for suite in options.suite:
                 start = time.perf_counter()
-                rows = []
+                rows, results = [], record["results"].setdefault(suite, [])
                 for row in RUN[suite](options, name, folder):
                     rows.append(row)
-                    record["results"].setdefault(suite, []).append(row)
+                    results.append(row)
                     atomic_write_json(output, record)  # a suite may take an hour and be interrupted
                 record["suite_seconds"].setdefault(name, {})[suite] = round(time.perf_counter() - start, 1)
                 atomic_write_json(output, record)
