@@ -80,7 +80,12 @@ def _own_fields(options: Any) -> tuple[list[dataclasses.Field], set[str], Any]:
     fields = [field for field in dataclasses.fields(options) if field.init]
     own = {field.name: field for field in fields if field.name in declared}
     others = {field.name for field in fields} - set(own)
-    return [own[name] for name in declared if name in own], others, classes[-1].__mro__[1]
+    listed = [own[name] for name in declared if name in own]
+    return sorted(listed, key=_has_default), others, classes[-1].__mro__[1]
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return not (field.default is field.default_factory is dataclasses.MISSING)
 
 
 def _is_ours(parent: Any) -> bool:

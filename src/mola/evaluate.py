@@ -22,15 +22,14 @@ from mola.data.encode import data_fingerprint
 from mola.data.prepare import load_examples
 from mola.data.tasks import Task, load_task
 from mola.environment import software_versions
-from mola.errors import MolaError
 from mola.evaluation import predicting
 from mola.evaluation.answering import make_questions, question_lengths
 from mola.evaluation.core import EvaluateResult, check_answers, check_positive, evaluate_examples
 from mola.evaluation.partial import PartialResults
-from mola.files import atomic_write_json, check_writable
-from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.files import atomic_write_json, check_new_file
+from mola.loading import check_adapter
+from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options import mapping, option
-from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "evaluate_examples", "main"]
 
@@ -38,10 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(ModelOptions):
     """Options of `mola evaluate`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     task: str = field(metadata={"help": "Name of a task, or a task file (YAML)."})
     data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
@@ -63,16 +61,7 @@ class EvaluateOptions:
     )
     output: str | None = option(None, "Result file (JSON) with every sample.")
     overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
@@ -98,14 +87,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         if finished:
             logger.warning("Going on with %d finished samples of %s.", len(finished), partial.path)
     set_seed(options.seed)
-    model = load_model(
-        options.base_model,
-        options.adapter,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-        quantization=quantization_of(options),
-    )
+    model = model_for(options, options.adapter)
     result = evaluate_examples(
         model,
         tokenizer,
@@ -152,24 +134,17 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
         MolaError: anything wrong with the options or the data.
     """
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
-    device, quantization = resolve_device(options.device), quantization_of(options)
-    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
-    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, quantization, device)
+    config = check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
     if options.output is not None:
-        if Path(options.output).exists() and not options.overwrite:
-            raise MolaError(
-                f"`output` must be a new file: {options.output!r} exists. Pass another name or `overwrite`."
-            )
-        check_writable(options.output)
+        check_new_file("output", options.output, options.overwrite)
     task = load_task(options.task)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     questions = make_questions(task, examples, options.template, options.scoring)
     check_answers(task, examples)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
+    tokenizer = tokenizer_for(options)
     limit = predicting.max_positions(config)
     question_lengths(tokenizer, questions, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer

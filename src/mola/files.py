@@ -1,7 +1,7 @@
 """Writing results without half-written files: a temporary name in the same folder, then a rename.
 
 - `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
-- `check_writable`: fail before the long work, not after it.
+- `check_writable`, `check_new_file`: fail before the long work, not after it.
 - `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
 """
@@ -17,6 +17,22 @@ from typing import Any
 from mola.errors import MolaError
 
 _PIECE = 1 << 20
+
+
+def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """`check_writable` for a result that must not replace another one unasked.
+
+    Args:
+        option: name of the option that holds the path, for the message.
+        path: target file.
+        overwrite: whether it may exist.
+
+    Raises:
+        MolaError: it exists, or its folder or itself cannot be written.
+    """
+    if Path(path).exists() and not overwrite:
+        raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
+    return check_writable(path)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:

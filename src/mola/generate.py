@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +20,17 @@ from mola.errors import MolaError
 from mola.evaluation import predicting
 from mola.loading import (
     check_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
 )
+from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options import option
-from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class GenerateOptions:
+class GenerateOptions(ModelOptions):
     """Options of `mola generate`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     adapter: str | None = option(None, "Folder of an adapter.")
     prompt: str | None = option(None, "Text to continue, used as it is.")
     instruction: str | None = option(None, "Instruction, put through the template.")
@@ -51,15 +45,6 @@ class GenerateOptions:
     do_sample: bool | None = option(None, "Sample or not; by default only if a sampling value is given.")
     seed: int | None = option(None, "Random seed; by default another one each time.")
     stream: bool = option(True, "Print the text while it is generated.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 def decoding_settings(
@@ -160,21 +145,11 @@ def main(options: GenerateOptions) -> int:
         MolaError: wrong options, before the model is loaded.
     """
     prompt = _checked_prompt(options)
-    device, quantization = resolve_device(options.device), quantization_of(options)
-    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
-    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, quantization, device)
+    check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
-    model = load_model(
-        options.base_model,
-        options.adapter,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-        quantization=quantization,
-    )
+    tokenizer = tokenizer_for(options)
+    model = model_for(options, options.adapter)
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,12 +20,12 @@ from mola.environment import software_versions
 from mola.errors import MolaError
 from mola.evaluation.core import check_positive
 from mola.evaluation.predicting import max_positions
-from mola.files import atomic_write_json, check_writable
+from mola.files import atomic_write_json, check_new_file
 from mola.insight.looking import ModuleRedundancy, redundancy_of, to_records, usage_on
 from mola.insight.usage import ModuleUsage
-from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.loading import check_adapter
+from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options import mapping, option
-from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 __all__ = ["InspectOptions", "InspectResult", "inspect", "main"]
 
@@ -34,10 +33,9 @@ _NO_LIMIT = 1 << 30
 
 
 @dataclass
-class InspectOptions:
+class InspectOptions(ModelOptions):
     """Options of `mola inspect`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     adapter: str = field(metadata={"help": "Folder of an adapter."})
     data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
     task: str = option("scienceqa", "Name of a task, or a task file (YAML).")
@@ -50,15 +48,6 @@ class InspectOptions:
     template: str | None = option(None, "Prompt template; by default the task's own.")
     json: str | None = option(None, "Result file (JSON) with every module.")
     overwrite: bool = option(False, "Replace an existing result.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 @dataclass(frozen=True)
@@ -98,14 +87,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         MolaError: options or data are wrong, before weights are loaded; the adapter has no router.
     """
     dataset, groups = _check(options)
-    model = load_model(
-        options.base_model,
-        options.adapter,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-        quantization=quantization_of(options),
-    )
+    model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
     if not redundancy:
         raise MolaError(
@@ -140,20 +122,15 @@ def main(options: InspectOptions) -> int:
 def _check(options: InspectOptions) -> tuple[Any, Sequence[Mapping[str, str]]]:
     """Everything that can be wrong without weights; the encoded samples and their groups."""
     check_positive(limit=options.limit)
-    device, quantization = resolve_device(options.device), quantization_of(options)
-    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
-    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, quantization, device)
+    config = check_model(options)
     check_adapter(options.adapter)
     if options.json is not None:
-        if Path(options.json).exists() and not options.overwrite:
-            raise MolaError(f"`json` must be a new file: {options.json!r} exists. Pass another name or `overwrite`.")
-        check_writable(options.json)
+        check_new_file("json", options.json, options.overwrite)
     task = load_task(options.task)
     template = get_template(options.template or task.template)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
-    tokenizer = load_tokenizer(options.base_model, "right", options.trust_remote_code, options.gguf_file)
+    tokenizer = tokenizer_for(options, "right")
     cutoff = max_positions(config) or _NO_LIMIT
     dataset, _ = encode_examples(examples, tokenizer, template, cutoff_len=cutoff)
     groups = [{name: str(example[name]) for name in task.groups if name in example} for example in examples]

@@ -21,7 +21,7 @@ from typing import Any
 
 from mola.environment import software_versions
 from mola.errors import MolaError
-from mola.files import atomic_write_json, atomic_write_text, check_writable
+from mola.files import atomic_write_json, atomic_write_text, check_new_file
 from mola.loading import check_adapter, load_config, resolve_device, resolve_dtype
 from mola.options import option
 
@@ -115,11 +115,7 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.adapter is not None:
         check_adapter(options.adapter)
     if options.output is not None:
-        if Path(options.output).exists() and not options.overwrite:
-            raise MolaError(
-                f"`output` must be a new file: {options.output!r} exists. Pass another name or `overwrite`."
-            )
-        check_writable(options.output)
+        check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
     if options.output is None and (getattr(arguments, "log_samples", False) or hasattr(arguments, "predict_only")):
         raise MolaError("`lm_eval_args` asks for every sample, which needs a file: pass `output` as well.")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from mola.addresses import is_loopback
 from mola.errors import MolaError
 from mola.evaluation import predicting
-from mola.loading import check_adapter, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.loading import check_adapter
+from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options import option
-from mola.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -30,10 +30,9 @@ _KEY_VARIABLE = "MOLA_API_KEY"
 
 
 @dataclass
-class ServeOptions:
+class ServeOptions(ModelOptions):
     """Options of `mola serve`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     adapter: list[str] | None = field(
         default=None,
         metadata={
@@ -55,15 +54,6 @@ class ServeOptions:
     max_waiting: int = option(128, "Requests that may wait; further ones are sent away with status 429.")
     max_body_bytes: int = option(1 << 20, "Longest body of a request.")
     shutdown_timeout: float = option(30.0, "Seconds that the running answer gets to finish when the server is stopped.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
 
 def main(options: ServeOptions) -> int:
@@ -123,25 +113,15 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
 
     _check_numbers(options)
     api_key = _api_key(options)
-    device, quantization = resolve_device(options.device), quantization_of(options)
-    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
-    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, quantization, device)
+    config = check_model(options)
     folders = adapter_folders(options)
     for folder in folders.values():
         check_adapter(folder)
-    tokenizer = load_tokenizer(options.base_model, "left", options.trust_remote_code, options.gguf_file)
+    tokenizer = tokenizer_for(options)
     with bind(options.host, options.port) as bound:
         # Names inside the model are ours: PEFT takes no dots, requests do.
         inside = {name: f"served{number}" for number, name in enumerate(folders)}
-        model = load_model(
-            options.base_model,
-            {inside[name]: folder for name, folder in folders.items()},
-            options.dtype,
-            options.device,
-            options.trust_remote_code,
-            quantization=quantization,
-        )
+        model = model_for(options, {inside[name]: folder for name, folder in folders.items()})
         names = {base_name(options): None, **inside}
         limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config))
         queue = AnswerQueue(model, tokenizer, options.max_waiting)
