@@ -43,15 +43,13 @@ def tiny_tokenizer_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory):
-    """Folder with a random 4-layer LLaMA (hidden 32, grouped-query attention, float32) and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
+def save_tiny_llama(folder, hidden_size, intermediate_size, std):
+    """A random 4-layer LLaMA with grouped-query attention in float32, and the byte-level tokenizer."""
     tokenizer = build_byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -63,13 +61,19 @@ def tiny_model_dir(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-        # Larger than the usual 0.02: logits that differ enough for greedy decoding to be the same everywhere.
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
+                torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """Folder with a random 4-layer LLaMA (hidden 32, grouped-query attention, float32) and its tokenizer."""
+    # Wider than the usual 0.02: logits that differ enough for greedy decoding to be the same everywhere.
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), hidden_size=32, intermediate_size=48, std=0.2)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Writing results without half-written files: a temporary name in the same folder, then a rename.
 
-- `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
+- `atomic_write_bytes`, `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
 - `check_writable`, `check_new_file`: fail before the long work, not after it.
 - `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
@@ -36,11 +36,16 @@ def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` as UTF-8 to `path` in one step; parent folders are created.
+    """`atomic_write_bytes` of `text` in UTF-8; newlines are written as given."""
+    return atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write `content` to `path` in one step; parent folders are created.
 
     Args:
         path: target file; replaced when it exists.
-        text: the whole content; newlines are written as given.
+        content: the whole content.
 
     Returns:
         The path written.
@@ -52,8 +57,8 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
     # A plain open, not `tempfile`: the result gets the permissions of any other new file.
     temporary = target.parent / f".{target.name[:80]}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from mola.files import atomic_write_bytes
 
 PLOT_FILE = "loss.png"
 
@@ -56,10 +56,5 @@ def plot_losses(curves: dict[str, Curve], target: Path) -> bool:
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write_bytes(target, picture.getvalue())
     return True
