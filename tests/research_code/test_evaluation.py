@@ -184,8 +184,8 @@ def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(gol
     """The very model that the script evaluates: its logits are the recorded ones, its answers are that model's."""
     loaded = []
     module = sys.modules["mola.evaluate"]  # `mola.evaluate` is the function
-    load = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
+    load = module.model_for
+    monkeypatch.setattr(module, "model_for", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
     words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
     words += ["--number_experts", "2,3,4,5", "--top_k", "2,2,2,2", "--lora_target_modules", SEVEN]
     words += ["--save_path", "result.json", "--dtype", "float32", "--max_new_tokens", 5]
