@@ -7,21 +7,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import gc
-import json
 import logging
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mola.continual_learning.metrics import overall_performance, performance_drop
@@ -36,7 +29,6 @@ from mola.continual_learning.record import (
     check_same_start,
     clear_sequence,
     clear_tests,
-    is_empty,
     is_finished,
     read_record,
     stage_entries,
@@ -45,11 +37,8 @@ from mola.continual_learning.record import (
 from mola.continual_learning.stages import Stage, check_stages
 from mola.continual_learning.table import result_table
 from mola.environment import machine_description, software_versions
-from mola.errors import MolaError
-from mola.evaluate import EvaluateOptions, evaluate
 from mola.files import atomic_write_json
-from mola.train import train
-from mola.training.checkpoints import find_checkpoint
+from mola.tested_training import evaluate_once, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
 
@@ -108,7 +97,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
     if before.get(START_KEY) != start:
         clear_tests(folder / START_FOLDER)  # of other weights
     sequence = _Sequence(options, stages, stage_entries(stages, record), start)
-    with _sigterm_as_interrupt():
+    with sigterm_as_interrupt():
         return sequence.run()
 
 
@@ -169,7 +158,7 @@ class _Sequence:
             self._write("running")
         for number, stage in enumerate(self.stages, start=1):
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
-            if not is_finished(stage) and not _train_stage(stage):
+            if not is_finished(stage) and not train_or_go_on(stage.options):
                 return False
             self._record_weights(stage, self.entries[number - 1])
             row = self._test(self.stages[:number], str(stage.folder), stage.folder)
@@ -192,9 +181,9 @@ class _Sequence:
         for stage in stages:
             number = 1 + self.stages.index(stage)
             output = folder / EVALUATION_FOLDER / f"{number:02d}-{stage.name}.json"
-            row[stage.name] = _evaluate_once(
-                replace(stage.test, adapter=adapter, output=str(output)), stage.fingerprints["test"]
-            )
+            test = replace(stage.test, adapter=adapter, output=str(output))
+            result = evaluate_once(test, stage.fingerprints["test"])
+            row[stage.name] = {name: result[name] for name in _REPORTED}
         return row
 
     def _add(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
@@ -224,60 +213,3 @@ class _Sequence:
             "machine": machine_description(),
         }
         atomic_write_json(self.folder / RECORD_FILE, content)
-
-
-def _train_stage(stage: Stage) -> bool:
-    """Train a stage, from its last complete checkpoint if there is one; False after a signal."""
-    options = copy.copy(stage.options)
-    if not is_empty(stage.folder):
-        try:
-            find_checkpoint(stage.folder, "last")
-            options.resume_from_checkpoint = "last"
-        except MolaError:
-            logger.warning("%s holds no complete checkpoint: the stage starts again.", stage.folder)
-            options.overwrite_output_dir = True
-    result = train(options)
-    gc.collect()  # the trainer and its model refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result.status == "finished"
-
-
-def _evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
-    """The numbers of a test, from its result file if it was done before.
-
-    Raises:
-        MolaError: there is a result of something else, or the test can not be done.
-    """
-    path = Path(options.output or "")
-    if not path.exists():
-        result = evaluate(options).to_dict()
-        return {name: result[name] for name in _REPORTED}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        old = {**result["settings"], "data": result["data_fingerprint"]}
-        numbers = {name: result[name] for name in _REPORTED}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
-    new = {**asdict(options), "data": fingerprint}
-    places = ("adapter", "output", "overwrite")  # the folder may have been moved
-    key = next((key for key in new if key not in places and old.get(key) != new[key]), None)
-    if key is not None:
-        raise MolaError(
-            f"{str(path)!r} was made with another `{key}`: {old.get(key)!r}, now {new[key]!r}. Use the same options "
-            "and data, or delete that file to test again."
-        )
-    return numbers
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a test as Ctrl-C does; a running training has its own way of stopping."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from mola import ContinualOptions, PlanOptions, load_model, plan
 from mola.cli import main
-from mola.continual_learning.stages import _test_options
 from mola.quantization import Quantization
+from mola.tested_training import evaluation_of
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -227,7 +227,7 @@ def test_all_stages_of_continual_learning_and_their_tests_are_quantised(bitsandb
         base_model=str(blocks_dir), output_dir="run", stages={"a": data, "b": data}, load_in_8bit=True, use_cpu=True
     )
     assert [stage.load_in_8bit for stage in options.stage_options.values()] == [True, True]
-    assert _test_options(options.stage_options["a"]).load_in_8bit
+    assert evaluation_of(options.stage_options["a"]).load_in_8bit
 
 
 def test_the_default_is_no_quantisation(blocks_dir):

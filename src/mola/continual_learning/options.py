@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.evaluate import EvaluateOptions
 from mola.options import mapping, option
 from mola.parsing import convert
 from mola.quantization import QUANTIZATION_OPTIONS
-from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY, TrainOptions
+from mola.tested_training import TrainAndTestOptions
+from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
 
 # The stages hand one adapter on, and are evaluated with one base model in one number format.
 _SAME_IN_ALL_STAGES = (
@@ -31,21 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # becomes a part of a folder's name
 
 
 @dataclass
-class StageOptions(TrainOptions):
+class StageOptions(TrainAndTestOptions):
     """Options of one stage: those of `mola train`, and how its task is tested.
 
     Raises:
         MolaError: as `TrainOptions`.
     """
-
-    test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
-    test_split: str = option("test", "Split to test on where the data has several.")
-    test_limit: int | None = option(None, "Test on the first so many samples only.")
-    test_batch_size: int = option(8, "Test samples per batch.")
-    scoring: str = option(
-        EvaluateOptions.scoring, "How an answer is found: generate or likelihood, as in `mola evaluate`."
-    )
-    max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
 
 
 @dataclass

@@ -9,41 +9,12 @@ from typing import Any
 
 from mola.continual_learning.options import ContinualOptions, StageOptions
 from mola.data.encode import data_fingerprint
-from mola.data.read import split_names
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, check_evaluation
-from mola.quantization import QUANTIZATION_OPTIONS
+from mola.tested_training import NOT_COMPARED, evaluation_of
 from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
 
 logger = logging.getLogger(__name__)
-
-# What may differ when a sequence goes on: it follows from the order of the stages, or changes no weight.
-_NOT_COMPARED = (
-    "output_dir",
-    "adapter",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "disable_tqdm",
-    "logging_steps",
-    "report_to",
-    "run_name",
-    "save_total_limit",
-)
-# A stage's options for its test, by the names that `mola evaluate` has for them.
-_TEST_OPTIONS = {
-    "base_model": "base_model",
-    "task": "task",
-    "split": "test_split",
-    "filters": "filters",
-    "limit": "test_limit",
-    "batch_size": "test_batch_size",
-    "max_new_tokens": "max_new_tokens",
-    "template": "template",
-    "scoring": "scoring",
-    "dtype": "base_dtype",
-    **{name: name for name in QUANTIZATION_OPTIONS},
-    "trust_remote_code": "trust_remote_code",
-}
 
 
 @dataclass
@@ -86,7 +57,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
-            test = _test_options(stage_options)
+            test = evaluation_of(stage_options)
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
             check_steps(stage_options, len(data.train))
@@ -97,33 +68,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     return stages
 
 
-def _test_options(options: StageOptions) -> EvaluateOptions:
-    if options.task is None:
-        raise MolaError(
-            "`task` must name the task, which says how an answer is found. Set it for the stage or for all."
-        )
-    if options.data is None:
-        raise MolaError("`data` must name the training data. Set it for the stage or for all.")
-    values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
-    return EvaluateOptions(
-        **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None
-    )
-
-
-def _test_source(options: StageOptions) -> str:
-    """The training data's own test split."""
-    data = options.data or ""
-    splits = split_names(data)
-    if options.test_split not in splits or options.test_split == options.train_split:
-        found = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
-        raise MolaError(
-            f"`test_data` must name the test data, or `test_split` ({options.test_split!r}) a split of {data!r} that "
-            f"is not trained on: {found}."
-        )
-    return data
-
-
 def _compared(options: StageOptions, is_first: bool) -> dict[str, Any]:
-    values = {name: value for name, value in options.to_dict().items() if name not in _NOT_COMPARED}
+    values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
     # Later stages start from the one before, wherever its folder is.
     return {**values, "adapter": options.adapter} if is_first else values

@@ -1,0 +1,1 @@
+"""What `mola compare` is made of: recipes x tasks x seeds, their record, statistics and tables."""

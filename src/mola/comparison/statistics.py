@@ -1,0 +1,107 @@
+"""What a comparison tells: means, intervals, paired differences. Statistics only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean accuracy over seeds.
+
+    Attributes:
+        value: the mean.
+        interval_95: Student's t interval over seeds, for these questions; None with one seed.
+        seeds: number of seeds.
+    """
+
+    value: float
+    interval_95: tuple[float, float] | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A recipe minus the reference, on the same questions with the same seeds.
+
+    Attributes:
+        value: mean difference of the accuracies.
+        seeds_95: t interval over seeds: would other seeds say the same, on these questions? None with one seed.
+        questions_95: t interval over questions, each the mean over seeds: would other questions say the same?
+        p_questions: paired t test over questions, two-sided; 1 if no answer differs.
+        p_adjusted: the same, adjusted for the number of recipes compared (Benjamini and Hochberg).
+        verdict: `better` or `worse` if both intervals exclude 0 on the same side and `p_adjusted` is below 0.05;
+            `not told apart` otherwise, also with one seed.
+        seeds: number of seeds.
+    """
+
+    value: float
+    seeds_95: tuple[float, float] | None
+    questions_95: tuple[float, float]
+    p_questions: float
+    p_adjusted: float
+    verdict: str
+    seeds: int
+
+
+def mean_accuracy(accuracies: Sequence[float]) -> Mean:
+    """Mean over seeds.
+
+    Args:
+        accuracies: one per seed, at least one.
+    """
+    values = np.asarray(accuracies, dtype=float)
+    return Mean(float(values.mean()), _t_interval(values) if len(values) > 1 else None, len(values))
+
+
+def paired_differences(recipes: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, Difference]:
+    """Every recipe against the reference.
+
+    Args:
+        recipes: name -> marks `(seeds, questions)`, 0 or 1.
+        reference: marks of the reference, with the same seeds and questions.
+    """
+    found = {name: marks.astype(float) - reference for name, marks in recipes.items()}
+    if not found:
+        return {}
+    raw = [_p_value(difference.mean(0)) for difference in found.values()]
+    adjusted = stats.false_discovery_control(raw, method="bh")
+    return {
+        name: _difference(difference, p, float(p_adjusted))
+        for (name, difference), p, p_adjusted in zip(found.items(), raw, adjusted, strict=True)
+    }
+
+
+def _difference(difference: np.ndarray, p: float, p_adjusted: float) -> Difference:
+    by_seed, by_question = difference.mean(1), difference.mean(0)
+    over_seeds = _t_interval(by_seed) if len(by_seed) > 1 else None
+    over_questions = _t_interval(by_question)
+    value = float(difference.mean())
+    is_clear = over_seeds is not None and p_adjusted < 1 - LEVEL and _same_side(over_seeds, over_questions)
+    verdict = ("better" if value > 0 else "worse") if is_clear else "not told apart"
+    return Difference(value, over_seeds, over_questions, p, p_adjusted, verdict, len(by_seed))
+
+
+def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return (one[0] > 0 and other[0] > 0) or (one[1] < 0 and other[1] < 0)
+
+
+def _t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Interval of the mean; a point where all values are equal, or there is one only."""
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:
+        return mean, mean
+    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=stats.sem(values))
+    return float(low), float(high)
+
+
+def _p_value(values: np.ndarray) -> float:
+    if np.ptp(values) == 0:
+        return 1.0 if len(values) < 2 or values[0] == 0 else 0.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
