@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mola.allocate import allocate
+from mola.comparison.allocations import Allocations
 from mola.comparison.checks import Run, check_runs
 from mola.comparison.options import CompareOptions, Key
 from mola.comparison.outputs import check_tables, write_tables
@@ -24,7 +24,7 @@ from mola.comparison.record import BASE, Result, check_same, read_results, to_co
 from mola.comparison.runs import base_result_of, is_finished, result_of
 from mola.comparison.summary import Row, summarize, to_records
 from mola.comparison.tables import terminal_tables
-from mola.files import atomic_write_json, read_json_object
+from mola.files import atomic_write_json
 from mola.tested_training import evaluate_once, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -75,6 +75,7 @@ def compare(options: CompareOptions) -> CompareResult:
     check_same(results, runs)
     comparison = _Comparison(options, runs, results, path)
     with sigterm_as_interrupt():
+        comparison.allocations.make_and_check(comparison.open_runs())
         return comparison.run()
 
 
@@ -106,6 +107,7 @@ class _Comparison:
         self.results = results
         self.path = path
         self.folder = Path(options.output_dir or "")
+        self.allocations = Allocations(self.folder)
 
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
@@ -119,16 +121,17 @@ class _Comparison:
             raise
         rows = self._write(status)
         write_tables(self.options.tables, rows, str(self.options.reference))
-        return CompareResult(status, rows, self.results, len(self._open()), str(self.path))
+        return CompareResult(status, rows, self.results, len(self.open_runs()), str(self.path))
 
-    def _open(self) -> list[Run]:
+    def open_runs(self) -> list[Run]:
+        """Runs without a result."""
         done = {result.key for result in self.results}
         return [run for run in self.runs if run.key not in done]
 
     def _all_runs(self) -> bool:
         if self.options.evaluate_base:
             self._test_base()
-        left = self._open()
+        left = self.open_runs()
         for number, run in enumerate(left, start=1):
             logger.info("Run %d of %d: %s.", number, len(left), run.key)
             if not self._one(run):
@@ -138,7 +141,7 @@ class _Comparison:
     def _one(self, run: Run) -> bool:
         folder = Path(run.options.output_dir or "")
         if run.allocation is not None:
-            run.options.num_experts = "".join(f"{number}," for number in self._allocation(run)).rstrip(",")
+            run.options.num_experts = self.allocations.notation(run)
         if not is_finished(run):
             (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
             if not train_or_go_on(run.options):
@@ -153,23 +156,9 @@ class _Comparison:
 
     def _make_probed_allocations(self, probe: Run) -> None:
         """While the probe's adapter is there."""
-        for run in self._open():
+        for run in self.open_runs():
             if run.probe == probe.key.recipe and (run.key.task, run.key.seed) == (probe.key.task, probe.key.seed):
-                self._allocation(run)
-
-    def _allocation(self, run: Run) -> list[int]:
-        """Experts by layer; made once per task and seed where a probe is asked for, else once."""
-        assert run.allocation is not None
-        seed = f"-seed-{run.key.seed}" if run.probe else ""
-        path = self.folder / run.key.task / f"{run.key.recipe}{seed}.json"
-        found = read_json_object(path)
-        if not found:
-            changes: dict[str, Any] = {"output": str(path)}
-            if run.probe:
-                probe = Key(run.key.task, run.probe, run.key.seed)
-                changes["adapter"] = str(self.options.runs[probe].output_dir)
-            found = allocate(replace(run.allocation, **changes)).to_dict()
-        return list(found["num_experts"])
+                self.allocations.make(run, adapter=str(probe.options.output_dir))
 
     def _test_base(self) -> None:
         first: dict[str, Run] = {}
