@@ -140,8 +140,8 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
     Args:
         mean_gates: one per expert, at least 0, in any unit.
     """
-    total = math.fsum(mean_gates)
-    return math.exp(-math.fsum(gate / total * math.log(gate / total) for gate in mean_gates if gate > 0))
+    gates = torch.tensor(mean_gates, dtype=torch.float64)
+    return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
 def _means(found: Mapping[int | None, Sequence[float]], base: Base) -> Scores:
