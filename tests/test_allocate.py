@@ -1,5 +1,6 @@
 """`mola allocate`: exact budgets, what each method measures, files that `num_experts` takes."""
 
+import itertools
 import json
 import math
 import shutil
@@ -45,7 +46,7 @@ def test_numbers_of_experts(case, factor):
     assert high is None or max(experts) <= high
     ranked = sorted(zip(scores, experts, strict=True))
     # More for a larger score, or as much; equal scores differ by one at most.
-    for (score, number), (larger, other) in zip(ranked, ranked[1:], strict=False):
+    for (score, number), (larger, other) in itertools.pairwise(ranked):
         assert number <= other or score == larger
     for score in set(scores):
         equal = [number for other, number in zip(scores, experts, strict=True) if other == score]
@@ -59,9 +60,7 @@ def test_any_scores(scores, more):
     experts = experts_from_scores(scores, len(scores) + more)
     assert sum(experts) == len(scores) + more
     order = sorted(range(len(scores)), key=lambda layer: scores[layer])
-    assert all(
-        experts[low] <= experts[high] for low, high in zip(order, order[1:], strict=False) if scores[low] < scores[high]
-    )
+    assert all(experts[low] <= experts[high] for low, high in itertools.pairwise(order) if scores[low] < scores[high])
 
 
 def test_shares_by_hand():
