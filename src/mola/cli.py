@@ -41,6 +41,7 @@ COMMANDS = {
     "plan": Command("mola.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
     "compare": Command("mola.compare", "CompareOptions", "recipes on tasks with several seeds: what can be told apart"),
     "allocate": Command("mola.allocate", "AllocateOptions", "how many experts each layer gets, at exactly a budget"),
+    "reallocate": Command("mola.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"),
     "convert": Command("mola.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"),
     "inspect": Command("mola.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"),
     "demo": Command("mola.demo", "DemoOptions", "a page with answers, with and without an adapter, and their experts"),

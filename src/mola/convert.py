@@ -11,11 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +27,7 @@ from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.report import ConvertReport
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
+from mola.files import check_new_folder, new_folder
 from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
@@ -100,7 +96,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
     _check_formats(options)
     if not Path(options.source).expanduser().is_dir():
         raise MolaError(f"`source` must be the folder of an adapter, there is none at {options.source!r}.")
-    output = _check_output(options.output)
+    output = check_new_folder("output", options.output)
     return _to_mola(options, output) if options.source_format else _to_published(options, output)
 
 
@@ -143,15 +139,6 @@ def _check_formats(options: ConvertOptions) -> None:
             )
 
 
-def _check_output(output: str) -> Path:
-    path = Path(output).expanduser()
-    if path.exists() and not path.is_dir():
-        raise MolaError(f"`output` must be a folder, got the file {output!r}. Choose another name.")
-    if path.is_dir() and any(path.iterdir()):
-        raise MolaError(f"`output` must not exist or be empty, got {output!r} with files in it. Choose another folder.")
-    return path
-
-
 def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     source, base_model = Path(options.source).expanduser(), str(options.base_model)
     found = foreign_format(read_settings(source))
@@ -176,7 +163,7 @@ def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     _check_fits(model, config, tensors)
     notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
     config.base_model_name_or_path = base_model
-    with _new_folder(output) as folder:
+    with new_folder("output", output) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     modules = [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
@@ -257,7 +244,7 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
         not_saved["router_z_loss_coef"] = config.router_z_loss_coef
     if config.router_jitter_noise:
         not_saved["router_jitter_noise"] = config.router_jitter_noise
-    with _new_folder(output) as folder:
+    with new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         torch.save(published, folder / "adapter_model.bin")
@@ -274,24 +261,3 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
         routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
         not_saved=not_saved,
     )
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well, and is removed when it does not."""
-    # Not mkdtemp: its folders are closed to other users.
-    temporary = output.parent / f".{output.name[:80]}.{uuid.uuid4().hex}.tmp"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise MolaError(
-            f"`output` cannot be written: {str(output)!r} ({error}). Choose a folder you can write to."
-        ) from error
-    try:
-        yield temporary
-        if output.is_dir():
-            output.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
-        os.replace(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -2,6 +2,7 @@
 
 - `atomic_write_bytes`, `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
 - `check_writable`, `check_new_file`: fail before the long work, not after it.
+- `check_new_folder`, `new_folder`: the same for a whole folder.
 - `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
 """
@@ -9,8 +10,11 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,55 @@ def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -
     if Path(path).exists() and not overwrite:
         raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
     return check_writable(path)
+
+
+def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
+    """Refuse a folder with something in it, for a result that is a folder; creates nothing.
+
+    Args:
+        option: name of the option that holds the path, for the message.
+        path: target folder.
+
+    Raises:
+        MolaError: it is a file, or not empty.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise MolaError(
+            f"`{option}` must not exist or be empty, got {os.fspath(path)!r} with files in it. Choose another folder."
+        )
+    return folder
+
+
+@contextmanager
+def new_folder(option: str, folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
+
+    Args:
+        option: name of the option that holds the path, for the message.
+        folder: target folder, as `check_new_folder` returned it.
+
+    Raises:
+        MolaError: it cannot be written.
+    """
+    # Not mkdtemp: its folders are closed to other users.
+    temporary = folder.parent / f".{folder.name[:80]}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise MolaError(
+            f"`{option}` cannot be written: {str(folder)!r} ({error}). Choose a folder you can write to."
+        ) from error
+    try:
+        yield temporary
+        if folder.is_dir():
+            folder.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -55,21 +55,35 @@ def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
 
 
 def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Scores:
-    """How different the experts of a probe are: `relative_distance`, mean over a layer's linears.
+    r"""How different the experts of a probe are, compared with the same linears of other layers.
+
+        d_m = mean over pairs of experts of (1 / r) * ||B_i A_i - B_j A_j||_F        of a module m
+        score_l = mean over the modules m of layer l of d_m / (mean of d over all modules of that name)
 
     Args:
         base: the model, without weights.
         adapter: folder of the probe.
         check_layers: called with the number of adapted layers before anything is computed.
 
+    Returns:
+        One per layer, 1 in the mean where all layers adapt the same linears.
+
     Raises:
         MolaError: the probe does not fit, has a layer with one expert, or has learnt nothing.
     """
     probe = read_probe(adapter, base)
     check_layers(len(set(probe.layers.values())))
-    found: dict[int | None, list[float]] = defaultdict(list)
+    distances: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for module, layer in probe.layers.items():
-        found[layer].append(relative_distance(*probe.factors(module)))
+        experts_A, experts_B = probe.factors(module)
+        # `lora_alpha` is the same everywhere, and a common factor changes nothing.
+        distance = mean_pairwise(expert_distances(experts_A, experts_B, 1 / experts_A.shape[1]))
+        distances[module.rpartition(".")[2]][layer].append(distance)
+    found: dict[int | None, list[float]] = defaultdict(list)
+    for by_layer in distances.values():
+        usual = fmean(distance for row in by_layer.values() for distance in row)
+        for layer, row in by_layer.items():
+            found[layer] += [distance / usual if usual > 0 else 0.0 for distance in row]
     scores = _means(found, base)
     if not any(scores):
         raise MolaError(
@@ -77,28 +91,6 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Sc
             "for longer."
         )
     return scores
-
-
-def relative_distance(experts_A: torch.Tensor, experts_B: torch.Tensor) -> float:
-    r"""Mean distance of a module's experts in units of their size.
-
-        d = mean over pairs ||B_i A_i - B_j A_j||_F / sqrt(mean over experts ||B_e A_e||_F^2)
-
-    0 for equal experts, sqrt(2) for orthogonal ones of equal norm: comparable between modules of different shape and
-    between modules that were changed much and little.
-
-    Args:
-        experts_A: `(E, r, in)`, at least two experts.
-        experts_B: `(E, r, out)`.
-
-    Returns:
-        The ratio; 0 where all updates are zero.
-    """
-    zero_A, zero_B = (torch.zeros_like(stack[:1]) for stack in (experts_A, experts_B))
-    # The last row: distances to an update of zero, the norms.
-    distances = expert_distances(torch.cat([experts_A, zero_A]), torch.cat([experts_B, zero_B]))
-    size = distances[-1, :-1].square().mean().sqrt().item()
-    return mean_pairwise(distances[:-1, :-1]) / size if size > 0 else 0.0
 
 
 def usage_scores(base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers) -> Scores:
@@ -140,8 +132,8 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
     Args:
         mean_gates: one per expert, at least 0, in any unit.
     """
-    total = math.fsum(mean_gates)
-    return math.exp(-math.fsum(gate / total * math.log(gate / total) for gate in mean_gates if gate > 0))
+    gates = torch.tensor(mean_gates, dtype=torch.float64)
+    return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
 def _means(found: Mapping[int | None, Sequence[float]], base: Base) -> Scores:

@@ -108,7 +108,9 @@ def routing_records(adapter: str | None, inspection: str | None) -> tuple[list[d
         text = path.read_text(encoding="utf-8")
         content = json.loads(text if inspection is not None else text.rstrip().rpartition("\n")[2])
         records = content["modules"] if inspection is None else content["usage"]["all"]
-        return [{"layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records], str(path)
+        return [
+            {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records
+        ], str(path)
     except OSError as error:
         raise MolaError(f"`inspection` cannot be read: {str(path)!r} ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:

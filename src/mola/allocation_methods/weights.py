@@ -25,7 +25,7 @@ def weights_of(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
 
     Read from the safetensors files, so that one matrix is in memory at a time. Where the files do not hold them under
     their names in the model (GGUF, other formats, architectures that Transformers converts while loading) the model is
-    loaded, which is said.
+    loaded, in float32, which is said.
 
     Args:
         base: the model.
@@ -54,8 +54,14 @@ def _from_files(base: Base, files: dict[str, tuple[Path, str]]) -> Iterator[tupl
 
 
 def _from_model(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
-    quantization = Quantization(gguf_file=base.gguf_file)
-    model = load_model(base.name, device="cpu", trust_remote_code=base.trust_remote_code, quantization=quantization)
+    # float32, so that a score does not depend on the number format that suits the machine.
+    model = load_model(
+        base.name,
+        dtype="float32",
+        device="cpu",
+        trust_remote_code=base.trust_remote_code,
+        quantization=Quantization(gguf_file=base.gguf_file),
+    )
     for linear in base.linears:
         yield linear.name, model.get_parameter(f"{linear.name}.weight")
 
@@ -70,8 +76,7 @@ def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
     prefixes = ("", *{f"{linear.name.partition('.')[0]}." for linear in base.linears})
     for prefix in prefixes:
         keys = {linear.name: f"{linear.name.removeprefix(prefix)}.weight" for linear in base.linears}
-        shapes_fit = all(key in places for key in keys.values())
-        if shapes_fit:
+        if all(key in places for key in keys.values()):
             return {name: (places[key], key) for name, key in keys.items()}
     return {}
 
