@@ -1,0 +1,1 @@
+"""One run as one HTML file: what its folder holds, charts and tables of it, the page."""
