@@ -47,12 +47,12 @@ class Axis:
             return [self.low]
         if self.is_log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if len(decades) < 4 else (1,)
+            steps = (1, 2, 5) if self.high / self.low < 1000 else (1,)
             values = [digit * 10.0**decade for decade in decades for digit in steps]
         else:
             rough = (self.high - self.low) / count
             size = 10.0 ** math.floor(math.log10(rough))
-            step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= rough * (1 - 1e-9))
+            step = min((factor * size for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
             first = math.ceil(self.low / step - 1e-9)
             values = [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
         slack = (self.high - self.low) * 1e-9
@@ -174,14 +174,17 @@ def interval_strip(measured: Sequence[tuple[str, float, Sequence[float]]], label
     return element("svg", rules, marks, class_="strip", role="img", aria_label=label)
 
 
-def matrix_chart(values: Sequence[Sequence[float | None]], names: Sequence[str], label: str, what: str) -> Element:
-    """A square of shades for values from 0 to 1.
+def matrix_chart(
+    values: Sequence[Sequence[float | None]], names: Sequence[str], label: str, what: str, most: float
+) -> Element:
+    """A square of shades for values from 0.
 
     Args:
         values: rows; None leaves a place empty.
         names: of rows and columns.
         label: what the chart says.
         what: a row and a column are, such as "layer".
+        most: the value of the strongest shade.
     """
     size = 1 / len(names)
     cells = [
@@ -192,7 +195,7 @@ def matrix_chart(values: Sequence[Sequence[float | None]], names: Sequence[str],
                 y=_share(row * size),
                 width=_share(size),
                 height=_share(size),
-                class_=shade(value),
+                class_=shade(value, most),
             ),
             f"{what} {names[row]}, {what} {names[column]}: {value:.2f}",
         )
@@ -213,6 +216,12 @@ def shade(value: float, most: float = 1.0) -> str:
         most: the value of the strongest shade.
     """
     return f"s{round(SHADES * min(max(value / most, 0.0), 1.0)) if most > 0 else 0}"
+
+
+def scale(most: str, *more: str) -> Element:
+    """The key to the shades: from 0 to what the strongest one means, and what else there is to say."""
+    steps = [element("span", class_=f"s{step}") for step in range(0, SHADES + 1, 2)]
+    return element("p", "0 ", element("span", steps, class_="scale", aria_hidden="true"), f" {most}", *more, class_="note")
 
 
 def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:

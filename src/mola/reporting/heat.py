@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mola.reporting.charts import SHADES, shade
+from mola.reporting.charts import scale, shade
 from mola.reporting.markup import Element, element, note, scrolling
 from mola.reporting.words import NO_VALUE, kinds_of, layer_name, layer_order, percent
 
@@ -64,7 +64,7 @@ def gate_maps(usage: Mapping[str, Usage]) -> tuple[Element, list[Choice]]:
     left_out = len(usage) - len(shown)
     remark = left_out and note(f"{left_out} smaller groups are left out here; inspect.json has them.")
     buttons = element("div", [_buttons(choice) for choice in choices], class_="choices")
-    return element("div", buttons, views, _scale(most), remark or None, class_="maps"), choices
+    return element("div", buttons, views, scale(percent(most, 0), ". × no token chose this expert."), remark or None, class_="maps"), choices
 
 
 def choice_rules(choices: Sequence[Choice]) -> str:
@@ -97,6 +97,7 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], caption: str) -> E
         caption: what they are changes of.
     """
     most = max(abs(change) for _, _, change in rows)
+    digits = 0 if most >= 0.01 else 1 if most >= 0.001 else 2
     layers = sorted({layer for layer, _, _ in rows}, key=layer_order)
     by_place = {(layer, expert): change for layer, expert, change in rows}
     body = []
@@ -107,8 +108,10 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], caption: str) -> E
             if change is None:
                 cells.append(element("td"))
             else:
-                look = shade(abs(change), most) + (" up" if change > 0 else " down")
-                cells.append(element("td", f"{1000 * change:+.1f}".replace("-", "−"), class_=look))
+                look = shade(abs(change), most) + (" down" if change < 0 else "")
+                # Adding 0 makes -0 a 0, which has no sign.
+                text = f"{round(1000 * change, digits) + 0.0:+.{digits}f}".replace("-", "−")
+                cells.append(element("td", text, class_=look))
         body.append(element("tr", element("th", expert, scope="row"), cells))
     return _heat_table("expert", [layer_name(layer) for layer in layers], body, caption)
 
@@ -188,14 +191,3 @@ def _buttons(choice: Choice) -> Element:
         for index, name in enumerate(choice.names)
     ]
     return element("fieldset", element("legend", choice.legend), element("div", labels))
-
-
-def _scale(most: float) -> Element:
-    steps = [element("span", class_=f"s{step}") for step in range(0, SHADES + 1, 2)]
-    return element(
-        "p",
-        "0 % ",
-        element("span", steps, class_="scale", aria_hidden="true"),
-        f" {percent(most, 0)}. × no token chose this expert.",
-        class_="note",
-    )

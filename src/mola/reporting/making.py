@@ -15,10 +15,29 @@ from mola.reporting.words import duration, number, percent
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
 
 
+def lead(run: Run) -> Element:
+    """The run in one or two sentences."""
+    record, config = run.record, run.adapter.config if run.adapter else {}
+    base = str(record["settings"]["base_model"]).rstrip("/").rpartition("/")[2]
+    allocation = record.get("allocation") or {}
+    is_mixture = config.get("peft_type", "MOLA") == "MOLA" and "num_experts" in allocation
+    experts = f"{allocation['num_experts']} LoRA experts" if is_mixture else f"A {config.get('peft_type')} adapter"
+    kept = record.get("data", {}).get("train", {}).get("kept")
+    text = f"{experts} per kind of module" if is_mixture else experts
+    text += f" in {allocation['num_layers']} layers" if is_mixture else ""
+    text += f" on {base}" + (f", trained on {kept:,} samples." if kept is not None else ".")
+    measured = [
+        f"{result['correct']:,} of {result['total']:,} answers were right {when}"
+        for result, when in ((run.before, "before"), (run.after, "after"))
+        if result is not None
+    ]
+    return element("p", text, f" {', '.join(measured)}." if measured else None, class_="lead")
+
+
 def summary(run: Run) -> list[Element]:
     """The figures that matter most, then the base model, data and machine in words."""
     record, settings = run.record, run.record["settings"]
-    figures = [("status", record.get("status")), ("steps", _count(record.get("steps")))]
+    figures: list[tuple[str, Any]] = [("status", record.get("status")), ("steps", _count(record.get("steps")))]
     if run.after is not None:
         old = f"{percent(run.before['accuracy'])} → " if run.before is not None else ""
         figures.insert(0, ("accuracy", f"{old}{percent(run.after['accuracy'])}"))
@@ -68,7 +87,7 @@ def _data(record: Mapping[str, Any]) -> list[Element]:
         for part, report in record.get("data", {}).items()
     ]
     head = ("part", "samples", "tokens", "trained tokens", "sha256 of the samples")
-    return [table(head, rows, "Data")] if rows else []
+    return [table(head, rows, "Samples")] if rows else []
 
 
 def _values(values: Mapping[str, Any]) -> Element:
@@ -80,11 +99,11 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _trained(record: Mapping[str, Any]) -> str | None:
+def _trained(record: Mapping[str, Any]) -> Element | None:
     count, share = record.get("trainable_parameters"), record.get("allocation", {}).get("trainable_share")
     if count is None:
         return None
-    return f"{count:,}" + (f" ({percent(share)} of the base)" if share else "")
+    return element("span", f"{count:,}", share and element("small", f" {percent(share)} of the base"))
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

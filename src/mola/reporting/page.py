@@ -12,13 +12,11 @@ from mola.reporting.charts import SHADES
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section, routing_section
 from mola.reporting.gathering import Run
 from mola.reporting.heat import Choice, choice_rules
-from mola.reporting.making import making_section, summary
+from mola.reporting.making import lead, making_section, summary
 from mola.reporting.markup import Element, element, to_html
 from mola.reporting.relations import agreement_section, leave_one_out_section
 from mola.reporting.results import accuracy_section, loss_section
 from mola.reporting.samples import samples_section
-
-_MOST_SHADE = 60  # per cent of the heat map's colour: text stays legible on it
 
 
 def render_page(run: Run) -> str:
@@ -69,13 +67,13 @@ def _head(run: Run, choices: Sequence[Choice]) -> Element:
 
 
 def _style(choices: Sequence[Choice]) -> str:
-    shades = "".join(f".s{step}{{--shade:{_MOST_SHADE * step / SHADES:g}%}}" for step in range(SHADES + 1))
+    shades = "".join(f".s{step}{{--shade:{100 * step / SHADES:g}%}}" for step in range(SHADES + 1))
     sheet = files("mola.reporting").joinpath("page.css").read_text(encoding="utf-8")
     return f"{sheet}\n{shades}\n{choice_rules(choices) if choices else ''}\n"
 
 
 def _header(run: Run) -> Element:
-    return element("header", element("p", "Run of mola", class_="kicker"), element("h1", run.name), summary(run))
+    return element("header", element("p", "Run of mola", class_="kicker"), element("h1", run.name), lead(run), summary(run))
 
 
 def _contents(titles: Sequence[tuple[str, str]]) -> Element:

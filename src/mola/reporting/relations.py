@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mola.reporting.charts import matrix_chart, shade
+from mola.reporting.charts import matrix_chart, scale, shade
 from mola.reporting.commands import inspect_command, missing
 from mola.reporting.gathering import Run
 from mola.reporting.heat import change_map
@@ -40,8 +40,8 @@ def agreement_section(run: Run) -> list[Element]:
     charts = []
     if known:
         label = f"Agreement of routers by pairs of layers, from {min(known):.2f} to {max(known):.2f}"
-        chart = matrix_chart(square, [layer_name(layer) for layer in layers], label, "layer")
-        charts.append(figure(chart, "Between layers"))
+        chart = matrix_chart(square, [layer_name(layer) for layer in layers], label, "layer", max(known))
+        charts.append(figure(chart, "Between layers", scale(f"{max(known):.2f}")))
     if by_kind:
         charts.append(figure(_kinds_table(list(dict.fromkeys(kinds.values())), by_kind), "Within a layer, by module"))
     content = [element("p", text), element("div", charts, class_="two")]
@@ -92,13 +92,13 @@ def _means(
 
 
 def _kinds_table(kinds: Sequence[str], means: Means) -> Element:
-    rows = []
+    rows, most = [], max(means.values())
     for first in kinds:
         cells = []
         for second in kinds:
             value = means.get((first, second))
             text = "" if value is None else f"{value:.2f}".removeprefix("0")
-            cells.append(element("td", text, class_=None if value is None else shade(value)))
+            cells.append(element("td", text, class_=None if value is None else shade(value, most)))
         rows.append([first, *cells])
     return table(("module", *kinds), rows, class_="heat wide")
 

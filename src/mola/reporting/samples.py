@@ -95,8 +95,7 @@ def _sample(pair: Pair, experts: Mapping[str, Any]) -> Element:
             element("span", _title(newest["prompt"]), class_="question"),
         ),
         element("pre", _shortened(newest["prompt"], _MOST_CHARACTERS).strip("\n"), tabindex=0, aria_label="prompt"),
-        element("p", "expected ", element("b", newest["answer"])),
-        element("ul", rows, class_="answers"),
+        element("ul", element("li", element("b", "expected"), element("span", newest["answer"])), rows, class_="answers"),
         found and answer_map(found),
     )
 
