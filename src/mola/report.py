@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from mola.errors import MolaError
 from mola.files import atomic_write_text, check_writable
 from mola.marks import is_own_file, with_mark
 from mola.options import option
-from mola.reporting.gathering import gather, read_record
+from mola.reporting.gathering import Run, gather, read_record
 from mola.reporting.page import render_page
 
 __all__ = ["ReportOptions", "main", "report"]
 
 REPORT_FILE = "report.html"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,6 +56,7 @@ def report(options: ReportOptions) -> Path:
     read_record(options.run_dir)
     target = _target(options)
     run = gather(options.run_dir, options.before, options.after, options.inspection)
+    _warn_of_old_results(run)
     return atomic_write_text(target, with_mark(render_page(run)))
 
 
@@ -65,6 +69,15 @@ def main(options: ReportOptions) -> int:
     path = report(options)
     Console().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _warn_of_old_results(run: Run) -> None:
+    """A folder that was trained in again may still hold results of the adapter before."""
+    weights = run.folder / "adapter_model.safetensors"
+    for name in ("after", "inspection"):
+        path = run.paths[name]
+        if weights.is_file() and path.is_file() and path.stat().st_mtime < weights.stat().st_mtime:
+            logger.warning("%s is older than the adapter: was it made with an earlier one?", path)
 
 
 def _target(options: ReportOptions) -> Path:

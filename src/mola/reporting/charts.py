@@ -1,7 +1,7 @@
 """Charts as inline SVG that takes its colours from the page.
 
-Places are in per cent of the drawing and type is in pixels of the screen, so a chart becomes narrower and stays legible.
-Labels of the axes lie outside of the drawing: the style sheet leaves the space.
+Places are in per cent of the drawing and type is in pixels of the screen, so a chart that becomes narrower stays
+legible. Labels of the axes lie outside of the drawing: the style sheet leaves the space.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Axis:
             step = min((factor * size for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
             first = math.ceil(self.low / step - 1e-9)
             values = [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        slack = (self.high - self.low) * 1e-9
-        return [value for value in values if self.low - slack <= value <= self.high + slack]
+        return [value for value in values if -1e-9 <= self.at(value) <= 1 + 1e-9]
 
 
 def value_axis(values: Sequence[float], *, may_be_log: bool = False) -> Axis:
@@ -221,7 +220,9 @@ def shade(value: float, most: float = 1.0) -> str:
 def scale(most: str, *more: str) -> Element:
     """The key to the shades: from 0 to what the strongest one means, and what else there is to say."""
     steps = [element("span", class_=f"s{step}") for step in range(0, SHADES + 1, 2)]
-    return element("p", "0 ", element("span", steps, class_="scale", aria_hidden="true"), f" {most}", *more, class_="note")
+    return element(
+        "p", "0 ", element("span", steps, class_="scale", aria_hidden="true"), f" {most}", *more, class_="note"
+    )
 
 
 def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:

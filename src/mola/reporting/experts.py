@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -118,14 +118,16 @@ def redundancy_section(run: Run) -> list[Element]:
     return [
         element("p", text),
         element("div", charts, class_="three"),
-        folded("Numbers", table(("layer", *values), lines.values(), "Likeness of experts by layer, means over modules")),
+        folded(
+            "Numbers", table(("layer", *values), lines.values(), "Likeness of experts by layer, means over modules")
+        ),
     ]
 
 
 def _routing_chart(log: RoutingLog, name: str) -> Element:
-    lines, together = [], 1
+    lines = []
     for part, curve, look in zip(log.parts, log.curves[name], _LOOKS[-len(log.parts) :], strict=True):
-        points, together = thinned(curve)
+        points, _ = thinned(curve)
         if points:
             lines.append(Line(f"layers {layers(part)}", points, look))
     last = "; ".join(f"{line.name} {number(line.points[-1][1])} in the end" for line in lines)
@@ -170,5 +172,3 @@ def _by_layer(name: str, ranges: Sequence[Range]) -> str:
 def _square(look: str) -> Element:
     bar = element("rect", x="15%", y="15%", width="70%", height="70%", class_=f"bar {look}")
     return element("svg", bar, class_="swatch small", aria_hidden="true")
-
-

@@ -93,7 +93,9 @@ def read_record(run_dir: str) -> dict[str, Any]:
     record = read_json_object(Path(run_dir) / "run.json")
     if "settings" not in record:
         missing = "it has no run.json that tells of a run" if Path(run_dir).is_dir() else "there is no such folder"
-        raise MolaError(f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one.")
+        raise MolaError(
+            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
+        )
     return record
 
 

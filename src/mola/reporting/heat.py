@@ -11,7 +11,8 @@ from mola.reporting.charts import scale, shade
 from mola.reporting.markup import Element, element, note, scrolling
 from mola.reporting.words import NO_VALUE, kinds_of, layer_name, layer_order, percent
 
-_MOST_CELLS = 30_000  # of all maps together: about a megabyte
+_MOST_CELLS = 30_000  # of all maps together: less than a megabyte
+_MOST_VIEWS = 24  # buttons to choose from
 _WHOLE = ("all", "prompt", "answer")
 _NAMES = {
     "all": "all tokens",
@@ -62,9 +63,11 @@ def gate_maps(usage: Mapping[str, Usage]) -> tuple[Element, list[Choice]]:
         views.append(element("div", maps, class_=f"view view-{index}"))
     choices = [Choice("kind", "Module", kinds), Choice("view", "Tokens", [_label(name) for name in shown])]
     left_out = len(usage) - len(shown)
-    remark = left_out and note(f"{left_out} smaller groups are left out here; inspect.json has them.")
+    text = f"{left_out} smaller groups are left out here; the result of mola inspect has them."
+    remark = note(text) if left_out else None
     buttons = element("div", [_buttons(choice) for choice in choices], class_="choices")
-    return element("div", buttons, views, scale(percent(most, 0), ". × no token chose this expert."), remark or None, class_="maps"), choices
+    key = scale(percent(most, 0), ". × no token chose this expert.")
+    return element("div", buttons, views, key, remark, class_="maps"), choices
 
 
 def choice_rules(choices: Sequence[Choice]) -> str:
@@ -122,7 +125,7 @@ def _shown(usage: Mapping[str, Usage]) -> list[str]:
     first = list(dict.fromkeys(first)) or list(usage)[:1]
     groups = sorted(set(usage) - set(first), key=lambda name: (-usage[name][0]["num_tokens"], name))
     cells = sum(len(row["mean_gates"]) for row in usage[first[0]])
-    return [*first, *groups][: max(1, _MOST_CELLS // cells)]
+    return [*first, *groups][: max(1, min(_MOST_VIEWS, _MOST_CELLS // cells))]
 
 
 def _label(name: str) -> str:

@@ -103,7 +103,7 @@ def _trained(record: Mapping[str, Any]) -> Element | None:
     count, share = record.get("trainable_parameters"), record.get("allocation", {}).get("trainable_share")
     if count is None:
         return None
-    return element("span", f"{count:,}", share and element("small", f" {percent(share)} of the base"))
+    return element("span", f"{count:,}", element("small", f" {percent(share)} of the base") if share else None)
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

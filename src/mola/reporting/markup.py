@@ -19,9 +19,9 @@ def element(tag: str, *children: Any, **attributes: Any) -> Element:
             False are left out.
     """
     given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-    made = Element(
-        tag, {name: "" if value is True else str(value) for name, value in given.items() if value not in (None, False)}
-    )
+    # By identity: 0 is a value.
+    shown = {name: value for name, value in given.items() if value is not None and value is not False}
+    made = Element(tag, {name: "" if value is True else str(value) for name, value in shown.items()})
     for child in children:
         add(made, child)
     return made
@@ -106,7 +106,7 @@ def code(text: str) -> Element:
 
 def command_box(text: str, name: str = "command") -> Element:
     """A command in lines of its own, to copy."""
-    return element("pre", code(text), tabindex=0, role="region", aria_label=name)
+    return element("pre", code(text), tabindex=0, role="group", aria_label=name)
 
 
 def _name_cell(value: Any) -> Element:

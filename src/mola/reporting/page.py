@@ -44,7 +44,9 @@ def render_page(run: Run) -> str:
         element("a", "Skip to the content", href="#content", class_="skip"),
         _header(run),
         element("div", _contents([(key, title) for key, title, _ in shown]), _main(shown), class_="frame"),
-        element("footer", element("p", f"Written by mola {__version__}. This page asks no other machine for anything.")),
+        element(
+            "footer", element("p", f"Written by mola {__version__}. This page asks no other machine for anything.")
+        ),
     )
     return to_html(element("html", _head(run, choices), body, lang="en"))
 
@@ -73,7 +75,9 @@ def _style(choices: Sequence[Choice]) -> str:
 
 
 def _header(run: Run) -> Element:
-    return element("header", element("p", "Run of mola", class_="kicker"), element("h1", run.name), lead(run), summary(run))
+    return element(
+        "header", element("p", "Run of mola", class_="kicker"), element("h1", run.name), lead(run), summary(run)
+    )
 
 
 def _contents(titles: Sequence[tuple[str, str]]) -> Element:

@@ -47,7 +47,7 @@ def loss_section(run: Run) -> list[Element]:
     """The loss curves."""
     if not run.curves:
         return [note("Nothing was logged: the run has no ", code("metrics.jsonl"), " with a loss.")]
-    curves = {label: thinned([point for point in curve]) for label, curve in run.curves.items()}
+    curves = {label: thinned(curve) for label, curve in run.curves.items()}
     axis = value_axis([value for curve, _ in curves.values() for _, value in curve], may_be_log=True)
     lines = [
         Line(f"{label}, last {number(run.curves[label][-1][1])}", curve, "a" if label == "training" else "b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -74,4 +75,4 @@ def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:
     """
     layers: list[Any] = sorted(set(indices), key=layer_order)
     bounds = [round(len(layers) * part / _PARTS) for part in range(_PARTS + 1)]
-    return [layers[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [layers[start:end] for start, end in pairwise(bounds) if end > start]

@@ -94,8 +94,16 @@ def _sample(pair: Pair, experts: Mapping[str, Any]) -> Element:
             element("span", _outcome(pair), class_=f"tag {_outcome(pair).replace(' ', '-')}"),
             element("span", _title(newest["prompt"]), class_="question"),
         ),
-        element("pre", _shortened(newest["prompt"], _MOST_CHARACTERS).strip("\n"), tabindex=0, aria_label="prompt"),
-        element("ul", element("li", element("b", "expected"), element("span", newest["answer"])), rows, class_="answers"),
+        element(
+            "pre",
+            _shortened(newest["prompt"], _MOST_CHARACTERS).strip("\n"),
+            tabindex=0,
+            role="group",
+            aria_label="prompt",
+        ),
+        element(
+            "ul", element("li", element("b", "expected"), element("span", newest["answer"])), rows, class_="answers"
+        ),
         found and answer_map(found),
     )
 
