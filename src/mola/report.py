@@ -12,12 +12,11 @@ from mola.errors import MolaError
 from mola.files import atomic_write_text, check_writable
 from mola.marks import is_own_file, with_mark
 from mola.options import option
+from mola.reporting import REPORT_FILE
 from mola.reporting.gathering import Run, gather, read_record
 from mola.reporting.page import render_page
 
 __all__ = ["ReportOptions", "main", "report"]
-
-REPORT_FILE = "report.html"
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,13 @@ import re
 import shlex
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mola.cli import COMMANDS, main
 from mola.errors import MolaError
 from mola.parsing import parse
 from mola.report import ReportOptions, report
+from mola.training.run_folder import clear_run
 from tests.reporting.conftest import change
 from tests.reporting.pages import Page
 
@@ -306,3 +308,40 @@ def test_wrong_options(run_dir, tmp_path, monkeypatch, options, message):
         report(ReportOptions(**{"run_dir": str(run_dir), **options}))
     assert sorted(run_dir.iterdir()) == before
     assert not (tmp_path / "empty" / "nowhere").exists()
+
+
+def test_telemetry_alone(run_dir):
+    (run_dir / "inspect.json").unlink()
+    found = page_of(run_dir)
+    gates = found.section("gates")
+    assert [node.attributes["name"] for node in gates.all("input")] == ["kind"] * 7
+    last = json.loads((run_dir / "routing.jsonl").read_text().splitlines()[-1])["modules"][0]
+    kind = last["module"].rpartition(".")[2]
+    assert found.table("gates", f"{kind}, all tokens").rows[1][1] == f"{100 * last['mean_gates'][0]:.0f}"
+
+
+def test_layers_without_experts_are_no_neighbours(run_dir):
+    path = run_dir / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
+    # The others all as the lowest layer.
+    small = {name: tensor[:2].contiguous() for name, tensor in kept.items()}
+    save_file(small, path)
+    rows = page_of(run_dir).table("allocation", "Experts by layer").rows
+    assert [row[0] for row in rows[1:]] == ["0", "2–3"]
+
+
+def test_regular_expression_of_modules(run_dir):
+    change(run_dir / "adapter_config.json", lambda config: config.update(target_modules=".*[qv]_proj"))
+    assert "Adapted modules: .*[qv]_proj." in page_of(run_dir).section("allocation").text
+
+
+def test_a_new_run_in_the_folder_removes_the_report_of_the_old_one(run_dir):
+    page = report(ReportOptions(str(run_dir)))
+    changed = run_dir / "mine.html"
+    changed.write_text("mine")
+    clear_run(run_dir)
+    assert not page.exists()
+    assert changed.exists()
+    page.write_text("mine")
+    clear_run(run_dir)
+    assert page.exists()

@@ -15,7 +15,7 @@ from mola.reporting.heat import Choice, gate_maps
 from mola.reporting.markup import Element, code, element, figure, folded, note, table
 from mola.reporting.routing_log import VALUES, RoutingLog
 from mola.reporting.weights import LayerExperts
-from mola.reporting.words import NO_VALUE, layer_name, layer_order, layers, number
+from mola.reporting.words import MOST_ROWS, NO_VALUE, layer_name, layer_order, layers, number, rows_said
 
 _MEANING = {
     "balance": "1: all experts weigh the same; 0: one does all",
@@ -40,7 +40,8 @@ def allocation_section(run: Run) -> list[Element]:
     values = [Column(layer_name(row.layer_index), [row.expert_values, row.router_values], _said(row)) for row in rows]
     total = sum(row.expert_values for row in rows), sum(row.router_values for row in rows)
     few, many = min(row.num_experts for row in rows), max(row.num_experts for row in rows)
-    modules = sorted(run.adapter.config.get("target_modules") or [])
+    modules = run.adapter.config.get("target_modules") or []
+    named = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     legend = [element("li", _square(look), name) for look, name in (("a", "experts"), ("b", "routers"))]
     charts = [
         figure(column_chart(experts, f"Experts by layer, from {few} to {many}"), "Experts of each adapted module"),
@@ -50,7 +51,7 @@ def allocation_section(run: Run) -> list[Element]:
             element("ul", legend, class_="legend"),
         ),
     ]
-    sentence = f"{total[0]:,} values of experts, {total[1]:,} of routers. Adapted modules: {', '.join(modules)}."
+    sentence = f"{total[0]:,} values of experts, {total[1]:,} of routers. Adapted modules: {named}."
     return [element("p", sentence), element("div", charts, class_="two"), folded("Numbers", _allocation_table(rows))]
 
 
@@ -138,8 +139,8 @@ def _routing_chart(log: RoutingLog, name: str) -> Element:
 def _routing_table(log: RoutingLog) -> Element:
     head = ["step", *(f"{name}, layers {layers(part)}" for name in VALUES for part in log.parts), "dead"]
     curves = [dict(curve) for name in VALUES for curve in log.curves[name]]
-    rows = [(step, *(number(curve.get(step)) for curve in curves), int(dead)) for step, dead in log.dead[-500:]]
-    return table(head, rows, "Routers over training, means over modules")
+    rows = [(step, *(number(curve.get(step)) for curve in curves), int(dead)) for step, dead in log.dead[-MOST_ROWS:]]
+    return table(head, rows, f"Routers over training, means over modules{rows_said(len(log.dead))}")
 
 
 def _allocation_table(rows: Sequence[LayerExperts]) -> Element:
@@ -149,11 +150,13 @@ def _allocation_table(rows: Sequence[LayerExperts]) -> Element:
         top_k = min(row.top_k, row.num_experts)
         return tuple(f"{value:,}" for value in (row.num_experts, top_k, row.r, row.expert_values, row.router_values))
 
+    def neighbours(place_and_row: tuple[int, LayerExperts]) -> tuple[Any, ...]:
+        place, row = place_and_row
+        return (row.layer_index or 0) - place, *figures(row)  # a layer that is not adapted has no row
+
     lines = []
-    for same, members in groupby(rows, key=figures):
-        indices = [row.layer_index for row in members]
-        name = layer_name(None) if indices[0] is None else layers([index for index in indices if index is not None])
-        lines.append((name, *same))
+    for (_, *same), members in groupby(enumerate(rows), key=neighbours):
+        lines.append((layers([row.layer_index for _, row in members]), *same))
     head = ("layers", "experts", "top_k", "r", "values of experts", "values of routers")
     return table(head, lines, "Experts by layer; each figure is for one layer")
 

@@ -65,18 +65,18 @@ def gate_maps(usage: Mapping[str, Usage]) -> tuple[Element, list[Choice]]:
     left_out = len(usage) - len(shown)
     text = f"{left_out} smaller groups are left out here; the result of mola inspect has them."
     remark = note(text) if left_out else None
-    buttons = element("div", [_buttons(choice) for choice in choices], class_="choices")
+    buttons = element("div", [_buttons(choice) for choice in choices if len(choice.names) > 1], class_="choices")
     key = scale(percent(most, 0), ". × no token chose this expert.")
     return element("div", buttons, views, key, remark, class_="maps"), choices
 
 
 def choice_rules(choices: Sequence[Choice]) -> str:
     """Style rules: of each choice, what is chosen is shown and the rest is not."""
-    rules = [
-        f".maps:has(#{choice.key}-{index}:checked) .{choice.key}-{index}{{display:block}}"
-        for choice in choices
-        for index in range(len(choice.names))
-    ]
+    rules = []
+    for choice in choices:
+        for index in range(len(choice.names)):
+            chosen = f":has(#{choice.key}-{index}:checked)" if len(choice.names) > 1 else ""
+            rules.append(f".maps{chosen} .{choice.key}-{index}{{display:block}}")
     return "@supports selector(:has(*)){" + "".join(rules) + "}"
 
 

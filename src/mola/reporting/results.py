@@ -9,11 +9,10 @@ from mola.reporting.charts import Line, interval_strip, line_chart, thinned, val
 from mola.reporting.commands import evaluate_command, missing
 from mola.reporting.gathering import Run
 from mola.reporting.markup import Element, code, element, figure, folded, note, table
-from mola.reporting.words import NO_VALUE, interval, number, percent
+from mola.reporting.words import MOST_ROWS, NO_VALUE, interval, number, percent, rows_said
 
 _LOOKS = {"before": "b", "after": "a"}
 _MOST_GROUPS = 40  # in the chart; the table has all
-_MOST_ROWS = 500
 
 
 def accuracy_section(run: Run) -> list[Element]:
@@ -55,7 +54,8 @@ def loss_section(run: Run) -> list[Element]:
     ]
     together = max(count for _, count in curves.values())
     scale = ", logarithmic" if axis.is_log else ""
-    rows = [(step, *(number(dict(curve).get(step)) for curve in run.curves.values())) for step in _steps(run)]
+    by_step, steps = {label: dict(curve) for label, curve in run.curves.items()}, _steps(run)
+    rows = [(step, *(number(curve.get(step)) for curve in by_step.values())) for step in steps[-MOST_ROWS:]]
     chart = line_chart(lines, f"Loss by step: {'; '.join(line.name for line in lines)}", axis)
     return [
         figure(
@@ -63,7 +63,10 @@ def loss_section(run: Run) -> list[Element]:
             f"Loss by step{scale}",
             note(f"A point is the mean of {together} entries of metrics.jsonl.") if together > 1 else None,
         ),
-        folded("Numbers", table(("step", *(f"{label} loss" for label in run.curves)), rows)),
+        folded(
+            "Numbers",
+            table(("step", *(f"{label} loss" for label in run.curves)), rows, f"Loss by step{rows_said(len(steps))}"),
+        ),
     ]
 
 
@@ -130,7 +133,7 @@ def _remarks(results: Mapping[str, Mapping[str, Any]]) -> list[Element]:
 
 
 def _steps(run: Run) -> list[int]:
-    return sorted({step for curve in run.curves.values() for step, _ in curve})[-_MOST_ROWS:]
+    return sorted({step for curve in run.curves.values() for step, _ in curve})
 
 
 def _dot(look: str) -> Element:

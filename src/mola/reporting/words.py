@@ -9,6 +9,7 @@ from typing import Any
 from mola.tuner.stacks import layer_index
 
 NO_VALUE = "–"
+MOST_ROWS = 500  # of a table of numbers
 _SPACE = "\u00a0"  # a number and its unit stay in one line
 
 
@@ -40,9 +41,10 @@ def duration(seconds: float) -> str:
     return f"{first} {second or f'{whole % 60}{_SPACE}s'}"
 
 
-def layers(indices: Sequence[int]) -> str:
+def layers(indices: Sequence[int | None]) -> str:
     """Neighbouring layers, lowest and highest."""
-    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}–{indices[-1]}"
+    first, last = layer_name(indices[0]), layer_name(indices[-1])
+    return first if len(indices) == 1 else f"{first}–{last}"
 
 
 def layer_name(index: int | None) -> str:
@@ -53,6 +55,11 @@ def layer_name(index: int | None) -> str:
 def layer_order(index: int | None) -> float:
     """For sorting: modules outside the layers come last."""
     return math.inf if index is None else index
+
+
+def rows_said(count: int) -> str:
+    """What to add to the name of a table that may be too long to be shown in full."""
+    return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"
 
 
 def kinds_of(modules: Iterable[str]) -> dict[str, str]:
