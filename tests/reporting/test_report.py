@@ -172,7 +172,7 @@ def test_same_input_same_page(finished_run, tmp_path):
         ("inspect.json", "samples", "Which experts answered is not known."),
         ("routing.jsonl", "routing", "The run kept no telemetry"),
         ("metrics.jsonl", "loss", "Nothing was logged"),
-        ("adapter_model.safetensors", "allocation", "The run has saved no adapter yet"),
+        ("adapter_model.safetensors", "allocation", "There is no adapter in the run folder"),
     ],
 )
 def test_missing_part(run_dir, file, section, words):

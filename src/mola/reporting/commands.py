@@ -23,16 +23,14 @@ def inspect_command(run: Run, *more: str) -> str:
     return shlex.join([*words, "--data", _data(run), *more, "--json", str(run.paths["inspection"])])
 
 
-def missing(what: str, command: str, and_then: str = "") -> Element:
+def missing(what: str, command: str) -> Element:
     """A box that says what is not there, and the command that makes it.
 
     Args:
         what: one sentence.
         command: the command.
-        and_then: a further sentence.
     """
-    again = f" {and_then}" if and_then else ""
-    text = element("p", what, " This command makes it; then run ", code("mola report"), f" again.{again}")
+    text = element("p", what, " Run this, then ", code("mola report"), " again:")
     return element("div", text, command_box(command), class_="missing")
 
 

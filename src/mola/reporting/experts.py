@@ -19,11 +19,11 @@ from mola.reporting.words import MOST_ROWS, NO_VALUE, layer_name, layer_order, l
 
 _MEANING = {
     "balance": "1: all experts weigh the same; 0: one does all",
-    "entropy": "of the router's probabilities; 1: undecided, 0: sure",
-    "drift": "how far mean gates moved since the interval before; 0: not at all",
+    "entropy": "Of the router's probabilities; 1: undecided, 0: sure",
+    "drift": "How far mean gates moved since the interval before; 0: not at all",
     "distance": "Frobenius distance of two experts' updates; small: they are alike",
-    "input overlap": "directions that two experts read in common; 1: the same",
-    "output overlap": "directions that two experts write in common; 1: the same",
+    "input overlap": "Directions that two experts read in common; 1: the same",
+    "output overlap": "Directions that two experts write in common; 1: the same",
 }
 _LOOKS = "cba"  # lower layers faint, upper layers strong
 
@@ -31,7 +31,7 @@ _LOOKS = "cba"  # lower layers faint, upper layers strong
 def allocation_section(run: Run) -> list[Element]:
     """Experts and trained values by layer."""
     if run.adapter is None:
-        return [note(f"The run has saved no adapter yet; its status is {run.record.get('status')}.")]
+        return [note(f"There is no adapter in the run folder; the run's status is {run.record.get('status')}.")]
     rows = run.adapter.layers
     if not rows:
         kind = run.adapter.config.get("peft_type")
@@ -96,7 +96,7 @@ def redundancy_section(run: Run) -> list[Element]:
     """How alike the experts of a layer are."""
     rows = run.adapter.redundancy if run.adapter else []
     if not rows:
-        return [note("No module has several experts.")]
+        return [note("No module has several experts." if run.adapter else "There is no adapter in the run folder.")]
     by_layer = defaultdict(list)
     for row in rows:
         by_layer[row.layer_index].append(row)
