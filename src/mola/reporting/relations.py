@@ -54,7 +54,8 @@ def agreement_section(run: Run) -> list[Element]:
 
 def leave_one_out_section(run: Run) -> list[Element]:
     """How the loss changes when one expert is left out."""
-    rows = (run.inspection or {}).get("leave_one_out")
+    found = (run.inspection or {}).get("leave_one_out") or []
+    rows = [row for row in found if row["loss_change"] is not None]
     if not rows:
         return []
     loss = (run.inspection or {}).get("leave_one_out_baseline", {}).get("loss")
