@@ -140,6 +140,8 @@ def test_telemetry_and_relations(page, finished_run):
     assert float(rows[-1][rows[0].index("balance, layers 3")]) == pytest.approx(sum(top) / len(top), abs=6e-3)
     assert page.section("agreement").one("svg", role="img").attributes["aria-label"].startswith("Agreement of routers")
     assert "1.25" in page.section("leave-one-out").text
+    rows = page.table("leave-one-out", "Change of the loss; 1 stands for 0.0001").rows
+    assert [row[4] for row in rows[1:]] == ["−10", "+0", "+10", "+20", "+30", "+40", "+50", "+60"]
 
 
 def test_samples(page, finished_run):

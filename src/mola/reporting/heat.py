@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,15 +93,15 @@ def answer_map(experts: Usage) -> Element:
     return _heat_table("module", [layer_name(layer) for layer in layers], body, "Strongest expert by module and layer")
 
 
-def change_map(rows: Sequence[tuple[int | None, int, float]], caption: str) -> Element:
-    """Changes by layer and expert, shaded by their size; the sign is written.
+def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> Element:
+    """Changes by layer and expert, in units that leave two digits, shaded by their size; the sign is written.
 
     Args:
         rows: layer, expert, change.
-        caption: what they are changes of.
+        what: they are changes of.
     """
     most = max(abs(change) for _, _, change in rows)
-    digits = 0 if most >= 0.01 else 1 if most >= 0.001 else 2
+    unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0
     layers = sorted({layer for layer, _, _ in rows}, key=layer_order)
     by_place = {(layer, expert): change for layer, expert, change in rows}
     body = []
@@ -112,11 +113,9 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], caption: str) -> E
                 cells.append(element("td"))
             else:
                 look = shade(abs(change), most) + (" down" if change < 0 else "")
-                # Adding 0 makes -0 a 0, which has no sign.
-                text = f"{round(1000 * change, digits) + 0.0:+.{digits}f}".replace("-", "−")
-                cells.append(element("td", text, class_=look))
+                cells.append(element("td", f"{round(change / unit):+d}".replace("-", "−"), class_=look))
         body.append(element("tr", element("th", expert, scope="row"), cells))
-    return _heat_table("expert", [layer_name(layer) for layer in layers], body, caption)
+    return _heat_table("expert", [layer_name(layer) for layer in layers], body, f"{what}; 1 stands for {unit:g}")
 
 
 def _shown(usage: Mapping[str, Usage]) -> list[str]:

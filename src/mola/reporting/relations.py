@@ -64,7 +64,7 @@ def leave_one_out_section(run: Run) -> list[Element]:
     ]
     whole = [(row["layer_index"], row["expert"], row["loss_change"]) for row in rows if row.get("module") is None]
     if whole:
-        content.append(change_map(whole, "Change of the loss in thousandths"))
+        content.append(change_map(whole, "Change of the loss"))
         content.append(note("+ the expert is of use, − the loss is lower without it."))
     single = [row for row in rows if row.get("module") is not None]
     if single:
