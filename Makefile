@@ -1,4 +1,4 @@
-# make quickstart   set up, fine-tune a small real model, show accuracy before and after
+# make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests (several minutes on two cores)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)

@@ -35,7 +35,7 @@ def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs the model that `make quickstart` converts")
-def test_quickstart_learns(tmp_path):
+def test_quickstart_learns(tmp_path, capsys):
     options = QuickstartOptions(
         output_dir=str(tmp_path / "run"), recipe=str(ROOT / "recipes" / "quickstart.yaml"), model_dir=str(MODEL)
     )
@@ -43,3 +43,6 @@ def test_quickstart_learns(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.3
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Open {tmp_path / 'run' / 'report.html'} in a browser"
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{summary['accuracy_after']:.1%}".replace("%", "\u00a0%") in page

@@ -44,6 +44,7 @@ COMMANDS = {
     "reallocate": Command("mola.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"),
     "convert": Command("mola.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"),
     "inspect": Command("mola.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"),
+    "report": Command("mola.report", "ReportOptions", "one HTML page about a run, to open from the disk", "run_dir"),
     "demo": Command("mola.demo", "DemoOptions", "a page with answers, with and without an adapter, and their experts"),
     "quickstart": Command("mola.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
 }

@@ -1,15 +1,12 @@
 """The model card of a run: README.md in its folder, from what the folder holds.
 
-A card that was changed by hand, or that mola did not write, is never replaced: the last line of a card holds the
-sha256 of the text above it.
+A card that was changed by hand, or that mola did not write, is never replaced, see `mola.marks`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -22,13 +19,13 @@ from safetensors import safe_open
 from mola.errors import MolaError
 from mola.files import atomic_write_text, read_json_object
 from mola.loss_plot import PLOT_FILE, plot_losses, read_curves
+from mola.marks import is_own_file, with_mark
 from mola.tuner.stacks import layer_index
 
 CARD_FILE = "README.md"
 
 logger = logging.getLogger(__name__)
 
-_MARK = re.compile(r"\n<!-- Written by mola; sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 _METRICS = {"train_loss": "training loss", "eval_loss": "evaluation loss"}
 _SETTINGS = (
     "learning_rate",
@@ -91,15 +88,12 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
     if not has_plot:
         (folder / PLOT_FILE).unlink(missing_ok=True)
     text = render_card(folder, record, evaluations, has_plot=has_plot)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return atomic_write_text(path, f"{text}\n<!-- Written by mola; sha256 of the text above: {digest} -->\n")
+    return atomic_write_text(path, with_mark(text))
 
 
 def is_own_card(path: Path) -> bool:
     """Whether a README is a card as mola wrote it."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = _MARK.search(text)
-    return found is not None and hashlib.sha256(text[: found.start()].encode()).hexdigest() == found[1]
+    return is_own_file(path)
 
 
 def render_card(

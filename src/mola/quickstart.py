@@ -1,7 +1,8 @@
 """`mola quickstart`: the whole way once, on a real model of 135 million parameters.
 
 Converts the weights, generates science questions, measures the untuned model, fine-tunes a mixture of
-experts as `recipes/quickstart.yaml` says, measures again, and shows one answer in words.
+experts as `recipes/quickstart.yaml` says, measures again, looks at the experts, shows one answer in words,
+and writes a report of it all.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, EvaluateResult, evaluate
 from mola.files import atomic_write_json
+from mola.inspect import InspectOptions, inspect
 from mola.parsing import parse
+from mola.report import ReportOptions, report
 from mola.smollm2 import prepare_smollm2
 from mola.train import TrainOptions, TrainResult, train
 
 logger = logging.getLogger(__name__)
 
 _NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 640, 40, 100
+_NUM_INSPECTED = 20
 
 
 @dataclass
@@ -65,9 +69,14 @@ def main(options: QuickstartOptions) -> int:
         return 130
     with _timed(console, seconds, "accuracy after"):
         after = _measure(folder, "after", base_model, folder, data)
+    with _timed(console, seconds, "experts"):
+        _look_at_experts(folder, base_model, data)
+    with _timed(console, seconds, "report"):
+        page = report(ReportOptions(str(folder)))
     summary = _summary(before, after, seconds, time.perf_counter() - start)
     atomic_write_json(folder / "summary.json", summary)
-    _report(console, folder, summary, before, after)
+    _show(console, folder, summary, before, after)
+    console.print(f"Open {page} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -110,6 +119,20 @@ def _measure(folder: Path, name: str, base_model: Path, adapter: Path | None, da
     )
 
 
+def _look_at_experts(folder: Path, base_model: Path, data: Path) -> None:
+    inspect(
+        InspectOptions(
+            base_model=str(base_model),
+            adapter=str(folder),
+            task="sample",
+            data=str(data / "test.json"),
+            limit=_NUM_INSPECTED,
+            json=str(folder / "inspect.json"),
+            overwrite=True,
+        )
+    )
+
+
 def _train(options: QuickstartOptions, base_model: Path, data: Path) -> TrainResult:
     arguments = {
         "config": options.recipe,
@@ -142,7 +165,7 @@ def _summary(
     }
 
 
-def _report(
+def _show(
     console: Console, folder: Path, summary: Mapping[str, Any], before: EvaluateResult, after: EvaluateResult
 ) -> None:
     table = Table(title=f"{after.total} questions that were not trained on")

@@ -19,7 +19,9 @@ from pathlib import Path
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
 from mola.loss_plot import PLOT_FILE
-from mola.model_card import CARD_FILE, is_own_card
+from mola.marks import is_own_file
+from mola.model_card import CARD_FILE
+from mola.reporting import REPORT_FILE
 from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,
@@ -113,8 +115,9 @@ def clear_run(folder: Path) -> None:
         atomic_write_json(folder / RUN_FILE, {"status": CLEARING})
     for path in checkpoints:
         shutil.rmtree(path)
-    if is_own_card(folder / CARD_FILE):
-        (folder / CARD_FILE).unlink()
+    for name in (CARD_FILE, REPORT_FILE):
+        if is_own_file(folder / name):
+            (folder / name).unlink()
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     _remove_leftovers(folder)

@@ -1,0 +1,46 @@
+"""The commands that make what a report does not have yet."""
+
+from __future__ import annotations
+
+import shlex
+
+from mola.reporting.gathering import Run
+from mola.reporting.markup import Element, code, command_box, element
+
+
+def evaluate_command(run: Run, name: str) -> str:
+    """The command for `before` or `after`."""
+    words = ["mola", "evaluate", *_base(run), "--task", run.record["settings"].get("task") or "TASK"]
+    adapter = ["--adapter", str(run.folder)] if name == "after" else []
+    return shlex.join([*words, *adapter, "--data", _data(run), "--output", str(run.paths[name])])
+
+
+def inspect_command(run: Run, *more: str) -> str:
+    """The command for `inspection`; `more` are further flags."""
+    words = ["mola", "inspect", *_base(run), "--adapter", str(run.folder)]
+    task = run.record["settings"].get("task")
+    words += ["--task", task] if task else []
+    return shlex.join([*words, "--data", _data(run), *more, "--json", str(run.paths["inspection"])])
+
+
+def missing(what: str, command: str) -> Element:
+    """A box that says what is not there, and the command that makes it.
+
+    Args:
+        what: one sentence.
+        command: the command.
+    """
+    text = element("p", what, " Run this, then ", code("mola report"), " again:")
+    return element("div", text, command_box(command), class_="missing")
+
+
+def _base(run: Run) -> list[str]:
+    return ["--base_model", str(run.record["settings"]["base_model"])]
+
+
+def _data(run: Run) -> str:
+    """The test data if a result names them, else those of the run: their split `test` is read."""
+    for result in (run.after, run.before, run.inspection):
+        if result is not None and result["settings"].get("data"):
+            return str(result["settings"]["data"])
+    return str(run.record["settings"]["data"])

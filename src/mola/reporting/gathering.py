@@ -1,0 +1,144 @@
+"""What a run folder holds. A file that is not there is None; one that is there and is something else is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files import read_json_object
+from mola.reporting.routing_log import RoutingLog, read_routing_log
+from mola.reporting.weights import AdapterWeights, read_adapter_weights
+
+_EVALUATION_KEYS = {"accuracy", "correct", "total", "interval_95", "groups", "samples", "settings"}
+_INSPECTION_KEYS = {"usage", "redundancy", "samples", "settings"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what is known about it.
+
+    Attributes:
+        folder: the run folder, as the user named it.
+        record: its `run.json`.
+        curves: losses by step, `training` and `evaluation`; those without a value are left out.
+        adapter: its `adapter_config.json` and what its weights say; None before the run has saved any.
+        routing: the telemetry of the routers over training.
+        before: result of `mola evaluate` without the adapter.
+        after: the same with it.
+        inspection: result of `mola inspect`.
+        paths: where `before`, `after` and `inspection` are, or would be.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    curves: Mapping[str, list[tuple[int, float]]]
+    adapter: AdapterWeights | None
+    routing: RoutingLog | None
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    inspection: Mapping[str, Any] | None
+    paths: Mapping[str, Path]
+
+    @property
+    def name(self) -> str:
+        """What the run is called: its repository on the hub, or its folder."""
+        return str(self.record.get("repository") or self.folder.resolve().name)
+
+
+def gather(run_dir: str, before: str | None = None, after: str | None = None, inspection: str | None = None) -> Run:
+    """Read a run folder.
+
+    Args:
+        run_dir: the folder.
+        before: result of `mola evaluate` without the adapter; None takes before.json of the folder, if there is one.
+        after: the same with the adapter; None takes after.json.
+        inspection: result of `mola inspect`; None takes inspect.json.
+
+    Raises:
+        MolaError: no run in the folder, or a file that is not what it should be.
+    """
+    folder, record = Path(run_dir), read_record(run_dir)
+    paths = {
+        "before": Path(before or folder / "before.json"),
+        "after": Path(after or folder / "after.json"),
+        "inspection": Path(inspection or folder / "inspect.json"),
+    }
+    given = {"before": before, "after": after, "inspection": inspection}
+    for name, value in given.items():
+        if value is not None and not paths[name].is_file():
+            raise MolaError(f"`{name}` must be a file: {value!r} is none. Pass another one, or leave the option out.")
+    return Run(
+        folder,
+        record,
+        read_losses(folder / "metrics.jsonl"),
+        read_adapter_weights(folder),
+        read_routing_log(json_lines(folder / "routing.jsonl")),
+        _result("before", paths["before"], _EVALUATION_KEYS, "mola evaluate"),
+        _result("after", paths["after"], _EVALUATION_KEYS, "mola evaluate"),
+        _result("inspection", paths["inspection"], _INSPECTION_KEYS, "mola inspect"),
+        paths,
+    )
+
+
+def read_record(run_dir: str) -> dict[str, Any]:
+    """The `run.json` of a run folder.
+
+    Raises:
+        MolaError: it is not there, or says nothing about a run.
+    """
+    record = read_json_object(Path(run_dir) / "run.json")
+    if "settings" not in record:
+        missing = "it has no run.json that tells of a run" if Path(run_dir).is_dir() else "there is no such folder"
+        raise MolaError(
+            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
+        )
+    return record
+
+
+def read_losses(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Training and evaluation loss by step, the last one where a step has several.
+
+    Args:
+        path: the `metrics.jsonl` of a run.
+    """
+    curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
+    for entry in json_lines(path):
+        for label, key in (("training", "loss"), ("evaluation", "eval_loss")):
+            if entry.get(key) is not None:
+                curves[label][entry["step"]] = entry[key]
+    return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON lines file, one at a time; none if it is not there.
+
+    Raises:
+        MolaError: a line is no JSON object. The last one may be cut off: a run that was killed, or goes on.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for index, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict):
+                yield entry
+            elif line.endswith("\n"):
+                raise MolaError(f"{str(path)!r} must hold one JSON object per line: line {index} is none.")
+
+
+def _result(option: str, path: Path, keys: set[str], command: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    if not keys <= content.keys():
+        raise MolaError(
+            f"`{option}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
+        )
+    return content

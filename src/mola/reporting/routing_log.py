@@ -1,0 +1,78 @@
+"""What routers did over training: the telemetry of a run, summed up while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from mola.reporting.words import layer_order
+
+VALUES = ("balance", "entropy", "drift")
+_PARTS = 3  # lower, middle and upper layers
+
+
+@dataclass(frozen=True)
+class RoutingLog:
+    """The telemetry of a run.
+
+    Attributes:
+        parts: neighbouring layers whose modules are averaged, lowest first.
+        curves: name of a value -> for each part, its mean over the modules by step.
+        dead: by step, how many experts no token chose, over all modules.
+        num_experts: experts of all modules that have a router.
+        last: the records of the last interval, one per module.
+        step: the step at its end.
+    """
+
+    parts: Sequence[Sequence[int]]
+    curves: Mapping[str, Sequence[list[tuple[int, float]]]]
+    dead: list[tuple[int, float]]
+    num_experts: int
+    last: Sequence[Mapping[str, Any]]
+    step: int
+
+
+def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
+    """Sum up the lines of `routing.jsonl`; None without any.
+
+    Args:
+        entries: `step` and `modules` of each interval, in order.
+    """
+    parts: list[list[int]] = []
+    curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in VALUES}
+    dead: list[tuple[int, float]] = []
+    last: Sequence[Mapping[str, Any]] = []
+    for entry in entries:
+        modules, step = entry["modules"], entry["step"]
+        if not modules:
+            continue
+        if not parts:
+            parts = layer_parts([module["layer_index"] for module in modules])
+            for name in VALUES:
+                curves[name] = [[] for _ in parts]
+        for name in VALUES:
+            for curve, layers in zip(curves[name], parts, strict=True):
+                values = [module.get(name) for module in modules if module["layer_index"] in layers]
+                known = [value for value in values if value is not None]
+                if known:
+                    curve.append((step, fmean(known)))
+        dead.append((step, sum(len(module["dead_experts"]) for module in modules)))
+        last = modules
+    if not last:
+        return None
+    num_experts = sum(len(module["mean_gates"]) for module in last)
+    return RoutingLog(parts, curves, dead, num_experts, last, dead[-1][0])
+
+
+def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:
+    """Three parts of neighbouring layers, as equal as can be; fewer with fewer layers.
+
+    Args:
+        indices: layers with routers, in any order, each any number of times.
+    """
+    layers: list[Any] = sorted(set(indices), key=layer_order)
+    bounds = [round(len(layers) * part / _PARTS) for part in range(_PARTS + 1)]
+    return [layers[start:end] for start, end in pairwise(bounds) if end > start]

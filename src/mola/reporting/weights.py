@@ -1,0 +1,104 @@
+"""What the saved adapter says by itself: values by layer, and how alike its experts are."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from mola.files import read_json_object
+from mola.insight.looking import ModuleRedundancy
+from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
+from mola.reporting.words import layer_order
+from mola.tuner.stacks import layer_index
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One decoder layer of an adapter; its modules have the same settings.
+
+    Attributes:
+        layer_index: the layer.
+        num_experts: experts of each module.
+        top_k: of them chosen for a token.
+        r: rank of each.
+        expert_values: trained values of the experts of all modules.
+        router_values: trained values of their routers.
+    """
+
+    layer_index: int | None
+    num_experts: int
+    top_k: int
+    r: int
+    expert_values: int
+    router_values: int
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter on disk.
+
+    Attributes:
+        config: its `adapter_config.json`.
+        layers: its layers, lowest first; empty for an adapter of another method.
+        redundancy: likeness of the experts of every module that has several.
+    """
+
+    config: Mapping[str, Any]
+    layers: Sequence[LayerExperts]
+    redundancy: Sequence[ModuleRedundancy]
+
+
+def read_adapter_weights(folder: Path) -> AdapterWeights | None:
+    """Read an adapter, one module at a time; None if the folder has none.
+
+    Args:
+        folder: a run folder.
+    """
+    config, path = read_json_object(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if not config or not path.is_file():
+        return None
+    if config.get("peft_type") != "MOLA":
+        return AdapterWeights(config, [], [])
+    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
+    experts: dict[int | None, int] = {}
+    redundancy = []
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        for name in names:
+            if "mola_" in name:
+                shape = file.get_slice(name).get_shape()
+                values[layer_index(name)]["mola_router" in name] += math.prod(shape)
+                experts[layer_index(name)] = shape[0]
+        for name in sorted(names, key=_place):
+            if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
+                redundancy.append(_redundancy(file, name, config))
+    layers = [
+        LayerExperts(layer, experts[layer], _of_layer(config["top_k"], layer), _of_layer(config["r"], layer), *both)
+        for layer, both in sorted(values.items(), key=lambda item: layer_order(item[0]))
+    ]
+    return AdapterWeights(config, layers, redundancy)
+
+
+def _redundancy(file: Any, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
+    module, layer = name.removesuffix(".mola_A"), layer_index(name)
+    experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
+    distances = expert_distances(experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
+    overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
+    return ModuleRedundancy(module, layer, mean_pairwise(distances), *overlaps)
+
+
+def _of_layer(setting: int | Sequence[int], layer: int | None) -> int:
+    """One number for all layers, or one for each."""
+    if isinstance(setting, int):
+        return setting
+    return setting[layer or 0]
+
+
+def _place(name: str) -> tuple[float, str]:
+    return layer_order(layer_index(name)), name

@@ -1,0 +1,84 @@
+"""Numbers as people read them, names of modules and layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mola.tuner.stacks import layer_index
+
+NO_VALUE = "–"
+MOST_ROWS = 500  # of a table of numbers
+_SPACE = "\u00a0"  # a number and its unit stay in one line
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.35 -> 35.0 %."""
+    return NO_VALUE if _is_missing(value) else f"{100 * value:.{digits}f}{_SPACE}%"  # type: ignore[operator]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A measured value with some significant digits."""
+    if _is_missing(value):
+        return NO_VALUE
+    assert value is not None
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """Bounds of a confidence interval."""
+    return f"{percent(bounds[0])} to {percent(bounds[1])}"
+
+
+def duration(seconds: float) -> str:
+    """Wall time."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g}{_SPACE}s"
+    hours, minutes = divmod(whole // 60, 60)
+    first, second = (f"{hours}{_SPACE}h", f"{minutes}{_SPACE}min") if hours else (f"{minutes}{_SPACE}min", None)
+    return f"{first} {second or f'{whole % 60}{_SPACE}s'}"
+
+
+def layers(indices: Sequence[int | None]) -> str:
+    """Neighbouring layers, lowest and highest."""
+    first, last = layer_name(indices[0]), layer_name(indices[-1])
+    return first if len(indices) == 1 else f"{first}–{last}"
+
+
+def layer_name(index: int | None) -> str:
+    """A layer, or that a module lies in none."""
+    return NO_VALUE if index is None else str(index)
+
+
+def layer_order(index: int | None) -> float:
+    """For sorting: modules outside the layers come last."""
+    return math.inf if index is None else index
+
+
+def rows_said(count: int) -> str:
+    """What to add to the name of a table that may be too long to be shown in full."""
+    return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"
+
+
+def kinds_of(modules: Iterable[str]) -> dict[str, str]:
+    """What modules of all layers have in common, by module: `q_proj`, or more of the name where that is ambiguous.
+
+    Args:
+        modules: full names; no two of one layer get the same kind.
+    """
+    names = list(modules)
+    inside = {name: _after_layer(name) for name in names}
+    last = {kind: kind.rpartition(".")[2] for kind in inside.values()}
+    is_clear = len(set(last.values())) == len(last)
+    return {name: last[kind] if is_clear else kind for name, kind in inside.items()}
+
+
+def _after_layer(name: str) -> str:
+    parts, index = name.split("."), layer_index(name)
+    return name if index is None else ".".join(parts[parts.index(str(index)) + 1 :]) or name
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value

@@ -1,0 +1,90 @@
+"""Charts: places of values, ticks, what stands for what."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mola.reporting.charts import Axis, Column, column_chart, interval_strip, shade, thinned, value_axis
+from mola.reporting.routing_log import layer_parts
+from mola.reporting.words import duration, kinds_of, number, percent
+
+sizes = st.floats(1e-6, 1e9)
+
+
+@given(st.lists(sizes, min_size=1), st.booleans())
+def test_values_lie_in_the_drawing_and_ticks_on_the_axis(values, may_be_log):
+    axis = value_axis(values, may_be_log=may_be_log)
+    assert all(-1e-9 <= axis.at(value) <= 1 + 1e-9 for value in values)
+    ticks = axis.ticks()
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) <= 20
+    assert all(-1e-6 <= axis.at(tick) <= 1 + 1e-6 for tick in ticks)
+
+
+@given(st.floats(-1e6, 1e6), sizes)
+def test_a_linear_axis_has_some_ticks(low, length):
+    assert 3 <= len(Axis(low, low + max(length, 1e-3)).ticks()) <= 9
+
+
+def test_ticks():
+    assert Axis(0, 8.4).ticks(4) == [0, 2, 4, 6, 8]
+    assert Axis(0.03, 1.8, is_log=True).ticks() == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
+    assert Axis(3, 3).at(3) == 0.5
+
+
+def test_bars_are_as_high_as_their_values():
+    columns = [Column("0", [3.0, 1.0], "zero"), Column("1", [8.0, 0.0], "one")]
+    chart = column_chart(columns, "Two columns")
+    heights = [float(bar.get("height").rstrip("%")) for bar in chart.iter("rect")]
+    assert heights[0] == pytest.approx(3 * heights[1], abs=0.05)
+    assert heights[2] == pytest.approx(8 / 3 * heights[0], abs=0.05)
+    assert [bar.find("title").text for bar in chart.iter("rect")] == ["zero", "zero", "one", "one"]
+
+
+def test_interval():
+    strip = interval_strip([("a", 0.5, (0.25, 0.75))], "half")
+    line = next(line for line in strip.iter("line") if line.get("class") == "span a")
+    assert (line.get("x1"), line.get("x2")) == ("25.00%", "75.00%")
+    assert strip.find("circle").get("cx") == "50.00%"
+
+
+@given(st.lists(st.floats(-1e3, 1e3), max_size=2000), st.integers(1, 300))
+def test_thinning_keeps_the_mean(values, most):
+    points, together = thinned(list(enumerate(values)), most)
+    assert len(points) <= most
+    weights = [min(together, len(values) - start) for start in range(0, len(values), together)]
+    total = sum(weight * value for weight, (_, value) in zip(weights, points, strict=True))
+    assert total == pytest.approx(sum(values), abs=1e-6 * max(1, len(values)))
+
+
+@given(st.sets(st.integers(0, 100), min_size=1))
+def test_parts_of_layers(indices):
+    parts = layer_parts(indices)
+    assert [layer for part in parts for layer in part] == sorted(indices)
+    assert len(parts) == min(3, len(indices))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_kinds():
+    attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert set(kinds_of([*attention, "model.layers.0.mlp.up_proj"]).values()) == {"q_proj", "up_proj"}
+    experts = [f"model.layers.{layer}.experts.{expert}.up" for layer in (0, 1) for expert in (0, 1)]
+    assert kinds_of(experts)[experts[1]] == "experts.1.up"
+    assert kinds_of(["lm_head"]) == {"lm_head": "lm_head"}
+
+
+def test_shades():
+    assert [shade(value, 0.5) for value in (0.0, 0.25, 0.5, 0.7, -1.0)] == ["s0", "s10", "s20", "s20", "s0"]
+    assert shade(0.0, 0.0) == "s0"
+
+
+def test_words():
+    assert percent(0.35) == "35.0\u00a0%"
+    assert percent(float("nan")) == percent(None) == number(None) == "–"
+    assert number(1234567) == "1,234,567"
+    assert number(0.07318) == "0.0732"
+    assert [duration(seconds).replace("\u00a0", " ") for seconds in (2.104, 194.1, 7290)] == [
+        "2.1 s",
+        "3 min 14 s",
+        "2 h 1 min",
+    ]

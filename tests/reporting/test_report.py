@@ -1,0 +1,349 @@
+"""`mola report`: everything of a run in one page, nothing else replaced, nothing from elsewhere."""
+
+import json
+import re
+import shlex
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mola.cli import COMMANDS, main
+from mola.errors import MolaError
+from mola.parsing import parse
+from mola.report import ReportOptions, report
+from mola.training.run_folder import clear_run
+from tests.reporting.conftest import change
+from tests.reporting.pages import Page
+
+SECTIONS = ["accuracy", "loss", "allocation", "gates", "routing", "redundancy", "agreement", "leave-one-out"]
+SECTIONS += ["samples", "making"]
+HOSTILE = '</script></style></title><script>alert(1)</script><img src=x onerror="alert(1)">&amp;]]>-->\r\n\u2028'
+
+
+def page_of(run_dir, **options):
+    return Page(report(ReportOptions(str(run_dir), **options)).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(finished_run, tmp_path_factory):
+    return page_of(finished_run, output=str(tmp_path_factory.mktemp("page") / "report.html"))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def percent(value, digits=1):
+    return f"{100 * value:.{digits}f}\u00a0%"
+
+
+def test_structure(page):
+    assert [each.attributes["id"] for each in page.root.all("section")] == SECTIONS
+    ids = [node.attributes["id"] for node in page.root if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    levels = [int(node.tag[1]) for node in page.root if re.fullmatch("h[1-6]", node.tag)]
+    assert levels == [1] + [2] * len(SECTIONS)
+    assert page.root.one("html").attributes["lang"] == "en"
+    assert [len(page.root.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
+    assert page.root.one("head").one("title").text == "a run: a run of mola"
+    for node in page.root:
+        for name in ("aria-labelledby", "href"):
+            if name in node.attributes:
+                assert node.attributes[name].removeprefix("#") in ids
+    for drawing in page.root.all("svg", role="img"):
+        assert drawing.attributes["aria-label"]
+    for box in page.root.all("div", class_="scroll"):
+        assert box.attributes["tabindex"] == "0"
+        assert box.attributes["aria-label"]
+
+
+def test_nothing_from_elsewhere(page):
+    tags = {node.tag for node in page.root}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
+    attributes = {name for node in page.root for name in node.attributes}
+    assert not attributes & {"src", "srcset", "style", "action", "xlink:href"}
+    assert not [name for name in attributes if name.startswith("on")]
+    assert all(node.attributes["href"].startswith("#") for node in page.root if "href" in node.attributes)
+    policy = page.root.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert not re.search(r"url\(|@import|https?:", page.root.one("style").text)
+
+
+def test_accuracy(page, finished_run):
+    before, after = read(finished_run / "before.json"), read(finished_run / "after.json")
+    rows = page.table("accuracy", "Accuracy by group").rows
+
+    def cells(result):
+        low, high = result["interval_95"]
+        return [percent(result["accuracy"]), f"{percent(low)} to {percent(high)}"]
+
+    assert rows[1] == ["all", "8", *cells(before), *cells(after)]
+    for row in rows[2:]:
+        column, _, value = row[0].partition(": ")
+        old, new = before["groups"][column][value], after["groups"][column][value]
+        assert row[1:] == [str(new["total"]), *cells(old), *cells(new)]
+    assert len(rows) - 2 == sum(map(len, after["groups"].values()))
+
+
+def test_loss(page, finished_run):
+    entries = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    training = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    evaluation = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+    rows = page.section("loss").one("table").rows
+    assert rows[1:] == [[str(step), f"{training[step]:.3g}", f"{evaluation[step]:.3g}"] for step in (1, 2, 3)]
+
+
+def test_allocation(page, finished_run):
+    rows = page.table("allocation", "Experts by layer").rows
+    assert [row[:4] for row in rows[1:]] == [[str(layer), str(2 * layer + 2), "2", "2"] for layer in range(4)]
+    record = read(finished_run / "run.json")["allocation"]
+    for column, name in ((4, "expert_parameters"), (5, "router_parameters")):
+        assert sum(int(row[column].replace(",", "")) for row in rows[1:]) == record[name]
+
+
+def test_gates(page, finished_run):
+    usage = read(finished_run / "inspect.json")["usage"]
+    maps = page.section("gates").all("table")
+    kinds = {row["module"].rpartition(".")[2] for row in usage["all"]}
+    assert len(maps) == len(usage) * len(kinds)
+    rows = page.table("gates", "q_proj, answer").rows
+    expected = [row for row in usage["answer"] if row["module"].endswith("q_proj")]
+    assert rows[0] == ["expert / layer", "0", "1", "2", "3"]
+    for expert in range(8):
+        for layer, row in enumerate(expected):
+            shown = rows[1 + expert][1 + layer]
+            if expert >= len(row["mean_gates"]):
+                assert shown == ""
+            elif expert in row["dead_experts"]:
+                assert shown == "×"
+            else:
+                assert shown == f"{100 * row['mean_gates'][expert]:.0f}"
+
+
+def test_redundancy_is_that_of_inspect(page, finished_run):
+    found = read(finished_run / "inspect.json")["redundancy"]
+    rows = page.section("redundancy").one("table").rows
+    for layer in range(4):
+        members = [row for row in found if row["layer_index"] == layer]
+        for column, name in enumerate(("distance", "input_overlap", "output_overlap"), 1):
+            # None: an expert that no token chose is still zero and spans nothing.
+            known = [row[name] for row in members if row[name] is not None]
+            shown = rows[1 + layer][column]
+            assert shown == "–" if not known else float(shown) == pytest.approx(sum(known) / len(known), rel=0.01)
+
+
+def test_telemetry_and_relations(page, finished_run):
+    rows = page.section("routing").one("table").rows
+    last = json.loads((finished_run / "routing.jsonl").read_text().splitlines()[-1])
+    top = [module["balance"] for module in last["modules"] if module["layer_index"] == 3]
+    assert rows[-1][0] == str(last["step"])
+    assert float(rows[-1][rows[0].index("balance, layers 3")]) == pytest.approx(sum(top) / len(top), abs=6e-3)
+    assert page.section("agreement").one("svg", role="img").attributes["aria-label"].startswith("Agreement of routers")
+    assert "1.25" in page.section("leave-one-out").text
+    rows = page.table("leave-one-out", "Change of the loss; 1 stands for 0.0001").rows
+    assert [row[4] for row in rows[1:]] == ["−10", "+0", "+10", "+20", "+30", "+40", "+50", "+60"]
+
+
+def test_samples(page, finished_run):
+    after = read(finished_run / "after.json")["samples"]
+    shown = page.section("samples").all("details")
+    assert len(shown) == len(after) == 8
+    for sample, details in zip(after, shown, strict=True):
+        assert details.one("pre").text == sample["prompt"].strip("\n")
+        assert ("✓" if sample["correct"] else "✗") in details.one("ul").text
+    example = read(finished_run / "inspect.json")["examples"][0]["experts"]
+    rows = page.section("samples").all("table")[0].rows
+    by_place = {(row["module"].rpartition(".")[2], row["layer_index"]): row["mean_gates"] for row in example}
+    for row in rows[1:]:
+        gates = [by_place[row[0], layer] for layer in range(4)]
+        assert row[1:] == [str(each.index(max(each))) for each in gates]
+
+
+def test_same_input_same_page(finished_run, tmp_path):
+    first, second = (report(ReportOptions(str(finished_run), output=str(tmp_path / name))) for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "section", "words"),
+    [
+        ("before.json", "accuracy", "Accuracy without the adapter has not been measured."),
+        ("after.json", "accuracy", "Accuracy with the adapter has not been measured."),
+        ("inspect.json", "gates", "Gates by prompt, answer, kind of token and group are not known."),
+        ("inspect.json", "agreement", "Whether routers agree is not known."),
+        ("inspect.json", "samples", "Which experts answered is not known."),
+        ("routing.jsonl", "routing", "The run kept no telemetry"),
+        ("metrics.jsonl", "loss", "Nothing was logged"),
+        ("adapter_model.safetensors", "allocation", "There is no adapter in the run folder"),
+    ],
+)
+def test_missing_part(run_dir, file, section, words):
+    (run_dir / file).unlink()
+    found = page_of(run_dir)
+    assert words in found.section(section).text
+    for box in found.section(section).all("div", class_="missing"):
+        for command in box.all("pre"):
+            check_command(command.text)
+
+
+def check_command(text):
+    """The command is one that mola takes."""
+    program, name, *arguments = shlex.split(text)
+    assert program == "mola"
+    command = COMMANDS[name]
+    module = __import__(command.module, fromlist=[command.options])
+    parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)
+
+
+def test_nothing_but_the_record(run_dir):
+    for path in run_dir.iterdir():
+        if path.is_file() and path.name != "run.json":
+            path.unlink()
+    change(run_dir / "run.json", lambda record: [record.pop(name) for name in ("seconds", "metrics", "steps")])
+    change(run_dir / "run.json", lambda record: record.update(status="failed", error="the loss is not finite"))
+    found = page_of(run_dir)
+    assert "the loss is not finite" in found.root.one("header").text
+    commands = [box.text for box in found.root.all("pre") if box.text.startswith("mola")]
+    assert len(commands) >= 4
+    for command in commands:
+        check_command(command)
+
+
+def test_text_is_text(run_dir):
+    folder = run_dir.rename(run_dir.with_name("<b>run&amp;"))
+
+    def edit(result):
+        sample = result["samples"][0]
+        sample["prompt"], sample["output"], sample["predicted"] = f"Question: {HOSTILE}", HOSTILE, HOSTILE + "\ud800"
+        result["groups"] = {HOSTILE: {HOSTILE: result["groups"]["category"].popitem()[1]}}
+
+    change(folder / "after.json", edit)
+    change(folder / "inspect.json", lambda found: found["usage"].update({f"a={HOSTILE}": found["usage"]["all"]}))
+    change(folder / "run.json", lambda record: record["settings"].update(data=HOSTILE, run_name=HOSTILE))
+    found = page_of(folder)
+    tags = {node.tag for node in found.root}
+    assert not tags & {"script", "img"}
+    assert found.root.one("h1").text == "<b>run&amp;"
+    assert HOSTILE.replace("\r", "") in found.section("samples").text.replace("\r", "")
+    assert HOSTILE.replace("\r", "") in found.section("accuracy").text.replace("\r", "")
+    # Whatever the text holds, the page is still known for mola's own.
+    report(ReportOptions(str(folder)))
+
+
+def test_an_adapter_of_another_method(run_dir):
+    change(run_dir / "adapter_config.json", lambda config: config.update(peft_type="LORA"))
+    found = page_of(run_dir)
+    assert "The adapter is of type LORA" in found.section("allocation").text
+    assert "No module has several experts." in found.section("redundancy").text
+
+
+def test_different_data_are_said(run_dir):
+    change(run_dir / "before.json", lambda result: result.update(data_fingerprint="0"))
+    assert "do not compare them" in page_of(run_dir).section("accuracy").text
+
+
+def test_old_results_are_said(run_dir, caplog):
+    (run_dir / "adapter_model.safetensors").touch()
+    page_of(run_dir)
+    assert [record.args[0].name for record in caplog.records if "older than the adapter" in record.msg] == [
+        "after.json",
+        "inspect.json",
+    ]
+
+
+def test_a_line_cut_off_at_the_end(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert len(page_of(run_dir).section("loss").one("table").rows) == 4
+    (run_dir / "metrics.jsonl").write_text('{"step"\n{}\n')
+    with pytest.raises(MolaError, match="line 1 is none"):
+        page_of(run_dir)
+
+
+def test_many_groups_are_limited(run_dir):
+    def edit(found):
+        found["usage"].update({f"topic={index}": found["usage"]["all"] for index in range(400)})
+
+    change(run_dir / "inspect.json", edit)
+    found = page_of(run_dir)
+    views = [node for node in found.section("gates") if node.attributes.get("class", "").startswith("view ")]
+    assert len(views) == len(found.section("gates").all("input", name="view")) == 24
+    total = len(read(run_dir / "inspect.json")["usage"])
+    assert f"{total - 24} smaller groups are left out here" in found.section("gates").text
+
+
+def test_replacing(run_dir, capsys):
+    assert main(["report", str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"Open {run_dir / 'report.html'} in a browser\n"
+    page = run_dir / "report.html"
+    first = page.read_bytes()
+    assert main(["report", str(run_dir)]) == 0
+    assert page.read_bytes() == first
+    page.write_bytes(first + b"<p>A remark of mine.</p>")
+    assert main(["report", str(run_dir)]) == 2
+    assert "`output` must be a new file, or a report as mola wrote it" in capsys.readouterr().err
+    assert page.read_bytes() != first
+    assert main(["report", str(run_dir), "--overwrite"]) == 0
+    assert page.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"run_dir": "nowhere"},
+            "`run_dir` must be a run folder of `mola train`: got 'nowhere', there is no such folder",
+        ),
+        ({"run_dir": "."}, "it has no run.json that tells of a run"),
+        ({"before": "nowhere.json"}, "`before` must be a file"),
+        ({"after": "run.json"}, "`after` must be a result file of `mola evaluate`"),
+        ({"inspection": "after.json"}, "`inspection` must be a result file of `mola inspect`"),
+        ({"output": "run.json"}, "`output` must be a new file, or a report"),
+        ({"output": "."}, "must be a file to write"),
+    ],
+)
+def test_wrong_options(run_dir, tmp_path, monkeypatch, options, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(run_dir if "run_dir" not in options else tmp_path / "empty")
+    before = sorted(run_dir.iterdir())
+    with pytest.raises(MolaError, match=re.escape(message)):
+        report(ReportOptions(**{"run_dir": str(run_dir), **options}))
+    assert sorted(run_dir.iterdir()) == before
+    assert not (tmp_path / "empty" / "nowhere").exists()
+
+
+def test_telemetry_alone(run_dir):
+    (run_dir / "inspect.json").unlink()
+    found = page_of(run_dir)
+    gates = found.section("gates")
+    assert [node.attributes["name"] for node in gates.all("input")] == ["kind"] * 7
+    last = json.loads((run_dir / "routing.jsonl").read_text().splitlines()[-1])["modules"][0]
+    kind = last["module"].rpartition(".")[2]
+    assert found.table("gates", f"{kind}, all tokens").rows[1][1] == f"{100 * last['mean_gates'][0]:.0f}"
+
+
+def test_layers_without_experts_are_no_neighbours(run_dir):
+    path = run_dir / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
+    # The others all as the lowest layer.
+    small = {name: tensor[:2].contiguous() for name, tensor in kept.items()}
+    save_file(small, path)
+    rows = page_of(run_dir).table("allocation", "Experts by layer").rows
+    assert [row[0] for row in rows[1:]] == ["0", "2–3"]
+
+
+def test_regular_expression_of_modules(run_dir):
+    change(run_dir / "adapter_config.json", lambda config: config.update(target_modules=".*[qv]_proj"))
+    assert "Adapted modules: .*[qv]_proj." in page_of(run_dir).section("allocation").text
+
+
+def test_a_new_run_in_the_folder_removes_the_report_of_the_old_one(run_dir):
+    page = report(ReportOptions(str(run_dir)))
+    changed = run_dir / "mine.html"
+    changed.write_text("mine")
+    clear_run(run_dir)
+    assert not page.exists()
+    assert changed.exists()
+    page.write_text("mine")
+    clear_run(run_dir)
+    assert page.exists()
