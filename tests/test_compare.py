@@ -171,7 +171,7 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert names[0].read_text() == comma_separated(result.rows)
     assert names[1].read_text() == markdown(result.rows, "lora")
     page = names[2].read_text()
-    assert page.count("<table>") == 3
+    assert page.count("<table") == 3
     assert "http" not in page
 
 

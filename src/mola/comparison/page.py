@@ -1,23 +1,18 @@
-"""The table of a comparison as one HTML file that needs nothing else."""
+"""The table of a comparison as one HTML file that needs nothing else, in the style of a run's report."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from itertools import groupby
 
 from mola.comparison.summary import Row
 from mola.comparison.tables import COLUMNS, NOTE, by_budget, cells
+from mola.reporting.charts import interval_strip
+from mola.reporting.document import Section, document
+from mola.reporting.markup import Element, element, figure, note, table
+from mola.reporting.words import percent
 
-_STYLE = """
-:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
-.box{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid color-mix(in srgb,currentColor 20%,transparent)}
-th:first-child,td:last-child,th:last-child{text-align:left}
-tr.new td,tr.new th{border-top:2px solid color-mix(in srgb,currentColor 45%,transparent)}
-"""
+_NO_INTERVAL = "With one seed there is no interval."
 
 
 def page(rows: Sequence[Row], reference: str) -> str:
@@ -27,26 +22,40 @@ def page(rows: Sequence[Row], reference: str) -> str:
         rows: see `mola.comparison.summary.summarize`.
         reference: recipe that the others are compared with.
     """
-    sections = []
-    for task, members in groupby(rows, key=lambda row: row.task):
-        sections.append(f"<h2>{html.escape(task)}</h2>{_table(list(members), reference)}")
-    note = html.escape(NOTE.format(reference=reference))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mola compare</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><h1>Recipes compared</h1><p>{note}</p>"
-        f"{''.join(sections)}</main></body></html>\n"
+    sections: list[Section] = [
+        (f"task-{number}", task, _task(by_budget(list(members)), reference))
+        for number, (task, members) in enumerate(groupby(rows, key=lambda row: row.task), start=1)
+    ]
+    told = [row for row in rows if row.difference is not None and row.difference.verdict != "not told apart"]
+    compared = sum(row.difference is not None for row in rows)
+    header = element(
+        "header",
+        element("p", "Comparison of mola", class_="kicker"),
+        element("h1", "Recipes compared"),
+        element("p", f"{len(told)} of {compared} differences to {reference} can be told apart.", class_="lead"),
+        element("p", NOTE.format(reference=reference)),
     )
+    return document("Recipes compared: mola", header, sections)
 
 
-def _table(rows: Sequence[Row], reference: str) -> str:
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in COLUMNS)
-    body, group = [], None
-    for row in by_budget(rows):
-        first, *others = (html.escape(cell) for cell in cells(row, reference))
-        mark = ' class="new"' if row.budget_group != group else ""
-        group = row.budget_group
-        body.append(f'<tr{mark}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>')
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    # A table wider than the page scrolls by itself, with the keyboard too.
-    return f'<div class="box" tabindex="0">{table}</div>'
+def _task(rows: Sequence[Row], reference: str) -> list[Element]:
+    strips = [_strip(row, reference) for row in rows]
+    has_interval = any(row.mean.interval_95 for row in rows)
+    below = note(
+        "Line: 95 % interval over seeds, on these questions. An open dot is the reference."
+        if has_interval
+        else _NO_INTERVAL
+    )
+    return [
+        figure(element("ul", strips, class_="strips"), "Accuracy from 0 to 100 %", below),
+        table(COLUMNS, [cells(row, reference) for row in rows], "Differences and what can be told apart"),
+    ]
+
+
+def _strip(row: Row, reference: str) -> Element:
+    value = row.mean.value
+    low, high = row.mean.interval_95 or (value, value)
+    look = "b" if row.recipe == reference else "a"
+    strip = interval_strip([(look, value, (max(low, 0.0), min(high, 1.0)))], f"{row.recipe}: {percent(value)}")
+    name = element("span", row.recipe, class_="name")
+    return element("li", name, strip, element("span", percent(value), class_="value"))

@@ -17,10 +17,10 @@ COLUMNS = (
     "trained values",
     "seeds",
     "accuracy",
-    "95 % over seeds",
+    "its 95 % over seeds",
     "difference",
-    "95 % over seeds",
-    "95 % over questions",
+    "its 95 % over seeds",
+    "its 95 % over questions",
     "p",
     "verdict",
 )
