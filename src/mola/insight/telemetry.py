@@ -188,7 +188,7 @@ class ExpertTelemetry(TrainerCallback):
         if self.path.exists() or step:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.path, "".join(line + "\n" for line in kept))
-        last = json.loads(kept[-1]) if kept else {"step": 0, "modules": []}
+        last: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": 0, "modules": []}
         self._gates = {record["module"]: record["mean_gates"] for record in last["modules"]}
         if sums is None and last["step"] != step:
             logger.warning(

@@ -46,7 +46,6 @@ class RouterWatch:
     Attributes:
         routers: what is watched, in the order of the rows of `sums`.
         collecting: whether the current forward pass counts.
-        passes: how many forward passes were counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,9 +56,7 @@ class RouterWatch:
         """
         self.routers: list[Watched] = []
         self.collecting = False
-        self.passes = 0
         self._seen: list[_Seen] = []
-        self._masks: _TokenMasks | None = None
         self._layers: list[MolaLinear] = []
         self._indices: dict[tuple[Any, ...], torch.Tensor] = {}
         for name, layer in model.named_modules():
@@ -72,9 +69,11 @@ class RouterWatch:
             losses = self._layers[0].router_losses
             self._root = model if losses is None else losses.model  # the model proper, inside of what wraps it
             self._stacks = LayerStacks.of(self._root)
+            for layer in self._layers:
+                self._sums_on(next(iter(layer.mola_router.values())).device)
             self._handles = [
                 self._root.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                self._root.register_forward_hook(self._after_forward),
+                self._root.register_forward_hook(self._after_forward, with_kwargs=True),
             ]
 
     def _watch(self, name: str, layer: MolaLinear) -> None:
@@ -99,25 +98,28 @@ class RouterWatch:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.collecting = module.training and torch.is_grad_enabled()
         self._seen = []
-        if self.collecting:
-            self._masks = _TokenMasks(call_arguments(module, args, kwargs), self._stacks)
 
     @torch.no_grad()
-    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not self.collecting:
             return
         self.collecting = False
-        groups = defaultdict(list)
+        masks = _TokenMasks(call_arguments(module, args, kwargs), self._stacks)
+        groups: dict[tuple[Any, ...], list[list[_Seen]]] = defaultdict(list)
         for seen in self._seen:
             logits, expert_indices = seen.output
-            mask = self._masks.of(seen.layer_index, logits.shape[0])
-            groups[logits.device, logits.shape, expert_indices.shape[1], mask is not None and id(mask)].append(
-                (seen, mask)
-            )
-        for (device, *_), members in groups.items():
-            self._add(device, [seen for seen, _ in members], members[0][1])
-        self._seen, self._masks = [], None
-        self.passes += 1
+            side = masks.side(seen.layer_index, logits.shape[0])
+            # The number of tokens is compared, not part of the key: a compiler would make a graph for each.
+            alike = groups[logits.device, logits.shape[1], expert_indices.shape[1], side]
+            members = next((group for group in alike if len(group[0].output.logits) == len(logits)), None)
+            if members is None:
+                alike.append([seen])
+            else:
+                members.append(seen)
+        for (device, *_, side), alike in groups.items():
+            for members in alike:
+                self._add(device, members, None if side is None else masks.by_side[side])
+        self._seen = []
 
     def _add(self, device: torch.device, members: list[_Seen], mask: torch.Tensor | None) -> None:
         """Add what routers with equal shapes gave."""
@@ -131,11 +133,14 @@ class RouterWatch:
         if device not in self._sums:
             shape = len(self.routers), 2 * self._width + _FURTHER
             self._sums[device] = torch.zeros(shape, dtype=_sum_dtype(device), device=device)
+            torch._dynamo.mark_static(self._sums[device])  # or a batch of as many samples would have its own graph
         return self._sums[device]
 
     def _rows_on(self, device: torch.device, members: list[_Seen]) -> torch.Tensor:
         """Row of each member; kept, for a copy to a GPU makes the host wait."""
         rows = tuple(seen.row for seen in members)
+        if torch.compiler.is_compiling():
+            return torch.tensor(rows, device=device)
         if (device, rows) not in self._indices:
             self._indices[device, rows] = torch.tensor(rows, device=device)
         return self._indices[device, rows]
@@ -152,7 +157,11 @@ class RouterWatch:
 
     def reset(self, sums: torch.Tensor | None = None) -> None:
         """Begin anew, from zero or from given sums."""
-        self._sums = {} if sums is None else {torch.device("cpu"): sums.clone()}
+        # In place: a compiled forward pass holds on to these tensors.
+        for mine in self._sums.values():
+            mine.zero_()
+        if sums is not None:
+            next(iter(self._sums.values())).copy_(sums)
 
     def usage(self, sums: torch.Tensor) -> list[ModuleUsage]:
         """The use of experts behind `sums`; routers that saw no token are left out."""
@@ -200,30 +209,29 @@ class _Place:
 
 
 class _TokenMasks:
-    """Which tokens of a forward pass count: all but padding."""
+    """Which tokens of a forward pass count: all but padding.
+
+    Attributes:
+        by_side: booleans `(N,)` of the attention mask and of the decoder's in an encoder-decoder, where given.
+    """
 
     def __init__(self, inputs: dict[str, Any], stacks: LayerStacks) -> None:
         self._stacks = stacks
-        self._encoder = _flat(inputs.get("attention_mask"))
-        self._decoder = _flat(inputs.get("decoder_attention_mask"))
-        tokens = next(
-            (inputs[key] for key in ("decoder_input_ids", "labels") if torch.is_tensor(inputs.get(key))), None
-        )
-        self._decoder_tokens = None if tokens is None else tokens.numel()
+        given = {"": inputs.get("attention_mask"), "decoder": inputs.get("decoder_attention_mask")}
+        self.by_side = {
+            side: mask.reshape(-1).ne(0) for side, mask in given.items() if torch.is_tensor(mask) and mask.dim() == 2
+        }
+        tokens = [inputs[key] for key in ("decoder_input_ids", "labels") if torch.is_tensor(inputs.get(key))]
+        self._decoder_tokens = tokens[0].numel() if tokens else None
 
-    def of(self, layer_index: int | None, num_tokens: int) -> torch.Tensor | None:
-        """`(num_tokens,)`; None where all count, also in a module that sees another number of tokens than the mask
-        has, such as an expert of a MoE base."""
-        mask = self._encoder
+    def side(self, layer_index: int | None, num_tokens: int) -> str | None:
+        """Which mask is that of a module's tokens; None where all count, also in a module that sees another number of
+        tokens than the mask has, such as an expert of a MoE base."""
+        side = ""
         if self._stacks.num_encoder_layers and not self._stacks.is_encoder(layer_index):
-            # Cross attention reads the encoder's tokens; all else the decoder's.
-            reads_decoder = num_tokens == self._decoder_tokens or self._encoder is None
-            mask = self._decoder if reads_decoder else self._encoder
-        return mask if mask is not None and mask.numel() == num_tokens else None
-
-
-def _flat(mask: Any) -> torch.Tensor | None:
-    return mask.reshape(-1).ne(0) if torch.is_tensor(mask) and mask.dim() == 2 else None
+            # Cross attention reads the encoder's tokens, all else the decoder's.
+            side = "decoder" if num_tokens == self._decoder_tokens else ""
+        return side if side in self.by_side and self.by_side[side].numel() == num_tokens else None
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

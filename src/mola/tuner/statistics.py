@@ -16,17 +16,14 @@ class RouterOutput(NamedTuple):
 
 
 class RouterObserver(Protocol):
-    """Somebody who looks on in training.
-
-    Attributes:
-        collecting: whether this forward pass is looked at.
-    """
+    """Somebody who looks on in training."""
 
     @property
-    def collecting(self) -> bool: ...
+    def collecting(self) -> bool:
+        """Whether this forward pass is looked at."""
 
     def see(self, adapter_name: str, output: RouterOutput) -> None:
-        """Told what a router gave, at every call of its layer."""
+        """Is told what a router gave, at every call of its layer."""
 
 
 class RouterStatistics(NamedTuple):
