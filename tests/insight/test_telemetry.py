@@ -6,7 +6,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from mola import MolaConfig, MolaLinear
 from mola.insight.recording import recorded_gates
@@ -253,3 +261,24 @@ def test_experts_of_a_layer_that_is_called_twice(model):
     assert counts.pop("base_model.model.model.layers.3.self_attn.q_proj") == 6
     assert set(counts.values()) == {3}
     watch.close()
+
+
+def test_an_encoder_decoder_leaves_out_the_padding_of_either_side():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    config = MolaConfig(num_experts=2, r=2, target_modules=["q", "k", "wi"], task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(base, config).train()
+    watch = RouterWatch(model)
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "labels": torch.tensor([[9, 9, 1], [9, 1, -100]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+    model(**batch)
+    counts = {usage.module.split("model.", 2)[2]: usage.num_tokens for usage in watch.usage(watch.sums())}
+    watch.close()
+    for name, count in counts.items():
+        reads_encoder = name.startswith("encoder") or name.endswith("EncDecAttention.k")
+        assert count == (6 if reads_encoder else 5), name
