@@ -28,7 +28,9 @@ from benchmarks.load import load
 from benchmarks.models import PROJECT, model_folder
 from benchmarks.options import BenchmarkOptions
 from benchmarks.outliers import outliers
+from benchmarks.redundancy import redundancy
 from benchmarks.tables import tables
+from benchmarks.telemetry import telemetry
 from benchmarks.text import check_text
 from benchmarks.training import counts, memory, step
 from mola._memory import CHOICES, KEPT, keep_freed_memory
@@ -50,6 +52,8 @@ RUN = {
     "contention": contention,
     "curve": curve,
     "outliers": outliers,
+    "telemetry": telemetry,
+    "redundancy": redundancy,
 }
 _WIDTH_OF_FILES = 160  # columns when the output is no terminal
 

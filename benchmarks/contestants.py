@@ -36,6 +36,8 @@ TAKES_PART = {
     "contention": ("mola",),
     "curve": ("loop", "mola"),
     "outliers": ("mola",),
+    "telemetry": ("mola",),
+    "redundancy": ("mola",),
 }
 _SCALING = 2.0  # lora_alpha / r, for every contestant
 

@@ -148,6 +148,26 @@ COLUMNS: dict[str, list[Column]] = {
         Column("error left", _number("error_left_real", "{:.3f}")),
         Column("Gaussian", _number("error_left_gaussian", "{:.3f}")),
     ],
+    "telemetry": [
+        Column("dtype", _text("dtype")),
+        Column("dropout", _text("dropout")),
+        Column("routers", _number("routers")),
+        Column("seconds without", _spread("off_seconds", "{:.3f}")),
+        Column("with", _spread("on_seconds", "{:.3f}")),
+        Column("with / without", _spread("on_over_off", "{:.4f}")),
+        Column("a line", _spread("line_seconds", "{:.4f}")),
+        Column("cost", _number("cost_percent", "{:.1f} %")),
+    ],
+    "redundancy": [
+        Column("in", _number("features_in")),
+        Column("out", _number("features_out")),
+        Column("peak MiB, factors", _mebibytes("factors_peak_bytes")),
+        Column("direct", _mebibytes("direct_peak_bytes")),
+        Column("direct / factors", _number("direct_over_factors", "{:,.0f}")),
+        Column("seconds, factors", _number("factors_cpu_seconds", "{:.3f}")),
+        Column("direct", _number("direct_cpu_seconds", "{:.3f}")),
+        Column("largest difference", _number("largest_relative_difference", "{:.1e}")),
+    ],
 }
 # What is the same in all rows of a table, and so goes into its title.
 FIXED = {
@@ -161,6 +181,8 @@ FIXED = {
     "contention": ("model", "action", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "neighbours"),
     "curve": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "steps"),
     "outliers": ("model", "dropout", "batch_size", "seq_len", "num_experts"),
+    "telemetry": ("model", "batch_size", "seq_len", "num_experts", "optimizer"),
+    "redundancy": ("num_experts", "r"),
 }
 
 

@@ -54,8 +54,65 @@ def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
     for whole, prompt, answer in zip(usage["all"], usage["prompt"], usage["answer"], strict=True):
         assert whole["num_tokens"] == prompt["num_tokens"] + answer["num_tokens"]
         assert sum(whole["shares"]) == pytest.approx(2)
-    parts = [rows[0]["num_tokens"] for name, rows in usage.items() if name.startswith("category=")]
-    assert sum(parts) == usage["all"][0]["num_tokens"]
+        assert 0 < whole["entropy"] < 1
+    for kind in ("category=", "token="):
+        parts = [rows[0]["num_tokens"] for name, rows in usage.items() if name.startswith(kind)]
+        assert sum(parts) == usage["all"][0]["num_tokens"]
+    assert {"token=word", "token=number", "token=punctuation", "token=space", "token=special"} <= set(usage)
+    agreement = found["agreement"]
+    assert agreement["modules"] == [row["module"] for row in usage["all"]]
+    assert len(agreement["cramers_v"]) == len(agreement["cramers_v"][0]) == 3 * 7
+    assert all(0 <= value <= 1 for row in agreement["cramers_v"] for value in row)
+    assert found["leave_one_out"] is found["leave_one_out_baseline"] is None
+    assert "agreement" in printed
+
+
+def test_examples_are_spread_over_the_samples(tiny_model_dir, adapter, sample, tmp_path):
+    output = tmp_path / "experts.json"
+    assert run(tiny_model_dir, adapter, sample, "--limit", 6, "--examples", 2, "--json", output) == 0
+    rows = json.loads(sample.read_text())
+    found = json.loads(output.read_text())["examples"]
+    assert [example["id"] for example in found] == [rows[0]["id"], rows[3]["id"]]
+    for example, row in zip(found, (rows[0], rows[3]), strict=True):
+        assert row["instruction"] in example["prompt"]
+        assert example["answer"] == row["output"]
+        assert example["groups"]["category"] == row["category"]
+        assert len(example["experts"]) == 3 * 7
+        for each in example["experts"]:
+            assert len(each["mean_gates"]) == each["layer_index"] + 1
+            assert sum(each["mean_gates"]) == pytest.approx(1, abs=1e-5)
+    assert run(tiny_model_dir, adapter, sample, "--examples", 0, "--limit", 1, "--json", tmp_path / "none.json") == 0
+    assert json.loads((tmp_path / "none.json").read_text())["examples"] == []
+
+
+def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    output = tmp_path / "experts.json"
+    wanted = ("--leave_one_out", "layers", "--leave_one_out_limit", 2, "--limit", 3)
+    assert run(tiny_model_dir, adapter, sample, *wanted, "--json", output) == 0
+    printed = capsys.readouterr()
+    assert "9 experts and 2 samples take 20 forward passes" in printed.err
+    assert "loss" in printed.out
+    found = json.loads(output.read_text())
+    assert found["leave_one_out_baseline"]["samples"] == 2
+    assert found["leave_one_out_baseline"]["loss"] > 0
+    assert [(row["layer_index"], row["expert"]) for row in found["leave_one_out"]] == [
+        (layer, expert) for layer in (1, 2, 3) for expert in range(layer + 1)
+    ]
+    assert {row["module"] for row in found["leave_one_out"]} == {None}
+    assert any(row["loss_change"] != 0 for row in found["leave_one_out"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--leave_one_out", "experts"), "`leave_one_out` must be one of none, layers, modules: got 'experts'"),
+        (("--leave_one_out_limit", 0), "`leave_one_out_limit` must be at least 1"),
+        (("--examples", -1), "`examples` must be at least 0"),
+    ],
+)
+def test_wrong_options_are_refused(tiny_model_dir, adapter, sample, capsys, words, message):
+    assert run(tiny_model_dir, adapter, sample, *words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path):

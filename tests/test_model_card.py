@@ -337,7 +337,8 @@ def test_finished_run_is_uploaded_in_one_commit(flags, local_hub, tmp_path):
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
     }
     folder = tmp_path / "run"
-    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json", "metrics.jsonl"}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json"}
+    expected |= {"metrics.jsonl", "routing.jsonl"}
     expected |= {"tokenizer.json", "tokenizer_config.json"} | ({PLOT_FILE} if (folder / PLOT_FILE).exists() else set())
     assert set(files) == expected
     assert [name for name in files if files[name] != (folder / name).read_bytes()] == []

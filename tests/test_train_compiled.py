@@ -94,6 +94,12 @@ def losses(folder):
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
+def uses(folder):
+    """Shares and mean gates by line and module."""
+    entries = [json.loads(line) for line in (folder / "routing.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [[*record["shares"], *record["mean_gates"]] for entry in entries for record in entry["modules"]]
+
+
 def run(**settings):
     return train(TrainOptions(**settings))
 
@@ -107,6 +113,9 @@ def test_a_compiled_run_trains_as_an_eager_one_and_saves_a_plain_adapter(options
     assert (result.status, result.steps) == ("finished", 5)
     assert (graphs(), breaks()) == (2, 0)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    assert len(uses(tmp_path / "eager")) == 5 * 2
+    for compiled, eager in zip(uses(tmp_path / "compiled"), uses(tmp_path / "eager"), strict=True):
+        assert compiled == pytest.approx(eager, abs=1e-2)  # a near-tie may fall the other way
     ours, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("compiled", "eager"))
     assert ours.keys() == expected.keys()
     assert not [name for name in ours if "_orig_mod" in name]

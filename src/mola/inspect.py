@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, product
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,14 +16,16 @@ from rich.table import Table
 
 from mola.data.encode import encode_examples
 from mola.data.prepare import load_examples
-from mola.data.tasks import load_task
+from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
 from mola.environment import software_versions
 from mola.errors import MolaError
 from mola.evaluation.core import check_positive
 from mola.evaluation.predicting import max_positions
 from mola.files import atomic_write_json, check_new_file
-from mola.insight.looking import ModuleRedundancy, redundancy_of, to_records, usage_on
+from mola.insight.leaving_out import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
+from mola.insight.looking import ModuleRedundancy, look_at, redundancy_of, to_records
+from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
 from mola.loading import check_adapter
 from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
@@ -46,6 +50,13 @@ class InspectOptions(ModelOptions):
     )
     limit: int | None = option(200, "Look at the first so many samples only.")
     template: str | None = option(None, "Prompt template; by default the task's own.")
+    examples: int = option(8, "Put the experts' mean gates of so many single samples into the result file.")
+    leave_one_out: str = option(
+        "none",
+        "Measure the loss on answers without each expert: none, layers (an expert's number in all modules of a layer) "
+        "or modules. It takes one forward pass per expert and sample.",
+    )
+    leave_one_out_limit: int = option(16, "Measure this on the first so many samples only.")
     json: str | None = option(None, "Result file (JSON) with every module.")
     overwrite: bool = option(False, "Replace an existing result.")
 
@@ -57,14 +68,22 @@ class InspectResult:
     Attributes:
         usage: use of experts by module, over `all` tokens, the `prompt`, the `answer`, and every group of samples.
         redundancy: likeness of experts by module.
+        agreement: `modules`, and `cramers_v` of every pair of them.
+        examples: some samples with the mean gates over their answers.
         samples: how many samples were looked at.
         settings: the options.
+        leave_one_out: change of the loss without each expert; None unless asked for.
+        leave_one_out_baseline: `loss` of the whole model and the number of `samples` it was measured on.
     """
 
     usage: dict[str, list[ModuleUsage]]
     redundancy: list[ModuleRedundancy]
+    agreement: dict[str, Any]
+    examples: list[dict[str, Any]]
     samples: int
     settings: dict[str, Any]
+    leave_one_out: list[LeftOut] | None = None
+    leave_one_out_baseline: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,6 +91,10 @@ class InspectResult:
             "samples": self.samples,
             "usage": {name: to_records(rows) for name, rows in self.usage.items()},
             "redundancy": to_records(self.redundancy),
+            "agreement": self.agreement,
+            "examples": self.examples,
+            "leave_one_out": None if self.leave_one_out is None else to_records(self.leave_one_out),
+            "leave_one_out_baseline": self.leave_one_out_baseline,
             "settings": self.settings,
             "versions": software_versions(),
         }
@@ -86,7 +109,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     Raises:
         MolaError: options or data are wrong, before weights are loaded; the adapter has no router.
     """
-    dataset, groups = _check(options)
+    samples = _check(options)
     model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
     if not redundancy:
@@ -94,15 +117,44 @@ def inspect(options: InspectOptions) -> InspectResult:
             f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
             "nothing to look at."
         )
+    is_terminal = Console(stderr=True).is_terminal
+    groups = [_groups(example, samples.task) for example in samples.examples]
+    chosen = spread(options.examples, len(groups))
+    types = TokenTypes(samples.tokenizer)
+    seen = look_at(model, samples.dataset, groups, types, chosen, show_progress=is_terminal)
     result = InspectResult(
-        usage_on(model, dataset, groups, show_progress=Console(stderr=True).is_terminal),
+        seen.usage,
         redundancy,
+        {"modules": seen.modules, "cramers_v": seen.agreement},
+        [_example(number, samples, groups[number]) | {"experts": seen.gates[number]} for number in chosen],
         len(groups),
         asdict(options),
     )
+    if options.leave_one_out != "none":
+        result = _leave_one_out(result, model, samples, options, is_terminal)
     if options.json is not None:
         atomic_write_json(options.json, result.to_dict())
     return result
+
+
+def _leave_one_out(
+    result: InspectResult, model: Any, samples: _Samples, options: InspectOptions, is_terminal: bool
+) -> InspectResult:
+    count = min(options.leave_one_out_limit, len(samples.examples))
+    wanted = experiments(model, options.leave_one_out)
+    passes = (len(wanted) + 1) * count
+    Console(stderr=True).print(
+        f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
+    )
+    dataset = [samples.dataset[number] for number in range(count)]
+    loss, found = losses_without(model, dataset, wanted, show_progress=is_terminal)
+    return replace(result, leave_one_out=found, leave_one_out_baseline={"loss": loss, "samples": count})
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Up to `count` numbers below `total`, spread evenly, from 0 on."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
 
 
 def main(options: InspectOptions) -> int:
@@ -119,9 +171,25 @@ def main(options: InspectOptions) -> int:
     return 0
 
 
-def _check(options: InspectOptions) -> tuple[Any, Sequence[Mapping[str, str]]]:
-    """Everything that can be wrong without weights; the encoded samples and their groups."""
-    check_positive(limit=options.limit)
+class _Samples(NamedTuple):
+    """What is looked at: rows, the same encoded, and what they were encoded with."""
+
+    examples: list[dict[str, Any]]
+    dataset: Any
+    task: Task
+    template: Any
+    tokenizer: Any
+
+
+def _check(options: InspectOptions) -> _Samples:
+    """Everything that can be wrong without weights; the encoded samples."""
+    check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
+    if options.examples < 0:
+        raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
+    if options.leave_one_out not in LEAVE_ONE_OUT:
+        raise MolaError(
+            f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
+        )
     config = check_model(options)
     check_adapter(options.adapter)
     if options.json is not None:
@@ -133,34 +201,85 @@ def _check(options: InspectOptions) -> tuple[Any, Sequence[Mapping[str, str]]]:
     tokenizer = tokenizer_for(options, "right")
     cutoff = max_positions(config) or _NO_LIMIT
     dataset, _ = encode_examples(examples, tokenizer, template, cutoff_len=cutoff)
-    groups = [{name: str(example[name]) for name in task.groups if name in example} for example in examples]
-    return dataset, groups
+    return _Samples(examples, dataset, task, template, tokenizer)
+
+
+def _groups(example: dict[str, Any], task: Task) -> dict[str, str]:
+    return {name: str(example[name]) for name in task.groups if name in example}
+
+
+def _example(number: int, samples: _Samples, groups: dict[str, str]) -> dict[str, Any]:
+    example = samples.examples[number]
+    return {
+        "id": str(example.get("id", number)),
+        "prompt": samples.template.prompt(example["instruction"], example.get("input")),
+        "answer": example["output"],
+        "groups": groups,
+    }
+
+
+_CAPTION = (
+    "Means over the modules of a layer; dead: experts that no token chose; agreement: of the modules' choices with "
+    "each other, and with those of the layer below."
+)
 
 
 def _table(result: InspectResult) -> Table:
-    table = Table(title=escape(f"{result.settings['adapter']}: {result.samples} samples"))
-    for column in ("layer", "experts", "balance", "margin", "dead", "distance", "input overlap", "output overlap"):
+    table = Table(title=escape(f"{result.settings['adapter']}: {result.samples} samples"), caption=_CAPTION)
+    columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
+    columns += ["output overlap", "agreement", "below"]
+    if result.leave_one_out is not None:
+        columns += ["loss without an expert, least", "most"]
+    for column in columns:
         table.add_column(column, justify="right")
-    usage, redundancy = defaultdict(list), defaultdict(list)
-    for used in result.usage["all"]:
-        usage[used.layer_index].append(used)
-    for alike in result.redundancy:
-        redundancy[alike.layer_index].append(alike)
+    usage, redundancy, left_out = (
+        _by_layer(rows) for rows in (result.usage["all"], result.redundancy, result.leave_one_out or ())
+    )
+    agreement = _agreement_by_layer(result)
     for layer, rows in usage.items():
         others = redundancy[layer]
-        table.add_row(
+        cells = [
             "-" if layer is None else str(layer),
             ", ".join(str(number) for number in sorted({len(row.shares) for row in rows})),
-            f"{fmean(row.balance for row in rows):.2f}",
-            f"{fmean(row.margin for row in rows):.2f}",
+            *(f"{fmean(getattr(row, name) for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
             str(sum(len(row.dead_experts) for row in rows)),
             f"{fmean(row.distance for row in others):.3g}",
             _two_digits(fmean(row.input_overlap for row in others)),
             _two_digits(fmean(row.output_overlap for row in others)),
-        )
-    table.caption = "Means over the modules of a layer; dead: experts that no token chose."
+            *map(_two_digits, agreement.get(layer, (math.nan, math.nan))),
+        ]
+        changes = [row.loss_change for row in left_out[layer]]
+        table.add_row(*cells, *(f"{pick(changes):+.4f}" for pick in (min, max) if changes))
     return table
 
 
+def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
+    layers = defaultdict(list)
+    for row in rows:
+        layers[row.layer_index].append(row)
+    return layers
+
+
+def _agreement_by_layer(result: InspectResult) -> dict[int | None, tuple[float, float]]:
+    """Mean agreement of the modules of each layer with each other, and with those of the layer below."""
+    index_of = {row.module: row.layer_index for row in result.usage["all"]}
+    places = defaultdict(list)
+    for place, module in enumerate(result.agreement["modules"]):
+        places[index_of[module]].append(place)
+    values = result.agreement["cramers_v"]
+
+    def mean(pairs: Iterable[tuple[int, int]]) -> float:
+        found = [values[one][other] for one, other in pairs]
+        return fmean(found) if found else math.nan
+
+    return {
+        layer: (
+            mean(combinations(own, 2)),
+            mean(product(own, places.get(layer - 1, ()) if layer is not None else ())),
+        )
+        for layer, own in places.items()
+    }
+
+
 def _two_digits(value: float) -> str:
-    return "-" if value != value else f"{value:.2f}"  # not a number: a factor is zero
+    return "-" if value != value else f"{value:.2f}"  # not a number: a factor is zero, or there is no pair

@@ -22,6 +22,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from mola.environment import machine_description, software_versions
 from mola.files import atomic_write_json
 from mola.hub import check_hub_options, create_repository, upload, without_token
+from mola.insight.telemetry import ROUTING_FILE, ExpertTelemetry
 from mola.loss_plot import PLOT_FILE
 from mola.model_card import CARD_FILE, write_card
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
@@ -127,6 +128,9 @@ def train(options: TrainOptions) -> TrainResult:
         start_run(folder, checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
     trainer = _make_trainer(options, model, tokenizer, data, folder, interruption)
+    telemetry = ExpertTelemetry(folder / ROUTING_FILE, checkpoint)
+    if options.expert_telemetry:
+        telemetry.add_to(trainer)
     if checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(checkpoint.parent))
     _write_record(trainer, folder, {**record, "status": "running"})
@@ -147,6 +151,7 @@ def train(options: TrainOptions) -> TrainResult:
         raise
     finally:
         interruption.restore()
+        telemetry.close()
     result = TrainResult(
         output_dir=str(folder),
         status="finished" if interruption.signal_number is None else "interrupted",
@@ -163,7 +168,12 @@ def train(options: TrainOptions) -> TrainResult:
         write_card(folder, record)
     if "repository" in record:
         if result.status == "finished":
-            upload(folder, [*saved, RUN_FILE, METRICS_FILE, CARD_FILE, PLOT_FILE], record["repository"], options)
+            upload(
+                folder,
+                [*saved, RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE],
+                record["repository"],
+                options,
+            )
         else:
             logger.warning("Not uploaded to %s: the run is not finished.", record["repository"])
     return result

@@ -16,7 +16,7 @@ from mola import MolaLinear
 from mola.cli import main
 
 from .conftest import assert_same_run, curve, record, weights_of
-from .test_ddp import ROUTER_LOSSES
+from .test_ddp import ROUTER_LOSSES, routing
 
 TOLERANCE = 1e-3  # as for DDP, and norms of gradients are summed in another order too
 SHARDED = {"fsdp": "true"}
@@ -38,6 +38,11 @@ def test_two_processes_equal_one_and_the_adapter_is_whole(processes, flags, whol
     options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
     processes.mola(flags(alone, save_steps=2, **options, **ROUTER_LOSSES), processes=1)
     assert_same_run(folder, alone, TOLERANCE)
+    # Use of experts: every token once, as in one process.
+    tokens = [[line["tokens"] for line in routing(run)] for run in (folder, alone)]
+    assert tokens[0] == tokens[1]
+    for ours, theirs in zip(routing(folder)[0]["modules"], routing(alone)[0]["modules"], strict=True):
+        assert ours["mean_gates"] == pytest.approx(theirs["mean_gates"], abs=1e-3)
     # It was sharded: only then the trainer writes the adapter in this form too.
     assert (folder / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from benchmarks.redundancy import SHAPES, direct_distances, peak_allocated, random_experts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,3 +71,16 @@ def test_a_zero_factor_has_no_directions():
     overlaps = subspace_overlaps(torch.stack([torch.zeros(2, 8), torch.eye(2, 8)]))
     assert math.isnan(overlaps[0, 1])
     assert overlaps[1, 1] == 1
+
+
+@pytest.mark.parametrize(("width_in", "width_out"), SHAPES)
+def test_factors_need_a_hundredth_of_the_memory_of_updates(width_in, width_out):
+    """In the shapes of LLaMA-2-7B, and to the same result; the direct way holds two updates at a time."""
+    experts_A, experts_B = random_experts(width_in, width_out, seed=0)
+    factors = peak_allocated(expert_distances, experts_A, experts_B)
+    pair = experts_A[[2, 5]], experts_B[[2, 5]]  # what the direct way needs does not depend on the number of pairs
+    direct_bytes = peak_allocated(direct_distances, *pair)
+    assert direct_bytes >= 2 * 4 * width_in * width_out
+    assert factors <= direct_bytes / 100
+    expected = direct_distances(*pair)[0, 1].item()
+    assert expert_distances(experts_A, experts_B)[2, 5].item() == pytest.approx(expected, rel=1e-5)

@@ -27,8 +27,10 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
-TWO = ModuleGates("layers.0.q_proj", 0, torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
-THREE = ModuleGates("layers.1.q_proj", 1, torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 1.0]]))
+TWO = ModuleGates("layers.0.q_proj", 0, torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), torch.zeros(3))
+THREE = ModuleGates(
+    "layers.1.q_proj", 1, torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 1.0]]), torch.zeros(3)
+)
 
 
 def test_mean_gate_by_layer():

@@ -12,22 +12,22 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.insight.recording import ModuleGates, recorded_gates
 from mola.insight.usage import UsageCounter
-from mola.tuner.routing import dense_gates, top_k_softmax
+from mola.tuner.routing import dense_gates, router_entropies, top_k_softmax
 
 
 def gates(num_tokens, num_experts, top_k, seed):
     logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
-    return dense_gates(top_k_softmax(logits, top_k), num_experts)
+    return dense_gates(top_k_softmax(logits, top_k), num_experts), router_entropies(logits, dim=1)
 
 
 @given(st.integers(1, 20), st.integers(2, 6), st.data(), st.integers(0, 2**31))
 def test_definitions_whatever_the_batches(num_tokens, num_experts, data, seed):
     top_k = data.draw(st.integers(1, num_experts))
     cut = data.draw(st.integers(0, num_tokens))
-    all_gates = gates(num_tokens, num_experts, top_k, seed)
+    all_gates, entropies = gates(num_tokens, num_experts, top_k, seed)
     counter = UsageCounter()
-    for part in (all_gates[:cut], all_gates[cut:]):
-        counter.add([ModuleGates("layers.3.q_proj", 3, part)])
+    for part in (slice(cut), slice(cut, None)):
+        counter.add([ModuleGates("layers.3.q_proj", 3, all_gates[part], entropies[part])])
     [usage] = counter.usage()
     rows = all_gates.tolist()
     assert (usage.module, usage.layer_index, usage.num_tokens) == ("layers.3.q_proj", 3, num_tokens)
@@ -40,27 +40,30 @@ def test_definitions_whatever_the_batches(num_tokens, num_experts, data, seed):
     assert sum(usage.mean_gates) == pytest.approx(1)
     entropy = -sum(mean * math.log(mean) for mean in usage.mean_gates if mean > 0)
     assert usage.balance == pytest.approx(entropy / math.log(num_experts))
+    logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed)).double()
+    all_entropies = torch.distributions.Categorical(logits=logits).entropy() / math.log(num_experts)
+    assert usage.entropy == pytest.approx(all_entropies.mean().item(), abs=1e-6)
     ordered = [sorted(row, reverse=True) for row in rows]
     assert usage.margin == pytest.approx(sum(row[0] - row[1] for row in ordered) / num_tokens)
 
 
 def test_masked_tokens_do_not_count():
-    all_gates, mask = gates(6, 4, 2, 0), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    (all_gates, entropies), mask = gates(6, 4, 2, 0), torch.tensor([[1, 0, 1], [0, 0, 1]])
     masked, left = UsageCounter(), UsageCounter()
-    masked.add([ModuleGates("q_proj", 0, all_gates)], mask)
-    left.add([ModuleGates("q_proj", 0, all_gates[[0, 2, 5]])])
+    masked.add([ModuleGates("q_proj", 0, all_gates, entropies)], mask)
+    left.add([ModuleGates("q_proj", 0, all_gates[[0, 2, 5]], entropies[[0, 2, 5]])])
     assert masked.usage() == left.usage()
 
 
 def test_a_mask_of_another_batch_is_refused():
     with pytest.raises(MolaError, match="q_proj saw 6 tokens, the mask has 5"):
-        UsageCounter().add([ModuleGates("q_proj", 0, gates(6, 4, 2, 0))], torch.ones(5))
+        UsageCounter().add([ModuleGates("q_proj", 0, *gates(6, 4, 2, 0))], torch.ones(5))
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(6)])
 def test_nothing_counted_is_an_error(mask):
     counter = UsageCounter()
-    counter.add([] if mask is None else [ModuleGates("q_proj", 0, gates(6, 4, 2, 0))], mask)
+    counter.add([] if mask is None else [ModuleGates("q_proj", 0, *gates(6, 4, 2, 0))], mask)
     with pytest.raises(MolaError, match="no token was counted"):
         counter.usage()
 

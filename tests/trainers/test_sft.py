@@ -1,10 +1,14 @@
 """TRL's SFTTrainer on conversations: what is trained, what is saved, and that the routers' losses count."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import LlamaForCausalLM
+
+from mola.insight.telemetry import ExpertTelemetry
 
 from .conftest import (
     KeepGradients,
@@ -84,6 +88,23 @@ def test_router_losses_reach_the_gradients(make, packing):
     assert_same_gradients(keep.steps[0], expected["with"])
     routers = [name for name in expected["with"] if "mola_router" in name]
     assert any((expected["with"][name] - expected["without"][name]).abs().max() > 1e-3 for name in routers)
+
+
+@pytest.mark.parametrize("packing", ["no", "bfd"])
+def test_use_of_experts_counts_every_token_once(make, tmp_path, packing):
+    trainer = make("config", max_steps=4, logging_steps=2, gradient_accumulation_steps=2, **PACKING[packing])
+    batches = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda samples: batches.append(collate(samples)) or batches[-1]
+    ExpertTelemetry(tmp_path / "routing.jsonl").add_to(trainer)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+    per_step = len(masks) // 4
+    assert lines[0]["tokens"] == sum(int(mask.sum()) for mask in masks[: 2 * per_step])
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all("experts/balance" in entry for entry in entries)
 
 
 @pytest.mark.slow

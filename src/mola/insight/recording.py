@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mola.tuner.layer import MolaLinear
-from mola.tuner.routing import dense_gates, top_k_softmax
+from mola.tuner.routing import dense_gates, router_entropies, top_k_softmax
 
 
 class ModuleGates(NamedTuple):
@@ -22,11 +22,13 @@ class ModuleGates(NamedTuple):
         module: its name in the model.
         layer_index: its decoder layer, from 0; None outside the layers.
         gates: float32 `(N, E)` on the CPU, one row per token in the order of the input; 0 where not chosen.
+        entropies: float32 `(N,)`, entropy of the router's softmax over all experts, over its largest value `log E`.
     """
 
     module: str
     layer_index: int | None
     gates: torch.Tensor
+    entropies: torch.Tensor
 
     @property
     def kind(self) -> str:
@@ -64,9 +66,10 @@ def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
         for adapter in layer.active_adapters:
             if adapter in layer.mola_router:
                 with torch.no_grad():
-                    routing = top_k_softmax(layer.router_logits(adapter, inputs[0]), layer.top_k[adapter])
-                    gates = dense_gates(routing, layer.num_experts[adapter]).cpu()
-                recorded.append(ModuleGates(name, layer.layer_index, gates))
+                    logits = layer.router_logits(adapter, inputs[0])
+                    gates = dense_gates(top_k_softmax(logits, layer.top_k[adapter]), layer.num_experts[adapter])
+                    entropies = router_entropies(logits, dim=1)
+                recorded.append(ModuleGates(name, layer.layer_index, gates.cpu(), entropies.cpu()))
 
     return record
 

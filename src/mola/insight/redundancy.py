@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_COLUMNS = 1024  # that are taken at once
+
 
 def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     r"""Frobenius distances between the updates of a module's experts, the paper's measure of redundancy.
@@ -22,13 +24,22 @@ def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: 
         float64 `(E, E)`, symmetric, 0 on the diagonal.
     """
     num_experts, r, _ = experts_A.shape
-    # float64: the squared distance of like experts is a small difference of large numbers.
-    grams = [stack.detach().flatten(0, 1).double() for stack in (experts_A, experts_B)]
-    product = (grams[0] @ grams[0].t()) * (grams[1] @ grams[1].t())
+    product = _gram(experts_A) * _gram(experts_B)
     inner = product.view(num_experts, r, num_experts, r).sum((1, 3))
     norms = inner.diagonal()
     squared = norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * inner
     return squared.clamp_min(0).sqrt().mul(scaling).fill_diagonal_(0)
+
+
+def _gram(stack: torch.Tensor) -> torch.Tensor:
+    """Inner products of all rows, float64 `(E r, E r)`, without a copy of the stack as a whole."""
+    rows = stack.detach().flatten(0, 1)
+    # float64: the squared distance of like experts is a small difference of large numbers.
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(_COLUMNS, dim=1):
+        columns = part.double()
+        gram.addmm_(columns, columns.t())
+    return gram
 
 
 def mean_pairwise(matrix: torch.Tensor) -> float:

@@ -23,6 +23,8 @@ class ModuleUsage:
         mean_gates: of each expert, its mean gate `m_e`; they add up to 1.
         balance: entropy of the mean gates over its largest value, `-sum_e m_e log m_e / log E`: 1 where all experts
             have the same weight, 0 where one has all of it.
+        entropy: mean over tokens of the entropy of the router's softmax `p` over all experts, `-sum_e p_e log p_e /
+            log E`: 1 where a router is undecided, 0 where it is sure.
         margin: mean difference of the largest and the second largest gate; 1 where one expert is chosen.
         dead_experts: experts that no token chose.
     """
@@ -33,6 +35,7 @@ class ModuleUsage:
     shares: tuple[float, ...]
     mean_gates: tuple[float, ...]
     balance: float
+    entropy: float
     margin: float
     dead_experts: tuple[int, ...]
 
@@ -54,18 +57,19 @@ class UsageCounter:
             MolaError: a module saw another number of tokens than the mask has.
         """
         for each in recorded:
-            gates = each.gates
+            gates, entropies = each.gates, each.entropies
             if token_mask is not None:
                 if token_mask.numel() != len(gates):
                     raise MolaError(
                         f"`token_mask` must have one element per token: {each.module} saw {len(gates)} tokens, the "
                         f"mask has {token_mask.numel()}."
                     )
-                gates = gates[token_mask.flatten().to(gates.device) != 0]
+                counted = token_mask.flatten().to(gates.device) != 0
+                gates, entropies = gates[counted], entropies[counted]
             sums = self._sums.get(each.module)
             if sums is None:
                 sums = self._sums[each.module] = _Sums(each.layer_index, gates.shape[1])
-            sums.add(gates)
+            sums.add(gates, entropies)
 
     def usage(self) -> list[ModuleUsage]:
         """The use of every module that was counted, in the order of their first appearance.
@@ -84,25 +88,52 @@ class _Sums:
         self.num_tokens = 0
         self.chosen = torch.zeros(num_experts, dtype=torch.float64)
         self.gates = torch.zeros(num_experts, dtype=torch.float64)
+        self.entropy = 0.0
         self.margin = 0.0
 
-    def add(self, gates: torch.Tensor) -> None:
+    def add(self, gates: torch.Tensor, entropies: torch.Tensor) -> None:
         self.num_tokens += len(gates)
         self.chosen += (gates > 0).sum(0).double()
         self.gates += gates.double().sum(0)
+        self.entropy += entropies.double().sum().item()
         largest = gates.double().topk(2, dim=1).values
         self.margin += (largest[:, 0] - largest[:, 1]).sum().item()
 
     def usage(self, module: str) -> ModuleUsage:
-        mean = self.gates / self.num_tokens
-        entropy = torch.special.entr(mean).sum().item()
-        return ModuleUsage(
-            module,
-            self.layer_index,
-            self.num_tokens,
-            tuple((self.chosen / self.num_tokens).tolist()),
-            tuple(mean.tolist()),
-            entropy / math.log(len(mean)),
-            self.margin / self.num_tokens,
-            tuple(torch.nonzero(self.chosen == 0).flatten().tolist()),
+        return usage_of_sums(
+            module, self.layer_index, self.num_tokens, self.chosen, self.gates, self.entropy, self.margin
         )
+
+
+def usage_of_sums(
+    module: str,
+    layer_index: int | None,
+    num_tokens: int,
+    chosen: torch.Tensor,
+    gates: torch.Tensor,
+    entropy: float,
+    margin: float,
+) -> ModuleUsage:
+    """Use of one module from sums over tokens.
+
+    Args:
+        module: its name.
+        layer_index: its decoder layer.
+        num_tokens: how many tokens, at least 1.
+        chosen: how many of them chose each expert, float64 `(E,)`.
+        gates: sum of each expert's gates, float64 `(E,)`.
+        entropy: sum of the entropies of the router's softmax, each over `log E`.
+        margin: sum of the differences of the largest and the second largest gate.
+    """
+    mean = gates / num_tokens
+    return ModuleUsage(
+        module,
+        layer_index,
+        num_tokens,
+        tuple((chosen / num_tokens).tolist()),
+        tuple(mean.tolist()),
+        torch.special.entr(mean).sum().item() / math.log(len(mean)),
+        entropy / num_tokens,
+        margin / num_tokens,
+        tuple(torch.nonzero(chosen == 0).flatten().tolist()),
+    )

@@ -112,6 +112,10 @@ class TrainOptions(TrainingArguments):
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss; default 0 = off.")
     router_jitter_noise: float | None = option(None, "Relative noise on the routers' input; default 0 = off.")
 
+    expert_telemetry: bool = option(
+        True, "Record the use of experts during training: routing.jsonl, and `experts/...` in every log entry."
+    )
+
     dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
     load_in_8bit: bool = quantization_option("load_in_8bit")
     load_in_4bit: bool = quantization_option("load_in_4bit")

@@ -3,6 +3,7 @@
 adapter_config.json, adapter_model.safetensors    the adapter (the best one, when evaluated)
 run.json         settings, versions, machine, data fingerprints, metrics, status
 metrics.jsonl    the loss curve: one JSON object per log entry
+routing.jsonl    the use of experts: one JSON object per logging interval
 README.md        the model card; loss.png, its picture
 checkpoint-N/    adapter, optimiser, schedule and random state after step N
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
+from mola.insight.telemetry import ROUTING_FILE
 from mola.loss_plot import PLOT_FILE
 from mola.marks import is_own_file
 from mola.model_card import CARD_FILE
@@ -35,11 +37,11 @@ from mola.training.checkpoints import (
 
 METRICS_FILE = "metrics.jsonl"
 _SAVING = ".saving-"  # the adapter on its way into the run folder
-_RUN_FILES = (METRICS_FILE, PLOT_FILE, *ADAPTER_FILES, "training_args.bin", RUN_FILE)
+_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *ADAPTER_FILES, "training_args.bin", RUN_FILE)
 # What a run that was killed while it wrote can leave behind besides checkpoints.
 _LEFTOVERS = (
     f"{_SAVING}*",
-    *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, CARD_FILE, PLOT_FILE)),
+    *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE)),
     ".write-test-*",
 )
 # What the trainer adds for itself, and PEFT's card: the run has its own.

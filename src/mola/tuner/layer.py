@@ -21,6 +21,7 @@ from mola.tuner.statistics import RouterOutput
 if TYPE_CHECKING:
     from mola.tuner.router_losses import RouterLosses
     from mola.tuner.siblings import Slot
+    from mola.tuner.statistics import RouterObserver
 
 FEW_TOKENS_COMPILED = 8
 
@@ -97,6 +98,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
+        self.observer: RouterObserver | None = None  # set while one looks on: see mola.insight.watching
         # Set while text is generated: see mola.tuner.siblings.
         self.slot: Slot | None = None
         self.merged_adapters: list[str] = []
@@ -262,12 +264,16 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     @property
     def _collects(self) -> bool:
-        return self.training and self.router_losses is not None and self.router_losses.collecting
+        listeners = self.router_losses, self.observer
+        return self.training and any(each is not None and each.collecting for each in listeners)
 
     def _leave_behind(self, adapter_name: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> None:
-        if self._collects:
-            # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
-            self.router_outputs[adapter_name] = RouterOutput(logits, expert_indices)
+        # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
+        output = RouterOutput(logits, expert_indices)
+        if self.training and self.router_losses is not None and self.router_losses.collecting:
+            self.router_outputs[adapter_name] = output
+        if self.training and self.observer is not None and self.observer.collecting:
+            self.observer.see(adapter_name, output)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits of `x: (..., in)`: float32 `(N, E)`.
@@ -281,7 +287,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}, "slot": None}
+        return {**self.__dict__, "router_outputs": {}, "slot": None, "observer": None}
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

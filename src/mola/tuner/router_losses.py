@@ -84,7 +84,7 @@ class RouterLosses:
                     "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
-            inputs = self._bind(module, args, kwargs)
+            inputs = call_arguments(module, args, kwargs)
             self._set_masks(inputs, unshifted=any(config.task_type in _UNSHIFTED_TASKS for config in configs))
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -98,7 +98,7 @@ class RouterLosses:
                 loss = term if loss is None else loss + term
         if loss is None:
             return output
-        return self._attach(output, loss, self._bind(module, args, kwargs))
+        return self._attach(output, loss, call_arguments(module, args, kwargs))
 
     def _clear(self) -> None:
         for layer in self._layers:
@@ -251,11 +251,12 @@ class RouterLosses:
             self._said.add(key)
             warnings.warn(message, stacklevel=2)
 
-    @staticmethod
-    def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+
+def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module`, all by name."""
+    if not args:
+        return kwargs
+    return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
 
 
 def _wants_loss(config: MolaConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,12 @@ def largest_logits(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Te
         values.append(value)
         indices.append(index)
     return torch.cat(values, dim), torch.cat(indices, dim)
+
+
+def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """Entropy of the softmax along `dim` over its largest value `log E`: one dimension less than `logits`."""
+    log_probabilities = torch.log_softmax(logits, dim)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim) / math.log(logits.shape[dim])
 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:

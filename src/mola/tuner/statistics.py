@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -13,6 +13,17 @@ class RouterOutput(NamedTuple):
 
     logits: torch.Tensor
     expert_indices: torch.Tensor
+
+
+class RouterObserver(Protocol):
+    """Somebody who looks on in training."""
+
+    @property
+    def collecting(self) -> bool:
+        """Whether this forward pass is looked at."""
+
+    def see(self, adapter_name: str, output: RouterOutput) -> None:
+        """Is told what a router gave, at every call of its layer."""
 
 
 class RouterStatistics(NamedTuple):

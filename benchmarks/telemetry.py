@@ -1,0 +1,52 @@
+"""The suite `telemetry`: what it costs a training step to record the use of experts.
+
+Two models with the same weights take turns; the experts of one are watched, and every token counts, as in `mola train`.
+An interval of ten steps, the default between two lines, ends with the sums on the host and the records of a line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import cases
+from benchmarks.contestants import build, make_step
+from benchmarks.measure import ratio, time_interleaved
+from benchmarks.models import load_base, training_batch
+from benchmarks.options import BenchmarkOptions
+from mola.insight.watching import RouterWatch
+
+logger = logging.getLogger(__name__)
+
+STEPS_OF_A_LINE = 10
+
+
+def telemetry(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Seconds of a step that is watched, and its ratio to one that is not; the same for the line of an interval."""
+    for case in cases(options, model, folder):
+        logger.info("telemetry: %s, %s, dropout %g", model, case.dtype, case.dropout)
+        base = load_base(case)
+        batch = training_batch(case, base.config.vocab_size)
+        mola, watched = build("mola", base, case), build("mola", base, case)
+        watch = RouterWatch(watched.model)
+        actions: dict[str, Callable[[], Any]] = {
+            "off": make_step(mola.model, batch, case),
+            "on": make_step(watched.model, batch, case),
+            "line": lambda watch=watch: _line(watch),
+        }
+        times = time_interleaved(actions, options.repeats, options.warmup, case.device)
+        watch.close()
+        seconds = {f"{name}_{key}": value for name, each in times.items() for key, value in each.row().items()}
+        own = ratio(times["on"], times["off"])
+        line = seconds["line_seconds"]["median"] / STEPS_OF_A_LINE / seconds["off_seconds"]["median"]
+        share = {"cost_percent": 100 * (own["median"] - 1 + line)}
+        yield case.row() | mola.row() | {"routers": len(watch.routers)} | seconds | {"on_over_off": own} | share
+
+
+def _line(watch: RouterWatch) -> list[dict[str, Any]]:
+    sums = watch.sums()
+    watch.reset()
+    return [asdict(usage) for usage in watch.usage(sums)]

@@ -1,0 +1,144 @@
+"""What an expert is worth: the loss on answers without it, less that of the whole model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from mola.data.encode import IGNORED
+from mola.tuner.layer import MolaLinear
+
+LEAVE_ONE_OUT = ("none", "layers", "modules")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The loss without one expert.
+
+    Attributes:
+        layer_index: its decoder layer, None outside the layers.
+        module: its module; None where the expert of this number was taken out of all modules of the layer.
+        expert: its number.
+        loss_change: loss without it, less the loss of the whole model; above 0 if it helps.
+    """
+
+    layer_index: int | None
+    module: str | None
+    expert: int
+    loss_change: float
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One expert to take out, of one module or of all modules of a layer."""
+
+    layer_index: int | None
+    module: str | None
+    expert: int
+    layers: tuple[MolaLinear, ...]
+
+
+def experiments(model: nn.Module, by: str) -> list[Experiment]:
+    """Every expert of the modules with a router, once.
+
+    Args:
+        model: with an adapter.
+        by: "layers" or "modules".
+    """
+    groups: dict[tuple[int | None, str | None], list[MolaLinear]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, MolaLinear) and _adapter(module) is not None:
+            groups[module.layer_index, name if by == "modules" else None].append(module)
+    return [
+        Experiment(index, name, expert, tuple(layer for layer in layers if expert < _num_experts(layer)))
+        for (index, name), layers in groups.items()
+        for expert in range(max(map(_num_experts, layers)))
+    ]
+
+
+def _adapter(layer: MolaLinear) -> str | None:
+    return next((name for name in layer.active_adapters if layer.num_experts.get(name, 1) > 1), None)
+
+
+def _num_experts(layer: MolaLinear) -> int:
+    return layer.num_experts[_adapter(layer) or ""]
+
+
+@contextmanager
+def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]:
+    """Compute without one expert, as if its logit were minus infinity, until the context ends.
+
+    The `top_k` largest of the other logits are chosen, or all of them where fewer are left; gates add up to 1.
+
+    Args:
+        layers: modules with routers, each with more than `expert` experts.
+        expert: which one.
+    """
+    kept: list[tuple[MolaLinear, str, list[nn.Parameter], Any]] = []
+    try:
+        for layer in layers:
+            name = _adapter(layer) or ""
+            places = [layer.mola_A, layer.mola_B, layer.mola_router]
+            kept.append((layer, name, [place[name] for place in places], layer.settings[name]))
+            others = [index for index in range(layer.num_experts[name]) if index != expert]
+            for place in places:
+                place[name] = nn.Parameter(place[name].detach()[others], requires_grad=False)
+            old = layer.settings[name]
+            _set(layer, name, replace(old, num_experts=len(others), top_k=min(old.top_k, len(others))))
+        yield
+    finally:
+        for layer, name, parameters, settings in kept:
+            for place, parameter in zip((layer.mola_A, layer.mola_B, layer.mola_router), parameters, strict=True):
+                place[name] = parameter
+            _set(layer, name, settings)
+
+
+def _set(layer: MolaLinear, name: str, settings: Any) -> None:
+    layer.settings[name] = settings
+    layer.num_experts[name], layer.top_k[name] = settings.num_experts, settings.top_k
+
+
+def losses_without(
+    model: Any, samples: Sequence[Mapping[str, Any]], wanted: Sequence[Experiment], show_progress: bool = False
+) -> tuple[float, list[LeftOut]]:
+    """The loss of the whole model, and its change without each expert; `(1 + experts) * samples` forward passes.
+
+    Args:
+        model: with an adapter, in eval mode.
+        samples: `input_ids` and `labels`.
+        wanted: from `experiments`.
+        show_progress: show a bar with the time left on standard error.
+    """
+    loss, found = 0.0, []
+    steps: list[Experiment | None] = [None, *wanted]
+    bar = {"total": len(steps), "console": Console(stderr=True), "disable": not show_progress}
+    for each in track(steps, f"Leaving out {len(wanted)} experts", **bar):  # type: ignore[arg-type]
+        if each is None:
+            loss = answer_loss(model, samples)
+            continue
+        with expert_left_out(each.layers, each.expert):
+            change = answer_loss(model, samples) - loss
+        found.append(LeftOut(each.layer_index, each.module, each.expert, change))
+    return loss, found
+
+
+@torch.no_grad()
+def answer_loss(model: Any, samples: Sequence[Mapping[str, Any]]) -> float:
+    """Mean negative log-likelihood of the answers' tokens over all samples, which are read one at a time."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for sample in samples:
+        ids, labels = (torch.tensor([list(sample[name])], device=device) for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        wanted = labels[0, 1:]
+        total += nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
+        count += int((wanted != IGNORED).sum())
+    return total / max(count, 1)
