@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from mola.comparison.allocations import Allocations
@@ -131,11 +132,12 @@ class _Comparison:
     def _all_runs(self) -> bool:
         if self.options.evaluate_base:
             self._test_base()
-        left = self.open_runs()
-        for number, run in enumerate(left, start=1):
-            logger.info("Run %d of %d: %s.", number, len(left), run.key)
-            if not self._one(run):
-                return False
+        for number, run in enumerate(self.runs, start=1):
+            self._read_again()
+            if run.key not in {result.key for result in self.results}:
+                logger.info("Run %d of %d: %s.", number, len(self.runs), run.key)
+                if not self._one(run):
+                    return False
         return True
 
     def _one(self, run: Run) -> bool:
@@ -173,7 +175,17 @@ class _Comparison:
         self.results.append(result)
         self._write("running")
 
+    def _read_again(self) -> None:
+        """Take in what other processes have finished, which work on the same record."""
+        known = {result.key for result in self.results}
+        self.results += [result for result in read_results(self.path) if result.key not in known]
+
     def _write(self, status: str, **more: Any) -> list[Row]:
+        with FileLock(f"{self.path}.lock"):
+            self._read_again()
+            return self._write_locked(status, **more)
+
+    def _write_locked(self, status: str, **more: Any) -> list[Row]:
         assert isinstance(self.options.recipes, dict)
         assert isinstance(self.options.tasks, dict)
         rows = summarize(self.results, [*self.options.recipes], [*self.options.tasks], str(self.options.reference))
