@@ -2,6 +2,7 @@
 
 - Every run is one of `mola train` followed by one of `mola evaluate`.
 - Each finished run is in the record at once. Stopped at any moment, the same command goes on; nothing is repeated.
+- Several processes with the same command share the work: a run belongs to the process that holds its lock.
 - The table has intervals over seeds and over questions, and says what can be told apart.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 
 from mola.comparison.allocations import Allocations
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
 _TEST_FILE = "test.json"
+_POLL_SECONDS = 5.0
 _WEIGHTS = ("adapter_model.safetensors", "tokenizer.json")
 
 
@@ -130,15 +134,44 @@ class _Comparison:
         return [run for run in self.runs if run.key not in done]
 
     def _all_runs(self) -> bool:
+        """What nobody has done or is doing; then wait for the others, and do what they leave."""
         if self.options.evaluate_base:
             self._test_base()
-        for number, run in enumerate(self.runs, start=1):
-            self._read_again()
-            if run.key not in {result.key for result in self.results}:
-                logger.info("Run %d of %d: %s.", number, len(self.runs), run.key)
-                if not self._one(run):
-                    return False
+        while left := self._read_again():
+            is_idle = True
+            for run in left:
+                with self._claim(run) as is_mine:
+                    if is_mine and run in self._read_again() and self._is_ready(run):
+                        is_idle = False
+                        logger.info("Run %d of %d: %s.", 1 + self.runs.index(run), len(self.runs), run.key)
+                        if not self._one(run):
+                            return False
+            if is_idle:
+                time.sleep(_POLL_SECONDS)
         return True
+
+    def _is_ready(self, run: Run) -> bool:
+        """Whether the probe of a run is done."""
+        return run.probe is None or Key(run.key.task, run.probe, run.key.seed) in {each.key for each in self.results}
+
+    @contextmanager
+    def _claim(self, run: Run) -> Iterator[bool]:
+        """Whether no other process is at work on a run; none will be in the block. A killed process claims nothing."""
+        lock = self._lock("-".join(map(str, run.key)))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> BaseFileLock:
+        folder = self.folder / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name)
 
     def _one(self, run: Run) -> bool:
         folder = Path(run.options.output_dir or "")
@@ -167,21 +200,24 @@ class _Comparison:
         for run in self.runs:
             first.setdefault(run.key.task, run)
         for task, run in first.items():
-            if Key(task, BASE, 0) not in {result.key for result in self.results}:
-                test = replace(run.test, output=str(self.folder / task / "base.json"))
-                self._add(base_result_of(run, evaluate_once(test, run.fingerprints["test"])))
+            with self._lock(f"base-{task}"):
+                self._read_again()
+                if Key(task, BASE, 0) not in {result.key for result in self.results}:
+                    test = replace(run.test, output=str(self.folder / task / "base.json"))
+                    self._add(base_result_of(run, evaluate_once(test, run.fingerprints["test"])))
 
     def _add(self, result: Result) -> None:
         self.results.append(result)
         self._write("running")
 
-    def _read_again(self) -> None:
-        """Take in what other processes have finished, which work on the same record."""
+    def _read_again(self) -> list[Run]:
+        """Take in what other processes have finished, which work on the same record; what is left."""
         known = {result.key for result in self.results}
         self.results += [result for result in read_results(self.path) if result.key not in known]
+        return self.open_runs()
 
     def _write(self, status: str, **more: Any) -> list[Row]:
-        with FileLock(f"{self.path}.lock"):
+        with self._lock("record"):
             self._read_again()
             return self._write_locked(status, **more)
 
