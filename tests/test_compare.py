@@ -26,6 +26,7 @@ from mola.comparison.tables import comma_separated, markdown
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluate import evaluate
 from mola.train import TrainOptions, train
+from mola.training.callbacks import MetricsFile
 
 SETTINGS = {
     "task": "sample",
@@ -178,27 +179,45 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
 # ---------------------------------------------------------------------- stopping and going on
 
 
-def test_killed_and_gone_on_gives_the_same(whole, values, tmp_path):
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path):
     _, result = whole
     recipe = tmp_path / "study.yaml"
     recipe.write_text(json.dumps(values()), encoding="utf-8")
     command = [sys.executable, "-m", "mola.cli", "compare", "--config", str(recipe)]
     record = tmp_path / "out" / "compare.json"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     deadline = time.monotonic() + 300
     try:
-        while time.monotonic() < deadline and process.poll() is None:
-            if record.exists() and len(read(record)["runs"]) >= 4:
-                break
+        while time.monotonic() < deadline and not (record.exists() and len(read(record)["runs"]) >= 4):
             time.sleep(0.02)
-        assert process.poll() is None
+        assert both[0].poll() is None
+        os.kill(both[0].pid, signal.SIGKILL)
+        assert len(read_results(record)) < len(result.results)
+        assert both[1].wait(timeout=300) == 0
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = len(read_results(record))
-    assert 4 <= done < len(result.results)
-    again = compare(CompareOptions(**values()))
-    assert again.status == "finished"
+        for process in both:
+            process.kill()
+            process.wait()
+    assert numbers(read_results(record)) == numbers(result.results)
+    assert read(record)["status"] == "finished"
+
+
+def test_interrupted_and_gone_on_gives_the_same(whole, values, run, tmp_path, monkeypatch):
+    _, result = whole
+    seen = []
+
+    def stop_at_the_third(self, *args, **kwargs):
+        seen.append(self)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_third)
+    first = run()
+    assert (first.status, first.open) == ("interrupted", 6)
+    monkeypatch.undo()
+    again = run()
+    assert (again.status, again.open) == ("finished", 0)
     assert numbers(again.results) == numbers(result.results)
 
 

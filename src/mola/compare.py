@@ -80,7 +80,6 @@ def compare(options: CompareOptions) -> CompareResult:
     check_same(results, runs)
     comparison = _Comparison(options, runs, results, path)
     with sigterm_as_interrupt():
-        comparison.allocations.make_and_check(comparison.open_runs())
         return comparison.run()
 
 
@@ -116,6 +115,8 @@ class _Comparison:
 
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
+        with self._lock("allocations"):
+            self.allocations.make_and_check(self.open_runs())
         self._write("running")
         try:
             status = "finished" if self._all_runs() else "interrupted"
