@@ -68,6 +68,9 @@ class ReallocateBenchmarkOptions:
     )
     first_steps: int = option(80, "Steps of 8 questions before.")
     more_steps: int = option(20, "Steps after.")
+    more_learning_rate: float = option(
+        0.001, "Learning rate of these steps; the 0.003 of the first ones makes losses jump, once they are small."
+    )
     held_out: int = option(60, "Questions of which the loss is measured.")
     seed: int = option(0, "Seed of questions and weights.")
     output: str | None = option(None, "Result file (JSON).")
@@ -127,7 +130,7 @@ def _measure(options: ReallocateBenchmarkOptions, folder: Path) -> Iterator[dict
     yield {"what": "before", "num_experts": numbers, "right_after": before}
 
     def trained_on(name: str, adapter: Path) -> dict[str, Any]:
-        _train(options, more, folder / name, adapter=str(adapter))
+        _train(options, more, folder / name, adapter=str(adapter), learning_rate=str(options.more_learning_rate))
         return {"after": _loss(options, folder / name, held_out)}
 
     yield {"what": "the old allocation, kept", "right_after": before} | trained_on("kept", start)

@@ -80,12 +80,13 @@ def test_from_one_expert_to_several_nothing_changes(tiny_model_dir, adapter, tmp
     torch.testing.assert_close(logits(tiny_model_dir, tmp_path / "new"), logits(tiny_model_dir, adapter))
 
 
-def test_one_expert_per_token_gets_copies(tiny_model_dir, tmp_path):
-    """A new expert without an update would take tokens away from the others altogether."""
-    folder = save(tiny_model_dir, tmp_path / "a", MolaConfig(num_experts=2, top_k=1, r=2, init_lora_weights=False))
-    moved(folder, "3,", tmp_path / "new")
-    tensors = tensors_of(tmp_path / "new")
-    assert all(tensor[2].any() for key, tensor in tensors.items() if "mola_B" in key)
+def test_more_experts_leave_the_others_as_they_are(uniform, tmp_path):
+    moved(uniform, "5,", tmp_path / "new")
+    before, after = tensors_of(uniform), tensors_of(tmp_path / "new")
+    for key, tensor in before.items():
+        assert torch.equal(after[key][:3], tensor)
+        if "router" not in key:
+            assert torch.equal(after[key][3:], tensor[:2])  # copies, of different experts
 
 
 def inspection_of(adapter, counts):
@@ -104,8 +105,9 @@ def test_use_decides_which_experts_go(uniform, tmp_path):
     before, after = tensors_of(uniform), tensors_of(tmp_path / "new")
     for layer, kept in enumerate(([1, 2], [0, 2], [0, 1], [0, 1])):
         for key in after:
-            if f".layers.{layer}." in key:
-                assert torch.equal(after[key], before[key][kept])
+            # The unused one is merged into another, whose place may change, and counts for nothing there.
+            if f".layers.{layer}." in key and "router" in key:
+                torch.testing.assert_close(after[key].sum(0), before[key][kept].sum(0), rtol=1e-3, atol=1e-4)
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["num_experts"] == 2
 
 

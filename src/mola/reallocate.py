@@ -45,7 +45,9 @@ class ReallocateOptions:
     )
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
     inspection: str | None = option(
-        None, "File of `mola inspect --json` on the adapter: which experts go is then decided by their use, too."
+        None,
+        "File of `mola inspect --json` on the adapter. Experts are then merged, and copied, by their use; without it "
+        "those with the smallest updates go.",
     )
     top_k: str | None = option(
         None, "Experts used per token from now on, one or a list; by default as before. Another number changes answers."
@@ -98,10 +100,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     for module, layer in layers.items():
         key = f"{_PREFIX}{module}"
         experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
-        position = 0 if layer is None else layer
-        # The only expert of a token must not be one that has learnt nothing.
-        grow = "copy" if top_k[position] == 1 else "fresh"
-        changed = resize(experts, after[position], generator, use.get(module), grow=grow)
+        changed = resize(experts, after[0] if layer is None else after[layer], generator, use.get(module))
         unchanged += changed is experts
         for part, tensor in zip(("mola_A", "mola_B", "mola_router"), changed, strict=True):
             resized.pop(f"{key}.{part}", None)

@@ -84,7 +84,7 @@ def test_without_experts_that_no_token_chose_nothing_changes():
     experts, inputs = random_experts(5), torch.randn(200, IN, generator=seeded(1)).abs()
     experts.router[1] = experts.router[3] = -100
     use = torch.tensor([0.3, 0.0, 0.3, 0.0, 0.4])
-    fewer = resize(experts, 3, seeded(), use)
+    fewer = resize(experts, 3, seeded(), use, shrink="drop")
     assert torch.equal(fewer.A, experts.A[[0, 2, 4]])
     torch.testing.assert_close(computed(fewer, 2, inputs), computed(experts, 2, inputs))
 
@@ -94,12 +94,12 @@ def test_small_updates_go_first():
     experts.B[2] *= 0.01
     assert torch.equal(resize(experts, 3, seeded()).B, experts.B[[0, 1, 3]])
     use = torch.tensor([0.1, 1e-6, 0.7, 0.2])  # a large one without use is less than a small one with much
-    assert torch.equal(resize(experts, 3, seeded(), use).router, experts.router[[0, 2, 3]])
+    assert torch.equal(resize(experts, 3, seeded(), use, shrink="drop").router, experts.router[[0, 2, 3]])
 
 
 def test_more_experts_leave_the_others_as_they_are():
     experts = random_experts(3)
-    more = resize(experts, 5, seeded())
+    more = resize(experts, 5, seeded(), grow="fresh")
     for old, new in zip(experts, more, strict=True):
         assert torch.equal(new[:3], old)
     assert torch.count_nonzero(more.B[3:]) == 0
@@ -132,6 +132,26 @@ def test_merging_takes_the_pair_that_is_most_alike():
         assert torch.equal(new[[0, 2]], old[[0, 2]])
     torch.testing.assert_close(update(fewer.A[1], fewer.B[1]), 1.05 * update(experts.A[1], experts.B[1]))
     torch.testing.assert_close(fewer.router[1], (experts.router[1] + experts.router[3]) / 2)
+
+
+def test_what_use_decides_by_default():
+    experts, use = random_experts(4), torch.tensor([0.4, 0.1, 0.3, 0.2])
+    for count in (2, 3, 6):
+        chosen = resize(experts, count, seeded()), resize(experts, count, seeded(), use)
+        named = (
+            resize(experts, count, seeded(), shrink="drop", grow="copy"),
+            resize(experts, count, seeded(), use, shrink="merge", grow="copy"),
+        )
+        for one, other in zip(chosen, named, strict=True):
+            assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_experts_without_use_merge_without_a_trace():
+    """Router rows and updates are weighted by use, so that of an unused one hardly counts."""
+    experts, inputs = random_experts(3), torch.randn(200, IN, generator=seeded(1)).abs()
+    experts.router[1] = -100
+    fewer = resize(experts, 2, seeded(), torch.tensor([0.5, 0.0, 0.5]))
+    torch.testing.assert_close(computed(fewer, 2, inputs), computed(experts, 2, inputs), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("r", [1, 2, 4, 9])

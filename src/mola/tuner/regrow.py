@@ -13,7 +13,7 @@ import torch
 from mola.errors import MolaError
 
 SHRINK = ("drop", "merge")
-GROW = ("fresh", "copy")
+GROW = ("copy", "fresh")
 _ROW_NOISE = 0.05  # of a copied router row, in units of its norm
 
 
@@ -37,8 +37,8 @@ def resize(
     generator: torch.Generator,
     use: torch.Tensor | None = None,
     *,
-    shrink: str = "drop",
-    grow: str = "fresh",
+    shrink: str | None = None,
+    grow: str = "copy",
 ) -> Experts:
     r"""Experts and router for another number of experts.
 
@@ -57,8 +57,8 @@ def resize(
         experts: of the module.
         num_experts: how many there shall be.
         generator: of random numbers, on the CPU.
-        use: mean gates `m: (E,)`; None counts all alike.
-        shrink: one of `SHRINK`.
+        use: mean gates `m: (E,)`; None counts all alike, so that the lowest ones are copied first.
+        shrink: one of `SHRINK`; None merges where the use is known and drops where it is not.
         grow: one of `GROW`.
 
     Returns:
@@ -74,13 +74,14 @@ def resize(
         raise MolaError(f"`use` must have one entry for each of {count} experts: got shape {tuple(use.shape)}.")
     if num_experts == count:
         return experts
-    weights = torch.ones(count, dtype=torch.float64) if use is None else use.double().clamp_min(1e-6)
+    weights = torch.ones(count, dtype=torch.float64) if use is None else use.double().clamp_min(1e-9)
     if count == 1:
         return _copies(experts, num_experts, generator)
     if num_experts == 1:
         A, B = low_rank_mean(experts.A, experts.B, weights)
         return Experts(A.unsqueeze(0), B.unsqueeze(0), None)
     if num_experts < count:
+        shrink = shrink or ("drop" if use is None else "merge")
         return (_dropped if shrink == "drop" else _merged)(experts, weights, num_experts)
     if grow == "fresh":
         return _with_fresh(experts, num_experts, generator)
