@@ -30,7 +30,8 @@ from mola.data.templates import get_template
 from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
-from mola.insight.looking import usage_on
+from mola.insight.recording import gates_of_tokens
+from mola.insight.usage import UsageCounter
 from mola.loading import load_model, load_tokenizer
 from mola.options import option
 from mola.parsing import parse
@@ -205,9 +206,10 @@ def _loss(options: ReallocateBenchmarkOptions, adapter: Path, data: Path) -> flo
 
 def _use(options: ReallocateBenchmarkOptions, adapter: Path, data: Path) -> dict[str, torch.Tensor]:
     """Mean gates by module."""
-    dataset = _encoded(options, data)
-    usage = usage_on(load_model(options.base_model, adapter), dataset, [{}] * len(dataset))
-    return {each.module: torch.tensor(each.mean_gates) for each in usage["all"]}
+    model, counter = load_model(options.base_model, adapter), UsageCounter()
+    for sample in _encoded(options, data):
+        counter.add(gates_of_tokens(model, list(sample["input_ids"])))
+    return {each.module: torch.tensor(each.mean_gates) for each in counter.usage()}
 
 
 def _move(start: Path, output: Path, numbers: Sequence[int], way: str, use: dict[str, torch.Tensor], seed: int) -> None:

@@ -173,7 +173,8 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert names[1].read_text() == markdown(result.rows, "lora")
     page = names[2].read_text()
     assert page.count("<table") == 3
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
 
 
 # ---------------------------------------------------------------------- stopping and going on

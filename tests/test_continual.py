@@ -370,7 +370,7 @@ def test_crash_before_the_first_checkpoint_starts_the_stage_again(run, whole, tm
     record = read(tmp_path / "run" / "continual.json")
     assert (record["status"], record["error"]) == ("failed", "power cut")
     assert run(stages=stages).status == "finished"
-    assert "no complete checkpoint: the stage starts again" in caplog.text
+    assert "no complete checkpoint: the training starts again" in caplog.text
     assert_same_end(tmp_path / "run", whole, 1)
 
 
@@ -487,7 +487,7 @@ def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
     (stage / "evaluation" / "mine.json").write_text("{}", encoding="utf-8")
     first = contents(folder / FOLDERS[0])
     continual(ContinualOptions(**{**options, "stages": FIRST_TWO}))
-    assert "no complete checkpoint: the stage starts again" in caplog.text
+    assert "no complete checkpoint: the training starts again" in caplog.text
     assert_same_end(folder, whole, 2)
     assert contents(folder / FOLDERS[0]) == first
     assert (stage / "evaluation" / "mine.json").read_text(encoding="utf-8") == "{}"
