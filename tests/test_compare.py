@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mola import MolaError
@@ -351,6 +351,7 @@ def test_one_seed_tells_nothing_apart():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@example([0.0, 1e-177])
 def test_mean_lies_in_its_interval(accuracies):
     mean = mean_accuracy(accuracies)
     assert (mean.interval_95 is None) == (len(accuracies) == 1)

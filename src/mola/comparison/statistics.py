@@ -95,9 +95,10 @@ def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def _t_interval(values: np.ndarray) -> tuple[float, float]:
     """Interval of the mean; a point where all values are equal, or there is one only."""
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:
+    error = float(stats.sem(values)) if len(values) > 1 else 0.0
+    if not error > 0:  # also where the values differ by too little for a square
         return mean, mean
-    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=stats.sem(values))
+    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
     return float(low), float(high)
 
 
