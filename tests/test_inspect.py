@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from mola import MolaConfig, MolaLinear, load_model
+from mola import MolaConfig, MolaError, MolaLinear, load_model
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.insight.looking import redundancy_of
 from mola.insight.recording import gates_of_tokens
+from mola.inspect import InspectOptions, inspect
+from tests.reporting.pages import Page
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,21 @@ def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
     assert all(0 <= value <= 1 for row in agreement["cramers_v"] for value in row)
     assert found["leave_one_out"] is found["leave_one_out_baseline"] is None
     assert "agreement" in printed
+
+
+def test_a_page_without_a_run(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    page = tmp_path / "pages" / "experts.html"
+    words = ("--limit", 3, "--examples", 2, "--leave_one_out", "layers", "--leave_one_out_limit", 1, "--html", page)
+    assert run(tiny_model_dir, adapter, sample, *words) == 0
+    assert f"Open {page} in a browser" in capsys.readouterr().out
+    read = Page(page.read_text(encoding="utf-8"))
+    titles = ["Experts by layer", "Which experts work", "How alike experts are", "How routers agree"]
+    assert [node.text for node in read.root.all("h2")] == [*titles, "What an expert is worth", "Samples"]
+    assert len(read.section("samples").all("details")) == 2
+    assert json.loads(sample.read_text())[0]["instruction"].splitlines()[0] in read.section("samples").text
+    assert "mola train" not in read.root.text
+    with pytest.raises(MolaError, match="`html` must be a new file"):
+        inspect(InspectOptions(str(tiny_model_dir), adapter=str(adapter), data=str(sample), html=str(page)))
 
 
 def test_examples_are_spread_over_the_samples(tiny_model_dir, adapter, sample, tmp_path):

@@ -22,7 +22,7 @@ from mola.environment import software_versions
 from mola.errors import MolaError
 from mola.evaluation.core import check_positive
 from mola.evaluation.predicting import max_positions
-from mola.files import atomic_write_json, check_new_file
+from mola.files import atomic_write_json, atomic_write_text, check_new_file
 from mola.insight.leaving_out import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
 from mola.insight.looking import ModuleRedundancy, look_at, redundancy_of, to_records
 from mola.insight.token_types import TokenTypes
@@ -30,6 +30,7 @@ from mola.insight.usage import ModuleUsage
 from mola.loading import check_adapter
 from mola.model_options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options import mapping, option
+from mola.reporting.inspection_page import render_inspection
 
 __all__ = ["InspectOptions", "InspectResult", "inspect", "main"]
 
@@ -58,7 +59,8 @@ class InspectOptions(ModelOptions):
     )
     leave_one_out_limit: int = option(16, "Measure this on the first so many samples only.")
     json: str | None = option(None, "Result file (JSON) with every module.")
-    overwrite: bool = option(False, "Replace an existing result.")
+    html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.")
+    overwrite: bool = option(False, "Replace existing results.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def inspect(options: InspectOptions) -> InspectResult:
         result = _leave_one_out(result, model, samples, options, is_terminal)
     if options.json is not None:
         atomic_write_json(options.json, result.to_dict())
+    if options.html is not None:
+        atomic_write_text(options.html, render_inspection(options.adapter, result.to_dict()))
     return result
 
 
@@ -168,6 +172,8 @@ def main(options: InspectOptions) -> int:
     console.print(_table(result))
     if options.json is not None:
         console.print(f"Every module is in {options.json}", highlight=False, markup=False)
+    if options.html is not None:
+        console.print(f"Open {options.html} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -192,8 +198,10 @@ def _check(options: InspectOptions) -> _Samples:
         )
     config = check_model(options)
     check_adapter(options.adapter)
-    if options.json is not None:
-        check_new_file("json", options.json, options.overwrite)
+    for name in ("json", "html"):
+        path = getattr(options, name)
+        if path is not None:
+            check_new_file(name, path, options.overwrite)
     task = load_task(options.task)
     template = get_template(options.template or task.template)
     filters = mapping("filters", options.filters)

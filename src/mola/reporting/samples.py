@@ -44,6 +44,25 @@ def samples_section(run: Run) -> list[Element]:
     return content
 
 
+def looked_at_samples(inspection: Mapping[str, Any]) -> list[Element]:
+    """Samples of `mola inspect` with the experts behind the expected answers.
+
+    Args:
+        inspection: content of its result file.
+    """
+    shown = [
+        element(
+            "details",
+            element("summary", element("span", example["id"], class_="tag"), _question(example["prompt"])),
+            _prompt(example["prompt"]),
+            element("ul", _expected(example["answer"]), class_="answers"),
+            answer_map(example["experts"]),
+        )
+        for example in inspection.get("examples") or []
+    ]
+    return [element("div", shown, class_="samples")] if shown else []
+
+
 def _pairs(run: Run) -> list[Pair]:
     """Samples before and after by their ids, in the order of the newer result."""
     before = {str(sample["id"]): sample for sample in (run.before or {}).get("samples", [])}
@@ -92,20 +111,25 @@ def _sample(pair: Pair, experts: Mapping[str, Any]) -> Element:
         element(
             "summary",
             element("span", _outcome(pair), class_=f"tag {_outcome(pair).replace(' ', '-')}"),
-            element("span", _title(newest["prompt"]), class_="question"),
+            _question(newest["prompt"]),
         ),
-        element(
-            "pre",
-            _shortened(newest["prompt"], _MOST_CHARACTERS).strip("\n"),
-            tabindex=0,
-            role="group",
-            aria_label="prompt",
-        ),
-        element(
-            "ul", element("li", element("b", "expected"), element("span", newest["answer"])), rows, class_="answers"
-        ),
+        _prompt(newest["prompt"]),
+        element("ul", _expected(newest["answer"]), rows, class_="answers"),
         found and answer_map(found),
     )
+
+
+def _question(prompt: str) -> Element:
+    return element("span", _title(prompt), class_="question")
+
+
+def _prompt(prompt: str) -> Element:
+    text = _shortened(prompt, _MOST_CHARACTERS).strip("\n")
+    return element("pre", text, tabindex=0, role="group", aria_label="prompt")
+
+
+def _expected(answer: str) -> Element:
+    return element("li", element("b", "expected"), element("span", answer))
 
 
 def _title(prompt: str) -> str:
