@@ -230,7 +230,7 @@ class _Comparison:
             self.results,
             {"reference": self.options.reference, "rows": to_records(rows)},
             status,
-            command=sys.argv,
+            command=[Path(sys.argv[0]).name, *sys.argv[1:]],  # the record may be passed on: no folder of this machine
             recipes=self.options.recipes,
             tasks=self.options.tasks,
             **more,
