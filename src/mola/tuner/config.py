@@ -112,7 +112,10 @@ class MolaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         from_checkpoint = self.peft_type is not None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # of PEFT, which checks `task_type` there
+            raise MolaError(f"`task_type` is wrong: {error}") from error
         if from_checkpoint:
             self._check_complete()
         self.peft_type = PeftType("MOLA")
