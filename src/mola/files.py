@@ -145,7 +145,7 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | Non
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object; empty if there is no readable one."""
     try:
-        content = read_json(path)
+        content = read_json(path, half_characters=True)  # text of a model may hold them
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from mola.errors import MolaError
-from mola.reading import parse_yaml, read_text
+from mola.reading import BoundedLoader, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from argparse import Action, ArgumentParser
@@ -189,7 +189,7 @@ def _recipe_text(value: Any) -> str:
     return str(value)
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class _RecipeLoader(BoundedLoader):
     """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

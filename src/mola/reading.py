@@ -22,6 +22,7 @@ from mola.errors import MolaError
 
 _TOO_DEEP = "it is nested too deeply"
 _HALF_CHARACTER = "it holds half a surrogate pair, which is no Unicode text"
+_MOST_BRACKETS = 100
 _MOST_YAML_VALUES = 1_000_000  # after following references
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F]"
 # Pairs, which are the usual case, are passed over; what is found may still be a backslash before plain text.
@@ -53,8 +54,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return check_regular(path).read_text(encoding="utf-8")
 
 
-def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    *,
+    half_characters: bool = False,
+) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: the text.
+        object_pairs_hook: as in `json.loads`.
+        half_characters: accept half of a surrogate pair, which JSON can write and no encoding can.
 
     Raises:
         ValueError: it is no JSON (then a `json.JSONDecodeError`), nested too deeply, or holds half a character.
@@ -63,7 +74,7 @@ def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, A
         content = json.loads(text, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if _MAYBE_HALF.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
+    if not half_characters and _MAYBE_HALF.search(text):
         try:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
@@ -71,13 +82,13 @@ def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, A
     return content
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, half_characters: bool = False) -> Any:
     """The value of a JSON file.
 
     Raises:
         OSError, ValueError: as `read_text` and `parse_json`.
     """
-    return parse_json(read_text(path))
+    return parse_json(read_text(path), half_characters=half_characters)
 
 
 def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -102,7 +113,17 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 )
 
 
-def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+class BoundedLoader(yaml.SafeLoader):
+    """Refuses brackets in brackets beyond any use: PyYAML's time grows with the square of their depth."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begin a list or a mapping in brackets."""
+        if self.flow_level >= _MOST_BRACKETS:
+            raise yaml.YAMLError(_TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
+
+
+def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """The value of a YAML text, by a loader that runs no code.
 
     Raises:

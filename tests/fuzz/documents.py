@@ -119,7 +119,7 @@ def changed(draw, document, words=JSON_TEXTS):
         elif kind == "wrap":
             owner[key] = draw(st.sampled_from([[owner[key]], {"a": owner[key]}, str(owner[key])]))
         elif isinstance(owner, dict):
-            name = draw(TEXTS | st.sampled_from([name + " " for name in owner]))
+            name = draw(TEXTS | st.sampled_from([f"{name} " for name in owner]))
             owner[name] = owner.pop(key) if kind == "rename" else draw(values(words))
         elif kind == "repeat":
             owner += [copy.deepcopy(owner[key])] * draw(st.sampled_from([1, 2, 100]))

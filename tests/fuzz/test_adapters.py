@@ -115,7 +115,8 @@ def fill(data, folder, settings, tensors, *, may_pickle=True):
     kind = data.draw(st.sampled_from(kinds))
     weights = folder / "adapter_model.safetensors"
     if kind == "tensors":
-        weights.write_bytes(save(data.draw(tensor_dicts(tensors, OTHERS))))
+        found = data.draw(tensor_dicts(tensors, OTHERS))
+        weights.write_bytes(save({key: value.clone() for key, value in found.items()}))
     elif kind == "header":
         weights.write_bytes(data.draw(lying_headers(tensors)))
     elif kind == "bytes":

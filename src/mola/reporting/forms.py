@@ -29,7 +29,7 @@ RECORD = {
     "trainable_parameters?": (INTEGER, None),
     "steps?": (INTEGER, None),
 }
-SCORE = {"accuracy": NUMBER, "correct": INTEGER, "total": INTEGER, "interval_95": [NUMBER]}
+SCORE = {"accuracy": NUMBER, "correct": INTEGER, "total": INTEGER, "interval_95": [NUMBER, NUMBER]}
 SAMPLE = {
     "id": ANYTHING,
     "prompt": TEXT,
@@ -48,7 +48,7 @@ EVALUATION = {
 INSPECTION = {
     "usage": {str: [USE]},
     "redundancy": [ANYTHING],
-    "samples": ANYTHING,
+    "samples": INTEGER,
     "settings": {"data?": ANYTHING},
     "examples?": ([{"id": ANYTHING, "experts": [PLACE]}], None),
     "agreement?": ({"modules": [TEXT], "cramers_v": [[(NUMBER, None)]]}, None),

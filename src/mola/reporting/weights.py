@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from mola.errors import MolaError
 from mola.files import read_json_object
-from mola.forms import check_form
+from mola.forms import TEXT, check_form
 from mola.insight.looking import ModuleRedundancy
 from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
 from mola.reporting.forms import PER_LAYER
@@ -71,11 +71,18 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
     check_form(config, PER_LAYER, str(folder / "adapter_config.json"), "Restore the file.")
+    if not isinstance(config.get("target_modules"), str):
+        check_form(
+            config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
+        )
     values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[int | None, int] = {}
     redundancy = []
     with _opened(path) as file:
         names = list(file.keys())
+        dtypes = {file.get_slice(name).get_dtype() for name in names if "mola_" in name}
+        if not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            raise MolaError(f"{str(path)!r} must hold floating-point numbers: got {sorted(dtypes)}. Restore the file.")
         _check_shapes({name: file.get_slice(name).get_shape() for name in names if "mola_" in name}, path)
         for name in names:
             if "mola_" in name:

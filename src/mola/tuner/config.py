@@ -168,6 +168,8 @@ class MolaConfig(PeftConfig):
                 if value != "all-linear" and _PLAIN_NAME.fullmatch(value):
                     setattr(self, name, [value])
             elif value is not None:
+                if not isinstance(value, (list, tuple, set)):
+                    raise MolaError(f"`{name}` must be names in a list, or text: got {value!r}.")
                 names = list(value)
                 wrong = [item for item in names if not isinstance(item, str) or item != item.strip() or not item]
                 if wrong or not names:
