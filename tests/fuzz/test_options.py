@@ -78,3 +78,10 @@ def test_an_error_is_one_line(capsys, tmp_path):
     path.write_text(written({"base_model": "a\nb"}, {}) + "\n...\n")
     assert main(["plan", "--config", str(path), "--num_experts", "a\nb\x1b[31m"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_error_is_short_and_leaves_the_terminal_alone(capsys):
+    assert main(["plan", "--base_model", "m", "--r", "x" * 100_000]) == 2
+    assert len(capsys.readouterr().err) < 5_000
+    assert main(["plan", "--base\x1b[31m", "m"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -44,6 +44,8 @@ EVALUATION = {
     "samples": [SAMPLE],
     "settings": {"data?": ANYTHING, "scoring?": (TEXT, None)},
     "metrics?": ({str: NUMBER}, None),
+    "data_fingerprint?": (TEXT, None),
+    "unanswered?": (INTEGER, None),
 }
 INSPECTION = {
     "usage": {str: [USE]},
