@@ -1,5 +1,6 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests (several minutes on two cores)
+# make fuzz         hostile input for every reader, 10 000 inputs each (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
-.PHONY: quickstart test test-all test-peft bench check style setup clean
+.PHONY: quickstart test test-all test-peft fuzz bench check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -19,6 +20,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
 	$(RUN_TESTS)
+
+# Another number: make fuzz FUZZ_EXAMPLES=1000
+fuzz: $(VENV)/.dev
+	MOLA_FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),10000) $(RUN_TESTS) tests/fuzz
 
 # Options: .venv/bin/python -m tests.peft_suite --help, as in make test-peft SUITE="--only merge"
 test-peft: $(VENV)/.peft-suite

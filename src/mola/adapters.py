@@ -4,7 +4,6 @@ Adapters of any PEFT method load, not only ours; one that does not fit the model
 """
 
 import itertools
-import json
 import logging
 import os
 import warnings
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
 
 import mola.tuner  # noqa: F401  (registers the method with PEFT)
 from mola.checkpoints.formats import conversion_hint
 from mola.errors import MolaError
+from mola.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +36,21 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
-    if not path.is_file():
-        missing = "no adapter_config.json in it" if folder.is_dir() else "no such folder"
+    if not os.path.isfile(path):
+        missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
         raise MolaError(
             f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
             "Pass the folder that training or `mola convert` wrote."
         )
-    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+    if not any(os.path.isfile(folder / f"adapter_model.{kind}") for kind in ("safetensors", "bin")):
         raise MolaError(
             f"`adapter` has no weights: neither adapter_model.safetensors nor adapter_model.bin is in "
             f"{str(folder)!r}. Was the training interrupted before it saved?"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
+    except OSError as error:
+        raise MolaError(f"`adapter` has a configuration that cannot be read: {error}. Check the file.") from error
     except ValueError as error:
         raise MolaError(f"`adapter` has a broken configuration: {path} is no JSON ({error}).") from error
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -104,7 +107,7 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
             result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
     missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
     for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):

@@ -17,6 +17,8 @@ from mola._version import __version__
 from mola.errors import MolaError
 from mola.parsing import parse
 
+_LONGEST_MESSAGE = 4000
+
 
 class Command(NamedTuple):
     """Where a command lives: `module.options` is its dataclass, `module.main` runs it.
@@ -108,12 +110,19 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
         )
         return module.main(options)
     except MolaError as error:
-        # One line, whatever a library put into its message.
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(message: str) -> str:
+    """A message without line ends, control characters for the terminal, and the middle of a very long value."""
+    text = " ".join(message.split())
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} [...] {text[-_LONGEST_MESSAGE // 2 :]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _usage() -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
             unreadable or incomplete, does not fit the base model, or cannot be expressed.
     """
     _check_formats(options)
-    if not Path(options.source).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(options.source)):
         raise MolaError(f"`source` must be the folder of an adapter, there is none at {options.source!r}.")
     output = check_new_folder("output", options.output)
     return _to_mola(options, output) if options.source_format else _to_published(options, output)
@@ -140,7 +141,7 @@ def _check_formats(options: ConvertOptions) -> None:
 
 
 def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
-    source, base_model = Path(options.source).expanduser(), str(options.base_model)
+    source, base_model = Path(os.path.expanduser(options.source)), str(options.base_model)
     found = foreign_format(read_settings(source))
     if found not in (None, options.source_format):
         raise MolaError(
@@ -222,7 +223,7 @@ def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[nn.Module, in
 
 
 def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
-    source = Path(options.source).expanduser()
+    source = Path(os.path.expanduser(options.source))
     settings = read_settings(source)
     peft_type, found = settings.get("peft_type"), foreign_format(settings)
     if peft_type != "MOLA" or found:

@@ -7,6 +7,7 @@
 - `file_sha256`: whether a file is still the one that a record speaks of.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,11 +15,11 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.reading import read_json
 
 _PIECE = 1 << 20
 
@@ -34,7 +35,7 @@ def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -
     Raises:
         MolaError: it exists, or its folder or itself cannot be written.
     """
-    if Path(path).exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
     return check_writable(path)
 
@@ -49,17 +50,17 @@ def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         MolaError: it is a file, or not empty.
     """
-    folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if os.path.isdir(folder) and any(folder.iterdir()):
         raise MolaError(
             f"`{option}` must not exist or be empty, got {os.fspath(path)!r} with files in it. Choose another folder."
         )
     return folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(option: str, folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
 
@@ -74,7 +75,7 @@ def new_folder(option: str, folder: Path) -> Iterator[Path]:
     temporary = folder.parent / f".{folder.name[:80]}.{uuid.uuid4().hex}.tmp"
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise MolaError(
             f"`{option}` cannot be written: {str(folder)!r} ({error}). Choose a folder you can write to."
         ) from error
@@ -144,7 +145,7 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | Non
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object; empty if there is no readable one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path, half_characters=True)  # text of a model may hold them
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -163,16 +164,19 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         MolaError: `path` is a folder, or its folder cannot be created or written to.
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):
         raise MolaError(f"`{target}` must be a file to write: it is a folder. Add a file name to the path.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".write-test-"):
             pass
-    except OSError as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # finds a name that is too long, or that holds what no name can hold
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        place = getattr(error, "filename", None) or target.parent
         raise MolaError(
-            f"`{target}` cannot be written: {error.strerror or error}: {error.filename or target.parent}. "
-            "Choose a path in a folder you can write to."
+            f"{str(target)!r} cannot be written: {reason}: {place}. Choose a path in a folder you can write to."
         ) from error
     return target
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
@@ -28,7 +29,7 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
             f"`base_model` {str(folder)!r} has no config.json but GGUF files: {', '.join(names)}. Pass one of them as "
             f"well: --gguf_file {names[0]}."
         )
-    if gguf_file is not None and not (folder / gguf_file).is_file():
+    if gguf_file is not None and not os.path.isfile(folder / gguf_file):
         found = ", ".join(names) or "none"
         raise MolaError(
             f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "

@@ -58,7 +58,7 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
     if not name.strip():
         raise MolaError("`base_model` must name a model: got an empty text. Pass a folder or a hub id.")
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         check_gguf_file(path, gguf_file)
         if gguf_file is not None or (path / "config.json").is_file():
             return
@@ -71,7 +71,7 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
             f"`base_model` must hold a model: folder {name!r} has no config.json. "
             "Pass a folder written by save_pretrained or a hub id."
         )
-    if path.exists():
+    if os.path.exists(path):
         raise MolaError(f"`base_model` must be a folder or a hub id: {name!r} is a file. Pass its folder.")
     # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -204,7 +204,7 @@ def load_model(
 
 def _report_own_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
     """A folder with a model and an adapter: Transformers loads both without a word."""
-    if not (Path(base_model) / "adapter_config.json").is_file():
+    if not os.path.isfile(Path(base_model) / "adapter_config.json"):
         return
     if adapters:
         raise MolaError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from mola.files import atomic_write_bytes
+from mola.reading import json_lines
 
 PLOT_FILE = "loss.png"
 
@@ -24,8 +23,7 @@ def read_curves(metrics_file: Path) -> dict[str, Curve]:
     Returns:
         Curves by name, `training` and `evaluation`; those without a value are left out.
     """
-    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.is_file() else []
-    entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    entries = list(json_lines(metrics_file))
     curves = {
         label: [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
         for label, key in (("training", "loss"), ("evaluation", "eval_loss"))

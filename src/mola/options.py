@@ -1,12 +1,13 @@
 """What options dataclasses share: a field with its help text, names between commas, mappings."""
 
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
 from mola.errors import MolaError
+from mola.reading import parse_json
 
 
 def option(default: Any, help: str) -> Any:
@@ -42,8 +43,10 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=lambda pairs: _different_keys(name, pairs))
-        except json.JSONDecodeError as error:
+            value = parse_json(value, object_pairs_hook=lambda pairs: _different_keys(name, pairs))
+        except MolaError:
+            raise
+        except ValueError as error:
             raise MolaError(
                 f'`{name}` must be a mapping; on the command line as JSON, such as \'{{"key": "value"}}\': got '
                 f"{value!r} ({error})."
@@ -55,8 +58,8 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Plain JSON would keep the last of two equal keys in silence."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    counts = Counter(key for key, _ in pairs)
+    for key in counts:
+        if counts[key] > 1:
             raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
     return dict(pairs)

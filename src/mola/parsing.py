@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from mola.errors import MolaError
+from mola.reading import BoundedLoader, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from argparse import Action, ArgumentParser
@@ -188,7 +189,7 @@ def _recipe_text(value: Any) -> str:
     return str(value)
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class _RecipeLoader(BoundedLoader):
     """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -199,8 +200,9 @@ class _RecipeLoader(yaml.SafeLoader):
         """
         mapping = super().construct_mapping(node, deep=deep)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        counts = Counter(keys)
         for key in mapping:
-            if keys.count(key) > 1:
+            if counts[key] > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
         return mapping
 
@@ -229,11 +231,13 @@ def read_recipe(path: str) -> dict[str, Any]:
         MolaError: not there, no YAML, or no mapping.
     """
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise MolaError(f"`config` can not be read: {path!r} ({error}).") from error
-    except yaml.YAMLError as error:
-        raise MolaError(f"`config` is no YAML: {path!r}: {' '.join(str(error).split())}") from error
+    try:
+        recipe = parse_yaml(text, _RecipeLoader)
+    except ValueError as error:
+        raise MolaError(f"`config` is no YAML: {path!r}: {error}. Correct the file.") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise MolaError(f"`config` must be a mapping from option names to values: {path!r} holds {recipe!r}.")
     return recipe

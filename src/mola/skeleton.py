@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
             return read_gguf_config(base_model, gguf_file)
         # Explicit False: with None Transformers would ask on the terminal.
         return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError) as error:
         raise MolaError(
             f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {_WANTED}"
         ) from error
@@ -70,8 +71,8 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
 
 
 def _load_config(base_model: str, trust_remote_code: bool) -> Any:
-    path = Path(base_model).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(base_model))
+    if not os.path.exists(path):
         # A hub name has at most one slash; anything else would only wait for the network to fail.
         if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
             raise MolaError(f"`base_model` does not exist: {base_model!r}. {_WANTED}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
 import logging
 import signal
 import threading
@@ -21,6 +20,7 @@ from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, evaluate
 from mola.options import option
 from mola.quantization import QUANTIZATION_OPTIONS
+from mola.reading import read_json
 from mola.train import TrainOptions, train
 from mola.training.checkpoints import find_checkpoint
 
@@ -141,7 +141,7 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
     if not path.exists():
         return evaluate(options).to_dict()
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         old = {**result["settings"], "data": result["data_fingerprint"]}
         missing = {"accuracy", "correct", "total", "samples"} - result.keys()
         if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ from mola.adapters import check_adapter
 from mola.allocation_methods.base import Base
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
+from mola.forms import INTEGER, NUMBER, TEXT, check_form
+from mola.reading import parse_json, read_text
 
 ROUTING_FILE = "routing.jsonl"
+_USE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
 _PREFIX = "base_model.model."
 
 
@@ -105,14 +108,17 @@ def routing_records(adapter: str | None, inspection: str | None) -> tuple[list[d
     else:
         path, wanted = Path(inspection), "usage"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text if inspection is not None else text.rstrip().rpartition("\n")[2])
+        text = read_text(path)
+        content = parse_json(text if inspection is not None else text.rstrip().rpartition("\n")[2])
         records = content["modules"] if inspection is None else content["usage"]["all"]
+        check_form(records, [_USE], str(path), "Make it again.")
         return [
             {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records
         ], str(path)
     except OSError as error:
         raise MolaError(f"`inspection` cannot be read: {str(path)!r} ({error.strerror or error}).") from error
+    except MolaError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise MolaError(
             f"{path} must hold the use of experts under {wanted!r}, as {'training' if inspection is None else 'mola'} "
@@ -122,6 +128,6 @@ def routing_records(adapter: str | None, inspection: str | None) -> tuple[list[d
 
 def _gates(row: Mapping[str, Any]) -> list[float]:
     gates = [float(gate) for gate in row["mean_gates"]]
-    if len(gates) < 2 or not all(gate >= 0 for gate in gates) or not sum(gates) > 0:
+    if len(gates) < 2 or not all(0 <= gate < math.inf for gate in gates) or not sum(gates) > 0:
         raise ValueError(f"mean_gates {gates}")
     return gates

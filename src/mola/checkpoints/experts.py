@@ -98,10 +98,12 @@ def _checked(module: str, parts: dict[str, dict[int, torch.Tensor]], router: tor
         raise MolaError(f"{module!r} has {count} experts and {found}. The file is incomplete.")
     for part, numbers in parts.items():
         shapes = {tuple(tensor.shape) for tensor in numbers.values()}
-        if len(shapes) > 1:
-            raise MolaError(
-                f"{module!r} has experts {part} of different shapes {sorted(shapes)}; all experts of a module "
-                "must have one shape. The file is broken."
-            )
+        dtypes = {str(tensor.dtype) for tensor in numbers.values()}
+        for what, different in (("shapes", sorted(shapes)), ("dtypes", sorted(dtypes))):
+            if len(different) > 1:
+                raise MolaError(
+                    f"{module!r} has experts {part} of different {what} {different}; all experts of a module "
+                    f"must have one {what[:-1]}. The file is broken."
+                )
     lora_A, lora_B = ([parts[part][index] for index in range(count)] for part in "AB")
     return ModuleExperts(lora_A, lora_B, router)

@@ -31,8 +31,8 @@ from mola.tuner import MolaConfig
 from mola.tuner.targets import layer_index
 
 _KEY = re.compile(
-    r"(?P<module>mola\.layers\.(?:0|[1-9]\d*)\.(?:self_attn|mlp)\.\w+)\."
-    r"(?:experts\.(?P<expert>0|[1-9]\d*)\.lora_(?P<part>[AB])|(?P<router>moe_gate))\.weight"
+    r"(?P<module>mola\.layers\.(?:0|[1-9]\d{0,4})\.(?:self_attn|mlp)\.\w+)\."
+    r"(?:experts\.(?P<expert>0|[1-9]\d{0,4})\.lora_(?P<part>[AB])|(?P<router>moe_gate))\.weight"
 )
 _EXPECTED = "mola.layers.N.self_attn.q_proj.experts.0.lora_A.weight and the like"
 _HEAD = "classifier"

@@ -29,7 +29,9 @@ from mola.errors import MolaError
 from mola.tuner import MolaConfig
 from mola.tuner.targets import layer_index
 
-_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d*)|(?P<router>router)\.router)\.weight")
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d{0,4})|(?P<router>router)\.router)\.weight"
+)
 
 # Settings of the file that change what the tensors mean, with the values that `MolaConfig` is built for.
 _NEUTRAL = {
@@ -84,7 +86,7 @@ def _experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
             raise MolaError(f"{module!r} lies in no decoder layer; the research code adapts decoder layers only.")
         counts[index].add(found.num_experts)
     uneven = {index: sorted(numbers) for index, numbers in counts.items() if len(numbers) > 1}
-    missing = set(range(max(counts, default=-1) + 1)) - set(counts)
+    missing = set(range(len(counts))) - set(counts)
     if not counts or uneven or missing:
         raise MolaError(
             "Every decoder layer needs one number of experts: "

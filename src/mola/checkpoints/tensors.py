@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
+from mola.reading import check_regular, read_json
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise MolaError(f"{path} can not be read: {error}. Point to the folder of the saved adapter.") from error
     if not isinstance(settings, dict):
@@ -46,6 +46,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             "Remove the one that is out of date."
         )
     try:
+        check_regular(folder / name)
         if name.endswith(".safetensors"):
             return load_file(folder / name)
         # weights_only: a pickle from elsewhere must not be able to run code.
@@ -54,5 +55,18 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise MolaError(f"{folder / name} can not be read as tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise MolaError(f"{folder / name} must hold a flat dict of tensors, it does not.")
+    odd = next((key for key, value in tensors.items() if not isinstance(key, str) or not _is_plain(value)), None)
+    if odd is not None:
+        raise MolaError(
+            f"{folder / name} must hold dense tensors under names, each with all of its values: {odd!r} is none. Save "
+            "the adapter again."
+        )
     # Saved parameters come back as parameters; only their values are wanted.
     return {key: value.detach() for key, value in tensors.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Dense, on the CPU, and no small storage that claims to be a large tensor."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

@@ -15,9 +15,22 @@ from mola.comparison.checks import Run
 from mola.comparison.options import Key
 from mola.errors import MolaError
 from mola.files import check_writable
+from mola.forms import ANYTHING, INTEGER, NUMBER, TEXT, check_form
+from mola.reading import read_json
 
 FORMAT = 1
 BASE = "base model"  # stands in the place of a recipe; no recipe can have a space in its name
+
+
+_RUN = {
+    **dict.fromkeys(("task", "recipe", "marks"), TEXT),
+    **dict.fromkeys(("seed", "correct", "total", "unanswered", "trainable_parameters"), INTEGER),
+    **dict.fromkeys(("accuracy", "seconds_training", "seconds_testing"), NUMBER),
+    **{name: {str: ANYTHING} for name in ("settings", "versions", "machine")},
+    "num_experts": [INTEGER],
+    "eval_loss": (NUMBER, None),
+    "fingerprints": {str: ANYTHING},
+}
 
 
 @dataclass
@@ -78,10 +91,11 @@ def read_results(path: Path) -> list[Result]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"its `format` is {content['format']!r}, not {FORMAT}")
         results = [Result(**entry) for entry in content["runs"]]
+        check_form(content["runs"], [_RUN], str(path), "Restore it.")
         for result in results:
             if len(result.marks) != result.total or result.marks.count("1") != result.correct:
                 raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")

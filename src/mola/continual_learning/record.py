@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from mola.continual_learning.stages import Stage
 from mola.errors import MolaError
 from mola.files import check_writable, file_sha256, read_json_object
+from mola.reading import read_json
 from mola.training.checkpoints import RUN_FILE
 from mola.training.run_folder import clear_run
 
@@ -35,7 +37,7 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     Raises:
         MolaError: the folder can not be written, holds something else, or the record is unreadable.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass another name.")
     path = check_writable(folder / RECORD_FILE)
     if not path.exists():
@@ -46,7 +48,7 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
             )
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         _check_entries(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(f"{str(path)!r} can not be read ({error}). Pass another `output_dir`.") from error

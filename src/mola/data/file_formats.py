@@ -11,10 +11,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from mola.errors import MolaError
+from mola.reading import check_regular, parse_json
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 # What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.
-READ_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, csv.Error)
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    zlib.error,
+    csv.Error,
+)
 _BATCH_SIZE = 1000
 
 
@@ -45,6 +56,7 @@ def iterate_file(place: Path, columns: Collection[str] | None = None) -> Iterato
         return
     reader = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
     try:
+        check_regular(place)
         with _open_text(place) as file:
             yield from reader(file, place)
     except MolaError:
@@ -64,7 +76,7 @@ def _read_json(file: IO[str], place: Path) -> list[Any]:
     if not text.strip():
         return []
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         cure = "Correct the line."
         if error.msg == "Extra data":
@@ -83,10 +95,11 @@ def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            yield parse_json(line)
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise MolaError(
-                f"`data` file `{place}` is not valid JSON: line {number}: {error.msg}. Correct it; each "
+                f"`data` file `{place}` is not valid JSON: line {number}: {reason}. Correct it; each "
                 "line must be one complete row."
             ) from error
 
@@ -111,6 +124,7 @@ def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]
     import pyarrow.parquet
 
     try:
+        check_regular(place)
         # ParquetFile, not read_table: the latter turns parts of the path like `split=train` into columns.
         with pyarrow.parquet.ParquetFile(place, buffer_size=1 << 20) as file:
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     Raises:
         MolaError: an option or a row does not fit, or the output folder is in use.
     """
-    output_dir = Path(options.output_dir).expanduser().resolve()
+    output_dir = Path(os.path.expanduser(options.output_dir)).resolve()
     check_output_folder(
         output_dir,
         option="output_dir",

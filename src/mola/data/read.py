@@ -5,6 +5,7 @@ Values stay as the source has them; nothing is written next to the source.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -66,10 +67,10 @@ def _iterate(
     columns: Collection[str] | None,
     hub: Callable[[str, str | None, Collection[str] | None], Iterator[Any]],
 ) -> Iterator[dict[str, Any]]:
-    source, place = str(path), Path(path).expanduser()
-    if place.is_dir():
+    source, place = str(path), Path(os.path.expanduser(path))
+    if os.path.isdir(place):
         rows = _read_folder(place, split, columns)
-    elif place.exists():
+    elif os.path.exists(place):
         rows = iterate_file(place, columns)
     elif is_hub_name(source):
         rows = hub(source, split, columns)
@@ -99,11 +100,11 @@ def split_names(path: str | Path) -> list[str]:
     Raises:
         MolaError: the source is missing or unreadable.
     """
-    source, place = str(path), Path(path).expanduser()
-    if place.is_dir():
+    source, place = str(path), Path(os.path.expanduser(path))
+    if os.path.isdir(place):
         loaded = _load_folder(place)
         return list(loaded) if isinstance(loaded, dict) else []
-    if place.exists():
+    if os.path.exists(place):
         return []
     if not is_hub_name(source):
         raise _not_there(source)

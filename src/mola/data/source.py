@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mola.data.read import split_names, stream_rows
@@ -32,7 +32,7 @@ def source_splits(data: str) -> dict[str, Source]:
     Raises:
         MolaError: the source is missing or unreadable, or the list of files is malformed.
     """
-    if "=" in data and not Path(data).expanduser().exists():
+    if "=" in data and not os.path.exists(os.path.expanduser(data)):
         return {name: Source(path) for name, path in _named_files(data).items()}
     return {name: Source(data, name) for name in split_names(data)} or {"train": Source(data)}
 

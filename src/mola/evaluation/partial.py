@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.reading import check_regular, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,14 @@ class PartialResults:
         """
         if not self.path.exists():
             return []
-        lines = self._complete_lines()
-        if not lines:
-            return []
         try:
-            header, *records = [json.loads(line) for line in lines]
-        except ValueError as error:
+            lines = self._complete_lines()
+            if not lines:
+                return []
+            header, *records = [parse_json(line) for line in lines]
+            if not all(isinstance(entry, dict) for entry in (header, *records)):
+                raise ValueError("a line is no JSON object")
+        except (OSError, ValueError) as error:
             raise MolaError(f"`{self.path}` is damaged ({error}). Delete it to start again.") from error
         differing = [
             f"{key} {header.get(key)!r} there, {self.identity.get(key)!r} now"
@@ -79,7 +82,7 @@ class PartialResults:
 
     def _complete_lines(self) -> list[str]:
         """Lines of the journal; a last line cut off by the interruption is removed from the file."""
-        data = self.path.read_bytes()
+        data = check_regular(self.path).read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data):
             logger.warning("%s: dropping a half-written last line.", self.path)

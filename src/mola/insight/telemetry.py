@@ -25,6 +25,7 @@ from transformers.training_args import ParallelMode
 
 from mola.files import atomic_write_json, atomic_write_text, read_json_object
 from mola.insight.watching import RouterWatch
+from mola.reading import parse_json
 
 ROUTING_FILE = "routing.jsonl"
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: what is counted since the last line
@@ -182,7 +183,9 @@ class ExpertTelemetry(TrainerCallback):
         self._watch.reset(sums)
         if self.path is None:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and step else []
+        lines = (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() and step else []
+        )
         # With sums of an interval that was cut off, a line of that step is the rest of the run that ended there.
         kept = _lines_before(lines, step + 1 if sums is None else step)
         if self.path.exists() or step:
@@ -215,8 +218,8 @@ def _lines_before(lines: list[str], step: int) -> list[str]:
     kept = []
     for line in lines:
         try:
-            entry = json.loads(line)
-            if entry["step"] < step and isinstance(entry["modules"], list):
+            entry = parse_json(line)
+            if entry["step"] < step and all(record["module"] and record["mean_gates"] for record in entry["modules"]):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # half a line of a killed run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 from mola.errors import MolaError
 from mola.files import read_json_object
+from mola.forms import check_form
+from mola.reading import json_lines
+from mola.reporting.forms import EVALUATION, INSPECTION, INTERVAL, LOSS, RECORD
 from mola.reporting.routing_log import RoutingLog, read_routing_log
 from mola.reporting.weights import AdapterWeights, read_adapter_weights
 
-_EVALUATION_KEYS = {"accuracy", "correct", "total", "interval_95", "groups", "samples", "settings"}
-_INSPECTION_KEYS = {"usage", "redundancy", "samples", "settings"}
+_CURE = "Restore the file, or remove it."
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def gather(run_dir: str, before: str | None = None, after: str | None = None, in
         record,
         read_losses(folder / "metrics.jsonl"),
         read_adapter_weights(folder),
-        read_routing_log(json_lines(folder / "routing.jsonl")),
-        _result("before", paths["before"], _EVALUATION_KEYS, "mola evaluate"),
-        _result("after", paths["after"], _EVALUATION_KEYS, "mola evaluate"),
-        _result("inspection", paths["inspection"], _INSPECTION_KEYS, "mola inspect"),
+        read_routing_log(_intervals(folder / "routing.jsonl")),
+        _result("before", paths["before"], EVALUATION, "mola evaluate"),
+        _result("after", paths["after"], EVALUATION, "mola evaluate"),
+        _result("inspection", paths["inspection"], INSPECTION, "mola inspect"),
         paths,
     )
 
@@ -96,6 +97,7 @@ def read_record(run_dir: str) -> dict[str, Any]:
         raise MolaError(
             f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
         )
+    check_form(record, RECORD, str(Path(run_dir) / "run.json"), "Restore the file, or train again.")
     return record
 
 
@@ -107,38 +109,27 @@ def read_losses(path: Path) -> dict[str, list[tuple[int, float]]]:
     """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     for entry in json_lines(path):
+        if entry.get("loss") is not None or entry.get("eval_loss") is not None:
+            check_form(entry, LOSS, str(path), _CURE)
         for label, key in (("training", "loss"), ("evaluation", "eval_loss")):
             if entry.get(key) is not None:
                 curves[label][entry["step"]] = entry[key]
     return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON lines file, one at a time; none if it is not there.
-
-    Raises:
-        MolaError: a line is no JSON object. The last one may be cut off: a run that was killed, or goes on.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for index, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict):
-                yield entry
-            elif line.endswith("\n"):
-                raise MolaError(f"{str(path)!r} must hold one JSON object per line: line {index} is none.")
+def _intervals(path: Path) -> Iterator[dict[str, Any]]:
+    for entry in json_lines(path):
+        check_form(entry, INTERVAL, str(path), _CURE)
+        yield entry
 
 
-def _result(option: str, path: Path, keys: set[str], command: str) -> dict[str, Any] | None:
+def _result(option: str, path: Path, form: Mapping[str, Any], command: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = read_json_object(path)
-    if not keys <= content.keys():
+    if not {key for key in form if not key.endswith("?")} <= content.keys():
         raise MolaError(
             f"`{option}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
         )
+    check_form(content, form, str(path), f"Run `{command}` again, pass another file, or remove it.")
     return content

@@ -20,7 +20,7 @@ def lead(run: Run) -> Element:
     record, config = run.record, run.adapter.config if run.adapter else {}
     base = str(record["settings"]["base_model"]).rstrip("/").rpartition("/")[2]
     allocation = record.get("allocation") or {}
-    is_mixture = config.get("peft_type", "MOLA") == "MOLA" and "num_experts" in allocation
+    is_mixture = config.get("peft_type", "MOLA") == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys()
     experts = f"{allocation['num_experts']} LoRA experts" if is_mixture else f"A {config.get('peft_type')} adapter"
     kept = record.get("data", {}).get("train", {}).get("kept")
     text = f"{experts} per kind of module" if is_mixture else experts

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from mola.errors import MolaError
 from mola.files import read_json_object
+from mola.forms import TEXT, check_form
 from mola.insight.looking import ModuleRedundancy
 from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
+from mola.reporting.forms import PER_LAYER
 from mola.reporting.words import layer_order
+from mola.tuner.notation import resolve_per_layer
 from mola.tuner.stacks import layer_index
 
 
@@ -65,11 +70,20 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
         return None
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
+    check_form(config, PER_LAYER, str(folder / "adapter_config.json"), "Restore the file.")
+    if not isinstance(config.get("target_modules"), str):
+        check_form(
+            config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
+        )
     values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[int | None, int] = {}
     redundancy = []
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         names = list(file.keys())
+        dtypes = {file.get_slice(name).get_dtype() for name in names if "mola_" in name}
+        if not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            raise MolaError(f"{str(path)!r} must hold floating-point numbers: got {sorted(dtypes)}. Restore the file.")
+        _check_shapes({name: file.get_slice(name).get_shape() for name in names if "mola_" in name}, path)
         for name in names:
             if "mola_" in name:
                 shape = file.get_slice(name).get_shape()
@@ -79,7 +93,7 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
             if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
                 redundancy.append(_redundancy(file, name, config))
     layers = [
-        LayerExperts(layer, experts[layer], _of_layer(config["top_k"], layer), _of_layer(config["r"], layer), *both)
+        LayerExperts(layer, experts[layer], *(_of_layer(config, name, layer) for name in ("top_k", "r")), *both)
         for layer, both in sorted(values.items(), key=lambda item: layer_order(item[0]))
     ]
     return AdapterWeights(config, layers, redundancy)
@@ -93,11 +107,35 @@ def _redundancy(file: Any, name: str, config: Mapping[str, Any]) -> ModuleRedund
     return ModuleRedundancy(module, layer, mean_pairwise(distances), *overlaps)
 
 
-def _of_layer(setting: int | Sequence[int], layer: int | None) -> int:
+def _of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
     """One number for all layers, or one for each."""
-    if isinstance(setting, int):
-        return setting
-    return setting[layer or 0]
+    setting, index = config[name], layer or 0
+    num_layers = max(index + 1, len(setting) if isinstance(setting, list) else 0)
+    return resolve_per_layer(setting, num_layers, name)[index]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
+
+
+def _check_shapes(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+    """A is `(E, r, in)`, B `(E, r, out)`, the router `(E, in)`."""
+    for name, shape in shapes.items():
+        part = name.rpartition("mola_")[2]
+        valid = len(shape) == (2 if part == "router" else 3) and all(shape) and part in ("A", "B", "router")
+        if part == "A":
+            other = shapes.get(f"{name.removesuffix('A')}B", [])
+            valid = valid and list(other[:2]) == list(shape[:2])
+        if not valid:
+            raise MolaError(
+                f"{str(path)!r} must hold experts as mola writes them: {name!r} has shape {list(shape)}, or lacks its "
+                "counterpart. Restore the file, or train again."
+            )
 
 
 def _place(name: str) -> tuple[float, str]:

@@ -112,12 +112,14 @@ def from_validation(error: RequestValidationError) -> RequestError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MolaError):
         return RequestError(400, str(cause))
-    name = ".".join(place)
+    name = _shortened(".".join(place))
     if first["type"] == "missing":
         return RequestError(400, f"`{name}` is missing.", param=name)
     if first["type"] == "extra_forbidden":
         return RequestError(400, f"`{name}` is no field that this server knows. Leave it out.", param=name)
-    value = repr(first["input"])
-    if len(value) > _LONGEST_ECHO:
-        value = f"{value[:_LONGEST_ECHO]}..."
+    value = _shortened(repr(first["input"]))
     return RequestError(400, f"`{name}` is wrong: {first['msg']}; got {value}.", param=name)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}..."

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 
 from mola.errors import MolaError
 from mola.files import atomic_write_text
+from mola.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class MetricsFile(TrainerCallback):
         """Drop lines that the resumed part of the run will write again."""
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         kept = _lines_until(lines, state.global_step) if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
@@ -61,7 +62,7 @@ def _lines_until(lines: list[str], step: int) -> list[str]:
     kept = []
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if "train_runtime" in entry:
                 break
             if entry["step"] <= step:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
 from mola.files import read_json_object
+from mola.forms import ANYTHING, TEXT, check_form
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
@@ -82,7 +83,7 @@ def is_in(checkpoint: Path, folder: Path) -> bool:
 def step_in_name(path: Path) -> int:
     """N of `checkpoint-N`; -1 for another name."""
     number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def _problem(path: Path) -> str:
@@ -90,7 +91,7 @@ def _problem(path: Path) -> str:
 
     The trainer writes its state file last, but deletes an old checkpoint in any order: every file is looked for.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "does not exist"
     if read_json_object(path.parent / RUN_FILE).get("status") == CLEARING:
         return "belongs to a run that was being replaced when the command was killed"
@@ -130,7 +131,7 @@ def _broken_file(path: Path) -> str:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """Optimiser steps done when a checkpoint was written."""
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+    return read_json_object(checkpoint / STATE_FILE)["global_step"]
 
 
 def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
@@ -148,6 +149,8 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     if not before:
         logger.warning("There is no readable %s beside %s: can not tell if data are the same.", RUN_FILE, checkpoint)
         return
+    form = {f"{name}?": ({str: ANYTHING}, None) for name in _SAME_WHEN_RESUMED}
+    check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
     pairs = [(name, (before.get(name) or {}), (record.get(name) or {})) for name in _SAME_WHEN_RESUMED]
     for name, old, new in pairs:
         different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
@@ -180,7 +183,7 @@ def check_best_checkpoint(checkpoint: Path) -> None:
         MolaError: its folder or its weights are missing.
     """
     best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
-    if best is not None and any(not (best / name).is_file() for name in ADAPTER_FILES):
+    if best is not None and any(not os.path.isfile(best / name) for name in ADAPTER_FILES):
         raise MolaError(
             f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
             "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."
@@ -192,4 +195,5 @@ def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
     recorded = state.get("best_model_checkpoint")
     if not recorded:
         return None
-    return Path(recorded) if Path(recorded).is_dir() else folder / Path(recorded).name
+    check_form(recorded, TEXT, STATE_FILE, "It is the `best_model_checkpoint`; resume from another checkpoint.")
+    return Path(recorded) if os.path.isdir(recorded) else folder / Path(recorded).name

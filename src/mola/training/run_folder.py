@@ -82,10 +82,10 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
     if not folder:
         raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR.")
     path = Path(folder)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         raise MolaError(f"`output_dir` must be a folder: {folder!r} is a file. Pass another name.")
     goes_on = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), path))
-    if path.is_dir() and any(path.iterdir()) and not (overwrite or goes_on):
+    if os.path.isdir(path) and any(path.iterdir()) and not (overwrite or goes_on):
         raise MolaError(
             f"`output_dir` must be empty: {folder!r} is not. Pass another folder, --resume_from_checkpoint last to "
             "go on with its run, or --overwrite_output_dir to replace it."

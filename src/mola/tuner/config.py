@@ -112,7 +112,10 @@ class MolaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         from_checkpoint = self.peft_type is not None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # of PEFT, which checks `task_type` there
+            raise MolaError(f"`task_type` is wrong: {error}") from error
         if from_checkpoint:
             self._check_complete()
         self.peft_type = PeftType("MOLA")
@@ -165,6 +168,8 @@ class MolaConfig(PeftConfig):
                 if value != "all-linear" and _PLAIN_NAME.fullmatch(value):
                     setattr(self, name, [value])
             elif value is not None:
+                if not isinstance(value, (list, tuple, set)):
+                    raise MolaError(f"`{name}` must be names in a list, or text: got {value!r}.")
                 names = list(value)
                 wrong = [item for item in names if not isinstance(item, str) or item != item.strip() or not item]
                 if wrong or not names:

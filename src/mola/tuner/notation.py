@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from mola.errors import MolaError
+from mola.reading import read_json
 
 SHAPES = {
     "inverted_triangle": "2468",
@@ -160,12 +159,12 @@ def _digits(text: str) -> tuple[int, ...]:
 
 def _read_file(path: str, name: str) -> tuple[int, ...]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise MolaError(
             f"`{name}` names a file that cannot be read: {path!r} ({error.strerror or error}). {_cure(name)}"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MolaError(f"`{name}` names a file that is not valid JSON: {path!r} ({error}).") from error
     if isinstance(content, dict):
         if name not in content:

@@ -29,7 +29,7 @@ def layer_index(module_name: str) -> int | None:
         The layer, 0 = nearest the input; None for modules outside the layers.
     """
     for part in module_name.split("."):
-        if re.fullmatch(r"[0-9]+", part):
+        if re.fullmatch(r"[0-9]{1,5}", part):  # a longer number in a file is no layer
             return int(part)
     return None
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, FieldRule, StrataRule, Task, field_names
 from mola.data.templates import template_names
 from mola.errors import MolaError
+from mola.reading import parse_yaml, read_text
 
 
 def task_names() -> list[str]:
@@ -30,11 +30,11 @@ def load_task(name_or_path: str | Path) -> Task:
     name = str(name_or_path)
     if name in task_names():
         text, source = resources.files(__package__).joinpath(f"{name}.yaml").read_text("utf-8"), name
-    elif name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file():
+    elif name.endswith((".yaml", ".yml")) and os.path.isfile(os.path.expanduser(name)):
         source = name
         try:
-            text = Path(name).expanduser().read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(os.path.expanduser(name))
+        except (OSError, ValueError) as error:
             raise MolaError(f"`task` file `{name}` cannot be read: {error}. Check the file.") from error
     else:
         raise MolaError(
@@ -49,9 +49,9 @@ def load_task(name_or_path: str | Path) -> Task:
 
 def _task_from_yaml(text: str) -> Task:
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MolaError(f"not valid YAML: {' '.join(str(error).split())}. Correct the file.") from error
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise MolaError(f"not valid YAML: {error}. Correct the file.") from error
     if not isinstance(data, dict):
         raise MolaError(f"must be a mapping of keys: got {type(data).__name__}. See the packaged tasks.")
     known = {key.name: key for key in fields(Task)}
@@ -178,7 +178,7 @@ def _check_scoring(task: Task) -> None:
         raise MolaError(f"`metric` must be 'accuracy': got {task.metric!r}.")
     try:
         groups = re.compile(task.answer_pattern).groups
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
     if groups != 1:
         raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")

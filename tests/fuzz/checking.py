@@ -1,0 +1,53 @@
+"""What every input must end in: success or one `MolaError`, soon, and without a lot of memory."""
+
+import resource
+import signal
+import time
+from contextlib import contextmanager
+
+import hypothesis
+
+from mola import MolaError
+
+MOST_SECONDS = 2.0  # of this process's own time, so that a busy machine is no failure
+MOST_MEMORY = 1 << 30  # growth in bytes for one input
+_HANGS_AFTER = 30
+
+fuzz = hypothesis.settings.get_profile("fuzz")
+fuzz_slowly = hypothesis.settings.get_profile("fuzz-slow")
+
+
+class Hangs(BaseException):
+    """No `Exception`: a reader that catches those must not catch this."""
+
+
+def survives(reader, *arguments, **options):
+    """The reader's result, or the MolaError that it raised; whatever else it raises, fails the test."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        with _alarm():
+            result = reader(*arguments, **options)
+    except MolaError as error:
+        result = error
+    if isinstance(result, MolaError):
+        assert str(result).strip()
+        assert "Traceback" not in str(result)
+    seconds = time.process_time() - start
+    assert seconds < MOST_SECONDS, f"{seconds:.1f} s"
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert growth < MOST_MEMORY, f"{growth / 2**20:.0f} MiB"
+    return result
+
+
+@contextmanager
+def _alarm():
+    def hangs(*_):
+        raise Hangs(f"no answer after {_HANGS_AFTER} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(_HANGS_AFTER)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
