@@ -1,6 +1,6 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests (several minutes on two cores)
-# make fuzz         hostile input for every reader, 10 000 inputs each (see docs/reliability.md)
+# make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 

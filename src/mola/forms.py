@@ -4,6 +4,7 @@ A form is one of
 
 - `TEXT`, `INTEGER`, `NUMBER` (finite), `FLAG`, `ANYTHING`,
 - `[form]`: a list of such values; `[form, form]`: a list of just so many,
+  `[form, ...]`: of at least one,
 - `{"key": form, ...}`: a mapping that has these keys; those that end in "?" may be missing. Others are free,
 - `{str: form}`: a mapping from any text to such values,
 - `(form, None)`: such a value or null.
@@ -58,7 +59,9 @@ def _problem(value: Any, form: Any, place: str) -> str:
     if isinstance(form, list):
         if not isinstance(value, list):
             return _wrong(value, "a list", place)
-        if len(form) > 1 and len(value) != len(form):
+        if form[-1] is ... and not value:
+            return _wrong(value, "a list with something in it", place)
+        if form[-1] is not ... and len(form) > 1 and len(value) != len(form):
             return _wrong(value, f"a list of {len(form)}", place)
         problems = (_problem(item, form[0], f"{place}[{index}]") for index, item in enumerate(value))
     elif not isinstance(value, dict):

@@ -47,7 +47,12 @@ def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:
 @functools.lru_cache(maxsize=4)
 def _read_once(base_model: str, gguf_file: str, stamp: int | None) -> PretrainedConfig:
     """Reading takes seconds, and a run asks several times; `stamp` changes with the file."""
-    return AutoConfig.from_pretrained(base_model, gguf_file=gguf_file)
+    try:
+        return AutoConfig.from_pretrained(base_model, gguf_file=gguf_file)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # the reader of these files has no error of its own for damaged ones
+        raise ValueError(f"{gguf_file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str]:

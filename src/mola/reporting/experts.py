@@ -57,9 +57,10 @@ def allocation_section(run: Run) -> list[Element]:
 
 def gates_section(run: Run) -> tuple[list[Element], list[Choice]]:
     """Heat maps of mean gates, and the choices among them."""
-    if run.inspection is not None:
+    usage = run.inspection["usage"] if run.inspection is not None else {}
+    if run.inspection is not None and usage and all(usage.values()):  # without routers there is nothing to show
         counted = f"Over {run.inspection['samples']:,} samples that ", code("mola inspect"), " looked at."
-        maps, choices = gate_maps(run.inspection["usage"])
+        maps, choices = gate_maps(usage)
         return [element("p", *counted), maps], choices
     if run.routing is not None:
         maps, choices = gate_maps({"all": run.routing.last})

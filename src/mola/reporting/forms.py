@@ -2,7 +2,7 @@
 
 from mola.forms import ANYTHING, FLAG, INTEGER, NUMBER, TEXT
 
-PLACE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
+PLACE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER, ...]}
 USE = {**PLACE, "num_tokens": NUMBER, "shares": [NUMBER], "balance": NUMBER, "dead_experts": [INTEGER]}
 INTERVAL = {
     "step": INTEGER,

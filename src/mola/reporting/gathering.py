@@ -132,4 +132,18 @@ def _result(option: str, path: Path, form: Mapping[str, Any], command: str) -> d
             f"`{option}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
         )
     check_form(content, form, str(path), f"Run `{command}` again, pass another file, or remove it.")
+    if form is INSPECTION:
+        _check_square(content, path)
     return content
+
+
+def _check_square(content: Mapping[str, Any], path: Path) -> None:
+    agreement = content.get("agreement")
+    if not isinstance(agreement, dict):
+        return
+    size, rows = len(agreement["modules"]), agreement["cramers_v"]
+    if len(rows) != size or any(len(row) != size for row in rows):
+        raise MolaError(
+            f"`agreement.cramers_v` must have {size} rows of {size}, one for each of `modules`, in {str(path)!r}. Run "
+            "`mola inspect` again, pass another file, or remove it."
+        )
