@@ -58,6 +58,6 @@ INSPECTION = {
         [{"layer_index": (INTEGER, None), "module?": (TEXT, None), "expert": INTEGER, "loss_change": (NUMBER, None)}],
         None,
     ),
-    "leave_one_out_baseline?": {"loss?": (NUMBER, None)},
+    "leave_one_out_baseline?": ({"loss?": (NUMBER, None)}, None),
 }
 PER_LAYER = {"num_experts": ANYTHING, "top_k": ANYTHING, "r": ANYTHING, "lora_alpha": NUMBER}
