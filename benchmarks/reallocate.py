@@ -23,13 +23,14 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from mola.allocate import AllocateOptions, allocate
-from mola.data.encode import IGNORED, encode_examples
+from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, load_examples, prepare
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
+from mola.insight.leaving_out import answer_loss
 from mola.insight.recording import gates_of_tokens
 from mola.insight.usage import UsageCounter
 from mola.loading import load_model, load_tokenizer
@@ -191,17 +192,8 @@ def _encoded(options: ReallocateBenchmarkOptions, data: Path) -> list[dict[str, 
     return list(encode_examples(examples, tokenizer, get_template(task.template), cutoff_len=512)[0])
 
 
-@torch.no_grad()
 def _loss(options: ReallocateBenchmarkOptions, adapter: Path, data: Path) -> float:
-    """Mean over the tokens of the answers, question by question: there is no padding."""
-    model: Any = load_model(options.base_model, adapter)
-    losses, tokens = 0.0, 0
-    for sample in _encoded(options, data):
-        ids, labels = (torch.tensor([sample[name]], device=model.device) for name in ("input_ids", "labels"))
-        count = int((labels[:, 1:] != IGNORED).sum())
-        losses += model(input_ids=ids, labels=labels).loss.item() * count
-        tokens += count
-    return losses / tokens
+    return answer_loss(load_model(options.base_model, adapter), _encoded(options, data))
 
 
 def _use(options: ReallocateBenchmarkOptions, adapter: Path, data: Path) -> dict[str, torch.Tensor]:

@@ -22,7 +22,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from mola.environment import machine_description, software_versions
 from mola.files import atomic_write_json
 from mola.hub import check_hub_options, create_repository, upload, without_token
-from mola.insight.telemetry import ROUTING_FILE, ExpertTelemetry
+from mola.insight import ROUTING_FILE
+from mola.insight.telemetry import ExpertTelemetry
 from mola.loss_plot import PLOT_FILE
 from mola.model_card import CARD_FILE, write_card
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints

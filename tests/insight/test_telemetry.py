@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from mola import MolaConfig, MolaLinear
+from mola.insight import ROUTING_FILE
 from mola.insight.recording import recorded_gates
-from mola.insight.telemetry import ROUTING_FILE, ExpertTelemetry
+from mola.insight.telemetry import ExpertTelemetry
 from mola.insight.usage import UsageCounter
 from mola.insight.watching import RouterWatch
 

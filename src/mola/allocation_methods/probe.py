@@ -15,9 +15,9 @@ from mola.allocation_methods.base import Base
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.forms import INTEGER, NUMBER, TEXT, check_form
+from mola.insight import ROUTING_FILE
 from mola.reading import parse_json, read_text
 
-ROUTING_FILE = "routing.jsonl"
 _USE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
 _PREFIX = "base_model.model."
 

@@ -45,11 +45,26 @@ def redundancy_of(model: torch.nn.Module) -> list[ModuleRedundancy]:
         if isinstance(module, MolaLinear):
             for adapter in module.active_adapters:
                 if module.num_experts.get(adapter, 1) > 1:
-                    experts_A, experts_B = module.mola_A[adapter], module.mola_B[adapter]
-                    distances = expert_distances(experts_A, experts_B, module.scaling[adapter])
-                    overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
-                    found.append(ModuleRedundancy(name, module.layer_index, mean_pairwise(distances), *overlaps))
+                    factors = module.mola_A[adapter], module.mola_B[adapter]
+                    found.append(module_redundancy(name, module.layer_index, *factors, module.scaling[adapter]))
     return found
+
+
+def module_redundancy(
+    module: str, layer_index: int | None, experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float
+) -> ModuleRedundancy:
+    """Redundancy of one module with several experts.
+
+    Args:
+        module: its name.
+        layer_index: its decoder layer.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, out)`.
+        scaling: `lora_alpha / r`.
+    """
+    distances = expert_distances(experts_A, experts_B, scaling)
+    overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
+    return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_COLUMNS = 1024  # that are taken at once
+from mola.tuner.factors import inner_products
 
 
 def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
@@ -12,8 +12,7 @@ def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: 
 
         D_ij = scaling * || B_i A_i - B_j A_j ||_F
 
-    With `<B_i A_i, B_j A_j> = sum over the entries of (B_i^T B_j) * (A_i A_j^T)` two `(E r, E r)` matrices are all
-    that is needed; an update alone would have `out * in` entries.
+    From `mola.tuner.factors.inner_products`.
 
     Args:
         experts_A: `(E, r, in)`.
@@ -23,23 +22,10 @@ def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: 
     Returns:
         float64 `(E, E)`, symmetric, 0 on the diagonal.
     """
-    num_experts, r, _ = experts_A.shape
-    product = _gram(experts_A) * _gram(experts_B)
-    inner = product.view(num_experts, r, num_experts, r).sum((1, 3))
+    inner = inner_products(experts_A, experts_B)
     norms = inner.diagonal()
     squared = norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * inner
     return squared.clamp_min(0).sqrt().mul(scaling).fill_diagonal_(0)
-
-
-def _gram(stack: torch.Tensor) -> torch.Tensor:
-    """Inner products of all rows, float64 `(E r, E r)`, without a copy of the stack as a whole."""
-    rows = stack.detach().flatten(0, 1)
-    # float64: the squared distance of like experts is a small difference of large numbers.
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in rows.split(_COLUMNS, dim=1):
-        columns = part.double()
-        gram.addmm_(columns, columns.t())
-    return gram
 
 
 def mean_pairwise(matrix: torch.Tensor) -> float:

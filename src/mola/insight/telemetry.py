@@ -27,7 +27,6 @@ from mola.files import atomic_write_json, atomic_write_text, read_json_object
 from mola.insight.watching import RouterWatch
 from mola.reading import parse_json
 
-ROUTING_FILE = "routing.jsonl"
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: what is counted since the last line
 _DIGITS = 6  # of a share or a gate; a file of all modules would be three times as large with all of them
 

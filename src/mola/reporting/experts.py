@@ -8,6 +8,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from mola.insight import ROUTING_FILE
 from mola.reporting.charts import Axis, Column, Line, Range, column_chart, line_chart, range_chart, thinned, value_axis
 from mola.reporting.commands import inspect_command, missing
 from mola.reporting.gathering import Run
@@ -74,7 +75,7 @@ def routing_section(run: Run) -> list[Element]:
     """Balance, entropy and drift over training."""
     log = run.routing
     if log is None:
-        text = element("p", "The run kept no telemetry of its routers: it has no ", code("routing.jsonl"), ".")
+        text = element("p", "The run kept no telemetry of its routers: it has no ", code(ROUTING_FILE), ".")
         return [element("div", text, note(code("mola train"), " writes that file while it trains."), class_="missing")]
     charts = [_routing_chart(log, name) for name in VALUES if any(log.curves[name])]
     dead, together = thinned(log.dead)

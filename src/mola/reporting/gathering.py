@@ -10,6 +10,7 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files import read_json_object
 from mola.forms import check_form
+from mola.insight import ROUTING_FILE
 from mola.reading import json_lines
 from mola.reporting.forms import EVALUATION, INSPECTION, INTERVAL, LOSS, RECORD
 from mola.reporting.routing_log import RoutingLog, read_routing_log
@@ -77,7 +78,7 @@ def gather(run_dir: str, before: str | None = None, after: str | None = None, in
         record,
         read_losses(folder / "metrics.jsonl"),
         read_adapter_weights(folder),
-        read_routing_log(_intervals(folder / "routing.jsonl")),
+        read_routing_log(_intervals(folder / ROUTING_FILE)),
         _result("before", paths["before"], EVALUATION, "mola evaluate"),
         _result("after", paths["after"], EVALUATION, "mola evaluate"),
         _result("inspection", paths["inspection"], INSPECTION, "mola inspect"),

@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from mola.errors import MolaError
 from mola.files import read_json_object
 from mola.forms import TEXT, check_form
-from mola.insight.looking import ModuleRedundancy
-from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
+from mola.insight.looking import ModuleRedundancy, module_redundancy
 from mola.reporting.forms import PER_LAYER
 from mola.reporting.words import layer_order
 from mola.tuner.notation import resolve_per_layer
@@ -102,9 +101,7 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
 def _redundancy(file: Any, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
     module, layer = name.removesuffix(".mola_A"), layer_index(name)
     experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
-    distances = expert_distances(experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
-    overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
-    return ModuleRedundancy(module, layer, mean_pairwise(distances), *overlaps)
+    return module_redundancy(module, layer, experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
 
 
 def _of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:

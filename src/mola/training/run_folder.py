@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files import atomic_write_json, check_writable
-from mola.insight.telemetry import ROUTING_FILE
+from mola.insight import ROUTING_FILE
 from mola.loss_plot import PLOT_FILE
 from mola.marks import is_own_file
 from mola.model_card import CARD_FILE

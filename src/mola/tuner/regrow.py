@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mola.errors import MolaError
+from mola.tuner.factors import inner_products
 
 SHRINK = ("drop", "merge")
 GROW = ("copy", "fresh")
@@ -127,23 +128,15 @@ def low_rank_mean(
     return A.to(experts_A.dtype), B.to(experts_B.dtype)
 
 
-def _inner_products(experts: Experts) -> torch.Tensor:
-    """Of the updates, float64 `(E, E)`."""
-    count, r = experts.A.shape[:2]
-    stacks = [stack.double().flatten(0, 1) for stack in (experts.A, experts.B)]
-    product = (stacks[0] @ stacks[0].t()) * (stacks[1] @ stacks[1].t())
-    return product.view(count, r, count, r).sum((1, 3))
-
-
 def _dropped(experts: Experts, weights: torch.Tensor, num_experts: int) -> Experts:
-    harm = weights * _inner_products(experts).diagonal().clamp_min(0).sqrt()
+    harm = weights * inner_products(experts.A, experts.B).diagonal().clamp_min(0).sqrt()
     kept = harm.sort(descending=True, stable=True).indices[:num_experts].sort().values
     return Experts(*(tensor[kept] for tensor in _all(experts)))
 
 
 def _merged(experts: Experts, weights: torch.Tensor, num_experts: int) -> Experts:
     while len(experts.A) > num_experts:
-        inner = _inner_products(experts)
+        inner = inner_products(experts.A, experts.B)
         norms = inner.diagonal()
         together = weights.unsqueeze(1) * weights / (weights.unsqueeze(1) + weights)
         harm = together * (norms.unsqueeze(1) + norms - 2 * inner).clamp_min(0)
