@@ -1,10 +1,13 @@
 """Fixtures every test may use: a tiny random LLaMA and a byte-level tokenizer, made once per session."""
 
+import shutil
+
 import hypothesis
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("mola", deadline=None)
@@ -74,6 +77,23 @@ def tiny_model_dir(tmp_path_factory):
     """Folder with a random 4-layer LLaMA (hidden 32, grouped-query attention, float32) and its tokenizer."""
     # Wider than the usual 0.02: logits that differ enough for greedy decoding to be the same everywhere.
     return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), hidden_size=32, intermediate_size=48, std=0.2)
+
+
+@pytest.fixture(scope="module")
+def no_weights_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model without its weights: whoever tries to load them fails."""
+    folder = tmp_path_factory.mktemp("no-weights")
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder
+
+
+def save_adapter(base, folder, config):
+    """A new adapter for the model in `base`, its random numbers from seed 0."""
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

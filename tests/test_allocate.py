@@ -122,15 +122,6 @@ def probe(tiny_model_dir, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def no_weights_dir(tiny_model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("no-weights")
-    for file in tiny_model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, folder)
-    return folder
-
-
 def options(base, method, budget=16, **more):
     return AllocateOptions(
         str(base), method, budget, **{key: str(v) if key == "adapter" else v for key, v in more.items()}

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,16 +48,6 @@ def files(tmp_path_factory):
     }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def no_weights_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny model without its weights: whoever tries to load them fails."""
-    folder = tmp_path_factory.mktemp("no-weights")
-    for file in tiny_model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, folder)
     return folder
 
 

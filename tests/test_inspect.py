@@ -3,9 +3,7 @@
 import json
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
 
 from mola import MolaConfig, MolaError, MolaLinear, load_model
 from mola.cli import main
@@ -13,6 +11,7 @@ from mola.data.prepare import PrepareOptions, prepare
 from mola.insight.looking import redundancy_of
 from mola.insight.recording import gates_of_tokens
 from mola.inspect import InspectOptions, inspect
+from tests.conftest import save_adapter
 from tests.reporting.pages import Page
 
 
@@ -23,16 +22,10 @@ def sample(tmp_path_factory):
     return folder / "test.json"
 
 
-def save(base, folder, config):
-    torch.manual_seed(0)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_model_dir, tmp_path_factory):
     config = MolaConfig(num_experts=[1, 2, 3, 4], top_k=[1, 2, 2, 2], r=2, init_lora_weights=False)
-    return save(tiny_model_dir, tmp_path_factory.mktemp("adapter"), config)
+    return save_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter"), config)
 
 
 def run(base, adapter, data, *more):
@@ -163,7 +156,7 @@ def test_redundancy_is_that_of_the_weights(tiny_model_dir, adapter):
 
 
 def test_new_experts_have_no_output_directions(tiny_model_dir, sample, tmp_path, capsys):
-    adapter = save(tiny_model_dir, tmp_path / "new", MolaConfig(num_experts=2, r=2))
+    adapter = save_adapter(tiny_model_dir, tmp_path / "new", MolaConfig(num_experts=2, r=2))
     assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", tmp_path / "experts.json") == 0
     rows = json.loads((tmp_path / "experts.json").read_text())["redundancy"]
     assert {row["distance"] for row in rows} == {0.0}
@@ -172,7 +165,7 @@ def test_new_experts_have_no_output_directions(tiny_model_dir, sample, tmp_path,
 
 
 def test_an_adapter_without_routers_is_refused(tiny_model_dir, sample, tmp_path, capsys):
-    adapter = save(tiny_model_dir, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
+    adapter = save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
     assert run(tiny_model_dir, adapter, sample) == 2
     assert "no module of" in capsys.readouterr().err
 

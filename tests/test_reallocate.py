@@ -5,20 +5,14 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig, load_model
 from mola.cli import main
 from mola.errors import MolaError
 from mola.reallocate import ReallocateOptions, reallocate
-
-
-def save(base, folder, config):
-    torch.manual_seed(0)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-    return folder
+from tests.conftest import save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +20,13 @@ def adapter(tiny_model_dir, tmp_path_factory):
     config = MolaConfig(
         num_experts=[1, 2, 3, 4], top_k=2, r=2, init_lora_weights=False, modules_to_save=["lm_head"], lora_alpha=8
     )
-    return save(tiny_model_dir, tmp_path_factory.mktemp("adapter"), config)
+    return save_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter"), config)
 
 
 @pytest.fixture(scope="module")
 def uniform(tiny_model_dir, tmp_path_factory):
     config = MolaConfig(num_experts=3, top_k=2, r=2, init_lora_weights=False)
-    return save(tiny_model_dir, tmp_path_factory.mktemp("uniform"), config)
+    return save_adapter(tiny_model_dir, tmp_path_factory.mktemp("uniform"), config)
 
 
 def moved(adapter, num_experts, output, **more):
@@ -137,7 +131,7 @@ def test_an_allocation_trains_on(tiny_model_dir, uniform, tmp_path, capsys):
 
 def test_top_k_of_layers(tiny_model_dir, tmp_path):
     config = MolaConfig(num_experts=[1, 2, 3, 4], top_k=[1, 2, 3, 3], r=2)
-    folder = save(tiny_model_dir, tmp_path / "a", config)
+    folder = save_adapter(tiny_model_dir, tmp_path / "a", config)
     assert moved(folder, "4,2,3,1", tmp_path / "b").top_k == [3, 2, 3, 1]
     with pytest.raises(MolaError, match=r"layer 2 has top_k 3 and num_experts 2.* Or pass `top_k`"):
         moved(folder, "4,2,2,1", tmp_path / "c")
@@ -169,14 +163,14 @@ def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
         moved(uniform, "2,", tmp_path / "full")
     with pytest.raises(MolaError, match="no such folder"):
         moved(tmp_path / "nosuch", "2,", tmp_path / "new")
-    lora = save(tiny_model_dir, tmp_path / "lora", LoraConfig())
+    lora = save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig())
     with pytest.raises(MolaError, match="of type LORA"):
         moved(lora, "2,", tmp_path / "new")
     other = tmp_path / "inspect.json"
     other.write_text(json.dumps(inspection_of(uniform, [[0.5, 0.5]] * 4)))
     with pytest.raises(MolaError, match="`inspection` must be of `adapter`: .* has 2 experts of .* which has 3"):
         moved(uniform, "2,", tmp_path / "new", inspection=str(other))
-    some = save(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[1]))
+    some = save_adapter(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[1]))
     with pytest.raises(MolaError, match="how many layers"):
         moved(some, "3,", tmp_path / "new")
     shutil.rmtree(some)
