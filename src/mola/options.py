@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -63,3 +63,15 @@ def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if counts[key] > 1:
             raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
     return dict(pairs)
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
+    """The first name whose values differ; None if there is none.
+
+    Args:
+        old: values by name; one that is missing counts as None.
+        new: values to compare with.
+        names: what is compared, in this order; by default all names of both, sorted.
+    """
+    compared = sorted({*old, *new}) if names is None else names
+    return next((name for name in compared if old.get(name) != new.get(name)), None)

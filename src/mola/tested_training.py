@@ -18,7 +18,7 @@ import torch
 from mola.data.read import split_names
 from mola.errors import MolaError
 from mola.evaluate import EvaluateOptions, evaluate
-from mola.options import option
+from mola.options import first_difference, option
 from mola.quantization import QUANTIZATION_OPTIONS
 from mola.reading import read_json
 from mola.train import TrainOptions, train
@@ -150,7 +150,7 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
         raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
     new = {**asdict(options), "data": fingerprint}
     places = ("adapter", "output", "overwrite")  # the folder may have been moved
-    key = next((key for key in new if key not in places and old.get(key) != new[key]), None)
+    key = first_difference(old, new, (key for key in new if key not in places))
     if key is not None:
         raise MolaError(
             f"{str(path)!r} was made with another `{key}`: {old.get(key)!r}, now {new[key]!r}. Use the same options "

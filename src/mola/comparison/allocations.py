@@ -11,6 +11,7 @@ from mola.allocate import AllocateOptions, allocate
 from mola.comparison.checks import Run
 from mola.errors import MolaError
 from mola.files import read_json_object
+from mola.options import first_difference
 
 _PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the exponent that was used
 
@@ -88,7 +89,7 @@ def _check_probed(allocation: AllocateOptions) -> None:
 
 def _check_same(found: dict[str, Any], allocation: AllocateOptions, path: Path) -> None:
     wanted, old = asdict(allocation), found.get("settings", {})
-    name = next((name for name in wanted if name not in _PLACES and old.get(name) != wanted[name]), None)
+    name = first_difference(old, wanted, (name for name in wanted if name not in _PLACES))
     if name is not None or not isinstance(found.get("num_experts"), list):
         raise MolaError(
             f"{str(path)!r} is an allocation with another `{name}`: {old.get(str(name))!r}. Delete it, or pass another "

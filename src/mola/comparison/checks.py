@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -61,19 +62,21 @@ def check_runs(options: CompareOptions) -> list[Run]:
         MolaError: anything wrong; the message names task and recipe.
     """
     looked_at: dict[tuple[str, str], tuple[dict[str, str], int]] = {}
+    tests: dict[tuple[str, str], tuple[EvaluateOptions, AllocateOptions | None, str | None]] = {}
     runs = []
     for key, run_options in options.runs.items():
-        try:
-            if (key.task, key.recipe) not in looked_at:
-                looked_at[key.task, key.recipe] = _look(options, key, run_options, looked_at)
-            asked = dict(options.allocations.get(key.recipe, {}))
-            probe = asked.pop("probe", None)
-            allocation = _allocate_options(run_options, asked) if asked else None
-            test = evaluation_of(run_options)
-        except MolaError as error:
-            raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
+        place = key.task, key.recipe
+        if place not in tests:  # seeds make no difference here
+            try:
+                looked_at[place] = _look(options, key, run_options, looked_at)
+                asked = dict(options.allocations.get(key.recipe, {}))
+                probe = asked.pop("probe", None)
+                allocation = _allocate_options(run_options, asked) if asked else None
+                tests[place] = evaluation_of(run_options), allocation, probe
+            except MolaError as error:
+                raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
         settings = _settings(run_options, options.allocations.get(key.recipe))
-        runs.append(Run(key, run_options, test, allocation, probe, settings, *looked_at[key.task, key.recipe]))
+        runs.append(Run(key, run_options, *tests[place], settings, *looked_at[place]))
     return runs
 
 
@@ -104,8 +107,12 @@ def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]
 
 
 def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:
-    defaults = TrainAndTestOptions(output_dir="-", use_cpu=options.use_cpu).to_dict()
-    values = options.to_dict()
+    defaults, values = _defaults(options.use_cpu), options.to_dict()
     names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys()
     changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name] and name not in PLACES}
     return {**changed, **({"allocate": dict(allocation)} if allocation else {})}
+
+
+@functools.cache
+def _defaults(use_cpu: bool) -> dict[str, Any]:
+    return TrainAndTestOptions(output_dir="-", use_cpu=use_cpu).to_dict()

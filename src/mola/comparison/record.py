@@ -16,6 +16,7 @@ from mola.comparison.options import Key
 from mola.errors import MolaError
 from mola.files import check_writable
 from mola.forms import ANYTHING, INTEGER, NUMBER, TEXT, check_form
+from mola.options import first_difference
 from mola.reading import read_json
 
 FORMAT = 1
@@ -123,7 +124,7 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
             ("data", result.fingerprints, run.fingerprints),
         )
         for part, old, new in parts:
-            name = next((name for name in sorted({*old, *new}) if old.get(name) != new.get(name)), None)
+            name = first_difference(old, new)
             if name is not None:
                 raise MolaError(
                     f"the result of {result.key} was made with another {part} `{name}`: {old.get(name)!r}, now "

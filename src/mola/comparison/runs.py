@@ -12,6 +12,7 @@ from mola.comparison.record import BASE, Result
 from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
 from mola.files import read_json_object
+from mola.options import first_difference
 from mola.training.checkpoints import RUN_FILE
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -33,7 +34,7 @@ def is_finished(run: Run) -> bool:
         (record.get("data_fingerprints", {}), {k: v for k, v in run.fingerprints.items() if k != "test"}),
     )
     for old, new in parts:
-        name = next((name for name in new if old.get(name) != new[name]), None)
+        name = first_difference(old, new, new)
         if name is not None:
             raise MolaError(
                 f"{str(folder)!r} holds a run with another `{name}`: {old.get(name)!r}, now {new[name]!r}. Delete that "

@@ -17,6 +17,7 @@ from typing import Any
 from mola.continual_learning.stages import Stage
 from mola.errors import MolaError
 from mola.files import check_writable, file_sha256, read_json_object
+from mola.options import first_difference
 from mola.reading import read_json
 from mola.training.checkpoints import RUN_FILE
 from mola.training.run_folder import clear_run
@@ -155,7 +156,7 @@ def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
     for part, new in parts:
         # Through JSON once, so that tuples and lists compare equal.
         old, new = entry[part], json.loads(json.dumps(new))
-        key = next((key for key in sorted({*old, *new}) if old.get(key) != new.get(key)), None)
+        key = first_difference(old, new)
         if key is not None:
             raise MolaError(
                 f"stage `{stage.name}` was begun with another `{key}` ({part.replace('_', ' ')}): {old.get(key)!r} in "
