@@ -203,7 +203,7 @@ def test_exit_code_of_the_program_is_2_for_wrong_input(files, no_weights_dir, tm
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-m", "mola.cli", "train", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "mola", "train", *arguments], capture_output=True, text=True, env=environment
     )
     assert process.returncode == 2
     assert process.stdout == ""

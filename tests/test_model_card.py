@@ -22,7 +22,8 @@ from mola import hub
 from mola.cli import main
 from mola.errors import MolaError
 from mola.loss_plot import PLOT_FILE
-from mola.model_card import is_own_card, render_card, write_model_card
+from mola.marks import is_own_file
+from mola.model_card import render_card, write_model_card
 
 TOKEN = "hf_of_the_test"
 
@@ -212,7 +213,7 @@ def test_without_matplotlib_the_card_says_so(run_folder, monkeypatch):
 
 def test_a_changed_card_is_kept(run_folder, flags, mola_log):
     path = run_folder / "README.md"
-    assert is_own_card(path)
+    assert is_own_file(path)
     path.write_text(path.read_text(encoding="utf-8").replace("## Use", "## How I use it"), encoding="utf-8")
     changed = path.read_bytes()
     assert write_model_card(run_folder) is None
@@ -226,7 +227,7 @@ def test_own_card_is_replaced_by_that_of_a_new_run(run_folder, flags):
     assert main([*flags(run_folder, num_experts="2222"), "--overwrite_output_dir"]) == 0
     text = (run_folder / "README.md").read_text(encoding="utf-8")
     assert "| 0-3 | 2 | 2 | 2 |" in text
-    assert is_own_card(run_folder / "README.md")
+    assert is_own_file(run_folder / "README.md")
 
 
 def test_peft_saving_into_the_folder_leaves_a_valid_card(run_folder):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 _COMMAND = ("mola", "mola.exe", "mola-script.py")
+_MODULES = ("mola", "mola.cli")
 _SCRIPT_LINE = "from mola.cli import run_script"
 _LONGEST_SCRIPT = 1 << 16  # characters looked at
 
@@ -50,8 +51,8 @@ def hush_recommendations() -> None:
 
 
 def is_own_module(words: list[str]) -> bool:
-    """Whether a command line of Python runs `-m mola.cli`, as launchers of several processes do."""
-    return any(pair == ("-m", "mola.cli") for pair in itertools.pairwise(words))
+    """Whether a command line of Python runs `-m mola`, as launchers of several processes do (or `-m mola.cli`)."""
+    return any(option == "-m" and name in _MODULES for option, name in itertools.pairwise(words))
 
 
 OWN_PROGRAM = is_own_program(sys.argv[0] if sys.argv else "") or is_own_module(sys.orig_argv)

@@ -26,7 +26,7 @@ from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.report import ConvertReport
-from mola.checkpoints.tensors import read_settings, read_tensors
+from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
 from mola.errors import MolaError
 from mola.files import check_new_folder, new_folder
 from mola.skeleton import count_decoder_layers, model_on_meta
@@ -167,7 +167,7 @@ def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     with new_folder("output", output) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
+    modules = adapted_modules(tensors)
     experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
     return ConvertReport(
         output=output,
@@ -249,7 +249,7 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         torch.save(published, folder / "adapter_model.bin")
-    modules = sum(key.endswith(".mola_A") for key in tensors)
+    modules = len(adapted_modules(tensors))
     return ConvertReport(
         output=output,
         num_experts=num_experts,

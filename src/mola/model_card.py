@@ -80,7 +80,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
         As `write_model_card`.
     """
     path = folder / CARD_FILE
-    if path.exists() and not is_own_card(path):
+    if path.exists() and not is_own_file(path):
         logger.warning("%s was not written by mola, or was changed since: it is kept, no model card is written.", path)
         return None
     curves = read_curves(folder / "metrics.jsonl")
@@ -89,11 +89,6 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
         (folder / PLOT_FILE).unlink(missing_ok=True)
     text = render_card(folder, record, evaluations, has_plot=has_plot)
     return atomic_write_text(path, with_mark(text))
-
-
-def is_own_card(path: Path) -> bool:
-    """Whether a README is a card as mola wrote it."""
-    return is_own_file(path)
 
 
 def render_card(

@@ -9,6 +9,8 @@ from typing import Any
 from mola.errors import MolaError
 from mola.reading import parse_json
 
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a help text."""
@@ -27,6 +29,34 @@ def names_between_commas(names: str | None) -> list[str] | str | None:
     if not all(parts):
         raise MolaError(f"`target_modules` must be names between commas, got {names!r}. Example: 'q_proj,v_proj'.")
     return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
+
+
+def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
+    """An option that gives names to several sets of options; each name becomes a part of a folder's name.
+
+    Args:
+        name: of the option, for messages.
+        value: what was given: a mapping from names to mappings, or to None for an empty one; text as in `mapping`.
+        example: a right value, for messages.
+
+    Raises:
+        MolaError: it is empty, a name is none that every file system takes, or a value is no mapping.
+    """
+    entries = mapping(name, value)
+    if not entries:
+        raise MolaError(
+            f"`{name}` must name at least one, such as {example}: it is empty. Give it in the recipe, or as JSON with "
+            f"--{name}."
+        )
+    for key, values in entries.items():
+        if not _NAME.fullmatch(key):
+            raise MolaError(
+                f"`{name}` must have names made of letters, digits, '_', '.' and '-', which folders can have: got "
+                f"{key!r}. Rename it."
+            )
+        if values is not None and not (isinstance(values, Mapping) and all(isinstance(each, str) for each in values)):
+            raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
+    return {key: dict(values or {}) for key, values in entries.items()}
 
 
 def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:

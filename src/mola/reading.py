@@ -123,6 +123,25 @@ class BoundedLoader(yaml.SafeLoader):
         super().fetch_flow_collection_start(TokenClass)
 
 
+def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """Lines of a log whose entries are to stay when a run goes on; none of a file that is not there.
+
+    Half a line, as a killed run leaves it, does not stay, nor does one for which `keep` fails on a value or key.
+
+    Args:
+        path: a file with one JSON object in a line.
+        keep: whether an entry stays.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            if keep(parse_json(line)):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
 def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """The value of a YAML text, by a loader that runs no code.
 

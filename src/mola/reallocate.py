@@ -20,7 +20,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from mola.allocation_methods.probe import check_mixture, routing_records
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files import check_new_folder, new_folder
 from mola.options import option
@@ -144,7 +144,7 @@ def main(options: ReallocateOptions) -> int:
 
 def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int | None]:
     """From module name to its decoder layer; None outside the layers."""
-    names = [key.removesuffix(".mola_A").removeprefix(_PREFIX) for key in tensors if key.endswith(".mola_A")]
+    names = [key.removeprefix(_PREFIX) for key in adapted_modules(tensors)]
     sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(sides) > 1:
         raise MolaError(

@@ -12,7 +12,7 @@ import torch
 
 from mola.adapters import check_adapter
 from mola.allocation_methods.base import Base
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.forms import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
@@ -52,7 +52,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
     """
     check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
-    modules = [key.removesuffix(".mola_A").removeprefix(_PREFIX) for key in tensors if key.endswith(".mola_A")]
+    modules = [key.removeprefix(_PREFIX) for key in adapted_modules(tensors)]
     layers = {}
     for module in modules:
         layer = base.layer_of.get(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         )
     # Saved parameters come back as parameters; only their values are wanted.
     return {key: value.detach() for key, value in tensors.items()}
+
+
+def adapted_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the modules that have experts in an adapter of mola, as in its file."""
+    return [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mola.errors import MolaError
-from mola.options import mapping, option
+from mola.options import mapping, named_mappings, option
 from mola.parsing import convert
 from mola.tested_training import TrainAndTestOptions
 
 ALLOCATE = "allocate"  # key of a recipe whose `num_experts` comes from `mola allocate`
 _SET_HERE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "push_to_hub")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # becomes a part of a folder's name
 _EXAMPLES = {
     "tasks": '{"rte": {"data": "data/rte/dataset.hf"}}',
     "recipes": '{"lora": {"num_experts": "1"}, "2468": {"num_experts": "2468"}}',
@@ -77,7 +75,10 @@ class CompareOptions(TrainAndTestOptions):
         # Before TrainingArguments replaces some of them by what it makes of them.
         given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
-        self.tasks, self.recipes = _entries("tasks", self.tasks), _entries("recipes", self.recipes)
+        self.tasks, self.recipes = (
+            named_mappings(name, value, _EXAMPLES[name])
+            for name, value in (("tasks", self.tasks), ("recipes", self.recipes))
+        )
         self._check()
         self.allocations = {name: _allocation(name, values) for name, values in self.recipes.items()}
         self.allocations = {name: values for name, values in self.allocations.items() if values}
@@ -134,21 +135,6 @@ class CompareOptions(TrainAndTestOptions):
             return TrainAndTestOptions(**{**given, **changes, "seed": key.seed, "output_dir": str(folder)})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
-
-
-def _entries(option_name: str, value: Mapping[str, Any] | str | None) -> dict[str, dict[str, Any]]:
-    entries = mapping(option_name, value)
-    if not entries:
-        raise MolaError(f"`{option_name}` must name at least one, such as {_EXAMPLES[option_name]}: it is empty.")
-    for name, values in entries.items():
-        if not _NAME.fullmatch(name):
-            raise MolaError(
-                f"`{option_name}` must have names made of letters, digits, '_', '.' and '-', which folders can have: "
-                f"got {name!r}. Rename it."
-            )
-        if values is not None and not (isinstance(values, Mapping) and all(isinstance(key, str) for key in values)):
-            raise MolaError(f"`{option_name}.{name}` must be a mapping from options to values: got {values!r}.")
-    return {name: dict(values or {}) for name, values in entries.items()}
 
 
 def _allocation(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

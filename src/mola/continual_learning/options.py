@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.options import mapping, option
+from mola.options import named_mappings, option
 from mola.parsing import convert
 from mola.quantization import QUANTIZATION_OPTIONS
 from mola.tested_training import TrainAndTestOptions
@@ -27,7 +26,7 @@ _SAME_IN_ALL_STAGES = (
     "trust_remote_code",
 )
 _SET_HERE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # becomes a part of a folder's name
+_EXAMPLE = '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
 
 
 @dataclass
@@ -75,7 +74,7 @@ class ContinualOptions(StageOptions):
                 f"`mola continual` runs in one process: got {self.world_size}. Start it without torchrun, or run "
                 "`mola train --adapter` stage by stage."
             )
-        self.stages = _checked_stages(self.stages)
+        self.stages = named_mappings("stages", self.stages, _EXAMPLE)
         self.stage_options: dict[str, StageOptions] = {}
         for number, (name, values) in enumerate(self.stages.items(), start=1):
             try:
@@ -112,23 +111,3 @@ class ContinualOptions(StageOptions):
         for name in TRAINING_ONLY:
             settings[name] = getattr(self, name) if self.adapter is not None else self.adapter_setting(name)
         return {**settings, "adapter": previous}
-
-
-def _checked_stages(value: Mapping[str, Any] | str | None) -> dict[str, dict[str, Any]]:
-    stages = mapping("stages", value)
-    if not stages:
-        raise MolaError(
-            '`stages` must name at least one task to train on, such as {"physics": {"task": "scienceqa", '
-            '"data": "physics.json"}}: it is empty. Give it in the recipe, or as JSON with --stages.'
-        )
-    for name, values in stages.items():
-        if not _NAME.fullmatch(name):
-            raise MolaError(
-                f"`stages` must have names made of letters, digits, '_', '.' and '-', which folders can have: got "
-                f"{name!r}. Rename the stage."
-            )
-        if values is None:
-            stages[name] = {}
-        elif not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            raise MolaError(f"`stages.{name}` must be a mapping from options to values: got {values!r}.")
-    return {name: dict(values) for name, values in stages.items()}

@@ -25,7 +25,7 @@ from transformers.training_args import ParallelMode
 
 from mola.files import atomic_write_json, atomic_write_text, read_json_object
 from mola.insight.watching import RouterWatch
-from mola.reading import parse_json
+from mola.reading import kept_lines
 
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: what is counted since the last line
 _DIGITS = 6  # of a share or a gate; a file of all modules would be three times as large with all of them
@@ -182,11 +182,9 @@ class ExpertTelemetry(TrainerCallback):
         self._watch.reset(sums)
         if self.path is None:
             return
-        lines = (
-            self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() and step else []
-        )
         # With sums of an interval that was cut off, a line of that step is the rest of the run that ended there.
-        kept = _lines_before(lines, step + 1 if sums is None else step)
+        end = step + 1 if sums is None else step
+        kept = kept_lines(self.path, lambda entry: _is_whole_and_before(entry, end)) if step else []
         if self.path.exists() or step:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.path, "".join(line + "\n" for line in kept))
@@ -213,16 +211,8 @@ def _checkpoint_folder(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def _lines_before(lines: list[str], step: int) -> list[str]:
-    kept = []
-    for line in lines:
-        try:
-            entry = parse_json(line)
-            if entry["step"] < step and all(record["module"] and record["mean_gates"] for record in entry["modules"]):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line of a killed run
-    return kept
+def _is_whole_and_before(entry: dict[str, Any], step: int) -> bool:
+    return entry["step"] < step and all(record["module"] and record["mean_gates"] for record in entry["modules"])
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 
 from mola.errors import MolaError
 from mola.files import atomic_write_text
-from mola.reading import parse_json
+from mola.reading import kept_lines
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ class MetricsFile(TrainerCallback):
         """Drop lines that the resumed part of the run will write again."""
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        kept = _lines_until(lines, state.global_step) if state.global_step else []
+        kept = kept_lines(self.path, _written_by(state.global_step)) if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -57,19 +57,16 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def _lines_until(lines: list[str], step: int) -> list[str]:
-    """Lines written by step `step`, without the summary of an ended run and the evaluation that follows it."""
-    kept = []
-    for line in lines:
-        try:
-            entry = parse_json(line)
-            if "train_runtime" in entry:
-                break
-            if entry["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line of a killed run
-    return kept
+def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether a line was written by step `step`: no summary of an ended run, nor the evaluation that follows it."""
+    ended = False
+
+    def keep(entry: dict[str, Any]) -> bool:
+        nonlocal ended
+        ended = ended or "train_runtime" in entry
+        return not ended and entry["step"] <= step
+
+    return keep
 
 
 def _is_not_finite(value: Any) -> bool:
