@@ -22,11 +22,12 @@ _CLOSED_IN = 15  # seconds until every client of a test's server must have been 
 
 def serving(folder, **fields):
     """A server for a `with` block, which gives its address."""
-    options = ServeOptions(base_model=str(folder), port=0, dtype="float32", device="cpu")
-    options.max_connections, options.max_waiting = MOST_CONNECTIONS, MOST_CONNECTIONS - 1
-    options.client_timeout = CLIENT_TIMEOUT
-    for name, value in fields.items():
-        setattr(options, name, value)
+    limits = {
+        "max_connections": MOST_CONNECTIONS,
+        "max_waiting": MOST_CONNECTIONS - 1,
+        "client_timeout": CLIENT_TIMEOUT,
+    }
+    options = ServeOptions(base_model=str(folder), port=0, dtype="float32", device="cpu", **(limits | fields))
     return running_server(options)
 
 
