@@ -51,7 +51,10 @@ NO_REQUEST = {
     "a signed length": (completion(TOKEN, ["Content-Length: +5"]), 400),
     "a negative length": (completion(TOKEN, ["Content-Length: -5"]), 400),
     "a length of 5000 digits": (completion(TOKEN, ["Content-Length: " + "9" * 5000]), 400),
-    "length and chunks": (completion(TOKEN, [CHUNKED, "Content-Length: 5"]), 400),
+    "length and chunks": (
+        request("/v1/completions", "POST", token=TOKEN, headers=["Content-Length: 6", CHUNKED]) + b"0\r\n\r\n",
+        400,
+    ),
     "two encodings": (completion(TOKEN, [CHUNKED, CHUNKED]), 501),
     "an unknown encoding": (completion(TOKEN, ["Transfer-Encoding: xchunked"]), 501),
     "an encoding with a blank before its colon": (completion(TOKEN, ["Transfer-Encoding : chunked"]), 400),

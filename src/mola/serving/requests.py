@@ -85,8 +85,6 @@ class AnswerRequest(_Strict):
                 raise MolaError(
                     f"`{name}` is not supported by this server: got {str(value)[:_LONGEST_ECHO]!r}. Leave it out."
                 )
-        for name in [name for name in body if name not in cls.model_fields][1:]:
-            del body[name]  # the first is refused; an error for each of many takes as long as those of lists
         return body
 
     @field_validator("stop")
