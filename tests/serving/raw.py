@@ -17,7 +17,7 @@ MOST_CONNECTIONS = 12
 LAST = ["Connection: close"]  # the server closes the connection after its answer
 JSON = "Content-Type: application/json"
 CHUNKED = "Transfer-Encoding: chunked"
-_CLOSED_IN = 15  # seconds until every client of a test's server must have been sent away
+_CLOSED_IN = 60  # seconds until every client of a test's server must have been sent away
 
 
 def serving(folder, **fields):
