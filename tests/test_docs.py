@@ -171,6 +171,35 @@ def test_option_tables_are_up_to_date():
     assert script.TARGET.read_text(encoding="utf-8") == script.render(), "run scripts/make_option_tables.py"
 
 
+def linked(page):
+    """Files and folders that a page links to; none of what is no page."""
+    if page.suffix != ".md":
+        return set()
+    paths = (match["path"] for match in _LINK.finditer(page.read_text(encoding="utf-8")))
+    return {(page.parent / path).resolve() for path in paths if path}
+
+
+@pytest.fixture(scope="module")
+def near():
+    """What a newcomer finds from the README in two clicks."""
+    first = linked(ROOT / "README.md")
+    return first.union(*(linked(page) for page in first))
+
+
+def test_everything_is_two_clicks_from_the_readme(near):
+    folders = {path.parent for path in (ROOT / "recipes").rglob("*.yaml")}
+    wanted = {*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "notebooks").glob("*.ipynb"), *folders} - {ROOT / "README.md"}
+    assert sorted(page_id(path) for path in wanted - near) == []
+
+
+def test_every_command_is_shown_on_a_page_two_clicks_from_the_readme(near):
+    pages = [page for page in near & set(PAGES) if page.name not in ("README.md", "index.md", "options.md")]
+    shown = {words[0] for page in pages for block in blocks(page) if block.kind == "bash" for words in commands(block)}
+    assert sorted(cli.COMMANDS.keys() - shown - {"quickstart"}) == []  # the one that `make` runs
+    sections = re.findall(r"^## mola (\S+)$", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(sections) == sorted(cli.COMMANDS)
+
+
 def test_every_command_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in cli.COMMANDS if f"mola {name}" not in text and f"make {name}" not in text] == []

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mola.addresses import is_loopback
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
+_LEAST = {"max_tokens": 1, "max_choices": 1, "max_waiting": 0, "max_body_bytes": 1, "max_connections": 1}
 
 
 @dataclass
@@ -53,6 +53,10 @@ class ServeOptions(ModelOptions):
     max_choices: int = option(16, "Most answers of one request: prompts times n.")
     max_waiting: int = option(128, "Requests that may wait; further ones are sent away with status 429.")
     max_body_bytes: int = option(1 << 20, "Longest body of a request.")
+    max_connections: int = option(256, "Connections at the same time; further ones are sent away with status 503.")
+    client_timeout: float = option(
+        60.0, "Seconds in which a client must have sent a request in full, and must take what is sent to it."
+    )
     shutdown_timeout: float = option(30.0, "Seconds that the running answer gets to finish when the server is stopped.")
 
 
@@ -107,6 +111,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     if not (is_fastapi_available() and is_uvicorn_available()):
         raise MolaError("`mola serve` needs fastapi and uvicorn. Run: pip install 'mola-peft[serve]'")
     from mola.serving.app import build_app
+    from mola.serving.connections import ConnectionLimits
+    from mola.serving.guard import Checks
     from mola.serving.jobs import JobMaker, Limits
     from mola.serving.queue import AnswerQueue
     from mola.serving.server import Server, bind, url_of
@@ -125,7 +131,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         names = {base_name(options): None, **inside}
         limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config))
         queue = AnswerQueue(model, tokenizer, options.max_waiting)
-        app = build_app(JobMaker(tokenizer, names, limits), queue, api_key, options.max_body_bytes)
+        checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
+        app = build_app(JobMaker(tokenizer, names, limits), queue, checks)
         if api_key is None and not is_loopback(options.host):
             logger.warning(
                 "Anyone who reaches %s can use this server: `host` is not this machine alone and no token is set. "
@@ -135,14 +142,15 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
             )
         url = url_of(bound)
         greeting = f"Serving {', '.join(names)} on {url}"
-        yield Server(app, queue, options.shutdown_timeout, greeting), bound, url
+        connections = ConnectionLimits(options.max_connections, options.client_timeout)
+        yield Server(app, queue, connections, options.shutdown_timeout, greeting), bound, url
 
 
 def base_name(options: ServeOptions) -> str:
     """Name of the base model in requests."""
     if options.base_name is not None:
         return options.base_name
-    return _last_part(options.base_model) if Path(options.base_model).is_dir() else options.base_model
+    return _last_part(options.base_model) if os.path.isdir(options.base_model) else options.base_model
 
 
 def adapter_folders(options: ServeOptions) -> dict[str, str]:
@@ -156,8 +164,8 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
         raise MolaError("`base_name` must not be empty. Leave it out to name the model after its folder.")
     folders: dict[str, str] = {}
     for text in options.adapter or []:
-        # A folder may have an equals sign in its own name.
-        name, equals, folder = ("", "", text) if Path(text).is_dir() else text.partition("=")
+        # A folder may have an equals sign in its own name; `Path.is_dir` fails for what no file can be called.
+        name, equals, folder = ("", "", text) if os.path.isdir(text) else text.partition("=")
         if not equals:
             name, folder = _last_part(text), text
         if not name or not folder:
@@ -175,10 +183,17 @@ def _last_part(folder: str) -> str:
 
 
 def _check_numbers(options: ServeOptions) -> None:
-    for name, least in (("max_tokens", 1), ("max_choices", 1), ("max_waiting", 0), ("max_body_bytes", 1)):
+    for name, least in _LEAST.items():
         value = getattr(options, name)
         if value < least:
             raise MolaError(f"`{name}` must be at least {least}: got {value}.")
+    if options.max_connections <= options.max_waiting:
+        raise MolaError(
+            f"`max_connections` must be more than `max_waiting`, {options.max_waiting}, or so many can never wait: got "
+            f"{options.max_connections}. Raise it, or lower `max_waiting`."
+        )
+    if not 0 < options.client_timeout < float("inf"):
+        raise MolaError(f"`client_timeout` must be a positive number of seconds: got {options.client_timeout}.")
     if not 0 <= options.shutdown_timeout < float("inf"):
         raise MolaError(f"`shutdown_timeout` must be 0 or a positive number: got {options.shutdown_timeout}.")
     if not 0 <= options.port < 2**16:

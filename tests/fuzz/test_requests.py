@@ -53,3 +53,21 @@ def test_body(client, path, document, data):
         error = json.loads(answer.content)["error"]
         assert error["message"]
         assert len(error["message"]) < 2000
+
+
+MANY = {
+    "prompts": ("/completion", {"prompt": [1] * 330_000}),
+    "stops": ("/completion", {"prompt": "x", "stop": [1] * 330_000}),
+    "fields": ("/completion", {"prompt": "x"} | {f"k{number}": 1 for number in range(80_000)}),
+    "messages": ("/chat", {"messages": [{}] * 240_000}),
+    "parts": ("/chat", {"messages": [{"role": "user", "content": [{}] * 240_000}]}),
+}
+
+
+@pytest.mark.parametrize(("path", "fields"), MANY.values(), ids=MANY)
+def test_a_million_bytes_of_wrong_values_cost_little(client, path, fields):
+    content = json.dumps({"model": "m"} | fields)
+    assert 900_000 < len(content) < 1 << 20
+    answer = survives(client.post, path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert len(answer.content) < 1000

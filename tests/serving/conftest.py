@@ -1,5 +1,6 @@
 """A real server on loopback: tiny random model with a chat template, two adapters that give different answers."""
 
+import logging
 import socket
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from mola import MolaConfig
 from mola.generate import generate_text
 from mola.loading import load_model, load_tokenizer
+
+from .raw import SECRET, TOKEN, is_idle, serving
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 NEW_TOKENS = 4
@@ -89,3 +92,20 @@ def free_port():
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return taken.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def narrow_url(endless_model_dir):
+    """Address of a server with a token and narrow limits, for clients that mean no good."""
+    with serving(endless_model_dir, api_key=TOKEN) as url:
+        yield url
+
+
+@pytest.fixture
+def unharmed(narrow_url, caplog):
+    """After the test the server answers and holds nothing, and no log has a traceback, a token or a prompt."""
+    with caplog.at_level(logging.DEBUG):
+        yield
+        is_idle(narrow_url)
+    for forbidden in ("Traceback", TOKEN, SECRET):
+        assert forbidden not in caplog.text

@@ -13,28 +13,26 @@ from starlette.types import Receive, Scope, Send
 
 from mola.serving.answers import ChatForm, CompletionForm, count_usage
 from mola.serving.errors import RequestError, add_handlers
-from mola.serving.guard import Guard
+from mola.serving.guard import GONE, Checks, Guard
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue, Piece, Ticket
 from mola.serving.requests import ChatRequest, CompletionRequest
 
-_GONE = 499  # nobody sees it: the client has closed the connection
 
-
-def build_app(jobs: JobMaker, queue: AnswerQueue, api_key: str | None, max_body_bytes: int) -> FastAPI:
+def build_app(jobs: JobMaker, queue: AnswerQueue, checks: Checks) -> FastAPI:
     """The application.
 
     Args:
         jobs: makes jobs of requests.
         queue: generates.
-        api_key: token that clients must send; None for no check.
-        max_body_bytes: longest body of a request.
+        checks: of every request, before its body is read.
 
     Returns:
         An ASGI application.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
+    # A redirect would lead to whatever the client wrote as `Host`.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(Guard, checks=checks)
     add_handlers(app)
     created = int(time.time())
     encoding = asyncio.Lock()
@@ -126,7 +124,7 @@ async def _whole(request: Request, ticket: Ticket, form: Any) -> Response:
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            return Response(status_code=_GONE)
+            return Response(status_code=GONE)  # nobody sees it
         pieces = collecting.result()
     finally:
         ticket.cancel()

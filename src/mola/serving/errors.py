@@ -14,6 +14,7 @@ from mola.errors import MolaError
 logger = logging.getLogger(__name__)
 
 _LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
+_TEXT_OF_PEOPLE = ("prompt", "messages")  # fields that no message repeats
 _NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
 
 
@@ -117,8 +118,14 @@ def from_validation(error: RequestValidationError) -> RequestError:
         return RequestError(400, f"`{name}` is missing.", param=name)
     if first["type"] == "extra_forbidden":
         return RequestError(400, f"`{name}` is no field that this server knows. Leave it out.", param=name)
-    value = _shortened(repr(first["input"]))
+    is_private = place[:1] and place[0] in _TEXT_OF_PEOPLE and first["type"] != "literal_error"
+    value = f"a value of type {_json_type(first['input'])}" if is_private else _shortened(repr(first["input"]))
     return RequestError(400, f"`{name}` is wrong: {first['msg']}; got {value}.", param=name)
+
+
+def _json_type(value: Any) -> str:
+    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
+    return names.get(type(value), "null")
 
 
 def _shortened(text: str) -> str:

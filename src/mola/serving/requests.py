@@ -1,7 +1,7 @@
 """Bodies of requests: fields, types, and what is refused because it would otherwise be ignored."""
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,6 +10,10 @@ from mola.errors import MolaError
 _MOST_STOPS = 4  # as OpenAI has it
 _FREE_OF_EFFECT = ("user", "metadata")  # they name the caller; answers do not depend on them
 _LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
+
+_Item = TypeVar("_Item")
+# At the first wrong item: an error for each of a million would take the memory of a thousand requests.
+_Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -27,7 +31,7 @@ class Message(_Strict):
     """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | _Some[TextPart]
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates want it."""
@@ -61,7 +65,7 @@ class AnswerRequest(_Strict):
     top_k: int | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -128,7 +132,7 @@ class ChatRequest(AnswerRequest):
         "store": (False,),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _Some[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -153,7 +157,7 @@ class CompletionRequest(AnswerRequest):
         "suffix": ("",),
     }
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: str | _Some[str]
 
     def prompts(self) -> list[str]:
         """The texts to continue."""
