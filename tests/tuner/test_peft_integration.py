@@ -311,6 +311,12 @@ def test_mixing_with_another_method_is_refused(base):
         ({"router_aux_loss_reduction": "sum"}, "router_aux_loss_reduction"),
         ({"target_modules": [" q_proj"]}, "spaces"),
         ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "gaussian"}, "`init_lora_weights` must be True or False"),
+        ({"target_modules": 7}, "`target_modules` must be names in a list, or text: got 7"),
+        ({"target_modules": []}, "`target_modules` must be a non-empty list"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
+        ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
+        ({"task_type": "POETRY"}, "`task_type` is wrong"),
     ],
 )
 def test_wrong_settings_are_refused(base, options, message):
