@@ -43,11 +43,15 @@ class Covering:
             self._by_line[str(Path(path).relative_to(Path.cwd()))] = lines
 
     def tests(self, path: str, line: int, budget: float) -> list[str]:
-        """Tests of a line, fastest first, `budget` seconds in all; of its whole file if it runs at import only."""
+        """Tests of a line, `budget` seconds in all; of its whole file if the line runs at import only.
+
+        Those in the test file of the same name come first, then the fastest.
+        """
         lines = self._by_line.get(path, {})
         names = lines.get(line) or set().union(*lines.values()) if lines else set()
         chosen, total = [], 0.0
-        for name in sorted(names, key=lambda each: (self.seconds[each], each)):
+        own = f"/test_{Path(path).stem}.py::"
+        for name in sorted(names, key=lambda each: (own not in each, self.seconds[each], each)):
             total += self.seconds[name]
             if chosen and total > budget:
                 break

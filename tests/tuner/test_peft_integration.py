@@ -326,6 +326,25 @@ def test_wrong_settings_are_refused(base, options, message):
     assert not any(isinstance(module, MolaLinear) for module in model.modules())
 
 
+LIMITS = {  # what is still right, what is wrong
+    "lora_alpha": ([0.5, 1000], [0, -1, True, "16", float("nan"), float("inf")]),
+    "lora_dropout": ([0, 0.99], [-0.01, 1, 1.5]),
+    "router_aux_loss_coef": ([0, 1, 50], [-0.5, float("inf")]),
+    "router_z_loss_coef": ([0, 1, 50], [-0.5, None]),
+    "router_jitter_noise": ([0, 0.99], [-0.01, 1, 1.5]),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_numbers(name):
+    right, wrong = LIMITS[name]
+    for value in right:
+        assert getattr(MolaConfig(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(MolaError, match=f"`{name}` must be a number"):
+            MolaConfig(**{name: value})
+
+
 def test_unknown_keyword_is_refused():
     with pytest.raises(MolaError, match="nexperts"):
         MolaConfig(nexperts=4)
