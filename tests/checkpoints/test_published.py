@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mola import MolaConfig, MolaError
 from mola.checkpoints.published import read_published, read_tensors
 from mola.checkpoints.published_writer import to_published
+from mola.checkpoints.tensors import read_settings
 
 CASE = Path(__file__).parents[1] / "golden" / "case_a"
 Q, V = "self_attn.q_proj", "self_attn.v_proj"
@@ -193,6 +195,29 @@ def test_missing_tensors_are_reported(case, suffix, message):
         read_published(save(values, kept), 2)
 
 
+@pytest.mark.parametrize("name", ["lora_alpha", "target_modules", "r"])
+def test_missing_settings_are_named(case, name):
+    values, tensors, save = case
+    del values[name]
+    with pytest.raises(MolaError, match=rf"lacks \['{name}'\]"):
+        read_published(save(values, tensors), 2)
+
+
+def test_experts_outside_the_decoder_layers_are_refused(case):
+    values, tensors, save = case
+    outside = {key.replace("layers.0.self_attn", "head"): tensor for key, tensor in tensors.items()}
+    with pytest.raises(MolaError, match="head.q_proj' lies in no decoder layer"):
+        read_published(save(values, outside), 2)
+
+
+def test_a_router_for_other_features_than_the_experts_is_refused():
+    config, tensors = adapter([2])
+    key = next(key for key in tensors if key.endswith("q_proj.mola_router"))
+    tensors[key] = torch.zeros(2, 9)
+    with pytest.raises(MolaError, match="a router for 9 features and experts for 6"):
+        to_published(config, tensors)
+
+
 def test_experts_of_different_shapes_are_refused(case):
     values, tensors, save = case
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A_1.weight"] = torch.zeros(3, 64)
@@ -212,6 +237,39 @@ def test_two_files_of_weights_are_refused(tmp_path):
     (tmp_path / "both" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(MolaError, match="they may differ"):
         read_published(tmp_path / "both", 2)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(MolaError, match="holds neither adapter_model.bin nor adapter_model.safetensors"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "can not be read"), ("{", "can not be read"), ("[1]", r"must hold an object, got \[1\]")],
+)
+def test_settings_that_are_no_object_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(MolaError, match=message):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), torch.zeros(1).expand(1000)],
+    ids=lambda t: str(t.layout),
+)
+def test_tensors_that_do_not_hold_their_values_are_refused(tmp_path, tensor):
+    torch.save({"whole": torch.zeros(2), "odd": tensor}, tmp_path / "adapter_model.bin")
+    with pytest.raises(MolaError, match="'odd' is none|can not be read"):
+        read_tensors(tmp_path)
+
+
+def test_a_file_of_safetensors_is_read(tmp_path):
+    expected = {"a": torch.arange(6.0).view(2, 3)}
+    save_file(expected, tmp_path / "adapter_model.safetensors")
+    assert_equal(read_tensors(tmp_path), expected)
 
 
 def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path):

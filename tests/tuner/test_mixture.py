@@ -195,6 +195,18 @@ def test_gradients_nobody_asks_for_are_not_made(unused):
         torch.testing.assert_close(leaves[index].grad, expected[index])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_the_logits_alone(fused):
+    """As of a balance loss whose output nobody uses."""
+    base, leaves, kept, settings = make((2, 5, 8), 4, torch.float64, fused=fused)
+    found = []
+    for function in (add_mixture, plain):
+        _, logits, *_ = function(base, *leaves[:4], kept, settings)
+        found.append(torch.autograd.grad((logits**2).sum(), [leaves[0], leaves[3]]))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_second_derivatives_are_refused():
     base, leaves, kept, settings = make((2, 3, 8), 4, torch.float64, fused=True)
     y = add_mixture(base, *leaves, kept, settings).output

@@ -54,6 +54,43 @@ def test_merging_no_adapter_merges_none():
     assert not any(layer.merged for layer in layers(model))
 
 
+def test_unmerging_what_is_not_merged_says_so():
+    layer = layers(adapted())[0]
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_switched_off_adapters_leave_no_trace_of_a_merged_one():
+    model, x = adapted(), torch.randn(4, 6)
+    with model.disable_adapter():
+        plain = model(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), plain)
+
+
+def test_a_mixture_is_refused_by_the_layer_too():
+    layer = layers(adapted(num_experts=3, top_k=2))[0]
+    with pytest.raises(MolaError, match="has 3 experts in this module and can not be merged"):
+        layer.merge()
+    with pytest.raises(MolaError, match="3 experts"):
+        layer.get_delta_weight("default")
+    assert not layer.supports_lora_conversion()
+    assert layers(adapted())[0].supports_lora_conversion()
+
+
+def test_a_base_weight_that_is_no_plain_number_is_not_merged():
+    layer = layers(adapted())[0]
+    layer.base_layer.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(MolaError, match="needs a plain floating-point base weight.*without quantisation"):
+        layer.merge()
+
+
+def test_the_logits_of_one_expert_are_refused():
+    with pytest.raises(MolaError, match="has no router in this module: it has one expert"):
+        layers(adapted())[0].router_logits("default", torch.zeros(1, 6))
+
+
 def test_a_broken_adapter_is_not_merged_safely():
     model = adapted()
     with torch.no_grad():
@@ -101,6 +138,20 @@ def test_casting_of_the_input_can_be_switched_off(num_experts, top_k):
             assert torch.equal(layer(x), rounded)
     torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
     assert layer.cast_input_dtype_enabled
+
+
+# ---------------------------------------------------------------------- copies of an adapter
+
+
+def test_the_reference_of_preference_trainers_starts_as_a_copy():
+    """TRL adds "ref" with the very configuration object of the trained adapter."""
+    model = adapted(num_experts=3, top_k=2)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("fresh", config(num_experts=3, top_k=2))
+    for layer in layers(model):
+        for tensors in (layer.mola_A, layer.mola_B, layer.mola_router):
+            assert torch.equal(tensors["ref"], tensors["default"])
+            assert not torch.equal(tensors["fresh"], tensors["default"])
 
 
 # ---------------------------------------------------------------------- heads of a task

@@ -311,6 +311,12 @@ def test_mixing_with_another_method_is_refused(base):
         ({"router_aux_loss_reduction": "sum"}, "router_aux_loss_reduction"),
         ({"target_modules": [" q_proj"]}, "spaces"),
         ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "gaussian"}, "`init_lora_weights` must be True or False"),
+        ({"target_modules": 7}, "`target_modules` must be names in a list, or text: got 7"),
+        ({"target_modules": []}, "`target_modules` must be a non-empty list"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
+        ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
+        ({"task_type": "POETRY"}, "`task_type` is wrong"),
     ],
 )
 def test_wrong_settings_are_refused(base, options, message):
@@ -318,6 +324,25 @@ def test_wrong_settings_are_refused(base, options, message):
     with pytest.raises(MolaError, match=message):
         get_peft_model(model, random_config(**options))
     assert not any(isinstance(module, MolaLinear) for module in model.modules())
+
+
+LIMITS = {  # what is still right, what is wrong
+    "lora_alpha": ([0.5, 1000], [0, -1, True, "16", float("nan"), float("inf")]),
+    "lora_dropout": ([0, 0.99], [-0.01, 1, 1.5]),
+    "router_aux_loss_coef": ([0, 1, 50], [-0.5, float("inf")]),
+    "router_z_loss_coef": ([0, 1, 50], [-0.5, None]),
+    "router_jitter_noise": ([0, 0.99], [-0.01, 1, 1.5]),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_numbers(name):
+    right, wrong = LIMITS[name]
+    for value in right:
+        assert getattr(MolaConfig(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(MolaError, match=f"`{name}` must be a number"):
+            MolaConfig(**{name: value})
 
 
 def test_unknown_keyword_is_refused():

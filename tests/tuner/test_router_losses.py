@@ -12,6 +12,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaError, MolaLinear
+from mola.tuner.router_losses import RouterLosses, _AddLoss
 from mola.tuner.statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
 from .counting import CountOperators
@@ -120,6 +121,33 @@ def test_z_loss():
     z = [logits.logsumexp(-1).square().mean() for _, logits in reference_terms(model, batch, counted)]
     plain = model.eval()(**batch).loss
     torch.testing.assert_close(with_loss - plain, COEF * torch.stack(z).mean())
+
+
+def test_both_losses_are_added():
+    batch = token_batch(padding=2)
+    both, balance, z = (
+        make(router_aux_loss_coef=one, router_z_loss_coef=two)(**batch).loss
+        for one, two in ((COEF, COEF), (COEF, 0.0), (0.0, COEF))
+    )
+    plain = make(router_aux_loss_coef=0.0)(**batch).loss
+    torch.testing.assert_close(both - plain, (balance - plain) + (z - plain))
+    assert balance > plain
+    assert z > plain
+
+
+def test_a_loss_that_lowers_some_likelihoods_is_refused():
+    """Log-probabilities as TRL's trainers take them from a model: one loss is a likelihood, one like DPO's."""
+    mask = torch.tensor([[True, True, False]])
+    for signs, fails in (([[-1.0, -3.0, 5.0]], False), ([[-1.0, 2.0, 0.0]], True)):
+        log_probs, extra = torch.zeros(1, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+        total = (_AddLoss.apply(log_probs, extra, mask) * torch.tensor(signs)).sum()
+        if fails:
+            with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
+                total.backward()
+        else:
+            total.backward()
+            assert log_probs.grad.tolist() == signs
+            assert extra.grad == 4.0  # the weight of the real tokens
 
 
 def test_evaluation_does_not_count_it():
@@ -387,6 +415,15 @@ def test_the_losses_stay_on_the_device_of_the_logits(masked):
     for loss in (balance_loss(pool([statistics, statistics])), z_loss(statistics)):
         assert loss.device == logits.device
         loss.backward()
+
+
+def test_hooks_can_be_taken_off():
+    model = make()
+    batch = token_batch()
+    plain = model.eval()(**batch).loss
+    RouterLosses.remove(model.train().base_model.model)
+    torch.testing.assert_close(model(**batch).loss, plain)
+    RouterLosses.remove(model.base_model.model)  # a second time does nothing
 
 
 def test_hooks_are_installed_once_for_several_adapters():

@@ -1,0 +1,71 @@
+"""The layers of models that have more than one stack of them."""
+
+import re
+
+import pytest
+from torch import nn
+
+from mola.tuner.stacks import LayerStacks
+
+SIDES = {"encoder": 2, "decoder": 3}
+
+
+@pytest.mark.parametrize("exclude", [None, ["lm_head", "q.proj"], ("lm_head",), r".*\.lm_head"])
+def test_towers_are_excluded_too(exclude):
+    pattern = LayerStacks(2, language_model="model.language_model").also_excluding_towers(exclude)
+    left_out = {
+        "model.vision.layers.0.q_proj": True,
+        "model.language_model_2.layers.0.q_proj": True,
+        "model.language_model.layers.0.q_proj": False,
+        "model.language_model.lm_head": exclude is not None,
+        "model.language_model.q.proj": isinstance(exclude, list),
+        "model.language_model.qxproj": False,  # a point in a name is a point
+        "model.language_model.my_lm_head": False,
+    }
+    assert {name: re.fullmatch(pattern, name) is not None for name in left_out} == left_out
+
+
+def test_without_towers_exclusions_stay_as_they_are():
+    assert LayerStacks(2).also_excluding_towers(["lm_head"]) == ["lm_head"]
+
+
+class WithTower(nn.Module):
+    """A language model beside a tower, as Transformers builds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"text_config": {"num_hidden_layers": 2}}
+        self.tower = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])})
+        self.text = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])})
+
+    def get_decoder(self):
+        return self.text
+
+
+def test_layers_of_the_language_model_only_are_counted():
+    stacks = LayerStacks.of(WithTower())
+    assert stacks == LayerStacks(2, language_model="text")
+    assert [stacks.index(name) for name in ("text.layers.1", "tower.layers.1", "textual.layers.1")] == [1, None, None]
+
+
+def test_a_model_that_is_its_own_decoder_has_no_towers():
+    model = WithTower()
+    model.get_decoder = lambda: model
+    assert LayerStacks.of(model) == LayerStacks(2)
+    model.config = {"num_hidden_layers": 2}
+    model.get_decoder = lambda: model.text
+    assert LayerStacks.of(model).language_model is None
+
+
+def test_decoder_layers_come_after_those_of_the_encoder():
+    layers = {
+        side: nn.ModuleDict({"block": nn.ModuleList([nn.Linear(2, 2) for _ in range(count)])})
+        for side, count in SIDES.items()
+    }
+    model = nn.ModuleDict(layers)
+    model.config = {"is_encoder_decoder": True}
+    stacks = LayerStacks.of(model)
+    assert (stacks.num_layers, stacks.num_encoder_layers) == (5, 2)
+    names = ("encoder.block.1", "decoder.block.0", "decoder.block.2", "shared")
+    assert [stacks.index(name) for name in names] == [1, 2, 4, None]
+    assert [stacks.is_encoder(index) for index in (0, 1, 2, None)] == [True, True, False, False]
