@@ -1,5 +1,7 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests (several minutes on two cores)
+# make test-min     the same with the lowest versions that pyproject.toml allows
+# make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
 # make coverage     which lines and branches of the layer and the checkpoints the tests run
 # make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
@@ -12,12 +14,16 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
 
-.PHONY: quickstart test test-all test-peft fuzz coverage mutation bench check style setup clean
+.PHONY: quickstart test test-min test-all test-peft dist fuzz coverage mutation bench check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
 
 test: $(VENV)/.dev
+	$(RUN_TESTS) -m "not slow"
+
+test-min: override VENV = .venv-min
+test-min: .venv-min/.test
 	$(RUN_TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
@@ -47,6 +53,11 @@ bench: $(VENV)/.quickstart
 	$(BIN)/python -m mola.smollm2 $(SMOLLM2)
 	$(BIN)/python -m benchmarks $(BENCH)
 
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +75,13 @@ $(VENV)/.venv:
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# uv, because pip only knows how to take the highest versions.
+.venv-min/.test: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-min
+	.venv-min/bin/python -m pip install --quiet uv
+	.venv-min/bin/uv pip install --quiet --python .venv-min/bin/python --resolution lowest-direct --editable ".[test]"
 	@touch $@
 
 # What PEFT's tests import; mola itself does not need it.
@@ -87,4 +105,4 @@ $(VENV)/.extras: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache runs build dist *.egg-info
+	rm -rf $(VENV) .venv-min .cache runs build dist *.egg-info

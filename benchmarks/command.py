@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _record(options: BenchmarkOptions, arguments: Sequence[str], device: str) ->
     return {
         "commit": _commit(),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_description() | {"cores": os.cpu_count(), "system": platform.platform()},
         "load_average_before": load and list(load),
         "threads": options.threads,

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,6 @@ from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.setup import adapter_config
 
 from .scripts import write_dataset
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "from-the-research-code.md"

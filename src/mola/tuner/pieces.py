@@ -24,8 +24,18 @@ def refuse_second_derivatives() -> None:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody wants to know when the module is called, or has replaced its forward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    every = torch.nn.modules.module  # where the hooks on all modules are kept
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ def add_peft_type(name: str) -> PeftType:
     """Add a member to the `PeftType` enum, or return the one that is there.
 
     Enums cannot be subclassed once they have members, so the member is built by hand the way
-    `enum` does it; every attribute below is read by one of Python 3.10 to 3.13.
+    `enum` does it; every attribute below is read by one of Python 3.11 to 3.13.
     """
     if name in PeftType._member_map_:
         return PeftType[name]

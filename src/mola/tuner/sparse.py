@@ -31,7 +31,6 @@ def pays(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, sett
         and 2 * num_experts >= _FROM_EXPERTS * settings.top_k
         and x.numel() >= num_experts * x.shape[-1]
         and (r | experts_A.shape[2] | experts_B.shape[2]) % 4 == 0  # grouped products want rows of whole 16 bytes
-        and hasattr(F, "grouped_mm")
     )
 
 
