@@ -166,9 +166,19 @@ class Interruption(TrainerCallback):
         if self.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
+            self._keep_last_checkpoint(args)
             if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
         return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A signal that came after the last step, while the trainer evaluated or saved."""
+        self._keep_last_checkpoint(args)
+
+    def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
+        """With a limit of one the trainer ends with the best checkpoint alone, and the run could not go on here."""
+        if self.signal_number is not None and args.save_total_limit == 1:
+            args.save_total_limit = 2
 
     def _share(self, device: torch.device) -> None:
         """All processes stop after the same step, or those left would wait for the others for ever."""
