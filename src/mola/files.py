@@ -5,6 +5,7 @@
 - `check_new_folder`, `new_folder`: the same for a whole folder.
 - `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
+- `damaged_record`: whether what `torch.save` wrote is still as it was.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import os
 import shutil
 import tempfile
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,3 +201,24 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def damaged_record(path: str | os.PathLike[str]) -> str | None:
+    """The first part of a file of `torch.save` that has another checksum than it was written with.
+
+    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them.
+
+    Returns:
+        Its name; None for a file without damage, or that is no zip archive.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the archive is broken beyond its parts.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise ValueError(f"it is a broken archive ({error})") from error

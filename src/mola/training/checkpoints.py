@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files import read_json_object
+from mola.files import damaged_record, read_json_object
 from mola.forms import ANYTHING, TEXT, check_form
+from mola.weights_digest import DIGEST_FIELD, check_digest
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
-_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_config.json", _WEIGHTS_FILE)
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
 _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 
 logger = logging.getLogger(__name__)
@@ -115,18 +116,29 @@ def _has(folder: Path, pattern: str) -> bool:
 
 
 def _broken_file(path: Path) -> str:
-    """What is cut off; the contents of complete files are not read."""
-    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
+    """What is cut off, or has another checksum than it was written with. The state file has none."""
+    step = read_json_object(path / STATE_FILE).get("global_step")
+    if not isinstance(step, int) or step_in_name(path) not in (step, -1):
         return f"has a broken {STATE_FILE}"
+    # torch.save writes zip files, whose directory is at their end.
+    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
+    broken = [file.name for file in files if file.is_file() and not _is_whole(file)]
+    if broken:
+        return f"has a broken {broken[0]}"
     try:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
             pass
-    except (OSError, SafetensorError):
+        check_digest(path, read_json_object(path / _CONFIG_FILE).get(DIGEST_FIELD))
+    except (OSError, SafetensorError, MolaError):
         return f"has a broken {_WEIGHTS_FILE}"
-    # torch.save writes zip files, whose directory is at their end.
-    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
-    broken = [file.name for file in files if file.is_file() and not zipfile.is_zipfile(file)]
-    return f"has a broken {broken[0]}" if broken else ""
+    return ""
+
+
+def _is_whole(archive: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(archive) and damaged_record(archive) is None
+    except (OSError, ValueError):
+        return False
 
 
 def checkpoint_step(checkpoint: Path) -> int:

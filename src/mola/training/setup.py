@@ -21,7 +21,7 @@ from mola.data.templates import get_template
 from mola.devices import DTYPES
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
-from mola.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
 from mola.options import mapping, names_between_commas
 from mola.plan import PlanOptions, plan
 from mola.quantization import check_quantized_base, quantization_of, stored_quantization
@@ -72,6 +72,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     if options.adapter is not None:
         check_adapter(options.adapter)
         continued_config(options, options.adapter)
+        check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
     allocation = plan(
