@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mola.checkpoints.formats import conversion_hint
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
+from mola.failures import lack_of_memory
 from mola.reading import read_json
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
@@ -128,9 +129,9 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
             # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
             result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if lack_of_memory(error):
+            raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
     missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
     for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):

@@ -33,6 +33,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=step_in_name, reverse=True)
 
 
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that a run in `folder` could go on from, or None."""
+    return next((path for path in checkpoints_in(folder) if not _problem(path)), None)
+
+
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     """The checkpoint to go on from.
 
@@ -117,8 +122,7 @@ def _has(folder: Path, pattern: str) -> bool:
 
 def _broken_file(path: Path) -> str:
     """What is cut off, or has another checksum than it was written with. The state file has none."""
-    step = read_json_object(path / STATE_FILE).get("global_step")
-    if not isinstance(step, int) or step_in_name(path) not in (step, -1):
+    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
     # torch.save writes zip files, whose directory is at their end.
     files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])

@@ -21,6 +21,7 @@ from mola.data.templates import get_template
 from mola.devices import DTYPES
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
+from mola.failures import lack_of_memory
 from mola.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
 from mola.options import mapping, names_between_commas
 from mola.plan import PlanOptions, plan
@@ -283,4 +284,6 @@ def build_model(options: TrainOptions) -> PeftModel:
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
+        if lack_of_memory(error):
+            raise
         raise MolaError(f"`adapter` does not fit the base model: {options.adapter!r}: {error}") from error
