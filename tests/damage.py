@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -33,3 +35,14 @@ def flip_bit(path: Path, number: int) -> None:
 def cut_off(path: Path, share: float) -> None:
     """Only the first part of a file."""
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def same(one, two):
+    """Whether two contents of a file of `torch.save` are equal."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and torch.equal(one, two)
+    if isinstance(one, dict):
+        return isinstance(two, dict) and list(one) == list(two) and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(two) and len(one) == len(two) and all(map(same, one, two))
+    return bool(np.all(one == two))

@@ -19,7 +19,7 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.loading import load_model
 from tests.conftest import save_adapter, save_tiny_llama
-from tests.damage import WEIGHTS, change_settings, change_tensors, cut_off, flip_bit
+from tests.damage import WEIGHTS, change_settings, change_tensors, cut_off, flip_bit, same
 
 CONFIG = MolaConfig(
     r=2, num_experts=[2, 2, 3, 3], top_k=1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
@@ -240,17 +240,6 @@ def test_other_formats_say_what_is_wrong(damage, words, published, tiny_model_di
     assert words in message
     assert "adapter_model.bin" in message
     assert not (tmp_path / "again").exists()
-
-
-def same(one, two):
-    """Whether two contents of a file of `torch.save` are equal."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and torch.equal(one, two)
-    if isinstance(one, dict):
-        return isinstance(two, dict) and list(one) == list(two) and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(two) and len(one) == len(two) and all(map(same, one, two))
-    return bool(one == two)
 
 
 def test_flipped_bits_of_a_pickle_are_noticed_or_without_effect(published):

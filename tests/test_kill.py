@@ -407,6 +407,7 @@ def test_best_checkpoint_is_found_after_the_folder_was_renamed(driver, flags, wh
 def test_best_checkpoint_that_is_gone_is_an_error(whole, flags, tmp_path, capsys):
     folder = shutil.copytree(whole("best")[0], tmp_path / "run")
     path = folder / "checkpoint-4" / "trainer_state.json"
+    (folder / "checkpoint-4" / "sha256.json").unlink()
     state = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**state, "best_model_checkpoint": str(folder / "checkpoint-2")}), encoding="utf-8")
     arguments = [*flags(folder, **RUNS["best"]), "--resume_from_checkpoint=last"]

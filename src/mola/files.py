@@ -234,9 +234,9 @@ def damaged_record(path: str | os.PathLike[str]) -> str | None:
         OSError: the file cannot be read.
         ValueError: the archive is broken beyond its parts.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             return archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:

@@ -38,6 +38,7 @@ from mola.training.checkpoints import (
     find_checkpoint,
 )
 from mola.training.compiling import FrozenInput, compiled_if_asked
+from mola.training.digests import CheckpointDigests
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
@@ -241,6 +242,7 @@ def _make_trainer(
             CheckpointLast(),
             FiniteLoss(),
             FrozenInput(),
+            CheckpointDigests(),
         ],
     )
     keep_number_formats(trainer)

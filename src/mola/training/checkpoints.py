@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mola.errors import MolaError
 from mola.files import damaged_record, read_json_object
 from mola.forms import ANYTHING, TEXT, check_form
+from mola.training.digests import DIGESTS_FILE, changed_file
 from mola.weights_digest import DIGEST_FIELD, check_digest
 
 RUN_FILE = "run.json"
@@ -121,7 +122,7 @@ def _has(folder: Path, pattern: str) -> bool:
 
 
 def _broken_file(path: Path) -> str:
-    """What is cut off, or has another checksum than it was written with. The state file has none."""
+    """What is cut off, or not as it was written."""
     if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
     # torch.save writes zip files, whose directory is at their end.
@@ -135,12 +136,13 @@ def _broken_file(path: Path) -> str:
         check_digest(path, read_json_object(path / _CONFIG_FILE).get(DIGEST_FIELD))
     except (OSError, SafetensorError, MolaError):
         return f"has a broken {_WEIGHTS_FILE}"
-    return ""
+    changed = changed_file(path)
+    return f"has a {changed} that is not as it was saved (if that was meant, remove {DIGESTS_FILE})" if changed else ""
 
 
 def _is_whole(archive: Path) -> bool:
     try:
-        return zipfile.is_zipfile(archive) and damaged_record(archive) is None
+        return damaged_record(archive) is None and zipfile.is_zipfile(archive)
     except (OSError, ValueError):
         return False
 
