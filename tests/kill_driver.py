@@ -95,6 +95,7 @@ def run(job: dict) -> int:
 
     torch.save, safetensors.torch.serialize_file = noted_save, noted_serialize
     sys.addaudithook(operations.hook)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     code = main(job["arguments"])
     if job.get("operations"):
         Path(job["operations"]).write_text(json.dumps(operations.seen), encoding="utf-8")
@@ -150,6 +151,8 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        # Until the command begins: before, an interruption would be this script's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process = os.fork()
         if process == 0:
             child(job)

@@ -99,11 +99,11 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mola").setLevel(logging.INFO)
-    # Between two libraries: PEFT asks for the old name of a property of Transformers.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("mola").setLevel(logging.INFO)
+        # Between two libraries: PEFT asks for the old name of a property of Transformers.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         module = importlib.import_module(command.module)
         options = parse(
             getattr(module, command.options),
