@@ -8,7 +8,7 @@ to an audit hook; what is written without Python's knowledge (torch.save, safete
     kill        null, or {"operation", "path" (regular expressions), "number" (1 = first match), "half"}, or
                 {"index": n, "half"}: at the n-th operation; or {"seconds"}: at any moment.
                 Before the operation; with "half" after it, when only half of what it wrote is in the file.
-                With "signal" another signal is sent instead, before the operation.
+                With "signal" another signal is sent instead, before the operation or at that moment.
     log         file for standard output and error
     operations  file for the list of operations, or null
 """
@@ -95,6 +95,7 @@ def run(job: dict) -> int:
 
     torch.save, safetensors.torch.serialize_file = noted_save, noted_serialize
     sys.addaudithook(operations.hook)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     code = main(job["arguments"])
     if job.get("operations"):
         Path(job["operations"]).write_text(json.dumps(operations.seen), encoding="utf-8")
@@ -118,19 +119,29 @@ def child(job: dict) -> None:
         os._exit(code)
 
 
-def wait(process: int, seconds: float | None) -> dict:
-    """What the process ended with; killed after `seconds`, or after a time that means it hangs."""
-    end = time.monotonic() + (_TIMEOUT if seconds is None else seconds)
+def wait(process: int, kill: dict) -> dict:
+    """What the process ended with; sent a signal after `seconds`, killed after a time that means it hangs."""
+    status = ended_within(process, kill.get("seconds", _TIMEOUT))
+    if status is None and "seconds" in kill:
+        os.kill(process, kill.get("signal", signal.SIGKILL))
+        status = ended_within(process, _TIMEOUT)
+    if status is None:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        return {"signal": None, "code": None}
+    killed = os.WIFSIGNALED(status)
+    return {"signal": os.WTERMSIG(status) if killed else 0, "code": None if killed else os.WEXITSTATUS(status)}
+
+
+def ended_within(process: int, seconds: float) -> int | None:
+    """The status a process ended with, or None if it has not."""
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            break
+            return status
         time.sleep(0.002)
-    else:
-        os.kill(process, signal.SIGKILL)
-        status = os.waitpid(process, 0)[1]
-    killed = os.WIFSIGNALED(status)
-    return {"signal": os.WTERMSIG(status) if killed else 0, "code": None if killed else os.WEXITSTATUS(status)}
+    return None
 
 
 def main() -> None:
@@ -140,10 +151,12 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        # Until the command begins: before, an interruption would be this script's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process = os.fork()
         if process == 0:
             child(job)
-        print(json.dumps(wait(process, (job["kill"] or {}).get("seconds"))), flush=True)
+        print(json.dumps(wait(process, job["kill"] or {})), flush=True)
 
 
 if __name__ == "__main__":

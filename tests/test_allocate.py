@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mola import MolaConfig
@@ -22,6 +22,7 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.tuner.allocation import SHAPES, resolve_per_layer
+from tests.damage import change_tensors
 
 METHODS = ("2468", "uniform", "alphalora", "redundancy", "usage")
 LINEARS = ("self_attn.q_proj", "mlp.up_proj")
@@ -199,12 +200,13 @@ def test_redundancy_is_the_distance_beside_that_of_other_layers(no_weights_dir, 
 
 def test_layers_with_like_experts_get_fewer(no_weights_dir, probe, tmp_path):
     shutil.copytree(probe, tmp_path / "alike")
-    file = tmp_path / "alike" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for key, tensor in tensors.items():
-        if ".layers.1." in key and "router" not in key:
-            tensors[key] = tensor[:1] + 0.05 * tensor
-    save_file(tensors, file)
+
+    def make_alike(tensors):
+        for key, tensor in tensors.items():
+            if ".layers.1." in key and "router" not in key:
+                tensors[key] = tensor[:1] + 0.05 * tensor
+
+    change_tensors(tmp_path / "alike", make_alike)
     before = allocate(options(no_weights_dir, "redundancy", adapter=probe))
     after = allocate(options(no_weights_dir, "redundancy", adapter=tmp_path / "alike"))
     assert before.num_experts == [4, 4, 4, 4]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from mola import MolaConfig
@@ -19,6 +19,7 @@ from mola.loading import (
     resolve_device,
     resolve_dtype,
 )
+from tests.damage import change_tensors
 
 IDS = torch.tensor([[0, 5, 80, 33, 60]])
 
@@ -233,14 +234,15 @@ def test_adapter_with_broken_configuration_is_refused(lora_adapter, tmp_path, co
 @pytest.mark.parametrize("kind", ["mola_adapter", "lora_adapter"])
 def test_tensors_that_do_not_match_are_refused(kind, change, tiny_model_dir, tmp_path, request):
     shutil.copytree(request.getfixturevalue(kind)[0], tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = sorted(tensors)[0]
-    tensor = tensors.pop(name)
-    if change == "unexpected":
-        tensors[name] = tensor
-        tensors[name.replace("layers.0", "layers.40")] = tensor.clone()
-    save_file(tensors, path)
+
+    def leave_out_or_add(tensors):
+        name = sorted(tensors)[0]
+        tensor = tensors.pop(name)
+        if change == "unexpected":
+            tensors[name] = tensor
+            tensors[name.replace("layers.0", "layers.40")] = tensor.clone()
+
+    change_tensors(tmp_path, leave_out_or_add)
     with pytest.raises(MolaError, match=r"`adapter` does not .*layers\.(0|40)"):
         load_model(tiny_model_dir, tmp_path, "float32", "cpu")
 

@@ -510,7 +510,9 @@ def test_adapter_is_trained_on_with_its_own_configuration(flags, tmp_path, tiny_
         json.loads((tmp_path / name / "adapter_config.json").read_text(encoding="utf-8"))
         for name in ("first", "second")
     ]
+    digests = [config.pop("weights_sha256") for config in configs]
     assert configs[0] == configs[1]
+    assert digests[0] != digests[1]
     one, two = load_file(tmp_path / "first" / WEIGHTS), load_file(tmp_path / "second" / WEIGHTS)
     assert one.keys() == two.keys()
     assert any(not torch.equal(one[name], two[name]) for name in one)
@@ -531,7 +533,7 @@ def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, ro
     assert main(flags(tmp_path / "next", **again, **changes)) == 0
     config = json.loads((tmp_path / "next" / "adapter_config.json").read_text(encoding="utf-8"))
     before = json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert {name for name in config if config[name] != before[name]} == set(changes)
+    assert {name for name in config if config[name] != before[name]} == {*changes, "weights_sha256"}
     assert {name: config[name] for name in changes} == changes
     assert read_record(tmp_path / "next")["adapter_settings"] == changes
 
@@ -641,6 +643,7 @@ def test_divergence_stops_with_one_line_and_leaves_good_checkpoints(flags, tmp_p
     )
     assert "diverged" in line
     assert " at step " in line
+    assert f"--adapter {tmp_path / 'run' / 'checkpoint-1'} in another `output_dir`" in line
     record = read_record(tmp_path / "run")
     assert record["status"] == "failed"
     assert "diverged" in record["error"]

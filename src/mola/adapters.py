@@ -3,6 +3,7 @@
 Adapters of any PEFT method load, not only ours; one that does not fit the model is an error.
 """
 
+import copy
 import itertools
 import logging
 import os
@@ -12,27 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 
-import mola.tuner  # noqa: F401  (registers the method with PEFT)
 from mola.checkpoints.formats import conversion_hint
+from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
+from mola.failures import lack_of_memory
 from mola.reading import read_json
+from mola.tuner import MolaConfig  # this registers the method with PEFT
+from mola.tuner.loading import check_adapter_tensors
+from mola.weights_digest import WEIGHTS_FILES, find_weights
 
 logger = logging.getLogger(__name__)
 
 
 def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter folder.
+    """Read the configuration of an adapter folder, and look at its weights.
 
     Returns:
         The content of its `adapter_config.json`.
 
     Raises:
-        MolaError: no such folder, its `adapter_config.json` or weights are missing or unreadable, or it is in a
-            format that `mola convert` has to translate first.
+        MolaError: no such folder, its `adapter_config.json` or weights are missing, unreadable or damaged, or it is in
+            a format that `mola convert` has to translate first.
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
@@ -42,9 +47,9 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
             f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
             "Pass the folder that training or `mola convert` wrote."
         )
-    if not any(os.path.isfile(folder / f"adapter_model.{kind}") for kind in ("safetensors", "bin")):
+    if find_weights(folder) is None:
         raise MolaError(
-            f"`adapter` has no weights: neither adapter_model.safetensors nor adapter_model.bin is in "
+            f"`adapter` has no weights: neither {' nor '.join(WEIGHTS_FILES)} is in "
             f"{str(folder)!r}. Was the training interrupted before it saved?"
         )
     try:
@@ -58,7 +63,26 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     hint = conversion_hint(config, str(folder))
     if hint:
         raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
+    read_tensors(folder)  # cut off, damaged or not finite: known before a base model is loaded
     return config
+
+
+def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Whether a mixture fits a model, with no weights of either needed.
+
+    Args:
+        model_on_meta: the base model on the meta device; the experts are put into it.
+        config: the adapter's configuration; stays as it is.
+        tensors: its tensors under the names they have in a file; only their shapes and values are looked at.
+
+    Raises:
+        MolaError: another kind of model, a tensor that is missing or unknown, another shape, or no finite values.
+    """
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
+    with torch.device("meta"):
+        adapted = get_peft_model(model_on_meta, config)
+    check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
 
 
 def as_mapping(
@@ -105,9 +129,9 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
             # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
             result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if lack_of_memory(error):
+            raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
     missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
     for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):

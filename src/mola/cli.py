@@ -15,9 +15,14 @@ from typing import NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
+from mola.failures import within_memory
 from mola.parsing import parse
 
 _LONGEST_MESSAGE = 4000
+_LESS_MEMORY = (
+    "Pass a smaller batch or shorter texts, where the command has options for these, --dtype bfloat16, or a quantised "
+    "base model."
+)
 
 
 class Command(NamedTuple):
@@ -94,11 +99,11 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mola").setLevel(logging.INFO)
-    # Between two libraries: PEFT asks for the old name of a property of Transformers.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("mola").setLevel(logging.INFO)
+        # Between two libraries: PEFT asks for the old name of a property of Transformers.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         module = importlib.import_module(command.module)
         options = parse(
             getattr(module, command.options),
@@ -108,7 +113,8 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
             positional=command.positional,
             bare_no=bare_no,
         )
-        return module.main(options)
+        with within_memory(_LESS_MEMORY):
+            return module.main(options)
     except MolaError as error:
         print(f"{name}: error: {_one_line(str(error))}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ The output folder appears in one step, complete; a folder with something in it i
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from safetensors.torch import save_file
-from torch import nn
+from transformers import PreTrainedModel
 
+from mola.adapters import check_fits
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
@@ -32,7 +31,6 @@ from mola.files import check_new_folder, new_folder
 from mola.skeleton import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
-from mola.tuner.loading import check_adapter_tensors
 from mola.tuner.targets import adaptable
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "main"]
@@ -161,12 +159,13 @@ def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     )
     used = effective_top_k(num_experts, top_k)
     config.inference_mode = True
-    _check_fits(model, config, tensors)
+    config.base_model_type = model.config.model_type
+    check_fits(model, config, tensors)
     notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
     config.base_model_name_or_path = base_model
     with new_folder("output", output) as folder:
-        config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
     modules = adapted_modules(tensors)
     experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
     return ConvertReport(
@@ -207,15 +206,7 @@ def _read_published(
     return config, tensors
 
 
-def _check_fits(model: Any, config: MolaConfig, tensors: dict[str, torch.Tensor]) -> None:
-    config = copy.deepcopy(config)
-    config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
-    with torch.device("meta"):
-        adapted = get_peft_model(model, config)
-    check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
-
-
-def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[nn.Module, int]:
+def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[PreTrainedModel, int]:
     """The base model without weights, and its number of decoder layers."""
     model = model_on_meta(base_model, trust_remote_code)
     num_layers = count_decoder_layers(model, base_model)

@@ -1,10 +1,12 @@
 """Writing results without half-written files: a temporary name in the same folder, then a rename.
 
+- `append_lines`: the one exception, for journals: readers pass over a last line that is cut off.
 - `atomic_write_bytes`, `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
 - `check_writable`, `check_new_file`: fail before the long work, not after it.
 - `check_new_folder`, `new_folder`: the same for a whole folder.
 - `read_json_object`: what a record says, if it is there and readable.
 - `file_sha256`: whether a file is still the one that a record speaks of.
+- `damaged_record`: whether what `torch.save` wrote is still as it was.
 """
 
 import contextlib
@@ -14,11 +16,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.failures import writing
 from mola.reading import read_json
 
 _PIECE = 1 << 20
@@ -80,10 +85,11 @@ def new_folder(option: str, folder: Path) -> Iterator[Path]:
             f"`{option}` cannot be written: {str(folder)!r} ({error}). Choose a folder you can write to."
         ) from error
     try:
-        yield temporary
-        if folder.is_dir():
-            folder.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
-        os.replace(temporary, folder)
+        with writing(f"`{option}`"):
+            yield temporary
+            if folder.is_dir():
+                folder.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -111,15 +117,31 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     # A plain open, not `tempfile`: the result gets the permissions of any other new file.
     temporary = target.parent / f".{target.name[:80]}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with writing(repr(str(target))):
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     return target
+
+
+def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+    """Add lines to a text file in UTF-8.
+
+    Args:
+        path: the file; made where there is none.
+        lines: without their ends.
+
+    Raises:
+        MolaError: the file cannot be written; a part of the lines may be in it.
+    """
+    with writing(repr(os.fspath(path))), open(path, "a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 2) -> Path:
@@ -198,3 +220,24 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def damaged_record(path: str | os.PathLike[str]) -> str | None:
+    """The first part of a file of `torch.save` that has another checksum than it was written with.
+
+    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them.
+
+    Returns:
+        Its name; None for a file without damage, or that is no zip archive.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the archive is broken beyond its parts.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise ValueError(f"it is a broken archive ({error})") from error

@@ -1,6 +1,7 @@
 """Loading what a command needs: device, dtype, tokenizer, base model, adapters.
 
-- Everything that can be checked without weights is checked first (`check_base_model`, `check_adapter`).
+- Everything that can be checked without weights is checked first (`check_base_model`, `check_adapter`,
+  `check_adapter_fits`).
 - Routers are kept in float32 on any base: in bfloat16 a few tokens would pick other experts.
 """
 
@@ -21,13 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mola.adapters import as_mapping, attach, check_adapter, warn_other_base
+from mola.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
+from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.devices import resolve_device, resolve_dtype
 from mola.errors import MolaError
 from mola.gguf import check_gguf_file, tokenizer_arguments
 from mola.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
 from mola.quantized_model import check_packable, finish_loading, loading_arguments
 from mola.skeleton import model_on_meta, read_config
+from mola.tuner import MolaConfig
 
 __all__ = [
     "check_adapter",
@@ -93,6 +96,32 @@ def load_config(
     """
     check_base_model(base_model, gguf_file)
     return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
+
+
+def check_adapter_fits(
+    base_model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+) -> None:
+    """Whether a mixture fits its base model, before the weights of that are loaded; others are left to PEFT.
+
+    Args:
+        base_model: folder or hub id.
+        adapter: an adapter folder.
+        trust_remote_code: code shipped with the model may not work without weights, so nothing is checked then.
+        gguf_file: GGUF file in the model's folder, if it is one.
+
+    Raises:
+        MolaError: another kind of model, or experts that do not fit it.
+    """
+    if trust_remote_code or read_settings(Path(adapter))["peft_type"] != "MOLA":
+        return
+    try:
+        config = MolaConfig.from_pretrained(os.fspath(adapter))
+        check_fits(model_on_meta(os.fspath(base_model), gguf_file=gguf_file), config, read_tensors(Path(adapter)))
+    except (MolaError, TypeError) as error:
+        raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
 
 
 def load_tokenizer(
@@ -178,6 +207,8 @@ def load_model(
     check_quantization(quantization, target, torch_dtype)
     config = load_config(base_model, trust_remote_code, quantization.gguf_file)
     check_quantized_base(os.fspath(base_model), config, quantization, target)
+    for folder in adapters.values():
+        check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file)
     _report_own_adapter(base_model, adapters)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}

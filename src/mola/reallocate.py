@@ -108,8 +108,8 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
                 resized[f"{key}.{part}"] = tensor
     config.num_experts, config.top_k = _compact(after), _compact(top_k)
     with new_folder("output_dir", output) as folder:
-        config.save_pretrained(str(folder))
         save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
     return ReallocateResult(str(output), before, after, effective_top_k(after, top_k), unchanged, len(layers))
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import sys
@@ -20,12 +21,14 @@ from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 
 from mola.environment import machine_description, software_versions
+from mola.errors import MolaError
 from mola.files import atomic_write_json
 from mola.hub import check_hub_options, create_repository, upload, without_token
 from mola.insight import ROUTING_FILE
 from mola.insight.telemetry import ExpertTelemetry
 from mola.loss_plot import PLOT_FILE
 from mola.model_card import CARD_FILE, write_card
+from mola.training.advice import failures_explained
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import (
     RUN_FILE,
@@ -35,6 +38,7 @@ from mola.training.checkpoints import (
     find_checkpoint,
 )
 from mola.training.compiling import FrozenInput, compiled_if_asked
+from mola.training.digests import CheckpointDigests
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
@@ -91,9 +95,15 @@ def train(options: TrainOptions) -> TrainResult:
         The result; the adapter is in `options.output_dir`.
 
     Raises:
-        MolaError: options or data are wrong (before weights are loaded), or the loss is not finite.
+        MolaError: options or data are wrong (before weights are loaded), the loss is not finite, or the memory or the
+            disk did not suffice.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
+    with failures_explained(options):
+        return _train(options)
+
+
+def _train(options: TrainOptions) -> TrainResult:
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
@@ -137,7 +147,7 @@ def train(options: TrainOptions) -> TrainResult:
     _write_record(trainer, folder, {**record, "status": "running"})
     start = time.perf_counter()
     try:
-        with compiled_if_asked(trainer):
+        with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         seconds = time.perf_counter() - start
         if trainer.state.global_step == first_step:
@@ -146,9 +156,9 @@ def train(options: TrainOptions) -> TrainResult:
             metrics.update(trainer.evaluate())
     except BaseException as error:
         reason = str(error) or type(error).__name__
-        _write_record(
-            trainer, folder, {**record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
-        )
+        failed = {**record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
+            _write_record(trainer, folder, failed)
         raise
     finally:
         interruption.restore()
@@ -232,6 +242,7 @@ def _make_trainer(
             CheckpointLast(),
             FiniteLoss(),
             FrozenInput(),
+            CheckpointDigests(),
         ],
     )
     keep_number_formats(trainer)

@@ -5,13 +5,13 @@ import re
 import shlex
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from mola.cli import COMMANDS, main
 from mola.errors import MolaError
 from mola.parsing import parse
 from mola.report import ReportOptions, report
 from mola.training.run_folder import clear_run
+from tests.damage import change_tensors, flip_bit
 from tests.reporting.conftest import change
 from tests.reporting.pages import Page
 
@@ -323,13 +323,22 @@ def test_telemetry_alone(run_dir):
 
 
 def test_layers_without_experts_are_no_neighbours(run_dir):
-    path = run_dir / "adapter_model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
-    # The others all as the lowest layer.
-    small = {name: tensor[:2].contiguous() for name, tensor in kept.items()}
-    save_file(small, path)
+
+    def change_layers(tensors):
+        kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+        tensors.clear()
+        # The others all as the lowest layer.
+        tensors.update({name: tensor[:2].contiguous() for name, tensor in kept.items()})
+
+    change_tensors(run_dir, change_layers)
     rows = page_of(run_dir).table("allocation", "Experts by layer").rows
     assert [row[0] for row in rows[1:]] == ["0", "2–3"]
+
+
+def test_damaged_weights_are_not_reported_on(run_dir):
+    flip_bit(run_dir / "adapter_model.safetensors", 8 * 10_000)
+    with pytest.raises(MolaError, match="damaged"):
+        page_of(run_dir)
 
 
 def test_regular_expression_of_modules(run_dir):

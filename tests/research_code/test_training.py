@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mola import load_model
@@ -28,6 +28,7 @@ from mola.research_code.trackers import tracker_environment
 from mola.research_code.training import as_command, train_settings
 from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
 from mola.training.options import TrainOptions
+from tests.damage import change_tensors
 from tests.research_code.scripts import SEVEN, character_tokenizer, error_line, run_script, write_dataset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -124,9 +125,8 @@ def test_sample_command_trains(tmp_path, tiny_model_dir, monkeypatch, caplog):
     weights = load_file(folder / "adapter_model.safetensors")
     moved = [name for name, tensor in weights.items() if "mola_B" in name and tensor.abs().max() > 0]
     assert len(moved) == 28
-    untrained = {name: torch.zeros_like(t) if "mola_B" in name else t for name, t in weights.items()}
     shutil.copytree(folder, tmp_path / "before", ignore=shutil.ignore_patterns("checkpoint-*"))
-    save_file(untrained, tmp_path / "before" / "adapter_model.safetensors", metadata={"format": "pt"})
+    change_tensors(tmp_path / "before", lambda tensors: [t.zero_() for name, t in tensors.items() if "mola_B" in name])
     before, after = (loss_on(path, tiny_model_dir, data) for path in (tmp_path / "before", folder))
     assert after < before
     assert "The same as: mola train" in caplog.text

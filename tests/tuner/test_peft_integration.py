@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import mola
 from mola import MolaConfig, MolaError, MolaLinear
+from tests.damage import change_tensors
 
 from .models import clone, random_config, tiny_llama, token_batch
 
@@ -270,14 +271,14 @@ def test_wrong_field_in_the_checkpoint(base, saved, name, value, message):
 @pytest.mark.parametrize("change", ["missing", "unknown"])
 def test_wrong_tensors_in_the_checkpoint(base, saved, change):
     folder, _ = saved
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if key.endswith("mola_router"))
-    if change == "missing":
-        del tensors[key]
-    else:
-        tensors[key.replace("layers.0", "layers.9")] = tensors[key].clone()
-    save_file(tensors, path)
+
+    def leave_out_or_add(tensors):
+        key = next(key for key in tensors if key.endswith("mola_router"))
+        router = tensors.pop(key) if change == "missing" else tensors[key].clone()
+        if change == "unknown":
+            tensors[key.replace("layers.0", "layers.9")] = router
+
+    change_tensors(folder, leave_out_or_add)
     with pytest.raises(MolaError, match=change):
         PeftModel.from_pretrained(clone(base), folder)
 

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
+from mola.files import damaged_record, read_json_object
 from mola.reading import check_regular, read_json
+from mola.tuner.loading import check_finite
+from mola.weights_digest import DIGEST_FIELD, check_digest
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an adapter folder, on the CPU; runs no code from the file.
 
     Raises:
-        MolaError: no weights, two files of weights, or a file that is no flat dict of tensors.
+        MolaError: no weights, two files of weights, a file that is no flat dict of tensors or not the one that was
+            saved, or values that are not finite.
     """
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         if (folder / name).is_file():
@@ -46,22 +50,31 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             f"{folder} holds adapter_model.bin and adapter_model.safetensors, and they may differ. "
             "Remove the one that is out of date."
         )
+    path = folder / name
     try:
-        check_regular(folder / name)
-        if name.endswith(".safetensors"):
-            return load_file(folder / name)
-        # weights_only: a pickle from elsewhere must not be able to run code.
-        tensors = torch.load(folder / name, map_location="cpu", weights_only=True)
+        check_regular(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:
-        raise MolaError(f"{folder / name} can not be read as tensors: {error}") from error
+        raise MolaError(
+            f"{path} can not be read as tensors: {error}. Copy it again if it was cut off or damaged, or use a "
+            "checkpoint of the run."
+        ) from error
+    check_digest(folder, read_json_object(folder / "adapter_config.json").get(DIGEST_FIELD))
+    check_finite(tensors, str(path))
+    return tensors
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    damaged = damaged_record(path)
+    if damaged:
+        raise ValueError(f"its part {damaged!r} does not have the checksum it was written with")
+    # weights_only: a pickle from elsewhere must not be able to run code.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise MolaError(f"{folder / name} must hold a flat dict of tensors, it does not.")
+        raise ValueError("it must hold a flat dict of tensors, and does not")
     odd = next((key for key, value in tensors.items() if not isinstance(key, str) or not _is_plain(value)), None)
     if odd is not None:
-        raise MolaError(
-            f"{folder / name} must hold dense tensors under names, each with all of its values: {odd!r} is none. Save "
-            "the adapter again."
-        )
+        raise ValueError(f"it must hold dense tensors under names, each with all of its values, and {odd!r} is none")
     # Saved parameters come back as parameters; only their values are wanted.
     return {key: value.detach() for key, value in tensors.items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.files import append_lines
 from mola.reading import check_regular, parse_json
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,8 @@ class PartialResults:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add finished samples; the first call writes what identifies the run."""
         is_new = not self.path.exists() or self.path.stat().st_size == 0
-        with open(self.path, "a", encoding="utf-8") as file:
-            for record in [self.identity, *records] if is_new else records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        entries = [self.identity, *records] if is_new else records
+        append_lines(self.path, (json.dumps(entry, ensure_ascii=False) for entry in entries))
 
     def remove(self) -> None:
         """Delete the journal if there is one."""

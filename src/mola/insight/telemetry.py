@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
-from mola.files import atomic_write_json, atomic_write_text, read_json_object
+from mola.files import append_lines, atomic_write_json, atomic_write_text, read_json_object
 from mola.insight.watching import RouterWatch
 from mola.reading import kept_lines
 
@@ -143,8 +143,7 @@ class ExpertTelemetry(TrainerCallback):
             tokens = max(record["num_tokens"] for record in records)
             line = {"step": state.global_step, "epoch": state.epoch, "tokens": tokens, "modules": records}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            append_lines(self.path, [json.dumps(line, allow_nan=False)])
         return _summary(records)
 
     def _record(self, usage: dict[str, Any]) -> dict[str, Any]:

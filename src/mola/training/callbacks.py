@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from mola.errors import MolaError
-from mola.files import atomic_write_text
+from mola.files import append_lines, atomic_write_text
 from mola.reading import kept_lines
+from mola.training.checkpoints import newest_complete
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,7 @@ class MetricsFile(TrainerCallback):
             entry = {"step": state.global_step, "epoch": state.epoch, **logs}
             # JSON has no NaN; a reader finds null instead.
             entry = {key: None if _is_not_finite(value) else value for key, value in entry.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, allow_nan=False) + "\n")
+            append_lines(self.path, [json.dumps(entry, allow_nan=False)])
 
 
 def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
@@ -163,9 +164,19 @@ class Interruption(TrainerCallback):
         if self.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
+            self._keep_last_checkpoint(args)
             if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
         return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A signal that came after the last step, while the trainer evaluated or saved."""
+        self._keep_last_checkpoint(args)
+
+    def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
+        """With a limit of one the trainer ends with the best checkpoint alone, and the run could not go on here."""
+        if self.signal_number is not None and args.save_total_limit == 1:
+            args.save_total_limit = 2
 
     def _share(self, device: torch.device) -> None:
         """All processes stop after the same step, or those left would wait for the others for ever."""
@@ -241,8 +252,9 @@ def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn
 
 
 def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> MolaError:
+    last = newest_complete(Path(args.output_dir or "."))
+    start = f"start from the last checkpoint before with --adapter {shlex.quote(str(last))}" if last else "start again"
     return MolaError(
-        f"{what} at step {state.global_step}: training has diverged. The checkpoints in {args.output_dir} from "
-        f"before are intact; lower `learning_rate` ({args.learning_rate}), raise `warmup_steps`, or train with "
-        "--dtype float32."
+        f"{what} at step {state.global_step}: training has diverged. Lower `learning_rate` ({args.learning_rate}), "
+        f"raise `warmup_steps`, or train with --dtype float32, and {start} in another `output_dir`."
     )

@@ -13,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files import read_json_object
+from mola.files import damaged_record, read_json_object
 from mola.forms import ANYTHING, TEXT, check_form
+from mola.training.digests import DIGESTS_FILE, changed_file
+from mola.weights_digest import DIGEST_FIELD, check_digest
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
-_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_config.json", _WEIGHTS_FILE)
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
 _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, complete or not, newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_in_name(path) >= 0]
     return sorted(found, key=step_in_name, reverse=True)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that a run in `folder` could go on from, or None."""
+    return next((path for path in checkpoints_in(folder) if not _problem(path)), None)
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -115,18 +122,29 @@ def _has(folder: Path, pattern: str) -> bool:
 
 
 def _broken_file(path: Path) -> str:
-    """What is cut off; the contents of complete files are not read."""
+    """What is cut off, or not as it was written."""
     if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
+    # torch.save writes zip files, whose directory is at their end.
+    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
+    broken = [file.name for file in files if file.is_file() and not _is_whole(file)]
+    if broken:
+        return f"has a broken {broken[0]}"
     try:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
             pass
-    except (OSError, SafetensorError):
+        check_digest(path, read_json_object(path / _CONFIG_FILE).get(DIGEST_FIELD))
+    except (OSError, SafetensorError, MolaError):
         return f"has a broken {_WEIGHTS_FILE}"
-    # torch.save writes zip files, whose directory is at their end.
-    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
-    broken = [file.name for file in files if file.is_file() and not zipfile.is_zipfile(file)]
-    return f"has a broken {broken[0]}" if broken else ""
+    changed = changed_file(path)
+    return f"has a {changed} that is not as it was saved (if that was meant, remove {DIGESTS_FILE})" if changed else ""
+
+
+def _is_whole(archive: Path) -> bool:
+    try:
+        return damaged_record(archive) is None and zipfile.is_zipfile(archive)
+    except (OSError, ValueError):
+        return False
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -5,7 +5,7 @@ run.json         settings, versions, machine, data fingerprints, metrics, status
 metrics.jsonl    the loss curve: one JSON object per log entry
 routing.jsonl    the use of experts: one JSON object per logging interval
 README.md        the model card; loss.png, its picture
-checkpoint-N/    adapter, optimiser, schedule and random state after step N
+checkpoint-N/    adapter, optimiser, schedule and random state after step N, and their sha256
 """
 
 from __future__ import annotations

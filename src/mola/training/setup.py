@@ -21,7 +21,8 @@ from mola.data.templates import get_template
 from mola.devices import DTYPES
 from mola.errors import MolaError
 from mola.evaluation.predicting import max_positions
-from mola.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.failures import lack_of_memory
+from mola.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
 from mola.options import mapping, names_between_commas
 from mola.plan import PlanOptions, plan
 from mola.quantization import check_quantized_base, quantization_of, stored_quantization
@@ -72,6 +73,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     if options.adapter is not None:
         check_adapter(options.adapter)
         continued_config(options, options.adapter)
+        check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
     allocation = plan(
@@ -282,4 +284,6 @@ def build_model(options: TrainOptions) -> PeftModel:
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
+        if lack_of_memory(error):
+            raise
         raise MolaError(f"`adapter` does not fit the base model: {options.adapter!r}: {error}") from error

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from mola.errors import MolaError
 from mola.tuner.allocation import check_notation
+from mola.weights_digest import DIGEST_FIELD, check_digest, weights_sha256
 
 REDUCTIONS = ("module", "layer")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -57,6 +61,10 @@ class MolaConfig(PeftConfig):
         router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
         router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
             from [1 - noise, 1 + noise]; 0 = off.
+        base_model_type (`str`): kind of model that the adapter is for, `model_type` in its `config.json`; filled in
+            when a model is met, another kind is refused then.
+        weights_sha256 (`str`): sha256 of the weights file, filled in where a configuration is saved beside one, and
+            checked where it is read from there.
 
     Raises:
         MolaError: a value is out of range, contradicts another one, or a saved file lacks a field.
@@ -109,6 +117,12 @@ class MolaConfig(PeftConfig):
     router_jitter_noise: float = field(
         default=0.0, metadata={"help": "Relative noise on the router's input in training; 0 = off."}
     )
+    base_model_type: str | None = field(
+        default=None, metadata={"help": "`model_type` of the base model; filled in, another one is refused."}
+    )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "sha256 of the weights file; filled in and checked by saving and loading."}
+    )
 
     def __post_init__(self) -> None:
         from_checkpoint = self.peft_type is not None
@@ -126,6 +140,9 @@ class MolaConfig(PeftConfig):
             check_notation(getattr(self, name), name)
         self._check_numbers()
         self._check_targets()
+        for name in ("base_model_type", DIGEST_FIELD):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise MolaError(f"`{name}` must be text or None, got {getattr(self, name)!r}. mola fills it in.")
 
     def _check_complete(self) -> None:
         missing = [name for name in _REQUIRED_IN_CHECKPOINT if getattr(self, name) is None]
@@ -183,6 +200,23 @@ class MolaConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise MolaError("`layers_pattern` is only used together with `layers_to_transform`, which is not set.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, see PEFT, with the digest of the weights that are in the folder already."""
+        saved = copy.copy(self)
+        saved.weights_sha256 = weights_sha256(save_directory)
+        super(MolaConfig, saved).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read a configuration, see PEFT; weights that are in the same folder must be those it was saved with.
+
+        Raises:
+            MolaError: a setting is wrong, or the weights are not those that were saved.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        check_digest(Path(pretrained_model_name_or_path, subfolder or ""), getattr(config, DIGEST_FIELD, None))
+        return config
 
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that a file is the same every time."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -9,11 +11,62 @@ from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 
 
+def check_model_type(trained_on: str | None, found: str | None) -> None:
+    """Refuse another kind of base model, whose linears may have the same names and shapes.
+
+    Args:
+        trained_on: `base_model_type` in `adapter_config.json`; None, of an earlier version, says nothing.
+        found: `model_type` of the base model; None for a model without a configuration.
+
+    Raises:
+        MolaError: they differ.
+    """
+    if trained_on is not None and found is not None and trained_on != found:
+        raise MolaError(
+            f"`base_model` must be the kind of model that the adapter was trained on: it is of type {found!r}, "
+            f"`base_model_type` in adapter_config.json is {trained_on!r}. Pass its own base model; if this one has the "
+            "same weights in another form, remove `base_model_type`."
+        )
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse weights that are NaN or infinite: every output would be.
+
+    Args:
+        tensors: weights by name.
+        where: what to call their file in the message.
+
+    Raises:
+        MolaError: a value is not finite.
+    """
+    for name, tensor in tensors.items():
+        count = _count_not_finite(tensor, name, where)
+        if count:
+            raise MolaError(
+                f"{where} must hold finite numbers: {count} of {tensor.numel()} values of {name!r} are not finite. The "
+                "training has diverged, or the file is damaged: use an earlier checkpoint, or train again with a "
+                "lower `learning_rate`."
+            )
+
+
+def _count_not_finite(tensor: torch.Tensor, name: str, where: str) -> int:
+    if not tensor.is_floating_point():
+        return 0
+    try:
+        # Of the formats of 8 bits only some can be asked.
+        values = tensor.float() if tensor.element_size() == 1 else tensor
+    except NotImplementedError as error:
+        raise MolaError(
+            f"{where} must hold numbers to compute with: {name!r} is {tensor.dtype}. Save the adapter in float32."
+        ) from error
+    return values.numel() - int(torch.isfinite(values).sum())
+
+
 def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Compare the tensors of a file (already with the adapter's name in their keys) to the model's.
 
     Raises:
-        MolaError: a tensor is missing, is not known to the model, or has another shape.
+        MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
     """
     # The model may sit inside a PeftModel or be the bare model; both forms of a key name one tensor.
     found = {_bare(key): value for key, value in state_dict.items() if ".mola_" in key}
@@ -33,6 +86,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
                 f"needs {shape} (experts, rank or experts, features). The file belongs to another base model, or "
                 "`num_experts` or `r` in adapter_config.json was changed."
             )
+    check_finite(found, "The adapter file")
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from mola.errors import MolaError
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.loading import check_adapter_tensors
+from mola.tuner.loading import check_adapter_tensors, check_model_type
 from mola.tuner.reference import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.siblings import computing_together
@@ -71,6 +71,7 @@ class MolaModel(BaseTuner):
             )
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
+        self._check_model_type(config, model)
         self._add_head(config)
         names = [name for name, _ in model.named_modules()]
         self._stacks = LayerStacks.of(model)
@@ -83,6 +84,12 @@ class MolaModel(BaseTuner):
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
+
+    @staticmethod
+    def _check_model_type(config: MolaConfig, model: nn.Module) -> None:
+        found = getattr(getattr(model, "config", None), "model_type", None)
+        check_model_type(config.base_model_type, found)
+        config.base_model_type = found or config.base_model_type
 
     @staticmethod
     def _add_head(config: MolaConfig) -> None:

@@ -1,0 +1,107 @@
+"""What is no bug: a disk that is full or can not be written, a machine without enough memory; as libraries say it.
+
+- `why_not_written`, `lack_of_memory`: what an error says about it, or None.
+- `writing`, `within_memory`: such an error in a block becomes a `MolaError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from mola.errors import MolaError
+
+_NOT_WRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+}
+_NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes|not enough memory|out of memory")
+_GIB = 1 << 30
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Why a file could not be written, if that is what an error of Python, safetensors or torch says.
+
+    Args:
+        error: any error.
+
+    Returns:
+        The reason, with the file's name where it is known; None for any other error.
+    """
+    if isinstance(error, OSError):
+        if error.errno not in _NOT_WRITABLE:
+            return None
+        place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        return f"{os.strerror(error.errno)}{place}"
+    text = " ".join(str(error).split())
+    # Neither is a kind of OSError, and no import: preparing data needs no torch.
+    if type(error).__name__ == "SafetensorError" and "serializing: I/O error" in text:
+        return text.partition("I/O error: ")[2]
+    if not isinstance(error, RuntimeError):
+        return None
+    if text.startswith("write(): fd"):
+        return text.partition("failed with ")[2]
+    if "inline_container.cc" in text and "Reader" not in text:
+        # After half a file torch only says that its length is not what it should be.
+        return text.partition("strerror: ")[2] or "torch could not write all of a file, the disk may be full"
+    return None
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What an error of Python or torch says about too little memory, of the machine or of a GPU.
+
+    Returns:
+        Few words; None for any other error.
+    """
+    if isinstance(error, MemoryError):
+        return "no memory left"
+    if not isinstance(error, RuntimeError):
+        return None
+    text = " ".join(str(error).split())
+    found = _NO_MEMORY.search(text)
+    if found is None:
+        return None
+    if found.group(1):
+        return f"{int(found.group(1)) / _GIB:.1f} GiB could not be allocated"
+    return ". ".join(text.split(". ")[:2]) if text.startswith("CUDA") else "no memory left"
+
+
+@contextlib.contextmanager
+def writing(what: str, advice: str = "Free some space, or choose a folder you can write to.") -> Iterator[None]:
+    """Turn an error of writing in the block into one that says what to do; others pass.
+
+    Args:
+        what: what is written, for the message: an option, or a file.
+        advice: what to do.
+
+    Raises:
+        MolaError: a file could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise MolaError(f"{what} cannot be written: {reason}. {advice}") from error
+
+
+@contextlib.contextmanager
+def within_memory(advice: str) -> Iterator[None]:
+    """Turn an error about too little memory in the block into one that says what to do; others pass.
+
+    Args:
+        advice: what to do.
+
+    Raises:
+        MolaError: the memory did not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        lack = lack_of_memory(error)
+        if lack is None:
+            raise
+        raise MolaError(f"out of memory: {lack}. {advice}") from error

@@ -1,0 +1,44 @@
+"""Whether a checkpoint's files are those that were saved: their sha256 in a file beside them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mola.files import atomic_write_json, file_sha256, read_json_object
+
+DIGESTS_FILE = "sha256.json"
+_NOT_READ = (DIGESTS_FILE, "README.md")
+
+
+class CheckpointDigests(TrainerCallback):
+    """Writes the digests when all else of a checkpoint is there: killed before, it has none and is taken as it is."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """With several processes some files may still be on their way: nothing is written then."""
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.world_size == 1 and folder.is_dir():
+            files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _NOT_READ)
+            atomic_write_json(folder / DIGESTS_FILE, {path.name: file_sha256(path) for path in files})
+
+
+def changed_file(checkpoint: Path) -> str | None:
+    """The first file that is not as it was saved; None if there is none, or nothing is known. Missing files pass."""
+    if not os.path.lexists(checkpoint / DIGESTS_FILE):
+        return None
+    digests = read_json_object(checkpoint / DIGESTS_FILE)
+    if not digests:
+        return DIGESTS_FILE
+    for name, digest in digests.items():
+        try:
+            if file_sha256(checkpoint / Path(name).name) != digest:
+                return name
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return name
+    return None
