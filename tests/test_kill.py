@@ -180,6 +180,7 @@ CHAINS = {
         ({"path": r"checkpoint-4/trainer_state\.json", "half": True}, 2),
         ({"path": r"checkpoint-2/.*", "operation": "remove", "number": 3}, 4),
         ({"path": r"metrics\.jsonl", "operation": "open", "half": True}, 4),
+        ({"path": r"checkpoint-5/\.sha256\.json\..*", "operation": "open", "half": True}, 5),
         ({"path": r"adapter_model\.safetensors", "operation": "rename"}, 5),
     ],
     "best": [
