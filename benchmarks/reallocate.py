@@ -39,6 +39,7 @@ from mola.parsing import parse
 from mola.train import TrainOptions, train
 from mola.tuner.regrow import Experts, resize
 from mola.tuner.stacks import layer_index
+from mola.weights_digest import DIGEST_FIELD
 
 logger = logging.getLogger("benchmarks")
 
@@ -219,7 +220,7 @@ def _move(start: Path, output: Path, numbers: Sequence[int], way: str, use: dict
             if tensor is not None:
                 tensors[name] = tensor
     config = json.loads((start / "adapter_config.json").read_text(encoding="utf-8"))
-    atomic_write_json(output / "adapter_config.json", config | {"num_experts": list(numbers)})
+    atomic_write_json(output / "adapter_config.json", config | {"num_experts": list(numbers), DIGEST_FIELD: None})
     save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

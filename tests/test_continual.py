@@ -510,7 +510,8 @@ def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_
     with pytest.raises(RuntimeError, match="power cut"):
         run(**options)
     spoil(tmp_path / "run" / "00-start" / "evaluation" / "01-words.json")
-    shutil.copy(whole[0] / FOLDERS[1] / WEIGHTS, adapter / WEIGHTS)
+    for name in (WEIGHTS, "adapter_config.json"):
+        shutil.copy(whole[0] / FOLDERS[1] / name, adapter / name)
     before = contents(tmp_path / "run")
     with pytest.raises(MolaError, match="stage `words` was begun from other weights"):
         run(**options)

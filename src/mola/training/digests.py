@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,13 @@ class CheckpointDigests(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.world_size == 1 and folder.is_dir():
             files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _NOT_READ)
-            atomic_write_json(folder / DIGESTS_FILE, {path.name: file_sha256(path) for path in files})
+            digests = {path.name: file_sha256(path) for path in files}
+            atomic_write_json(folder / DIGESTS_FILE, {**digests, DIGESTS_FILE: _sum(digests)})
+
+
+def _sum(digests: Mapping[str, str]) -> str:
+    """Of the list itself: a changed name would otherwise be that of a file that was removed, which may be."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def changed_file(checkpoint: Path) -> str | None:
@@ -31,7 +40,7 @@ def changed_file(checkpoint: Path) -> str | None:
     if not os.path.lexists(checkpoint / DIGESTS_FILE):
         return None
     digests = read_json_object(checkpoint / DIGESTS_FILE)
-    if not digests:
+    if digests.pop(DIGESTS_FILE, None) != _sum(digests):
         return DIGESTS_FILE
     for name, digest in digests.items():
         try:
