@@ -356,7 +356,7 @@ def test_mean_lies_in_its_interval(accuracies):
     mean = mean_accuracy(accuracies)
     assert (mean.interval_95 is None) == (len(accuracies) == 1)
     if mean.interval_95 is not None:
-        assert mean.interval_95[0] <= mean.value <= mean.interval_95[1]
+        assert 0 <= mean.interval_95[0] <= mean.value <= mean.interval_95[1] <= 1
 
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1))

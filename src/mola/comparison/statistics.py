@@ -17,7 +17,8 @@ class Mean:
 
     Attributes:
         value: the mean.
-        interval_95: Student's t interval over seeds, for these questions; None with one seed.
+        interval_95: Student's t interval over seeds, for these questions, as far as it lies between 0 and 1; None with
+            one seed.
         seeds: number of seeds.
     """
 
@@ -31,7 +32,7 @@ class Difference:
     """A recipe minus the reference, on the same questions with the same seeds.
 
     Attributes:
-        value: mean difference of the accuracies.
+        value: mean difference of the accuracies. Intervals are given as far as they lie between -1 and 1.
         seeds_95: t interval over seeds: would other seeds say the same, on these questions? None with one seed.
         questions_95: t interval over questions, each the mean over seeds: would other questions say the same?
         p_questions: paired t test over questions, two-sided; 1 if no answer differs.
@@ -57,7 +58,7 @@ def mean_accuracy(accuracies: Sequence[float]) -> Mean:
         accuracies: one per seed, at least one.
     """
     values = np.asarray(accuracies, dtype=float)
-    return Mean(float(values.mean()), _t_interval(values) if len(values) > 1 else None, len(values))
+    return Mean(float(values.mean()), _t_interval(values, least=0.0) if len(values) > 1 else None, len(values))
 
 
 def paired_differences(recipes: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, Difference]:
@@ -92,14 +93,14 @@ def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return (one[0] > 0 and other[0] > 0) or (one[1] < 0 and other[1] < 0)
 
 
-def _t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Interval of the mean; a point where all values are equal, or there is one only."""
+def _t_interval(values: np.ndarray, least: float = -1.0) -> tuple[float, float]:
+    """Interval of the mean from `least` to 1 at most; a point where all values are equal, or there is one only."""
     mean = float(values.mean())
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     if not error > 0:  # also where the values differ by too little for a square
         return mean, mean
     low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
-    return float(low), float(high)
+    return max(float(low), least), min(float(high), 1.0)
 
 
 def _p_value(values: np.ndarray) -> float:
