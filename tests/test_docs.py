@@ -128,11 +128,12 @@ def test_commands_exist(page, work):
 
 
 def without_missing_recipe(arguments):
-    """A recipe that the page does not show is left out; the flags beside it are still checked."""
-    if "--config" not in arguments or Path(arguments[arguments.index("--config") + 1]).exists():
+    """A recipe of the repository is read there; one that nobody shows is left out, the flags beside it are checked."""
+    if "--config" not in arguments:
         return arguments
     place = arguments.index("--config")
-    return [*arguments[:place], *arguments[place + 2 :]]
+    recipe = next((path for path in (Path(arguments[place + 1]), ROOT / arguments[place + 1]) if path.exists()), None)
+    return [*arguments[:place], *(["--config", str(recipe)] if recipe else []), *arguments[place + 2 :]]
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page_id(page)) for page in PAGES])
