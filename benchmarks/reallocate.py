@@ -23,6 +23,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from mola.allocate import AllocateOptions, allocate
+from mola.checkpoints.tensors import adapted_modules
 from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, load_examples, prepare
 from mola.data.tasks import load_task
@@ -210,7 +211,7 @@ def _move(start: Path, output: Path, numbers: Sequence[int], way: str, use: dict
     shrink, grow = WAYS[way]
     tensors = load_file(start / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(seed)
-    for module in [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]:
+    for module in adapted_modules(tensors):
         names = [f"{module}.{part}" for part in ("mola_A", "mola_B", "mola_router")]
         experts = Experts(*(tensors[name] for name in names))
         count = numbers[layer_index(module) or 0]
