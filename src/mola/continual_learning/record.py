@@ -21,13 +21,13 @@ from mola.options import first_difference
 from mola.reading import read_json
 from mola.training.checkpoints import RUN_FILE
 from mola.training.run_folder import clear_run
+from mola.weights_digest import weights_sha256
 
 RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 _ADAPTER_FILE = "adapter_model.safetensors"
-_START_FILES = (_ADAPTER_FILE, "adapter_model.bin")  # the start may come from elsewhere
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
 
@@ -82,9 +82,7 @@ def adapter_sha256(stage: Stage) -> str:
 
 def start_sha256(adapter: str | None) -> str | None:
     """Sha256 (hex) of the weights that the first stage starts from; None for new experts."""
-    if adapter is None:
-        return None
-    return file_sha256(next(path for name in _START_FILES if (path := Path(adapter) / name).is_file()))
+    return None if adapter is None else weights_sha256(adapter)
 
 
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
