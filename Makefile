@@ -33,10 +33,11 @@ test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
 fuzz: $(VENV)/.dev
 	MOLA_FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),10000) $(RUN_TESTS) tests/fuzz
 
-# Only with the tests of these two packages: what others run by the way, they need not check.
+# Only with the tests of these two packages: what others run by the way, they need not check. Folders, not names of
+# packages: coverage imports those to find them, and PyTorch can not be imported twice.
 coverage: $(VENV)/.mutation
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" tests/tuner tests/checkpoints \
-		--cov=mola.tuner --cov=mola.checkpoints --cov-branch --cov-report=term-missing --cov-fail-under=95
+		--cov=src/mola/tuner --cov=src/mola/checkpoints --cov-branch --cov-report=term-missing --cov-fail-under=95
 
 # Options: .venv/bin/python -m tests.mutation --help, as in make mutation MUTATION="--limit 50"
 mutation: $(VENV)/.mutation

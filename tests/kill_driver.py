@@ -36,8 +36,8 @@ class Operations:
         self.half_of: tuple[str, int] | None = None
 
     def hook(self, event: str, arguments: tuple) -> None:
-        if event == "open" and arguments[2] & os.O_TMPFILE == os.O_TMPFILE:
-            return  # a file without a name, by which a folder is tried
+        if event == "open" and os.path.isdir(arguments[0]):
+            return  # tempfile tries a folder and names the folder; the file that it makes is an event of its own
         if event == "open" and arguments[2] & _WRITING:
             self.note("open", arguments[0])
         elif event == "os.rename":

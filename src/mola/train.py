@@ -103,7 +103,47 @@ def train(options: TrainOptions) -> TrainResult:
         return _train(options)
 
 
+@dataclass
+class _Run:
+    """What is settled before weights are loaded."""
+
+    folder: Path
+    checkpoint: Path | None
+    first_step: int
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    record: dict[str, Any]
+
+
 def _train(options: TrainOptions) -> TrainResult:
+    run = _checked_run(options)
+    pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.hub`
+    if pushes and options.process_index == 0:
+        run.record["repository"] = create_repository(options)
+    model = build_model(options)
+    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
+    wait_for_all(options)
+    if options.process_index == 0:
+        start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
+    interruption = Interruption()
+    trainer = _make_trainer(options, model, run, interruption)
+    _write_record(trainer, run.folder, {**run.record, "status": "running"})
+    metrics, seconds = _trained(options, trainer, run, interruption)
+    result = TrainResult(
+        output_dir=str(run.folder),
+        status="finished" if interruption.signal_number is None else "interrupted",
+        steps=trainer.state.global_step,
+        metrics=metrics,
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
+        seconds=seconds,
+    )
+    _save(options, trainer, run, result)
+    return result
+
+
+def _checked_run(options: TrainOptions) -> _Run:
+    """Everything that can be wrong before weights are loaded; settles what options leave open."""
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
@@ -129,65 +169,51 @@ def _train(options: TrainOptions) -> TrainResult:
         if first_step >= steps:
             # Nothing is left, but in an epoch that was begun the trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
-    pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.hub`
-    if pushes and options.process_index == 0:
-        record["repository"] = create_repository(options)
-    model = build_model(options)
-    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    wait_for_all(options)
-    if options.process_index == 0:
-        start_run(folder, checkpoint, overwrite=options.overwrite_output_dir)
-    interruption = Interruption()
-    trainer = _make_trainer(options, model, tokenizer, data, folder, interruption)
-    telemetry = ExpertTelemetry(folder / ROUTING_FILE, checkpoint)
+    return _Run(folder, checkpoint, first_step, tokenizer, data, record)
+
+
+def _trained(
+    options: TrainOptions, trainer: Trainer, run: _Run, interruption: Interruption
+) -> tuple[dict[str, Any], float]:
+    """Trains and evaluates: metrics, and seconds of training."""
+    telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
         telemetry.add_to(trainer)
-    if checkpoint is not None:
-        trainer.add_callback(ResumedCheckpoints(checkpoint.parent))
-    _write_record(trainer, folder, {**record, "status": "running"})
     start = time.perf_counter()
     try:
         with failures_explained(options), compiled_if_asked(trainer):
-            metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
         seconds = time.perf_counter() - start
-        if trainer.state.global_step == first_step:
+        if trainer.state.global_step == run.first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
-        if data.evaluation is not None and interruption.signal_number is None:
+        if run.data.evaluation is not None and interruption.signal_number is None:
             metrics.update(trainer.evaluate())
     except BaseException as error:
         reason = str(error) or type(error).__name__
-        failed = {**record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
         with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
-            _write_record(trainer, folder, failed)
+            _write_record(trainer, run.folder, failed)
         raise
     finally:
         interruption.restore()
         telemetry.close()
-    result = TrainResult(
-        output_dir=str(folder),
-        status="finished" if interruption.signal_number is None else "interrupted",
-        steps=trainer.state.global_step,
-        metrics=metrics,
-        trainable_parameters=model.get_nb_trainable_parameters()[0],
-        best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
-        seconds=seconds,
-    )
-    saved = save_result(trainer.save_model, folder, is_main_process=trainer.is_world_process_zero())
-    record |= asdict(result)
-    _write_record(trainer, folder, record)
+    return metrics, seconds
+
+
+def _save(options: TrainOptions, trainer: Trainer, run: _Run, result: TrainResult) -> None:
+    """Adapter, record and card, here and on the Hub."""
+    saved = save_result(trainer.save_model, run.folder, is_main_process=trainer.is_world_process_zero())
+    run.record |= asdict(result)
+    _write_record(trainer, run.folder, run.record)
     if trainer.is_world_process_zero():
-        write_card(folder, record)
-    if "repository" in record:
-        if result.status == "finished":
-            upload(
-                folder,
-                [*saved, RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE],
-                record["repository"],
-                options,
-            )
-        else:
-            logger.warning("Not uploaded to %s: the run is not finished.", record["repository"])
-    return result
+        write_card(run.folder, run.record)
+    if "repository" not in run.record:
+        return
+    if result.status == "finished":
+        others = [RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE]
+        upload(run.folder, [*saved, *others], run.record["repository"], options)
+    else:
+        logger.warning("Not uploaded to %s: the run is not finished.", run.record["repository"])
 
 
 def main(options: TrainOptions) -> int:
@@ -220,24 +246,17 @@ def main(options: TrainOptions) -> int:
     return exit_code
 
 
-def _make_trainer(
-    options: TrainOptions,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    folder: Path,
-    interruption: Interruption,
-) -> Trainer:
+def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interruption: Interruption) -> Trainer:
     trainer = Trainer(
         model=model,
         args=options,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF),
-        processing_class=tokenizer,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.evaluation,
+        data_collator=DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF),
+        processing_class=run.tokenizer,
         # In this order: what is to be saved is known first, and is looked at before it is.
         callbacks=[
-            MetricsFile(folder / METRICS_FILE),
+            MetricsFile(run.folder / METRICS_FILE),
             interruption,
             CheckpointLast(),
             FiniteLoss(),
@@ -245,6 +264,8 @@ def _make_trainer(
             CheckpointDigests(),
         ],
     )
+    if run.checkpoint is not None:
+        trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
     keep_number_formats(trainer)
     return trainer
 

@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 
 from mola.errors import MolaError
-from mola.files import file_sha256
+from mola.files import file_sha256, read_json_object
 from mola.reading import check_regular
 
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT loads the first one there is
 DIGEST_FIELD = "weights_sha256"
 
@@ -31,17 +32,18 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
     return None if path is None else file_sha256(check_regular(path))
 
 
-def check_digest(folder: str | os.PathLike[str], recorded: object) -> None:
+def check_digest(folder: str | os.PathLike[str]) -> None:
     """Compare a folder's weights with what its configuration says about them.
+
+    Without the field `weights_sha256` (an earlier version, another program) it says nothing.
 
     Args:
         folder: folder of the adapter.
-        recorded: the field `weights_sha256` of its `adapter_config.json`; None, of an earlier version or another
-            program, says nothing.
 
     Raises:
         MolaError: they are not the weights that were saved, or cannot be read.
     """
+    recorded = read_json_object(Path(folder, CONFIG_FILE)).get(DIGEST_FIELD)
     if recorded is None:
         return
     path = find_weights(folder)
@@ -51,7 +53,7 @@ def check_digest(folder: str | os.PathLike[str], recorded: object) -> None:
         raise MolaError(f"`adapter` has weights that cannot be read: {error}. Check the file.") from error
     if found is not None and found != recorded:
         raise MolaError(
-            f"{str(path)!r} is not the file that was saved: its sha256 begins with {found[:12]}, adapter_config.json "
+            f"{str(path)!r} is not the file that was saved: its sha256 begins with {found[:12]}, {CONFIG_FILE} "
             f"says {str(recorded)[:12]!r}. It was damaged or replaced. Copy the folder again, or use a checkpoint of "
-            f"the run; if the change was meant, remove `{DIGEST_FIELD}` from adapter_config.json."
+            f"the run; if the change was meant, remove `{DIGEST_FIELD}` from {CONFIG_FILE}."
         )

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from mola.data.encode import IGNORED, data_fingerprint, encode_examples
+from mola.data.encode import data_fingerprint, encode_examples
 from mola.data.templates import Template, get_template
+from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

@@ -14,7 +14,6 @@ MOST_MEMORY = 1 << 30  # growth in bytes for one input
 _HANGS_AFTER = 30
 
 fuzz = hypothesis.settings.get_profile("fuzz")
-fuzz_slowly = hypothesis.settings.get_profile("fuzz-slow")
 
 
 class Hangs(BaseException):

@@ -16,5 +16,3 @@ hypothesis.settings.register_profile(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-_FEWER = max(10, EXAMPLES // 10)  # for readers that take long
-hypothesis.settings.register_profile("fuzz-slow", hypothesis.settings.get_profile("fuzz"), max_examples=_FEWER)

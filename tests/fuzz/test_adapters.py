@@ -19,7 +19,7 @@ from mola.convert import ConvertOptions, convert
 from mola.reporting.weights import read_adapter_weights
 from mola.tuner import MolaConfig
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, make_settings, make_tensors
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import JSON_TEXTS, broken, changed, files, written
 
 SIZES = {"self_attn.q_proj": (32, 32)}
@@ -153,7 +153,7 @@ def test_moe_peft_adapter(folder, data):
     survives(read_moe_peft, folder, LINEARS, 2)
 
 
-@fuzz_slowly
+@fuzz
 @given(data=st.data())
 def test_conversion(folder, tiny_model_dir, data):
     shutil.rmtree(folder / "out", ignore_errors=True)
@@ -171,7 +171,8 @@ def test_conversion(folder, tiny_model_dir, data):
     survives(convert, ConvertOptions(str(folder), str(folder / "out"), source, target, base, top_k))
 
 
-@fuzz_slowly
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # a setting that has no effect, says PEFT
+@fuzz
 @given(data=st.data())
 def test_adapter_on_a_model(folder, tiny_model, data):
     fill(data, folder, OWN_SETTINGS, OWN, may_pickle=False)

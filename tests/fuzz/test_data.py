@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mola.data.read import read_rows, split_names
 from mola.data.source import single_source, source_splits
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import JSON_TEXTS, TEXTS, broken, damaged, files, line_files
 
 ROWS = [{"id": 1, "question": "Why?", "choices": ["a", "b"], "answer": 1, "hint": None}]
@@ -89,7 +89,7 @@ def saved(tmp_path_factory):
     return folder / "it"
 
 
-@fuzz_slowly
+@fuzz
 @given(data=st.data())
 def test_saved_dataset(folder, saved, data):
     place = folder / "saved"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mola import MolaError
 from mola.loading import check_base_model, load_config
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import TEXTS, broken
 
 pytest.importorskip("gguf")
@@ -32,7 +32,7 @@ def test_name(tmp_path_factory, name):
     assert isinstance(survives(check_base_model, tmp_path_factory.getbasetemp(), name), MolaError)
 
 
-@fuzz_slowly
+@fuzz
 @given(broken(_file()) | st.binary(max_size=60))
 def test_file(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()

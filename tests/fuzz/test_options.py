@@ -10,7 +10,7 @@ from mola.cli import COMMANDS, main
 from mola.parsing import parse
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import check_notation, resolve_per_layer
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import JSON_TEXTS, SCALARS, TEXTS, changed, files, values, written
 
 WORDS = TEXTS | st.sampled_from([*JSON_TEXTS.values(), "1", "-1", "nan", "inf", "1e9", '{"a": 1}', "1,2"])
@@ -29,7 +29,7 @@ def _options_class(command):
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-@fuzz_slowly
+@fuzz
 @given(data=st.data())
 def test_flags(command, data):
     options_class = _options_class(command)

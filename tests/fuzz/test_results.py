@@ -18,7 +18,7 @@ from mola.report import ReportOptions, report
 from mola.reporting.gathering import gather
 from mola.tested_training import evaluate_once
 from mola.training.checkpoints import check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import broken, files, line_files
 from tests.fuzz.test_adapters import OWN, OWN_SETTINGS
 
@@ -171,7 +171,7 @@ CHECKPOINT_FILES = {
 }
 
 
-@fuzz_slowly
+@fuzz
 @given(
     st.sampled_from(sorted(CHECKPOINT_FILES)).flatmap(lambda name: st.tuples(st.just(name), CHECKPOINT_FILES[name])),
     st.sampled_from(["", "checkpoint-²", "checkpoint-1" + "0" * 200, "checkpoint-" + "9" * 240]),

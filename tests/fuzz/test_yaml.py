@@ -12,7 +12,7 @@ from mola.data.tasks.loading import resources
 from mola.parsing import convert, parse, read_recipe
 from mola.plan import PlanOptions
 from mola.train import TrainOptions
-from tests.fuzz.checking import fuzz, fuzz_slowly, survives
+from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import YAML_TEXTS, changed, files, values
 
 TASK = yaml.safe_load(resources.files("mola.data.tasks").joinpath("scienceqa.yaml").read_text("utf-8"))
@@ -52,7 +52,7 @@ def test_recipe(path, content):
     survives(parse, PlanOptions, ["--config", str(path)], prog="mola plan")
 
 
-@fuzz_slowly
+@fuzz
 @given(files(TRAIN, YAML_TEXTS))
 def test_recipe_of_a_training(path, content):
     path.write_bytes(content)

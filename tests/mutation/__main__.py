@@ -43,7 +43,7 @@ def main() -> None:
         tests = covering.tests(mutant.path, mutant.line, options.budget)
         expected = sum(covering.seconds[name] for name in tests)
         start = time.monotonic()
-        outcomes[mutant.name] = outcome(mutant, tests, log, timeout=60 + 5 * expected)
+        outcomes[mutant.name] = outcome(mutant, tests, log, timeout=30 + 3 * expected)
         print(
             f"{number}/{len(todo)} {outcomes[mutant.name]:10} {time.monotonic() - start:5.1f} s  {mutant.name}",
             flush=True,

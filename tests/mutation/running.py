@@ -23,7 +23,7 @@ from tests.mutation.mutants import Mutant
 _OWN = ("mola", "tests", "conftest")
 # Plugins of pytest are imported already, which it warns of; the tests make errors of warnings.
 _OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-_FAILED, _INTERRUPTED = 1, 2  # pytest's exit codes: of a test, of a module that can not be imported
+_FAILED, _INTERRUPTED, _USAGE = 1, 2, 4  # pytest's exit codes: of a test; of a test file, a conftest with an error
 
 
 class _Mutated(importlib.abc.MetaPathFinder):
@@ -74,7 +74,7 @@ def outcome(mutant: Mutant, tests: Sequence[str], log: Path, timeout: float) -> 
     if code == 0:
         return "survived"
     # A process that dies of a signal was noticed as well.
-    return "killed" if code in (_FAILED, _INTERRUPTED) or code < 0 else f"pytest ended with {code}"
+    return "killed" if code in (_FAILED, _INTERRUPTED, _USAGE) or code < 0 else f"pytest ended with {code}"
 
 
 def _fork(

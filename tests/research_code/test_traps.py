@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from mola import TrainOptions
-from mola.data.encode import IGNORED, encode_examples
+from mola.data.encode import encode_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
+from mola.data.tokenized import IGNORED
 from mola.research_code.training import train_settings
 from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.setup import adapter_config

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
@@ -87,6 +88,16 @@ def test_full_queue_sends_away_and_leaves_no_trace(options):
                 assert refused.json()["error"]["code"] == "queue_full"
                 assert int(refused.headers["Retry-After"]) >= 1
         wait_for(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+
+
+def test_a_request_the_memory_does_not_suffice_for_ends_alone(options, monkeypatch):
+    with running_server(options) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr("mola.evaluation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
+            answer = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": False})
+        assert answer.status_code == 503
+        assert "memory" in answer.json()["error"]["message"]
         assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 

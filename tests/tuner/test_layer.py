@@ -61,6 +61,16 @@ def test_equals_the_loop(num_experts, top_k, dtype, atol, rtol, shape):
         torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_plain_frozen_base_is_computed_together_with_its_experts(is_fused, monkeypatch):
+    calls, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, x: calls.append(x) or forward(module, x))
+    layer = make()
+    layer.base_layer.requires_grad_(not is_fused)
+    layer(torch.randn(5, 16))
+    assert len(calls) == (0 if is_fused else 1)
+
+
 def test_gradcheck():
     layer = make(dtype=torch.float64).double()
     x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)

@@ -115,6 +115,13 @@ def test_the_adapters_that_are_merged_decide_whether_it_is_possible():
     assert all(layer.merged_adapters == ["lora"] for layer in layers(model))
 
 
+def test_modules_without_the_adapter_are_passed_over_in_merging():
+    model = get_peft_model(tiny_llama(num_layers=2), random_config(num_experts=1))
+    model.add_adapter("narrow", random_config(num_experts=1, target_modules=["q_proj"]))
+    model.merge_adapter(adapter_names=["narrow"])
+    assert sum(layer.merged_adapters == ["narrow"] for layer in layers(model)) == 2
+
+
 # ---------------------------------------------------------------------- number formats
 
 

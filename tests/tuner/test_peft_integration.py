@@ -316,6 +316,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"target_modules": 7}, "`target_modules` must be names in a list, or text: got 7"),
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
+        ({"target_modules": r"model\..*q_proj", "layers_to_transform": [0]}, r"got the regular expression 'model"),
         ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
         ({"task_type": "POETRY"}, "`task_type` is wrong"),
     ],
@@ -325,6 +326,13 @@ def test_wrong_settings_are_refused(base, options, message):
     with pytest.raises(MolaError, match=message):
         get_peft_model(model, random_config(**options))
     assert not any(isinstance(module, MolaLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["r", "num_experts", "top_k"])
+@pytest.mark.parametrize("value", ["2x4", [], [2, 0], 1.5, {"a": 1}])
+def test_wrong_notation_is_refused_before_there_is_a_model(name, value):
+    with pytest.raises(MolaError, match=f"`{name}`"):
+        MolaConfig(**{name: value})
 
 
 LIMITS = {  # what is still right, what is wrong

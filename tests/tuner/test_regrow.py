@@ -134,6 +134,27 @@ def test_merging_takes_the_pair_that_is_most_alike():
     torch.testing.assert_close(fewer.router[1], (experts.router[1] + experts.router[3]) / 2)
 
 
+@given(st.integers(0, 1000), st.integers(3, 5))
+def test_merging_takes_the_pair_that_loses_least(seed, count):
+    """By `w_i w_j / (w_i + w_j) ||D_i - D_j||^2`, which is what a weighted mean of two is away from them."""
+    generator = seeded(seed)
+    sizes, use = torch.rand(count, generator=generator) + 0.1, torch.rand(count, generator=generator) + 0.1
+    experts = random_experts(count, seed)
+    experts.B.mul_(sizes[:, None, None])
+    use = use / use.sum()
+    updates = [update(A, B) for A, B in zip(experts.A, experts.B, strict=True)]
+    losses = {
+        (i, j): float(use[i] * use[j] / (use[i] + use[j]) * (updates[i] - updates[j]).square().sum())
+        for i in range(count)
+        for j in range(i + 1, count)
+    }
+    first, second = min(losses, key=losses.get)
+    fewer = resize(experts, count - 1, seeded(), use, shrink="merge")
+    stays = [index for index in range(count) if index not in (first, second)]
+    kept = [index for index in range(count) if index != second]
+    assert all(torch.equal(fewer.A[kept.index(index)], experts.A[index]) for index in stays)
+
+
 def test_what_use_decides_by_default():
     experts, use = random_experts(4), torch.tensor([0.4, 0.1, 0.3, 0.2])
     for count in (2, 3, 6):

@@ -374,12 +374,13 @@ def test_the_losses_need_no_host_sync():
 
 
 def test_top_k_one_without_a_balance_loss_is_said_once():
-    model = make(top_k=1, router_aux_loss_coef=0.0)
+    model, model_without_routers = (make(top_k=1, num_experts=n, router_aux_loss_coef=0.0) for n in ("1211", "1111"))
     with pytest.warns(UserWarning, match="top_k=1"):
         model(**token_batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**token_batch())
+        model_without_routers(**token_batch())
 
 
 def test_a_model_that_returns_no_loss_is_said_once():
@@ -400,10 +401,31 @@ def test_balance_loss_before_any_forward():
         make().get_balance_loss()
 
 
-def test_nothing_is_collected_when_it_is_off():
-    model = make(router_aux_loss_coef=0.0)
+@pytest.mark.parametrize("jitter", [0.0, 0.1])  # the fused computation, and the one in plain operators
+def test_nothing_is_collected_when_it_is_off(jitter):
+    model = make(router_aux_loss_coef=0.0, router_jitter_noise=jitter)
     model(**token_batch())
     assert not any(module.router_outputs for module in routers(model))
+
+
+def test_nothing_is_collected_outside_of_the_models_own_forward():
+    model = make()
+    model(**token_batch())
+    assert all(module.router_outputs for module in routers(model))
+    for module in routers(model):
+        module.router_outputs = {}
+        module(torch.randn(3, module.in_features))
+    assert not any(module.router_outputs for module in routers(model))
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_batches_in_which_hardly_a_token_counts(counted):
+    logits, mask = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]), torch.zeros(2)
+    mask[:counted] = 1
+    statistics = router_statistics(RouterOutput(logits, logits.topk(1).indices), mask)
+    expected = 3 * logits[0].softmax(0)[1] if counted else torch.tensor(0.0)
+    torch.testing.assert_close(balance_loss(statistics), expected)
+    torch.testing.assert_close(z_loss(statistics), logits[:counted].logsumexp(1).square().sum())
 
 
 @pytest.mark.parametrize("masked", [False, True])

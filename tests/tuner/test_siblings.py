@@ -128,6 +128,15 @@ def test_number_formats(base, adapter, groups):
     assert bool(groups) is (torch.promote_types(base, adapter) == adapter)
 
 
+def test_factors_in_two_number_formats_compute_alone(groups):
+    model = adapted(tiny_llama().to(torch.bfloat16), autocast_adapter_dtype=False)
+    for layer in mola_layers(model):
+        layer.mola_router.float()
+        layer.mola_A.float()
+    assert_as_alone(model)
+    assert not groups
+
+
 def test_biases(groups):
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -400,3 +409,11 @@ def test_a_compiled_model_does_not_compile_again_when_text_is_generated():
     assert counter.frame_count == 1
     assert torch.equal(before, during)
     assert torch.equal(before, after)
+
+
+def test_two_active_adapters_compute_alone(groups):
+    model = adapted(num_experts="2222")
+    model.add_adapter("other", random_config(num_experts="2222"))
+    model.base_model.set_adapter(["default", "other"])
+    assert_as_alone(model)
+    assert not groups

@@ -68,4 +68,4 @@ def test_decoder_layers_come_after_those_of_the_encoder():
     assert (stacks.num_layers, stacks.num_encoder_layers) == (5, 2)
     names = ("encoder.block.1", "decoder.block.0", "decoder.block.2", "shared")
     assert [stacks.index(name) for name in names] == [1, 2, 4, None]
-    assert [stacks.is_encoder(index) for index in (0, 1, 2, None)] == [True, True, False, False]
+    assert [stacks.is_encoder(index) for index in (0, 1, 2, 4, None)] == [True, True, False, False, False]

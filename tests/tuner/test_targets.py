@@ -200,10 +200,22 @@ def test_wrong_targets(targets, message):
 def test_excluded_modules_need_not_be_linears():
     targets, everything = ["mlp", "q_proj"], ["mlp", "q_proj"]
     check_target_modules(tiny_llama(), targets, exclude_modules=["mlp"])
-    with pytest.raises(MolaError, match="`exclude_modules` must leave something"):
+    message = r"`exclude_modules` must leave something to adapt: \['mlp', 'q_proj'\] excludes everything that "
+    with pytest.raises(MolaError, match=message + r"`target_modules` \['mlp', 'q_proj'\] matches"):
         check_target_modules(tiny_llama(), targets, exclude_modules=everything)
+    with pytest.raises(MolaError, match=r"'\.\*q_proj' excludes everything that `target_modules` 'all-linear|"):
+        check_target_modules(tiny_llama(), r".*q_proj", exclude_modules=r".*q_proj")
     with pytest.raises(MolaError, match="`exclude_modules` as one string must be a regular expression"):
         check_target_modules(tiny_llama(), targets, exclude_modules="(")
+
+
+def test_experts_of_the_base_in_one_parameter():
+    model = nn.ModuleDict({"experts": nn.ParameterDict({"up": torch.zeros(5, 3, 2), "flat": torch.zeros(5, 3)})})
+    model["gate"] = nn.Linear(2, 5)
+    with pytest.raises(MolaError, match=r"'experts\.up' holds the weights of all 5 experts"):
+        check_target_modules(model, ["up", "gate"])
+    with pytest.raises(MolaError, match="these do not: 'flat'"):
+        check_target_modules(model, ["flat", "gate"])
 
 
 def test_model_without_linears():

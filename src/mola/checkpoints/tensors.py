@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files import damaged_record, read_json_object
+from mola.files import damaged_record
 from mola.reading import check_regular, read_json
 from mola.tuner.loading import check_finite
-from mola.weights_digest import DIGEST_FIELD, check_digest
+from mola.weights_digest import check_digest
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             f"{path} can not be read as tensors: {error}. Copy it again if it was cut off or damaged, or use a "
             "checkpoint of the run."
         ) from error
-    check_digest(folder, read_json_object(folder / "adapter_config.json").get(DIGEST_FIELD))
+    check_digest(folder)
     check_finite(tensors, str(path))
     return tensors
 

@@ -1,7 +1,6 @@
 """Examples become token ids and labels.
 
 - Text is prompt + output; only the output is trained unless `train_on_inputs`.
-- The border is found by character offsets in one tokenisation, so tokens never shift across it.
 - A sample that does not fit is an error, or is handled as asked and counted: no answer is lost in silence.
 """
 
@@ -9,22 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
 
 from mola.data.templates import Template
+from mola.data.tokenized import IGNORED, Sample, tokenized
 from mola.errors import MolaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS = ("error", "drop", "left", "right")
-IGNORED = -100  # label that cross entropy leaves out
 _SMALLEST_CUTOFF = 8
-_BATCH = 512  # texts per tokenizer call
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,6 @@ class EncodeReport:
             f"({self.answer_cut} with a cut answer); longest {self.longest} tokens; {self.tokens} tokens, "
             f"{self.trained_tokens} trained"
         )
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Token ids; the first `prefix` are special tokens, the answer runs from `start` to `text_end`."""
-
-    row_id: str
-    ids: list[int]
-    prefix: int
-    start: int
-    text_end: int
-
-    def labels(self, train_on_inputs: bool) -> list[int]:
-        """Ids with the prompt masked."""
-        return list(self.ids) if train_on_inputs else [IGNORED] * self.start + self.ids[self.start :]
 
 
 def encode_examples(
@@ -112,7 +95,7 @@ def encode_examples(
     """
     _check_options(examples, tokenizer, cutoff_len, add_eos_token, truncation)
     eos = tokenizer.eos_token_id if add_eos_token else None
-    samples = list(_tokenized(examples, tokenizer, template, eos))
+    samples = list(tokenized(examples, tokenizer, template, eos))
     too_long = [sample for sample in samples if len(sample.ids) > cutoff_len]
     longest = max(len(sample.ids) for sample in samples)
     if too_long and truncation == "error":
@@ -121,15 +104,7 @@ def encode_examples(
             f"would lose tokens, the longest has {longest}, `cutoff_len` is {cutoff_len}. Raise `cutoff_len` "
             f"to {longest}, or choose `truncation` drop, left or right."
         )
-    kept: list[_Sample] = []
-    truncated = answer_cut = 0
-    for sample in samples:
-        fitted = _fit(sample, cutoff_len, truncation)
-        if fitted is None or not _has_labels(fitted, train_on_inputs, truncation):
-            continue
-        kept.append(fitted)
-        truncated += len(fitted.ids) < len(sample.ids)
-        answer_cut += fitted.text_end - fitted.start < sample.text_end - sample.start
+    kept, truncated, answer_cut = _fitted(samples, cutoff_len, train_on_inputs, truncation)
     if not kept:
         raise MolaError(
             f"`cutoff_len` leaves no sample: all {len(samples)} were dropped, the longest has {longest} "
@@ -186,93 +161,23 @@ def _check_options(
         raise MolaError("`examples` must not be empty: got none. Check the data and its filters.")
 
 
-def _tokenized(
-    examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    eos: int | None,
-) -> Iterator[_Sample]:
-    """Samples at full length, EOS included."""
-    encode = _encode_fast if tokenizer.is_fast else _encode_slow
-    for begin in range(0, len(examples), _BATCH):
-        batch = examples[begin : begin + _BATCH]
-        texts = [_text_parts(example, template) for example in batch]
-        for example, (ids, prefix, start) in zip(batch, encode(tokenizer, texts), strict=True):
-            text_end = len(ids)
-            # Text that spells out the EOS token itself does not get a second one.
-            if eos is not None and (text_end == start or ids[-1] != eos):
-                ids = [*ids, eos]
-            yield _Sample(str(example.get("id")), ids, prefix, start, text_end)
+def _fitted(
+    samples: Iterable[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str
+) -> tuple[list[Sample], int, int]:
+    """Samples that are kept, how many of them lost a token, and how many a token of the answer."""
+    kept: list[Sample] = []
+    truncated = answer_cut = 0
+    for sample in samples:
+        fitted = _fit(sample, cutoff_len, truncation)
+        if fitted is None or not _has_labels(fitted, train_on_inputs, truncation):
+            continue
+        kept.append(fitted)
+        truncated += len(fitted.ids) < len(sample.ids)
+        answer_cut += fitted.text_end - fitted.start < sample.text_end - sample.start
+    return kept, truncated, answer_cut
 
 
-def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, str]:
-    """Prompt and output of one example."""
-    try:
-        prompt = template.prompt(example["instruction"], example.get("input"))
-        output = example["output"]
-    except KeyError as error:
-        raise MolaError(
-            f"example `{example.get('id')}` has no `{error.args[0]}`. Make examples with `load_examples`."
-        ) from error
-    except MolaError as error:
-        raise MolaError(f"example `{example.get('id')}`: {error}") from error
-    if not isinstance(output, str):
-        raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {output!r}. Correct it.")
-    return prompt, output
-
-
-def _encode_fast(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
-) -> Iterator[tuple[list[int], int, int]]:
-    """(ids without special tokens after the text, special tokens before it, first token of the output)."""
-    encoding = tokenizer(
-        [prompt + output for prompt, output in texts],
-        return_offsets_mapping=True,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
-    for index, (prompt, _) in enumerate(texts):
-        ids, offsets = encoding["input_ids"][index], encoding["offset_mapping"][index]
-        # sequence_ids is None exactly for tokens that the tokenizer's post-processor added.
-        in_text = [position for position, part in enumerate(encoding.sequence_ids(index)) if part is not None]
-        if in_text:
-            prefix, end = in_text[0], in_text[-1] + 1
-        else:
-            prefix = end = len(_special_prefix(tokenizer))
-        border = len(prompt)
-        # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
-        after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
-        yield ids[:end], prefix, next(after, end)
-
-
-def _encode_slow(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
-) -> Iterator[tuple[list[int], int, int]]:
-    """As `_encode_fast`; without offsets, prompt and output are tokenised separately and joined."""
-    special = _special_prefix(tokenizer)
-    for prompt, output in texts:
-        head, tail = (
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-            for text in (prompt, output)
-        )
-        yield [*special, *head, *tail], len(special), len(special) + len(head)
-
-
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the tokenizer puts before any text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for begin in range(len(full) - len(plain) + 1):
-        if full[begin : begin + len(plain)] == plain:
-            return full[:begin]
-    raise MolaError(
-        "`tokenizer` must keep the text's tokens together when it adds special tokens: this one does not. "
-        "Use a fast tokenizer."
-    )
-
-
-def _fit(sample: _Sample, cutoff_len: int, truncation: str) -> _Sample | None:
+def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
     """The sample with at most `cutoff_len` tokens; None if it is dropped."""
     excess = len(sample.ids) - cutoff_len
     if excess <= 0:
@@ -300,7 +205,7 @@ def _fit(sample: _Sample, cutoff_len: int, truncation: str) -> _Sample | None:
     )
 
 
-def _has_labels(sample: _Sample, train_on_inputs: bool, truncation: str) -> bool:
+def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
     """Whether anything is trained; raises where dropping was not asked for."""
     if train_on_inputs or sample.start < len(sample.ids):
         return True

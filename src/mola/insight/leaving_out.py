@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from mola.data.encode import IGNORED
+from mola.data.tokenized import IGNORED
 from mola.tuner.layer import MolaLinear
 
 LEAVE_ONE_OUT = ("none", "layers", "modules")

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from mola.data.encode import IGNORED
+from mola.data.tokenized import IGNORED
 from mola.insight.agreement import AgreementCounter
 from mola.insight.leaving_out import LeftOut
 from mola.insight.recording import ModuleGates, gates_of_tokens

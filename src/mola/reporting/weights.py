@@ -20,7 +20,7 @@ from mola.reporting.forms import PER_LAYER
 from mola.reporting.words import layer_order
 from mola.tuner.notation import resolve_per_layer
 from mola.tuner.stacks import layer_index
-from mola.weights_digest import DIGEST_FIELD, check_digest
+from mola.weights_digest import check_digest
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
         check_form(
             config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
         )
-    check_digest(folder, config.get(DIGEST_FIELD))
+    check_digest(folder)
     values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[int | None, int] = {}
     redundancy = []

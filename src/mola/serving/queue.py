@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mola.evaluation import predicting
+from mola.failures import lack_of_memory
 from mola.serving.errors import RequestError, internal
 from mola.serving.jobs import Job
 from mola.serving.writing import AnswerEndedError, Writer
@@ -164,12 +165,14 @@ class AnswerQueue:
         try:
             for choice, job in enumerate(ticket.jobs):
                 self._answer(ticket, choice, job, arrive)
-        except torch.OutOfMemoryError:
-            logger.exception("Out of memory.")
-            arrive(RequestError(503, "the server's memory did not suffice for this request. Shorten it."))
-        except Exception:
-            logger.exception("A request failed.")
-            arrive(internal())
+        except Exception as error:
+            lack = lack_of_memory(error)
+            if lack is None:
+                logger.exception("A request failed.")
+                arrive(internal())
+            else:
+                logger.warning("Out of memory: %s.", lack)
+                arrive(RequestError(503, "the server's memory did not suffice for this request. Shorten it."))
 
     def _answer(self, ticket: Ticket, choice: int, job: Job, arrive: Any) -> None:
         def send(text: str) -> None:

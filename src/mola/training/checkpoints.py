@@ -16,7 +16,7 @@ from mola.errors import MolaError
 from mola.files import damaged_record, read_json_object
 from mola.forms import ANYTHING, TEXT, check_form
 from mola.training.digests import DIGESTS_FILE, changed_file
-from mola.weights_digest import DIGEST_FIELD, check_digest
+from mola.weights_digest import check_digest
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
@@ -133,7 +133,7 @@ def _broken_file(path: Path) -> str:
     try:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
             pass
-        check_digest(path, read_json_object(path / _CONFIG_FILE).get(DIGEST_FIELD))
+        check_digest(path)
     except (OSError, SafetensorError, MolaError):
         return f"has a broken {_WEIGHTS_FILE}"
     changed = changed_file(path)

@@ -18,6 +18,7 @@ from mola.tuner.allocation import check_notation
 from mola.weights_digest import DIGEST_FIELD, check_digest, weights_sha256
 
 REDUCTIONS = ("module", "layer")
+_BELOW_0 = math.nextafter(0.0, -1.0)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
 # Fields whose absence from a checkpoint would load another model than the one that was saved.
 _REQUIRED_IN_CHECKPOINT = ("r", "num_experts", "top_k", "lora_alpha")
@@ -157,15 +158,15 @@ class MolaConfig(PeftConfig):
     def _check_numbers(self) -> None:
         ranges = {
             "lora_alpha": (0.0, math.inf, "above 0"),
-            "lora_dropout": (-1.0, 1.0, "at least 0 and below 1"),
-            "router_aux_loss_coef": (-1.0, math.inf, "at least 0"),
-            "router_z_loss_coef": (-1.0, math.inf, "at least 0"),
-            "router_jitter_noise": (-1.0, 1.0, "at least 0 and below 1"),
+            "lora_dropout": (_BELOW_0, 1.0, "at least 0 and below 1"),
+            "router_aux_loss_coef": (_BELOW_0, math.inf, "at least 0"),
+            "router_z_loss_coef": (_BELOW_0, math.inf, "at least 0"),
+            "router_jitter_noise": (_BELOW_0, 1.0, "at least 0 and below 1"),
         }
         for name, (low, high, rule) in ranges.items():
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and low < value < high and (value >= 0 or low >= 0)):
+            if not (number and low < value < high):
                 raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
         if self.router_aux_loss_reduction not in REDUCTIONS:
             raise MolaError(
@@ -215,7 +216,7 @@ class MolaConfig(PeftConfig):
             MolaError: a setting is wrong, or the weights are not those that were saved.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        check_digest(Path(pretrained_model_name_or_path, subfolder or ""), getattr(config, DIGEST_FIELD, None))
+        check_digest(Path(pretrained_model_name_or_path, subfolder or ""))
         return config
 
     def to_dict(self) -> dict:

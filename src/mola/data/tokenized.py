@@ -1,0 +1,138 @@
+"""Examples become token ids, with the border between prompt and output.
+
+The border is found by character offsets in one tokenisation, so tokens never shift across it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mola.data.templates import Template
+from mola.errors import MolaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label that cross entropy leaves out
+_BATCH = 512  # texts per tokenizer call
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example as tokens.
+
+    Attributes:
+        row_id: the example's id, for messages.
+        ids: its token ids.
+        prefix: how many of them are special tokens in front.
+        start: position of the first token of the answer.
+        text_end: position after the last token of the answer's text; EOS may follow.
+    """
+
+    row_id: str
+    ids: list[int]
+    prefix: int
+    start: int
+    text_end: int
+
+    def labels(self, train_on_inputs: bool) -> list[int]:
+        """Ids with the prompt masked."""
+        return list(self.ids) if train_on_inputs else [IGNORED] * self.start + self.ids[self.start :]
+
+
+def tokenized(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    eos: int | None,
+) -> Iterator[Sample]:
+    """Samples at full length, EOS included.
+
+    Args:
+        examples: as `load_examples` returns them.
+        tokenizer: fast or slow; a slow one tokenises prompt and output separately.
+        template: prompt template.
+        eos: id of the token that ends a sample; None for no such token.
+
+    Raises:
+        MolaError: an example lacks a field, or its output is no text.
+    """
+    encode = _encode_fast if tokenizer.is_fast else _encode_slow
+    for begin in range(0, len(examples), _BATCH):
+        batch = examples[begin : begin + _BATCH]
+        texts = [_text_parts(example, template) for example in batch]
+        for example, (ids, prefix, start) in zip(batch, encode(tokenizer, texts), strict=True):
+            text_end = len(ids)
+            # Text that spells out the EOS token itself does not get a second one.
+            if eos is not None and (text_end == start or ids[-1] != eos):
+                ids = [*ids, eos]
+            yield Sample(str(example.get("id")), ids, prefix, start, text_end)
+
+
+def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, str]:
+    """Prompt and output of one example."""
+    try:
+        prompt = template.prompt(example["instruction"], example.get("input"))
+        output = example["output"]
+    except KeyError as error:
+        raise MolaError(
+            f"example `{example.get('id')}` has no `{error.args[0]}`. Make examples with `load_examples`."
+        ) from error
+    except MolaError as error:
+        raise MolaError(f"example `{example.get('id')}`: {error}") from error
+    if not isinstance(output, str):
+        raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {output!r}. Correct it.")
+    return prompt, output
+
+
+def _encode_fast(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
+) -> Iterator[tuple[list[int], int, int]]:
+    """(ids without special tokens after the text, special tokens before it, first token of the output)."""
+    encoding = tokenizer(
+        [prompt + output for prompt, output in texts],
+        return_offsets_mapping=True,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    for index, (prompt, _) in enumerate(texts):
+        ids, offsets = encoding["input_ids"][index], encoding["offset_mapping"][index]
+        # sequence_ids is None exactly for tokens that the tokenizer's post-processor added.
+        in_text = [position for position, part in enumerate(encoding.sequence_ids(index)) if part is not None]
+        if in_text:
+            prefix, end = in_text[0], in_text[-1] + 1
+        else:
+            prefix = end = len(_special_prefix(tokenizer))
+        border = len(prompt)
+        # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
+        after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
+        yield ids[:end], prefix, next(after, end)
+
+
+def _encode_slow(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
+) -> Iterator[tuple[list[int], int, int]]:
+    """As `_encode_fast`; without offsets, prompt and output are tokenised separately and joined."""
+    special = _special_prefix(tokenizer)
+    for prompt, output in texts:
+        head, tail = (
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            for text in (prompt, output)
+        )
+        yield [*special, *head, *tail], len(special), len(special) + len(head)
+
+
+def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before any text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for begin in range(len(full) - len(plain) + 1):
+        if full[begin : begin + len(plain)] == plain:
+            return full[:begin]
+    raise MolaError(
+        "`tokenizer` must keep the text's tokens together when it adds special tokens: this one does not. "
+        "Use a fast tokenizer."
+    )

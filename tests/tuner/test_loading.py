@@ -1,0 +1,41 @@
+"""Weights and base models that an adapter can not be used with."""
+
+import pytest
+import torch
+
+from mola import MolaError
+from mola.tuner.loading import check_finite, check_model_type
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, *EIGHT_BITS])
+def test_values_that_are_not_finite_are_counted(dtype):
+    values = torch.tensor([1.0, float("nan"), 0.0, float("nan")]).to(dtype)
+    check_finite({"a": values[::2]}, "the file")
+    with pytest.raises(MolaError, match=r"^the file must hold finite numbers: 2 of 4 values of 'a' are not finite"):
+        check_finite({"fine": torch.ones(3), "a": values}, "the file")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinite_values_are_counted(value):
+    with pytest.raises(MolaError, match="1 of 1 values of 'a'"):
+        check_finite({"a": torch.tensor([value])}, "the file")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_always_finite(dtype):
+    check_finite({"a": torch.ones(3, dtype=dtype)}, "the file")
+
+
+def test_a_format_that_can_not_be_computed_with():
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(MolaError, match=r"'a' is torch\.float4_e2m1fn_x2\. Save the adapter in float32"):
+        check_finite({"a": packed}, "the file")
+
+
+def test_another_kind_of_base_model():
+    for trained_on, found in (("llama", "llama"), (None, "llama"), ("llama", None), (None, None)):
+        check_model_type(trained_on, found)
+    with pytest.raises(MolaError, match="is of type 'mistral', `base_model_type` in adapter_config.json is 'llama'"):
+        check_model_type("llama", "mistral")
