@@ -341,6 +341,18 @@ def test_damaged_weights_are_not_reported_on(run_dir):
         page_of(run_dir)
 
 
+@pytest.mark.parametrize("factor", ["mola_A", "mola_B"])
+def test_weights_that_are_not_finite_are_not_reported_on(run_dir, factor):
+    """Of an earlier version, which recorded no sum."""
+
+    def spoil(tensors):
+        next(tensor for name, tensor in tensors.items() if name.endswith(factor)).flatten()[3] = float("nan")
+
+    change_tensors(run_dir, spoil)
+    with pytest.raises(MolaError, match=f"adapter_model.safetensors' must hold finite numbers: 1 of .*{factor}"):
+        page_of(run_dir)
+
+
 def test_regular_expression_of_modules(run_dir):
     change(run_dir / "adapter_config.json", lambda config: config.update(target_modules=".*[qv]_proj"))
     assert "Adapted modules: .*[qv]_proj." in page_of(run_dir).section("allocation").text

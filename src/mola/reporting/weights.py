@@ -18,6 +18,7 @@ from mola.forms import TEXT, check_form
 from mola.insight.looking import ModuleRedundancy, module_redundancy
 from mola.reporting.forms import PER_LAYER
 from mola.reporting.words import layer_order
+from mola.tuner.loading import check_finite
 from mola.tuner.notation import resolve_per_layer
 from mola.tuner.stacks import layer_index
 from mola.weights_digest import check_digest
@@ -92,7 +93,7 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
                 experts[layer_index(name)] = shape[0]
         for name in sorted(names, key=_place):
             if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
-                redundancy.append(_redundancy(file, name, config))
+                redundancy.append(_redundancy(file, path, name, config))
     layers = [
         LayerExperts(layer, experts[layer], *(_of_layer(config, name, layer) for name in ("top_k", "r")), *both)
         for layer, both in sorted(values.items(), key=lambda item: layer_order(item[0]))
@@ -100,9 +101,10 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     return AdapterWeights(config, layers, redundancy)
 
 
-def _redundancy(file: Any, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
+def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
     module, layer = name.removesuffix(".mola_A"), layer_index(name)
     experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
+    check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
     return module_redundancy(module, layer, experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
 
 
