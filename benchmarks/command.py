@@ -25,6 +25,7 @@ from benchmarks.curve import curve
 from benchmarks.decode import decode
 from benchmarks.growth import growth
 from benchmarks.load import load
+from benchmarks.logits import logits
 from benchmarks.models import PROJECT, model_folder
 from benchmarks.options import BenchmarkOptions
 from benchmarks.outliers import outliers
@@ -53,6 +54,7 @@ RUN = {
     "curve": curve,
     "outliers": outliers,
     "telemetry": telemetry,
+    "logits": logits,
     "redundancy": redundancy,
 }
 _WIDTH_OF_FILES = 160  # columns when the output is no terminal

@@ -37,6 +37,7 @@ TAKES_PART = {
     "curve": ("loop", "mola"),
     "outliers": ("mola",),
     "telemetry": ("mola",),
+    "logits": ("mola",),
     "redundancy": ("mola",),
 }
 _SCALING = 2.0  # lora_alpha / r, for every contestant

@@ -158,6 +158,15 @@ COLUMNS: dict[str, list[Column]] = {
         Column("a line", _spread("line_seconds", "{:.4f}")),
         Column("cost", _number("cost_percent", "{:.1f} %")),
     ],
+    "logits": [
+        Column("dtype", _text("dtype")),
+        Column("dropout", _text("dropout")),
+        Column("positions", _number("positions")),
+        Column("needed", _number("needed_positions")),
+        Column("seconds, all", _spread("all_seconds", "{:.3f}")),
+        Column("needed", _spread("needed_seconds", "{:.3f}")),
+        Column("needed / all", _spread("needed_over_all", "{:.3f}")),
+    ],
     "redundancy": [
         Column("in", _number("features_in")),
         Column("out", _number("features_out")),
@@ -182,6 +191,7 @@ FIXED = {
     "curve": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "steps"),
     "outliers": ("model", "dropout", "batch_size", "seq_len", "num_experts"),
     "telemetry": ("model", "batch_size", "seq_len", "num_experts", "optimizer"),
+    "logits": ("model", "batch_size", "num_experts", "optimizer"),
     "redundancy": ("num_experts", "r"),
 }
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from benchmarks.models import Case
 from benchmarks.options import BenchmarkOptions
-from mola.data.encode import encode_examples
+from mola.data.encode import EncodeReport, encode_examples
 from mola.data.sample import generate_splits
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
@@ -19,7 +22,7 @@ from mola.loading import load_config, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SUITES_WITH_TEXT = ("curve", "outliers")
+SUITES_WITH_TEXT = ("curve", "outliers")  # in blocks of a wanted length
 _QUESTIONS = 640  # as many as `mola quickstart` trains on
 
 
@@ -47,18 +50,26 @@ def check_text(options: BenchmarkOptions, folder: Path) -> None:
                 raise MolaError(f"`{name}` must not be above the sample text's tokens: got {length}. Lower it.")
 
 
+def _encoded(tokenizer: Any, questions: int, train_on_inputs: bool) -> tuple[datasets.Dataset, EncodeReport]:
+    task = load_task("sample")
+    rows = generate_splits({"train": questions})["train"]
+    examples = [task.example(row, index, "train") for index, row in enumerate(rows)]
+    template = get_template(task.template)
+    return encode_examples(examples, tokenizer, template, cutoff_len=1 << 20, train_on_inputs=train_on_inputs)
+
+
+def question_batch(case: Case) -> dict[str, torch.Tensor]:
+    """One batch of questions, padded on the right, whose labels are the answers."""
+    tokenizer = load_tokenizer(case.folder, "right")
+    encoded, _ = _encoded(tokenizer, case.batch_size, train_on_inputs=False)
+    columns = ["input_ids", "attention_mask", "labels"]
+    batch = DataCollatorForSeq2Seq(tokenizer)(list(encoded.select_columns(columns)))
+    return {name: batch[name].to(case.device) for name in columns}
+
+
 def text_blocks(folder: str | Path, seq_len: int) -> torch.Tensor:
     """All questions with their answers one after the other, cut into blocks: `(blocks, seq_len)`."""
-    task = load_task("sample")
-    rows = generate_splits({"train": _QUESTIONS})["train"]
-    examples = [task.example(row, index, "train") for index, row in enumerate(rows)]
-    encoded, report = encode_examples(
-        examples,
-        load_tokenizer(folder, "right"),
-        get_template(task.template),
-        cutoff_len=1 << 20,
-        train_on_inputs=True,
-    )
+    encoded, report = _encoded(load_tokenizer(folder, "right"), _QUESTIONS, train_on_inputs=True)
     tokens = torch.tensor([token for ids in encoded["input_ids"] for token in ids])
     blocks = report.tokens // seq_len
     return tokens[: blocks * seq_len].view(blocks, seq_len)

@@ -39,6 +39,7 @@ from mola.training.checkpoints import (
 )
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
+from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
@@ -247,12 +248,15 @@ def main(options: TrainOptions) -> int:
 
 
 def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interruption: Interruption) -> Trainer:
+    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
+    if computes_needed_logits(model, options):
+        collate = NeededLogits(collate)
     trainer = Trainer(
         model=model,
         args=options,
         train_dataset=run.data.train,
         eval_dataset=run.data.evaluation,
-        data_collator=DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF),
+        data_collator=collate,
         processing_class=run.tokenizer,
         # In this order: what is to be saved is known first, and is looked at before it is.
         callbacks=[

@@ -198,12 +198,12 @@ class RouterLosses:
         attention_mask, labels = inputs.get("attention_mask"), inputs.get("labels")
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             self._attention_mask = attention_mask.bool()
-        if inputs.get("shift_labels") is not None:
-            self._label_mask = inputs["shift_labels"].ne(-100)
-        elif torch.is_tensor(labels) and labels.dim() == 2:
+        if torch.is_tensor(labels) and labels.dim() == 2:
             mask = labels.ne(-100)
             # Position t predicts token t + 1: it counts when that token does. The last one predicts nothing.
             self._label_mask = mask if unshifted else torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
+        elif inputs.get("shift_labels") is not None:  # alone: beside labels they may be of `logits_to_keep` only
+            self._label_mask = inputs["shift_labels"].ne(-100)
 
     def _token_mask(self, adapter_name: str, num_tokens: int, layer_index: int | None) -> torch.Tensor | None:
         """The `(num_tokens,)` mask of counted tokens, or None when all count.

@@ -1,0 +1,76 @@
+"""Logits only at positions whose next token is trained: what a model predicts within a prompt enters no loss.
+
+With a large vocabulary the logits are a good part of a training step's time and most of its memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from mola.data.tokenized import IGNORED
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+class NeededLogits:
+    """A collator that adds to another one's batches which logits the loss needs.
+
+    - `logits_to_keep`: positions at which some sample's next token is trained, `(K,)`.
+    - `shift_labels`: the next tokens there, `(samples, K)`; `labels` stay whole, the routers' losses read them.
+
+    Args:
+        collate: makes batches with `labels: (samples, tokens)`, each at the place of its own token.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Batch:
+        """One batch; as it was where no next token is trained."""
+        batch = self.collate(samples)
+        return {**batch, **needed_logits(batch["labels"])}
+
+
+def needed_logits(labels: torch.Tensor) -> Batch:
+    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; nothing where no token is trained."""
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    kept = (shifted != IGNORED).any(0).nonzero().squeeze(1)
+    return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
+
+
+def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool:
+    """Whether a model's loss is the same from the logits that it needs: tried with three tokens.
+
+    Args:
+        model: a causal language model, maybe with adapters, before anything is wrapped around it.
+        options: what a trainer does with logits beside the model's own loss.
+    """
+    # These compute the loss again from all logits, or cut a batch into pieces along its first dimension.
+    if options.label_smoothing_factor or options.use_liger_kernel or options.n_gpu > 1:
+        return False
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
+        return False
+    tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    labels = torch.tensor([[IGNORED, IGNORED, 3]], device=tokens.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            every = model(input_ids=tokens, labels=labels).loss
+            needed = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss
+            return torch.allclose(every.float(), needed.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
+    except Exception as error:  # whatever it is, a model that is asked as usual may still work
+        logger.info("The logits of all positions are computed: %s", error)
+        return False
+    finally:
+        model.train(was_training)

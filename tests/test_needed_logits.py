@@ -1,0 +1,104 @@
+"""Logits only where the next token is trained: the same losses and gradients, less to compute."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mola.training.needed_logits import NeededLogits, computes_needed_logits, needed_logits
+from mola.training.options import TrainOptions
+from tests.tuner.models import random_config, tiny_llama, token_batch
+
+
+@pytest.fixture
+def options(tmp_path):
+    def make(**settings):
+        return TrainOptions(base_model="a/b", output_dir=str(tmp_path), use_cpu=True, dtype="float32", **settings)
+
+    return make
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_every_trained_token_is_there_once(trained):
+    labels = torch.arange(5 * len(trained)).view(-1, 5).masked_fill(~torch.tensor(trained), -100)
+    found = needed_logits(labels)
+    wanted = labels[:, 1:]  # nothing predicts the first
+    if not (wanted >= 0).any():
+        assert found == {}
+        return
+    assert sorted(found["shift_labels"][found["shift_labels"] >= 0]) == sorted(wanted[wanted >= 0])
+    for place, column in zip(found["logits_to_keep"], found["shift_labels"].t(), strict=True):
+        assert (column >= 0).any()
+        assert torch.equal(column, labels[:, place + 1])
+
+
+@pytest.mark.parametrize("reduction", ["module", "layer"])
+@pytest.mark.parametrize("num_items", [None, 11])
+def test_losses_and_gradients_are_the_same(num_items, reduction):
+    settings = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "router_aux_loss_reduction": reduction}
+    model = get_peft_model(tiny_llama(), random_config(**settings)).train()
+    batch = token_batch(padding=3, prompt=5)
+    more = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items)}
+    found = []
+    for kept in ({}, needed_logits(batch["labels"])):
+        model.zero_grad()
+        output = model(**batch, **kept, **more)
+        output.loss.backward()
+        found.append((output, [parameter.grad for parameter in model.parameters() if parameter.requires_grad]))
+    (every, gradients), (needed, others) = found
+    torch.testing.assert_close(needed.loss, every.loss)
+    assert needed.logits.shape[1] == 4  # of 9: those before the last four tokens
+    assert every.logits.shape[1] == 9
+    for one, two in zip(gradients, others, strict=True):
+        torch.testing.assert_close(two, one)
+
+
+def test_models_that_can(options):
+    model = get_peft_model(tiny_llama(), random_config()).train()
+    before = torch.get_rng_state()
+    assert computes_needed_logits(model, options())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert computes_needed_logits(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)), options())
+
+
+def test_where_something_else_reads_the_logits(options):
+    model = tiny_llama()
+    assert not computes_needed_logits(model, options(label_smoothing_factor=0.1))
+    assert not computes_needed_logits(model, options(use_liger_kernel=True))
+
+
+def test_models_that_can_not(options):
+    class NoSuchArgument(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_llama()
+
+        def forward(self, input_ids, labels=None):
+            return self.model(input_ids, labels=labels)
+
+    class OwnLoss(NoSuchArgument):
+        """A loss of all logits: with some of them it fails, or is another one."""
+
+        def __init__(self, share):
+            super().__init__()
+            self.share = share
+
+        def forward(self, input_ids, labels=None, shift_labels=None, logits_to_keep=0):
+            output = self.model(input_ids, logits_to_keep=logits_to_keep)
+            if self.share:
+                output.loss = output.logits.mean()
+            else:
+                output.loss = torch.nn.functional.cross_entropy(output.logits[0], labels[0])
+            return output
+
+    for model in (NoSuchArgument(), OwnLoss(share=False), OwnLoss(share=True)):
+        assert not computes_needed_logits(model, options())
+
+
+@pytest.mark.parametrize(("prompt", "added"), [(3, {"logits_to_keep", "shift_labels"}), (9, set())])
+def test_batches_without_a_trained_token_stay_as_they_are(prompt, added):
+    batch = token_batch(prompt=prompt)
+    assert NeededLogits(lambda samples: dict(samples))(batch).keys() == batch.keys() | added
