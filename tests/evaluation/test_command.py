@@ -1,0 +1,119 @@
+"""`mola evaluate`: its options, what it prints, and what is refused before the weights are read."""
+
+import json
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from mola.errors import MolaError
+from mola.evaluate import EvaluateOptions, evaluate, main
+
+
+def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    options.output = None
+    before = [sample["output"] for sample in evaluate(options).samples]
+    options.adapter = str(tmp_path / "adapter")
+    assert [sample["output"] for sample in evaluate(options).samples] != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size`.*0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`.*0"),
+        ({"limit": 0}, "`limit`.*0"),
+        ({"dtype": "half"}, "half"),
+        ({"device": "tpu9"}, "tpu9"),
+        ({"scoring": "guess"}, "guess"),
+        ({"template": "nope"}, "nope"),
+        ({"task": "nope"}, "nope"),
+        ({"data": "missing.json"}, "missing"),
+        ({"adapter": "missing"}, "no such folder"),
+        ({"output": "/proc/nope/result.json"}, "cannot be written"),
+        ({"max_new_tokens": 1000}, r"1024 positions: sample 'test-0' has \d+ prompt tokens and 1000"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_weights_are_read(change, message, options, tiny_model_dir, tmp_path):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    wrong = EvaluateOptions(**asdict(options) | {"base_model": str(folder)} | change)
+    with pytest.raises(MolaError, match=message):
+        evaluate(wrong)
+
+
+def test_limit_takes_the_first_samples(options):
+    options.limit = 3
+    assert [sample["id"] for sample in evaluate(options).samples] == ["test-0", "test-1", "test-2"]
+
+
+def test_command_prints_a_table_and_returns_zero(options, capsys):
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    for text in ("accuracy", "physics", "unanswered", "11"):
+        assert text in printed
+
+
+PAIR_TASK = """
+name: pair
+version: 1
+template: meta
+columns: [text, label]
+answer: {column: label, words: {0: "n", 1: "y"}}
+instruction: "{text}"
+output: "{answer}"
+answer_pattern: '^([ny])'
+metric: accuracy
+more_metrics: [matthews, f1]
+"""
+
+
+@pytest.fixture
+def pair_options(options, tmp_path):
+    """The tiny model on short texts with two labels, by likelihood: it says y to some and n to others."""
+    data, task = tmp_path / "pairs.json", tmp_path / "pair.yaml"
+    data.write_text(json.dumps([{"text": f"{index} boats" * index, "label": index % 3 % 2} for index in range(1, 25)]))
+    task.write_text(PAIR_TASK)
+    return EvaluateOptions(**asdict(options) | {"task": str(task), "data": str(data), "scoring": "likelihood"})
+
+
+def test_metrics_of_the_task_are_in_the_result_and_the_table(pair_options, capsys):
+    assert main(pair_options) == 0
+    written = json.loads(Path(pair_options.output).read_text())
+    pairs = [(sample["answer"], sample["predicted"]) for sample in written["samples"]]
+    tp, fp, fn, tn = (pairs.count(pair) for pair in [("y", "y"), ("n", "y"), ("y", "n"), ("n", "n")])
+    assert min(tp, fp, fn, tn) > 0
+    assert written["metrics"] == pytest.approx(
+        {
+            "matthews": (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
+            "f1": 2 * tp / (2 * tp + fp + fn),
+        }
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"matthews {written['metrics']['matthews']:.3f}, f1 {written['metrics']['f1']:.3f}, 0 unanswered" in printed
+
+
+def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_options, tiny_model_dir, tmp_path):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    rows = [{"instruction": "x", "output": f"Answer: The answer is {word}.", "answer": word} for word in ("y", "Y")]
+    Path(pair_options.data).write_text(json.dumps(rows))
+    pair_options.base_model, pair_options.scoring = str(folder), "generate"
+    with pytest.raises(MolaError, match="`answers` must be 'n' or 'y'.*number 1 is 'Y'"):
+        evaluate(pair_options)
+
+
+def test_every_option_has_help():
+    assert all(field.metadata.get("help") for field in fields(EvaluateOptions))

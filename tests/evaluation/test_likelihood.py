@@ -1,0 +1,70 @@
+"""Scoring by likelihood: the most probable of the options is the answer."""
+
+import math
+
+import pytest
+import torch
+
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.evaluate import evaluate_examples
+from mola.evaluation import predicting
+from mola.evaluation.choices import answer_options, answer_prefix
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_likelihood_chooses_the_most_probable_letter(batch_size, tiny_model, tiny_tokenizer, task, examples):
+    expected = []
+    for example in examples:
+        prompt = get_template(task.template).prompt(example["instruction"], example["input"])
+        ids = torch.tensor([tiny_tokenizer(prompt + "Answer: The answer is ")["input_ids"]])
+        with torch.no_grad():
+            logits = tiny_model(input_ids=ids).logits[0, -1]
+        letters = "ABCDE"[: example["num_choices"]]
+        token_ids = [tiny_tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in letters]
+        expected.append(letters[int(logits[token_ids].argmax())])
+    result = evaluate_examples(
+        tiny_model,
+        tiny_tokenizer,
+        task,
+        examples,
+        scoring="likelihood",
+        batch_size=batch_size,
+        show_progress=False,
+    )
+    assert [sample["predicted"] for sample in result.samples] == expected
+    assert result.samples[0]["output"] == f"Answer: The answer is {expected[0]}"
+    assert result.unanswered == 0
+    assert len(set(expected)) > 1
+
+
+def test_option_log_probabilities_of_several_tokens_match_the_definition(tiny_model, tiny_tokenizer):
+    texts = [
+        ["Is it? Yes", "Is it? Yellow", "Is it? No"],
+        ["A longer question? up", "A longer question? down"],
+    ]
+    with predicting.inference_state(tiny_model):
+        scores = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, texts)
+    for options, values, stem in zip(texts, scores, ["Is it? ", "A longer question? "], strict=True):
+        shared = len(tiny_tokenizer(stem)["input_ids"])
+        for text, value in zip(options, values, strict=True):
+            ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                log_probabilities = tiny_model(input_ids=ids).logits.log_softmax(-1)
+            expected = sum(float(log_probabilities[0, i - 1, ids[0, i]]) for i in range(shared, ids.shape[1]))
+            assert math.isclose(value, expected, rel_tol=1e-4, abs_tol=1e-4)
+
+
+def test_answer_prefix_is_the_place_the_task_reads(task):
+    example = {"id": "x", "answer": "A", "num_choices": 2, "output": "A fern. The answer is A. So A it is."}
+    assert answer_prefix(example, task) == "A fern. The answer is "
+    assert answer_options(example, task) == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_choices": None}, {"output": "It is the first one."}, {"output": "The answer is B."}]
+)
+def test_likelihood_refuses_what_it_cannot_score(change, task):
+    example = {"id": "x", "answer": "A", "num_choices": 2, "output": "The answer is A."} | change
+    with pytest.raises(MolaError, match="'x'.*'generate'"):
+        answer_prefix(example, task)

@@ -1,0 +1,147 @@
+"""The result file, and the partial results that an interrupted evaluation goes on from."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from mola.data.encode import data_fingerprint
+from mola.errors import MolaError
+from mola.evaluate import EvaluateOptions, evaluate, evaluate_examples
+from mola.evaluation.partial import PartialResults
+
+
+def test_result_file_has_the_documented_fields(options, examples):
+    result = evaluate(options)
+    written = json.loads(Path(options.output).read_text(encoding="utf-8"))
+    assert written == result.to_dict()
+    assert set(written) == {
+        *("accuracy", "correct", "total", "unanswered", "interval_95", "metrics", "groups", "samples"),
+        *("settings", "versions", "data_fingerprint", "seconds", "machine"),
+    }
+    assert set(written["samples"][0]) == {"id", "prompt", "output", "predicted", "answer", "correct"}
+    assert written["settings"] == asdict(options)
+    assert set(written["versions"]) == {"mola", "torch", "transformers", "peft", "python"}
+    assert set(written["machine"]) == {"cpu", "gpu", "threads"}
+    assert set(written["groups"]) == {"subject", "topic", "grade"}
+    assert set(written["groups"]["subject"]["physics"]) == {"accuracy", "correct", "total", "interval_95"}
+    assert written["metrics"] == {}
+    assert written["data_fingerprint"] == data_fingerprint(examples)
+    assert written["total"] == 11
+    assert written["seconds"] > 0
+    assert not PartialResults(options.output, {}).path.exists()
+
+
+def interrupt_after(options, monkeypatch, num_batches):
+    """Run `evaluate` and stop it, as Ctrl-C would, after some batches were saved."""
+    append, calls = PartialResults.append, []
+
+    def stopping(self, records):
+        append(self, records)
+        calls.append(len(list(records)))
+        if len(calls) == num_batches:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialResults, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(options)
+
+
+def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(options, monkeypatch, tmp_path, caplog):
+    whole = evaluate(EvaluateOptions(**asdict(options) | {"output": str(tmp_path / "whole.json")}))
+    interrupt_after(options, monkeypatch, num_batches=2)
+    partial = PartialResults(options.output, {}).path
+    with open(partial, "a") as file:
+        file.write('{"index": 0, "sam')  # killed while writing
+    num_lines = len(partial.read_text().splitlines())
+    assert num_lines == 1 + 8 + 1
+    with caplog.at_level(logging.WARNING, logger="mola"):
+        resumed = evaluate(options)
+    assert "8 finished samples" in caplog.text
+    assert "half-written" in caplog.text
+    assert resumed.samples == whole.samples
+    assert resumed.accuracy == whole.accuracy
+    assert not partial.exists()
+
+
+def test_finished_samples_are_not_asked_again(tiny_model, tiny_tokenizer, task, examples):
+    records = []
+    evaluate_examples(tiny_model, tiny_tokenizer, task, examples, on_batch=records.extend, show_progress=False)
+    marked = [record | {"sample": record["sample"] | {"output": "kept"}} for record in records[:9]]
+    again = []
+    result = evaluate_examples(
+        tiny_model,
+        tiny_tokenizer,
+        task,
+        examples,
+        finished=marked,
+        on_batch=again.extend,
+        show_progress=False,
+    )
+    assert {record["index"] for record in again} == {record["index"] for record in records[9:]}
+    assert sum(sample["output"] == "kept" for sample in result.samples) == 9
+
+
+def test_unfinished_run_with_other_settings_is_refused_or_discarded(options, monkeypatch):
+    interrupt_after(options, monkeypatch, num_batches=1)
+    changed = EvaluateOptions(**asdict(options) | {"max_new_tokens": 6})
+    with pytest.raises(MolaError, match=r"4 samples.*max_new_tokens 5 there, 6 now.*`overwrite`"):
+        evaluate(changed)
+    changed.overwrite = True
+    assert evaluate(changed).total == 11
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [("question", "Something else?", "data_fingerprint"), ("answer", 0, "answers_fingerprint")],
+)
+def test_unfinished_run_on_other_data_is_refused(column, value, named, options, monkeypatch, data):
+    interrupt_after(options, monkeypatch, num_batches=1)
+    rows = json.loads(data.read_text())
+    assert rows[3][column] != value
+    rows[3][column] = value
+    data.write_text(json.dumps(rows))
+    with pytest.raises(MolaError, match=named):
+        evaluate(options)
+
+
+def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, monkeypatch, tiny_model, tmp_path):
+    model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    options.adapter = str(tmp_path / "adapter")
+    interrupt_after(options, monkeypatch, num_batches=1)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MolaError, match="weights"):
+        evaluate(options)
+
+
+def test_damaged_partial_results_are_refused(tmp_path):
+    partial = PartialResults(tmp_path / "result.json", {"a": 1})
+    partial.path.write_text('{"a": 1}\nnot json\n')
+    with pytest.raises(MolaError, match="damaged"):
+        partial.read()
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_partial_results_keep_any_text(tmp_path_factory, texts):
+    partial = PartialResults(tmp_path_factory.mktemp("partial") / "result.json", {"pair": (1, 2)})
+    records = [{"index": index, "sample": {"output": text}} for index, text in enumerate(texts)]
+    for record in records:
+        partial.append([record])
+    assert partial.read() == records
+
+
+def test_existing_result_is_kept_unless_overwrite(options, tmp_path):
+    options.output = str(tmp_path / "result.json")
+    (tmp_path / "result.json").write_text("precious")
+    with pytest.raises(MolaError, match="exists"):
+        evaluate(options)
+    assert (tmp_path / "result.json").read_text() == "precious"
+    options.overwrite = True
+    assert evaluate(options).total == 11

@@ -1,0 +1,38 @@
+"""A training script run for a few steps, in a working folder of its own and without a tracker."""
+
+import pytest
+
+from tests.research_code.scripts import run_script, write_dataset
+from tests.research_code.training.runs import TRAIN
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    """No tracker from the environment; the scripts' default paths are relative to the working folder."""
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir, monkeypatch):
+    """Runs the training script for a few steps in `tmp_path/run`; flags given replace or extend it."""
+    data = write_dataset(tmp_path / "science_qa.hf", {"train": 13, "validation": 3, "test": 3})
+
+    def run(script=TRAIN, **flags):
+        settings = {
+            "base_model": tiny_model_dir,
+            "data_path": data,
+            "output_dir": tmp_path / "run",
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "val_set_size": 1,
+            "dtype": "float32",
+            "number_experts": "2,2,3,3",
+            "cutoff_len": 512,
+            "learning_rate": 1e-2,
+            **flags,
+        }
+        words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        return run_script(script, monkeypatch, *words)
+
+    return run

@@ -1,0 +1,190 @@
+"""Flags of the training scripts: defaults, forms, what they do, and what is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mola.research_code.training import train_settings
+from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
+from tests.research_code.scripts import SEVEN, error_line, run_script
+from tests.research_code.training.runs import INSTRUCTION, TRAIN, adapter_config, log_entries, record
+
+SHARED = {
+    "base_model": "NousResearch/Llama-2-7b-hf",
+    "batch_size": 128,
+    "micro_batch_size": 8,
+    "learning_rate": 3e-4,
+    "cutoff_len": 256,
+    "lora_r": None,  # 8 everywhere
+    "lora_alpha": None,  # 16
+    "lora_dropout": None,  # 0.05
+    "lora_target_modules": None,  # the seven
+    "number_experts": None,  # 2468
+    "top_k": None,  # 2 everywhere
+    "train_on_inputs": True,
+    "add_eos_token": True,
+    "group_by_length": False,
+    "wandb_project": "",
+    "wandb_run_name": "",
+    "wandb_watch": "",
+    "wandb_log_model": "",
+    "resume_from_checkpoint": None,
+}
+DEFAULTS = {
+    ResearchTrainOptions: {
+        **SHARED,
+        "data_path": "./sampled_data/sampled_scienceqa_train_all.hf",
+        "output_dir": "./sampled_scienceqa_256r_8mbs_no8bit_1",
+        "num_epochs": 1,
+        "val_set_size": 2,
+        "prompt_template_name": "alpaca",
+        "obalance": False,
+    },
+    ResearchInstructionOptions: {
+        **SHARED,
+        "data_path": "./meta_moe_50k.hf",
+        "output_dir": "./meta_moe_llm2_3ep_2468",
+        "num_epochs": 3,
+        "val_set_size": 100,
+        "load_in_8bit": False,
+        "prompt_template_name_meta": "meta",
+        "obalance": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", DEFAULTS)
+def test_flags_and_defaults(options):
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    assert DEFAULTS[options].items() <= defaults.items()
+
+
+def test_defaults_of_the_experts(command, tmp_path):
+    """What None stands for: on 4 layers the default list is 2,4,6,8."""
+    assert command(number_experts=None) == 0
+    config = adapter_config(tmp_path / "run")
+    assert (config["num_experts"], config["r"], config["top_k"]) == ([2, 4, 6, 8], 8, 2)
+    assert (config["lora_alpha"], config["lora_dropout"]) == (16, 0.05)
+    assert set(config["target_modules"]) == set(SEVEN.split(","))
+
+
+@pytest.mark.parametrize("word", ["--train_on_inputs=False", "--train_on_inputs=false", "--notrain_on_inputs"])
+def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
+    words = [
+        "--base_model",
+        tiny_model_dir,
+        "--data_path",
+        tmp_path / "science_qa.hf",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    words += ["--batch_size", 12, "--micro_batch_size", 12, "--val_set_size", 1, "--cutoff_len", 512, word]
+    assert run_script(TRAIN, monkeypatch, *words) == 0
+    data = record(tmp_path / "run")["data"]["train"]
+    assert data["trained_tokens"] < data["tokens"] / 2
+
+
+@pytest.mark.parametrize("form", ["2,2,3,3", "[2,2,3,3]", "(2, 2, 3, 3)"])
+def test_lists_in_any_form(form, command, tmp_path):
+    assert command(number_experts=form, lora_r="4", top_k="2,2,3,2") == 0
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    shapes = [weights[f"base_model.model.model.layers.{i}.mlp.up_proj.mola_A"].shape[:2] for i in range(4)]
+    assert shapes == [(2, 4), (2, 4), (3, 4), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({"number_experts": "2,2,2"}, ["num_experts", "3", "4"]),
+        ({"top_k": "2,2,2,4"}, ["top_k", "4", "3"]),
+        ({"top_k": "0"}, ["top_k", "0"]),
+        ({"lora_r": "8,0,8,8"}, ["`r`", "0"]),
+        ({"lora_target_modules": "q_proj,k_porj"}, ["k_porj"]),
+        ({"lora_target_modules": "q_proj,lm_heads"}, ["lm_heads"]),
+        ({"batch_size": 6, "micro_batch_size": 4}, ["`batch_size`", "6", "4", "--batch_size"]),
+        ({"batch_size": 2, "micro_batch_size": 4}, ["`batch_size`", "--batch_size 4"]),
+        ({"micro_batch_size": 0}, ["`micro_batch_size`", "0"]),
+        ({"cutoff_len": 64, "truncation": "error"}, ["`cutoff_len`", "64"]),
+        ({"cutoff_len": 4000}, ["`cutoff_len`", "4000", "1024"]),
+        ({"data_path": "nowhere.hf"}, ["nowhere.hf"]),
+        ({"prompt_template_name": "alpacca"}, ["alpacca", "alpaca_short"]),
+        ({"wandb_run_name": "first"}, ["`wandb_run_name`", "`wandb_project`"]),
+        ({"resume_from_checkpoint": "./step2_biology"}, ["`resume_from_checkpoint`", "./step2_biology"]),
+        ({"learnig_rate": 1}, ["--learnig_rate", "--learning_rate"]),
+        ({"warmup_steps": 100}, ["`warmup_steps`", "100"]),
+        ({"val_set_size": 13}, ["`val_set_size`", "13"]),
+        ({"val_set_size": 400}, ["`val_set_size`", "400", "13"]),
+        ({"val_set_size": 13, "warmup_steps": 0}, ["`validation_size`", "13"]),
+        ({"val_set_size": "nan"}, ["`val_set_size`", "nan"]),
+        ({"val_set_size": "inf"}, ["`val_set_size`", "inf"]),
+        ({"val_set_size": -1}, ["`val_set_size`", "-1"]),
+        ({"val_set_size": 1.5}, ["`val_set_size`", "1.5"]),
+        ({"num_epochs": "nan"}, ["`num_epochs`", "nan"]),
+        ({"num_epochs": "inf"}, ["`num_epochs`", "inf"]),
+        ({"num_epochs": 0}, ["`num_epochs`", "0"]),
+        ({"learning_rate": "nan"}, ["`learning_rate`", "nan"]),
+        ({"warmup_steps": "inf"}, ["`warmup_steps`", "inf"]),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, parts, command, capsys, tmp_path):
+    assert command(**flags) == 2
+    line = error_line(TRAIN, capsys)
+    assert [part for part in parts if part not in line] == []
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+@pytest.mark.quant
+def test_base_in_8_bits(command, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'mola-peft[quant]'")
+    assert command(script=INSTRUCTION, load_in_8bit=True, val_set_size=1) == 0
+    assert record(tmp_path / "run")["quantization"] == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def test_validation_rows_come_from_the_training_split(command, tmp_path):
+    assert command(val_set_size=2) == 0
+    run = record(tmp_path / "run")
+    assert (run["data"]["train"]["kept"], run["data"]["evaluation"]["kept"]) == (11, 2)
+    assert "eval_loss" in run["metrics"]
+
+
+def test_without_validation_rows_there_is_no_evaluation(command, tmp_path):
+    assert command(val_set_size=0) == 0
+    run = record(tmp_path / "run")
+    assert run["data"].keys() == {"train"}
+    assert run["data"]["train"]["kept"] == 13
+
+
+def test_same_flags_give_the_same_weights(command, tmp_path):
+    assert command() == 0
+    assert command(output_dir=tmp_path / "again") == 0
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_warmup_is_at_most_a_tenth_of_the_run(command, tmp_path, caplog):
+    assert command(num_epochs=5) == 0  # 12 rows, batch 4: 15 steps
+    assert record(tmp_path / "run")["settings"]["warmup_steps"] == 1
+    assert "1 of 15 steps" in caplog.text
+    assert max(entry.get("learning_rate", 0) for entry in log_entries(tmp_path / "run")) > 0
+
+
+def test_long_run_keeps_the_hundred_steps_of_warmup(command, tmp_path, caplog):
+    options = ResearchTrainOptions(data_path=str(tmp_path / "science_qa.hf"), batch_size=8, num_epochs=1000)
+    assert train_settings(options)["warmup_steps"] == 100
+    assert "Warm-up" not in caplog.text
+
+
+@pytest.mark.parametrize(("flag", "coefficient"), [(True, 1e-3), (False, 0.0)])
+def test_balance_loss(flag, coefficient, command, tmp_path):
+    assert command(obalance=flag) == 0
+    config = adapter_config(tmp_path / "run")
+    assert (config["router_aux_loss_coef"], config["router_aux_loss_reduction"]) == (coefficient, "layer")
+
+
+@pytest.mark.parametrize("text", ["", "0", "two"])
+def test_number_of_processes_that_is_none_is_refused(text, command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    assert command() == 2
+    assert f"`WORLD_SIZE` must be the number of processes: got {text!r}" in error_line(TRAIN, capsys)

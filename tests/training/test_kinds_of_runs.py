@@ -1,0 +1,136 @@
+"""What a run can be: trained on from an adapter, checkpointed, accumulated, with options of the trainer and of PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mola.cli import main
+from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
+
+
+def test_adapter_is_trained_on_with_its_own_configuration(flags, tmp_path, tiny_model_dir, rows_file):
+    first = {"num_experts": "1224", "r": 3, "lora_dropout": 0, "router_aux_loss_coef": 0}
+    assert main(flags(tmp_path / "first", **first, **NO_EVALUATION)) == 0
+    whole_batch = {"per_device_train_batch_size": 10, "num_train_epochs": 3, "warmup_steps": 0, **NO_EVALUATION}
+    assert main(flags(tmp_path / "second", adapter=tmp_path / "first", **whole_batch)) == 0
+    expected = evaluation_loss(tmp_path / "first", tiny_model_dir, rows_file, slice(None))
+    assert losses(tmp_path / "second")[1] == pytest.approx(expected, rel=1e-4)
+    configs = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text(encoding="utf-8"))
+        for name in ("first", "second")
+    ]
+    digests = [config.pop("weights_sha256") for config in configs]
+    assert configs[0] == configs[1]
+    assert digests[0] != digests[1]
+    one, two = load_file(tmp_path / "first" / WEIGHTS), load_file(tmp_path / "second" / WEIGHTS)
+    assert one.keys() == two.keys()
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_padding_position_is_trained(flags, tmp_path, tiny_model_dir, rows_file):
+    """Padding in front would have to predict the begin token, which counts when prompts are trained."""
+    options = {"per_device_train_batch_size": 10, "max_steps": 1, "warmup_steps": 0, "lora_dropout": 0}
+    assert main(flags(train_on_inputs="true", learning_rate=1e-30, **options, **NO_EVALUATION)) == 0
+    expected = evaluation_loss(tmp_path / "run", tiny_model_dir, rows_file, slice(None), train_on_inputs=True)
+    assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file):
+    assert main(flags(num_experts="1224", num_train_epochs=1, **NO_EVALUATION)) == 0
+    changes = {"lora_dropout": 0.5, "router_aux_loss_coef": 0.25, "router_aux_loss_reduction": "layer"}
+    again = {"adapter": tmp_path / "run", "num_train_epochs": 1, **NO_EVALUATION}
+    assert main(flags(tmp_path / "next", **again, **changes)) == 0
+    config = json.loads((tmp_path / "next" / "adapter_config.json").read_text(encoding="utf-8"))
+    before = json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {name for name in config if config[name] != before[name]} == {*changes, "weights_sha256"}
+    assert {name: config[name] for name in changes} == changes
+    assert read_record(tmp_path / "next")["adapter_settings"] == changes
+
+
+def test_checkpoints_hold_the_adapter_alone_and_load_as_one(flags, tmp_path, tiny_model_dir):
+    assert main(flags(num_train_epochs=1)) == 0
+    checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
+    weights = load_file(checkpoint / WEIGHTS)
+    assert [name for name in weights if "mola_" not in name] == []
+    assert not (checkpoint / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    loaded = dict(PeftModel.from_pretrained(base, checkpoint).named_parameters())
+    assert all(torch.equal(loaded[f"{name}.default"], tensor) for name, tensor in weights.items())
+
+
+def test_adapter_of_another_model_is_refused(flags, tmp_path, error_line):
+    assert main(flags(tmp_path / "first", max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
+    path = tmp_path / "first" / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "r": 5}), encoding="utf-8")
+    assert "adapter" in error_line(flags(tmp_path / "second", adapter=tmp_path / "first"))
+
+
+@pytest.mark.parametrize("reduction", ["module", "layer"])
+def test_balance_loss_is_the_same_with_gradient_checkpointing_and_accumulation(flags, tmp_path, reduction):
+    """10 samples in batches of 2 and 2 batches per step: the fifth batch is a step of its own."""
+    settings = {
+        "router_aux_loss_coef": 0.5,
+        "router_aux_loss_reduction": reduction,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0,
+        **NO_EVALUATION,
+    }
+    assert main(flags(tmp_path / "plain", **settings)) == 0
+    assert main(flags(tmp_path / "checkpointed", gradient_checkpointing="true", **settings)) == 0
+    assert main(flags(tmp_path / "off", **{**settings, "router_aux_loss_coef": 0})) == 0
+    assert read_record(tmp_path / "plain")["steps"] == 6
+    first, second, off = (losses(tmp_path / name) for name in ("plain", "checkpointed", "off"))
+    assert list(second.values()) == pytest.approx(list(first.values()), rel=1e-4)
+    # One router per module is at least 1 when balanced exactly; so is one per layer, summed over four.
+    assert first[1] - off[1] > 0.5 * (1 if reduction == "module" else 4) * 0.9
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "checkpointed"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_reentrant_checkpointing_with_a_balance_loss_is_refused(flags, error_line):
+    line = error_line(
+        flags(
+            router_aux_loss_coef=0.1,
+            gradient_checkpointing="true",
+            gradient_checkpointing_kwargs='{"use_reentrant": true}',
+        )
+    )
+    assert "use_reentrant" in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "optim": "adamw_torch"},
+        {"train_sampling_strategy": "group_by_length", "report_to": "none", "optim": "sgd"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-5}', "max_grad_norm": 0},
+        {"target_modules": r".*self_attn\.(q|v)_proj", "modules_to_save": "lm_head", "max_steps": 2},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "validation_size": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_trainer_and_of_peft_work(flags, tmp_path, options):
+    assert main(flags(**{**NO_EVALUATION, **options})) == 0
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "finished"
+    kept = {name: record["settings"][name] for name in ("weight_decay", "optim", "max_grad_norm") if name in options}
+    assert all(str(value).endswith(str(options[name])) or value == options[name] for name, value in kept.items())
+
+
+def test_modules_to_save_are_saved(flags, tmp_path):
+    assert main(flags(modules_to_save="lm_head", max_steps=2, **NO_EVALUATION)) == 0
+    assert any("lm_head" in name for name in load_file(tmp_path / "run" / WEIGHTS))
+
+
+def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):
+    for name, value in (("no", "false"), ("yes", "true")):
+        assert main(flags(tmp_path / name, train_on_inputs=value, max_steps=2, **NO_EVALUATION)) == 0
+    trained = {name: read_record(tmp_path / name)["data"]["train"] for name in ("no", "yes")}
+    assert trained["no"]["trained_tokens"] < trained["yes"]["trained_tokens"] == trained["yes"]["tokens"]

@@ -1,0 +1,218 @@
+"""Runs that are interrupted, resumed or overwritten, and what survives that."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mola.cli import main
+from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
+
+INTERRUPTIBLE = {
+    "lora_dropout": 0.1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 20,
+    "validation_size": 1,
+    "learning_rate": 1e-3,
+}
+
+
+def start_and_signal(arguments: list[str], folder: Path, number: int) -> subprocess.CompletedProcess:
+    """Run the command and send a signal after a few steps."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mola.cli", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 60
+        curve = folder / "metrics.jsonl"
+        while not curve.exists() or len(curve.read_text(encoding="utf-8").splitlines()) < 8:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(arguments, process.returncode, "", errors)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Folder of the run that nobody stopped, made once."""
+    return {}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_run_resumes_to_the_very_same_weights(
+    flags, tmp_path, tmp_path_factory, uninterrupted, name, capfd
+):
+    if not uninterrupted:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        assert main(flags(folder, **INTERRUPTIBLE)) == 0
+        uninterrupted["folder"] = folder
+    folder = tmp_path / "run"
+    process = start_and_signal(flags(**INTERRUPTIBLE), folder, getattr(signal, name))
+    assert process.returncode == 130, process.stderr
+    assert "--resume_from_checkpoint last" in process.stderr
+    assert "Traceback" not in process.stderr
+    record = read_record(folder)
+    assert record["status"] == "interrupted"
+    assert 0 < record["steps"] < 60
+    assert (folder / f"checkpoint-{record['steps']}" / "trainer_state.json").is_file()
+    assert (folder / WEIGHTS).is_file()
+    assert max(losses(folder)) == record["steps"]
+
+    assert main([*flags(**INTERRUPTIBLE), "--resume_from_checkpoint", "last"]) == 0
+    whole = uninterrupted["folder"]
+    assert read_record(folder)["status"] == "finished"
+    assert_same_weights(folder, whole)
+    assert losses(folder) == losses(whole)
+    evaluations = [
+        [(entry["step"], entry["eval_loss"]) for entry in read_metrics(run) if "eval_loss" in entry]
+        for run in (folder, whole)
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [60]
+
+
+@pytest.fixture
+def finished_run(flags, tmp_path):
+    """A run of 6 steps with a checkpoint after every second one; returns (folder, flags)."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "no",
+        "max_steps": 6,
+        "lora_dropout": 0.1,
+        "num_train_epochs": None,
+    }
+    arguments = flags(**options)
+    assert main(arguments) == 0
+    return tmp_path / "run", arguments
+
+
+def test_resume_from_a_named_checkpoint_in_another_folder(finished_run, tmp_path, flags):
+    folder, arguments = finished_run
+    other = [f"--output_dir={tmp_path / 'other'}", f"--resume_from_checkpoint={folder / 'checkpoint-4'}"]
+    assert main([*arguments, *other]) == 0
+    assert_same_weights(tmp_path / "other", folder)
+    assert sorted(losses(tmp_path / "other")) == [5, 6]
+
+
+def test_incomplete_checkpoint_is_skipped_with_a_warning(finished_run, caplog):
+    folder, arguments = finished_run
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    (folder / "checkpoint-notes").mkdir()
+    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert "checkpoint-6, which has no trainer_state.json" in caplog.text
+    assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
+    assert (folder / WEIGHTS).read_bytes() == whole
+
+
+def test_checkpoint_without_optimizer_is_not_resumed(flags, tmp_path, error_line):
+    options = {"save_only_model": "true", "eval_strategy": "no", "num_train_epochs": 1}
+    assert main(flags(**options)) == 0
+    line = error_line([*flags(**options), f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-3'}"])
+    assert "`save_only_model`" in line
+
+
+@pytest.mark.slow
+def test_signal_to_one_of_two_processes_stops_both(flags, tmp_path):
+    folder = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    arguments = [sys.executable, "-m", "mola.cli", *flags(num_train_epochs=100, use_cpu="true", **NO_EVALUATION)]
+    processes = [
+        subprocess.Popen(
+            arguments,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 90
+        curve = folder / "metrics.jsonl"
+        while not curve.exists() or len(curve.read_text(encoding="utf-8").splitlines()) < 5:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [130, 130], errors
+    record = read_record(folder)
+    assert record["status"] == "interrupted"
+    assert (folder / f"checkpoint-{record['steps']}" / "trainer_state.json").is_file()
+
+
+def test_resuming_a_finished_run_changes_nothing(finished_run):
+    folder, arguments = finished_run
+    whole = (folder / WEIGHTS).read_bytes()
+    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert (folder / WEIGHTS).read_bytes() == whole
+    record = read_record(folder)
+    assert (record["status"], record["steps"]) == ("finished", 6)
+    assert "train_loss" not in record["metrics"], "no step was trained, so there is no loss"
+
+
+def test_resume_refuses_another_allocation_or_other_data(finished_run, error_line, tmp_path):
+    _, arguments = finished_run
+    assert "`num_experts`" in error_line([*arguments, "--resume_from_checkpoint=last", "--num_experts=2222"])
+    rows = [{"id": "1", "instruction": "other", "input": "", "output": "data"}] * 1
+    (tmp_path / "other.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert "`train`" in error_line([*arguments, "--resume_from_checkpoint=last", f"--data={tmp_path / 'other.json'}"])
+
+
+def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_line):
+    folder, arguments = finished_run
+    assert "--overwrite_output_dir" in error_line(arguments)
+    foreign = {"notes.txt": "mine", "checkpoint-list.txt": "mine", "checkpoint-old/keep.txt": "mine"}
+    for name, text in foreign.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / ".saving-left").mkdir()
+    short = ["--overwrite_output_dir=true", "--max_steps=2"]
+    assert main([*arguments, *short]) == 0
+    assert {path.name for path in folder.glob("checkpoint-[0-9]*")} == {"checkpoint-2"}
+    assert sorted(losses(folder)) == [1, 2]
+    assert not (folder / ".saving-left").exists()
+    assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-2"])
+def test_adapter_in_the_run_folder_is_not_overwritten(finished_run, error_line, flags, place):
+    folder, _ = finished_run
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    start = folder / place
+    arguments = flags(output_dir=folder, adapter=start, num_experts=None, **NO_EVALUATION)
+    for more in ([], ["--overwrite_output_dir"]):
+        line = error_line([*arguments, *more])
+        assert f"`adapter` must lie outside of `output_dir`: got {str(start)!r} and {str(folder)!r}" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_readme_of_the_user_survives(flags, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "README.md").write_text("my notes", encoding="utf-8")
+    assert main([*flags(max_steps=1, warmup_steps=0), "--overwrite_output_dir"]) == 0
+    assert (folder / "README.md").read_text(encoding="utf-8") == "my notes"
+
+
+def test_earlier_run_survives_options_that_are_wrong(finished_run, error_line):
+    folder, arguments = finished_run
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    error_line([*arguments, "--overwrite_output_dir", "--num_experts=2,4,6"])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

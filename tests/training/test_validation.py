@@ -1,0 +1,57 @@
+"""Evaluation during training: on which rows, when, and which weights are kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from tests.training.runs import NO_EVALUATION, assert_same_weights, evaluation_loss, read_metrics, read_record
+
+
+def test_saved_weights_are_those_of_the_lowest_evaluation_loss(flags, tmp_path, tiny_model_dir, rows_file):
+    data = tmp_path / "validation.json"
+    rows = json.loads(rows_file.read_text(encoding="utf-8"))
+    data.write_text(json.dumps(rows[:3]), encoding="utf-8")
+    # The rate rises to a hundred times its start: the loss gets better first and much worse afterwards.
+    options = {"num_train_epochs": 6, "warmup_steps": 0, "lr_scheduler_type": "cosine_with_min_lr"}
+    options["lr_scheduler_kwargs"] = '{"min_lr_rate": 100}'
+    assert main(flags(eval_data=data, lora_dropout=0, save_total_limit=1, **options)) == 0
+    folder = tmp_path / "run"
+    # The last entry is the evaluation of the weights that were kept.
+    *curve, final = [entry["eval_loss"] for entry in read_metrics(folder) if "eval_loss" in entry]
+    assert len(curve) == 6
+    assert curve[-1] > min(curve), "the last epoch has to be a worse one for this test"
+    record = read_record(folder)
+    assert record["metrics"]["eval_loss"] == final == min(curve)
+    assert Path(record["best_checkpoint"]).name == f"checkpoint-{3 * (1 + curve.index(min(curve)))}"
+    assert_same_weights(folder, Path(record["best_checkpoint"]))
+    assert evaluation_loss(folder, tiny_model_dir, data, slice(None)) == pytest.approx(final, rel=1e-5)
+
+
+def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(flags, tmp_path):
+    options = {"train_size": 8, "validation_size": 4, "test_size": 4}
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1, **NO_EVALUATION)) == 0
+    record = read_record(tmp_path / "run")
+    assert record["data"].keys() == {"train"}
+    assert "eval_loss" not in record["metrics"]
+
+
+def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path):
+    options = {"train_size": 8, "validation_size": 4, "test_size": 4}
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", **steps)) == 0
+    record = read_record(tmp_path / "run")
+    assert [record["data"][name]["kept"] for name in ("train", "evaluation")] == [8, 4]
+    evaluated = [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
+    assert evaluated == [2, 4, 4]  # the last one is that of the weights that were kept
+
+
+def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
+    assert main(flags(validation_size=0.25, num_train_epochs=1)) == 0
+    record = read_record(tmp_path / "run")
+    assert [record["data"][name]["total"] for name in ("train", "evaluation")] == [7, 3]
+    assert record["data_fingerprints"]["train"] != record["data_fingerprints"]["evaluation"]
