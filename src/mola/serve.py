@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
+_OWN_FILES = 64  # a process's own: model, libraries, log
 _LEAST = {"max_tokens": 1, "max_choices": 1, "max_waiting": 0, "max_body_bytes": 1, "max_connections": 1}
 
 
@@ -118,6 +119,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     from mola.serving.server import Server, bind, url_of
 
     _check_numbers(options)
+    _warn_of_few_files(options.max_connections)
     api_key = _api_key(options)
     config = check_model(options)
     folders = adapter_folders(options)
@@ -198,6 +200,20 @@ def _check_numbers(options: ServeOptions) -> None:
         raise MolaError(f"`shutdown_timeout` must be 0 or a positive number: got {options.shutdown_timeout}.")
     if not 0 <= options.port < 2**16:
         raise MolaError(f"`port` must be from 0 to 65535: got {options.port}.")
+
+
+def _warn_of_few_files(max_connections: int) -> None:
+    """Where the system says how many files a process may open."""
+    with contextlib.suppress(ImportError):  # Windows has no such number
+        import resource
+
+        allowed, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2 * max_connections + _OWN_FILES
+        if allowed not in (resource.RLIM_INFINITY, -1) and allowed < needed:
+            logger.warning(
+                "`max_connections` %d may need %d open files, this process may open %d; clients then wait until others "
+                "leave. Raise the limit (`ulimit -n %d`), or lower `max_connections`.",
+                *(max_connections, needed, allowed, needed),
+            )
 
 
 def _api_key(options: ServeOptions) -> str | None:

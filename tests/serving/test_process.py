@@ -216,6 +216,23 @@ def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
     assert "Loading" not in caplog.text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of open files per process to ask for")
+@pytest.mark.parametrize(("max_connections", "warns"), [(256, True), (200, False)])
+def test_fewer_files_than_connections_are_warned_about(max_connections, warns, options, caplog):
+    import resource
+
+    options.max_connections = max_connections
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
+    try:
+        with running_server(options):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    message = "`max_connections` 256 may need 576 open files, this process may open 500"
+    assert (message in caplog.text) is warns
+
+
 def test_token_of_the_environment(options, monkeypatch):
     monkeypatch.setenv("MOLA_API_KEY", "from-outside")
     with running_server(options) as url:

@@ -48,29 +48,39 @@ def needed_logits(labels: torch.Tensor) -> Batch:
 
 
 def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool:
-    """Whether a model's loss is the same from the logits that it needs: tried with three tokens.
+    """Whether a model's loss is the same from the logits that it needs: tried with three tokens. The log says why not.
 
     Args:
         model: a causal language model, maybe with adapters, before anything is wrapped around it.
         options: what a trainer does with logits beside the model's own loss.
     """
-    # These compute the loss again from all logits, or cut a batch into pieces along its first dimension.
-    if options.label_smoothing_factor or options.use_liger_kernel or options.n_gpu > 1:
-        return False
+    reason = _why_all(model, options)
+    if reason is not None:
+        logger.info("The logits of all positions are computed, needed or not: %s.", reason)
+    return reason is None
+
+
+def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
+    # The first two compute the loss again from all logits, the third cuts a batch along its first dimension.
+    for name in ("label_smoothing_factor", "use_liger_kernel"):
+        if getattr(options, name):
+            return f"`{name}` reads them"
+    if options.n_gpu > 1:
+        return "one process uses several GPUs"
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
-        return False
+        return f"{type(inner).__name__} has no `logits_to_keep`"
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     labels = torch.tensor([[IGNORED, IGNORED, 3]], device=tokens.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            every = model(input_ids=tokens, labels=labels).loss
-            needed = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss
-            return torch.allclose(every.float(), needed.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
+            every = model(input_ids=tokens, labels=labels).loss.float()
+            needed = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss.float()
+        is_same = torch.allclose(every, needed, rtol=1e-2, atol=1e-3, equal_nan=True)
     except Exception as error:  # whatever it is, a model that is asked as usual may still work
-        logger.info("The logits of all positions are computed: %s", error)
-        return False
+        return f"{type(inner).__name__} fails with less: {error}"
     finally:
         model.train(was_training)
+    return None if is_same else f"{type(inner).__name__} has another loss with less"

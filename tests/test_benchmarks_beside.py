@@ -1,4 +1,4 @@
-"""The suites about looking at experts: what recording costs, and what distances need; from end to end."""
+"""Suites about what goes beside the layers: recording, logits, distances between experts; from end to end."""
 
 import json
 
@@ -30,6 +30,18 @@ def test_the_suite_telemetry(tiny_model_dir, tmp_path, capsys):
         ratios = [one / other for one, other in zip(on, off, strict=True)]
         assert row["on_over_off"]["samples"] == pytest.approx(ratios)
         assert row["line_seconds"]["median"] > 0
+
+
+def test_the_suite_logits(tiny_model_dir, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    small = ("--batch_size", 3, "--num_experts", "1248", "--repeats", 2, "--dropout", 0, "--dtype", "float32")
+    assert run(output, "--model", tiny_model_dir, "--suite", "logits", *small) == 0
+    assert "logits: model" in capsys.readouterr().out
+    (row,) = json.loads(output.read_text())["results"]["logits"]
+    assert 0 < row["needed_positions"] < row["positions"] / 2
+    needed, every = (row[f"{name}_seconds"]["samples"] for name in ("needed", "all"))
+    ratios = [one / other for one, other in zip(needed, every, strict=True)]
+    assert row["needed_over_all"]["samples"] == pytest.approx(ratios)
 
 
 def test_watching_never_waits_for_the_device(tiny_model_dir):

@@ -1,14 +1,19 @@
 """Logits only where the next token is trained: the same losses and gradients, less to compute."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mola.cli import main
 from mola.training.needed_logits import NeededLogits, computes_needed_logits, needed_logits
 from mola.training.options import TrainOptions
+from tests.training.runs import WEIGHTS, losses, read_metrics
 from tests.tuner.models import random_config, tiny_llama, token_batch
 
 
@@ -64,13 +69,14 @@ def test_models_that_can(options):
     assert computes_needed_logits(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)), options())
 
 
-def test_where_something_else_reads_the_logits(options):
-    model = tiny_llama()
-    assert not computes_needed_logits(model, options(label_smoothing_factor=0.1))
-    assert not computes_needed_logits(model, options(use_liger_kernel=True))
+@pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"use_liger_kernel": True}])
+def test_where_something_else_reads_the_logits(setting, options, caplog):
+    with caplog.at_level("INFO"):
+        assert not computes_needed_logits(tiny_llama(), options(**setting))
+    assert f"`{next(iter(setting))}` reads them" in caplog.text
 
 
-def test_models_that_can_not(options):
+def test_models_that_can_not(options, caplog):
     class NoSuchArgument(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -94,11 +100,44 @@ def test_models_that_can_not(options):
                 output.loss = torch.nn.functional.cross_entropy(output.logits[0], labels[0])
             return output
 
-    for model in (NoSuchArgument(), OwnLoss(share=False), OwnLoss(share=True)):
-        assert not computes_needed_logits(model, options())
+    cases = [
+        (NoSuchArgument(), "NoSuchArgument has no `logits_to_keep`"),
+        (OwnLoss(share=False), "OwnLoss fails with less: "),
+        (OwnLoss(share=True), "OwnLoss has another loss with less"),
+    ]
+    for model, reason in cases:
+        with caplog.at_level("INFO"):
+            assert not computes_needed_logits(model, options())
+        assert reason in caplog.text
 
 
 @pytest.mark.parametrize(("prompt", "added"), [(3, {"logits_to_keep", "shift_labels"}), (9, set())])
 def test_batches_without_a_trained_token_stay_as_they_are(prompt, added):
     batch = token_batch(prompt=prompt)
     assert NeededLogits(lambda samples: dict(samples))(batch).keys() == batch.keys() | added
+
+
+def test_a_run_computes_them_and_ends_the_same(flags, tmp_path, monkeypatch):
+    positions = []
+    forward = torch.nn.functional.cross_entropy
+
+    def watch(logits, *rest, **options):
+        positions.append(len(logits))
+        return forward(logits, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watch)
+    settings = {"num_experts": "1224", "validation_size": 3, "gradient_accumulation_steps": 2, "max_steps": 3}
+    assert main(flags(tmp_path / "needed", **settings)) == 0
+    counts = [list(positions)]
+    positions.clear()
+    monkeypatch.setattr(sys.modules["mola.train"], "computes_needed_logits", lambda *_: False)
+    assert main(flags(tmp_path / "all", **settings)) == 0
+    counts += [list(positions)]
+    assert sum(counts[0]) < 0.9 * sum(counts[1])
+    found, expected = losses(tmp_path / "needed"), losses(tmp_path / "all")
+    assert found == pytest.approx(expected, rel=1e-4)
+    last, other = (read_metrics(tmp_path / name)[-1] for name in ("needed", "all"))
+    assert last["step"] == other["step"] == 3
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("needed", "all"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-2, atol=1e-3)
