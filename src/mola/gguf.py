@@ -18,10 +18,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
-    """Refuse a file that is not in the folder, and a folder with nothing but such files where none was chosen.
+    """Refuse a file that is not in the folder or no GGUF, and a folder with only such files where none was chosen.
 
     Raises:
-        MolaError: either; names the files that are there.
+        MolaError: any of these; names the files that are there.
     """
     names = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and names and not (folder / "config.json").is_file():
@@ -35,6 +35,16 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
             f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
             f"GGUF files there: {found}."
         )
+    if gguf_file is not None and not _begins_as_gguf(folder / gguf_file):
+        raise MolaError(f"`gguf_file` must be a file in GGUF format: {gguf_file!r} is none, or can not be read.")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:

@@ -21,7 +21,20 @@ class Hangs(BaseException):
 
 
 def survives(reader, *arguments, **options):
-    """The reader's result, or the MolaError that it raised; whatever else it raises, fails the test."""
+    """The reader's result, or the MolaError that it raised; whatever else it raises, fails the test.
+
+    A reader that takes too long is asked once more, as the first call of a process may import half a library.
+    """
+    result, seconds, growth = _observed(reader, *arguments, **options)
+    if seconds >= MOST_SECONDS:
+        _, seconds, _ = _observed(reader, *arguments, **options)
+    assert seconds < MOST_SECONDS, f"{seconds:.1f} s"
+    assert growth < MOST_MEMORY, f"{growth / 2**20:.0f} MiB"
+    return result
+
+
+def _observed(reader, *arguments, **options):
+    """Result or MolaError, seconds of this process's own time, bytes that the process has grown."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         with _alarm():
@@ -31,11 +44,8 @@ def survives(reader, *arguments, **options):
     if isinstance(result, MolaError):
         assert str(result).strip()
         assert "Traceback" not in str(result)
-    seconds = time.process_time() - start
-    assert seconds < MOST_SECONDS, f"{seconds:.1f} s"
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert growth < MOST_MEMORY, f"{growth / 2**20:.0f} MiB"
-    return result
+    return result, time.process_time() - start, growth
 
 
 @contextmanager

@@ -156,7 +156,6 @@ def test_moe_peft_adapter(folder, data):
 @fuzz
 @given(data=st.data())
 def test_conversion(folder, tiny_model_dir, data):
-    shutil.rmtree(folder / "out", ignore_errors=True)
     source, target, settings, tensors, top_k = data.draw(
         st.sampled_from(
             [
@@ -168,7 +167,12 @@ def test_conversion(folder, tiny_model_dir, data):
     )
     fill(data, folder, settings, tensors)
     base = None if target else str(tiny_model_dir)
-    survives(convert, ConvertOptions(str(folder), str(folder / "out"), source, target, base, top_k))
+
+    def run():
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        return convert(ConvertOptions(str(folder), str(folder / "out"), source, target, base, top_k))
+
+    survives(run)
 
 
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # a setting that has no effect, says PEFT

@@ -1,5 +1,6 @@
 """Notations, their limits, and the costs of the paper's allocations."""
 
+import dataclasses
 import json
 from itertools import groupby
 
@@ -370,6 +371,7 @@ def test_totals_are_the_sums_of_the_layers():
     assert data["totals"]["adapter_bytes"] == 4 * 105_635_840
     assert data["totals"]["num_layers"] == len(data["layers"]) == 32
     assert data["totals"]["trainable_share"] is None
+    assert dataclasses.replace(plan, base_parameters=4 * 105_635_840).trainable_share == 1 / 4
 
 
 @pytest.mark.parametrize("index", [None, 2])

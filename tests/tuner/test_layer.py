@@ -61,6 +61,15 @@ def test_equals_the_loop(num_experts, top_k, dtype, atol, rtol, shape):
         torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_base_that_is_trained_too_gets_its_gradient(trained):
+    layer = make()
+    layer.base_layer.requires_grad_(False)
+    getattr(layer.base_layer, trained).requires_grad_()
+    layer(torch.randn(5, 16)).sum().backward()
+    assert getattr(layer.base_layer, trained).grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_a_plain_frozen_base_is_computed_together_with_its_experts(is_fused, monkeypatch):
     calls, forward = [], nn.Linear.forward

@@ -122,6 +122,20 @@ def test_modules_without_the_adapter_are_passed_over_in_merging():
     assert sum(layer.merged_adapters == ["narrow"] for layer in layers(model)) == 2
 
 
+# ---------------------------------------------------------------------- what the model is
+
+
+def test_a_model_without_layers_takes_one_number():
+    assert layers(adapted(num_experts=[2]))[0].num_experts["default"] == 2
+    with pytest.raises(MolaError, match="2 entries.*1 layer"):
+        adapted(num_experts=[2, 2])
+
+
+def test_the_kind_of_model_stays_where_the_model_does_not_say_it():
+    assert adapted(base_model_type="llama").peft_config["default"].base_model_type == "llama"
+    assert get_peft_model(tiny_llama(), random_config()).peft_config["default"].base_model_type == "llama"
+
+
 # ---------------------------------------------------------------------- number formats
 
 

@@ -175,6 +175,16 @@ def test_experts_without_use_merge_without_a_trace():
     torch.testing.assert_close(computed(fewer, 2, inputs), computed(experts, 2, inputs), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("zero", ["A", "B"])
+def test_experts_of_which_one_factor_is_zero(zero):
+    experts = random_experts(2)
+    getattr(experts, zero).zero_()
+    A, B = low_rank_mean(experts.A, experts.B, torch.ones(2))
+    assert torch.isfinite(A).all()
+    assert torch.isfinite(B).all()
+    assert not update(A, B).any()
+
+
 @pytest.mark.parametrize("r", [1, 2, 4, 9])
 def test_low_rank_mean_is_the_nearest(r):
     experts, weights = random_experts(3, r=r), torch.tensor([0.2, 0.5, 0.3])

@@ -1,11 +1,13 @@
 """Choosing experts: the paper's formula, ties, precision."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.tuner.routing import dense_gates, jitter, router_logits, top_k_softmax
+from mola.tuner.routing import dense_gates, jitter, router_entropies, router_logits, top_k_softmax
 
 
 def reference_gates(logits, top_k):
@@ -56,6 +58,14 @@ def test_logits_are_float32_under_autocast(dtype):
         logits = router_logits(x, weight)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_entropy_is_a_share_of_the_largest(dim):
+    even, sure = torch.zeros(3), torch.tensor([0.0, 100.0, 0.0])
+    half = torch.tensor([0.0, 0.0, -100.0])
+    found = router_entropies(torch.stack([even, sure, half], 1 - dim), dim)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, math.log(2) / math.log(3)]))
 
 
 def test_jitter_stays_in_its_range():

@@ -24,7 +24,8 @@ def make_aligned(shape, num_experts=6, dtype=torch.float32, **options):
 @pytest.mark.parametrize("fused", [True, False], ids=["with_base", "base_apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "num_experts", "top_k"), [((2, 5, 8), 4, 2), ((6, 16), 3, 3), ((1, 8), 9, 1), ((3, 9, 24), 40, 2)]
+    ("shape", "num_experts", "top_k"),
+    [((2, 5, 8), 4, 2), ((6, 16), 3, 3), ((1, 8), 9, 1), ((1, 8), 9, 2), ((3, 9, 24), 40, 2)],
 )
 def test_values_and_gradients_follow_the_formula(shape, num_experts, top_k, dtype, fused, dropout, sparse):
     case = make_aligned(shape, num_experts, dtype, fused=fused, bias=True, dropout=dropout, top_k=top_k)
