@@ -242,6 +242,7 @@ def test_every_file_operation_is_a_safe_moment_to_be_killed(driver, flags, whole
     expected, operations = whole(name)
     numbers = changing(operations)[::stride]
     assert len(numbers) > 10
+    kills = 0
     for number in numbers:
         for half in (False, True) if operations[number - 1][0] in ("open", "write") else (False,):
             folder = tmp_path / f"run-{number}-{half}"
@@ -250,6 +251,8 @@ def test_every_file_operation_is_a_safe_moment_to_be_killed(driver, flags, whole
             driver.succeed([*arguments, *go_on(folder)])
             assert_same_run(folder, expected)
             shutil.rmtree(folder)
+            kills += 1
+    print(f"{name}: {kills} kills")
 
 
 def logged_steps(folder: Path) -> tuple[int, bool]:

@@ -240,3 +240,18 @@ def test_hub_connection_that_breaks_is_explained(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
     with pytest.raises(MolaError, match="`owner/name` exists.*ConnectionError: gone"):
         list(stream_rows("owner/name", "train"))
+
+
+def test_a_saved_dataset_whose_values_lie_outside_of_it(tmp_path):
+    """Arrow believes what a file says of itself: reading would end the process."""
+    datasets.Dataset.from_list([{"a": "text", "b": [1, 2]}] * 3).save_to_disk(str(tmp_path / "saved"))
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 8):
+        path.write_bytes(whole[:place] + b"\xff\xff\xff\x7f" + whole[place + 4 :])
+        try:
+            read_rows(tmp_path / "saved")
+        except MolaError as error:
+            assert "saved" in str(error)
+            refused += 1
+    assert refused > 20

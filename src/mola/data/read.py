@@ -158,6 +158,7 @@ def _read_folder(place: Path, split: str | None, columns: Collection[str] | None
     import pyarrow
 
     try:
+        dataset.data.table.validate(full=True)  # Arrow itself trusts a file, and would read beyond its end
         yield from _batches(dataset, columns)
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
         raise unreadable(place, error) from error
