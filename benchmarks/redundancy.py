@@ -58,7 +58,9 @@ def direct_distances(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.
 
 def peak_allocated(action: Callable[..., Any], *arguments: Any) -> int:
     """Most bytes on the CPU that tensors made by `action` held at once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: there is one cycle only, and PyTorch 2.10 would warn that those before are gone.
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         action(*arguments)
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
