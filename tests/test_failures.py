@@ -31,12 +31,19 @@ def test_errors_about_memory_are_known():
     assert lack_of_memory(torch.OutOfMemoryError(gpu)) == "CUDA out of memory. Tried to allocate 2.50 GiB"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("a")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("a"), Exception("a")]
+)
 def test_other_errors_are_left_alone(error):
     assert lack_of_memory(error) is None
     assert why_not_written(error) is None
     with pytest.raises(type(error)), within_memory("Buy some."), writing("`output`"):
         raise error
+
+
+@pytest.mark.parametrize(("path", "reason"), [("/dev/full", "No space left on device"), ("/no/such/place", None)])
+def test_errors_of_tokenizers_are_known(path, reason, tiny_tokenizer):
+    assert why_not_written(error_of(lambda: tiny_tokenizer.backend_tokenizer.save(path))) == reason
 
 
 def test_errors_about_files_are_known(tmp_path):

@@ -17,12 +17,13 @@ from mola.errors import MolaError
 _NOT_WRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
 }
+_OF_RUST = re.compile(r"(.*) \(os error (\d+)\)")
 _NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes|not enough memory|out of memory")
 _GIB = 1 << 30
 
 
 def why_not_written(error: BaseException) -> str | None:
-    """Why a file could not be written, if that is what an error of Python, safetensors or torch says.
+    """Why a file could not be written, if that is what an error of Python, safetensors, tokenizers or torch says.
 
     Args:
         error: any error.
@@ -39,6 +40,9 @@ def why_not_written(error: BaseException) -> str | None:
     # Neither is a kind of OSError, and no import: preparing data needs no torch.
     if type(error).__name__ == "SafetensorError" and "serializing: I/O error" in text:
         return text.partition("I/O error: ")[2]
+    if type(error) is Exception:  # which is all that tokenizers has, for errors of the system too
+        found = _OF_RUST.fullmatch(text)
+        return found[1] if found and int(found[2]) in _NOT_WRITABLE else None
     if not isinstance(error, RuntimeError):
         return None
     if text.startswith("write(): fd"):
