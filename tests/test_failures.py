@@ -71,9 +71,13 @@ def at_most():
         resource.setrlimit(kind, values)
 
 
-@pytest.mark.parametrize("save", [lambda tensors, path: save_file(tensors, path), torch.save])
-def test_libraries_that_can_not_write_all_of_a_file_are_known(save, tmp_path, at_most):
-    at_most(resource.RLIMIT_FSIZE, 10_000)
+@pytest.mark.parametrize(
+    ("save", "size"),
+    # torch has another error for the last of its 41 kB
+    [(lambda tensors, path: save_file(tensors, path), 10_000), (torch.save, 10_000), (torch.save, 40_700)],
+)
+def test_libraries_that_can_not_write_all_of_a_file_are_known(save, size, tmp_path, at_most):
+    at_most(resource.RLIMIT_FSIZE, size)
     assert why_not_written(error_of(lambda: save({"a": torch.zeros(10_000)}, tmp_path / "file")))
 
 

@@ -47,8 +47,8 @@ def why_not_written(error: BaseException) -> str | None:
         return None
     if text.startswith("write(): fd"):
         return text.partition("failed with ")[2]
-    if "inline_container.cc" in text and "Reader" not in text:
-        # After half a file torch only says that its length is not what it should be.
+    if text.startswith("basic_ios::clear") or ("inline_container.cc" in text and "Reader" not in text):
+        # After half a file torch only says that a stream has failed, or that its length is not what it should be.
         return text.partition("strerror: ")[2] or "torch could not write all of a file, the disk may be full"
     return None
 
