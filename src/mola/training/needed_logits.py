@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
@@ -67,7 +68,7 @@ def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
             return f"`{name}` reads them"
     if options.n_gpu > 1:
         return "one process uses several GPUs"
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return f"{type(inner).__name__} has no `logits_to_keep`"
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
