@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.cases import cases
 from benchmarks.contestants import build, make_step
-from benchmarks.measure import ratio, time_interleaved
+from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base
 from benchmarks.options import BenchmarkOptions
 from benchmarks.text import has_text, question_batch
@@ -36,7 +36,7 @@ def logits(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict
             name: make_step(build("mola", base, case).model, each, case) for name, each in batches.items()
         }
         times = time_interleaved(actions, options.repeats, options.warmup, case.device)
-        seconds = {f"{name}_{key}": value for name, each in times.items() for key, value in each.row().items()}
+        seconds = rows_by_name(times)
         length = batch["input_ids"].shape[1]
         positions = {"positions": length, "needed_positions": len(kept["logits_to_keep"])}
         yield case.row() | positions | seconds | {"needed_over_all": ratio(times["needed"], times["all"])}

@@ -37,6 +37,11 @@ class Times:
         return {name: summarize(values) for name in clocks if (values := getattr(self, name))}
 
 
+def rows_by_name(times: Mapping[str, Times]) -> dict[str, Any]:
+    """The summaries of several that took turns, in one row: each with its name in front."""
+    return {f"{name}_{key}": value for name, each in times.items() for key, value in each.row().items()}
+
+
 def summarize(samples: Sequence[float]) -> dict[str, Any]:
     """Median, 20th and 80th percentile, and the samples themselves."""
     low, median, high = (float(value) for value in np.percentile(samples, (20, 50, 80)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cases import cases
 from benchmarks.contestants import build, make_step
-from benchmarks.measure import ratio, time_interleaved
+from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
 from mola.insight.watching import RouterWatch
@@ -39,7 +39,7 @@ def telemetry(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[d
         }
         times = time_interleaved(actions, options.repeats, options.warmup, case.device)
         watch.close()
-        seconds = {f"{name}_{key}": value for name, each in times.items() for key, value in each.row().items()}
+        seconds = rows_by_name(times)
         own = ratio(times["on"], times["off"])
         line = seconds["line_seconds"]["median"] / STEPS_OF_A_LINE / seconds["off_seconds"]["median"]
         share = {"cost_percent": 100 * (own["median"] - 1 + line)}

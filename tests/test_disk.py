@@ -7,8 +7,6 @@ import threading
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mola import MolaConfig
 from mola.cli import main
@@ -17,6 +15,7 @@ from mola.files import append_lines, atomic_write_text
 from mola.training.checkpoints import newest_complete
 from tests.conftest import save_adapter
 from tests.disks import disk
+from tests.training.runs import same_weights
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = MolaConfig(r=2, num_experts=2, top_k=1, task_type="CAUSAL_LM")
@@ -111,11 +110,6 @@ def training(tiny_model_dir, data):
         return ["train", *(f"--{name}={value}" for name, value in settings.items())]
 
     return build
-
-
-def same_weights(one, two):
-    one, two = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,15 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
             f"`base_model` {str(folder)!r} has no config.json but GGUF files: {', '.join(names)}. Pass one of them as "
             f"well: --gguf_file {names[0]}."
         )
-    if gguf_file is not None and not os.path.isfile(folder / gguf_file):
+    if gguf_file is None:
+        return
+    if not os.path.isfile(folder / gguf_file):
         found = ", ".join(names) or "none"
         raise MolaError(
             f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
             f"GGUF files there: {found}."
         )
-    if gguf_file is not None and not _begins_as_gguf(folder / gguf_file):
+    if not _begins_as_gguf(folder / gguf_file):
         raise MolaError(f"`gguf_file` must be a file in GGUF format: {gguf_file!r} is none, or can not be read.")
 
 

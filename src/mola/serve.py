@@ -208,7 +208,7 @@ def _warn_of_few_files(max_connections: int) -> None:
         import resource
 
         allowed, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2 * max_connections + _OWN_FILES
-        if allowed not in (resource.RLIM_INFINITY, -1) and allowed < needed:
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
             logger.warning(
                 "`max_connections` %d may need %d open files, this process may open %d; clients then wait until others "
                 "leave. Raise the limit (`ulimit -n %d`), or lower `max_connections`.",

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+from tests.training.runs import same_weights
 
-WEIGHTS = "adapter_model.safetensors"
 STAGES = {
     "physics": {"filters": {"topic": "physics"}},
     "biology": {"filters": {"topic": "biology"}, "learning_rate": 0.01},
@@ -47,11 +45,6 @@ def read(path):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def same_weights(one, two):
-    first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def assert_same_end(folder, whole, stages=3):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mola import ContinualOptions, MolaError, continual
-from tests.continual_learning.sequences import FIRST_TWO, FOLDERS, STAGES, WEIGHTS, assert_same_end, contents, read
+from tests.continual_learning.sequences import FIRST_TWO, FOLDERS, STAGES, assert_same_end, contents, read
+from tests.training.runs import WEIGHTS
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 from mola import ContinualOptions, TrainOptions, train
 from mola.cli import main
 from mola.evaluate import EvaluateOptions, evaluate
-from tests.continual_learning.sequences import FOLDERS, SETTINGS, STAGES, contents, flags, read, same_weights
+from tests.continual_learning.sequences import FOLDERS, SETTINGS, STAGES, contents, flags, read
+from tests.training.runs import same_weights
 
 
 def test_result_has_the_matrix_with_counts_and_both_metrics(whole):

@@ -83,6 +83,16 @@ def test_values_and_gradients_follow_the_formula(shape, num_experts, top_k, dtyp
     check_against_the_formula(case, TOLERANCE[dtype])
 
 
+def check_gradients_of_the_logits(case):
+    base, leaves, kept, settings = case
+    found = []
+    for function in (add_mixture, plain):
+        _, logits, *_ = function(base, *leaves[:4], kept, settings)
+        found.append(torch.autograd.grad((logits**2).sum(), [leaves[0], leaves[3]]))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def check_against_the_formula(case, tolerance):
     found, expected = run(add_mixture, *case), run(plain, *case)
     for name, one, two in zip(("output", "logits"), found, expected, strict=False):
@@ -198,13 +208,7 @@ def test_gradients_nobody_asks_for_are_not_made(unused):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_of_the_logits_alone(fused):
     """As of a balance loss whose output nobody uses."""
-    base, leaves, kept, settings = make((2, 5, 8), 4, torch.float64, fused=fused)
-    found = []
-    for function in (add_mixture, plain):
-        _, logits, *_ = function(base, *leaves[:4], kept, settings)
-        found.append(torch.autograd.grad((logits**2).sum(), [leaves[0], leaves[3]]))
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two)
+    check_gradients_of_the_logits(make((2, 5, 8), 4, torch.float64, fused=fused))
 
 
 def test_second_derivatives_are_refused():

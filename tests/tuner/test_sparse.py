@@ -7,7 +7,7 @@ from mola import MolaError
 from mola.tuner.mixture import MixtureSettings, add_mixture
 from mola.tuner.sparse import pays
 
-from .test_mixture import TOLERANCE, check_against_the_formula, make, plain
+from .test_mixture import TOLERANCE, check_against_the_formula, check_gradients_of_the_logits, make
 
 
 @pytest.fixture
@@ -45,13 +45,7 @@ def test_without_gradients_the_values_are_the_same(fused, sparse):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_of_the_logits_alone(fused, sparse):
-    base, leaves, _, settings = make_aligned((5, 8), fused=fused)
-    found = []
-    for function in (add_mixture, plain):
-        _, logits, *_ = function(base, *leaves[:4], None, settings)
-        found.append(torch.autograd.grad((logits**2).sum(), [leaves[0], leaves[3]]))
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two)
+    check_gradients_of_the_logits(make_aligned((5, 8), fused=fused))
 
 
 def test_second_derivatives_are_refused(sparse):

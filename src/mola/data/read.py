@@ -91,6 +91,7 @@ def _batches(dataset: Any, columns: Collection[str] | None) -> Iterator[Any]:
         names = [name for name in dataset.column_names if name in columns]
         dataset = dataset.select_columns(names) if names else dataset
     for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
+        table.validate(full=True)  # Arrow itself trusts a file, and would read beyond its end
         yield from table.to_pylist()
 
 
@@ -158,7 +159,6 @@ def _read_folder(place: Path, split: str | None, columns: Collection[str] | None
     import pyarrow
 
     try:
-        dataset.data.table.validate(full=True)  # Arrow itself trusts a file, and would read beyond its end
         yield from _batches(dataset, columns)
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
         raise unreadable(place, error) from error

@@ -16,13 +16,13 @@ from mola.errors import MolaError
 from mola.files import damaged_record, read_json_object
 from mola.forms import ANYTHING, TEXT, check_form
 from mola.training.digests import DIGESTS_FILE, changed_file
-from mola.weights_digest import check_digest
+from mola.weights_digest import CONFIG_FILE, check_digest
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
+_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, _WEIGHTS_FILE)
 _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,9 @@ from tests.damage import change_tensors
 from tests.research_code.scripts import SEVEN, run_script, write_dataset
 from tests.research_code.training.runs import INSTRUCTION, TRAIN, adapter_config, loss_on, record
 
+EXPERTS = ["--val_set_size", 1, "--lora_r", "8,8,8,8", "--lora_alpha", 16, "--lora_dropout", 0.05]
+EXPERTS += ["--lora_target_modules", SEVEN, "--number_experts", "2,4,6,8", "--top_k", "2,2,2,2"]
+
 
 def test_sample_command_trains(tmp_path, tiny_model_dir, monkeypatch, caplog):
     """Its flags as they are, except paths and lists of the model's depth: 199 rows, 2 steps."""
@@ -34,9 +37,7 @@ def test_sample_command_trains(tmp_path, tiny_model_dir, monkeypatch, caplog):
         "--cutoff_len",
         "256",
     ]
-    words += ["--val_set_size", 1, "--lora_r", "8,8,8,8", "--lora_alpha", 16, "--lora_dropout", 0.05]
-    words += ["--lora_target_modules", SEVEN, "--number_experts", "2,4,6,8", "--top_k", "2,2,2,2"]
-    words += ["--train_on_inputs", "--group_by_length", "--add_eos_token"]
+    words += [*EXPERTS, "--train_on_inputs", "--group_by_length", "--add_eos_token"]
     assert run_script(TRAIN, monkeypatch, *words) == 0
     folder = tmp_path / "mola"
     run = record(folder)
@@ -72,9 +73,7 @@ def test_instruction_command_trains_on_text_without_a_prompt(tmp_path, tiny_mode
         "--cutoff_len",
         "40",
     ]
-    words += ["--val_set_size", 1, "--lora_r", "8,8,8,8", "--lora_alpha", 16, "--lora_dropout", 0.05]
-    words += ["--lora_target_modules", SEVEN, "--number_experts", "2,4,6,8", "--top_k", "2,2,2,2"]
-    words += ["--train_on_inputs", "--add_eos_token"]
+    words += [*EXPERTS, "--train_on_inputs", "--add_eos_token"]
     with caplog.at_level(logging.INFO, "mola"):
         assert run_script(INSTRUCTION, monkeypatch, *words) == 0
     config = adapter_config(tmp_path / "out")
