@@ -1,6 +1,7 @@
 """What a result was made with: versions of the software and a description of the machine."""
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from mola._version import __version__
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of mola, torch, transformers, peft and Python.
+    """Versions of mola, torch, transformers, peft and Python; of numba where it is installed.
 
     Returns:
-        `{"mola", "torch", "transformers", "peft", "python"}`, each a version as text.
+        `{"mola", "torch", "transformers", "peft", "python"}` and `"numba"`, each a version as text.
     """
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    with suppress(metadata.PackageNotFoundError):  # with it other dropout masks are drawn
+        libraries["numba"] = metadata.version("numba")
     return {"mola": __version__, **libraries, "python": platform.python_version()}
 
 

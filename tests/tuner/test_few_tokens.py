@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from mola import MolaLinear
+from mola.tuner import few_tokens
 from mola.tuner.few_tokens import MAX_TOKENS, is_few
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import largest_first, largest_logits
@@ -16,6 +17,15 @@ from .models import clone, random_config, tiny_llama, token_batch
 
 IN, OUT = 16, 24
 IDS = token_batch(2, 5)["input_ids"]
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request, monkeypatch):
+    """With the native function, and as without numba."""
+    if request.param == "native":
+        pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
+    else:
+        monkeypatch.setattr(few_tokens, "_kernel", lambda *formats: None)
 
 
 def make_layer(dtype=torch.float32, *, bias=True, seed=0, **options):

@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
 from mola import MolaError
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
+from mola.tuner.dropout import keep_mask, keep_probability
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 
 from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch

@@ -12,15 +12,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from mola.errors import MolaError
+from mola.tuner.dropout import draw_kept
+from mola.tuner.few_tokens import has_native_update, is_few, native_update
 from mola.tuner.merging import SingleExpertMerging
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture, keep_mask, keep_probability
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from mola.tuner.pieces import is_watched, update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
 
 if TYPE_CHECKING:
     from mola.tuner.router_losses import RouterLosses
-    from mola.tuner.siblings import Slot
     from mola.tuner.statistics import RouterObserver
 
 FEW_TOKENS_COMPILED = 8
@@ -99,8 +100,6 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
         self.observer: RouterObserver | None = None  # set while one looks on: see mola.insight.watching
-        # Set while text is generated: see mola.tuner.siblings.
-        self.slot: Slot | None = None
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self._disable_adapters = False
@@ -157,20 +156,59 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        # In this order: a compiler must not look at the slot, or it would compile again when one comes or goes.
-        if not args and not kwargs and not torch.compiler.is_compiling() and self.slot is not None:
-            output = self.slot.add_to_base(x)
+        names = [name for name in self.active_adapters if name in self.mola_A]
+        if len(names) == 1 and not args and not kwargs:
+            output = self._forward_few(names[0], x)
             if output is not None:
                 return output
-        names = [name for name in self.active_adapters if name in self.mola_A]
-        if len(names) == 1 and not args and not kwargs and self._is_fusable(names[0], x):
-            base: Any = self.base_layer
-            return self._add_fused(names[0], x, FrozenLinear(base.weight, base.bias), x.dtype)
+            if not torch.compiler.is_compiling() and self._is_fusable(names[0], x):
+                base: Any = self.base_layer
+                return self._add_fused(names[0], x, FrozenLinear(base.weight, base.bias), x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
             result = self._add_experts(name, x, result)
         return result.to(dtype)
+
+    def _forward_few(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The output for few tokens without gradients, by a native function; None where there is none."""
+        if self.training or torch.is_grad_enabled() or not is_few(x):
+            return None
+        # Taken from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
+        parts: Any = self._modules
+        experts_A, experts_B, router = (parts[name]._parameters.get(adapter_name) for name in self.adapter_layer_names)
+        if experts_A is None or experts_B is None or router is None:
+            return None
+        if parts["mola_dropout"]._modules[adapter_name].training:
+            return None
+        if torch.compiler.is_compiling():
+            return self._forward_few_compiled(adapter_name, x, experts_A, experts_B, router)
+        add = native_update(x, experts_A, experts_B, router)
+        if add is None:
+            return None
+        base = parts["base_layer"]
+        if type(base) is nn.Linear and not is_watched(base):
+            output = F.linear(x, base.weight, base.bias)
+        else:
+            output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        if type(output) is not torch.Tensor or output.dtype != x.dtype:
+            return self._add_experts(adapter_name, x, output).to(output.dtype)
+        return add(output, self.scaling[adapter_name], self.top_k[adapter_name])
+
+    def _forward_few_compiled(self, adapter_name, x, experts_A, experts_B, router) -> torch.Tensor | None:
+        if torch.compiler.is_exporting() or router.dtype != torch.float32 or experts_A.dtype != experts_B.dtype:
+            return None
+        if not has_native_update(x.dtype, experts_A.dtype):
+            return None
+        base = self.base_layer
+        output = base(x)
+        if type(base) is not nn.Linear or base._forward_hooks:
+            output = output.clone(memory_format=torch.contiguous_format)
+        if output.dtype != x.dtype:
+            return self._add_experts(adapter_name, x, output).to(output.dtype)
+        scaling, top_k = self.scaling[adapter_name], self.top_k[adapter_name]
+        torch.ops.mola.add_few(output, x, experts_A, experts_B, router, scaling, top_k)
+        return output
 
     def _is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
         """Whether base and experts can be one computation: a plain frozen linear, in the experts' number format."""
@@ -213,8 +251,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     ) -> torch.Tensor:
         dropout, kept, scaling = self.mola_dropout[adapter_name], None, self.scaling[adapter_name]
         if isinstance(dropout, nn.Dropout) and dropout.training:
-            kept = keep_mask(x, dropout.p)
-            scaling /= keep_probability(x, dropout.p)
+            kept, probability = draw_kept(x, dropout.p)
+            scaling /= probability
         output, logits, expert_indices = add_mixture(
             base,
             x,
@@ -287,7 +325,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}, "slot": None, "observer": None}
+        return {**self.__dict__, "router_outputs": {}, "observer": None}
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from mola.tuner.dropout import drop
 from mola.tuner.few_tokens import compute_few, is_few
-from mola.tuner.pieces import as_rows, base_output, drop, refuse_second_derivatives
+from mola.tuner.pieces import as_rows, base_output, refuse_second_derivatives
 from mola.tuner.routing import choose_gates, logits_by_expert
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
-
-_STEPS = 1 << 16  # of a probability that 16 bits decide
 
 
 class MixtureSettings(NamedTuple):
@@ -56,23 +55,6 @@ class Mixture(NamedTuple):
     expert_indices: torch.Tensor
 
 
-def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Booleans of the shape of `x`, False with probability `p`; see `keep_probability`.
-
-    On the CPU 16 random bits decide about an element, a quarter of a 64-bit draw: several times
-    faster than a floating-point draw for each.
-    """
-    if x.device.type != "cpu":
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep_probability(x, p))
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] >= round(p * _STEPS) - _STEPS // 2).view(x.shape)
-
-
-def keep_probability(x: torch.Tensor, p: float) -> float:
-    """Probability with which `keep_mask` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
-    return 1.0 - (round(p * _STEPS) / _STEPS if x.device.type == "cpu" else p)
-
-
 def add_mixture(
     base: torch.Tensor | FrozenLinear,
     x: torch.Tensor,
@@ -94,7 +76,7 @@ def add_mixture(
         experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider.
-        kept: booleans `(..., in)`, False where dropout sets the experts' input to 0; None without dropout.
+        kept: what dropout keeps of the experts' input, see `mola.tuner.dropout`; None without dropout.
         settings: see `MixtureSettings`.
 
     Returns:

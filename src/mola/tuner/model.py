@@ -19,7 +19,6 @@ from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type
 from mola.tuner.reference import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
-from mola.tuner.siblings import computing_together
 from mola.tuner.stacks import LayerStacks
 from mola.tuner.targets import adaptable, resolve_target_modules
 
@@ -215,12 +214,6 @@ class MolaModel(BaseTuner):
                 "per adapter after `set_adapter`."
             )
         yield
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the model; on a CPU, linears that read the same input compute their experts together."""
-        model: Any = self.model
-        with computing_together(module for module in model.modules() if isinstance(module, MolaLinear)):
-            return model.generate(*args, **kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient.

@@ -43,11 +43,6 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def drop(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """`rows` with 0 where `kept` is False; as they are without `kept`."""
-    return rows if kept is None else torch.where(kept.reshape(rows.shape), rows, 0.0)
-
-
 def base_output(
     result: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None, inputs: torch.Tensor
 ) -> torch.Tensor:

@@ -104,7 +104,8 @@ class RouterLosses:
         for layer in self._layers:
             # Also drops what a recomputation under gradient checkpointing stored after the last forward. A new dict,
             # since a compiler that sees the old one cleared makes another graph for one that is empty.
-            layer.router_outputs = {}
+            if torch.compiler.is_compiling() or layer.router_outputs:
+                layer.router_outputs = {}
         self._attention_mask = self._label_mask = None
 
     # ------------------------------------------------------------------ the loss

@@ -1,4 +1,4 @@
-"""From router logits to gates: the one place that knows how experts are chosen."""
+"""From router logits to gates: how experts are chosen. `mola.tuner.native` does the same for itself."""
 
 from __future__ import annotations
 

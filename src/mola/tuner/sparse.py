@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.pieces import as_rows, base_output, drop, refuse_second_derivatives
+from mola.tuner.dropout import drop
+from mola.tuner.pieces import as_rows, base_output, refuse_second_derivatives
 from mola.tuner.routing import largest_logits, logits_by_expert
 
 if TYPE_CHECKING:
