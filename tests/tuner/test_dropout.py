@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mola.tuner import dropout
 from mola.tuner.dropout import draw_kept, drop
@@ -93,6 +94,12 @@ def test_without_numba_there_is_a_mask(monkeypatch):
     kept, _ = draw_kept(x, 0.3)
     assert kept.dtype == torch.bool
     assert torch.equal(drop(x, kept), torch.where(kept, x, 0.0))
+
+
+def test_for_a_tensor_without_numbers_there_is_a_mask():
+    with FakeTensorMode():
+        assert draw_kept(torch.empty(4, 5), 0.3)[0].dtype == torch.bool
+    assert draw_kept(torch.empty(4, 5, device="meta"), 0.3)[0].dtype == torch.bool
 
 
 @pytest.mark.parametrize("num_experts", [4, 16])  # all experts, and chosen ones only
