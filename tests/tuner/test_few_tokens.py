@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from mola import MolaLinear
-from mola.tuner import few_tokens
+from mola.tuner import native_few
 from mola.tuner.few_tokens import MAX_TOKENS, is_few
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import largest_first, largest_logits
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     if request.param == "native":
         pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
     else:
-        monkeypatch.setattr(few_tokens, "_kernel", lambda *formats: None)
+        monkeypatch.setattr(native_few, "_kernel", lambda *formats: None)
 
 
 def make_layer(dtype=torch.float32, *, bias=True, seed=0, **options):

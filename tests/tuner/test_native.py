@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaLinear
-from mola.tuner import few_tokens
-from mola.tuner.few_tokens import MAX_TOKENS, native_update
+from mola.tuner import native_few, pieces
+from mola.tuner.few_tokens import MAX_TOKENS
 from mola.tuner.layer import ExpertSettings
 
 from .counting import CountOperators
@@ -59,7 +59,7 @@ def make_layer(in_features=16, out_features=24, **options):
 @pytest.fixture
 def calls(monkeypatch):
     """Numbers of tokens of the calls of the native function."""
-    seen, kernel = [], few_tokens._kernel
+    seen, kernel = [], native_few._kernel
 
     def counting(*formats):
         function = kernel(*formats)
@@ -70,7 +70,7 @@ def calls(monkeypatch):
 
         return None if function is None else call
 
-    monkeypatch.setattr(few_tokens, "_kernel", counting)
+    monkeypatch.setattr(native_few, "_kernel", counting)
     return seen
 
 
@@ -95,8 +95,7 @@ def test_the_formula(formats, num_tokens, num_experts, r, in_features, out_featu
     experts_B = draw(num_experts, r, out_features, dtype=weights)
     router = draw(num_experts, in_features) / in_features
     exact = formula(output, x, experts_A, experts_B, router, scaling, top_k)
-    add = native_update(x, experts_A, experts_B, router)
-    assert add(output, scaling, top_k) is output
+    native_few.add_few(output, x, experts_A, experts_B, router, scaling, top_k)
     # In float32, then rounded once: to the nearest number of the output's format.
     tolerance = 2e-5 * max(1.0, exact.abs().max().item())
     rounding = 2.0**-8 * exact.abs() if values == torch.bfloat16 else 0.0
@@ -160,7 +159,7 @@ def test_generated_text_is_the_same_without_numba(options, monkeypatch, calls):
     native = generate(model, **options)
     count = len(calls)
     assert count >= 28 * 4  # every linear for every token
-    monkeypatch.setattr(few_tokens, "_kernel", lambda *formats: None)
+    monkeypatch.setattr(native_few, "_kernel", lambda *formats: None)
     torch.testing.assert_close(generate(model, **options), native)
     assert len(calls) == count
 
@@ -265,6 +264,14 @@ def test_compiled_by_a_backend(backend):
 
 
 @torch.no_grad()
+def test_compiled_for_an_input_with_gaps():
+    torch._dynamo.reset()
+    layer, x = make_layer(), draw(3, 32)[:, ::2]
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x)
+    torch.testing.assert_close(output, layer(x))
+
+
+@torch.no_grad()
 def test_compiled_with_a_base_whose_output_is_kept_elsewhere():
     class Same(nn.Linear):
         def forward(self, x):
@@ -298,6 +305,8 @@ def test_the_operator_refuses_what_the_function_can_not_read():
     x, A, B = draw(3, 16), draw(4, 2, 16), draw(4, 2, 24)
     with pytest.raises(RuntimeError, match="contiguous"):
         torch.ops.mola.add_few(draw(24, 3).t(), x, A, B, draw(4, 16), 1.0, 2)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.mola.add_few(draw(3, 24), x, A, B[:3], draw(4, 16), 1.0, 2)
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
         torch.ops.mola.add_few(draw(3, 24).double(), x.double(), A.double(), B.double(), draw(4, 16), 1.0, 2)
 
@@ -372,7 +381,7 @@ def test_without_numba_one_line_says_so(error, level, message, monkeypatch, capl
         raise error
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    for function in (few_tokens._kernel, few_tokens._say_once):
+    for function in (native_few._kernel, pieces._say_once):
         function.cache_clear()
     try:
         layer, x = make_layer(), draw(3, 16)
@@ -383,7 +392,7 @@ def test_without_numba_one_line_says_so(error, level, message, monkeypatch, capl
         assert [line.levelno for line in lines] == [level]
         assert re.search(message, lines[0].message)
     finally:
-        few_tokens._kernel.cache_clear()
+        native_few._kernel.cache_clear()
 
 
 def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
@@ -398,7 +407,7 @@ def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch,
 
     monkeypatch.setattr(numba, "njit", without_a_folder)
     native.kernel.cache_clear()
-    few_tokens._kernel.cache_clear()
+    native_few._kernel.cache_clear()
     try:
         layer, x = make_layer(), draw(3, 16)
         with torch.no_grad():
@@ -406,4 +415,4 @@ def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch,
         assert "no locator available" in caplog.text
     finally:
         native.kernel.cache_clear()
-        few_tokens._kernel.cache_clear()
+        native_few._kernel.cache_clear()

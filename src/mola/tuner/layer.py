@@ -13,9 +13,9 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.dropout import draw_kept
-from mola.tuner.few_tokens import has_native_update, is_few, native_update
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
+from mola.tuner.native_few import NativeFewTokens
 from mola.tuner.pieces import is_watched, update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
@@ -45,7 +45,7 @@ class ExpertSettings:
         return self.lora_alpha / self.r
 
 
-class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
+class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer):
     r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
 
     With `x: (..., in)`, `E` experts of rank `r` and a router of its own:
@@ -169,46 +169,6 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         for name in names:
             result = self._add_experts(name, x, result)
         return result.to(dtype)
-
-    def _forward_few(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The output for few tokens without gradients, by a native function; None where there is none."""
-        if self.training or torch.is_grad_enabled() or not is_few(x):
-            return None
-        # Taken from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
-        parts: Any = self._modules
-        experts_A, experts_B, router = (parts[name]._parameters.get(adapter_name) for name in self.adapter_layer_names)
-        if experts_A is None or experts_B is None or router is None:
-            return None
-        if parts["mola_dropout"]._modules[adapter_name].training:
-            return None
-        if torch.compiler.is_compiling():
-            return self._forward_few_compiled(adapter_name, x, experts_A, experts_B, router)
-        add = native_update(x, experts_A, experts_B, router)
-        if add is None:
-            return None
-        base = parts["base_layer"]
-        if type(base) is nn.Linear and not is_watched(base):
-            output = F.linear(x, base.weight, base.bias)
-        else:
-            output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
-        if type(output) is not torch.Tensor or output.dtype != x.dtype:
-            return self._add_experts(adapter_name, x, output).to(output.dtype)
-        return add(output, self.scaling[adapter_name], self.top_k[adapter_name])
-
-    def _forward_few_compiled(self, adapter_name, x, experts_A, experts_B, router) -> torch.Tensor | None:
-        if torch.compiler.is_exporting() or router.dtype != torch.float32 or experts_A.dtype != experts_B.dtype:
-            return None
-        if not has_native_update(x.dtype, experts_A.dtype):
-            return None
-        base = self.base_layer
-        output = base(x)
-        if type(base) is not nn.Linear or base._forward_hooks:
-            output = output.clone(memory_format=torch.contiguous_format)
-        if output.dtype != x.dtype:
-            return self._add_experts(adapter_name, x, output).to(output.dtype)
-        scaling, top_k = self.scaling[adapter_name], self.top_k[adapter_name]
-        torch.ops.mola.add_few(output, x, experts_A, experts_B, router, scaling, top_k)
-        return output
 
     def _is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
         """Whether base and experts can be one computation: a plain frozen linear, in the experts' number format."""

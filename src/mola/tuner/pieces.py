@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.routing import Routing
+
+logger = logging.getLogger(__name__)
+
+PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
+
+
+def import_native(name: str) -> Any:
+    """A module that needs numba; None, and one line in the log, where that is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        _say_once(logging.INFO, "Without numba, mola is slower on a CPU: pip install 'mola-peft[cpu]'.")
+    except ImportError as error:  # numba refuses versions of numpy that it does not know
+        _say_once(logging.WARNING, f"numba can not be used, so mola is slower on this CPU: {error}")
+    return None
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)
 
 
 def refuse_second_derivatives() -> None:

@@ -1,0 +1,143 @@
+"""Few tokens without gradients on the CPU by the native function of `mola.tuner.native`, where there is numba."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+from mola.tuner.few_tokens import is_few
+from mola.tuner.pieces import PLAIN, import_native, is_watched
+
+
+class NativeFewTokens:
+    """The part of `MolaLinear` that computes few tokens natively; what it reads of the layer is declared here."""
+
+    training: bool
+    adapter_layer_names: tuple[str, ...]
+    scaling: dict[str, float]
+    top_k: dict[str, int]
+    _modules: Any
+    _add_experts: Any
+
+    def _forward_few(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The output for few tokens without gradients; None where there is no native function for it."""
+        if self.training or torch.is_grad_enabled() or not is_few(x):
+            return None
+        # Taken from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
+        parts = self._modules
+        experts_A, experts_B, router = (parts[name]._parameters.get(adapter_name) for name in self.adapter_layer_names)
+        if experts_A is None or experts_B is None or router is None:
+            return None
+        if parts["mola_dropout"]._modules[adapter_name].training:
+            return None
+        if router.dtype != torch.float32 or experts_A.dtype != experts_B.dtype:
+            return None
+        compiling = torch.compiler.is_compiling()
+        if torch.compiler.is_exporting() or not (compiling or _is_plain(x, experts_A, experts_B, router)):
+            return None
+        if not has_native_update(x.dtype, experts_A.dtype):
+            return None
+        base = parts["base_layer"]
+        if type(base) is nn.Linear and not is_watched(base):
+            output = F.linear(x, base.weight, base.bias)
+        else:
+            output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        if type(output) is not torch.Tensor or output.dtype != x.dtype:
+            return self._add_experts(adapter_name, x, output).to(output.dtype)
+        add = torch.ops.mola.add_few if compiling else add_few
+        add(output, x, experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name])
+        return output
+
+
+def _is_plain(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
+    # Neither `torch.func` nor derivatives forward see what a native function does.
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return type(x) is torch.Tensor and all(type(each) in PLAIN and each.is_cpu for each in parameters)
+
+
+def add_few(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    experts_A: torch.Tensor,
+    experts_B: torch.Tensor,
+    router: torch.Tensor,
+    scaling: float,
+    top_k: int,
+) -> None:
+    """Add the update of a mixture to the base output, in place; for compilers the operator `torch.ops.mola.add_few`.
+
+    Args:
+        output: base output, contiguous `(..., out)`, in the format of `x`.
+        x: `(..., in)`.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, out)`.
+        router: `(E, in)`, float32.
+        scaling: `lora_alpha / r`.
+        top_k: experts per token.
+
+    Raises:
+        RuntimeError: there is no native function for such tensors, see `has_native_update`.
+        ValueError: the output has another shape.
+    """
+    num_experts, r, in_features = experts_A.shape
+    out_features = experts_B.size(2)
+    kernel = _kernel(x.dtype, experts_A.dtype)
+    if kernel is None or not output.is_contiguous():
+        raise RuntimeError("mola::add_few needs numba, and a contiguous output in float32 or bfloat16.")
+    if router.shape != (num_experts, in_features) or x.size(-1) != in_features or len(experts_B) != num_experts:
+        raise RuntimeError(
+            f"mola::add_few: {x.shape}, {experts_A.shape}, {experts_B.shape}, {router.shape} do not fit."
+        )
+    if output.shape != (*x.shape[:-1], out_features):
+        raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
+    # Held by names until the call is over. Written out: this is called for every token and linear.
+    x, router, experts_A, experts_B = (
+        x.contiguous(),
+        router.contiguous(),
+        experts_A.contiguous(),
+        experts_B.contiguous(),
+    )
+    kernel(
+        x.data_ptr(),
+        router.data_ptr(),
+        experts_A.data_ptr(),
+        experts_B.data_ptr(),
+        output.data_ptr(),
+        x.numel() // in_features,
+        num_experts,
+        r,
+        in_features,
+        out_features,
+        scaling,
+        top_k,
+    )
+
+
+# With the decorator `torch.library.custom_op` a call takes longer.
+_LIBRARY = torch.library.Library("mola", "FRAGMENT")
+_LIBRARY.define(
+    "add_few(Tensor(a!) output, Tensor x, Tensor experts_A, Tensor experts_B, Tensor router, float scaling, int top_k)"
+    " -> ()",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.impl("add_few", add_few, "CPU")
+_LIBRARY.impl("add_few", lambda *arguments: None, "Meta")
+
+
+@torch.compiler.assume_constant_result
+def has_native_update(values: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether there is a native function for these formats of the input and of A and B; a compiler may ask."""
+    return _kernel(values, weights) is not None
+
+
+@functools.cache
+def _kernel(values: torch.dtype, weights: torch.dtype) -> Any:
+    """`mola.tuner.native.kernel`; None without numba."""
+    native = import_native("mola.tuner.native")
+    return None if native is None else native.kernel(values, weights)
