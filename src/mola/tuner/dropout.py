@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mola.tuner.pieces import PLAIN, import_native
+from mola.tuner.pieces import have_addresses, import_native
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
 _WORDS = 1 << 32
@@ -28,7 +28,7 @@ def draw_kept(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
         What `drop` needs, and the probability with which an element is kept: `1 - p`, to the nearest of as many steps
         as the drawn bits decide between.
     """
-    if type(x) in PLAIN and x.is_cpu and _kernel(x.element_size()) is not None:
+    if have_addresses(x) and _kernel(x.element_size()) is not None:
         threshold = min(round(p * _WORDS), _WORDS - 1)
         seed = torch.empty(3, dtype=torch.int32).random_(-(_WORDS // 2), _WORDS // 2)
         seed[2] = threshold - _WORDS if threshold >= _WORDS // 2 else threshold  # the same 32 bits

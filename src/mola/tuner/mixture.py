@@ -15,8 +15,9 @@ import torch
 
 from mola.tuner.dropout import drop
 from mola.tuner.few_tokens import compute_few, is_few
+from mola.tuner.gates import apply_gates, through_gates
 from mola.tuner.pieces import as_rows, base_output, refuse_second_derivatives
-from mola.tuner.routing import choose_gates, logits_by_expert
+from mola.tuner.products import add_product, product
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
 
 
@@ -104,19 +105,11 @@ class _Forward(NamedTuple):
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
     inputs = x.to(settings.dtype)
-    logits = logits_by_expert(as_rows(x), router)
-    gates, expert_indices = choose_gates(logits, settings.top_k)
-    weights = gates.mul_(settings.scaling)
-    gated = experts_A.flatten(0, 1).to(settings.dtype) @ drop(as_rows(inputs), kept).t()
-    gated.view(*experts_A.shape[:2], -1).mul_(weights.to(settings.dtype).unsqueeze(1))
+    gated = product(experts_A.flatten(0, 1).to(settings.dtype), drop(as_rows(inputs), kept).t())
+    gates = apply_gates(as_rows(x), router, gated, settings.top_k, settings.scaling)
     output = base_output(result, weight, bias, inputs)
-    update = gated.t(), experts_B.flatten(0, 1).to(settings.dtype)
-    rows = output.view(-1, output.shape[-1])
-    if rows.dtype == settings.dtype:
-        rows.addmm_(*update)
-    else:
-        rows.add_(torch.mm(*update))
-    return _Forward(output, logits, expert_indices, inputs, gated, weights)
+    add_product(output.view(-1, output.shape[-1]), gated.t(), experts_B.flatten(0, 1).to(settings.dtype))
+    return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights)
 
 
 class _AddMixture(torch.autograd.Function):
@@ -134,20 +127,18 @@ class _AddMixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_logits, _):
-        """With `t = B dy`, weights `w = scaling * g`, `a_e = w_e h_e` and per expert `v_e = <t_e, a_e>`:
-
-        dh_e = w_e t_e,   dB = a dy^T,   dz_e = v_e - g_e sum_e v_e    (the softmax over the chosen)
-        """
+        """With `a` what the gates gave: `dB = a dy^T`, and through the gates (`mola.tuner.gates`) from `t = B dy`."""
         refuse_second_derivatives()
         inputs, gated, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         if grad_output is None:
             grad_output = inputs.new_zeros(*inputs.shape[:-1], experts_B.shape[2])
         rows = as_rows(grad_output).to(ctx.settings.dtype)
-        inner = _through_gates(rows, gated, weights, experts_B, grad_logits, ctx.settings.scaling)
+        through_B = product(experts_B.flatten(0, 1).to(rows.dtype), rows.t())
+        inner = through_gates(through_B, gated, weights, grad_logits, ctx.settings.scaling)
         grad_x = grad_A = grad_B = grad_router = None
         if wants_B:
-            grad_B = (gated @ rows).view(experts_B.shape).to(experts_B.dtype)
+            grad_B = product(gated, rows).view(experts_B.shape).to(experts_B.dtype)
         if wants_A or wants_router:
             grad_A, grad_router = _weight_gradients(inner, as_rows(inputs), experts_A, router, kept)
         if wants_x:
@@ -157,30 +148,14 @@ class _AddMixture(torch.autograd.Function):
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
 
 
-def _through_gates(rows, gated, weights, experts_B, grad_logits, scaling: float) -> torch.Tensor:
-    """Gradients of what A gives and, below them, of the router logits: `(E*r + E, N)`, from `dy: (N, out)`."""
-    num_experts, r, _ = experts_B.shape
-    inner = rows.new_empty(num_experts * (r + 1), rows.shape[0])
-    hidden, logits = inner[: num_experts * r], inner[num_experts * r :]
-    torch.mm(experts_B.flatten(0, 1).to(rows.dtype), rows.t(), out=hidden)
-    # Of experts that were not chosen the weight is 0, and so is the gradient.
-    agreement = (hidden * gated).view(num_experts, r, -1).sum(1, dtype=weights.dtype)
-    mean = agreement.sum(0, keepdim=True)
-    if grad_logits is not None:
-        agreement += grad_logits
-    torch.addcmul(agreement, weights, mean, value=-1.0 / scaling, out=logits)
-    hidden.view(num_experts, r, -1).mul_(weights.to(rows.dtype).unsqueeze(1))
-    return inner
-
-
 def _weight_gradients(inner, inputs, experts_A, router, kept) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of A and router; without dropout both read the same input, in one product."""
     split = inner.shape[0] - router.shape[0]
     if kept is None:
-        both = inner @ inputs
+        both = product(inner, inputs)
         grad_A, grad_router = both[:split], both[split:]
     else:
-        grad_A, grad_router = inner[:split] @ drop(inputs, kept), inner[split:] @ inputs
+        grad_A, grad_router = product(inner[:split], drop(inputs, kept)), product(inner[split:], inputs)
     return grad_A.view(experts_A.shape).to(experts_A.dtype), grad_router.to(router.dtype)
 
 
@@ -189,8 +164,8 @@ def _input_gradient(total: torch.Tensor | None, inner, experts_A, router, kept) 
     matrix_A = experts_A.flatten(0, 1)
     if kept is None:
         matrix = torch.cat((matrix_A, router), out=inner.new_empty(inner.shape[0], matrix_A.shape[1]))
-        return inner.t() @ matrix if total is None else total.addmm_(inner.t(), matrix)
+        return product(inner.t(), matrix) if total is None else add_product(total, inner.t(), matrix)
     split = matrix_A.shape[0]
-    through_A = drop(inner[:split].t() @ matrix_A.to(inner.dtype), kept)
+    through_A = drop(product(inner[:split].t(), matrix_A.to(inner.dtype)), kept)
     total = through_A if total is None else total.add_(through_A)
-    return total.addmm_(inner[split:].t(), router.to(inner.dtype))
+    return add_product(total, inner[split:].t(), router.to(inner.dtype))

@@ -22,9 +22,9 @@ from numba.extending import intrinsic, overload
 
 logger = logging.getLogger(__name__)
 
-_FORMATS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+FORMATS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 # All but assuming that there is neither NaN nor infinity.
-_MATH = {"reassoc", "contract", "nsz", "arcp"}
+MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def _to_pointer(typing_context, address):
@@ -49,23 +49,23 @@ _as_float = _bitcast(types.uint32, types.float32)
 _as_bits = _bitcast(types.float32, types.uint32)
 
 
-def _widen(value):
+def widen(value):
     """A number as float32; `uint16` is the bits of a bfloat16."""
 
 
-@overload(_widen, inline="always")
-def _widen_overload(value):
+@overload(widen, inline="always")
+def widen_overload(value):
     if value == types.uint16:
         return lambda value: _as_float(np.uint32(np.uint32(value) << np.uint32(16)))
     return lambda value: value
 
 
-def _narrow(value, like):
+def narrow(value, like):
     """A float32 in the format of `like`, to the nearest, ties to even."""
 
 
-@overload(_narrow, inline="always")
-def _narrow_overload(value, like):
+@overload(narrow, inline="always")
+def narrow_overload(value, like):
     if like != types.uint16:
         return lambda value, like: value
 
@@ -78,26 +78,26 @@ def _narrow_overload(value, like):
     return to_bfloat16
 
 
-@numba.njit(fastmath=_MATH, inline="always")
+@numba.njit(fastmath=MATH, inline="always")
 def _dot(a, b):
     total = np.float32(0)
     for i in range(len(a)):
-        total += a[i] * _widen(b[i])
+        total += a[i] * widen(b[i])
     return total
 
 
-@numba.njit(fastmath=_MATH, inline="always")
+@numba.njit(fastmath=MATH, inline="always")
 def _dots(a, b0, b1, b2, b3):
     s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for i in range(len(a)):
-        s0 += a[i] * _widen(b0[i])
-        s1 += a[i] * _widen(b1[i])
-        s2 += a[i] * _widen(b2[i])
-        s3 += a[i] * _widen(b3[i])
+        s0 += a[i] * widen(b0[i])
+        s1 += a[i] * widen(b1[i])
+        s2 += a[i] * widen(b2[i])
+        s3 += a[i] * widen(b3[i])
     return s0, s1, s2, s3
 
 
-@numba.njit(fastmath=_MATH)
+@numba.njit(fastmath=MATH)
 def _add(x, router, experts_A, experts_B, output, scaling, top_k):
     num_tokens, in_features = x.shape
     num_experts, r, out_features = experts_B.shape
@@ -108,7 +108,7 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
     update = np.empty(out_features, np.float32)
     for token in range(num_tokens):
         for i in range(in_features):
-            row[i] = _widen(x[token, i])
+            row[i] = widen(x[token, i])
         expert = 0
         while expert + 4 <= num_experts:
             logits[expert], logits[expert + 1], logits[expert + 2], logits[expert + 3] = _dots(
@@ -141,15 +141,15 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
                 h0, h1, h2, h3 = _dots(row, matrix_A[j], matrix_A[j + 1], matrix_A[j + 2], matrix_A[j + 3])
                 h0, h1, h2, h3 = h0 * gate, h1 * gate, h2 * gate, h3 * gate
                 for i in range(out_features):
-                    update[i] += h0 * _widen(b0[i]) + h1 * _widen(b1[i]) + h2 * _widen(b2[i]) + h3 * _widen(b3[i])
+                    update[i] += h0 * widen(b0[i]) + h1 * widen(b1[i]) + h2 * widen(b2[i]) + h3 * widen(b3[i])
                 j += 4
             while j < r:
                 h0, b0 = _dot(row, matrix_A[j]) * gate, matrix_B[j]
                 for i in range(out_features):
-                    update[i] += h0 * _widen(b0[i])
+                    update[i] += h0 * widen(b0[i])
                 j += 1
         for i in range(out_features):
-            output[token, i] = _narrow(_widen(output[token, i]) + update[i], output[token, i])
+            output[token, i] = narrow(widen(output[token, i]) + update[i], output[token, i])
 
 
 def _specialize(values: Any, weights: Any) -> Any:
@@ -189,7 +189,7 @@ def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
         `(x, router, experts_A, experts_B, output, num_tokens, num_experts, r, in, out, scaling, top_k)`.
         All tensors contiguous, `1 <= top_k <= num_experts`.
     """
-    formats = _FORMATS.get(values), _FORMATS.get(weights)
+    formats = FORMATS.get(values), FORMATS.get(weights)
     if None in formats or (values, weights) == (torch.float32, torch.bfloat16):  # whose input would be rounded
         return None
     return _specialize(*formats)

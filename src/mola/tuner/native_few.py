@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
 from mola.tuner.few_tokens import is_few
-from mola.tuner.pieces import PLAIN, import_native, is_watched
+from mola.tuner.pieces import have_addresses, import_native, is_watched
 
 
 class NativeFewTokens:
@@ -38,7 +37,7 @@ class NativeFewTokens:
         if router.dtype != torch.float32 or experts_A.dtype != experts_B.dtype:
             return None
         compiling = torch.compiler.is_compiling()
-        if torch.compiler.is_exporting() or not (compiling or _is_plain(x, experts_A, experts_B, router)):
+        if torch.compiler.is_exporting() or not (compiling or have_addresses(x, experts_A, experts_B, router)):
             return None
         if not has_native_update(x.dtype, experts_A.dtype):
             return None
@@ -52,13 +51,6 @@ class NativeFewTokens:
         add = torch.ops.mola.add_few if compiling else add_few
         add(output, x, experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name])
         return output
-
-
-def _is_plain(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
-    # Neither `torch.func` nor derivatives forward see what a native function does.
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return type(x) is torch.Tensor and all(type(each) in PLAIN and each.is_cpu for each in parameters)
 
 
 def add_few(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from mola.errors import MolaError
 from mola.tuner.routing import Routing
 
 logger = logging.getLogger(__name__)
 
-PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
+_PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
 
 
 def import_native(name: str) -> Any:
@@ -35,6 +36,14 @@ def import_native(name: str) -> Any:
 @functools.cache
 def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
+
+
+def have_addresses(*tensors: torch.Tensor) -> bool:
+    """Whether the numbers of all tensors lie in the CPU's memory, and nobody wants to see what is done with them."""
+    # Neither `torch.func` nor derivatives forward see what a native function does.
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(each) in _PLAIN and each.is_cpu for each in tensors)
 
 
 def refuse_second_derivatives() -> None:
