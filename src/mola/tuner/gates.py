@@ -52,7 +52,7 @@ def apply_gates(
         return Gates(logits, weights, expert_indices)
     (num_experts, in_features), num_tokens = router.shape, len(tokens)
     tokens, router = tokens.contiguous(), router.contiguous()
-    logits, weights = torch.empty((2, num_experts, num_tokens), dtype=torch.float32).unbind()
+    logits, weights = (torch.empty((num_experts, num_tokens), dtype=torch.float32) for _ in range(2))
     expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)
     tensors = tokens, router, hidden, logits, weights, expert_indices
     addresses = [tensor.data_ptr() for tensor in tensors]

@@ -101,15 +101,27 @@ class _Forward(NamedTuple):
     inputs: torch.Tensor  # (..., in), in the format of the products
     gated: torch.Tensor  # (E*r, N): what A gives, times gates and scaling
     weights: torch.Tensor  # gates times scaling, float32 (E, N)
+    joined: torch.Tensor | None  # A and router, (E*r + E, in), and
+    matrix_B: torch.Tensor  # B, (E*r, out), in the format of the products; None and B itself if that is its own
 
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
     inputs = x.to(settings.dtype)
-    gated = product(experts_A.flatten(0, 1).to(settings.dtype), drop(as_rows(inputs), kept).t())
+    joined = None if experts_A.dtype == settings.dtype else _join(experts_A, router, settings.dtype)
+    matrix_A = experts_A.flatten(0, 1) if joined is None else joined[: -len(router)]
+    matrix_B = experts_B.flatten(0, 1).to(settings.dtype)
+    gated = product(matrix_A, drop(as_rows(inputs), kept).t())
     gates = apply_gates(as_rows(x), router, gated, settings.top_k, settings.scaling)
     output = base_output(result, weight, bias, inputs)
-    add_product(output.view(-1, output.shape[-1]), gated.t(), experts_B.flatten(0, 1).to(settings.dtype))
-    return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights)
+    add_product(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
+    return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights, joined, matrix_B)
+
+
+def _join(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A and router, one below the other, in the format of the products: `(E*r + E, in)`."""
+    matrix_A = experts_A.flatten(0, 1)
+    shape = len(matrix_A) + len(router), matrix_A.shape[1]
+    return torch.cat((matrix_A, router), out=torch.empty(shape, dtype=dtype, device=router.device))
 
 
 class _AddMixture(torch.autograd.Function):
@@ -121,7 +133,9 @@ class _AddMixture(torch.autograd.Function):
         done = _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings)
         ctx.mark_non_differentiable(done.expert_indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(done.inputs, done.gated, done.weights, weight, experts_A, experts_B, router, kept)
+        # What was cast is kept: the backward pass needs it, and adapters are read from memory, not from a cache.
+        copies = done.joined, None if done.joined is None else done.matrix_B
+        ctx.save_for_backward(done.inputs, done.gated, done.weights, weight, experts_A, experts_B, router, kept, *copies)
         ctx.settings, ctx.x_dtype, ctx.result_dtype = settings, x.dtype, None if result is None else result.dtype
         return done.output, done.logits, done.expert_indices
 
@@ -129,12 +143,12 @@ class _AddMixture(torch.autograd.Function):
     def backward(ctx, grad_output, grad_logits, _):
         """With `a` what the gates gave: `dB = a dy^T`, and through the gates (`mola.tuner.gates`) from `t = B dy`."""
         refuse_second_derivatives()
-        inputs, gated, weights, weight, experts_A, experts_B, router, kept = ctx.saved_tensors
+        inputs, gated, weights, weight, experts_A, experts_B, router, kept, joined, matrix_B = ctx.saved_tensors
         _, _, _, wants_x, wants_A, wants_B, wants_router, *_ = ctx.needs_input_grad
         if grad_output is None:
             grad_output = inputs.new_zeros(*inputs.shape[:-1], experts_B.shape[2])
         rows = as_rows(grad_output).to(ctx.settings.dtype)
-        through_B = product(experts_B.flatten(0, 1).to(rows.dtype), rows.t())
+        through_B = product(experts_B.flatten(0, 1) if matrix_B is None else matrix_B, rows.t())
         inner = through_gates(through_B, gated, weights, grad_logits, ctx.settings.scaling)
         grad_x = grad_A = grad_B = grad_router = None
         if wants_B:
@@ -142,7 +156,8 @@ class _AddMixture(torch.autograd.Function):
         if wants_A or wants_router:
             grad_A, grad_router = _weight_gradients(inner, as_rows(inputs), experts_A, router, kept)
         if wants_x:
-            grad_x = _input_gradient(None if weight is None else rows @ weight, inner, experts_A, router, kept)
+            joined = _join(experts_A, router, rows.dtype) if joined is None else joined
+            grad_x = _input_gradient(None if weight is None else rows @ weight, inner, joined, len(router), kept)
             grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
         grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
@@ -150,22 +165,20 @@ class _AddMixture(torch.autograd.Function):
 
 def _weight_gradients(inner, inputs, experts_A, router, kept) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of A and router; without dropout both read the same input, in one product."""
-    split = inner.shape[0] - router.shape[0]
+    num_experts = len(router)
     if kept is None:
-        both = product(inner, inputs)
-        grad_A, grad_router = both[:split], both[split:]
+        both = product(inner, inputs).to(experts_A.dtype)
+        grad_A, grad_router = both[:-num_experts], both[-num_experts:]
     else:
-        grad_A, grad_router = product(inner[:split], drop(inputs, kept)), product(inner[split:], inputs)
-    return grad_A.view(experts_A.shape).to(experts_A.dtype), grad_router.to(router.dtype)
+        grad_A = product(inner[:-num_experts], drop(inputs, kept)).to(experts_A.dtype)
+        grad_router = product(inner[-num_experts:], inputs)
+    return grad_A.view(experts_A.shape), grad_router.to(router.dtype)
 
 
-def _input_gradient(total: torch.Tensor | None, inner, experts_A, router, kept) -> torch.Tensor:
+def _input_gradient(total: torch.Tensor | None, inner, joined, num_experts: int, kept) -> torch.Tensor:
     """Add what comes through A and the router to `total`, in place where there is one."""
-    matrix_A = experts_A.flatten(0, 1)
     if kept is None:
-        matrix = torch.cat((matrix_A, router), out=inner.new_empty(inner.shape[0], matrix_A.shape[1]))
-        return product(inner.t(), matrix) if total is None else add_product(total, inner.t(), matrix)
-    split = matrix_A.shape[0]
-    through_A = drop(product(inner[:split].t(), matrix_A.to(inner.dtype)), kept)
+        return product(inner.t(), joined) if total is None else add_product(total, inner.t(), joined)
+    through_A = drop(product(inner[:-num_experts].t(), joined[:-num_experts]), kept)
     total = through_A if total is None else total.add_(through_A)
-    return add_product(total, inner[split:].t(), router.to(inner.dtype))
+    return add_product(total, inner[-num_experts:].t(), joined[-num_experts:])
