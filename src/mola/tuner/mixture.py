@@ -112,9 +112,25 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     matrix_B = experts_B.flatten(0, 1).to(settings.dtype)
     gated = product(matrix_A, drop(as_rows(inputs), kept).t())
     gates = apply_gates(as_rows(x), router, gated, settings.top_k, settings.scaling)
-    output = base_output(result, weight, bias, inputs)
-    add_product(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
+    if weight is not None and _adds_freely(settings.dtype):
+        output = _base_upon(product(gated.t(), matrix_B), weight, bias, inputs)
+    else:
+        output = base_output(result, weight, bias, inputs)
+        add_product(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
     return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights, joined, matrix_B)
+
+
+def _adds_freely(dtype: torch.dtype) -> bool:
+    """Whether adding to what is there costs the wide product of a base layer less than it costs a thin one."""
+    return dtype == torch.float32
+
+
+def _base_upon(update: torch.Tensor, weight, bias, inputs: torch.Tensor) -> torch.Tensor:
+    """`update + inputs W^T + b`, in place of the update."""
+    update.addmm_(as_rows(inputs), weight.t())
+    if bias is not None:
+        update.add_(bias)
+    return torch.ops.aten._unsafe_view(update, [*inputs.shape[:-1], len(weight)])
 
 
 def _join(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -157,7 +173,10 @@ class _AddMixture(torch.autograd.Function):
             grad_A, grad_router = _weight_gradients(inner, as_rows(inputs), experts_A, router, kept)
         if wants_x:
             joined = _join(experts_A, router, rows.dtype) if joined is None else joined
-            grad_x = _input_gradient(None if weight is None else rows @ weight, inner, joined, len(router), kept)
+            upon = weight is not None and _adds_freely(rows.dtype)
+            base = None if weight is None or upon else rows @ weight
+            grad_x = _input_gradient(base, inner, joined, len(router), kept)
+            grad_x = grad_x.addmm_(rows, weight) if upon else grad_x
             grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
         grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
@@ -182,3 +201,4 @@ def _input_gradient(total: torch.Tensor | None, inner, joined, num_experts: int,
     through_A = drop(product(inner[:-num_experts].t(), joined[:-num_experts]), kept)
     total = through_A if total is None else total.add_(through_A)
     return add_product(total, inner[-num_experts:].t(), joined[-num_experts:])
+
