@@ -18,6 +18,7 @@ from mola import MolaLinear
 from mola.tuner import native_few, pieces
 from mola.tuner.few_tokens import MAX_TOKENS
 from mola.tuner.layer import ExpertSettings
+from mola.tuner.products import wants_onednn
 
 from .counting import CountOperators
 from .models import VOCABULARY, random_config, tiny_llama, token_batch
@@ -177,7 +178,7 @@ def test_no_operators_but_those_of_the_base():
 
     with model.disable_adapter():
         base = operators_of_a_token()
-    assert operators_of_a_token() == base
+    assert operators_of_a_token() <= base  # fewer where another library makes the base products
 
 
 def test_a_base_that_is_no_plain_linear(calls):
@@ -245,7 +246,8 @@ def test_a_compiler_sees_one_operator(formats, num_tokens):
         part.to(weights)
     x = draw(2, num_tokens, 16, dtype=values)[:1]
     output, operators = compiled(layer, x)
-    assert [name for name in operators if name.startswith("mola.")] == ["mola.add_few"] * (num_tokens <= MAX_TOKENS)
+    operator = "mola.linear_few" if wants_onednn(x, layer.base_layer.weight) else "mola.add_few"
+    assert [name for name in operators if name.startswith("mola.")] == [operator] * (num_tokens <= MAX_TOKENS)
     with torch.no_grad():
         tolerance = {"atol": 5e-2, "rtol": 3e-2} if torch.bfloat16 in formats else {}
         torch.testing.assert_close(output, layer(x), **tolerance)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.pieces import as_rows, base_output
+from mola.tuner.pieces import as_rows
+from mola.tuner.products import base_output
 from mola.tuner.routing import largest_first
 
 MAX_TOKENS = 32

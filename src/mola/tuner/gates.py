@@ -1,4 +1,4 @@
-"""Gates of many tokens, and their gradient: natively where there is numba (the extra `cpu`), else in operators of torch.
+"""Gates of many tokens and their gradient, natively where there is numba (the extra `cpu`), else in operators of torch.
 
 Tensors of rank size have tokens last, see `mola.tuner.mixture`.
 """
@@ -31,9 +31,7 @@ class Gates(NamedTuple):
     expert_indices: torch.Tensor
 
 
-def apply_gates(
-    tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor, top_k: int, scaling: float
-) -> Gates:
+def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor, top_k: int, scaling: float) -> Gates:
     """Route tokens, and multiply what A gives by gates and scaling, in place.
 
     Args:

@@ -124,6 +124,12 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; see PEFT."""
+        super().set_adapter(adapter_names, inference_mode)
+        # A list of its own: of one that layers share, compiled code asks before every call whether they still do.
+        self._active_adapter = list(self.active_adapters)
+
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str) -> None:
         """`A_e` and router uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5), `B_e` zero."""
@@ -156,7 +162,7 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.mola_A]
+        names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
             output = self._forward_few(names[0], x)
             if output is not None:

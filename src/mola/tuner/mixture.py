@@ -16,8 +16,8 @@ import torch
 from mola.tuner.dropout import drop
 from mola.tuner.few_tokens import compute_few, is_few
 from mola.tuner.gates import apply_gates, through_gates
-from mola.tuner.pieces import as_rows, base_output, refuse_second_derivatives
-from mola.tuner.products import add_product, product
+from mola.tuner.pieces import as_rows, refuse_second_derivatives
+from mola.tuner.products import add_product, base_output, product
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
 
 
@@ -101,8 +101,9 @@ class _Forward(NamedTuple):
     inputs: torch.Tensor  # (..., in), in the format of the products
     gated: torch.Tensor  # (E*r, N): what A gives, times gates and scaling
     weights: torch.Tensor  # gates times scaling, float32 (E, N)
-    joined: torch.Tensor | None  # A and router, (E*r + E, in), and
-    matrix_B: torch.Tensor  # B, (E*r, out), in the format of the products; None and B itself if that is its own
+    # A over router, (E*r + E, in), and B, (E*r, out), where these had to be cast for the products. The backward pass
+    # needs them again, and adapters are too large to stay in a cache until then.
+    copies: tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings: MixtureSettings) -> _Forward:
@@ -113,24 +114,18 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     gated = product(matrix_A, drop(as_rows(inputs), kept).t())
     gates = apply_gates(as_rows(x), router, gated, settings.top_k, settings.scaling)
     if weight is not None and _adds_freely(settings.dtype):
-        output = _base_upon(product(gated.t(), matrix_B), weight, bias, inputs)
+        rows = add_product(product(gated.t(), matrix_B), as_rows(inputs), weight.t())
+        rows = rows if bias is None else rows.add_(bias)
     else:
-        output = base_output(result, weight, bias, inputs)
-        add_product(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
-    return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights, joined, matrix_B)
+        rows = add_product(as_rows(base_output(result, weight, bias, inputs)), gated.t(), matrix_B)
+    copies = joined, None if joined is None else matrix_B
+    output = torch.ops.aten._unsafe_view(rows, [*inputs.shape[:-1], rows.shape[1]])
+    return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights, copies)
 
 
 def _adds_freely(dtype: torch.dtype) -> bool:
     """Whether adding to what is there costs the wide product of a base layer less than it costs a thin one."""
     return dtype == torch.float32
-
-
-def _base_upon(update: torch.Tensor, weight, bias, inputs: torch.Tensor) -> torch.Tensor:
-    """`update + inputs W^T + b`, in place of the update."""
-    update.addmm_(as_rows(inputs), weight.t())
-    if bias is not None:
-        update.add_(bias)
-    return torch.ops.aten._unsafe_view(update, [*inputs.shape[:-1], len(weight)])
 
 
 def _join(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -149,9 +144,8 @@ class _AddMixture(torch.autograd.Function):
         done = _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settings)
         ctx.mark_non_differentiable(done.expert_indices)
         ctx.set_materialize_grads(False)
-        # What was cast is kept: the backward pass needs it, and adapters are read from memory, not from a cache.
-        copies = done.joined, None if done.joined is None else done.matrix_B
-        ctx.save_for_backward(done.inputs, done.gated, done.weights, weight, experts_A, experts_B, router, kept, *copies)
+        tensors = done.inputs, done.gated, done.weights, weight, experts_A, experts_B, router, kept
+        ctx.save_for_backward(*tensors, *done.copies)
         ctx.settings, ctx.x_dtype, ctx.result_dtype = settings, x.dtype, None if result is None else result.dtype
         return done.output, done.logits, done.expert_indices
 
@@ -176,7 +170,7 @@ class _AddMixture(torch.autograd.Function):
             upon = weight is not None and _adds_freely(rows.dtype)
             base = None if weight is None or upon else rows @ weight
             grad_x = _input_gradient(base, inner, joined, len(router), kept)
-            grad_x = grad_x.addmm_(rows, weight) if upon else grad_x
+            grad_x = add_product(grad_x, rows, weight) if upon else grad_x
             grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
         grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None
@@ -201,4 +195,3 @@ def _input_gradient(total: torch.Tensor | None, inner, joined, num_experts: int,
     through_A = drop(product(inner[:-num_experts].t(), joined[:-num_experts]), kept)
     total = through_A if total is None else total.add_(through_A)
     return add_product(total, inner[-num_experts:].t(), joined[-num_experts:])
-

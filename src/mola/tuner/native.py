@@ -54,7 +54,7 @@ def widen(value):
 
 
 @overload(widen, inline="always")
-def widen_overload(value):
+def _widen_overload(value):
     if value == types.uint16:
         return lambda value: _as_float(np.uint32(np.uint32(value) << np.uint32(16)))
     return lambda value: value
@@ -65,7 +65,7 @@ def narrow(value, like):
 
 
 @overload(narrow, inline="always")
-def narrow_overload(value, like):
+def _narrow_overload(value, like):
     if like != types.uint16:
         return lambda value, like: value
 
@@ -73,7 +73,9 @@ def narrow_overload(value, like):
         bits = _as_bits(value)
         odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
-        return np.uint16(rounded >> np.uint32(16)) if value == value else np.uint16(0x7FC0)
+        # Without a branch: it is inlined where loops are to become vectors.
+        is_nan = np.uint32(np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000))
+        return np.uint16(np.uint32(rounded >> np.uint32(16)) | np.uint32(is_nan * np.uint32(0x7FC0)))
 
     return to_bfloat16
 

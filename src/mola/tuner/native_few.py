@@ -6,11 +6,11 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mola.tuner.few_tokens import is_few
 from mola.tuner.pieces import have_addresses, import_native, is_watched
+from mola.tuner.products import linear, linear_by_onednn, wants_onednn
 
 
 class NativeFewTokens:
@@ -41,15 +41,18 @@ class NativeFewTokens:
             return None
         if not has_native_update(x.dtype, experts_A.dtype):
             return None
+        experts = experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name]
         base = parts["base_layer"]
-        if type(base) is nn.Linear and not is_watched(base):
-            output = F.linear(x, base.weight, base.bias)
-        else:
+        if type(base) is not nn.Linear or is_watched(base):
             output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        elif compiling and wants_onednn(x, base.weight):
+            return torch.ops.mola.linear_few(x, base.weight, base.bias, *experts)
+        else:
+            output = linear(x, base.weight, base.bias)
         if type(output) is not torch.Tensor or output.dtype != x.dtype:
             return self._add_experts(adapter_name, x, output).to(output.dtype)
         add = torch.ops.mola.add_few if compiling else add_few
-        add(output, x, experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name])
+        add(output, x, *experts)
         return output
 
 
@@ -111,15 +114,25 @@ def add_few(
     )
 
 
+def _linear_few(x, weight, bias, *experts) -> torch.Tensor:
+    """Base product and update, for compilers: they know oneDNN's product for constants only."""
+    output = linear_by_onednn(x, weight, bias)
+    add_few(output, x, *experts)
+    return output
+
+
 # With the decorator `torch.library.custom_op` a call takes longer.
 _LIBRARY = torch.library.Library("mola", "FRAGMENT")
-_LIBRARY.define(
-    "add_few(Tensor(a!) output, Tensor x, Tensor experts_A, Tensor experts_B, Tensor router, float scaling, int top_k)"
-    " -> ()",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
+_EXPERTS = "Tensor experts_A, Tensor experts_B, Tensor router, float scaling, int top_k"
+_LIBRARY.define(f"add_few(Tensor(a!) output, Tensor x, {_EXPERTS}) -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
 _LIBRARY.impl("add_few", add_few, "CPU")
 _LIBRARY.impl("add_few", lambda *arguments: None, "Meta")
+_LIBRARY.define(
+    f"linear_few(Tensor x, Tensor weight, Tensor? bias, {_EXPERTS}) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.impl("linear_few", _linear_few, "CPU")
+_LIBRARY.impl("linear_few", lambda x, weight, *others: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 
 
 @torch.compiler.assume_constant_result

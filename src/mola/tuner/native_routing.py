@@ -177,10 +177,10 @@ def gates_kernel(values: torch.dtype, products: torch.dtype) -> Any:
         products: of what A gives.
 
     Returns:
-        A function of addresses and sizes, without a check, all tensors contiguous: `(x, router, hidden, logits, weights,
-        expert_indices, num_tokens, in, num_experts, r, top_k, scaling)`. It fills `logits`, `weights` (gates times
-        scaling, float32 `(E, N)`) and `expert_indices` (int64 `(top_k, N)`), and multiplies `hidden: (E*r, N)` by the
-        weights.
+        A function of addresses and sizes, without a check, all tensors contiguous: `(x, router, hidden, logits,
+        weights, expert_indices, num_tokens, in, num_experts, r, top_k, scaling)`. It fills `logits`, `weights` (gates
+        times scaling, float32 `(E, N)`) and `expert_indices` (int64 `(top_k, N)`), and multiplies `hidden: (E*r, N)`
+        by the weights.
     """
     formats = FORMATS.get(values), FORMATS.get(products)
     return None if None in formats else _specialize_gates(*formats)

@@ -8,7 +8,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -17,7 +16,7 @@ from mola.tuner.routing import Routing
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
+PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
 
 
 def import_native(name: str) -> Any:
@@ -43,7 +42,7 @@ def have_addresses(*tensors: torch.Tensor) -> bool:
     # Neither `torch.func` nor derivatives forward see what a native function does.
     if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
         return False
-    return all(type(each) in _PLAIN and each.is_cpu for each in tensors)
+    return all(type(each) in PLAIN and each.is_cpu for each in tensors)
 
 
 def refuse_second_derivatives() -> None:
@@ -77,17 +76,6 @@ def is_watched(module: nn.Module) -> bool:
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`(..., features)` as `(N, features)`."""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def base_output(
-    result: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None, inputs: torch.Tensor
-) -> torch.Tensor:
-    """`inputs W^T + b`, or a copy of `result` that is not narrower than `inputs`; contiguous, to be added to."""
-    if weight is not None:
-        return F.linear(inputs, weight, bias)
-    assert result is not None
-    dtype = torch.promote_types(result.dtype, inputs.dtype)
-    return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def update_of_chosen(

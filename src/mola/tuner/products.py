@@ -1,59 +1,103 @@
 """Matrix products by the library that is fast for them on this processor.
 
-In float32 torch asks MKL, which on processors of AMD computes with half of what AVX-512 has. oneDNN, which torch has too
-and uses for bfloat16, computes with all of it: on such a processor the products of a mixture take half the time.
+In float32 torch asks MKL, which on AMD's processors computes with half of what AVX-512 has. oneDNN, which torch has too
+and uses for bfloat16, computes with all of it. So on such a processor a layer's products are made by oneDNN: those of
+its experts, and that of a base layer which is nothing but a frozen linear map. `MOLA_ONEDNN=0` in the environment
+leaves all of them to torch, `MOLA_ONEDNN=1` asks oneDNN on other processors too.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from mola.tuner.pieces import have_addresses
+from mola.errors import MolaError
+from mola.tuner.pieces import PLAIN, have_addresses
 
 _CPU_FACTS = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know whose processor it is
-_VENDOR = "AuthenticAMD"
+_VENDOR, _FIRST_FAMILY = "AuthenticAMD", 26  # Zen 5: the first with 512 bits to compute with, and what was measured
+_CHOICE = "MOLA_ONEDNN"
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` of a frozen `weight: (out, in)`, where no gradient is recorded."""
+    return linear_by_onednn(x, weight, bias) if wants_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear` where `wants_onednn` says so."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of two matrices, for code that autograd does not record."""
-    if _wants_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
+    """`a @ b` of two matrices, where no gradient is recorded."""
+    return linear_by_onednn(a, b.t(), None) if wants_onednn(a, b) else torch.mm(a, b)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`total + a @ b` in place of `total`, in its format."""
-    if total.dtype != a.dtype or _wants_onednn(a, b):
+    """`total + a @ b` in the format of `total`, which may be written over, where no gradient is recorded."""
+    if total.dtype != a.dtype:
         return total.add_(product(a, b))
+    if wants_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise.binary(a, total, b.t(), None, "add")
     return total.addmm_(a, b)
 
 
-def _wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype == torch.float32
-        and onednn_is_faster()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and a.numel() > 0
-        and b.numel() > 0
-        and have_addresses(a, b)
-    )
+def base_output(
+    result: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None, inputs: torch.Tensor
+) -> torch.Tensor:
+    """`inputs W^T + b`, or a copy of `result` that is not narrower than `inputs`; contiguous, to be added to."""
+    if weight is not None:
+        return linear(inputs, weight, bias)
+    assert result is not None
+    dtype = torch.promote_types(result.dtype, inputs.dtype)
+    return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether oneDNN makes the product of two tensors; a compiler may ask."""
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or not onednn_is_faster() or 0 in (a.numel(), b.numel()):
+        return False
+    if torch.compiler.is_compiling():
+        return a.is_cpu and type(b) in PLAIN
+    return have_addresses(a, b)
+
+
+@torch.compiler.assume_constant_result
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is asked in float32: on AMD's processors since Zen 5, where it was measured to be faster than MKL.
+
+    Not timed here: which library computes decides about the last bits of a result.
+
+    Raises:
+        MolaError: `MOLA_ONEDNN` is neither 0 nor 1.
+    """
+    backend: Any = torch.backends.mkldnn
+    return _is_chosen() and backend.is_available() and backend.enabled
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether this is a processor where oneDNN was measured to be faster than MKL in float32: AMD's with AVX-512.
-
-    Not timed here: which library computes decides about the last bits of a result.
-    """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def _is_chosen() -> bool:
+    choice = os.environ.get(_CHOICE, "")
+    if choice not in ("", "0", "1"):
+        raise MolaError(f"The environment variable {_CHOICE} must be 0 or 1, or not be set: got {choice!r}.")
+    if choice == "0" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
+    return choice == "1" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_such_a_processor())
+
+
+def _is_such_a_processor() -> bool:
     try:
         facts = _CPU_FACTS.read_text(encoding="utf-8", errors="replace")
     except OSError:
         facts = platform.processor()
-    return _VENDOR in facts
+    # "cpu family : 26" on Linux, "Family 26" on Windows
+    family = re.search(r"family\s*:?\s*(\d+)", facts, re.IGNORECASE)
+    return _VENDOR in facts and family is not None and int(family.group(1)) >= _FIRST_FAMILY

@@ -37,6 +37,7 @@ class RouterLosses:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.collecting = False
+        self._left_behind = False  # whether the last forward passes in training mode left outputs in the layers
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
         self._said: set[str] = set()
@@ -71,12 +72,16 @@ class RouterLosses:
     # ------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not module.training:
+            # Without a look at every layer: this runs for each generated token, and a compiler guards what it looks at.
+            self.collecting = False
+            if self._left_behind:
+                self._clear()
+            return
         self._clear()
         adapters = self._active_adapters()
         configs = [self._config(name) for name in adapters]
-        self.collecting = module.training and any(_wants_loss(config) for config in configs)
-        if not module.training:
-            return
+        self.collecting = self._left_behind = any(_wants_loss(config) for config in configs)
         self._warn_about_untrained_routers(adapters)
         if self.collecting:
             if module is not self.model:
@@ -107,6 +112,7 @@ class RouterLosses:
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
         self._attention_mask = self._label_mask = None
+        self._left_behind = False
 
     # ------------------------------------------------------------------ the loss
 

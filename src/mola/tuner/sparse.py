@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from mola.tuner.dropout import drop
-from mola.tuner.pieces import as_rows, base_output, refuse_second_derivatives
-from mola.tuner.products import onednn_is_faster
+from mola.tuner.pieces import as_rows, refuse_second_derivatives
+from mola.tuner.products import base_output, linear, onednn_is_faster
 from mola.tuner.routing import largest_logits, logits_by_expert
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class AddSparseMixture(torch.autograd.Function):
         if wants_router:
             grad_router = (grad_logits @ as_rows(inputs)).to(router.dtype)
         if wants_x:
-            total = torch.zeros_like(as_rows(inputs)) if weight is None else rows @ weight
+            total = torch.zeros_like(as_rows(inputs)) if weight is None else linear(rows, weight.t(), None)
             through_A = total if kept is None else torch.zeros_like(total)
             _add_products(through_A, grad_hidden, experts_A.to(dtype), assigned)
             if kept is not None:
