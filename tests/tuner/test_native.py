@@ -303,14 +303,14 @@ def test_an_exported_program_needs_no_operator_of_mola():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_the_operator_refuses_what_the_function_can_not_read():
+def test_what_the_function_can_not_read_is_refused():
     x, A, B = draw(3, 16), draw(4, 2, 16), draw(4, 2, 24)
     with pytest.raises(RuntimeError, match="contiguous"):
-        torch.ops.mola.add_few(draw(24, 3).t(), x, A, B, draw(4, 16), 1.0, 2)
+        native_few.add_few(draw(24, 3).t(), x, A, B, draw(4, 16), 1.0, 2)
     with pytest.raises(RuntimeError, match="do not fit"):
-        torch.ops.mola.add_few(draw(3, 24), x, A, B[:3], draw(4, 16), 1.0, 2)
+        native_few.add_few(draw(3, 24), x, A, B[:3], draw(4, 16), 1.0, 2)
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
-        torch.ops.mola.add_few(draw(3, 24).double(), x.double(), A.double(), B.double(), draw(4, 16), 1.0, 2)
+        native_few.add_few(draw(3, 24).double(), x.double(), A.double(), B.double(), draw(4, 16), 1.0, 2)
 
 
 # ------------------------------------------------------------------ where it is not used

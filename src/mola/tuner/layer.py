@@ -16,6 +16,7 @@ from mola.tuner.dropout import draw_kept
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from mola.tuner.native_few import NativeFewTokens
+from mola.tuner.owners import register
 from mola.tuner.pieces import is_watched, update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
@@ -104,6 +105,7 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        register(self)
         self.update_layer(adapter_name, settings, inference_mode=inference_mode)
 
     def update_layer(self, adapter_name: str, settings: ExpertSettings, *, inference_mode: bool = False) -> None:
@@ -292,6 +294,10 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
         return {**self.__dict__, "router_outputs": {}, "observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

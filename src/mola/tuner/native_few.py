@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mola.tuner.few_tokens import is_few
-from mola.tuner.pieces import have_addresses, import_native, is_watched
+from mola.tuner.owners import owner_of
+from mola.tuner.pieces import PLAIN, have_addresses, import_native, is_watched
 from mola.tuner.products import linear, linear_by_onednn, wants_onednn
 
 
@@ -27,33 +28,54 @@ class NativeFewTokens:
         """The output for few tokens without gradients; None where there is no native function for it."""
         if self.training or torch.is_grad_enabled() or not is_few(x):
             return None
+        if torch.compiler.is_compiling():
+            return self._forward_few_compiled(adapter_name, x)
         # Taken from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
         parts = self._modules
         experts_A, experts_B, router = (parts[name]._parameters.get(adapter_name) for name in self.adapter_layer_names)
         if experts_A is None or experts_B is None or router is None:
             return None
-        if parts["mola_dropout"]._modules[adapter_name].training:
+        dropout = parts["mola_dropout"]._modules[adapter_name]
+        if not _is_native(x, experts_A, experts_B, router, dropout) or not have_addresses(
+            x, experts_A, experts_B, router
+        ):
             return None
-        if router.dtype != torch.float32 or experts_A.dtype != experts_B.dtype:
-            return None
-        compiling = torch.compiler.is_compiling()
-        if torch.compiler.is_exporting() or not (compiling or have_addresses(x, experts_A, experts_B, router)):
-            return None
-        if not has_native_update(x.dtype, experts_A.dtype):
-            return None
-        experts = experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name]
-        base = parts["base_layer"]
-        if type(base) is not nn.Linear or is_watched(base):
-            output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
-        elif compiling and wants_onednn(x, base.weight):
-            return torch.ops.mola.linear_few(x, base.weight, base.bias, *experts)
-        else:
-            output = linear(x, base.weight, base.bias)
+        output = self._base_output(x)
         if type(output) is not torch.Tensor or output.dtype != x.dtype:
             return self._add_experts(adapter_name, x, output).to(output.dtype)
-        add = torch.ops.mola.add_few if compiling else add_few
-        add(output, x, *experts)
+        add_few(output, x, experts_A, experts_B, router, self.scaling[adapter_name], self.top_k[adapter_name])
         return output
+
+    def _forward_few_compiled(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        experts_B = self._modules["mola_B"]._parameters.get(adapter_name)  # and nothing else: see `mola.tuner.owners`
+        if torch.compiler.is_exporting() or experts_B is None or len(experts_B) == 1:
+            return None
+        if not has_native_update(x.dtype, experts_B.dtype):
+            return None
+        base = self._modules["base_layer"]
+        if type(base) is nn.Linear and not is_watched(base) and wants_onednn(x, base.weight):
+            return torch.ops.mola.linear_few(x, base.weight, base.bias, experts_B)
+        output = self._base_output(x)
+        if type(output) is not torch.Tensor or output.dtype != x.dtype:
+            return self._add_experts(adapter_name, x, output).to(output.dtype)
+        torch.ops.mola.add_few(output, x, experts_B)
+        return output
+
+    def _base_output(self, x: torch.Tensor) -> torch.Tensor:
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear or is_watched(base):
+            return base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        return linear(x, base.weight, base.bias)
+
+
+def _is_native(x, experts_A, experts_B, router, dropout) -> bool:
+    """Whether there is a native function for these tensors as they are."""
+    return (
+        not dropout.training
+        and router.dtype is torch.float32
+        and experts_A.dtype is experts_B.dtype
+        and has_native_update(x.dtype, experts_A.dtype)
+    )
 
 
 def add_few(
@@ -65,7 +87,7 @@ def add_few(
     scaling: float,
     top_k: int,
 ) -> None:
-    """Add the update of a mixture to the base output, in place; for compilers the operator `torch.ops.mola.add_few`.
+    """Add the update of a mixture to the base output, in place.
 
     Args:
         output: base output, contiguous `(..., out)`, in the format of `x`.
@@ -114,23 +136,38 @@ def add_few(
     )
 
 
-def _linear_few(x, weight, bias, *experts) -> torch.Tensor:
-    """Base product and update, for compilers: they know oneDNN's product for constants only."""
-    output = linear_by_onednn(x, weight, bias)
-    add_few(output, x, *experts)
+def _add_few_of(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
+    owner = owner_of(experts_B)
+    name = owner.adapter_name
+    experts_A: Any = owner.experts_a.get(name)
+    router: Any = owner.router.get(name)
+    if (
+        type(experts_A) in PLAIN
+        and type(router) in PLAIN
+        and experts_A.is_cpu
+        and router.is_cpu
+        and _is_native(x, experts_A, experts_B, router, owner.dropout[name])
+    ):
+        add_few(output, x, experts_A, experts_B, router, owner.scaling[name], owner.top_k[name])
+    else:  # as without a compiler, with dropout too
+        layer: Any = owner.layer()
+        output.copy_(layer._add_experts(name, x, output))
+
+
+def _linear_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, experts_B: torch.Tensor):
+    output = linear_by_onednn(x, weight, bias)  # of which compilers know only how to call it for constants
+    _add_few_of(output, x, experts_B)
     return output
 
 
-# With the decorator `torch.library.custom_op` a call takes longer.
+# For compilers: the update of the layer that B belongs to, and base output and update in one. With the decorator
+# `torch.library.custom_op` a call takes longer.
 _LIBRARY = torch.library.Library("mola", "FRAGMENT")
-_EXPERTS = "Tensor experts_A, Tensor experts_B, Tensor router, float scaling, int top_k"
-_LIBRARY.define(f"add_few(Tensor(a!) output, Tensor x, {_EXPERTS}) -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
-_LIBRARY.impl("add_few", add_few, "CPU")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+_LIBRARY.define("add_few(Tensor(a!) output, Tensor x, Tensor experts_B) -> ()", tags=_TAGS)
+_LIBRARY.impl("add_few", _add_few_of, "CPU")
 _LIBRARY.impl("add_few", lambda *arguments: None, "Meta")
-_LIBRARY.define(
-    f"linear_few(Tensor x, Tensor weight, Tensor? bias, {_EXPERTS}) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
+_LIBRARY.define("linear_few(Tensor x, Tensor weight, Tensor? bias, Tensor experts_B) -> Tensor", tags=_TAGS)
 _LIBRARY.impl("linear_few", _linear_few, "CPU")
 _LIBRARY.impl("linear_few", lambda x, weight, *others: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 

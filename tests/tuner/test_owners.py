@@ -1,0 +1,166 @@
+"""Compiled code finds a layer by its B: it sees what the layer holds now, and never another layer's experts."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mola.tuner import owners
+from mola.tuner.layer import ExpertSettings, MolaLinear
+from mola.tuner.owners import owner_of
+
+numba = pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
+
+
+def make_layer(**options):
+    torch.manual_seed(0)
+    defaults = {"r": 4, "num_experts": 4, "top_k": 2, "lora_alpha": 6.0, "init_lora_weights": False}
+    base = nn.Linear(16, 24).requires_grad_(False)
+    return MolaLinear(base, "default", ExpertSettings(**{**defaults, **options})).eval()
+
+
+def compiled(layer):
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_each_layer_and_adapter_is_found():
+    layers = [make_layer() for _ in range(3)]
+    layers[1].update_layer("other", layers[1].settings["default"])
+    for layer in [*layers, copy.deepcopy(layers[1])]:
+        for name, experts_B in layer.mola_B.items():
+            for _ in range(2):  # looked for, then known
+                owner = owner_of(experts_B)
+                assert (owner.layer(), owner.adapter_name) == (layer, name)
+
+
+def test_no_layer_is_kept_alive():
+    layer = make_layer()
+    address, parameter = layer.mola_B["default"].data_ptr(), weakref.ref(layer.mola_A["default"])
+    owner_of(layer.mola_B["default"])
+    assert address in owners._owners
+    del layer
+    gc.collect()
+    assert parameter() is None
+    assert address not in owners._owners
+
+
+def test_a_b_that_is_nobodys():
+    with pytest.raises(RuntimeError, match=r"of shape \(4, 4, 24\) that is no layer's own"):
+        owner_of(torch.zeros(4, 4, 24))
+
+
+def test_layers_that_share_a_b():
+    one, other = make_layer(), make_layer()
+    other.mola_B["default"] = one.mola_B["default"]
+    with pytest.raises(RuntimeError, match="layers share which differ in A, router, scaling or top_k"):
+        owner_of(one.mola_B["default"])
+    other.mola_A["default"], other.mola_router["default"] = one.mola_A["default"], one.mola_router["default"]
+    assert owner_of(one.mola_B["default"]).layer() in (one, other)
+    other.scaling["default"] *= 2
+    owners._owners.clear()
+    with pytest.raises(RuntimeError, match="layers share"):
+        owner_of(one.mola_B["default"])
+
+
+@torch.no_grad()
+def change_numbers(layer):
+    for part in (layer.mola_A, layer.mola_B, layer.mola_router):
+        part["default"].add_(0.5)
+
+
+def replace_parameters(layer):
+    for part in (layer.mola_A, layer.mola_router):
+        part["default"] = nn.Parameter(part["default"].detach() + 0.5)
+
+
+def replace_b(layer):
+    layer.mola_B["default"] = nn.Parameter(layer.mola_B["default"].detach() + 0.5)
+
+
+def move_numbers(layer):
+    for part in (layer.mola_A, layer.mola_B, layer.mola_router):
+        part["default"].data = part["default"].data + 0.5
+
+
+def change_scaling(layer):
+    layer.scaling["default"] *= 3
+
+
+def change_choice(layer):
+    layer.top_k["default"] = 1
+
+
+def narrow_experts(layer):
+    for part in (layer.mola_A, layer.mola_B):
+        part.to(torch.bfloat16)
+
+
+def widen_all(layer):
+    layer.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_numbers,
+        replace_parameters,
+        replace_b,
+        move_numbers,
+        change_scaling,
+        change_choice,
+        narrow_experts,
+        widen_all,
+    ],
+)
+@torch.no_grad()
+def test_compiled_code_sees_what_the_layer_holds_now(change, x):
+    layer = make_layer()
+    function = compiled(layer)
+    before = function(x)
+    torch.testing.assert_close(before, layer(x))
+    change(layer)
+    x = x.to(layer.base_layer.weight.dtype)
+    after = function(x)
+    tolerance = {"atol": 5e-2, "rtol": 5e-2} if change is narrow_experts else {}
+    torch.testing.assert_close(after, layer(x), **tolerance)
+    assert not torch.equal(after.float(), before) or change is narrow_experts
+
+
+@torch.no_grad()
+def test_dropout_that_is_switched_on_later(x):
+    layer = make_layer(lora_dropout=0.5)
+    function = compiled(layer)
+    assert torch.equal(function(x), function(x))
+    layer.mola_dropout.train()
+    assert not torch.equal(function(x), function(x))
+    mean = torch.stack([function(x) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, layer.eval()(x), atol=0.3, rtol=0.1)
+
+
+@torch.no_grad()
+def test_other_parameters_in_place_of_a_layers_own(x):
+    layer = make_layer()
+    others = {name: value.detach() + 0.5 for name, value in layer.named_parameters()}
+    expected = torch.func.functional_call(layer, others, (x,))
+    assert not torch.allclose(expected, layer(x))
+    function = compiled(layer)
+    function(x)
+    # Around compiled code these are the layer's own for as long as the call takes.
+    torch.testing.assert_close(torch.func.functional_call(function, wrapped(others), (x,)), expected)
+    torch._dynamo.reset()
+    inside = torch.compile(lambda p, x: torch.func.functional_call(layer, p, (x,)), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="put `torch.func.functional_call` around the compiled model"):
+        inside(others, x)
+
+
+def wrapped(parameters):
+    return {f"_orig_mod.{name}": value for name, value in parameters.items()}
