@@ -17,7 +17,7 @@ from mola.tuner.dropout import drop
 from mola.tuner.few_tokens import compute_few, is_few
 from mola.tuner.gates import apply_gates, through_gates
 from mola.tuner.pieces import as_rows, refuse_second_derivatives
-from mola.tuner.products import add_product, base_output, product
+from mola.tuner.products import add_product, base_output, linear_plus, product, wants_onednn
 from mola.tuner.sparse import AddSparseMixture, compute_sparse, pays
 
 
@@ -113,19 +113,14 @@ def _forward(result, weight, bias, x, experts_A, experts_B, router, kept, settin
     matrix_B = experts_B.flatten(0, 1).to(settings.dtype)
     gated = product(matrix_A, drop(as_rows(inputs), kept).t())
     gates = apply_gates(as_rows(x), router, gated, settings.top_k, settings.scaling)
-    if weight is not None and _adds_freely(settings.dtype):
-        rows = add_product(product(gated.t(), matrix_B), as_rows(inputs), weight.t())
-        rows = rows if bias is None else rows.add_(bias)
+    if weight is not None and wants_onednn(inputs, weight):  # which adds to a wide product for less than to a thin one
+        rows = linear_plus(as_rows(inputs), weight, bias, product(gated.t(), matrix_B))
+        output = torch.ops.aten._unsafe_view(rows, [*inputs.shape[:-1], len(weight)])
     else:
-        rows = add_product(as_rows(base_output(result, weight, bias, inputs)), gated.t(), matrix_B)
+        output = base_output(result, weight, bias, inputs)
+        add_product(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
     copies = joined, None if joined is None else matrix_B
-    output = torch.ops.aten._unsafe_view(rows, [*inputs.shape[:-1], rows.shape[1]])
     return _Forward(output, gates.logits, gates.expert_indices, inputs, gated, gates.weights, copies)
-
-
-def _adds_freely(dtype: torch.dtype) -> bool:
-    """Whether adding to what is there costs the wide product of a base layer less than it costs a thin one."""
-    return dtype == torch.float32
 
 
 def _join(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -167,10 +162,12 @@ class _AddMixture(torch.autograd.Function):
             grad_A, grad_router = _weight_gradients(inner, as_rows(inputs), experts_A, router, kept)
         if wants_x:
             joined = _join(experts_A, router, rows.dtype) if joined is None else joined
-            upon = weight is not None and _adds_freely(rows.dtype)
-            base = None if weight is None or upon else rows @ weight
-            grad_x = _input_gradient(base, inner, joined, len(router), kept)
-            grad_x = add_product(grad_x, rows, weight) if upon else grad_x
+            if weight is not None and wants_onednn(rows, weight):
+                grad_x = _input_gradient(None, inner, joined, len(router), kept)
+                grad_x = linear_plus(rows, weight.t(), None, grad_x)
+            else:
+                base = None if weight is None else rows @ weight
+                grad_x = _input_gradient(base, inner, joined, len(router), kept)
             grad_x = grad_x.view(inputs.shape).to(ctx.x_dtype)
         grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
         return grad_result, None, None, grad_x, grad_A, grad_B, grad_router, None, None

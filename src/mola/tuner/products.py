@@ -36,17 +36,23 @@ def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
+def linear_plus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
+    """`x W^T + b + addend` of matrices, made at once, where `wants_onednn` says so."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of two matrices, where no gradient is recorded."""
-    return linear_by_onednn(a, b.t(), None) if wants_onednn(a, b) else torch.mm(a, b)
+    # The format is asked first, for this is called several times for every linear.
+    if a.dtype is torch.float32 and wants_onednn(a, b):
+        return linear_by_onednn(a, b.t(), None)
+    return torch.mm(a, b)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`total + a @ b` in the format of `total`, which may be written over, where no gradient is recorded."""
-    if total.dtype != a.dtype:
+    """Add `a @ b` to `total` in place, in its format, where no gradient is recorded."""
+    if total.dtype is not a.dtype or (a.dtype is torch.float32 and wants_onednn(a, b)):
         return total.add_(product(a, b))
-    if wants_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise.binary(a, total, b.t(), None, "add")
     return total.addmm_(a, b)
 
 
