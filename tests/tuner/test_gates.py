@@ -106,6 +106,14 @@ def test_numbers_at_the_end_of_the_range(value, way):
     torch.testing.assert_close(hidden, expected, equal_nan=True, atol=0, rtol=0)
 
 
+def test_no_tokens_at_all(way):
+    found = apply_gates(torch.ones(0, 6), draw(5, 6), torch.ones(10, 0), 2, 1.0)
+    assert found.logits.shape == found.weights.shape == (5, 0)
+    assert found.expert_indices.shape == (2, 0)
+    inner = through_gates(torch.ones(10, 0), torch.ones(10, 0), torch.ones(5, 0), None, 1.0)
+    assert inner.shape == (15, 0)
+
+
 def test_input_with_gaps(way):
     tokens, router = draw(9, 12)[:, ::2], draw(5, 12, seed=1)[:, ::2]
     hidden = torch.ones(5, 9)

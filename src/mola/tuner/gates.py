@@ -46,7 +46,7 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
         logits = logits_by_expert(tokens, router)
         gates, expert_indices = choose_gates(logits, top_k)
         weights = gates.mul_(scaling)
-        hidden.view(len(router), -1, len(tokens)).mul_(weights.to(hidden.dtype).unsqueeze(1))
+        hidden.view(len(router), len(hidden) // len(router), -1).mul_(weights.to(hidden.dtype).unsqueeze(1))
         return Gates(logits, weights, expert_indices)
     (num_experts, in_features), num_tokens = router.shape, len(tokens)
     tokens, router = tokens.contiguous(), router.contiguous()
