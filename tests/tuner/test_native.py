@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaLinear
-from mola.tuner import native_few, pieces
+from mola.tuner import dropout, gates, native_few, pieces
 from mola.tuner.few_tokens import MAX_TOKENS
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.products import wants_onednn
@@ -383,7 +383,8 @@ def test_without_numba_one_line_says_so(error, level, message, monkeypatch, capl
         raise error
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    for function in (native_few._kernel, pieces._say_once):
+    remembering = native_few._kernel, gates._native, dropout._kernel, pieces._say_once
+    for function in remembering:
         function.cache_clear()
     try:
         layer, x = make_layer(), draw(3, 16)
@@ -394,7 +395,8 @@ def test_without_numba_one_line_says_so(error, level, message, monkeypatch, capl
         assert [line.levelno for line in lines] == [level]
         assert re.search(message, lines[0].message)
     finally:
-        native_few._kernel.cache_clear()
+        for function in remembering:  # tests after this one have numba again
+            function.cache_clear()
 
 
 def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
