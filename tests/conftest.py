@@ -112,7 +112,7 @@ def tiny_model(tiny_model_dir):
 
 
 def pytest_configure(config):
-    """Compile the native functions once, before workers start: two that compile at the same time get other last bits."""
+    """Compile native functions before workers start: what two processes compile may differ in last bits."""
     if hasattr(config, "workerinput") or importlib.util.find_spec("numba") is None:
         return
     from mola.tuner import native_routing
