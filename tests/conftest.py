@@ -1,6 +1,5 @@
 """Fixtures every test may use: a tiny random LLaMA and a byte-level tokenizer, made once per session."""
 
-import importlib.util
 import shutil
 
 import hypothesis
@@ -109,14 +108,3 @@ def tiny_tokenizer(tiny_model_dir):
 def tiny_model(tiny_model_dir):
     """A fresh copy of `tiny_model_dir` in float32 and eval mode."""
     return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-
-
-def pytest_configure(config):
-    """Compile native functions before workers start: what two processes compile may differ in last bits."""
-    if hasattr(config, "workerinput") or importlib.util.find_spec("numba") is None:
-        return
-    from mola.tuner import native_routing
-
-    for dtype in (torch.float32, torch.bfloat16):
-        native_routing.gates_kernel(dtype, dtype)
-        native_routing.gradient_kernel(dtype)

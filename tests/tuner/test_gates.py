@@ -1,6 +1,9 @@
 """Gates and their gradient, natively and in operators of torch: the formula, ties, and where which is used."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,10 +148,40 @@ def test_the_gradient_is_that_of_the_formula(num_experts, r, top_k, dtype, with_
     torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype]["atol"] * r, rtol=1e-2)
 
 
+COMPUTE = """
+import hashlib, torch
+from mola.tuner.gates import apply_gates, through_gates
+from mola.tuner.native_few import add_few
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for in_features, num_experts, r in ((32, 4, 4), (64, 3, 2), (576, 8, 8)):
+    x, router = torch.randn(40, in_features), torch.randn(num_experts, in_features)
+    hidden = torch.randn(num_experts * r, 40)
+    found = apply_gates(x, router, hidden, 2, 2.0)
+    inner = through_gates(torch.randn(num_experts * r, 40), hidden, found.weights, None, 2.0)
+    output, A, B = torch.zeros(3, 24), torch.randn(num_experts, r, in_features), torch.randn(num_experts, r, 24)
+    add_few(output, x[:3], A, B, router, 2.0, 2)
+    for tensor in (*found, hidden, inner, output):
+        print(hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
+"""
+
+
+@needs_numba
+def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPUTE]
+    first, second = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert len(first.stdout.split()) == 18
+    assert first.stdout == second.stdout
+    assert any(tmp_path.rglob("*.nbc"))
+
+
 @needs_numba
 def test_where_the_native_functions_are_used(monkeypatch):
     called = []
-    monkeypatch.setattr(gates, "_native", lambda: called.append(1))
+    monkeypatch.setattr(gates, "import_native", called.append)
     arguments = draw(4, 6), draw(3, 6), torch.ones(6, 4), 2, 1.0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     apply_gates(*arguments)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaLinear
-from mola.tuner import dropout, gates, native_few, pieces
+from mola.tuner import native_few, pieces
 from mola.tuner.few_tokens import MAX_TOKENS
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.products import wants_onednn
@@ -383,7 +383,7 @@ def test_without_numba_one_line_says_so(error, level, message, monkeypatch, capl
         raise error
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    remembering = native_few._kernel, gates._native, dropout._kernel, pieces._say_once
+    remembering = pieces.import_native, pieces._say_once
     for function in remembering:
         function.cache_clear()
     try:
@@ -411,7 +411,6 @@ def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch,
 
     monkeypatch.setattr(numba, "njit", without_a_folder)
     native.kernel.cache_clear()
-    native_few._kernel.cache_clear()
     try:
         layer, x = make_layer(), draw(3, 16)
         with torch.no_grad():
@@ -419,4 +418,3 @@ def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch,
         assert "no locator available" in caplog.text
     finally:
         native.kernel.cache_clear()
-        native_few._kernel.cache_clear()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -53,7 +52,6 @@ def drop(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return dropped
 
 
-@functools.cache
 def _kernel(itemsize: int) -> Any:
     native = import_native("mola.tuner.native_dropout")
     return None if native is None else native.kernel(itemsize)

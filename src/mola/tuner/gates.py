@@ -5,7 +5,6 @@ Tensors of rank size have tokens last, see `mola.tuner.mixture`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from mola.tuner.routing import choose_gates, logits_by_expert
 
 # The native functions use one thread. With more of them torch's router product, which shares its work, catches up.
 _MAX_THREADS = 2
+_NATIVE = "mola.tuner.native_routing"
 
 
 class Gates(NamedTuple):
@@ -107,21 +107,16 @@ def _through_gates_in_torch(grad_gated, gated, weights, grad_logits, scaling: fl
 def _native_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor) -> Any:
     if router.dtype != torch.float32 or not _is_native(tokens, router, hidden):
         return None
-    native = _native()
+    native = import_native(_NATIVE)
     return None if native is None else native.gates_kernel(tokens.dtype, hidden.dtype)
 
 
 def _native_gradient(grad_gated: torch.Tensor, gated: torch.Tensor, weights: torch.Tensor) -> Any:
     if weights.dtype != torch.float32 or not _is_native(grad_gated, gated, weights):
         return None
-    native = _native()
+    native = import_native(_NATIVE)
     return None if native is None else native.gradient_kernel(gated.dtype)
 
 
 def _is_native(*tensors: torch.Tensor) -> bool:
     return have_addresses(*tensors) and torch.get_num_threads() <= _MAX_THREADS
-
-
-@functools.cache
-def _native() -> Any:
-    return import_native("mola.tuner.native_routing")

@@ -17,15 +17,13 @@ from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from mola.tuner.native_few import NativeFewTokens
 from mola.tuner.owners import register
-from mola.tuner.pieces import is_watched, update_of_chosen
+from mola.tuner.pieces import is_watched, reading_chosen_pays, update_of_chosen
 from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
 from mola.tuner.statistics import RouterOutput
 
 if TYPE_CHECKING:
     from mola.tuner.router_losses import RouterLosses
     from mola.tuner.statistics import RouterObserver
-
-FEW_TOKENS_COMPILED = 8
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,6 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; see PEFT."""
-        super().set_adapter(adapter_names, inference_mode)
-        # A list of its own: of one that layers share, compiled code asks before every call whether they still do.
-        self._active_adapter = list(self.active_adapters)
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str) -> None:
@@ -240,7 +232,7 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         routing = self.route(adapter_name, x)
         scaling = self.scaling[adapter_name]
         dropped = self.mola_dropout[adapter_name](x).reshape(-1, self.in_features)
-        if not torch.is_grad_enabled() and self._reads_chosen_only(routing, dropped, len(experts_A)):
+        if not torch.is_grad_enabled() and reading_chosen_pays(routing, dropped, len(experts_A)):
             update = update_of_chosen(dropped, experts_A, experts_B, routing, scaling)
             return result + update.view(result.shape)
         gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
@@ -248,12 +240,6 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
         update = hidden.flatten(1) @ experts_B.flatten(0, 1)  # (N, out)
         return result + update.view(result.shape)
-
-    @staticmethod
-    def _reads_chosen_only(routing: Routing, rows: torch.Tensor, num_experts: int) -> bool:
-        """Whether reading matrices token by token is faster: measured where a compiler writes the loops of a CPU."""
-        on_cpu = torch.compiler.is_compiling() and rows.is_cpu
-        return routing.expert_indices.numel() < num_experts or (on_cpu and len(rows) <= FEW_TOKENS_COMPILED)
 
     def _jitters(self, adapter_name: str) -> bool:
         return self.training and self.settings[adapter_name].router_jitter_noise > 0

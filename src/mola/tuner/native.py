@@ -99,7 +99,28 @@ def _dots(a, b0, b1, b2, b3):
     return s0, s1, s2, s3
 
 
-@numba.njit(fastmath=MATH)
+# Inlined, here and below: of what is called, the process that compiles keeps another version than the disk.
+@numba.njit(fastmath=MATH, forceinline=True)
+def choose(logits, chosen, gates, scaling):
+    """Experts with the largest logits, which are written over, and their gates times scaling; both `(top_k,)`."""
+    total, largest = np.float32(0), np.float32(0)
+    for k in range(len(chosen)):
+        best = 0
+        for expert in range(1, len(logits)):
+            value, most = logits[expert], logits[best]
+            if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
+                best = expert
+        if k == 0:
+            largest = logits[best]
+        chosen[k] = best
+        gates[k] = np.exp(logits[best] - largest)
+        total += gates[k]
+        logits[best] = -np.inf
+    for k in range(len(chosen)):
+        gates[k] = gates[k] / total * scaling
+
+
+@numba.njit(fastmath=MATH, forceinline=True)
 def _add(x, router, experts_A, experts_B, output, scaling, top_k):
     num_tokens, in_features = x.shape
     num_experts, r, out_features = experts_B.shape
@@ -120,23 +141,11 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
         while expert < num_experts:
             logits[expert] = _dot(row, router[expert])
             expert += 1
-        total, largest = np.float32(0), np.float32(0)
-        for k in range(top_k):
-            best = 0
-            for expert in range(1, num_experts):
-                value, most = logits[expert], logits[best]
-                if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
-                    best = expert
-            if k == 0:
-                largest = logits[best]
-            chosen[k] = best
-            gates[k] = np.exp(logits[best] - largest)
-            total += gates[k]
-            logits[best] = -np.inf
+        choose(logits, chosen, gates, scaling)
         update[:] = 0
         for k in range(top_k):
             matrix_A, matrix_B = experts_A[chosen[k]], experts_B[chosen[k]]
-            gate = gates[k] / total * scaling
+            gate = gates[k]
             j = 0
             while j + 4 <= r:  # four rows of B at once: the update is read and written less often
                 b0, b1, b2, b3 = matrix_B[j], matrix_B[j + 1], matrix_B[j + 2], matrix_B[j + 3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -178,7 +177,6 @@ def has_native_update(values: torch.dtype, weights: torch.dtype) -> bool:
     return _kernel(values, weights) is not None
 
 
-@functools.cache
 def _kernel(values: torch.dtype, weights: torch.dtype) -> Any:
     """`mola.tuner.native.kernel`; None without numba."""
     native = import_native("mola.tuner.native")

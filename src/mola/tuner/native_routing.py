@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.native import FORMATS, MATH, compiled, narrow, pointer, widen
+from mola.tuner.native import FORMATS, MATH, choose, compiled, narrow, pointer, widen
 
 _ROWS, _COLUMNS = 8, 768  # of one tile of the input, which stays in the first cache
 
@@ -49,7 +49,7 @@ def _tile(x, a, b):
     return (s0, s1, s2, s3, s4, s5, s6, s7), (t0, t1, t2, t3, t4, t5, t6, t7)
 
 
-@numba.njit(fastmath=MATH)
+@numba.njit(fastmath=MATH, forceinline=True)
 def _router_logits(x, router, logits):
     num_tokens, in_features = x.shape
     last = len(router) - 1
@@ -72,34 +72,24 @@ def _router_logits(x, router, logits):
                         logits[other, first + n] += t[n]
 
 
-@numba.njit(fastmath=MATH)
-def _choose(logits, weights, expert_indices, scaling):
+@numba.njit(fastmath=MATH, forceinline=True)
+def _choose_all(logits, weights, expert_indices, scaling):
     num_experts, num_tokens = logits.shape
     top_k = len(expert_indices)
-    values = np.empty(num_experts, np.float32)
-    exponentials = np.empty(top_k, np.float32)
+    of_token = np.empty(num_experts, np.float32)
+    chosen = np.empty(top_k, np.int64)
+    gates = np.empty(top_k, np.float32)
     for n in range(num_tokens):
         for expert in range(num_experts):
-            values[expert] = logits[expert, n]
+            of_token[expert] = logits[expert, n]
             weights[expert, n] = 0
-        largest, total = np.float32(0), np.float32(0)
+        choose(of_token, chosen, gates, scaling)
         for k in range(top_k):
-            best = 0
-            for expert in range(1, num_experts):
-                value, most = values[expert], values[best]
-                if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
-                    best = expert
-            if k == 0:
-                largest = values[best]
-            expert_indices[k, n] = best
-            exponentials[k] = np.exp(values[best] - largest)
-            total += exponentials[k]
-            values[best] = -np.inf
-        for k in range(top_k):
-            weights[expert_indices[k, n], n] = exponentials[k] / total * scaling
+            expert_indices[k, n] = chosen[k]
+            weights[chosen[k], n] = gates[k]
 
 
-@numba.njit(fastmath=MATH)
+@numba.njit(fastmath=MATH, forceinline=True)
 def _multiply(hidden, weights):
     num_experts, r, num_tokens = hidden.shape
     for expert in range(num_experts):
@@ -110,7 +100,7 @@ def _multiply(hidden, weights):
                 row[n] = narrow(widen(row[n]) * gates[n], row[n])
 
 
-@numba.njit(fastmath=MATH)
+@numba.njit(fastmath=MATH, forceinline=True)
 def _through_gates(hidden, gated, weights, grad_logits, inner_hidden, inner_logits, scaling):
     num_experts, r, num_tokens = hidden.shape
     agreement = np.zeros((num_experts, num_tokens), np.float32)
@@ -145,7 +135,7 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         indices = numba.carray(pointer(expert_indices), (top_k, num_tokens), np.int64)
         rows = numba.carray(pointer(x), (num_tokens, in_features), values)
         _router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
-        _choose(all_logits, all_weights, indices, np.float32(s))
+        _choose_all(all_logits, all_weights, indices, np.float32(s))
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
     return compiled(gates, types.void(*[types.int64] * 11, types.float64))

@@ -16,9 +16,11 @@ from mola.tuner.routing import Routing
 
 logger = logging.getLogger(__name__)
 
+_FEW_TOKENS_COMPILED = 8
 PLAIN = (nn.Parameter, torch.Tensor)  # tensors whose numbers lie at an address, which others need not do
 
 
+@functools.cache
 def import_native(name: str) -> Any:
     """A module that needs numba; None, and one line in the log, where that is missing."""
     try:
@@ -76,6 +78,12 @@ def is_watched(module: nn.Module) -> bool:
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`(..., features)` as `(N, features)`."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def reading_chosen_pays(routing: Routing, rows: torch.Tensor, num_experts: int) -> bool:
+    """Whether reading matrices token by token is faster: measured where a compiler writes the loops of a CPU."""
+    on_cpu = torch.compiler.is_compiling() and rows.is_cpu
+    return routing.expert_indices.numel() < num_experts or (on_cpu and len(rows) <= _FEW_TOKENS_COMPILED)
 
 
 def update_of_chosen(

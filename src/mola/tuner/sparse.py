@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mola.tuner.dropout import drop
 from mola.tuner.pieces import as_rows, refuse_second_derivatives
-from mola.tuner.products import base_output, linear, onednn_is_faster
+from mola.tuner.products import base_output, onednn_is_faster, product
 from mola.tuner.routing import largest_logits, logits_by_expert
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class AddSparseMixture(torch.autograd.Function):
         if wants_router:
             grad_router = (grad_logits @ as_rows(inputs)).to(router.dtype)
         if wants_x:
-            total = torch.zeros_like(as_rows(inputs)) if weight is None else linear(rows, weight.t(), None)
+            total = torch.zeros_like(as_rows(inputs)) if weight is None else product(rows, weight)
             through_A = total if kept is None else torch.zeros_like(total)
             _add_products(through_A, grad_hidden, experts_A.to(dtype), assigned)
             if kept is not None:
