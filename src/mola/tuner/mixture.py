@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from mola.tuner.chosen import AddChosen, compute_chosen, kernel_for
 from mola.tuner.dropout import drop
 from mola.tuner.few_tokens import compute_few, is_few
 from mola.tuner.gates import apply_gates, through_gates
@@ -89,6 +90,9 @@ def add_mixture(
     arguments = result, weight, bias, x, experts_A, experts_B, router, kept, settings
     if kept is None and not torch.is_grad_enabled() and is_few(x):
         return Mixture(*compute_few(result, weight, bias, x, experts_A, experts_B, router, settings))
+    kernel = kernel_for(x, experts_A, experts_B, router, settings)
+    if kernel is not None:
+        return Mixture(*(AddChosen.apply if torch.is_grad_enabled() else compute_chosen)(kernel, *arguments)[:3])
     if pays(x, experts_A, experts_B, settings):
         return Mixture(*(AddSparseMixture.apply if torch.is_grad_enabled() else compute_sparse)(*arguments)[:3])
     return Mixture(*(_AddMixture.apply if torch.is_grad_enabled() else _forward)(*arguments)[:3])

@@ -50,7 +50,7 @@ def _tile(x, a, b):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def _router_logits(x, router, logits):
+def router_logits(x, router, logits):
     num_tokens, in_features = x.shape
     last = len(router) - 1
     rows = np.empty((_ROWS, _COLUMNS), np.float32)
@@ -134,7 +134,7 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         all_weights = numba.carray(pointer(weights), (num_experts, num_tokens), np.float32)
         indices = numba.carray(pointer(expert_indices), (top_k, num_tokens), np.int64)
         rows = numba.carray(pointer(x), (num_tokens, in_features), values)
-        _router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
+        router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
         _choose_all(all_logits, all_weights, indices, np.float32(s))
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
