@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mola
 from mola.tuner import gates
 from mola.tuner.gates import apply_gates, through_gates
 from mola.tuner.routing import dense_gates, top_k_softmax
@@ -176,6 +179,29 @@ def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
     assert len(first.stdout.split()) == 18
     assert first.stdout == second.stdout
     assert any(tmp_path.rglob("*.nbc"))
+
+
+@needs_numba
+def test_code_on_the_disk_is_not_used_when_a_source_changes_that_it_was_compiled_from(tmp_path):
+    """numba alone compares the source of the outermost function, here `native_routing.py`."""
+    shutil.copytree(Path(mola.__file__).parent, tmp_path / "mola", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-c",
+        "import torch; from mola.tuner.gates import apply_gates; torch.set_num_threads(1);"
+        "print(apply_gates(torch.ones(1, 8), torch.ones(2, 8), torch.ones(2, 1), 2, 1.0).weights.sum().item())",
+    ]
+    weights = []
+    for factor in ("scaling", "scaling * 3"):
+        source = tmp_path / "mola" / "tuner" / "native.py"
+        text = source.read_text(encoding="utf-8")
+        assert "/ total * scaling" in text
+        source.write_text(text.replace("/ total * scaling", f"/ total * {factor}"), encoding="utf-8")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        weights.append(float(done.stdout))
+    assert weights == [1.0, 3.0]
 
 
 @needs_numba

@@ -10,7 +10,9 @@ It is compiled when first needed (a few seconds), then kept on disk, next to thi
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -180,11 +182,20 @@ def _specialize(values: Any, weights: Any) -> Any:
 
 def compiled(function: Any, signature: Any) -> Any:
     """A function compiled for a signature; what was compiled is kept on disk where that is possible."""
+    # By the name of the file, since numba looks at the function's own source only, and what it calls is compiled in.
+    function.__qualname__ += f"_{_sources_digest()}"
     try:
         return numba.njit(signature, nogil=True, cache=True)(function)
     except (RuntimeError, OSError) as error:  # no folder can be written, or the disk is full
         logger.warning("Compiled code could not be kept on disk and is compiled in every process: %s", error)
         return numba.njit(signature, nogil=True)(function)
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """What the sources of all native functions are known by."""
+    sources = sorted(Path(__file__).parent.glob("native*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @functools.cache

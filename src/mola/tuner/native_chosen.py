@@ -19,20 +19,20 @@ import torch
 from numba import types
 
 from mola.tuner.native import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.native_products import (
+    WIDE,
+    add_to_tokens,
+    aligned,
+    multiply,
+    pack,
+    round_to,
+    rows_by_place,
+    sort_by_expert,
+    split,
+    sum_outer,
+)
 from mola.tuner.native_routing import router_logits
-from mola.tuner.native_vectors import BLOCK, add_rows, dot_rows, has_vectors, hold, outer_rows
-
-_WIDE = 4 * BLOCK  # columns that are added to at once: the rows of eight experts for as many fit the first cache
-_AT_ONCE = 3  # tokens that are multiplied with eight rows at once: as many sums as there are registers for
-
-
-@numba.njit(inline="always")
-def _aligned(memory):
-    """The first address in `memory`, which has 64 bytes to spare, where a line of the cache begins."""
-    return (memory.ctypes.data + 63) // 64 * 64
-
-
-# ---------------------------------------------------------------- who visits whom
+from mola.tuner.native_vectors import has_vectors, hold
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -51,179 +51,15 @@ def _choose(logits, weights, expert_indices, scaling):
             weights[k, n] = gates[k]
 
 
-@numba.njit(forceinline=True)
-def _sort(expert_indices, starts, counts, slots, places, group):
-    """Sort assignments by expert; those of each begin at a multiple of `group` and are filled up with the last one.
-
-    An assignment has a slot, `n * top_k + k`, and a place in the order of experts; each table gives one by the other.
-    """
-    top_k, num_tokens = expert_indices.shape
-    counts[:] = 0
-    for k in range(top_k):
-        for n in range(num_tokens):
-            counts[expert_indices[k, n]] += 1
-    place = 0
-    for expert in range(len(counts)):
-        starts[expert] = place
-        place += (counts[expert] + group - 1) // group * group
-    starts[len(counts)] = place
-    following = starts.copy()
-    for n in range(num_tokens):
-        for k in range(top_k):
-            expert = expert_indices[k, n]
-            slots[following[expert]] = n * top_k + k
-            places[n * top_k + k] = following[expert]
-            following[expert] += 1
-    for expert in range(len(counts)):
-        for filled in range(following[expert], starts[expert + 1]):
-            slots[filled] = slots[following[expert] - 1]
-
-
-@numba.njit(forceinline=True)
-def _addresses(slots, count, top_k, first, stride):
-    """The row of the token at every place."""
-    table = np.empty(count, np.int64)
-    for place in range(count):
-        table[place] = first + slots[place] // top_k * stride
-    return table
-
-
-# ---------------------------------------------------------------- products
-
-
-@numba.njit(forceinline=True)
-def _round(source, target):
-    for i in range(source.size):
-        target[i] = narrow(widen(source[i]), target[i])
-
-
-@numba.njit(inline="always")
-def _multiply(table, starts, counts, matrices, num_bytes, sums, r, whole, rest, pairs):
-    """`sums[place, j]`: what the tokens of every expert have in common with the rows of its matrix."""
-    at = table.ctypes.data
-    for expert in range(len(counts)):
-        place, end = starts[expert], starts[expert] + counts[expert]
-        while place < end:
-            rows, matrix = at + 8 * place, matrices + expert * r * num_bytes
-            target = sums + 4 * r * place
-            several = place + _AT_ONCE <= end
-            for _ in range(whole):
-                if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 3, 8, pairs)
-                else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 1, 8, pairs)
-                matrix += 8 * num_bytes
-                target += 32
-            if whole * 8 < r:
-                if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 3, rest, pairs)
-                else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 1, rest, pairs)
-            place += _AT_ONCE if several else 1
-    hold(table)
-
-
-@numba.njit(forceinline=True)
-def _pack(matrices, extra, packed, group):
-    """Rows of all experts, and one of `extra` below those of each where there is, by blocks of columns: `_add` reads it.
-
-    `packed: (blocks, E * lanes, _WIDE * group)`, where pairs of rows take turns if `group` is 2.
-    """
-    num_experts, r, features = matrices.shape
-    rows = r + (len(extra) > 0)
-    lanes = (rows + group - 1) // group
-    for block in range(len(packed)):
-        start = block * _WIDE
-        width = min(_WIDE, features - start)
-        for expert in range(num_experts):
-            for j in range(lanes * group):
-                target = packed[block, expert * lanes + j // group]
-                part = j % group
-                if j < r:
-                    row = matrices[expert, j, start : start + width]
-                    for i in range(width):
-                        target[i * group + part] = narrow(widen(row[i]), target[0])
-                elif j < rows:
-                    of_extra = extra[expert, start : start + width]
-                    for i in range(width):
-                        target[i * group + part] = narrow(of_extra[i], target[0])
-                else:
-                    for i in range(width):
-                        target[i * group + part] = 0
-
-
-@numba.njit(inline="always")
-def _add(total, itemsize, num_tokens, features, expert_indices, packed, lanes, coefficients, pairs):
-    """Add to every token the rows of its experts times its coefficients, `(N, top_k * lanes)` lanes of four bytes."""
-    top_k = len(expert_indices)
-    num_experts_lanes = packed.shape[1]
-    first, line = packed.ctypes.data, 4 * _WIDE
-    count = top_k * lanes
-    table = np.empty(num_tokens * count, np.int64)
-    for n in range(num_tokens):
-        for k in range(top_k):
-            for lane in range(lanes):
-                table[n * count + k * lanes + lane] = first + (expert_indices[k, n] * lanes + lane) * line
-    at = table.ctypes.data
-    for start in range(0, features, _WIDE):
-        offset = start // _WIDE * num_experts_lanes * line
-        for n in range(num_tokens):
-            target = total + (n * features + start) * itemsize
-            rows, factors = at + 8 * count * n, coefficients + 4 * count * n
-            if features - start >= _WIDE:
-                add_rows(target, rows, offset, factors, count, 8, pairs)
-            else:
-                for part in range(0, features - start, BLOCK):
-                    add_rows(target + part * itemsize, rows, offset + 4 * part, factors, count, 2, pairs)
-    hold(table)
-    hold(packed)
-
-
-@numba.njit(inline="always")
-def _sum_outer(table, starts, coefficients, features, itemsize, targets, rows, whole, rest, group, pairs):
-    """`targets[expert, j] = sum over its places of coefficients[place, j] * row`."""
-    at, out = table.ctypes.data, targets.ctypes.data
-    for expert in range(len(starts) - 1):
-        count = (starts[expert + 1] - starts[expert]) // group
-        first = coefficients + starts[expert] // group * rows * 4
-        of_expert = at + 8 * starts[expert]
-        for start in range(0, features, BLOCK):
-            lanes, places = first, out + 8 * expert * rows
-            for _ in range(whole):
-                outer_rows(of_expert, start * itemsize, lanes, 4 * rows, count, places, 4 * start, 8, pairs)
-                lanes += 32
-                places += 64
-            if whole * 8 < rows:
-                outer_rows(of_expert, start * itemsize, lanes, 4 * rows, count, places, 4 * start, rest, pairs)
-    hold(table)
-    hold(targets)
-
-
-@numba.njit(forceinline=True)
-def _by_place(values, slots, starts, counts, lanes, group):
-    """`values: (slots, at least rows)` in the order of places, `lanes: (places / group, rows, group)`; 0 where filled up."""
-    rows = lanes.shape[1]
-    for expert in range(len(counts)):
-        for place in range(starts[expert], starts[expert + 1]):
-            real = place < starts[expert] + counts[expert]
-            for j in range(rows):
-                lanes[place // group, j, place % group] = values[slots[place], j] if real else values.dtype.type(0)
-
-
-# ---------------------------------------------------------------- forward and backward
-
-
 @numba.njit(fastmath=MATH, forceinline=True)
-def _apply_weights(sums, weights, slots, starts, counts, gated):
-    top_k, r, padded = len(weights), sums.shape[1], gated.shape[1]
-    for expert in range(len(counts)):
-        for place in range(starts[expert], starts[expert] + counts[expert]):
-            slot = slots[place]
-            weight = weights[slot % top_k, slot // top_k]
-            for j in range(r):
-                gated[slot, j] = narrow(sums[place, j] * weight, gated[slot, j])
-            for j in range(r, padded):
-                gated[slot, j] = 0
+def _apply_weights(sums, weights, places, gated):
+    top_k, r = len(weights), sums.shape[1]
+    for slot in range(len(places)):
+        row, target, weight = sums[places[slot]], gated[slot], weights[slot % top_k, slot // top_k]
+        for j in range(r):
+            target[j] = narrow(row[j] * weight, target[j])
+        for j in range(r, len(target)):
+            target[j] = 0
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -265,12 +101,6 @@ def _ask(asked, inner_logits):
             inner_logits[expert, n] = narrow(value, inner_logits[expert, n])
 
 
-def _split(rows: int) -> tuple[int, int]:
-    """How many times eight rows, and how many more; one more is taken with eight."""
-    whole, rest = divmod(rows, 8)
-    return (whole - 1, 9) if rest == 1 and whole else (whole, rest or 1)
-
-
 def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
     pairs, itemsize = (1, 2) if products is np.uint16 else (0, 4)
     group, whole, rest = 1 + pairs, r // 8, r % 8 or 1
@@ -286,25 +116,23 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         of_router = numba.carray(pointer(router), (e, i), np.float32)
         router_logits(numba.carray(pointer(x), (n, i), values), of_router, all_logits)
         _choose(all_logits, all_weights, expert_indices, np.float32(s))
-        starts, counts = np.empty(e + 1, np.int64), np.empty(e, np.int64)
-        slots, places = np.empty(n * top_k, np.int64), np.empty(n * top_k, np.int64)
-        _sort(expert_indices, starts, counts, slots, places, 1)
+        order = sort_by_expert(expert_indices, e, 1)
         memory = np.empty(e * r * i * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_A
         if rounds:
-            matrices = _aligned(memory)
+            matrices = aligned(memory)
             size = e * r * i
-            _round(numba.carray(pointer(experts_A), size, params), numba.carray(pointer(matrices), size, products))
+            round_to(numba.carray(pointer(experts_A), size, params), numba.carray(pointer(matrices), size, products))
         sums = np.empty((n * top_k, r), np.float32)
-        table = _addresses(slots, starts[e], top_k, inputs, i * itemsize)
-        _multiply(table, starts, counts, matrices, i * itemsize, sums.ctypes.data, r, whole, rest, pairs)
-        _apply_weights(sums, all_weights, slots, starts, counts, all_gated)
+        table = rows_by_place(order, top_k, inputs, i * itemsize)
+        multiply(table, order, matrices, i * itemsize, sums, r, whole, rest, pairs)
+        _apply_weights(sums, all_weights, order.places, all_gated)
         hold(memory)
-        blocks = (o + _WIDE - 1) // _WIDE
-        memory_B = np.empty(blocks * e * lanes * _WIDE * 4 + 64, np.uint8)
-        packed = numba.carray(pointer(_aligned(memory_B)), (blocks, e * lanes, _WIDE * group), products)
-        _pack(matrices_B, of_router[:0], packed, group)
-        _add(output, itemsize, n, o, expert_indices, packed, lanes, gated, pairs)
+        blocks = (o + WIDE - 1) // WIDE
+        memory_B = np.empty(blocks * e * lanes * WIDE * 4 + 64, np.uint8)
+        packed = numba.carray(pointer(aligned(memory_B)), (blocks, e * lanes, WIDE * group), products)
+        pack(matrices_B, of_router[:0], packed, group)
+        add_to_tokens(output, itemsize, n, o, expert_indices, packed, lanes, gated, pairs)
         hold(memory_B)
 
     return compiled(forward, types.void(*[types.int64] * 15, types.float64))
@@ -315,7 +143,7 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
     group, whole, rest = 1 + pairs, r // 8, r % 8 or 1
     rows_A = r + joint  # with a row for the router where it reads the same input
     lanes_B, lanes_A = (r + pairs) // group, (rows_A + pairs) // group
-    (whole_B, rest_B), (whole_A, rest_A) = _split(r), _split(rows_A)
+    (whole_B, rest_B), (whole_A, rest_A) = split(r), split(rows_A)
     rounds = params is not products
 
     def backward(dy, inputs, gated, weights, indices, asked, experts_A, experts_B, router,
@@ -324,56 +152,44 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
         expert_indices = numba.carray(pointer(indices), (top_k, n), np.int64)
         all_gated = numba.carray(pointer(gated), (n * top_k, lanes_B * group), products)
         all_asked = numba.carray(pointer(asked), (e if asked else 0, n), np.float32)
-        starts, counts = np.empty(e + 1, np.int64), np.empty(e, np.int64)
-        slots, places = np.empty(n * top_k + e, np.int64), np.empty(n * top_k, np.int64)
-        _sort(expert_indices, starts, counts, slots, places, group)
+        order = sort_by_expert(expert_indices, e, group)
         memory = np.empty(e * r * o * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_B
         if rounds:
-            matrices = _aligned(memory)
+            matrices = aligned(memory)
             size = e * r * o
-            _round(numba.carray(pointer(experts_B), size, params), numba.carray(pointer(matrices), size, products))
-        sums = np.empty((starts[e], r), np.float32)
-        table = _addresses(slots, starts[e], top_k, dy, o * itemsize)
-        _multiply(table, starts, counts, matrices, o * itemsize, sums.ctypes.data, r, whole, rest, pairs)
+            round_to(numba.carray(pointer(experts_B), size, params), numba.carray(pointer(matrices), size, products))
+        sums = np.empty((order.starts[e], r), np.float32)
+        table = rows_by_place(order, top_k, dy, o * itemsize)
+        multiply(table, order, matrices, o * itemsize, sums, r, whole, rest, pairs)
         hold(memory)
         inner = np.empty((n * top_k, lanes_A * group), products)
         inner_logits = numba.carray(pointer(grad_logits), (0 if joint else e, n), products)
         _ask(all_asked, inner_logits)
         _through_weights(
-            sums, all_gated, all_weights, expert_indices, places, all_asked, inner, inner_logits, np.float32(s)
+            sums, all_gated, all_weights, expert_indices, order.places, all_asked, inner, inner_logits, np.float32(s)
         )
         if grad_B:
-            lanes = np.empty((starts[e] // group, r, group), products)
-            _by_place(all_gated, slots, starts, counts, lanes, group)
             targets = np.empty(e * r, np.int64)
             for row in range(e * r):
                 targets[row] = grad_B + 4 * row * o
-            _sum_outer(
-                table, starts, lanes.ctypes.data, o, itemsize, targets, r, whole_B, rest_B, group, pairs
-            )
-            hold(lanes)
+            sum_outer(all_gated, table, order, o, itemsize, targets, r, whole_B, rest_B, group, pairs)
         if grad_A:
-            lanes = np.empty((starts[e] // group, rows_A, group), products)
-            _by_place(inner, slots, starts, counts, lanes, group)
             targets = np.empty(e * rows_A, np.int64)
             for expert in range(e):
                 for j in range(r):
                     targets[expert * rows_A + j] = grad_A + 4 * (expert * r + j) * i
                 if joint:
                     targets[expert * rows_A + r] = grad_router + 4 * expert * i
-            table = _addresses(slots, starts[e], top_k, inputs, i * itemsize)
-            _sum_outer(
-                table, starts, lanes.ctypes.data, i, itemsize, targets, rows_A, whole_A, rest_A, group, pairs
-            )
-            hold(lanes)
+            table = rows_by_place(order, top_k, inputs, i * itemsize)
+            sum_outer(inner, table, order, i, itemsize, targets, rows_A, whole_A, rest_A, group, pairs)
         if total:
-            blocks = (i + _WIDE - 1) // _WIDE
-            memory_A = np.empty(blocks * e * lanes_A * _WIDE * 4 + 64, np.uint8)
-            packed = numba.carray(pointer(_aligned(memory_A)), (blocks, e * lanes_A, _WIDE * group), products)
+            blocks = (i + WIDE - 1) // WIDE
+            memory_A = np.empty(blocks * e * lanes_A * WIDE * 4 + 64, np.uint8)
+            packed = numba.carray(pointer(aligned(memory_A)), (blocks, e * lanes_A, WIDE * group), products)
             of_router = numba.carray(pointer(router), (e if joint else 0, i), np.float32)
-            _pack(numba.carray(pointer(experts_A), (e, r, i), params), of_router, packed, group)
-            _add(total, itemsize, n, i, expert_indices, packed, lanes_A, inner.ctypes.data, pairs)
+            pack(numba.carray(pointer(experts_A), (e, r, i), params), of_router, packed, group)
+            add_to_tokens(total, itemsize, n, i, expert_indices, packed, lanes_A, inner.ctypes.data, pairs)
             hold(memory_A)
         hold(inner)
 
@@ -398,7 +214,11 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
         `output`. `in` and `out` are multiples of `BLOCK`.
     """
     formats = FORMATS.get(values), FORMATS.get(products), FORMATS.get(params)
-    if None in formats or params not in (torch.float32, products) or not has_vectors(formats[1]):
+    if (
+        None in formats
+        or params not in (torch.float32, products)
+        or not has_vectors(types.float32 if products is torch.float32 else types.uint16)
+    ):
         return None
     return _specialize_forward(*formats, r)
 

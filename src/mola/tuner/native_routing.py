@@ -51,6 +51,7 @@ def _tile(x, a, b):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def router_logits(x, router, logits):
+    """Fill `logits: (E, N)` with the products of `x: (N, in)` and the float32 `router: (E, in)`, in float32."""
     num_tokens, in_features = x.shape
     last = len(router) - 1
     rows = np.empty((_ROWS, _COLUMNS), np.float32)

@@ -50,12 +50,15 @@ def has_vectors(products: Any) -> bool:
 
     Not for bfloat16 where the processor has matrix instructions (AMX): a library that uses them is faster.
     """
-    target = cpu_target.target_context.codegen()._tm_features.split(",")
+    features = _features()
     if products == types.float32:
-        return "+avx512f" in target and "+avx512bw" in target
-    return (
-        "+avx512bf16" in target and "+amx-bf16" not in target and llvm.llvm_version_info[0] >= _FIRST_LLVM
-    )
+        return "+avx512f" in features and "+avx512bw" in features
+    return "+avx512bf16" in features and "+amx-bf16" not in features and llvm.llvm_version_info[0] >= _FIRST_LLVM
+
+
+def _features() -> list[str]:
+    """Of the processor that numba compiles for, which its settings may make another than this one."""
+    return cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
 # ---------------------------------------------------------------- single instructions
@@ -144,8 +147,7 @@ def _number(kind: Any) -> int:
     return kind.literal_value
 
 
-@intrinsic(prefer_literal=True)
-def dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, count, width, in_pairs):
+def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, count, width, in_pairs):
     """`sums[t, j] = <rows[t], matrix[j]>` for `t < count`, `j < width`.
 
     Args:
@@ -188,8 +190,7 @@ def dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride,
     return types.void(*arguments), generate
 
 
-@intrinsic(prefer_literal=True)
-def add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, in_pairs):
+def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, in_pairs):
     """`target += sum_m coefficients[m] * rows[m]`, for `16 * num_vectors` columns.
 
     Args:
@@ -239,8 +240,7 @@ _FIRST = [*range(4), *range(16, 20), *range(4, 8), *range(20, 24)]
 _SECOND = [place + 8 for place in _FIRST]
 
 
-@intrinsic(prefer_literal=True)
-def outer_rows(typing_context, rows, offset, coefficients, stride, count, targets, targets_offset, width, in_pairs):
+def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targets, targets_offset, width, in_pairs):
     """`targets[j] = sum_m coefficients[m, j] * rows[m]` for `j < width`, for 32 columns.
 
     Args:
@@ -289,7 +289,12 @@ def _two_vectors(builder, rows, index, offset, in_pairs):
     return [builder.bitcast(_pick(builder, one, other, order), _WORDS) for order in (_LOW, _HIGH)]
 
 
-@intrinsic
-def hold(typing_context, array):
+def _hold(typing_context, array):
     """Keep an array until here, of which only the address was used: numba frees what is not named any more."""
     return types.void(array), lambda context, builder, signature, arguments: context.get_dummy_value()
+
+
+dot_rows: Any = intrinsic(prefer_literal=True)(_dot_rows)
+add_rows: Any = intrinsic(prefer_literal=True)(_add_rows)
+outer_rows: Any = intrinsic(prefer_literal=True)(_outer_rows)
+hold: Any = intrinsic(_hold)
