@@ -87,7 +87,8 @@ def test_mola_and_the_loop_have_the_same_curve(tiny_model_dir, tmp_path, capsys)
     # Losses of 6: ten roundings. A router without gradients would make a difference of 3e-5.
     assert loop["idle_experts"] == 0
     assert loop["max_difference"] < 5e-6
-    assert 0 < rounded["max_difference"] < other["max_difference"]
+    assert rounded["max_difference"] < other["max_difference"]  # in so few steps perhaps none at all
+    assert by_case["bfloat16", 0.0, "mola, rounded"]["max_difference"] > 0
     assert loop["max_difference"] < other["max_difference"]
     dropped = by_case["float32", 0.2, "loop"]
     assert dropped["seeds"] == [0, 1]

@@ -97,6 +97,8 @@ def check(base, leaves, kept, settings, logits_matter=False):
         # With one expert per token the router's gradient is 0, but for what rounding leaves.
         distance = (one.double() - two.double()).norm() / two.double().norm().clamp(min=1.0)
         limit = TOLERANCE[torch.float32] if name == "logits" else TOLERANCE[settings.dtype]
+        if name == "router":  # a difference of nearly equal numbers, each of them rounded
+            limit *= 5
         assert one.dtype == (leaves[NAMES.index(name) - 2].dtype if NAMES.index(name) > 1 else one.dtype), name
         assert distance < limit, f"{name}: {distance}"
 

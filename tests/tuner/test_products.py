@@ -98,7 +98,9 @@ ZEN_5 = "processor : 0\nvendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\n"
     [
         (ZEN_5, "AVX512", True),
         (ZEN_5, "AVX2", False),
-        (ZEN_5.replace("26", "25"), "AVX512", False),
+        (ZEN_5.replace("26", "25"), "AVX512", True),  # Zen 4
+        (ZEN_5.replace("26", "25"), "AVX2", False),  # Zen 3
+        (ZEN_5.replace("26", "23"), "AVX512", False),
         (ZEN_5.replace("AuthenticAMD", "GenuineIntel"), "AVX512", False),
         ("CPU implementer : 0x41", "DEFAULT", False),
         ("AuthenticAMD", "AVX512", False),

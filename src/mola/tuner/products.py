@@ -1,9 +1,9 @@
 """Matrix products by the library that is fast for them on this processor.
 
-In float32 torch asks MKL, which on AMD's processors computes with half of what AVX-512 has. oneDNN, which torch has too
-and uses for bfloat16, computes with all of it. So on such a processor a layer's products are made by oneDNN: those of
-its experts, and that of a base layer which is nothing but a frozen linear map. `MOLA_ONEDNN=0` in the environment
-leaves all of them to torch, `MOLA_ONEDNN=1` asks oneDNN on other processors too.
+In float32 torch asks MKL, which on AMD's processors with AVX-512 takes longer than oneDNN, which torch has too and uses
+for bfloat16: much longer on Zen 5, where it computes with half of AVX-512, somewhat on Zen 4. So on such a processor a
+layer's products are made by oneDNN: those of its experts, and that of a base layer which is nothing but a frozen linear
+map. `MOLA_ONEDNN=0` in the environment leaves them to torch, `MOLA_ONEDNN=1` asks oneDNN on other processors too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from mola.errors import MolaError
 from mola.tuner.pieces import PLAIN, have_addresses
 
 _CPU_FACTS = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know whose processor it is
-_VENDOR, _FIRST_FAMILY = "AuthenticAMD", 26  # Zen 5: the first with 512 bits to compute with, and what was measured
+# Zen 4 and Zen 5 were measured; Zen 3 has the family of Zen 4, but not AVX-512.
+_VENDOR, _FIRST_FAMILY = "AuthenticAMD", 25
 _CHOICE = "MOLA_ONEDNN"
 
 
@@ -78,7 +79,7 @@ def wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
-    """Whether oneDNN is asked in float32: on AMD's processors since Zen 5, where it was measured to be faster than MKL.
+    """Whether oneDNN is asked in float32: on AMD's processors with AVX-512, where it was seen to be faster than MKL.
 
     Not timed here: which library computes decides about the last bits of a result.
 
