@@ -21,16 +21,15 @@ from .counting import CountOperators
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 native_vectors = importlib.import_module("mola.tuner.native_vectors")
 native_chosen = importlib.import_module("mola.tuner.native_chosen")
-types = importlib.import_module("numba").types
 PRODUCTS = [
     pytest.param(
         dtype,
         id=str(dtype),
         marks=pytest.mark.skipif(
-            not native_vectors.has_vectors(native_format), reason=f"this processor has no such vectors for {dtype}"
+            not native_vectors.has_vectors(in_pairs=in_pairs), reason=f"no such vectors for {dtype} here"
         ),
     )
-    for dtype, native_format in ((torch.float32, types.float32), (torch.bfloat16, types.uint16))
+    for dtype, in_pairs in ((torch.float32, False), (torch.bfloat16, True))
 ]
 AVAILABLE = [each.values[0] for each in PRODUCTS if not each.marks[0].args[0]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the norm
@@ -114,7 +113,7 @@ def test_values_and_gradients_follow_the_formula(shape, num_experts, top_k, dtyp
     check(base, leaves, kept, MixtureSettings(top_k, 1.7, dtype), logits_matter)
 
 
-@pytest.mark.skipif(not AVAILABLE, reason="this processor has no such vectors")
+@pytest.mark.skipif(not AVAILABLE, reason="no such vectors here")
 @given(st.integers(1, 70), st.sampled_from([32, 96, 128, 160, 576]), st.sampled_from([32, 192]), st.data())
 def test_any_size(num_tokens, in_features, out_features, data):
     num_experts = data.draw(st.integers(2, 12))
@@ -131,7 +130,7 @@ FORMATS = [  # of what the router sees, of products, of A and B
 ]
 
 
-@pytest.mark.skipif(len(AVAILABLE) < 2, reason="this processor has no such vectors for bfloat16")
+@pytest.mark.skipif(len(AVAILABLE) < 2, reason="no such vectors here for bfloat16")
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize(("values", "products", "params"), FORMATS, ids=str)
 def test_formats_that_differ(values, products, params, dropout):
@@ -367,7 +366,7 @@ def test_what_torch_func_looks_at_goes_another_way():
 
 PROCESSORS = [
     ("+avx512f,+avx512bw,+avx512bf16,-amx-bf16", 22, True, True),
-    ("+avx512f,+avx512bw,+avx512bf16,+amx-bf16", 22, True, False),  # a library with matrix instructions is faster
+    ("+avx512f,+avx512bw,+avx512bf16,+amx-bf16", 22, True, False),  # libraries use its matrix instructions
     ("+avx512f,+avx512bw,+avx512bf16,-amx-bf16", 15, True, False),  # which has another name for bfloat16
     ("+avx512f,+avx512bw,-avx512bf16,-amx-bf16", 22, True, False),
     ("+avx512f,-avx512bw", 22, False, False),
@@ -381,8 +380,8 @@ PROCESSORS = [
 def test_processors(features, llvm, single, half, monkeypatch):
     monkeypatch.setattr(native_vectors, "_features", lambda: features.split(","))
     monkeypatch.setattr(native_vectors.llvm, "llvm_version_info", (llvm, 0, 0))
-    assert native_vectors.has_vectors(types.float32) == single
-    assert native_vectors.has_vectors(types.uint16) == half
+    assert native_vectors.has_vectors(in_pairs=False) == single
+    assert native_vectors.has_vectors(in_pairs=True) == half
 
 
 def test_without_numba_it_goes_another_way(monkeypatch):
@@ -402,7 +401,7 @@ for dtype in AVAILABLE:
 """
 
 
-@pytest.mark.skipif(not AVAILABLE, reason="this processor has no such vectors")
+@pytest.mark.skipif(not AVAILABLE, reason="no such vectors here")
 def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     outputs = [

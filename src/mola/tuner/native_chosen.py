@@ -95,10 +95,22 @@ def _through_weights(sums, gated, weights, expert_indices, places, grad_logits, 
 
 @numba.njit(forceinline=True)
 def _ask(asked, inner_logits):
+    """What losses of the router ask of all experts, or nothing."""
     for expert in range(len(inner_logits)):
         for n in range(inner_logits.shape[1]):
             value = asked[expert, n] if len(asked) > 0 else np.float32(0)
             inner_logits[expert, n] = narrow(value, inner_logits[expert, n])
+
+
+@numba.njit(forceinline=True)
+def _targets(matrices, extra, num_experts, r, rows, num_bytes):
+    """Addresses of the rows of all experts, and of one of `extra` below those of each if `rows` is not `r`."""
+    table = np.empty(num_experts * rows, np.int64)
+    for expert in range(num_experts):
+        for j in range(rows):
+            row = matrices + (expert * r + j) * num_bytes if j < r else extra + expert * num_bytes
+            table[expert * rows + j] = row
+    return table
 
 
 def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
@@ -170,17 +182,10 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
             sums, all_gated, all_weights, expert_indices, order.places, all_asked, inner, inner_logits, np.float32(s)
         )
         if grad_B:
-            targets = np.empty(e * r, np.int64)
-            for row in range(e * r):
-                targets[row] = grad_B + 4 * row * o
+            targets = _targets(grad_B, 0, e, r, r, 4 * o)
             sum_outer(all_gated, table, order, o, itemsize, targets, r, whole_B, rest_B, group, pairs)
         if grad_A:
-            targets = np.empty(e * rows_A, np.int64)
-            for expert in range(e):
-                for j in range(r):
-                    targets[expert * rows_A + j] = grad_A + 4 * (expert * r + j) * i
-                if joint:
-                    targets[expert * rows_A + r] = grad_router + 4 * expert * i
+            targets = _targets(grad_A, grad_router, e, r, rows_A, 4 * i)
             table = rows_by_place(order, top_k, inputs, i * itemsize)
             sum_outer(inner, table, order, i, itemsize, targets, rows_A, whole_A, rest_A, group, pairs)
         if total:
@@ -217,7 +222,7 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
     if (
         None in formats
         or params not in (torch.float32, products)
-        or not has_vectors(types.float32 if products is torch.float32 else types.uint16)
+        or not has_vectors(in_pairs=products is torch.bfloat16)
     ):
         return None
     return _specialize_forward(*formats, r)
@@ -225,7 +230,7 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
 
 @functools.cache
 def backward_kernel(products: torch.dtype, params: torch.dtype, r: int, joint: bool) -> Any:
-    """The gradient of `forward_kernel`, for formats that has a function for.
+    """The gradient of `forward_kernel`, for formats for which there is one.
 
     Args:
         products: see `forward_kernel`.

@@ -177,7 +177,6 @@ def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed,
                 for part in range(0, features - start, BLOCK):
                     add_rows(target + part * itemsize, rows, offset + 4 * part, factors, count, 2, pairs)
     hold(table)
-    hold(packed)
 
 
 @numba.njit(inline="always")

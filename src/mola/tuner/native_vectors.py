@@ -45,13 +45,13 @@ class _Bfloat(ir.Type):
         return hash(_Bfloat)
 
 
-def has_vectors(products: Any) -> bool:
-    """Whether these loops exist for a number format (`types.float32`, or `types.uint16` for bfloat16) and processor.
+def has_vectors(*, in_pairs: bool) -> bool:
+    """Whether these loops exist on this processor, in float32, or `in_pairs` for bfloat16.
 
-    Not for bfloat16 where the processor has matrix instructions (AMX): a library that uses them is faster.
+    Not for bfloat16 where the processor has matrix instructions (AMX), which libraries use and these loops do not.
     """
     features = _features()
-    if products == types.float32:
+    if not in_pairs:
         return "+avx512f" in features and "+avx512bw" in features
     return "+avx512bf16" in features and "+amx-bf16" not in features and llvm.llvm_version_info[0] >= _FIRST_LLVM
 
