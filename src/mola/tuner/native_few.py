@@ -10,7 +10,7 @@ from torch import nn
 from mola.tuner.few_tokens import is_few
 from mola.tuner.owners import owner_of
 from mola.tuner.pieces import PLAIN, have_addresses, import_native, is_watched
-from mola.tuner.products import linear, linear_by_onednn, wants_onednn
+from mola.tuner.products import fast_linear, linear, wants_onednn
 
 
 class NativeFewTokens:
@@ -154,7 +154,7 @@ def _add_few_of(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) 
 
 
 def _linear_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, experts_B: torch.Tensor):
-    output = linear_by_onednn(x, weight, bias)  # of which compilers know only how to call it for constants
+    output = fast_linear(x, weight, bias)  # of which compilers could know only how to call it for constants
     _add_few_of(output, x, experts_B)
     return output
 

@@ -110,16 +110,16 @@ def multiply(table, order, matrices, num_bytes, sums, r, whole, rest, pairs):
             several = place + _AT_ONCE <= end
             for _ in range(whole):
                 if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, _AT_ONCE, 8, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _AT_ONCE, 8, pairs)
                 else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 1, 8, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, 8, pairs)
                 matrix += 8 * num_bytes
                 target += 32
             if whole * 8 < r:
                 if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, _AT_ONCE, rest, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _AT_ONCE, rest, pairs)
                 else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 1, rest, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, rest, pairs)
             place += _AT_ONCE if several else 1
     hold(table)
 

@@ -27,7 +27,10 @@ BLOCK = 2 * LANES  # columns that `outer_rows` makes at once, and the least that
 _BYTES = 4 * LANES
 _FIRST_LLVM = 20  # the first one here that names bfloat16 the way these instructions need it
 
-_FLOAT, _HALF, _WORD, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+# LLVM's names had the types in them that pointers had.
+_PREFETCH = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= _FIRST_LLVM else "llvm.prefetch.p0i8"
+
+_FLOAT, _BYTE, _HALF, _WORD, _LONG = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 _HALVES, _PAIRS = ir.VectorType(_HALF, LANES), ir.VectorType(_HALF, 2 * LANES)
 
@@ -97,6 +100,15 @@ def _everywhere(builder, lane):
     return _pick(builder, vector, vector, [0] * LANES)
 
 
+def _prefetch(builder, address) -> None:
+    pointer = _BYTE.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, _PREFETCH)
+    # To read, as data, into the second cache: asked into the first it gains little.
+    how = [ir.Constant(_WORD, number) for number in (0, 2, 1)]
+    builder.call(function, [builder.inttoptr(address, pointer), *how])
+
+
 def _multiply_add(builder, in_pairs: bool, total, first, second):
     if in_pairs:
         operand, name = ir.VectorType(_Bfloat(), 2 * LANES), "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -127,7 +139,7 @@ def _sum(builder, vector):
 
 
 def _sums_of_eight(builder, vectors):
-    """The sums of eight vectors as one, of which every step halves the number: in the order of `_sum`'s last steps."""
+    """The sums of eight vectors as one, of which every step halves the number."""
     low, high = list(range(8)), list(range(8, 16))
     vectors = [builder.fadd(_pick(builder, v, v, low), _pick(builder, v, v, high)) for v in vectors]
     for low, high in (
@@ -147,7 +159,7 @@ def _number(kind: Any) -> int:
     return kind.literal_value
 
 
-def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, count, width, in_pairs):
+def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, ahead, count, width, in_pairs):
     """`sums[t, j] = <rows[t], matrix[j]>` for `t < count`, `j < width`.
 
     Args:
@@ -158,6 +170,7 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
         num_bytes: of a row, a multiple of 64.
         sums: address of float32 numbers, rows of them `sums_stride` bytes apart.
         sums_stride: see `sums`.
+        ahead: constant: how many bytes beyond `rows` to ask for what is wanted soon; 0 to ask for nothing.
         count: constant; `count * width` of at most 24 stay in registers.
         width: constant.
         in_pairs: constant: 1 for bfloat16, 0 for float32.
@@ -167,10 +180,13 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
         rows, matrix, stride, num_bytes, sums, sums_stride = arguments[:6]
         totals = [_zeros(builder, _number(width)) for _ in range(_number(count))]
         left = [_address_in(builder, rows, _long(t)) for t in range(len(totals))]
+        distance = _number(ahead)
         right = [matrix]
         for _ in range(1, _number(width)):
             right.append(_at(builder, right[-1], stride))
         with cgutils.for_range_slice(builder, _long(0), num_bytes, _long(_BYTES)) as (offset, _):
+            for address in left if distance else ():
+                _prefetch(builder, _at(builder, address, offset, distance))
             vectors = [_load(builder, _at(builder, address, offset), _WORDS) for address in left]
             for j, address in enumerate(right):
                 vector = _load(builder, _at(builder, address, offset), _WORDS)
@@ -186,8 +202,7 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
             sums = _at(builder, sums, sums_stride)
         return context.get_dummy_value()
 
-    arguments = [*[types.int64] * 6, count, width, in_pairs]
-    return types.void(*arguments), generate
+    return types.void(*[types.int64] * 6, ahead, count, width, in_pairs), generate
 
 
 def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, in_pairs):
