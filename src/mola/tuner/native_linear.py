@@ -1,4 +1,4 @@
-"""A linear map of few tokens on one thread, in float32, which asks for its weight ahead of time: numba, the extra `cpu`.
+"""A linear map of few tokens on one thread, in float32, which asks for its weight ahead of time (numba: extra `cpu`).
 
 A product of few tokens takes as long as its weight takes to come from memory, and libraries read more slowly than
 memory can give, as they wait for the lines that rows begin with.
