@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 
 from mola import MolaError
 from mola.tuner import chosen, mixture
@@ -17,6 +18,7 @@ from mola.tuner.dropout import draw_kept
 from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 
 from .counting import CountOperators
+from .models import random_config, tiny_llama, token_batch
 
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 native_vectors = importlib.import_module("mola.tuner.native_vectors")
@@ -240,6 +242,35 @@ def test_input_with_gaps_and_matrices_in_another_order(dtype):
     assert not any(other.is_contiguous() for other in others)
     for name, one, two in zip(NAMES, run(base, others, None, settings), expected, strict=False):
         assert torch.equal(one, two), name
+
+
+def gradients_of_a_model(autocast, checkpointing):
+    # All experts are chosen: which ones are would depend on how a hidden state was rounded.
+    torch.manual_seed(0)
+    config = random_config(num_experts=4, top_k=4, r=8)
+    model = get_peft_model(tiny_llama(hidden_size=64, intermediate_size=128), config).train()
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.base_model.model.gradient_checkpointing_enable()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**token_batch(rows=4, length=40), use_cache=False).loss
+    loss.backward()
+    return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=PRODUCTS[1].marks)], ids=["", "autocast"])
+def test_a_model_under_autocast_and_checkpointing(autocast, monkeypatch):
+    used = []
+    monkeypatch.setattr(mixture, "kernel_for", lambda *arguments: used.append(kernel_for(*arguments)) or used[-1])
+    found = gradients_of_a_model(autocast, checkpointing=False)
+    assert used
+    assert None not in used
+    assert torch.equal(gradients_of_a_model(autocast, checkpointing=True), found)
+    monkeypatch.setattr(mixture, "kernel_for", lambda *_: None)
+    expected = gradients_of_a_model(autocast=False, checkpointing=False)
+    distances = [(each - expected).norm() / expected.norm() for each in (found, gradients_of_a_model(autocast, False))]
+    assert distances[0] < (0.05 if autocast else 1e-4)
+    assert distances[0] < 1.2 * distances[1] + 1e-4  # no further from the truth than operators of torch
 
 
 # ---------------------------------------------------------------------- memory
