@@ -395,6 +395,26 @@ def test_what_torch_func_looks_at_goes_another_way():
     assert seen == [None]
 
 
+@pytest.mark.parametrize(
+    ("which", "shape"), [(0, (40, 32)), (2, (4, 4, 96)), (2, (3, 8, 96)), (3, (3, 64)), (3, (4, 32))]
+)
+def test_matrices_that_do_not_fit_are_an_error_of_torch(which, shape):
+    _, leaves = make((40, 64), 4, torch.float32)
+    leaves[which] = draw(*shape)
+    settings = MixtureSettings(2, 1.0, torch.float32)
+    assert kernel_for(*leaves, settings) is None
+    with pytest.raises(RuntimeError):
+        add_mixture(draw(40, 96), *leaves, None, settings)
+
+
+@pytest.mark.parametrize("dtype", PRODUCTS)
+@pytest.mark.parametrize("shape", [(39, 96), (40, 64), (40, 128)])
+def test_a_base_output_that_does_not_fit_is_an_error(shape, dtype):
+    _, leaves = make((40, 64), 4, dtype)
+    with pytest.raises(ValueError, match="base layer's output"):
+        add_mixture(draw(*shape, dtype=dtype), *leaves, None, MixtureSettings(2, 1.0, dtype))
+
+
 PROCESSORS = [
     ("+avx512f,+avx512bw,+avx512bf16,-amx-bf16", 22, True, True),
     ("+avx512f,+avx512bw,+avx512bf16,+amx-bf16", 22, True, False),  # libraries use its matrix instructions

@@ -68,8 +68,9 @@ def test_nothing_is_written_beside_the_output(num_tokens, out_features):
         (draw(4, 32), draw(5, 32), draw(5).double()),
         (draw(4, 32), draw(5, 32), draw(10)[::2]),
         (draw(4, 32).to("meta"), draw(5, 32).to("meta"), None),
+        (draw(4, 64), draw(5, 32), None),  # which is an error
     ],
-    ids=["tokens", "columns", "transposed", "bias_format", "bias_gaps", "meta"],
+    ids=["tokens", "columns", "transposed", "bias_format", "bias_gaps", "meta", "features"],
 )
 def test_where_it_is_not_used(x, weight, bias):
     assert _kernel_for_few(x, weight, bias) is None

@@ -35,6 +35,12 @@ def kernel_for(
         return None
     if router.dtype is not torch.float32 or experts_A.dtype is not experts_B.dtype or x.numel() == 0:
         return None
+    if (
+        x.shape[-1] != in_features
+        or experts_B.shape[:2] != (num_experts, r)
+        or router.shape != (num_experts, in_features)
+    ):
+        return None  # operators of torch say what does not fit
     if not have_addresses(x, experts_A, experts_B, router):
         return None
     native = import_native(_NATIVE)
@@ -48,6 +54,8 @@ def compute_chosen(kernel, result, weight, bias, x, experts_A, experts_B, router
     tokens, rows = as_rows(x).contiguous(), drop(as_rows(inputs), kept).contiguous()
     num_tokens = len(rows)
     output = base_output(result, weight, bias, inputs)
+    if output.shape != (*x.shape[:-1], experts_B.shape[2]):
+        raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
     total = output if output.dtype is dtype else torch.zeros_like(output, dtype=dtype)
     logits, weights = (torch.empty((size, num_tokens), dtype=torch.float32) for size in (num_experts, top_k))
     expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)

@@ -107,6 +107,8 @@ def _through_gates_in_torch(grad_gated, gated, weights, grad_logits, scaling: fl
 def _native_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor) -> Any:
     if router.dtype != torch.float32 or not _is_native(tokens, router, hidden):
         return None
+    if router.shape[1] != tokens.shape[1] or len(hidden) % len(router):
+        return None  # operators of torch say what does not fit
     native = import_native(_NATIVE)
     return None if native is None else native.gates_kernel(tokens.dtype, hidden.dtype)
 
