@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.native import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.native import FORMATS, MATH, compiled, narrow, pointer, widen
 from mola.tuner.native_products import (
     WIDE,
     add_to_tokens,
@@ -31,24 +31,8 @@ from mola.tuner.native_products import (
     split,
     sum_outer,
 )
-from mola.tuner.native_routing import router_logits
+from mola.tuner.native_routing import choose_all, router_logits
 from mola.tuner.native_vectors import has_vectors, hold
-
-
-@numba.njit(fastmath=MATH, forceinline=True)
-def _choose(logits, weights, expert_indices, scaling):
-    num_experts, num_tokens = logits.shape
-    top_k = len(expert_indices)
-    of_token = np.empty(num_experts, np.float32)
-    chosen = np.empty(top_k, np.int64)
-    gates = np.empty(top_k, np.float32)
-    for n in range(num_tokens):
-        for expert in range(num_experts):
-            of_token[expert] = logits[expert, n]
-        choose(of_token, chosen, gates, scaling)
-        for k in range(top_k):
-            expert_indices[k, n] = chosen[k]
-            weights[k, n] = gates[k]
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -127,7 +111,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         matrices_B = numba.carray(pointer(experts_B), (e, r, o), params)
         of_router = numba.carray(pointer(router), (e, i), np.float32)
         router_logits(numba.carray(pointer(x), (n, i), values), of_router, all_logits)
-        _choose(all_logits, all_weights, expert_indices, np.float32(s))
+        choose_all(all_logits, all_weights, expert_indices, np.float32(s))
         order = sort_by_expert(expert_indices, e, 1)
         memory = np.empty(e * r * i * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_A

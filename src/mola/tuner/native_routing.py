@@ -74,20 +74,29 @@ def router_logits(x, router, logits):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def _choose_all(logits, weights, expert_indices, scaling):
+def choose_all(logits, gates, expert_indices, scaling):
+    """Of every token the experts with the largest logits, and their gates times scaling, both `(top_k, N)`."""
     num_experts, num_tokens = logits.shape
     top_k = len(expert_indices)
     of_token = np.empty(num_experts, np.float32)
     chosen = np.empty(top_k, np.int64)
-    gates = np.empty(top_k, np.float32)
+    gates_of_token = np.empty(top_k, np.float32)
     for n in range(num_tokens):
         for expert in range(num_experts):
             of_token[expert] = logits[expert, n]
-            weights[expert, n] = 0
-        choose(of_token, chosen, gates, scaling)
+        choose(of_token, chosen, gates_of_token, scaling)
         for k in range(top_k):
             expert_indices[k, n] = chosen[k]
-            weights[chosen[k], n] = gates[k]
+            gates[k, n] = gates_of_token[k]
+
+
+@numba.njit(forceinline=True)
+def _scatter(gates, expert_indices, weights):
+    top_k, num_tokens = gates.shape
+    weights[:] = 0
+    for k in range(top_k):
+        for n in range(num_tokens):
+            weights[expert_indices[k, n], n] = gates[k, n]
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -136,7 +145,9 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         indices = numba.carray(pointer(expert_indices), (top_k, num_tokens), np.int64)
         rows = numba.carray(pointer(x), (num_tokens, in_features), values)
         router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
-        _choose_all(all_logits, all_weights, indices, np.float32(s))
+        of_chosen = np.empty((top_k, num_tokens), np.float32)
+        choose_all(all_logits, of_chosen, indices, np.float32(s))
+        _scatter(of_chosen, indices, all_weights)
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
     return compiled(gates, types.void(*[types.int64] * 11, types.float64))
