@@ -51,7 +51,7 @@ test-peft: $(VENV)/.peft-suite
 # (roughly 15 minutes): make bench BENCH="--suite step --model smollm2". Options: .venv/bin/python -m benchmarks --help
 SMOLLM2 = .cache/SmolLM2-135M-Instruct
 bench: $(VENV)/.quickstart
-	$(BIN)/python -m mola.smollm2 $(SMOLLM2)
+	$(BIN)/python -m mola.models.smollm2 $(SMOLLM2)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 dist: $(VENV)/.dev

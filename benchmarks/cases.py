@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.models import Case
 from benchmarks.options import BenchmarkOptions
-from mola.devices import resolve_device
 from mola.errors import MolaError
-from mola.evaluation.predicting import max_positions
-from mola.loading import load_config
-from mola.plan import PlanOptions, plan
+from mola.generation.predicting import max_positions
+from mola.models.devices import resolve_device
+from mola.models.loading import load_config
+from mola.models.plan import PlanOptions, plan
 
 COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 PROMPT_TOKENS, NEW_TOKENS = 16, 32

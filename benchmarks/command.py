@@ -35,10 +35,10 @@ from benchmarks.telemetry import telemetry
 from benchmarks.text import check_text
 from benchmarks.training import counts, memory, step
 from mola._memory import CHOICES, KEPT, keep_freed_memory
-from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
-from mola.files import atomic_write_json, check_writable
-from mola.parsing import parse
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.environment import machine_description, software_versions
+from mola.options.parsing import parse
 
 logger = logging.getLogger("benchmarks")
 

@@ -17,7 +17,7 @@ from benchmarks.contestants import TAKES_PART, build
 from benchmarks.measure import ratios, time_interleaved
 from benchmarks.models import Case, load_base
 from benchmarks.options import BenchmarkOptions
-from mola.loading import load_model
+from mola.models.loading import load_model
 
 logger = logging.getLogger(__name__)
 

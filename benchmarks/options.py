@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.contestants import CONTESTANTS, TAKES_PART
 from mola.errors import MolaError
-from mola.options import option
+from mola.options.fields import option
 
 SUITES = (
     *("step", "memory", "counts", "decode", "load", "growth", "contention", "curve", "outliers", "compile"),
@@ -22,7 +22,7 @@ COMPILE_BACKENDS = ("inductor", "aot_eager")
 
 
 def _several(default: Sequence[Any], help: str) -> Any:
-    """As `mola.options.option`, for an option that takes several values."""
+    """As `mola.options.fields.option`, for an option that takes several values."""
     return field(default_factory=lambda: list(default), metadata={"help": help})
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.plot_data import OVER, Growth, Panel, read_growth
 from mola.errors import MolaError
-from mola.files import atomic_write_text, check_writable
-from mola.options import option
-from mola.parsing import parse
+from mola.files.atomic import atomic_write_text, check_writable
+from mola.options.fields import option
+from mola.options.parsing import parse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

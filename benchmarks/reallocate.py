@@ -22,25 +22,25 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from mola.allocate import AllocateOptions, allocate
+from mola.allocation.allocate import AllocateOptions, allocate
 from mola.checkpoints.tensors import adapted_modules
 from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, load_examples, prepare
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
-from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
-from mola.files import atomic_write_json, check_writable
-from mola.insight.leaving_out import answer_loss
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.digests import DIGEST_FIELD
+from mola.files.environment import machine_description, software_versions
+from mola.insight.ablation import answer_loss
 from mola.insight.recording import gates_of_tokens
 from mola.insight.usage import UsageCounter
-from mola.loading import load_model, load_tokenizer
-from mola.options import option
-from mola.parsing import parse
-from mola.train import TrainOptions, train
+from mola.models.loading import load_model, load_tokenizer
+from mola.options.fields import option
+from mola.options.parsing import parse
+from mola.training.train import TrainOptions, train
 from mola.tuner.regrow import Experts, resize
 from mola.tuner.stacks import layer_index
-from mola.weights_digest import DIGEST_FIELD
 
 logger = logging.getLogger("benchmarks")
 

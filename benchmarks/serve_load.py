@@ -27,11 +27,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
-from mola.files import atomic_write_json, check_writable
-from mola.options import option
-from mola.parsing import parse
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.environment import machine_description, software_versions
+from mola.options.fields import option
+from mola.options.parsing import parse
 
 logger = logging.getLogger("benchmarks")
 
@@ -122,8 +122,8 @@ def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
 
 def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple[str, str], str], list[dict[str, Any]]]:
     """Greedy answers by model name and prompt, and rows that say how long they took without a server."""
-    from mola.generate import generate_text
-    from mola.loading import load_model, load_tokenizer
+    from mola.generation.generate import generate_text
+    from mola.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(options.base_model)
     expected, rows = {}, []
@@ -146,7 +146,7 @@ def _batched(
     """Continuous batching of the same prompts, without the start-up that a first call pays."""
     from transformers import GenerationConfig
 
-    from mola.evaluation import predicting
+    from mola.generation import predicting
 
     prompts = [prompt for model_name, prompt in expected if model_name == name]
     encoded = predicting.encode_prompts(tokenizer, prompts)

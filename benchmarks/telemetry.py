@@ -17,7 +17,7 @@ from benchmarks.contestants import build, make_step
 from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
-from mola.insight.watching import RouterWatch
+from mola.insight.router_recorder import RouterWatch
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from mola.data.sample import generate_splits
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation.predicting import max_positions
-from mola.loading import load_config, load_tokenizer
+from mola.generation.predicting import max_positions
+from mola.models.loading import load_config, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

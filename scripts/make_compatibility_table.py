@@ -168,7 +168,7 @@ def main() -> int:
     for name in recorder.left_out:
         print(f"left out: {name} skips itself; its cells are written as {UNTESTED!r}", file=sys.stderr)
     # Not at the top: pytest warns about plugins that something imported before it could rewrite their assertions.
-    from mola.files import atomic_write_text
+    from mola.files.atomic import atomic_write_text
 
     cells = {cell: value for cell, value in read_table().items() if cell.column not in columns} | recorder.result()
     page = TARGET.read_text(encoding="utf-8")

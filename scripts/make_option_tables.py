@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.cli import COMMANDS
-from mola.files import atomic_write_text
+from mola.files.atomic import atomic_write_text
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """\

@@ -14,7 +14,7 @@ import torch
 from mola import TrainOptions, __version__
 from mola.cli import COMMANDS, main, run
 from mola.errors import MolaError
-from mola.parsing import parse, read_recipe
+from mola.options.parsing import parse, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

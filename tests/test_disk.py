@@ -11,7 +11,7 @@ import pytest
 from mola import MolaConfig
 from mola.cli import main
 from mola.errors import MolaError
-from mola.files import append_lines, atomic_write_text
+from mola.files.atomic import append_lines, atomic_write_text
 from mola.training.checkpoints import newest_complete
 from tests.conftest import save_adapter
 from tests.disks import disk

@@ -7,14 +7,14 @@ and the other entry points of PEFT and Transformers know it. The `mola` command 
 
 from typing import TYPE_CHECKING
 
-from mola import _memory, _program
+from mola import _memory, _process
 from mola._version import __version__
 from mola.errors import MolaError
 
-if _program.OWN_PROGRAM:
-    _program.prefer_passive_waiting()  # before anything imports torch
+if _process.OWN_PROGRAM:
+    _process.prefer_passive_waiting()  # before anything imports torch
     _memory.keep_freed_memory()
-    _program.hush_recommendations()
+    _process.hush_recommendations()
 
 __all__ = [
     "ContinualOptions",
@@ -39,7 +39,7 @@ __all__ = [
     "train",
 ]
 
-if TYPE_CHECKING or not _program.OWN_PROGRAM:
+if TYPE_CHECKING or not _process.OWN_PROGRAM:
     from mola._names import *
 else:
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
-from mola.failures import within_memory
-from mola.parsing import parse
+from mola.files.failures import within_memory
+from mola.options.parsing import parse
 
 _LONGEST_MESSAGE = 4000
 _LESS_MEMORY = (
@@ -39,21 +39,45 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "prepare": Command("mola.data.prepare", "PrepareOptions", "turn a data set into instructions and answers", "task"),
-    "train": Command("mola.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
-    "continual": Command("mola.continual", "ContinualOptions", "train on one task after the other, measure forgetting"),
-    "evaluate": Command("mola.evaluate", "EvaluateOptions", "accuracy on a test file"),
-    "lm-eval": Command("mola.lm_eval", "LmEvalOptions", "a model on the tasks of the LM Evaluation Harness"),
-    "generate": Command("mola.generate", "GenerateOptions", "answer one prompt, or one line after the other"),
-    "serve": Command("mola.serve", "ServeOptions", "answer over HTTP, with OpenAI's interface"),
-    "plan": Command("mola.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
-    "compare": Command("mola.compare", "CompareOptions", "recipes on tasks with several seeds: what can be told apart"),
-    "allocate": Command("mola.allocate", "AllocateOptions", "how many experts each layer gets, at exactly a budget"),
-    "reallocate": Command("mola.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"),
-    "convert": Command("mola.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"),
-    "inspect": Command("mola.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"),
-    "report": Command("mola.report", "ReportOptions", "one HTML page about a run, to open from the disk", "run_dir"),
-    "demo": Command("mola.demo", "DemoOptions", "a page with answers, with and without an adapter, and their experts"),
-    "quickstart": Command("mola.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
+    "train": Command("mola.training.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
+    "continual": Command(
+        "mola.studies.continual_learning.continual",
+        "ContinualOptions",
+        "train on one task after the other, measure forgetting",
+    ),
+    "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "accuracy on a test file"),
+    "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "a model on the tasks of the LM Evaluation Harness"),
+    "generate": Command(
+        "mola.generation.generate", "GenerateOptions", "answer one prompt, or one line after the other"
+    ),
+    "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with OpenAI's interface"),
+    "plan": Command("mola.models.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
+    "compare": Command(
+        "mola.studies.comparison.compare",
+        "CompareOptions",
+        "recipes on tasks with several seeds: what can be told apart",
+    ),
+    "allocate": Command(
+        "mola.allocation.allocate", "AllocateOptions", "how many experts each layer gets, at exactly a budget"
+    ),
+    "reallocate": Command(
+        "mola.allocation.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"
+    ),
+    "convert": Command(
+        "mola.models.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"
+    ),
+    "inspect": Command(
+        "mola.reporting.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"
+    ),
+    "report": Command(
+        "mola.reporting.report", "ReportOptions", "one HTML page about a run, to open from the disk", "run_dir"
+    ),
+    "demo": Command(
+        "mola.serving.demonstration.demo",
+        "DemoOptions",
+        "a page with answers, with and without an adapter, and their experts",
+    ),
+    "quickstart": Command("mola.studies.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
 }
 
 

@@ -8,7 +8,7 @@ from mola.cli import main
 from mola.data.prepare import load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.options import mapping
+from mola.options.fields import mapping
 
 ROWS = [
     {"question": f"q{i}", "choices": ["a", "b"], "answer": i % 2, "hint": "", "topic": topic, "grade": i}

@@ -106,7 +106,7 @@ def wait(processes: list[int], terminate: dict | None) -> list[int]:
 
 
 def main() -> None:
-    import mola.train  # the slow part, once
+    import mola.training.train  # the slow part, once
 
     del mola
     print(json.dumps({"ready": True}), flush=True)

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from mola import MolaError
-from mola._program import is_own_module
+from mola._process import is_own_module
 from mola.training.sharding import check_sharding
 
 from .conftest import ROOT, assert_same_run, free_port, record

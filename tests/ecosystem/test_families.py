@@ -335,4 +335,4 @@ def test_compiled(family):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor():
-    check_compiled("gpt2", "inductor")  # LLaMA: tests/test_train_compiled.py
+    check_compiled("gpt2", "inductor")  # LLaMA: tests/training/test_compiled.py

@@ -6,7 +6,7 @@ import pytest
 
 from mola.data.prepare import load_examples
 from mola.data.tasks import load_task
-from mola.evaluate import EvaluateOptions
+from mola.evaluation.evaluate import EvaluateOptions
 
 SUBJECTS = ["physics", "biology"]
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mola.errors import MolaError
-from mola.evaluate import EvaluateOptions, evaluate, main
+from mola.evaluation.evaluate import EvaluateOptions, evaluate, main
 
 
 def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, tmp_path):

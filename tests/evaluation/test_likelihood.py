@@ -7,9 +7,9 @@ import torch
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluate import evaluate_examples
-from mola.evaluation import predicting
 from mola.evaluation.choices import answer_options, answer_prefix
+from mola.evaluation.evaluate import evaluate_examples
+from mola.generation import predicting
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mola.adapters import attach, check_adapter
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.tensors import read_tensors
-from mola.convert import ConvertOptions, convert
-from mola.reporting.weights import read_adapter_weights
+from mola.models.adapters import attach, check_adapter
+from mola.models.convert import ConvertOptions, convert
+from mola.reporting.adapter_weights import read_adapter_weights
 from mola.tuner import MolaConfig
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, make_settings, make_tensors
 from tests.fuzz.checking import fuzz, survives

@@ -11,24 +11,24 @@ import torch
 from safetensors.torch import save
 
 from mola import MolaError
-from mola.adapters import check_adapter
-from mola.allocation_methods.probe import routing_records
+from mola.allocation.probe import routing_records
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.tensors import read_tensors
 from mola.cli import main
-from mola.comparison.record import read_results
-from mola.continual_learning.record import RECORD_FILE, read_record
 from mola.data.read import read_rows, split_names
 from mola.data.tasks import load_task
-from mola.evaluate import EvaluateOptions
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.partial import PartialResults
-from mola.loading import load_config
-from mola.loss_plot import read_curves
-from mola.parsing import parse, read_recipe
-from mola.plan import PlanOptions
-from mola.reporting.gathering import gather
-from mola.tested_training import evaluate_once
+from mola.models.adapters import check_adapter
+from mola.models.loading import load_config
+from mola.models.plan import PlanOptions
+from mola.options.parsing import parse, read_recipe
+from mola.reporting.load_run import gather
+from mola.reporting.loss_plot import read_curves
+from mola.studies.comparison.record import read_results
+from mola.studies.continual_learning.record import RECORD_FILE, read_record
+from mola.studies.train_and_test import evaluate_once
 from mola.training.checkpoints import find_checkpoint
 from mola.tuner.notation import resolve_per_layer
 from tests.fuzz.checking import survives

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola.cli import COMMANDS, main
-from mola.parsing import parse
+from mola.options.parsing import parse
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import check_notation, resolve_per_layer
 from tests.fuzz.checking import fuzz, survives

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mola.allocation_methods.probe import routing_records
-from mola.comparison.record import FORMAT, read_results
-from mola.continual_learning.record import RECORD_FILE, read_record
-from mola.evaluate import EvaluateOptions
+from mola.allocation.probe import routing_records
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.partial import PartialResults
-from mola.report import ReportOptions, report
-from mola.reporting.gathering import gather
-from mola.tested_training import evaluate_once
+from mola.reporting.load_run import gather
+from mola.reporting.report import ReportOptions, report
+from mola.studies.comparison.record import FORMAT, read_results
+from mola.studies.continual_learning.record import RECORD_FILE, read_record
+from mola.studies.train_and_test import evaluate_once
 from mola.training.checkpoints import check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
 from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import broken, files, line_files

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola import MolaError
-from mola.allocate import AllocateOptions
+from mola.allocation.allocate import AllocateOptions
 from mola.data.tasks import Task, load_task, task_names
 from mola.data.tasks.loading import resources
-from mola.parsing import convert, parse, read_recipe
-from mola.plan import PlanOptions
-from mola.train import TrainOptions
+from mola.models.plan import PlanOptions
+from mola.options.parsing import convert, parse, read_recipe
+from mola.training.train import TrainOptions
 from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import YAML_TEXTS, changed, files, values
 

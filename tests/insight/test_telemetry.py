@@ -19,9 +19,9 @@ from transformers import (
 from mola import MolaConfig, MolaLinear
 from mola.insight import ROUTING_FILE
 from mola.insight.recording import recorded_gates
+from mola.insight.router_recorder import RouterWatch
 from mola.insight.telemetry import ExpertTelemetry
 from mola.insight.usage import UsageCounter
-from mola.insight.watching import RouterWatch
 
 # One layer has top_k 1, whose router learns nothing without router losses; it is not to learn here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*top_k=1:UserWarning")

@@ -14,8 +14,8 @@ from pathlib import Path
 from transformers.utils import logging
 
 from mola.errors import MolaError
-from mola.options import option
-from mola.parsing import parse
+from mola.options.fields import option
+from mola.options.parsing import parse
 from tests.peft_suite.lists import Lists
 from tests.peft_suite.models import write_models
 from tests.peft_suite.report import Result, markdown, write_page

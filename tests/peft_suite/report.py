@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
-from mola.files import atomic_write_text
+from mola.files.atomic import atomic_write_text
+from mola.files.environment import machine_description, software_versions
 from tests.peft_suite.lists import REASONS, Lists
 
 BEGIN, END = "<!-- written by `make test-peft`: begin -->\n", "<!-- written by `make test-peft`: end -->\n"

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from mola import ContinualOptions, PlanOptions, load_model, plan
 from mola.cli import main
-from mola.quantization import Quantization
-from mola.tested_training import evaluation_of
+from mola.models.quantization import Quantization
+from mola.studies.train_and_test import evaluation_of
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mola import MolaError, PlanOptions, load_model, load_tokenizer, plan
 from mola.cli import main
-from mola.quantization import Quantization
+from mola.models.quantization import Quantization
 
 NAME = "tiny.gguf"
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))

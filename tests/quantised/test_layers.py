@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.quantized_model import prepare_for_training, weight_bytes
+from mola.models.quantized import prepare_for_training, weight_bytes
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.usefixtures("bitsandbytes")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mola import MolaError
-from mola.quantization import Quantization, check_quantization
+from mola.models.quantization import Quantization, check_quantization
 
 # Without these the interpreter is as one in which they were never installed.
 WITHOUT = """

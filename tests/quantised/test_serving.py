@@ -3,10 +3,10 @@
 import pytest
 
 from mola import generate_text, load_model, load_tokenizer
-from mola.demo import DemoOptions, running_demo
 from mola.errors import MolaError
-from mola.quantization import Quantization
-from mola.serve import ServeOptions, running_server
+from mola.models.quantization import Quantization
+from mola.serving.demonstration.demo import DemoOptions, running_demo
+from mola.serving.serve import ServeOptions, running_server
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

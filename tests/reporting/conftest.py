@@ -8,8 +8,8 @@ import pytest
 
 from mola import TrainOptions, train
 from mola.data.prepare import PrepareOptions, prepare
-from mola.evaluate import EvaluateOptions, evaluate
-from mola.inspect import InspectOptions, inspect
+from mola.evaluation.evaluate import EvaluateOptions, evaluate
+from mola.reporting.inspect import InspectOptions, inspect
 
 KINDS = ("word", "number", "punctuation", "space", "special")
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola.reporting.charts import Axis, Column, column_chart, interval_strip, shade, thinned, value_axis
+from mola.reporting.formatting import duration, kinds_of, number, percent
 from mola.reporting.routing_log import layer_parts
-from mola.reporting.words import duration, kinds_of, number, percent
 
 sizes = st.floats(1e-6, 1e9)
 

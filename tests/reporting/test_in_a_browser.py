@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mola.report import ReportOptions, report
+from mola.reporting.report import ReportOptions, report
 from tests.browser import browser, complaints, requested_addresses
 from tests.reporting.conftest import change
 

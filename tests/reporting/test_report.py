@@ -8,8 +8,8 @@ import pytest
 
 from mola.cli import COMMANDS, main
 from mola.errors import MolaError
-from mola.parsing import parse
-from mola.report import ReportOptions, report
+from mola.options.parsing import parse
+from mola.reporting.report import ReportOptions, report
 from mola.training.run_folder import clear_run
 from tests.damage import change_tensors, flip_bit
 from tests.reporting.conftest import change

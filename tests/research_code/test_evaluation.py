@@ -68,7 +68,7 @@ def test_command_of_the_paper(tmp_path, tiny_model_dir, adapter, monkeypatch):
 def test_result_file_has_both_forms(command, tmp_path, monkeypatch):
     """One answer right, one wrong, three without any: what the model wrote is replaced, the counting is real."""
     outputs = ["Answer: The answer is A.", "The answer is A", "Apple", "", "The answer is Z."]
-    monkeypatch.setattr("mola.evaluation.predicting.generate_batch", lambda *rest, **more: outputs)
+    monkeypatch.setattr("mola.generation.predicting.generate_batch", lambda *rest, **more: outputs)
     assert command() == 0
     result = read("results/mola_test_sciqa_seed_10.json")
     assert result["acc"] == 20.0
@@ -183,7 +183,7 @@ def golden(tmp_path):
 def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(golden, monkeypatch):
     """The very model that the script evaluates: its logits are the recorded ones, its answers are that model's."""
     loaded = []
-    module = sys.modules["mola.evaluate"]  # `mola.evaluate` is the function
+    module = sys.modules["mola.evaluation.evaluate"]  # `mola.evaluate` is the function
     load = module.model_for
     monkeypatch.setattr(module, "model_for", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
     words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mola.data.prepare import load_examples
 from mola.data.tasks import load_task
-from mola.parsing import parse
+from mola.options.parsing import parse
 from mola.research_code.preparation import (
     SCIENCEQA_COLUMNS,
     SPLITS,

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from mola.serve import ServeOptions, running_server
+from mola.serving.serve import ServeOptions, running_server
 
 TOKEN = "a-secret-token"
 SECRET = "my-secret-prompt"

@@ -18,8 +18,8 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 
 from mola import cli  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
-from mola.parsing import parse  # noqa: E402
-from mola.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
+from mola.options.parsing import parse  # noqa: E402
+from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 900, "stream": True}
 
@@ -94,7 +94,7 @@ def test_full_queue_sends_away_and_leaves_no_trace(options):
 def test_a_request_the_memory_does_not_suffice_for_ends_alone(options, monkeypatch):
     with running_server(options) as url:
         with monkeypatch.context() as patch:
-            patch.setattr("mola.evaluation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
+            patch.setattr("mola.generation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
             answer = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": False})
         assert answer.status_code == 503
         assert "memory" in answer.json()["error"]["message"]

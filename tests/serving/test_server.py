@@ -12,7 +12,7 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 openai = pytest.importorskip("openai", reason="needs the extra `test`")
 
-from mola.serve import ServeOptions, running_server  # noqa: E402
+from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from .conftest import NEW_TOKENS  # noqa: E402
 

@@ -130,7 +130,7 @@ def test_a_run_computes_them_and_ends_the_same(flags, tmp_path, monkeypatch):
     assert main(flags(tmp_path / "needed", **settings)) == 0
     counts = [list(positions)]
     positions.clear()
-    monkeypatch.setattr(sys.modules["mola.train"], "computes_needed_logits", lambda *_: False)
+    monkeypatch.setattr(sys.modules["mola.training.train"], "computes_needed_logits", lambda *_: False)
     assert main(flags(tmp_path / "all", **settings)) == 0
     counts += [list(positions)]
     assert sum(counts[0]) < 0.9 * sum(counts[1])

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
-from mola.evaluate import EvaluateOptions
-from mola.loading import resolve_device, resolve_dtype
+from mola.evaluation.evaluate import EvaluateOptions
+from mola.models.loading import resolve_device, resolve_dtype
 from mola.training.setup import build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
@@ -66,7 +66,7 @@ def test_use_of_experts_is_recorded_unless_it_is_switched_off(flags, tmp_path, t
 def test_base_keeps_its_number_format_and_its_values(flags, tiny_model_dir, monkeypatch):
     """The very model that was trained, looked at after training."""
     built = []
-    module = sys.modules["mola.train"]  # `mola.train` is the function
+    module = sys.modules["mola.training.train"]  # `mola.train` is the function
     monkeypatch.setattr(module, "build_model", lambda options: built.append(build_model(options)) or built[0])
     assert main(flags(dtype="bfloat16", max_steps=2, num_experts=2, **NO_EVALUATION)) == 0
     trained = dict(built[0].named_parameters())

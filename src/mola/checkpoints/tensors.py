@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files import damaged_record
-from mola.reading import check_regular, read_json
+from mola.files.atomic import damaged_record
+from mola.files.digests import check_digest
+from mola.files.reading import check_regular, read_json
 from mola.tuner.loading import check_finite
-from mola.weights_digest import check_digest
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

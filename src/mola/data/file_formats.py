@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mola.errors import MolaError
-from mola.reading import check_regular, parse_json
+from mola.files.reading import check_regular, parse_json
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 # What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mola.data.drawn import drawn_sizes, prepare_drawn
+from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids, load_examples
 from mola.data.hashing import count_shared, hash_instruction
 from mola.data.output import check_output_folder

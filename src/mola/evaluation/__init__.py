@@ -1,1 +1,1 @@
-"""What `mola evaluate` is made of: questions, decoding, scoring, resuming. The command is `mola.evaluate`."""
+"""What `mola evaluate` is made of: questions, decoding, scoring, resuming. The command is in `evaluate.py`."""

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.tasks import Task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation import predicting
 from mola.evaluation.choices import answer_options, answer_prefix
+from mola.generation import predicting
 
 SCORINGS = ("generate", "likelihood")
 

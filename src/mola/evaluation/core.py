@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint
 from mola.data.tasks import Task
-from mola.environment import machine_description, software_versions
 from mola.errors import MolaError
-from mola.evaluation import predicting
 from mola.evaluation.answering import answer_questions, make_questions, question_lengths
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, check_labels
+from mola.files.environment import machine_description, software_versions
+from mola.generation import predicting
 
 
 @dataclass

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files import append_lines
-from mola.reading import check_regular, parse_json
+from mola.files.atomic import append_lines
+from mola.files.reading import check_regular, parse_json
 
 logger = logging.getLogger(__name__)
 

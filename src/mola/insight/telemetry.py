@@ -4,7 +4,8 @@
     ExpertTelemetry("runs/first/routing.jsonl").add_to(trainer)
     trainer.train()
 
-What counts is in `mola.insight.watching.RouterWatch`. Sums of several processes are added up when a line is written.
+What counts is in `mola.insight.router_recorder.RouterWatch`. Sums of several processes are added up when a line is
+written.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
-from mola.files import append_lines, atomic_write_json, atomic_write_text, read_json_object
-from mola.insight.watching import RouterWatch
-from mola.reading import kept_lines
+from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text, read_json_object
+from mola.files.reading import kept_lines
+from mola.insight.router_recorder import RouterWatch
 
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: what is counted since the last line
 _DIGITS = 6  # of a share or a gate; a file of all modules would be three times as large with all of them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from mola.reporting.gathering import Run
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, code, command_box, element
 
 

@@ -9,14 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from mola.insight import ROUTING_FILE
+from mola.reporting.adapter_weights import LayerExperts
 from mola.reporting.charts import Axis, Column, Line, Range, column_chart, line_chart, range_chart, thinned, value_axis
 from mola.reporting.commands import inspect_command, missing
-from mola.reporting.gathering import Run
+from mola.reporting.formatting import MOST_ROWS, NO_VALUE, layer_name, layer_order, layers, number, rows_said
 from mola.reporting.heat import Choice, gate_maps
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, code, element, figure, folded, note, table
 from mola.reporting.routing_log import VALUES, RoutingLog
-from mola.reporting.weights import LayerExperts
-from mola.reporting.words import MOST_ROWS, NO_VALUE, layer_name, layer_order, layers, number, rows_said
 
 _MEANING = {
     "balance": "1: all experts weigh the same; 0: one does all",

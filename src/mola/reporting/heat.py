@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mola.reporting.charts import scale, shade
+from mola.reporting.formatting import NO_VALUE, kinds_of, layer_name, layer_order, percent
 from mola.reporting.markup import Element, element, note, scrolling
-from mola.reporting.words import NO_VALUE, kinds_of, layer_name, layer_order, percent
 
 _MOST_CELLS = 30_000  # of all maps together: less than a megabyte
 _MOST_VIEWS = 24  # buttons to choose from

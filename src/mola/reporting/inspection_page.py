@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mola.reporting.adapter_weights import read_adapter_weights
+from mola.reporting.agreement import agreement_section, leave_one_out_section
 from mola.reporting.document import Section, document
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section
-from mola.reporting.gathering import Run
 from mola.reporting.heat import choice_rules
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, element, pairs
-from mola.reporting.relations import agreement_section, leave_one_out_section
 from mola.reporting.samples import looked_at_samples
-from mola.reporting.weights import read_adapter_weights
 
 
 def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:

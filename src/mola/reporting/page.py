@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from mola.reporting.agreement import agreement_section, leave_one_out_section
 from mola.reporting.document import document
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section, routing_section
-from mola.reporting.gathering import Run
 from mola.reporting.heat import choice_rules
-from mola.reporting.making import lead, making_section, summary
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, element
-from mola.reporting.relations import agreement_section, leave_one_out_section
 from mola.reporting.results import accuracy_section, loss_section
+from mola.reporting.run_summary import lead, making_section, summary
 from mola.reporting.samples import samples_section
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from mola.reporting.charts import Line, interval_strip, line_chart, thinned, value_axis
 from mola.reporting.commands import evaluate_command, missing
-from mola.reporting.gathering import Run
+from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, number, percent, rows_said
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, code, element, figure, folded, note, table
-from mola.reporting.words import MOST_ROWS, NO_VALUE, interval, number, percent, rows_said
 
 _LOOKS = {"before": "b", "after": "a"}
 _MOST_GROUPS = 40  # in the chart; the table has all

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from mola.reporting.words import layer_order
+from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")
 _PARTS = 3  # lower, middle and upper layers

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mola.reporting.commands import evaluate_command, inspect_command, missing
-from mola.reporting.gathering import Run
 from mola.reporting.heat import answer_map
+from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, element, note
 
 _MOST_SAMPLES = 40

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mola.checkpoints.formats import foreign_format
-from mola.convert import ConvertOptions, convert
 from mola.errors import MolaError
-from mola.files import atomic_write_json, file_sha256, read_json_object
-from mola.loading import check_adapter
-from mola.options import names_between_commas
-from mola.skeleton import count_decoder_layers, model_on_meta
+from mola.files.atomic import atomic_write_json, file_sha256, read_json_object
+from mola.models.convert import ConvertOptions, convert
+from mola.models.loading import check_adapter
+from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.options.fields import names_between_commas
 from mola.tuner.allocation import effective_top_k, resolve_per_layer
 
 _RECORD = "conversion.json"

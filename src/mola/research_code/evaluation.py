@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.evaluate import EvaluateOptions
-from mola.evaluate import main as evaluate_main
-from mola.files import atomic_write_json, check_writable
-from mola.options import option
+from mola.evaluation.evaluate import EvaluateOptions
+from mola.evaluation.evaluate import main as evaluate_main
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.options.fields import option
 from mola.research_code.adapters import Lists, plain_list, usable_adapter
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mola.data.drawn import HELD_OUT_SIZE, drawn_sizes
+from mola.data.draw.sizes import HELD_OUT_SIZE, drawn_sizes
 from mola.data.output import check_output_folder, complete_folder
 from mola.data.source import Source, single_source, source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
 from mola.errors import MolaError
-from mola.options import option
+from mola.options.fields import option
 
 SPLITS = ("train", "validation", "test")
 SCIENCEQA_FOLDER = "science_qa.hf"
@@ -148,8 +148,8 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     """
     import pyarrow
 
+    from mola.data.draw.subset import draw_subset
     from mola.data.spool import Spool
-    from mola.data.subset import draw_subset
 
     save_path = _check_save_path(options, _is_instruction_folder)
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)

@@ -16,7 +16,7 @@ from typing import Any
 
 from mola.data.prepare import load_examples
 from mola.errors import MolaError
-from mola.files import read_json_object
+from mola.files.atomic import read_json_object
 from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter
 from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (
@@ -27,10 +27,10 @@ from mola.research_code.training_options import (
     ResearchTrainOptions,
     SharedOptions,
 )
-from mola.train import main as train_main
 from mola.training.checkpoints import RUN_FILE, STATE_FILE
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_start_is_kept
+from mola.training.train import main as train_main
 
 __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "as_command", "main", "train_settings"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mola.options import option
+from mola.options.fields import option
 
 WARMUP_STEPS = 100
 WARMUP_SHARE = 0.1

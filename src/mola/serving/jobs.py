@@ -9,8 +9,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mola.errors import MolaError
-from mola.evaluation import predicting
-from mola.generate import decoding_settings
+from mola.generation import predicting
+from mola.generation.generate import decoding_settings
 from mola.serving.errors import RequestError
 from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
 

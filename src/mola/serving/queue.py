@@ -1,6 +1,6 @@
 """One answer after the other, first come, first served.
 
-One at a time because every answer has to be the one that `mola.generate` gives, whatever else is asked at the same
+One at a time because every answer has to be the one that `mola generate` gives, whatever else is asked at the same
 moment: batches round in another way, and the layers have one active adapter at a time.
 """
 
@@ -19,8 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from mola.evaluation import predicting
-from mola.failures import lack_of_memory
+from mola.files.failures import lack_of_memory
+from mola.generation import predicting
 from mola.serving.errors import RequestError, internal
 from mola.serving.jobs import Job
 from mola.serving.writing import AnswerEndedError, Writer
@@ -79,7 +79,7 @@ class AnswerQueue:
     """Owns the model: nothing else may use it while the queue is open.
 
     Args:
-        model: as `mola.loading.load_model` returns it.
+        model: as `mola.models.loading.load_model` returns it.
         tokenizer: of the base model.
         max_waiting: requests that may wait while one runs.
     """

@@ -1,1 +1,1 @@
-"""What `mola train` is made of: run folder, callbacks, set-up. The command itself is `mola.train`."""
+"""What `mola train` is made of: run folder, callbacks, set-up. The command itself is in `train.py`."""

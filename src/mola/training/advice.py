@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from mola.failures import within_memory, writing
+from mola.files.failures import within_memory, writing
 from mola.training.options import TrainOptions
 
 

@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from mola.errors import MolaError
-from mola.files import append_lines, atomic_write_text
-from mola.reading import kept_lines
+from mola.files.atomic import append_lines, atomic_write_text
+from mola.files.reading import kept_lines
 from mola.training.checkpoints import newest_complete
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files import damaged_record, read_json_object
-from mola.forms import ANYTHING, TEXT, check_form
+from mola.files.atomic import damaged_record, read_json_object
+from mola.files.digests import CONFIG_FILE, check_digest
+from mola.files.schema import ANYTHING, TEXT, check_form
 from mola.training.digests import DIGESTS_FILE, changed_file
-from mola.weights_digest import CONFIG_FILE, check_digest
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"

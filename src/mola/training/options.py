@@ -10,10 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from mola.data.encode import TRUNCATIONS
-from mola.devices import DTYPES, resolve_device, resolve_dtype
 from mola.errors import MolaError
-from mola.options import mapping, option
-from mola.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
+from mola.models.devices import DTYPES, resolve_device, resolve_dtype
+from mola.models.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
+from mola.options.fields import mapping, option
 from mola.training.compiling import check_compiler
 from mola.training.trackers import check_trackers
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mola.errors import MolaError
-from mola.files import atomic_write_json, check_writable
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
-from mola.loss_plot import PLOT_FILE
-from mola.marks import is_own_file
-from mola.model_card import CARD_FILE
 from mola.reporting import REPORT_FILE
+from mola.reporting.loss_plot import PLOT_FILE
+from mola.reporting.model_card import CARD_FILE
 from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,

@@ -18,16 +18,16 @@ from mola.data.prepare import load_examples
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
-from mola.devices import DTYPES
 from mola.errors import MolaError
-from mola.evaluation.predicting import max_positions
-from mola.failures import lack_of_memory
-from mola.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
-from mola.options import mapping, names_between_commas
-from mola.plan import PlanOptions, plan
-from mola.quantization import check_quantized_base, quantization_of, stored_quantization
-from mola.quantized_model import check_packable, prepare_for_training, quantization_record
-from mola.skeleton import model_on_meta
+from mola.files.failures import lack_of_memory
+from mola.generation.predicting import max_positions
+from mola.models.devices import DTYPES
+from mola.models.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
+from mola.models.meta import model_on_meta
+from mola.models.plan import PlanOptions, plan
+from mola.models.quantization import check_quantized_base, quantization_of, stored_quantization
+from mola.models.quantized import check_packable, prepare_for_training, quantization_record
+from mola.options.fields import mapping, names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.tuner import MolaConfig
 

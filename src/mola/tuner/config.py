@@ -14,8 +14,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from mola.errors import MolaError
+from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
 from mola.tuner.allocation import check_notation
-from mola.weights_digest import DIGEST_FIELD, check_digest, weights_sha256
 
 REDUCTIONS = ("module", "layer")
 _BELOW_0 = math.nextafter(0.0, -1.0)

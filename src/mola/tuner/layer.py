@@ -98,7 +98,7 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
         self.router_losses: RouterLosses | None = None
-        self.observer: RouterObserver | None = None  # set while one looks on: see mola.insight.watching
+        self.observer: RouterObserver | None = None  # set while one looks on: see mola.insight.router_recorder
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self._disable_adapters = False

@@ -15,7 +15,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 from mola.errors import MolaError
-from mola.reading import read_json
+from mola.files.reading import read_json
 
 SHAPES = {
     "inverted_triangle": "2468",

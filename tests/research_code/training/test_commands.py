@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mola.parsing import parse
+from mola.options.parsing import parse
 from mola.research_code.training import as_command, train_settings
 from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.options import TrainOptions

@@ -12,7 +12,7 @@ from typing import Any
 from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, FieldRule, StrataRule, Task, field_names
 from mola.data.templates import template_names
 from mola.errors import MolaError
-from mola.reading import parse_yaml, read_text
+from mola.files.reading import parse_yaml, read_text
 
 
 def task_names() -> list[str]:

@@ -1,0 +1,260 @@
+"""`mola allocate`: how many experts each decoder layer gets, at exactly a budget.
+
+    mola allocate --base_model my-model --method alphalora --budget 160 --output allocation.json
+    mola allocate --base_model my-model --method redundancy --adapter runs/probe --budget 160 --output allocation.json
+
+The file is a value of `num_experts`, for `mola plan`, `mola train` and in Python.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mola.allocation.base import Base, read_base
+from mola.allocation.measured import alphalora_scores, redundancy_scores, usage_scores
+from mola.allocation.rounding import check_budget, experts_from_scores
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.environment import software_versions
+from mola.models.quantization import quantization_option
+from mola.options.fields import option
+from mola.tuner.allocation import SHAPES, resolve_per_layer
+
+__all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
+
+DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0}
+_UNIFORM = "uniform"
+_BAR_WIDTH = 30
+_WIDTH_OF_FILES = 100  # columns when the output is no terminal
+
+
+@dataclass
+class AllocateOptions:
+    """Options of `mola allocate`."""
+
+    base_model: str = field(metadata={"help": "Folder or hub id of the base model; only alphalora reads its weights."})
+    method: str = field(
+        metadata={
+            "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
+            "digits such as 2468), uniform, alphalora (the weights' spectra), redundancy (how different the experts of "
+            "`adapter` are) or usage (how many of them are used)."
+        }
+    )
+    budget: int = field(metadata={"help": "Experts in all: the numbers of the layers add up to it."})
+    output: str | None = option(None, "File to write (JSON), a value of `num_experts`.")
+    adapter: str | None = option(None, "Folder of a probe run, for redundancy and usage.")
+    inspection: str | None = option(
+        None, "File of `mola inspect --json` on the probe, for usage; by default the `routing.jsonl` of `adapter`."
+    )
+    min_experts: int = option(1, "Fewest experts of a layer.")
+    max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
+    beta: float | None = option(
+        None,
+        "Experts are in proportion to score ** beta, for alphalora (default 2.5), redundancy and usage (default 1).",
+    )
+    target_modules: str | None = option(
+        None,
+        "Linears that will be adapted, as in `mola train`: their layers get experts, alphalora reads them. With "
+        "`adapter` or `inspection` these say it.",
+    )
+    gguf_file: str | None = quantization_option("gguf_file")
+    device: str = option("cpu", "Where alphalora computes, such as cpu or cuda:0; it needs float64.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
+    overwrite: bool = option(False, "Replace an existing result.")
+
+
+@dataclass(frozen=True)
+class AllocateResult:
+    """An allocation and where it comes from.
+
+    Attributes:
+        num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which is no
+            part of the budget and means nothing.
+        scores: what the method found in every layer; None without adapted linears.
+        why: one sentence.
+        method: as asked for.
+        budget: experts in all, over the layers with a score.
+        base_model: as asked for.
+        settings: the options.
+    """
+
+    num_experts: list[int]
+    scores: list[float | None]
+    why: str
+    method: str
+    budget: int
+    base_model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = enumerate(zip(self.scores, self.num_experts, strict=True))
+        return {
+            "num_experts": self.num_experts,
+            "method": self.method,
+            "budget": self.budget,
+            "base_model": self.base_model,
+            "why": self.why,
+            "layers": [
+                {"layer_index": index, "score": score, "num_experts": experts} for index, (score, experts) in rows
+            ],
+            "settings": self.settings,
+            "versions": software_versions(),
+        }
+
+
+def allocate(options: AllocateOptions) -> AllocateResult:
+    """Allocate a budget of experts to the decoder layers of a model.
+
+    Args:
+        options: model, method and budget.
+
+    Returns:
+        The allocation; it is also written to `options.output`, if that is given.
+
+    Raises:
+        MolaError: options contradict each other, the budget does not fit the model, or a method lacks what it reads.
+    """
+    digits, beta = _check(options)
+    if options.output is not None:
+        check_new_file("output", options.output, options.overwrite)
+    base = read_base(options.base_model, options.target_modules, options.trust_remote_code, options.gguf_file)
+    if digits is not None:
+        shape = _shape(digits, base)
+        scores: list[float | None] = [
+            float(digit) if is_adapted else None for digit, is_adapted in zip(shape, base.is_adapted, strict=True)
+        ]
+        why = f"The layers keep the proportions of the shape {digits}, lowest layers first."
+        if len(set(digits)) == 1:
+            why = "All layers get the same, the higher ones one more where the budget does not divide."
+    else:
+        scores, why = _measured(options, base)
+    counted = [score for score in scores if score is not None]
+    experts = iter(
+        experts_from_scores(_powers(counted, beta), options.budget, options.min_experts, options.max_experts)
+    )
+    result = AllocateResult(
+        num_experts=[1 if score is None else next(experts) for score in scores],
+        scores=scores,
+        why=why,
+        method=options.method,
+        budget=options.budget,
+        base_model=options.base_model,
+        settings=asdict(options) | {"beta": beta},
+    )
+    if options.output is not None:
+        atomic_write_json(options.output, result.to_dict())
+    return result
+
+
+def main(options: AllocateOptions) -> int:
+    """Run the command, print a row per layer and how to use the result.
+
+    Returns:
+        The exit code, 0.
+    """
+    result = allocate(options)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_FILES)
+    console.print(_table(result))
+    text = options.output or ",".join(map(str, result.num_experts))
+    lines = [result.why, f"Written to {options.output}. Use it:" if options.output else "Use it:"]
+    lines += [f"  mola {name} --base_model {options.base_model} --num_experts {text} ..." for name in ("plan", "train")]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _check(options: AllocateOptions) -> tuple[str | None, float | None]:
+    """The digits of the method's shape, if it is one, and the exponent of its scores, if it is none."""
+    name = options.method.strip().lower().replace("-", "_")
+    digits = "1" if name == _UNIFORM else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
+    if digits is None and name not in DEFAULT_BETA:
+        known = ", ".join((*SHAPES, _UNIFORM, *DEFAULT_BETA))
+        raise MolaError(f"`method` must be one of {known}, or digits from 1 to 9 such as 2468: got {options.method!r}.")
+    for bound, value in (("budget", options.budget), ("min_experts", options.min_experts)):
+        if value < 1:
+            raise MolaError(f"`{bound}` must be at least 1: got {value}.")
+    _check_sources(options, name)
+    if options.beta is not None:
+        if digits is not None:
+            raise MolaError(f"`beta` ({options.beta:g}) means nothing for the shape {options.method!r}. Leave it out.")
+        if not (math.isfinite(options.beta) and options.beta >= 0):
+            raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
+    return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
+
+
+def _check_sources(options: AllocateOptions, name: str) -> None:
+    """What a method reads must be given, and nothing else."""
+    reads = {"redundancy": ("adapter",), "usage": ("adapter", "inspection")}.get(name, ())
+    for source in ("adapter", "inspection"):
+        value = getattr(options, source)
+        if value is not None and source not in reads:
+            raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
+    if reads and all(getattr(options, source) is None for source in reads):
+        raise MolaError(
+            f"`method` {name} looks at a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
+            "short run with the same number of experts everywhere will do."
+        )
+    if reads and options.target_modules is not None:
+        raise MolaError(
+            f"`target_modules` ({options.target_modules!r}) counts only where nothing else says what is adapted: with "
+            f"`method` {name} it is what the probe adapted. Leave it out."
+        )
+
+
+def _shape(digits: str, base: Base) -> list[int]:
+    if len(digits) > base.num_layers:
+        raise MolaError(
+            f"`method` {digits} has more digits than {base.name!r} has decoder layers ({base.num_layers}). Pass at "
+            "most one digit per layer."
+        )
+    return resolve_per_layer(digits, base.num_layers, "num_experts")
+
+
+def _measured(options: AllocateOptions, base: Base) -> tuple[list[float | None], str]:
+    def check_layers(num_layers: int) -> None:
+        check_budget(num_layers, options.budget, options.min_experts, options.max_experts)
+
+    name = options.method.strip().lower()
+    if name == "alphalora":
+        check_layers(sum(base.is_adapted))
+        return alphalora_scores(base, options.device), (
+            "Layers whose weights have a larger power-law exponent count as less well trained and get more experts."
+        )
+    if name == "redundancy":
+        return redundancy_scores(base, options.adapter or "", check_layers), (
+            "Layers whose experts differ more in the probe get more; like experts are redundant."
+        )
+    return usage_scores(base, options.adapter, options.inspection, check_layers), (
+        "Layers that spread their tokens over more experts in the probe get more."
+    )
+
+
+def _powers(scores: Sequence[float], beta: float | None) -> list[float]:
+    """Scores to the power of beta; divided by the largest first, so that nothing overflows."""
+    largest = max(scores, default=0.0)
+    if beta is None or largest <= 0:
+        return list(scores)
+    return [(score / largest) ** beta for score in scores]
+
+
+def _table(result: AllocateResult) -> Table:
+    table = Table(title=escape(f"{result.base_model}: {result.budget} experts by {result.method}"))
+    for column in ("layer", "score", "experts"):
+        table.add_column(column, justify="right")
+    table.add_column("", width=_BAR_WIDTH)
+    most = max(result.num_experts)
+    for index, (score, experts) in enumerate(zip(result.scores, result.num_experts, strict=True)):
+        bar = "not adapted" if score is None else Bar(most, 0, experts, width=_BAR_WIDTH)
+        table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
+    return table

@@ -1,0 +1,207 @@
+"""`mola reallocate`: a trained adapter with other numbers of experts, to be trained on.
+
+    mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
+    mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
+
+Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.tuner.regrow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from mola.allocation.probe import check_mixture, routing_records
+from mola.checkpoints.tensors import adapted_modules, read_tensors
+from mola.errors import MolaError
+from mola.files.atomic import check_new_folder, new_folder
+from mola.options.fields import option
+from mola.tuner import MolaConfig
+from mola.tuner.allocation import check_top_k, effective_top_k, resolve_per_layer
+from mola.tuner.regrow import Experts, resize
+from mola.tuner.stacks import layer_index
+
+__all__ = ["ReallocateOptions", "ReallocateResult", "main", "reallocate"]
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class ReallocateOptions:
+    """Options of `mola reallocate`."""
+
+    adapter: str = field(metadata={"help": "Folder of a trained adapter."})
+    num_experts: str = field(
+        metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
+    )
+    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    inspection: str | None = option(
+        None,
+        "File of `mola inspect --json` on the adapter. Experts are then merged, and copied, by their use; without it "
+        "those with the smallest updates go.",
+    )
+    top_k: str | None = option(
+        None, "Experts used per token from now on, one or a list; by default as before. Another number changes answers."
+    )
+    seed: int = option(0, "Seed of the random numbers that new experts and routers start from.")
+
+
+@dataclass(frozen=True)
+class ReallocateResult:
+    """What was written; the lists have one entry per decoder layer, lowest first.
+
+    Attributes:
+        output_dir: the new folder.
+        before: experts of the adapter that was read.
+        num_experts: experts of the new one.
+        top_k: experts used per token.
+        unchanged: modules whose tensors are the same.
+        modules: all adapted modules.
+    """
+
+    output_dir: str
+    before: list[int]
+    num_experts: list[int]
+    top_k: list[int]
+    unchanged: int
+    modules: int
+
+
+def reallocate(options: ReallocateOptions) -> ReallocateResult:
+    """Give the layers of a trained adapter other numbers of experts.
+
+    Args:
+        options: see `ReallocateOptions`.
+
+    Raises:
+        MolaError: no adapter of this method, numbers that do not fit it, or an output folder with files in it.
+    """
+    check_mixture(options.adapter)
+    output = check_new_folder("output_dir", options.output_dir)
+    config: Any = MolaConfig.from_pretrained(options.adapter)
+    tensors = read_tensors(Path(options.adapter))
+    layers = _layers(tensors, options.adapter)
+    num_layers = _depth(config, options, layers.values())
+    before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
+    after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
+    top_k = _top_k(config, options, before, after, num_layers)
+    use = {} if options.inspection is None else _use(options.inspection, layers, tensors)
+    generator = torch.Generator().manual_seed(options.seed)
+    resized, unchanged = dict(tensors), 0
+    for module, layer in layers.items():
+        key = f"{_PREFIX}{module}"
+        experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
+        changed = resize(experts, after[0] if layer is None else after[layer], generator, use.get(module))
+        unchanged += changed is experts
+        for part, tensor in zip(("mola_A", "mola_B", "mola_router"), changed, strict=True):
+            resized.pop(f"{key}.{part}", None)
+            if tensor is not None:
+                resized[f"{key}.{part}"] = tensor
+    config.num_experts, config.top_k = _compact(after), _compact(top_k)
+    with new_folder("output_dir", output) as folder:
+        save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    return ReallocateResult(str(output), before, after, effective_top_k(after, top_k), unchanged, len(layers))
+
+
+def main(options: ReallocateOptions) -> int:
+    """Run the command and print a row per run of layers with the same numbers.
+
+    Returns:
+        The exit code, 0.
+    """
+    result = reallocate(options)
+    table = Table(title="Experts per decoder layer")
+    for column in ("layers", "before", "now", "top_k"):
+        table.add_column(column, justify="right")
+    rows = list(zip(result.before, result.num_experts, result.top_k, strict=True))
+    for numbers, members in groupby(range(len(rows)), key=rows.__getitem__):
+        indices = list(members)
+        span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        table.add_row(span, *map(str, numbers))
+    table.add_section()
+    table.add_row("total", str(sum(result.before)), str(sum(result.num_experts)), "", style="bold")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
+        f"  mola train --adapter {result.output_dir} ...",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int | None]:
+    """From module name to its decoder layer; None outside the layers."""
+    names = [key.removeprefix(_PREFIX) for key in adapted_modules(tensors)]
+    sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
+    if len(sides) > 1:
+        raise MolaError(
+            f"`adapter` must belong to a model with one stack of layers: {adapter!r} adapts an encoder and a decoder, "
+            "whose layers are numbered anew."
+        )
+    return {name: layer_index(name) for name in names}
+
+
+def _depth(config: Any, options: ReallocateOptions, layers: Iterable[int | None]) -> int:
+    """Decoder layers of the base model, which only lists and adapted layers tell."""
+    lengths = [len(value) for value in (config.num_experts, config.top_k, config.r) if isinstance(value, list)]
+    if lengths:
+        return lengths[0]
+    adapted = 1 + max((layer for layer in layers if layer is not None), default=0)
+    if config.layers_to_transform is None:
+        return adapted
+    raise MolaError(
+        f"`adapter` must tell how many layers its model has: {options.adapter!r} adapts the layers "
+        f"{config.layers_to_transform} with the same numbers everywhere. Write one number per layer into `num_experts` "
+        "of its adapter_config.json."
+    )
+
+
+def _top_k(
+    config: Any, options: ReallocateOptions, before: Sequence[int], after: Sequence[int], num_layers: int
+) -> list[int]:
+    given = config.top_k if options.top_k is None else options.top_k
+    top_k = resolve_per_layer(given, num_layers, "top_k")
+    if options.top_k is None and isinstance(given, list):
+        # A layer without a router has 1; one that gets a router goes on as the others do.
+        usual = max(top_k)
+        top_k = [min(usual, new) if old == 1 else k for k, old, new in zip(top_k, before, after, strict=True)]
+        top_k = [1 if new == 1 else k for k, new in zip(top_k, after, strict=True)]
+    try:
+        check_top_k(after, top_k)
+    except MolaError as error:
+        raise MolaError(f"{error} Or pass `top_k` as well.") from error
+    return top_k
+
+
+def _use(
+    inspection: str, layers: Mapping[str, int | None], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Mean gates by module, each with as many as it has experts."""
+    records, source = routing_records(None, inspection)
+    gates = {record["module"].removeprefix(_PREFIX): torch.tensor(record["mean_gates"]) for record in records}
+    for module in layers:
+        count = len(tensors[f"{_PREFIX}{module}.mola_A"])
+        if count > 1 and len(gates.get(module, ())) != count:
+            found = f"{len(gates[module])} experts" if module in gates else "nothing"
+            raise MolaError(
+                f"`inspection` must be of `adapter`: {source} has {found} of {module!r}, which has {count}. Run `mola "
+                "inspect --json FILE` on this adapter."
+            )
+    return {module: values for module, values in gates.items() if module in layers}
+
+
+def _compact(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values

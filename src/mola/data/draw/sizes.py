@@ -1,0 +1,72 @@
+"""`mola prepare --num_samples`: splits drawn from one source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mola.data.output import complete_folder
+from mola.data.source import single_source
+from mola.data.tasks import Task
+from mola.data.write import PROMPT_COLUMNS, merged_row, write_spooled
+from mola.errors import MolaError
+
+HELD_OUT_SIZE = 1000  # validation and test rows, if nothing else is said
+
+
+def drawn_sizes(num_samples: int, num_validation: int | None, num_test: int | None) -> dict[str, int]:
+    """Rows to draw for every split, checked; None means 1000.
+
+    Raises:
+        MolaError: `num_samples` is below 1, or another one below 0.
+    """
+    sizes = {"train": num_samples, "validation": num_validation, "test": num_test}
+    names = {"train": "num_samples", "validation": "num_validation", "test": "num_test"}
+    result = {split: HELD_OUT_SIZE if size is None else size for split, size in sizes.items()}
+    for split, size in result.items():
+        least = 1 if split == "train" else 0
+        if size < least:
+            raise MolaError(f"`{names[split]}` must be at least {least}: got {size}. Choose another number.")
+    return result
+
+
+def prepare_drawn(task: Task, data: str, sizes: Mapping[str, int], seed: int, output_dir: Path) -> dict[str, Any]:
+    """Draw samples and write them as `prepare` does; an empty split is not written.
+
+    Args:
+        task: the task.
+        data: the source, see `single_source`.
+        sizes: rows by split.
+        seed: of the draw and of the order.
+        output_dir: folder to create; an existing one is replaced as a whole.
+
+    Returns:
+        As `prepare`.
+
+    Raises:
+        MolaError: the source has too few rows, or a row does not fit.
+    """
+    from mola.data.draw.subset import draw_subset
+    from mola.data.spool import Spool
+
+    source = single_source(data)
+    wanted = {split: size for split, size in sizes.items() if size}
+    with complete_folder(output_dir) as (folder, scratch), Spool(scratch / "rows", last=PROMPT_COLUMNS) as spool:
+        subset = draw_subset(source, task, wanted, seed, spool, merged_row)
+        write_spooled(spool, subset.numbers, folder, scratch)
+    print(subset.summary())
+    print(f"written to {output_dir}")
+    candidates = subset.candidates
+    return {
+        "output_dir": str(output_dir),
+        "task": task.name,
+        "splits": {split: {"rows": size, "filtered": 0} for split, size in wanted.items()},
+        "shared_instructions": subset.shared_instructions,
+        "source": {
+            "rows": candidates.rows,
+            "candidates": len(candidates.numbers),
+            **candidates.left_out,
+            "groups": subset.num_groups,
+        },
+    }

@@ -1,0 +1,235 @@
+"""`mola generate`: one answer, or a loop that reads one instruction per line.
+
+- `generate_text` is the core: loaded model, one prompt.
+- Sampling happens if and only if it was asked for, whatever the base model ships as its default.
+- Standard output carries the generated text alone.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.generation import predicting
+from mola.models.loading import (
+    check_adapter,
+)
+from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.options.fields import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenerateOptions(ModelOptions):
+    """Options of `mola generate`."""
+
+    adapter: str | None = option(None, "Folder of an adapter.")
+    prompt: str | None = option(None, "Text to continue, used as it is.")
+    instruction: str | None = option(None, "Instruction, put through the template.")
+    input: str | None = option(None, "Context of the instruction.")
+    template: str = option("alpaca", "Prompt template for instructions.")
+    max_new_tokens: int = option(128, "Longest answer in tokens.")
+    temperature: float | None = option(
+        None, "Sampling temperature; 0 is greedy. Giving it, top_p or top_k turns sampling on."
+    )
+    top_p: float | None = option(None, "Sample from the most probable tokens that hold this probability.")
+    top_k: int | None = option(None, "Sample from this many most probable tokens.")
+    do_sample: bool | None = option(None, "Sample or not; by default only if a sampling value is given.")
+    seed: int | None = option(None, "Random seed; by default another one each time.")
+    stream: bool = option(True, "Print the text while it is generated.")
+
+
+def decoding_settings(
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    do_sample: bool | None = None,
+) -> dict[str, Any]:
+    """Checked settings as `transformers.GenerationConfig` wants them.
+
+    Args:
+        max_new_tokens: at least 1.
+        temperature: at least 0; 0 is greedy; None is 1 when sampling.
+        top_p: in (0, 1]; None keeps all tokens.
+        top_k: at least 1; None keeps all tokens.
+        do_sample: None samples if and only if one of the three is given and the temperature is not 0.
+
+    Returns:
+        Keyword arguments.
+
+    Raises:
+        MolaError: a value out of range, or values that contradict `do_sample`.
+    """
+    if max_new_tokens < 1:
+        raise MolaError(f"`max_new_tokens` must be at least 1: got {max_new_tokens}.")
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise MolaError(f"`temperature` must be 0 (greedy) or a positive number: got {temperature}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise MolaError(f"`top_p` must be above 0 and at most 1: got {top_p}. Pass 1 to keep all tokens.")
+    if top_k is not None and top_k < 1:
+        raise MolaError(f"`top_k` must be at least 1: got {top_k}. Leave it out to keep all tokens.")
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    if do_sample and temperature == 0:
+        raise MolaError("`do_sample` needs a `temperature` above 0: got 0, which is greedy. Leave one out.")
+    if do_sample is False and given and temperature != 0:
+        raise MolaError(
+            f"`do_sample` is off, so {', '.join(f'`{name}` {value}' for name, value in given.items())} would "
+            "do nothing. Leave out `do_sample` or these."
+        )
+    if do_sample is None:
+        do_sample = bool(given) and temperature != 0
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1}
+    if do_sample:
+        # 0 means "no limit" to Transformers, whose own default is 50.
+        settings.update({"temperature": 1.0, "top_p": 1.0, "top_k": 0}, **given)
+    return settings
+
+
+def generate_text(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    do_sample: bool | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
+) -> str:
+    """Text the model writes after `prompt`, without the prompt and without special tokens.
+
+    Args:
+        model: loaded causal language model; comes back in the state it was in.
+        tokenizer: its tokenizer.
+        prompt: text to continue.
+        max_new_tokens: see `decoding_settings`, as for the next four.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        top_k: sampling from the most probable tokens.
+        do_sample: None samples if a sampling value is given.
+        seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it.
+        streamer: receives the tokens while they come, such as a `transformers.TextStreamer`.
+
+    Returns:
+        The new text.
+
+    Raises:
+        MolaError: a value out of range, or a prompt too long for the model.
+    """
+    settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
+    encoded = predicting.encode_prompts(tokenizer, [prompt])
+    predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.max_positions(model.config))
+    with _seeded(seed), predicting.inference_state(model):
+        return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]
+
+
+def main(options: GenerateOptions) -> int:
+    """Run the command: one prompt, or lines from standard input until its end or `/exit`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        MolaError: wrong options, before the model is loaded.
+    """
+    prompt = _checked_prompt(options)
+    check_model(options)
+    if options.adapter is not None:
+        check_adapter(options.adapter)
+    tokenizer = tokenizer_for(options)
+    model = model_for(options, options.adapter)
+    # torch starts every process with the same state, so "another text each time" needs a fresh seed.
+    seed = torch.seed() % 2**63 if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    if _samples(options):
+        logger.info("Random seed %d.", seed)
+    if prompt is not None:
+        _answer(model, tokenizer, prompt, options)
+        return 0
+    template = get_template(options.template)
+    for line in _read_lines():
+        try:
+            _answer(model, tokenizer, template.prompt(line, ""), options)
+        except MolaError as error:  # such as a line too long: the loop goes on
+            print(error, file=sys.stderr)
+    return 0
+
+
+def _samples(options: GenerateOptions) -> bool:
+    values = options.temperature, options.top_p, options.top_k
+    return decoding_settings(options.max_new_tokens, *values, options.do_sample)["do_sample"]
+
+
+def _checked_prompt(options: GenerateOptions) -> str | None:
+    """Prompt of a single run, None for the loop."""
+    decoding_settings(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.do_sample)
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
+    template = get_template(options.template)
+    if options.prompt is not None and (options.instruction is not None or options.input is not None):
+        raise MolaError(
+            "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "
+            "Pass one of them."
+        )
+    if options.input is not None and options.instruction is None:
+        raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
+    if options.instruction is not None:
+        return template.prompt(options.instruction, options.input)
+    return options.prompt
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -> None:
+    streamer = None
+    if options.stream:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        do_sample=options.do_sample,
+        streamer=streamer,
+    )
+    if streamer is None:
+        print(text)
+    sys.stdout.flush()
+
+
+def _read_lines() -> Iterator[str]:
+    """Instructions from standard input; blank lines are skipped."""
+    is_interactive = sys.stdin.isatty()
+    if is_interactive:
+        print("One instruction per line; /exit or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if is_interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

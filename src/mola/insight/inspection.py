@@ -1,0 +1,140 @@
+"""A trained adapter on data: which experts work on which tokens, and how different they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mola.data.tokenized import IGNORED
+from mola.insight.ablation import LeftOut
+from mola.insight.agreement import AgreementCounter
+from mola.insight.recording import ModuleGates, gates_of_tokens
+from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
+from mola.insight.usage import ModuleUsage, UsageCounter
+from mola.tuner.layer import MolaLinear
+
+
+@dataclass(frozen=True)
+class ModuleRedundancy:
+    """How alike the experts of one module are; means over pairs of experts.
+
+    Attributes:
+        module: its name in the model.
+        layer_index: its decoder layer, None outside the layers.
+        distance: Frobenius distance of the updates, see `mola.insight.redundancy.expert_distances`.
+        input_overlap: overlap of what experts read, from 0 to 1; NaN where a matrix is zero.
+        output_overlap: overlap of what experts write.
+    """
+
+    module: str
+    layer_index: int | None
+    distance: float
+    input_overlap: float
+    output_overlap: float
+
+
+def redundancy_of(model: torch.nn.Module) -> list[ModuleRedundancy]:
+    """Redundancy of every module of the active adapters that has several experts."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, MolaLinear):
+            for adapter in module.active_adapters:
+                if module.num_experts.get(adapter, 1) > 1:
+                    factors = module.mola_A[adapter], module.mola_B[adapter]
+                    found.append(module_redundancy(name, module.layer_index, *factors, module.scaling[adapter]))
+    return found
+
+
+def module_redundancy(
+    module: str, layer_index: int | None, experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float
+) -> ModuleRedundancy:
+    """Redundancy of one module with several experts.
+
+    Args:
+        module: its name.
+        layer_index: its decoder layer.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, out)`.
+        scaling: `lora_alpha / r`.
+    """
+    distances = expert_distances(experts_A, experts_B, scaling)
+    overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
+    return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of the routers.
+
+    Attributes:
+        usage: use of experts by module, over groups of tokens.
+        modules: names of the modules with a row and a column in `agreement`.
+        agreement: Cramér's V of every pair of them, see `mola.insight.agreement.AgreementCounter`.
+        gates: of some samples, by their number: `module`, `layer_index` and `mean_gates` over the answer's tokens.
+    """
+
+    usage: dict[str, list[ModuleUsage]]
+    modules: list[str]
+    agreement: list[list[float]]
+    gates: dict[int, list[dict[str, Any]]]
+
+
+def look_at(
+    model: Any,
+    dataset: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, str]],
+    token_types: Callable[[Sequence[int]], list[str]],
+    examples: Collection[int] = (),
+    show_progress: bool = False,
+) -> Seen:
+    """Use of experts over samples, which are read one at a time: there is no padding to leave out.
+
+    Args:
+        model: with an adapter, in eval mode.
+        dataset: `input_ids` and `labels` of each sample, see `mola.data.encode.encode_examples`.
+        groups: column -> value of each sample, such as `{"subject": "physics"}`.
+        token_types: kind of each token, see `mola.insight.token_types.TokenTypes`.
+        examples: numbers of the samples whose gates are wanted.
+        show_progress: show a bar on standard error.
+
+    Returns:
+        The use over `all` tokens, over those of the `prompt` and of the `answer`, over those of a kind, named
+        `token=word` and so on, and over all tokens of every group, named `column=value`; agreement over all tokens.
+
+    Raises:
+        MolaError: no module has a router.
+    """
+    counters: dict[str, UsageCounter] = {name: UsageCounter() for name in ("all", "prompt", "answer")}
+    agreement, gates = AgreementCounter(), {}
+    samples = enumerate(zip(dataset, groups, strict=True))
+    bar = {"total": len(groups), "console": Console(stderr=True), "disable": not show_progress}
+    for number, (sample, group) in track(samples, "Looking at the experts", **bar):  # type: ignore[arg-type]
+        ids = list(sample["input_ids"])
+        recorded = gates_of_tokens(model, ids)
+        is_answer = torch.tensor([label != IGNORED for label in sample["labels"]])
+        masks = {"all": torch.ones_like(is_answer), "prompt": ~is_answer, "answer": is_answer}
+        types = token_types(ids)
+        masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in set(types)}
+        masks |= {f"{column}={value}": masks["all"] for column, value in group.items()}
+        for name, mask in masks.items():
+            counters.setdefault(name, UsageCounter()).add(recorded, mask)
+        agreement.add(recorded)
+        if number in examples:
+            gates[number] = [_mean_gates(each, is_answer) for each in recorded]
+    usage = {name: counter.usage() for name, counter in counters.items()}
+    return Seen(usage, agreement.modules, agreement.cramers_v().tolist(), gates)
+
+
+def _mean_gates(recorded: ModuleGates, mask: torch.Tensor) -> dict[str, Any]:
+    mean = recorded.gates[mask].mean(0) if len(mask) == len(recorded.gates) else recorded.gates.mean(0)
+    return {"module": recorded.module, "layer_index": recorded.layer_index, "mean_gates": mean.tolist()}
+
+
+def to_records(rows: Sequence[ModuleUsage] | Sequence[ModuleRedundancy] | Sequence[LeftOut]) -> list[dict[str, Any]]:
+    """Plain values for JSON, NaN as None."""
+    return [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows]

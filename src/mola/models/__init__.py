@@ -1,0 +1,1 @@
+"""Base models: loading them, their cost, converting adapters for them."""

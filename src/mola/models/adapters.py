@@ -1,0 +1,154 @@
+"""Adapters on disk and on a model: what a folder must hold, and that every tensor found its place.
+
+Adapters of any PEFT method load, not only ours; one that does not fit the model is an error.
+"""
+
+import copy
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
+
+from mola.checkpoints.formats import conversion_hint
+from mola.checkpoints.tensors import read_tensors
+from mola.errors import MolaError
+from mola.files.digests import WEIGHTS_FILES, find_weights
+from mola.files.failures import lack_of_memory
+from mola.files.reading import read_json
+from mola.tuner import MolaConfig  # this registers the method with PEFT
+from mola.tuner.loading import check_adapter_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the configuration of an adapter folder, and look at its weights.
+
+    Returns:
+        The content of its `adapter_config.json`.
+
+    Raises:
+        MolaError: no such folder, its `adapter_config.json` or weights are missing, unreadable or damaged, or it is in
+            a format that `mola convert` has to translate first.
+    """
+    folder = Path(adapter)
+    path = folder / "adapter_config.json"
+    if not os.path.isfile(path):
+        missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
+        raise MolaError(
+            f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
+            "Pass the folder that training or `mola convert` wrote."
+        )
+    if find_weights(folder) is None:
+        raise MolaError(
+            f"`adapter` has no weights: neither {' nor '.join(WEIGHTS_FILES)} is in "
+            f"{str(folder)!r}. Was the training interrupted before it saved?"
+        )
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise MolaError(f"`adapter` has a configuration that cannot be read: {error}. Check the file.") from error
+    except ValueError as error:
+        raise MolaError(f"`adapter` has a broken configuration: {path} is no JSON ({error}).") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise MolaError(f"`adapter` has a broken configuration: {path} has no `peft_type`.")
+    hint = conversion_hint(config, str(folder))
+    if hint:
+        raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
+    read_tensors(folder)  # cut off, damaged or not finite: known before a base model is loaded
+    return config
+
+
+def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Whether a mixture fits a model, with no weights of either needed.
+
+    Args:
+        model_on_meta: the base model on the meta device; the experts are put into it.
+        config: the adapter's configuration; stays as it is.
+        tensors: its tensors under the names they have in a file; only their shapes and values are looked at.
+
+    Raises:
+        MolaError: another kind of model, a tensor that is missing or unknown, another shape, or no finite values.
+    """
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
+    with torch.device("meta"):
+        adapted = get_peft_model(model_on_meta, config)
+    check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
+
+
+def as_mapping(
+    adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
+) -> dict[str, str | os.PathLike[str]]:
+    """Adapters as name -> folder, whatever way they were given.
+
+    Raises:
+        MolaError: a name that PyTorch can not use.
+    """
+    if adapter is None:
+        return {}
+    if not isinstance(adapter, Mapping):
+        return {"default": adapter}
+    for name in adapter:
+        if not name or "." in name:
+            raise MolaError(f"`adapter` needs names without dots, not empty: got {name!r}. Pass another name.")
+    return dict(adapter)
+
+
+def warn_other_base(
+    base_model: str | os.PathLike[str], folder: str | os.PathLike[str], config: Mapping[str, Any]
+) -> None:
+    """Say it when an adapter was trained on a base model of another name."""
+    recorded = config.get("base_model_name_or_path")
+    # Folders move and hub ids lose their owner: only the last part says which model it is.
+    if recorded and Path(recorded).name != Path(base_model).name:
+        logger.warning(
+            "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
+            "the same weights.",
+            folder,
+            recorded,
+            os.fspath(base_model),
+        )
+
+
+def attach(model: Any, name: str, folder: str) -> PeftModel:
+    """Add one adapter and check that every one of its tensors found its place."""
+    try:
+        with warnings.catch_warnings():
+            # Missing tensors are an error below, so PEFT's own warning would only repeat it.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            if not isinstance(model, PeftModel):
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
+            # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
+            result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if lack_of_memory(error):
+            raise
+        raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
+    missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
+    for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):
+        if keys:
+            raise MolaError(
+                f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "
+                f"such as {keys[0]!r}. Pass the base model it was trained on, or save the adapter again."
+            )
+    return model
+
+
+def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:
+    """Keys that are one adapter's; PEFT looks for the name anywhere, so `"b"` also finds `"base_model"`."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, "")
+    parts = [(key, key.split(".")) for key in keys]
+    return [
+        key
+        for key, path in parts
+        if any(before.startswith(prefix) and part == name for before, part in itertools.pairwise(path))
+    ]

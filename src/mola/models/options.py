@@ -1,0 +1,64 @@
+"""What commands that answer with a model have in common: options of the base model, their checks, loading."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mola.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.models.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
+from mola.options.fields import option
+
+
+@dataclass
+class ModelOptions:
+    """Which base model, and how it is loaded; commands add their own options."""
+
+    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
+    _: KW_ONLY
+    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    load_in_8bit: bool = quantization_option("load_in_8bit")
+    load_in_4bit: bool = quantization_option("load_in_4bit")
+    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
+    gguf_file: str | None = quantization_option("gguf_file")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    trust_remote_code: bool = option(False, "Run code shipped with the model.")
+
+
+def check_model(options: ModelOptions) -> PretrainedConfig:
+    """Check the options of the base model; loads no weights.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        MolaError: a device, number format, quantisation or model that is not there or does not fit.
+    """
+    device, quantization = resolve_device(options.device), quantization_of(options)
+    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_quantized_base(options.base_model, config, quantization, device)
+    return config
+
+
+def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; see `mola.models.loading.load_tokenizer`."""
+    return load_tokenizer(options.base_model, padding_side, options.trust_remote_code, options.gguf_file)
+
+
+def model_for(
+    options: ModelOptions, adapter: str | Mapping[str, str | os.PathLike[str]] | None
+) -> PreTrainedModel | PeftModel:
+    """The base model with its adapters; see `mola.models.loading.load_model`."""
+    return load_model(
+        options.base_model,
+        adapter,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        quantization=quantization_of(options),
+    )

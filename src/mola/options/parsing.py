@@ -1,0 +1,243 @@
+"""Options of a command from its flags and, with `--config`, a YAML recipe.
+
+Flags are those of the command's options dataclass, with underscores or dashes. A recipe gives options by
+the same names; flags win. Unknown flags and keys are refused before anything else happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from mola.errors import MolaError
+from mola.files.reading import BoundedLoader, parse_yaml, read_text
+
+if TYPE_CHECKING:
+    from argparse import Action, ArgumentParser
+
+
+def parse(
+    options_class: Any,
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    summary: str = "",
+    positional: str | None = None,
+    bare_no: bool = False,
+) -> Any:
+    """Options from flags and, with `--config`, a YAML recipe.
+
+    Args:
+        options_class: dataclass of options.
+        arguments: the words after the command.
+        prog: how the command is called, for the help text.
+        summary: one line for the help text.
+        positional: option that a first word without dashes sets.
+        bare_no: accept `--noflag` for `--flag=false`.
+
+    Raises:
+        MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
+            options contradict each other.
+        SystemExit: after `--help`.
+    """
+    arguments, recipe = _take_config(list(arguments))
+    if positional and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{positional}={arguments[0]}", *arguments[1:]]
+    if bare_no:
+        arguments = _without_bare_no(arguments, options_class)
+    parser, flags = _make_parser(options_class, prog, summary)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
+    flags |= {"--config": parser._actions[-1]}
+    # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.
+    for word in arguments:
+        if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
+            raise MolaError(_unknown(word.partition("=")[0], flags))
+    if recipe is not None:
+        values = read_recipe(recipe)
+        arguments = _recipe_flags(values, recipe, parser, flags, get_type_hints(options_class)) + arguments
+    _, stray = parser.parse_known_args(arguments)
+    if stray:
+        raise MolaError(_unknown(stray[0], flags))
+    try:
+        options, *_ = parser.parse_args_into_dataclasses(
+            args=arguments, look_for_args_file=False, return_remaining_strings=True
+        )
+    except MolaError:
+        raise
+    except json.JSONDecodeError as error:
+        raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
+    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+        raise MolaError(str(error)) from error
+    return options
+
+
+def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Some options of a dataclass, given as a mapping, checked and converted as flags are.
+
+    Args:
+        options_class: dataclass of options, none of them required.
+        values: option name -> value as YAML or JSON has it.
+        source: where the values are from, for messages.
+
+    Returns:
+        Field name -> value, of the options given only.
+
+    Raises:
+        MolaError: a name is unknown or a value does not fit.
+    """
+    parser, flags = _make_parser(options_class)
+    options = parser.parse_args(_recipe_flags(values, source, parser, flags, get_type_hints(options_class)))
+    names = [flags[f"--{key}"].dest for key in values]
+    return {name: getattr(options, name) for name in names}
+
+
+def _make_parser(
+    options_class: Any, prog: str | None = None, summary: str | None = None
+) -> tuple[HfArgumentParser, dict[str, Action]]:
+    """A parser that raises errors, and its flags."""
+    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser, {option: action for action in parser._actions for option in action.option_strings}
+
+
+def _without_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:
+    switches = [name for name, kind in get_type_hints(options_class).items() if kind is bool]
+    spelled = {f"--no{name}": f"--{name}=false" for name in switches}
+    return [spelled.get(word, word) for word in arguments]
+
+
+def _refuse(message: str) -> NoReturn:
+    """Instead of argparse's error, which prints every flag there is first."""
+    raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
+
+
+def _unknown(word: str, flags: Mapping[str, Action]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag. Write every option as --flag value."
+    # Every flag is there with underscores and with dashes; one of the two is enough of a hint.
+    names = [name for name in flags if "-" not in name.removeprefix("--")]
+    close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"there is no flag {word}.{hint} Run the command with --help for the list."
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    recipe, rest = None, []
+    position = 0
+    while position < len(arguments):
+        flag, equals, value = arguments[position].partition("=")
+        if flag != "--config":
+            rest.append(arguments[position])
+        elif equals:
+            recipe = value
+        elif position + 1 < len(arguments):
+            position += 1
+            recipe = arguments[position]
+        else:
+            raise MolaError("`--config` needs the name of a YAML file after it.")
+        position += 1
+    return rest, recipe
+
+
+def _recipe_flags(
+    values: Mapping[str, Any],
+    recipe: str,
+    parser: ArgumentParser,
+    flags: Mapping[str, Action],
+    types: Mapping[str, Any],
+) -> list[str]:
+    """A recipe's values as flags, so that argparse checks and converts them like any others."""
+    arguments = []
+    for key, value in values.items():
+        flag = f"--{key}"
+        if flag not in flags or key in ("config", "help"):
+            close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise MolaError(f"`{key}` in {recipe} is no option of this command.{hint} Run it with --help for the list.")
+        action = flags[flag]
+        if value is None:
+            if type(None) not in getattr(types.get(action.dest), "__args__", ()):
+                raise MolaError(f"`{key}` in {recipe} needs a value: it is empty. Fill it in or leave the line out.")
+            parser.set_defaults(**{action.dest: None})
+        elif isinstance(value, list) and action.nargs == "+":
+            arguments += [flag, *(_recipe_text(item) for item in value)]
+        else:
+            arguments.append(f"{flag}={_recipe_text(value)}")
+    return arguments
+
+
+def _recipe_text(value: Any) -> str:
+    """A recipe's value as one would write it on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        try:
+            return json.dumps(value)
+        except TypeError as error:  # YAML has dates
+            raise MolaError(
+                f"a recipe's mapping must hold text, numbers and truth values ({error}): quote it."
+            ) from error
+    if isinstance(value, list):
+        return ",".join(_recipe_text(item) for item in value)
+    return str(value)
+
+
+class _RecipeLoader(BoundedLoader):
+    """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key occurs twice; only the last value would count.
+        """
+        mapping = super().construct_mapping(node, deep=deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        counts = Counter(keys)
+        for key in mapping:
+            if counts[key] > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
+        return mapping
+
+
+_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    _REPLACED_TAGS[0], re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_RecipeLoader.add_implicit_resolver(
+    _REPLACED_TAGS[1],
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a YAML recipe: a mapping from option names to values.
+
+    Raises:
+        MolaError: not there, no YAML, or no mapping.
+    """
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise MolaError(f"`config` can not be read: {path!r} ({error}).") from error
+    try:
+        recipe = parse_yaml(text, _RecipeLoader)
+    except ValueError as error:
+        raise MolaError(f"`config` is no YAML: {path!r}: {error}. Correct the file.") from error
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise MolaError(f"`config` must be a mapping from option names to values: {path!r} holds {recipe!r}.")
+    return recipe

@@ -1,0 +1,143 @@
+"""What the saved adapter says by itself: values by layer, and how alike its experts are."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mola.errors import MolaError
+from mola.files.atomic import read_json_object
+from mola.files.digests import check_digest
+from mola.files.schema import TEXT, check_form
+from mola.insight.inspection import ModuleRedundancy, module_redundancy
+from mola.reporting.formatting import layer_order
+from mola.reporting.schema import PER_LAYER
+from mola.tuner.loading import check_finite
+from mola.tuner.notation import resolve_per_layer
+from mola.tuner.stacks import layer_index
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One decoder layer of an adapter; its modules have the same settings.
+
+    Attributes:
+        layer_index: the layer.
+        num_experts: experts of each module.
+        top_k: of them chosen for a token.
+        r: rank of each.
+        expert_values: trained values of the experts of all modules.
+        router_values: trained values of their routers.
+    """
+
+    layer_index: int | None
+    num_experts: int
+    top_k: int
+    r: int
+    expert_values: int
+    router_values: int
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter on disk.
+
+    Attributes:
+        config: its `adapter_config.json`.
+        layers: its layers, lowest first; empty for an adapter of another method.
+        redundancy: likeness of the experts of every module that has several.
+    """
+
+    config: Mapping[str, Any]
+    layers: Sequence[LayerExperts]
+    redundancy: Sequence[ModuleRedundancy]
+
+
+def read_adapter_weights(folder: Path) -> AdapterWeights | None:
+    """Read an adapter, one module at a time; None if the folder has none.
+
+    Args:
+        folder: a run folder.
+    """
+    config, path = read_json_object(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if not config or not path.is_file():
+        return None
+    if config.get("peft_type") != "MOLA":
+        return AdapterWeights(config, [], [])
+    check_form(config, PER_LAYER, str(folder / "adapter_config.json"), "Restore the file.")
+    if not isinstance(config.get("target_modules"), str):
+        check_form(
+            config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
+        )
+    check_digest(folder)
+    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
+    experts: dict[int | None, int] = {}
+    redundancy = []
+    with _opened(path) as file:
+        names = list(file.keys())
+        dtypes = {file.get_slice(name).get_dtype() for name in names if "mola_" in name}
+        if not dtypes <= {"F64", "F32", "F16", "BF16"}:
+            raise MolaError(f"{str(path)!r} must hold floating-point numbers: got {sorted(dtypes)}. Restore the file.")
+        _check_shapes({name: file.get_slice(name).get_shape() for name in names if "mola_" in name}, path)
+        for name in names:
+            if "mola_" in name:
+                shape = file.get_slice(name).get_shape()
+                values[layer_index(name)]["mola_router" in name] += math.prod(shape)
+                experts[layer_index(name)] = shape[0]
+        for name in sorted(names, key=_place):
+            if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
+                redundancy.append(_redundancy(file, path, name, config))
+    layers = [
+        LayerExperts(layer, experts[layer], *(_of_layer(config, name, layer) for name in ("top_k", "r")), *both)
+        for layer, both in sorted(values.items(), key=lambda item: layer_order(item[0]))
+    ]
+    return AdapterWeights(config, layers, redundancy)
+
+
+def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
+    module, layer = name.removesuffix(".mola_A"), layer_index(name)
+    experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
+    check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
+    return module_redundancy(module, layer, experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
+
+
+def _of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
+    """One number for all layers, or one for each."""
+    setting, index = config[name], layer or 0
+    num_layers = max(index + 1, len(setting) if isinstance(setting, list) else 0)
+    return resolve_per_layer(setting, num_layers, name)[index]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
+
+
+def _check_shapes(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+    """A is `(E, r, in)`, B `(E, r, out)`, the router `(E, in)`."""
+    for name, shape in shapes.items():
+        part = name.rpartition("mola_")[2]
+        valid = len(shape) == (2 if part == "router" else 3) and all(shape) and part in ("A", "B", "router")
+        if part == "A":
+            other = shapes.get(f"{name.removesuffix('A')}B", [])
+            valid = valid and list(other[:2]) == list(shape[:2])
+        if not valid:
+            raise MolaError(
+                f"{str(path)!r} must hold experts as mola writes them: {name!r} has shape {list(shape)}, or lacks its "
+                "counterpart. Restore the file, or train again."
+            )
+
+
+def _place(name: str) -> tuple[float, str]:
+    return layer_order(layer_index(name)), name

@@ -1,0 +1,293 @@
+"""`mola inspect`: what the routers of an adapter do on data, and how different its experts are."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, product
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mola.data.encode import encode_examples
+from mola.data.prepare import load_examples
+from mola.data.tasks import Task, load_task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.evaluation.core import check_positive
+from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
+from mola.files.environment import software_versions
+from mola.generation.predicting import max_positions
+from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
+from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
+from mola.insight.token_types import TokenTypes
+from mola.insight.usage import ModuleUsage
+from mola.models.loading import check_adapter
+from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.options.fields import mapping, option
+from mola.reporting.inspection_page import render_inspection
+
+__all__ = ["InspectOptions", "InspectResult", "inspect", "main"]
+
+_NO_LIMIT = 1 << 30
+
+
+@dataclass
+class InspectOptions(ModelOptions):
+    """Options of `mola inspect`."""
+
+    adapter: str = field(metadata={"help": "Folder of an adapter."})
+    data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
+    task: str = option("scienceqa", "Name of a task, or a task file (YAML).")
+    split: str = option("test", "Split to read where the data has several.")
+    filters: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keep the rows whose columns have these values (or one of a list): a mapping, JSON."},
+    )
+    limit: int | None = option(200, "Look at the first so many samples only.")
+    template: str | None = option(None, "Prompt template; by default the task's own.")
+    examples: int = option(8, "Put the experts' mean gates of so many single samples into the result file.")
+    leave_one_out: str = option(
+        "none",
+        "Measure the loss on answers without each expert: none, layers (an expert's number in all modules of a layer) "
+        "or modules. It takes one forward pass per expert and sample.",
+    )
+    leave_one_out_limit: int = option(16, "Measure this on the first so many samples only.")
+    json: str | None = option(None, "Result file (JSON) with every module.")
+    html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.")
+    overwrite: bool = option(False, "Replace existing results.")
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What was seen.
+
+    Attributes:
+        usage: use of experts by module, over `all` tokens, the `prompt`, the `answer`, and every group of samples.
+        redundancy: likeness of experts by module.
+        agreement: `modules`, and `cramers_v` of every pair of them.
+        examples: some samples with the mean gates over their answers.
+        samples: how many samples were looked at.
+        settings: the options.
+        leave_one_out: change of the loss without each expert; None unless asked for.
+        leave_one_out_baseline: `loss` of the whole model and the number of `samples` it was measured on.
+    """
+
+    usage: dict[str, list[ModuleUsage]]
+    redundancy: list[ModuleRedundancy]
+    agreement: dict[str, Any]
+    examples: list[dict[str, Any]]
+    samples: int
+    settings: dict[str, Any]
+    leave_one_out: list[LeftOut] | None = None
+    leave_one_out_baseline: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "samples": self.samples,
+            "usage": {name: to_records(rows) for name, rows in self.usage.items()},
+            "redundancy": to_records(self.redundancy),
+            "agreement": self.agreement,
+            "examples": self.examples,
+            "leave_one_out": None if self.leave_one_out is None else to_records(self.leave_one_out),
+            "leave_one_out_baseline": self.leave_one_out_baseline,
+            "settings": self.settings,
+            "versions": software_versions(),
+        }
+
+
+def inspect(options: InspectOptions) -> InspectResult:
+    """Look at an adapter's experts.
+
+    Args:
+        options: what to look at.
+
+    Raises:
+        MolaError: options or data are wrong, before weights are loaded; the adapter has no router.
+    """
+    samples = _check(options)
+    model = model_for(options, options.adapter)
+    redundancy = redundancy_of(model)
+    if not redundancy:
+        raise MolaError(
+            f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
+            "nothing to look at."
+        )
+    is_terminal = Console(stderr=True).is_terminal
+    groups = [_groups(example, samples.task) for example in samples.examples]
+    chosen = spread(options.examples, len(groups))
+    types = TokenTypes(samples.tokenizer)
+    seen = look_at(model, samples.dataset, groups, types, chosen, show_progress=is_terminal)
+    result = InspectResult(
+        seen.usage,
+        redundancy,
+        {"modules": seen.modules, "cramers_v": seen.agreement},
+        [_example(number, samples, groups[number]) | {"experts": seen.gates[number]} for number in chosen],
+        len(groups),
+        asdict(options),
+    )
+    if options.leave_one_out != "none":
+        result = _leave_one_out(result, model, samples, options, is_terminal)
+    if options.json is not None:
+        atomic_write_json(options.json, result.to_dict())
+    if options.html is not None:
+        atomic_write_text(options.html, render_inspection(options.adapter, result.to_dict()))
+    return result
+
+
+def _leave_one_out(
+    result: InspectResult, model: Any, samples: _Samples, options: InspectOptions, is_terminal: bool
+) -> InspectResult:
+    count = min(options.leave_one_out_limit, len(samples.examples))
+    wanted = experiments(model, options.leave_one_out)
+    passes = (len(wanted) + 1) * count
+    Console(stderr=True).print(
+        f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
+    )
+    dataset = [samples.dataset[number] for number in range(count)]
+    loss, found = losses_without(model, dataset, wanted, show_progress=is_terminal)
+    return replace(result, leave_one_out=found, leave_one_out_baseline={"loss": loss, "samples": count})
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Up to `count` numbers below `total`, spread evenly, from 0 on."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def main(options: InspectOptions) -> int:
+    """Run the command and print a table by layer.
+
+    Returns:
+        The exit code, 0.
+    """
+    result = inspect(options)
+    console = Console()
+    console.print(_table(result))
+    if options.json is not None:
+        console.print(f"Every module is in {options.json}", highlight=False, markup=False)
+    if options.html is not None:
+        console.print(f"Open {options.html} in a browser", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+class _Samples(NamedTuple):
+    """What is looked at: rows, the same encoded, and what they were encoded with."""
+
+    examples: list[dict[str, Any]]
+    dataset: Any
+    task: Task
+    template: Any
+    tokenizer: Any
+
+
+def _check(options: InspectOptions) -> _Samples:
+    """Everything that can be wrong without weights; the encoded samples."""
+    check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
+    if options.examples < 0:
+        raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
+    if options.leave_one_out not in LEAVE_ONE_OUT:
+        raise MolaError(
+            f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
+        )
+    config = check_model(options)
+    check_adapter(options.adapter)
+    for name in ("json", "html"):
+        path = getattr(options, name)
+        if path is not None:
+            check_new_file(name, path, options.overwrite)
+    task = load_task(options.task)
+    template = get_template(options.template or task.template)
+    filters = mapping("filters", options.filters)
+    examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
+    tokenizer = tokenizer_for(options, "right")
+    cutoff = max_positions(config) or _NO_LIMIT
+    dataset, _ = encode_examples(examples, tokenizer, template, cutoff_len=cutoff)
+    return _Samples(examples, dataset, task, template, tokenizer)
+
+
+def _groups(example: dict[str, Any], task: Task) -> dict[str, str]:
+    return {name: str(example[name]) for name in task.groups if name in example}
+
+
+def _example(number: int, samples: _Samples, groups: dict[str, str]) -> dict[str, Any]:
+    example = samples.examples[number]
+    return {
+        "id": str(example.get("id", number)),
+        "prompt": samples.template.prompt(example["instruction"], example.get("input")),
+        "answer": example["output"],
+        "groups": groups,
+    }
+
+
+_CAPTION = (
+    "Means over the modules of a layer; dead: experts that no token chose; agreement: of the modules' choices with "
+    "each other, and with those of the layer below."
+)
+
+
+def _table(result: InspectResult) -> Table:
+    table = Table(title=escape(f"{result.settings['adapter']}: {result.samples} samples"), caption=_CAPTION)
+    columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
+    columns += ["output overlap", "agreement", "below"]
+    if result.leave_one_out is not None:
+        columns += ["loss without an expert, least", "most"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    usage, redundancy, left_out = (
+        _by_layer(rows) for rows in (result.usage["all"], result.redundancy, result.leave_one_out or ())
+    )
+    agreement = _agreement_by_layer(result)
+    for layer, rows in usage.items():
+        others = redundancy[layer]
+        cells = [
+            "-" if layer is None else str(layer),
+            ", ".join(str(number) for number in sorted({len(row.shares) for row in rows})),
+            *(f"{fmean(getattr(row, name) for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
+            str(sum(len(row.dead_experts) for row in rows)),
+            f"{fmean(row.distance for row in others):.3g}",
+            _two_digits(fmean(row.input_overlap for row in others)),
+            _two_digits(fmean(row.output_overlap for row in others)),
+            *map(_two_digits, agreement.get(layer, (math.nan, math.nan))),
+        ]
+        changes = [row.loss_change for row in left_out[layer]]
+        table.add_row(*cells, *(f"{pick(changes):+.4f}" for pick in (min, max) if changes))
+    return table
+
+
+def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
+    layers = defaultdict(list)
+    for row in rows:
+        layers[row.layer_index].append(row)
+    return layers
+
+
+def _agreement_by_layer(result: InspectResult) -> dict[int | None, tuple[float, float]]:
+    """Mean agreement of the modules of each layer with each other, and with those of the layer below."""
+    index_of = {row.module: row.layer_index for row in result.usage["all"]}
+    places = defaultdict(list)
+    for place, module in enumerate(result.agreement["modules"]):
+        places[index_of[module]].append(place)
+    values = result.agreement["cramers_v"]
+
+    def mean(pairs: Iterable[tuple[int, int]]) -> float:
+        found = [values[one][other] for one, other in pairs]
+        return fmean(found) if found else math.nan
+
+    return {
+        layer: (
+            mean(combinations(own, 2)),
+            mean(product(own, places.get(layer - 1, ()) if layer is not None else ())),
+        )
+        for layer, own in places.items()
+    }
+
+
+def _two_digits(value: float) -> str:
+    return "-" if value != value else f"{value:.2f}"  # not a number: a factor is zero, or there is no pair

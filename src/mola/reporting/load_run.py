@@ -1,0 +1,150 @@
+"""What a run folder holds. A file that is not there is None; one that is there and is something else is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.atomic import read_json_object
+from mola.files.reading import json_lines
+from mola.files.schema import check_form
+from mola.insight import ROUTING_FILE
+from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights
+from mola.reporting.routing_log import RoutingLog, read_routing_log
+from mola.reporting.schema import EVALUATION, INSPECTION, INTERVAL, LOSS, RECORD
+
+_CURE = "Restore the file, or remove it."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what is known about it.
+
+    Attributes:
+        folder: the run folder, as the user named it.
+        record: its `run.json`.
+        curves: losses by step, `training` and `evaluation`; those without a value are left out.
+        adapter: its `adapter_config.json` and what its weights say; None before the run has saved any.
+        routing: the telemetry of the routers over training.
+        before: result of `mola evaluate` without the adapter.
+        after: the same with it.
+        inspection: result of `mola inspect`.
+        paths: where `before`, `after` and `inspection` are, or would be.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    curves: Mapping[str, list[tuple[int, float]]]
+    adapter: AdapterWeights | None
+    routing: RoutingLog | None
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    inspection: Mapping[str, Any] | None
+    paths: Mapping[str, Path]
+
+    @property
+    def name(self) -> str:
+        """What the run is called: its repository on the hub, or its folder."""
+        return str(self.record.get("repository") or self.folder.resolve().name)
+
+
+def gather(run_dir: str, before: str | None = None, after: str | None = None, inspection: str | None = None) -> Run:
+    """Read a run folder.
+
+    Args:
+        run_dir: the folder.
+        before: result of `mola evaluate` without the adapter; None takes before.json of the folder, if there is one.
+        after: the same with the adapter; None takes after.json.
+        inspection: result of `mola inspect`; None takes inspect.json.
+
+    Raises:
+        MolaError: no run in the folder, or a file that is not what it should be.
+    """
+    folder, record = Path(run_dir), read_record(run_dir)
+    paths = {
+        "before": Path(before or folder / "before.json"),
+        "after": Path(after or folder / "after.json"),
+        "inspection": Path(inspection or folder / "inspect.json"),
+    }
+    given = {"before": before, "after": after, "inspection": inspection}
+    for name, value in given.items():
+        if value is not None and not paths[name].is_file():
+            raise MolaError(f"`{name}` must be a file: {value!r} is none. Pass another one, or leave the option out.")
+    return Run(
+        folder,
+        record,
+        read_losses(folder / "metrics.jsonl"),
+        read_adapter_weights(folder),
+        read_routing_log(_intervals(folder / ROUTING_FILE)),
+        _result("before", paths["before"], EVALUATION, "mola evaluate"),
+        _result("after", paths["after"], EVALUATION, "mola evaluate"),
+        _result("inspection", paths["inspection"], INSPECTION, "mola inspect"),
+        paths,
+    )
+
+
+def read_record(run_dir: str) -> dict[str, Any]:
+    """The `run.json` of a run folder.
+
+    Raises:
+        MolaError: it is not there, or says nothing about a run.
+    """
+    record = read_json_object(Path(run_dir) / "run.json")
+    if "settings" not in record:
+        missing = "it has no run.json that tells of a run" if Path(run_dir).is_dir() else "there is no such folder"
+        raise MolaError(
+            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
+        )
+    check_form(record, RECORD, str(Path(run_dir) / "run.json"), "Restore the file, or train again.")
+    return record
+
+
+def read_losses(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Training and evaluation loss by step, the last one where a step has several.
+
+    Args:
+        path: the `metrics.jsonl` of a run.
+    """
+    curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
+    for entry in json_lines(path):
+        if entry.get("loss") is not None or entry.get("eval_loss") is not None:
+            check_form(entry, LOSS, str(path), _CURE)
+        for label, key in (("training", "loss"), ("evaluation", "eval_loss")):
+            if entry.get(key) is not None:
+                curves[label][entry["step"]] = entry[key]
+    return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
+
+
+def _intervals(path: Path) -> Iterator[dict[str, Any]]:
+    for entry in json_lines(path):
+        check_form(entry, INTERVAL, str(path), _CURE)
+        yield entry
+
+
+def _result(option: str, path: Path, form: Mapping[str, Any], command: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    if not {key for key in form if not key.endswith("?")} <= content.keys():
+        raise MolaError(
+            f"`{option}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
+        )
+    check_form(content, form, str(path), f"Run `{command}` again, pass another file, or remove it.")
+    if form is INSPECTION:
+        _check_square(content, path)
+    return content
+
+
+def _check_square(content: Mapping[str, Any], path: Path) -> None:
+    agreement = content.get("agreement")
+    if not isinstance(agreement, dict):
+        return
+    size, rows = len(agreement["modules"]), agreement["cramers_v"]
+    if len(rows) != size or any(len(row) != size for row in rows):
+        raise MolaError(
+            f"`agreement.cramers_v` must have {size} rows of {size}, one for each of `modules`, in {str(path)!r}. Run "
+            "`mola inspect` again, pass another file, or remove it."
+        )

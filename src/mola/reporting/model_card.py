@@ -1,0 +1,260 @@
+"""The model card of a run: README.md in its folder, from what the folder holds.
+
+A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.ownership`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_text, read_json_object
+from mola.files.ownership import is_own_file, with_mark
+from mola.reporting.loss_plot import PLOT_FILE, plot_losses, read_curves
+from mola.tuner.stacks import layer_index
+
+CARD_FILE = "README.md"
+
+logger = logging.getLogger(__name__)
+
+_METRICS = {"train_loss": "training loss", "eval_loss": "evaluation loss"}
+_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "weight_decay",
+    "dtype",
+    "cutoff_len",
+    "template",
+    "train_on_inputs",
+    "seed",
+)
+
+
+def write_model_card(folder: str | Path, results: Sequence[str | Path] = ()) -> Path | None:
+    """Write the card of a finished run again, for example with the accuracy that `mola evaluate` measured.
+
+    Args:
+        folder: the run folder.
+        results: result files of `mola evaluate`.
+
+    Returns:
+        The card, or None if there is one that was written or changed by hand; that one is kept.
+
+    Raises:
+        MolaError: the folder holds no finished run, or a file is no result of `mola evaluate`.
+    """
+    record = read_json_object(Path(folder) / "run.json")
+    if record.get("status") not in ("finished", "interrupted"):
+        raise MolaError(f"`folder` must hold a finished run: {str(folder)!r} has no run.json that says so.")
+    evaluations = []
+    for result in results:
+        content = read_json_object(result)
+        if not {"accuracy", "total", "interval_95", "settings"} <= content.keys():
+            raise MolaError(f"`results` must be result files of `mola evaluate`: {str(result)!r} is none.")
+        evaluations.append(content)
+    return write_card(Path(folder), record, evaluations)
+
+
+def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()) -> Path | None:
+    """Write the card and the picture of the loss.
+
+    Args:
+        folder: the run folder, with the adapter in it.
+        record: the content of its `run.json`.
+        evaluations: results of `mola evaluate`.
+
+    Returns:
+        As `write_model_card`.
+    """
+    path = folder / CARD_FILE
+    if path.exists() and not is_own_file(path):
+        logger.warning("%s was not written by mola, or was changed since: it is kept, no model card is written.", path)
+        return None
+    curves = read_curves(folder / "metrics.jsonl")
+    has_plot = plot_losses(curves, folder / PLOT_FILE)
+    if not has_plot:
+        (folder / PLOT_FILE).unlink(missing_ok=True)
+    text = render_card(folder, record, evaluations, has_plot=has_plot)
+    return atomic_write_text(path, with_mark(text))
+
+
+def render_card(
+    folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = (), *, has_plot: bool = False
+) -> str:
+    """The card's text; arguments as `write_card`.
+
+    Args:
+        folder: the run folder.
+        record: the content of its `run.json`.
+        evaluations: results of `mola evaluate`.
+        has_plot: whether the picture of the loss is there.
+    """
+    settings = record["settings"]
+    config = read_json_object(folder / "adapter_config.json")
+    place = record.get("repository") or str(folder)
+    sections = [
+        f"# {place.rstrip('/').rpartition('/')[2]}",
+        _introduction(config, settings, record),
+        _usage(place, settings["base_model"]),
+        "## Experts\n\n" + _experts(config, folder),
+        "## Training\n\n" + _training(record),
+        "## Data\n\n" + _data(record),
+        "## Results\n\n" + _results(record, evaluations),
+        "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else _NO_PLOT),
+        "## Versions\n\n" + _table(("software", "version"), record["versions"].items()),
+    ]
+    card = ModelCard(f"---\n{_front_matter(record).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return str(card)
+
+
+_NO_PLOT = (
+    "No picture: matplotlib (`pip install 'mola-peft[plot]'`) was not installed, or nothing was logged. "
+    "The curve is in `metrics.jsonl`."
+)
+
+
+def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
+    """Only names that mean the same elsewhere: the hub refuses a folder of this machine. The licence is the user's."""
+    base, data = record["settings"]["base_model"], record["settings"]["data"]
+    return ModelCardData(
+        base_model=None if Path(base).exists() else base,
+        datasets=None if Path(data).exists() else [data],
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["mola", "mixture-of-experts", "lora", "peft"],
+    )
+
+
+def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    kind = config.get("peft_type")
+    method = "A mixture of LoRA experts" if kind == "MOLA" else f"A {kind} adapter"
+    start = f", trained on from the adapter `{settings['adapter']}`" if settings.get("adapter") else ""
+    return f"{method} for `{settings['base_model']}`{start}. {record['trainable_parameters']:,} values are trained."
+
+
+def _usage(place: str, base: str) -> str:
+    return f"""\
+## Use
+
+With `pip install mola-peft`; importing mola makes PEFT know the method.
+
+```python
+import mola
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```
+
+With a base model that is loaded already:
+
+```python
+import mola
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{place}")
+```"""
+
+
+def _experts(config: Mapping[str, Any], folder: Path) -> str:
+    """One row per run of equal layers; each figure is for one layer."""
+    if config.get("peft_type") != "MOLA":
+        return f"The adapter is of type {config.get('peft_type')}: it has none."
+    counts = _values_per_layer(folder / "adapter_model.safetensors")
+    settings = [config[name] for name in ("num_experts", "top_k", "r")]  # one number for all layers, or one for each
+    rows = {
+        layer: (*(value[layer] if isinstance(value, list) else value for value in settings), *counts[layer])
+        for layer in sorted(counts)
+    }
+    grouped = []
+    for row, members in groupby(rows, key=rows.__getitem__):
+        layers = list(members)
+        name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
+    header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
+    modules = ", ".join(f"`{name}`" for name in sorted(config.get("target_modules") or []))
+    return f"{_table(header, grouped)}\n\nAdapted modules: {modules}."
+
+
+def _values_per_layer(weights: Path) -> dict[int, tuple[int, int]]:
+    """Layer -> number of values of its experts and of its routers, by the saved tensors."""
+    counts: dict[int, tuple[int, int]] = {}
+    with safe_open(weights, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            layer, size = layer_index(name), 1
+            if layer is None or "mola_" not in name:
+                continue
+            for extent in file.get_slice(name).get_shape():
+                size *= extent
+            experts, routers = counts.get(layer, (0, 0))
+            is_router = "mola_router" in name
+            counts[layer] = (experts + size * (not is_router), routers + size * is_router)
+    return counts
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    settings = {name: record["settings"].get(name) for name in _SETTINGS}
+    values = {
+        **record["adapter_settings"],
+        **settings,
+        "effective_batch_size": record["effective_batch_size"],
+        "quantization": record.get("quantization"),
+    }
+    table = _table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
+    word, *rest = record["command"]
+    if Path(word).name == "mola":
+        command = f"```bash\n{shlex.join(['mola', *rest])}\n```"
+    else:
+        command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
+    processor = record["machine"].get("gpu") or record["machine"]["cpu"]
+    length = f"{record['steps']} steps, {record['status']}, in {record['seconds']:.0f} s on {processor}."
+    return f"{table}\n\n{length}\n\n{command}"
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    rows = [
+        (part, report["kept"], report["tokens"], report["trained_tokens"], f"`{record['data_fingerprints'][part]}`")
+        for part, report in record["data"].items()
+    ]
+    table = _table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows)
+    task = record["settings"].get("task")
+    return f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}.\n\n{table}"
+
+
+def _results(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (label, f"{record['metrics'][name]:.4f}", "") for name, label in _METRICS.items() if name in record["metrics"]
+    ]
+    for result in evaluations:
+        settings, (low, high) = result["settings"], result["interval_95"]
+        name = f"accuracy, {settings.get('task')}, {result['total']} samples of `{settings.get('data')}`"
+        note = f"{low:.1%} to {high:.1%}, scoring {settings.get('scoring')}"
+        rows.append((name, f"{result['accuracy']:.1%}", note))
+    table = _table(("metric", "value", "95 % interval"), rows)
+    return table if evaluations else f"{table}\n\nAccuracy was not measured in training."
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")

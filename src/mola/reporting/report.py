@@ -1,0 +1,89 @@
+"""`mola report`: one HTML file about a run, from what its folder holds. No model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_text, check_writable
+from mola.files.ownership import is_own_file, with_mark
+from mola.options.fields import option
+from mola.reporting import REPORT_FILE
+from mola.reporting.load_run import Run, gather, read_record
+from mola.reporting.page import render_page
+
+__all__ = ["ReportOptions", "main", "report"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReportOptions:
+    """Options of `mola report`."""
+
+    run_dir: str = field(metadata={"help": "Run folder of `mola train`."})
+    before: str | None = option(
+        None, "Result of `mola evaluate` without the adapter; by default before.json in the run folder."
+    )
+    after: str | None = option(
+        None, "Result of `mola evaluate` with the adapter; by default after.json in the run folder."
+    )
+    inspection: str | None = option(None, "Result of `mola inspect`; by default inspect.json in the run folder.")
+    output: str | None = option(None, "The page; by default report.html in the run folder.")
+    overwrite: bool = option(
+        False, "Replace a file that is there, whatever it is; a report as mola wrote it is replaced without this."
+    )
+
+
+def report(options: ReportOptions) -> Path:
+    """Write the page.
+
+    Args:
+        options: what it is about.
+
+    Returns:
+        The file.
+
+    Raises:
+        MolaError: no run in the folder, a file that is not what it should be, or the page would replace a file that
+            mola did not write or that was changed since.
+    """
+    read_record(options.run_dir)
+    target = _target(options)
+    run = gather(options.run_dir, options.before, options.after, options.inspection)
+    _warn_of_old_results(run)
+    return atomic_write_text(target, with_mark(render_page(run)))
+
+
+def main(options: ReportOptions) -> int:
+    """Run the command and print where the page is.
+
+    Returns:
+        The exit code, 0.
+    """
+    path = report(options)
+    Console().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _warn_of_old_results(run: Run) -> None:
+    """A folder that was trained in again may still hold results of the adapter before."""
+    weights = run.folder / "adapter_model.safetensors"
+    for name in ("after", "inspection"):
+        path = run.paths[name]
+        if weights.is_file() and path.is_file() and path.stat().st_mtime < weights.stat().st_mtime:
+            logger.warning("%s is older than the adapter: was it made with an earlier one?", path)
+
+
+def _target(options: ReportOptions) -> Path:
+    path = Path(options.output or Path(options.run_dir) / REPORT_FILE)
+    if path.exists() and not (options.overwrite or path.is_dir() or is_own_file(path)):
+        raise MolaError(
+            f"`output` must be a new file, or a report as mola wrote it: {str(path)!r} is something else, or was "
+            "changed since. Pass another name or `overwrite`."
+        )
+    return check_writable(path)

@@ -1,0 +1,127 @@
+"""One model that answers with and without its adapter, piece by piece, one answer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+
+from mola.generation.generate import generate_text
+from mola.insight.recording import ModuleGates, gates_of_tokens
+
+
+class StoppedError(Exception):
+    """Nobody wants the rest of the answer."""
+
+
+class Answer(NamedTuple):
+    """An answer, or as much of it as there is yet.
+
+    Attributes:
+        text: new text.
+        token_ids: prompt and new tokens.
+        num_prompt_tokens: how many of them are the prompt.
+    """
+
+    text: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+
+
+class Experts(NamedTuple):
+    """Which experts worked on which token of an answer.
+
+    Attributes:
+        modules: gates of every module that has a router.
+        tokens: text of each token.
+        num_prompt_tokens: how many of them are the prompt.
+    """
+
+    modules: list[ModuleGates]
+    tokens: list[str]
+    num_prompt_tokens: int
+
+
+class Answerer:
+    """Answers of one model.
+
+    Args:
+        model: a `PeftModel`, or a model without adapters.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        # One thread: the adapter is switched on and off in the model itself, so answers wait for one another.
+        self._executor = ThreadPoolExecutor(1, "mola-demo")
+        self._running: _Pieces | None = None
+
+    def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
+        """The answer to a prompt, growing; whoever stops to iterate stops the model.
+
+        Args:
+            prompt: text to continue.
+            with_adapter: use the adapter, or the base model alone.
+            decoding: of `mola.generate_text`.
+
+        Raises:
+            MolaError: see `mola.generate_text`.
+        """
+        pieces = _Pieces(self.tokenizer)
+        done = self._executor.submit(self._run, prompt, with_adapter, pieces, decoding)
+        text = ""
+        try:
+            for piece in pieces:
+                text += piece
+                yield Answer(text, list(pieces.token_ids), pieces.num_prompt_tokens)
+        finally:
+            pieces.wanted = False
+            error = done.exception()
+        if error is not None and not isinstance(error, StoppedError):
+            raise error
+
+    def _run(self, prompt: str, with_adapter: bool, pieces: _Pieces, decoding: dict[str, Any]) -> None:
+        off = nullcontext() if with_adapter else self.model.disable_adapter()
+        self._running = pieces
+        try:
+            with off:
+                generate_text(self.model, self.tokenizer, prompt, streamer=pieces, **decoding)
+        except BaseException:
+            pieces.end()  # or its reader would wait for ever
+            raise
+
+    def experts(self, answer: Answer) -> Experts:
+        """Gates of all routers for an answer that was given with the adapter."""
+        modules = self._executor.submit(gates_of_tokens, self.model, answer.token_ids).result()
+        tokens = [str(self.tokenizer.decode([token])) for token in answer.token_ids]
+        return Experts(modules, tokens, answer.num_prompt_tokens)
+
+    def close(self) -> None:
+        """End a running answer, and the thread."""
+        if self._running is not None:
+            self._running.wanted = False
+        self._executor.shutdown(cancel_futures=True)
+
+
+class _Pieces(TextIteratorStreamer):
+    """Text for whoever iterates, and the tokens it is made of."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.wanted = True
+        self.token_ids: list[int] = []
+        self.num_prompt_tokens = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then token after token."""
+        if not self.wanted:
+            raise StoppedError
+        if not self.token_ids:
+            self.num_prompt_tokens = value.numel()
+        self.token_ids += value.flatten().tolist()
+        super().put(value)

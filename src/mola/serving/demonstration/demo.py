@@ -1,0 +1,98 @@
+"""`mola demo`: a page in the browser that shows answers with and without an adapter, and the experts behind them."""
+
+import importlib.util
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.generation.generate import decoding_settings
+from mola.models.loading import check_adapter
+from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.options.fields import option
+from mola.serving.addresses import is_loopback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DemoOptions(ModelOptions):
+    """Options of `mola demo`."""
+
+    adapter: str = field(metadata={"help": "Folder of an adapter."})
+    host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
+    port: int = option(7860, "Port to listen on.")
+    template: str = option("alpaca", "Prompt template to begin with.")
+    max_new_tokens: int = option(128, "Longest answer in tokens to begin with.")
+
+
+def main(options: DemoOptions) -> int:
+    """Run the command until SIGINT or SIGTERM.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        MolaError: wrong options, before the model is loaded; a port that is taken.
+    """
+    ended = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with running_demo(options) as url:
+            logger.info("The demo is at %s. Ctrl-C ends it.", url)
+            ended.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+@contextmanager
+def running_demo(options: DemoOptions) -> Iterator[str]:
+    """The page, served by threads of this program for the length of a `with` block.
+
+    Args:
+        options: as of the command.
+
+    Yields:
+        The address of the page.
+
+    Raises:
+        MolaError: wrong options, before the model is loaded; a port that is taken.
+    """
+    _check(options)
+    tokenizer = tokenizer_for(options)
+    model = model_for(options, options.adapter)
+    from mola.serving.demonstration.answering import Answerer
+    from mola.serving.demonstration.page import PageText, build_page, launch
+
+    answerer = Answerer(model, tokenizer)
+    text = PageText(options.base_model, options.adapter, options.template, options.max_new_tokens)
+    page = build_page(answerer, text)
+    try:
+        try:
+            url = launch(page, options.host, options.port)
+        except OSError as error:
+            raise MolaError(f"`port` {options.port} of {options.host} is not free: {error}. Pass another.") from error
+        yield url
+    finally:
+        page.close(verbose=False)
+        answerer.close()
+
+
+def _check(options: DemoOptions) -> None:
+    """Everything that can be wrong without weights."""
+    if importlib.util.find_spec("gradio") is None:
+        raise MolaError("`mola demo` needs gradio. Run: pip install 'mola-peft[demo]'")
+    get_template(options.template)
+    decoding_settings(options.max_new_tokens)
+    if not 0 < options.port < 2**16:
+        raise MolaError(f"`port` must be from 1 to 65535: got {options.port}.")
+    check_model(options)
+    check_adapter(options.adapter)
+    if not is_loopback(options.host):
+        logger.warning("Anyone who reaches %s can use this page: it asks for no password.", options.host)

@@ -1,0 +1,227 @@
+"""`mola serve`: an HTTP server with OpenAI's interface for a base model and its adapters.
+
+- `main` is the command; `running_server` is the same inside a program.
+- One answer at a time, each the one that `mola.generation.generate` gives; see `mola.serving.queue`.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mola.errors import MolaError
+from mola.generation import predicting
+from mola.models.loading import check_adapter
+from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.options.fields import option
+from mola.serving.addresses import is_loopback
+
+if TYPE_CHECKING:
+    from mola.serving.server import Server
+
+logger = logging.getLogger(__name__)
+
+_KEY_VARIABLE = "MOLA_API_KEY"
+_OWN_FILES = 64  # a process's own: model, libraries, log
+_LEAST = {"max_tokens": 1, "max_choices": 1, "max_waiting": 0, "max_body_bytes": 1, "max_connections": 1}
+
+
+@dataclass
+class ServeOptions(ModelOptions):
+    """Options of `mola serve`."""
+
+    adapter: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters, each NAME=FOLDER or FOLDER, which is then named after its last part; those of several "
+            "flags and of a recipe add up.",
+            "action": "extend",
+        },
+    )
+    base_name: str | None = option(None, "Name of the base model in requests; by default the last part of a folder.")
+    host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Token that clients must send; better in the environment, as MOLA_API_KEY."},
+    )
+    max_tokens: int = option(1024, "Longest answer a request may ask for, in tokens.")
+    max_choices: int = option(16, "Most answers of one request: prompts times n.")
+    max_waiting: int = option(128, "Requests that may wait; further ones are sent away with status 429.")
+    max_body_bytes: int = option(1 << 20, "Longest body of a request.")
+    max_connections: int = option(256, "Connections at the same time; further ones are sent away with status 503.")
+    client_timeout: float = option(
+        60.0, "Seconds in which a client must have sent a request in full, and must take what is sent to it."
+    )
+    shutdown_timeout: float = option(30.0, "Seconds that the running answer gets to finish when the server is stopped.")
+
+
+def main(options: ServeOptions) -> int:
+    """Run the command until SIGINT or SIGTERM.
+
+    Returns:
+        The exit code: 0, or 1 if the server did not start.
+
+    Raises:
+        MolaError: wrong options, before the model is loaded.
+    """
+    with _prepared(options) as (server, bound, _):
+        from mola.serving.server import signals_end_quietly
+
+        with signals_end_quietly():
+            return 0 if server.run_on(bound) else 1
+
+
+@contextlib.contextmanager
+def running_server(options: ServeOptions) -> Iterator[str]:
+    """A server in a thread of this program, for the length of a `with` block.
+
+    Args:
+        options: as of the command.
+
+    Yields:
+        Its address, such as `http://127.0.0.1:8000`; clients of OpenAI's want `/v1` after it.
+
+    Raises:
+        MolaError: wrong options, before the model is loaded.
+    """
+    with _prepared(options) as (server, bound, url):
+        thread = threading.Thread(target=server.run_on, args=[bound], name="mola-serve")
+        thread.start()
+        try:
+            while thread.is_alive() and not server.started:
+                time.sleep(0.01)
+            if not server.started:
+                raise RuntimeError("the server did not start; its log says why")
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
+    """Everything checked and loaded: the server, its socket and its address."""
+    from transformers.utils.import_utils import is_fastapi_available, is_uvicorn_available
+
+    if not (is_fastapi_available() and is_uvicorn_available()):
+        raise MolaError("`mola serve` needs fastapi and uvicorn. Run: pip install 'mola-peft[serve]'")
+    from mola.serving.app import build_app
+    from mola.serving.connections import ConnectionLimits
+    from mola.serving.guard import Checks
+    from mola.serving.jobs import JobMaker, Limits
+    from mola.serving.queue import AnswerQueue
+    from mola.serving.server import Server, bind, url_of
+
+    _check_numbers(options)
+    _warn_of_few_files(options.max_connections)
+    api_key = _api_key(options)
+    config = check_model(options)
+    folders = adapter_folders(options)
+    for folder in folders.values():
+        check_adapter(folder)
+    tokenizer = tokenizer_for(options)
+    with bind(options.host, options.port) as bound:
+        # Names inside the model are ours: PEFT takes no dots, requests do.
+        inside = {name: f"served{number}" for number, name in enumerate(folders)}
+        model = model_for(options, {inside[name]: folder for name, folder in folders.items()})
+        names = {base_name(options): None, **inside}
+        limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config))
+        queue = AnswerQueue(model, tokenizer, options.max_waiting)
+        checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
+        app = build_app(JobMaker(tokenizer, names, limits), queue, checks)
+        if api_key is None and not is_loopback(options.host):
+            logger.warning(
+                "Anyone who reaches %s can use this server: `host` is not this machine alone and no token is set. "
+                "Set %s.",
+                options.host,
+                _KEY_VARIABLE,
+            )
+        url = url_of(bound)
+        greeting = f"Serving {', '.join(names)} on {url}"
+        connections = ConnectionLimits(options.max_connections, options.client_timeout)
+        yield Server(app, queue, connections, options.shutdown_timeout, greeting), bound, url
+
+
+def base_name(options: ServeOptions) -> str:
+    """Name of the base model in requests."""
+    if options.base_name is not None:
+        return options.base_name
+    return _last_part(options.base_model) if os.path.isdir(options.base_model) else options.base_model
+
+
+def adapter_folders(options: ServeOptions) -> dict[str, str]:
+    """Name in requests -> folder of every adapter, in the order given.
+
+    Raises:
+        MolaError: an empty name or folder, or a name twice.
+    """
+    taken = base_name(options)
+    if not taken:
+        raise MolaError("`base_name` must not be empty. Leave it out to name the model after its folder.")
+    folders: dict[str, str] = {}
+    for text in options.adapter or []:
+        # A folder may have an equals sign in its own name; `Path.is_dir` fails for what no file can be called.
+        name, equals, folder = ("", "", text) if os.path.isdir(text) else text.partition("=")
+        if not equals:
+            name, folder = _last_part(text), text
+        if not name or not folder:
+            raise MolaError(f"`adapter` must be NAME=FOLDER or FOLDER: got {text!r}.")
+        if name in folders or name == taken:
+            whose = "the base model" if name == taken else repr(folders[name])
+            raise MolaError(f"`adapter` {folder!r} is named {name!r}, as is {whose}. Name it: OTHER_NAME={folder}.")
+        folders[name] = folder
+    return folders
+
+
+def _last_part(folder: str) -> str:
+    """The name a folder goes by: of a link its own, of `.` the real one."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def _check_numbers(options: ServeOptions) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value < least:
+            raise MolaError(f"`{name}` must be at least {least}: got {value}.")
+    if options.max_connections <= options.max_waiting:
+        raise MolaError(
+            f"`max_connections` must be more than `max_waiting`, {options.max_waiting}, or so many can never wait: got "
+            f"{options.max_connections}. Raise it, or lower `max_waiting`."
+        )
+    if not 0 < options.client_timeout < float("inf"):
+        raise MolaError(f"`client_timeout` must be a positive number of seconds: got {options.client_timeout}.")
+    if not 0 <= options.shutdown_timeout < float("inf"):
+        raise MolaError(f"`shutdown_timeout` must be 0 or a positive number: got {options.shutdown_timeout}.")
+    if not 0 <= options.port < 2**16:
+        raise MolaError(f"`port` must be from 0 to 65535: got {options.port}.")
+
+
+def _warn_of_few_files(max_connections: int) -> None:
+    """Where the system says how many files a process may open."""
+    with contextlib.suppress(ImportError):  # Windows has no such number
+        import resource
+
+        allowed, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2 * max_connections + _OWN_FILES
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
+            logger.warning(
+                "`max_connections` %d may need %d open files, this process may open %d; clients then wait until others "
+                "leave. Raise the limit (`ulimit -n %d`), or lower `max_connections`.",
+                *(max_connections, needed, allowed, needed),
+            )
+
+
+def _api_key(options: ServeOptions) -> str | None:
+    """The token; the option wins over the environment."""
+    source, key = ("`api_key`", options.api_key)
+    if key is None:
+        source, key = (f"the environment variable {_KEY_VARIABLE}", os.environ.get(_KEY_VARIABLE))
+    if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+        # The message does not repeat it: it may be a token with one wrong character.
+        raise MolaError(f"{source} must be a token of visible ASCII characters, at least one. Pass such a one.")
+    return key

@@ -1,0 +1,97 @@
+"""Experts by layer of recipes that leave it to `mola allocate`; kept as files, so that a stop costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mola.allocation.allocate import AllocateOptions, allocate
+from mola.errors import MolaError
+from mola.files.atomic import read_json_object
+from mola.options.fields import first_difference
+from mola.studies.comparison.checks import Run
+
+_PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the exponent that was used
+
+
+class Allocations:
+    """Makes allocations, or takes those that were made before.
+
+    Args:
+        folder: of the comparison; an allocation is `folder/TASK/RECIPE.json`, one that was made from a probe
+            `folder/TASK/RECIPE-seed-N.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: dict[str, list[int]] = {}
+
+    def make_and_check(self, runs: Sequence[Run]) -> None:
+        """Make those that need no probe, and check what can be checked of the others.
+
+        Raises:
+            MolaError: an allocation can not be made; the message names the recipe.
+        """
+        for run in runs:
+            if run.allocation is None:
+                continue
+            try:
+                if run.probe is None:
+                    self.make(run)
+                else:
+                    _check_probed(run.allocation)
+            except MolaError as error:
+                raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
+
+    def make(self, run: Run, adapter: str | None = None) -> list[int]:
+        """Experts by layer.
+
+        Args:
+            run: one that asks for an allocation.
+            adapter: of the probe.
+
+        Raises:
+            MolaError: as `allocate`; there is a file of another allocation; a probe is needed and is not there.
+        """
+        assert run.allocation is not None
+        seed = f"-seed-{run.key.seed}" if run.probe else ""
+        path = self.folder / run.key.task / f"{run.key.recipe}{seed}.json"
+        found = read_json_object(path)
+        if found:
+            _check_same(found, run.allocation, path)
+            return list(found["num_experts"])
+        if run.probe and not (adapter and Path(adapter).is_dir()):
+            raise MolaError(
+                f"`recipes.{run.key.recipe}` needs the adapter of {run.probe!r} on {run.key.task} with seed "
+                f"{run.key.seed}, which is gone. Take that run out of the `record`, so that it is trained again."
+            )
+        name = repr(asdict(run.allocation))
+        if run.probe or name not in self._made:  # tasks share what does not depend on them
+            options = replace(run.allocation, output=str(path), adapter=adapter or run.allocation.adapter)
+            self._made[name] = allocate(options).num_experts
+        return self._made[name]
+
+    def notation(self, run: Run) -> str:
+        """The allocation of a run as a value of `num_experts`."""
+        probe = Path(run.options.output_dir or "").parents[1] / str(run.probe) / f"seed-{run.key.seed}"
+        experts = self.make(run, str(probe) if run.probe else None)
+        return ",".join(map(str, experts)) if len(experts) > 1 else f"{experts[0]},"
+
+
+def _check_probed(allocation: AllocateOptions) -> None:
+    """The budget; what the probe will say is open."""
+    if allocation.method not in ("redundancy", "usage"):
+        raise MolaError(f"`allocate` must not have a `probe` with method {allocation.method!r}. Leave it out.")
+    allocate(replace(allocation, method="uniform", beta=None, output=None))
+
+
+def _check_same(found: dict[str, Any], allocation: AllocateOptions, path: Path) -> None:
+    wanted, old = asdict(allocation), found.get("settings", {})
+    name = first_difference(old, wanted, (name for name in wanted if name not in _PLACES))
+    if name is not None or not isinstance(found.get("num_experts"), list):
+        raise MolaError(
+            f"{str(path)!r} is an allocation with another `{name}`: {old.get(str(name))!r}. Delete it, or pass another "
+            "`output_dir`."
+        )

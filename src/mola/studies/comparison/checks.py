@@ -1,0 +1,118 @@
+"""Everything that can be wrong with any run of a comparison, before the first one is trained."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mola.allocation.allocate import AllocateOptions
+from mola.data.encode import data_fingerprint
+from mola.errors import MolaError
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.options.parsing import convert
+from mola.studies.comparison.options import CompareOptions, Key
+from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
+from mola.training.options import ADAPTER_DEFAULTS
+from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
+
+logger = logging.getLogger(__name__)
+
+# Told apart by their content, in the fingerprints, wherever the files are.
+PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
+# Options that change neither data nor steps: data that were checked once need no second look.
+_OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
+
+
+@dataclass
+class Run:
+    """One training with its test.
+
+    Attributes:
+        key: its task, recipe and seed.
+        options: of the training; `output_dir` is its folder.
+        test: of the evaluation; adapter and output file are filled in later.
+        allocation: what `mola allocate` is asked for, if `num_experts` comes from there.
+        probe: recipe whose adapter (same task and seed) the allocation is made from.
+        settings: the options that are no defaults: what has to be equal for a result to be kept.
+        fingerprints: sha256 of training, evaluation and test examples, by part.
+        num_questions: how many test samples there are.
+    """
+
+    key: Key
+    options: TrainAndTestOptions
+    test: EvaluateOptions
+    allocation: AllocateOptions | None
+    probe: str | None
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    num_questions: int
+
+
+def check_runs(options: CompareOptions) -> list[Run]:
+    """Check all runs; loads no weights.
+
+    Returns:
+        The runs in their order.
+
+    Raises:
+        MolaError: anything wrong; the message names task and recipe.
+    """
+    looked_at: dict[tuple[str, str], tuple[dict[str, str], int]] = {}
+    tests: dict[tuple[str, str], tuple[EvaluateOptions, AllocateOptions | None, str | None]] = {}
+    runs = []
+    for key, run_options in options.runs.items():
+        place = key.task, key.recipe
+        if place not in tests:  # seeds make no difference here
+            try:
+                looked_at[place] = _look(options, key, run_options, looked_at)
+                asked = dict(options.allocations.get(key.recipe, {}))
+                probe = asked.pop("probe", None)
+                allocation = _allocate_options(run_options, asked) if asked else None
+                tests[place] = evaluation_of(run_options), allocation, probe
+            except MolaError as error:
+                raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
+        settings = _settings(run_options, options.allocations.get(key.recipe))
+        runs.append(Run(key, run_options, *tests[place], settings, *looked_at[place]))
+    return runs
+
+
+def _look(
+    options: CompareOptions,
+    key: Key,
+    run_options: TrainAndTestOptions,
+    looked_at: Mapping[tuple[str, str], tuple[dict[str, str], int]],
+) -> tuple[dict[str, str], int]:
+    """Fingerprints of the data, and the number of questions, of a recipe on a task."""
+    logger.info("Checking %s on %s.", key.recipe, key.task)
+    check_model_options(run_options)
+    assert isinstance(options.recipes, dict)
+    same_data = {name for name, values in options.recipes.items() if set(values) <= {*_OF_THE_ADAPTER, "allocate"}}
+    for other in same_data:
+        if key.recipe in same_data and (key.task, other) in looked_at:
+            return looked_at[key.task, other]
+    _, examples, _ = check_evaluation(evaluation_of(run_options))
+    data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
+    check_steps(run_options, len(data.train))
+    return {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
+
+
+def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]) -> AllocateOptions:
+    shared = {"target_modules": run_options.target_modules, "trust_remote_code": run_options.trust_remote_code}
+    values = {"base_model": run_options.base_model, **shared, **asked}
+    return AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+
+
+def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:
+    defaults, values = _defaults(options.use_cpu), options.to_dict()
+    names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys()
+    changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name] and name not in PLACES}
+    return {**changed, **({"allocate": dict(allocation)} if allocation else {})}
+
+
+@functools.cache
+def _defaults(use_cpu: bool) -> dict[str, Any]:
+    return TrainAndTestOptions(output_dir="-", use_cpu=use_cpu).to_dict()

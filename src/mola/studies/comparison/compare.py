@@ -1,0 +1,239 @@
+"""`mola compare`: recipes x tasks x seeds, trained, tested and compared on the same questions.
+
+- Every run is one of `mola train` followed by one of `mola evaluate`.
+- Each finished run is in the record at once. Stopped at any moment, the same command goes on; nothing is repeated.
+- Several processes with the same command share the work: a run belongs to the process that holds its lock.
+- The table has intervals over seeds and over questions, and says what can be told apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+from rich.console import Console
+
+from mola.files.atomic import atomic_write_json
+from mola.studies.comparison.allocations import Allocations
+from mola.studies.comparison.checks import Run, check_runs
+from mola.studies.comparison.options import CompareOptions, Key
+from mola.studies.comparison.outputs import check_tables, write_tables
+from mola.studies.comparison.record import BASE, Result, check_same, read_results, to_content
+from mola.studies.comparison.runs import base_result_of, is_finished, result_of
+from mola.studies.comparison.summary import Row, summarize, to_records
+from mola.studies.comparison.tables import terminal_tables
+from mola.studies.train_and_test import evaluate_once, sigterm_as_interrupt, train_or_go_on
+
+__all__ = ["CompareOptions", "CompareResult", "compare", "main"]
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "compare.json"
+_TEST_FILE = "test.json"
+_POLL_SECONDS = 5.0
+_WEIGHTS = ("adapter_model.safetensors", "tokenizer.json")
+
+
+@dataclass
+class CompareResult:
+    """What a comparison has so far.
+
+    Attributes:
+        status: "finished", or "interrupted" by a signal.
+        rows: the table, see `mola.studies.comparison.summary.Row`.
+        results: every finished run.
+        open: how many runs are left.
+        record: the file with everything.
+    """
+
+    status: str
+    rows: list[Row]
+    results: list[Result]
+    open: int
+    record: str
+
+
+def compare(options: CompareOptions) -> CompareResult:
+    """Train and test what is not done yet, and compare.
+
+    Args:
+        options: see `CompareOptions`.
+
+    Returns:
+        The result; the file `record` has the same and how it was made.
+
+    Raises:
+        MolaError: options or data of any run are wrong (before the first is trained), the record holds results of
+            other settings, or a loss is not finite.
+    """
+    path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
+    results = read_results(path)
+    check_tables(options.tables)
+    runs = check_runs(options)
+    check_same(results, runs)
+    comparison = _Comparison(options, runs, results, path)
+    with sigterm_as_interrupt():
+        return comparison.run()
+
+
+def main(options: CompareOptions) -> int:
+    """Run the command and print the tables.
+
+    Returns:
+        The exit code: 0, or 130 after an interruption.
+    """
+    result = compare(options)
+    console = Console()
+    for table in terminal_tables(result.rows, str(options.reference)):
+        console.print(table)
+    err = Console(stderr=True)
+    lines = [f"{result.status}, {result.open} runs left; all numbers are in {result.record}"]
+    if result.status == "interrupted":
+        lines.append("Go on with the same command.")
+    for line in lines:
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0 if result.status == "finished" else 130
+
+
+class _Comparison:
+    """Does what is left and keeps the record up to date."""
+
+    def __init__(self, options: CompareOptions, runs: Sequence[Run], results: list[Result], path: Path) -> None:
+        self.options = options
+        self.runs = runs
+        self.results = results
+        self.path = path
+        self.folder = Path(options.output_dir or "")
+        self.allocations = Allocations(self.folder)
+
+    def run(self) -> CompareResult:
+        """Train and test until the end or a signal."""
+        with self._lock("allocations"):
+            self.allocations.make_and_check(self.open_runs())
+        self._write("running")
+        try:
+            status = "finished" if self._all_runs() else "interrupted"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except BaseException as error:
+            self._write("failed", error=str(error) or type(error).__name__)
+            raise
+        rows = self._write(status)
+        write_tables(self.options.tables, rows, str(self.options.reference))
+        return CompareResult(status, rows, self.results, len(self.open_runs()), str(self.path))
+
+    def open_runs(self) -> list[Run]:
+        """Runs without a result."""
+        done = {result.key for result in self.results}
+        return [run for run in self.runs if run.key not in done]
+
+    def _all_runs(self) -> bool:
+        """What nobody has done or is doing; then wait for the others, and do what they leave."""
+        if self.options.evaluate_base:
+            self._test_base()
+        while left := self._read_again():
+            is_idle = True
+            for run in left:
+                with self._claim(run) as is_mine:
+                    if is_mine and run in self._read_again() and self._is_ready(run):
+                        is_idle = False
+                        logger.info("Run %d of %d: %s.", 1 + self.runs.index(run), len(self.runs), run.key)
+                        if not self._one(run):
+                            return False
+            if is_idle:
+                time.sleep(_POLL_SECONDS)
+        return True
+
+    def _is_ready(self, run: Run) -> bool:
+        """Whether the probe of a run is done."""
+        return run.probe is None or Key(run.key.task, run.probe, run.key.seed) in {each.key for each in self.results}
+
+    @contextmanager
+    def _claim(self, run: Run) -> Iterator[bool]:
+        """Whether no other process is at work on a run; none will be in the block. A killed process claims nothing."""
+        lock = self._lock("-".join(map(str, run.key)))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> BaseFileLock:
+        folder = self.folder / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name)
+
+    def _one(self, run: Run) -> bool:
+        folder = Path(run.options.output_dir or "")
+        if run.allocation is not None:
+            run.options.num_experts = self.allocations.notation(run)
+        if not is_finished(run):
+            (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
+            if not train_or_go_on(run.options):
+                return False
+        test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
+        self._add(result_of(run, evaluate_once(test, run.fingerprints["test"])))
+        self._make_probed_allocations(run)
+        if not self.options.keep_adapters:
+            for name in _WEIGHTS:
+                (folder / name).unlink(missing_ok=True)
+        return True
+
+    def _make_probed_allocations(self, probe: Run) -> None:
+        """While the probe's adapter is there."""
+        for run in self.open_runs():
+            if run.probe == probe.key.recipe and (run.key.task, run.key.seed) == (probe.key.task, probe.key.seed):
+                self.allocations.make(run, adapter=str(probe.options.output_dir))
+
+    def _test_base(self) -> None:
+        first: dict[str, Run] = {}
+        for run in self.runs:
+            first.setdefault(run.key.task, run)
+        for task, run in first.items():
+            with self._lock(f"base-{task}"):
+                self._read_again()
+                if Key(task, BASE, 0) not in {result.key for result in self.results}:
+                    test = replace(run.test, output=str(self.folder / task / "base.json"))
+                    self._add(base_result_of(run, evaluate_once(test, run.fingerprints["test"])))
+
+    def _add(self, result: Result) -> None:
+        self.results.append(result)
+        self._write("running")
+
+    def _read_again(self) -> list[Run]:
+        """Take in what other processes have finished, which work on the same record; what is left."""
+        known = {result.key for result in self.results}
+        self.results += [result for result in read_results(self.path) if result.key not in known]
+        return self.open_runs()
+
+    def _write(self, status: str, **more: Any) -> list[Row]:
+        with self._lock("record"):
+            self._read_again()
+            return self._write_locked(status, **more)
+
+    def _write_locked(self, status: str, **more: Any) -> list[Row]:
+        assert isinstance(self.options.recipes, dict)
+        assert isinstance(self.options.tasks, dict)
+        rows = summarize(self.results, [*self.options.recipes], [*self.options.tasks], str(self.options.reference))
+        content = to_content(
+            self.results,
+            {"reference": self.options.reference, "rows": to_records(rows)},
+            status,
+            command=[Path(sys.argv[0]).name, *sys.argv[1:]],  # the record may be passed on: no folder of this machine
+            recipes=self.options.recipes,
+            tasks=self.options.tasks,
+            **more,
+        )
+        atomic_write_json(self.path, content)
+        return rows

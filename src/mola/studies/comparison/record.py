@@ -1,0 +1,138 @@
+"""The record of a comparison: every finished run with the answers' marks, in one JSON file.
+
+The file alone is enough to go on: run folders may be gone, and a comparison can be continued on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.atomic import check_writable
+from mola.files.reading import read_json
+from mola.files.schema import ANYTHING, INTEGER, NUMBER, TEXT, check_form
+from mola.options.fields import first_difference
+from mola.studies.comparison.checks import Run
+from mola.studies.comparison.options import Key
+
+FORMAT = 1
+BASE = "base model"  # stands in the place of a recipe; no recipe can have a space in its name
+
+
+_RUN = {
+    **dict.fromkeys(("task", "recipe", "marks"), TEXT),
+    **dict.fromkeys(("seed", "correct", "total", "unanswered", "trainable_parameters"), INTEGER),
+    **dict.fromkeys(("accuracy", "seconds_training", "seconds_testing"), NUMBER),
+    **{name: {str: ANYTHING} for name in ("settings", "versions", "machine")},
+    "num_experts": [INTEGER],
+    "eval_loss": (NUMBER, None),
+    "fingerprints": {str: ANYTHING},
+}
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        task: name of the task.
+        recipe: name of the recipe.
+        seed: the seed.
+        accuracy: share of right answers.
+        correct: number of right answers.
+        total: number of questions.
+        unanswered: of these without an answer.
+        marks: a 1 for every right answer and a 0 for every other, in the order of the test data.
+        trainable_parameters: trained values.
+        num_experts: experts by layer.
+        eval_loss: loss on the evaluation data, if there were some.
+        seconds_training: wall time.
+        seconds_testing: wall time.
+        settings: see `mola.studies.comparison.checks.Run`.
+        fingerprints: of the data.
+        versions: of the software.
+        machine: cpu, gpu, threads.
+    """
+
+    task: str
+    recipe: str
+    seed: int
+    accuracy: float
+    correct: int
+    total: int
+    unanswered: int
+    marks: str
+    trainable_parameters: int
+    num_experts: list[int]
+    eval_loss: float | None
+    seconds_training: float
+    seconds_testing: float
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """What names the run."""
+        return Key(self.task, self.recipe, self.seed)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Results that an earlier call has written; none if there is no file.
+
+    Raises:
+        MolaError: the file can not be written, or is no record of a comparison.
+    """
+    check_writable(path)
+    if not path.exists():
+        return []
+    try:
+        content = read_json(path)
+        if content["format"] != FORMAT:
+            raise ValueError(f"its `format` is {content['format']!r}, not {FORMAT}")
+        results = [Result(**entry) for entry in content["runs"]]
+        check_form(content["runs"], [_RUN], str(path), "Restore it.")
+        for result in results:
+            if len(result.marks) != result.total or result.marks.count("1") != result.correct:
+                raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MolaError(
+            f"`record` must be a new file or the record of a comparison: {str(path)!r} can not be read ({error}). "
+            "Pass another name."
+        ) from error
+    return results
+
+
+def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
+    """Refuse to go on with results that other options or data have given.
+
+    Raises:
+        MolaError: the message names the run and what differs.
+    """
+    wanted = {run.key: run for run in runs}
+    for result in results:
+        run = wanted.get(result.key)
+        if run is None:
+            continue  # of another task, recipe or seed: it is kept
+        parts: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
+            ("setting", result.settings, json.loads(json.dumps(run.settings))),
+            ("data", result.fingerprints, run.fingerprints),
+        )
+        for part, old, new in parts:
+            name = first_difference(old, new)
+            if name is not None:
+                raise MolaError(
+                    f"the result of {result.key} was made with another {part} `{name}`: {old.get(name)!r}, now "
+                    f"{new.get(name)!r}. Use the same, rename the recipe, take that entry out of the `record`, or "
+                    "pass another one."
+                )
+
+
+def to_content(results: Sequence[Result], summary: Mapping[str, Any], status: str, **more: Any) -> dict[str, Any]:
+    """Content of the file."""
+    return {"format": FORMAT, "status": status, **more, "summary": summary, "runs": [asdict(each) for each in results]}

@@ -1,0 +1,92 @@
+"""One run of a comparison: whether it is finished, and what goes into the record of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.atomic import read_json_object
+from mola.files.environment import machine_description, software_versions
+from mola.options.fields import first_difference
+from mola.studies.comparison.checks import PLACES, Run
+from mola.studies.comparison.record import BASE, Result
+from mola.training.checkpoints import RUN_FILE
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run's folder holds its finished training.
+
+    Raises:
+        MolaError: it holds one of other options or data.
+    """
+    folder = Path(run.options.output_dir or "")
+    record = read_json_object(folder / RUN_FILE)
+    if record.get("status") != "finished" or not (folder / _WEIGHTS).is_file():
+        return False
+    wanted = json.loads(json.dumps(run.options.to_dict()))
+    parts = (
+        (record.get("settings", {}), {name: value for name, value in wanted.items() if name not in PLACES}),
+        (record.get("data_fingerprints", {}), {k: v for k, v in run.fingerprints.items() if k != "test"}),
+    )
+    for old, new in parts:
+        name = first_difference(old, new, new)
+        if name is not None:
+            raise MolaError(
+                f"{str(folder)!r} holds a run with another `{name}`: {old.get(name)!r}, now {new[name]!r}. Delete that "
+                "folder, or pass another `output_dir`."
+            )
+    return True
+
+
+def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
+    """What the record keeps of a trained and tested run.
+
+    Args:
+        run: its folder holds the adapter.
+        tested: content of its result file.
+    """
+    folder = Path(run.options.output_dir or "")
+    record, config = (read_json_object(folder / name) for name in (RUN_FILE, "adapter_config.json"))
+    experts = config["num_experts"]
+    if not isinstance(experts, list):
+        experts = [experts] * record["allocation"]["num_layers"]
+    return Result(
+        *run.key,
+        **_tested(run, tested),
+        trainable_parameters=record["trainable_parameters"],
+        num_experts=experts,
+        eval_loss=record["metrics"].get("eval_loss"),
+        seconds_training=round(record["seconds"], 1),
+        settings=json.loads(json.dumps(run.settings)),
+    )
+
+
+def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
+    """What the record keeps of the base model on the task of a run."""
+    return Result(
+        run.key.task,
+        BASE,
+        0,
+        **_tested(run, tested),
+        trainable_parameters=0,
+        num_experts=[],
+        eval_loss=None,
+        seconds_training=0.0,
+        settings={},
+    )
+
+
+def _tested(run: Run, tested: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: tested[name] for name in ("accuracy", "correct", "total", "unanswered")},
+        "marks": "".join("1" if sample["correct"] else "0" for sample in tested["samples"]),
+        "seconds_testing": round(tested["seconds"], 1),
+        "fingerprints": run.fingerprints,
+        "versions": software_versions(),
+        "machine": machine_description(),
+    }

@@ -1,0 +1,1 @@
+"""`mola continual`: options, stages, record, metrics."""

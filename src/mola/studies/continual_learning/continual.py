@@ -1,0 +1,215 @@
+"""`mola continual`: train on one task after the other, and see what is remembered of the earlier ones.
+
+- Every stage is a run of `mola train` that starts from the experts of the stage before.
+- After every stage all tasks so far are tested as by `mola evaluate`.
+- Stopped at any moment, the same command goes on; finished stages and tests are not repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mola.files.atomic import atomic_write_json
+from mola.files.environment import machine_description, software_versions
+from mola.studies.continual_learning.metrics import overall_performance, performance_drop
+from mola.studies.continual_learning.options import ContinualOptions, StageOptions
+from mola.studies.continual_learning.record import (
+    EVALUATION_FOLDER,
+    RECORD_FILE,
+    START_FOLDER,
+    START_KEY,
+    adapter_sha256,
+    check_same_sequence,
+    check_same_start,
+    clear_sequence,
+    clear_tests,
+    is_finished,
+    read_record,
+    stage_entries,
+    start_sha256,
+)
+from mola.studies.continual_learning.stages import Stage, check_stages
+from mola.studies.continual_learning.table import result_table
+from mola.studies.train_and_test import evaluate_once, sigterm_as_interrupt, train_or_go_on
+
+__all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = ("accuracy", "correct", "total", "unanswered", "interval_95")
+
+
+@dataclass
+class ContinualResult:
+    """What a sequence of stages ended with.
+
+    Attributes:
+        output_dir: folder of the sequence; `output_dir/NN-NAME` are the stages' run folders.
+        status: "finished", or "interrupted" by a signal.
+        stages: names of the stages in the order of training.
+        base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
+            stage; else None. No part of OP and PD.
+        results: per finished and tested stage `stage` (1, 2, ...), `name`, `tasks` (the row of R: task -> as in
+            `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
+        seconds: wall time of this call, checks left out.
+    """
+
+    output_dir: str
+    status: str
+    stages: list[str]
+    base: dict[str, dict[str, Any]] | None
+    results: list[dict[str, Any]]
+    seconds: float
+
+
+def continual(options: ContinualOptions) -> ContinualResult:
+    """Train on the tasks in their order and test after every stage.
+
+    Args:
+        options: see `ContinualOptions`.
+
+    Returns:
+        The result; `continual.json` in `options.output_dir` has the same and how it was made.
+
+    Raises:
+        MolaError: options or data of any stage are wrong (before the first is trained), the folder holds
+            another sequence, or a loss is not finite.
+    """
+    folder = Path(options.output_dir or "")
+    record = read_record(folder, options.overwrite_output_dir)
+    stages = check_stages(options)
+    if options.overwrite_output_dir:
+        # Not before: as long as anything can be wrong the earlier sequence stays.
+        clear_sequence(folder, record)
+        record = None
+    before: dict[str, Any] = record or {"stages": []}
+    check_same_sequence(before, stages, folder)
+    start = start_sha256(options.adapter)
+    check_same_start(before, stages[0], start)
+    if before.get(START_KEY) != start:
+        clear_tests(folder / START_FOLDER)  # of other weights
+    sequence = _Sequence(options, stages, stage_entries(stages, record), start)
+    with sigterm_as_interrupt():
+        return sequence.run()
+
+
+def main(options: ContinualOptions) -> int:
+    """Run the command and print the table.
+
+    Returns:
+        The exit code: 0, or 130 after an interruption.
+    """
+    result = continual(options)
+    if result.results or result.base is not None:
+        Console().print(result_table(result))
+    console = Console(stderr=True)
+    lines = [f"{result.status} after {len(result.results)} of {len(result.stages)} stages; all numbers are in "]
+    lines[0] += str(Path(result.output_dir) / RECORD_FILE)
+    if result.status == "interrupted":
+        again = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
+        lines.append(f"Go on with the same command{again}.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0 if result.status == "finished" else 130
+
+
+class _Sequence:
+    """Runs what is left of the stages and keeps the record up to date."""
+
+    def __init__(
+        self,
+        options: ContinualOptions,
+        stages: Sequence[Stage],
+        entries: list[dict[str, Any]],
+        start_sha256: str | None,
+    ) -> None:
+        self.options = options
+        self.stages = stages
+        self.entries = entries
+        self.start_sha256 = start_sha256
+        self.folder = Path(options.output_dir or "")
+        self.start = time.perf_counter()
+        self.result = ContinualResult(str(self.folder), "running", [stage.name for stage in stages], None, [], 0.0)
+
+    def run(self) -> ContinualResult:
+        """Train and test until the end or a signal."""
+        self._write("running")
+        try:
+            is_complete = self._all_stages()
+        except KeyboardInterrupt:
+            is_complete = False
+        except BaseException as error:
+            self._write("failed", error=str(error) or type(error).__name__)
+            raise
+        self._write("finished" if is_complete else "interrupted")
+        return self.result
+
+    def _all_stages(self) -> bool:
+        if self.options.evaluate_base:
+            self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
+            self._write("running")
+        for number, stage in enumerate(self.stages, start=1):
+            logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
+            if not is_finished(stage) and not train_or_go_on(stage.options):
+                return False
+            self._record_weights(stage, self.entries[number - 1])
+            row = self._test(self.stages[:number], str(stage.folder), stage.folder)
+            self._add(stage, row)
+            self._write("running")
+        return True
+
+    def _record_weights(self, stage: Stage, entry: dict[str, Any]) -> None:
+        """Write down which weights are tested from now on; results of others go."""
+        checksum = adapter_sha256(stage)
+        if entry["adapter_sha256"] != checksum:
+            # First, so that no kill leaves a record that fits these weights beside results that do not.
+            clear_tests(stage.folder)
+            entry["adapter_sha256"] = checksum
+        self._write("running")
+
+    def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
+        """Results of the tasks of `stages` with one adapter."""
+        row = {}
+        for stage in stages:
+            number = 1 + self.stages.index(stage)
+            output = folder / EVALUATION_FOLDER / f"{number:02d}-{stage.name}.json"
+            test = replace(stage.test, adapter=adapter, output=str(output))
+            result = evaluate_once(test, stage.fingerprints["test"])
+            row[stage.name] = {name: result[name] for name in _REPORTED}
+        return row
+
+    def _add(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
+        rows = [*(list(result["tasks"].values()) for result in self.result.results), list(row.values())]
+        matrix = [[task["accuracy"] for task in tasks] for tasks in rows]
+        self.result.results.append(
+            {
+                "stage": len(matrix),
+                "name": stage.name,
+                "tasks": row,
+                "overall_performance": overall_performance(matrix),
+                "performance_drop": performance_drop(matrix),
+            }
+        )
+
+    def _write(self, status: str, **more: Any) -> None:
+        self.result.status = status
+        self.result.seconds = time.perf_counter() - self.start
+        content = {
+            **asdict(self.result),
+            **more,
+            "stages": self.entries,
+            START_KEY: self.start_sha256,
+            "command": sys.argv,
+            "settings": self.options.to_dict(),
+            "versions": software_versions(),
+            "machine": machine_description(),
+        }
+        atomic_write_json(self.folder / RECORD_FILE, content)

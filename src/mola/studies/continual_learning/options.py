@@ -1,0 +1,113 @@
+"""`ContinualOptions`: the options of `mola train` as defaults of all stages, the stages, how each task is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.models.quantization import QUANTIZATION_OPTIONS
+from mola.options.fields import named_mappings, option
+from mola.options.parsing import convert
+from mola.studies.train_and_test import TrainAndTestOptions
+from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
+
+# The stages hand one adapter on, and are evaluated with one base model in one number format.
+_SAME_IN_ALL_STAGES = (
+    "base_model",
+    *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
+    "dtype",
+    *QUANTIZATION_OPTIONS,
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "trust_remote_code",
+)
+_SET_HERE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+_EXAMPLE = '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
+
+
+@dataclass
+class StageOptions(TrainAndTestOptions):
+    """Options of one stage: those of `mola train`, and how its task is tested.
+
+    Raises:
+        MolaError: as `TrainOptions`.
+    """
+
+
+@dataclass
+class ContinualOptions(StageOptions):
+    """Options of `mola continual`: those below, and every option of `mola train` as the default of all stages.
+
+    The options of the stages are made from the values given here; changing a field afterwards has no effect on
+    them.
+
+    Attributes:
+        stage_options: options of each stage by name, in the order of training.
+
+    Raises:
+        MolaError: a value is outside its range, options contradict each other, or a stage is wrong.
+    """
+
+    stages: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "The tasks in the order of training: name -> options of that stage; a mapping, JSON."},
+    )
+    evaluate_base: bool = option(
+        False, "Also test all tasks before the first stage: the base model, or `adapter` where given."
+    )
+
+    def __post_init__(self) -> None:
+        # Before TrainingArguments replaces some of them by what it makes of them.
+        given = {item.name: getattr(self, item.name) for item in fields(StageOptions) if item.init}
+        super().__post_init__()
+        if self.resume_from_checkpoint:
+            raise MolaError(
+                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no use here: the same command goes on "
+                "where it stopped. Leave it out."
+            )
+        if self.world_size > 1:
+            raise MolaError(
+                f"`mola continual` runs in one process: got {self.world_size}. Start it without torchrun, or run "
+                "`mola train --adapter` stage by stage."
+            )
+        self.stages = named_mappings("stages", self.stages, _EXAMPLE)
+        self.stage_options: dict[str, StageOptions] = {}
+        for number, (name, values) in enumerate(self.stages.items(), start=1):
+            try:
+                before = [stage.output_dir for stage in self.stage_options.values()]
+                changes = self._changes(name, values)
+                chained = self._chained(before[-1] if before else None)
+                folder = Path(self.output_dir or "") / f"{number:02d}-{name}"
+                self.stage_options[name] = StageOptions(
+                    **{**given, "overwrite_output_dir": False, **chained, **changes, "output_dir": str(folder)}
+                )
+            except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
+                raise MolaError(f"stage `{name}`: {error}") from error
+
+    def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a stage sets for itself."""
+        changes = convert(StageOptions, values, f"stages.{name}")
+        for key in changes:
+            if key in _SAME_IN_ALL_STAGES:
+                raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")
+            if key in _SET_HERE:
+                raise MolaError(f"`{key}` can not be set for one stage: it follows from the order of the stages.")
+            if key in TRAINING_ONLY and self.adapter is not None and getattr(self, key) is None:
+                raise MolaError(
+                    f"`{key}` of one stage needs a value for the others as well, since with `adapter` the default is "
+                    "what the stage before had: set it beside `stages`, too."
+                )
+        return changes
+
+    def _chained(self, previous: str | None) -> dict[str, Any]:
+        """The start of a stage: the adapter of the one before, with the settings of all stages."""
+        if previous is None:
+            return {}
+        settings: dict[str, Any] = dict.fromkeys(ADAPTER_DEFAULTS)
+        for name in TRAINING_ONLY:
+            settings[name] = getattr(self, name) if self.adapter is not None else self.adapter_setting(name)
+        return {**settings, "adapter": previous}

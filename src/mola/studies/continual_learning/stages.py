@@ -1,0 +1,74 @@
+"""The stages of a sequence, checked before any of them is trained: data, lengths, steps, allocation, tests."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mola.data.encode import data_fingerprint
+from mola.errors import MolaError
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.studies.continual_learning.options import ContinualOptions, StageOptions
+from mola.studies.train_and_test import NOT_COMPARED, evaluation_of
+from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """One stage, ready to run.
+
+    Attributes:
+        name: as the user gave it.
+        options: of its training; `output_dir` is its run folder.
+        test: of its task's evaluation; adapter and output file are filled in per evaluation.
+        settings: what has to be equal for a stage to be gone on with.
+        fingerprints: sha256 of training, evaluation and test examples, by part.
+    """
+
+    name: str
+    options: StageOptions
+    test: EvaluateOptions
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.options.output_dir or "")
+
+
+def check_stages(options: ContinualOptions) -> list[Stage]:
+    """Check everything that can be wrong with any stage; loads no weights.
+
+    Returns:
+        The stages in the order of training.
+
+    Raises:
+        MolaError: anything wrong; the message names the stage.
+    """
+    first = next(iter(options.stage_options.values()))
+    check_model_options(first)
+    tokenizer = load_tokenizer_for(first)
+    stages = []
+    for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
+        logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
+        try:
+            test = evaluation_of(stage_options)
+            _, test_examples, _ = check_evaluation(test)
+            data = prepare_data(stage_options, tokenizer)
+            check_steps(stage_options, len(data.train))
+        except MolaError as error:
+            raise MolaError(f"stage `{name}`: {error}") from error
+        fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
+        stages.append(Stage(name, stage_options, test, _compared(stage_options, number == 1), fingerprints))
+    return stages
+
+
+def _compared(options: StageOptions, is_first: bool) -> dict[str, Any]:
+    values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
+    # Later stages start from the one before, wherever its folder is.
+    return {**values, "adapter": options.adapter} if is_first else values

@@ -1,0 +1,196 @@
+"""`mola quickstart`: the whole way once, on a real model of 135 million parameters.
+
+Converts the weights, generates science questions, measures the untuned model, fine-tunes a mixture of
+experts as `recipes/quickstart.yaml` says, measures again, looks at the experts, shows one answer in words,
+and writes a report of it all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mola.data.prepare import PrepareOptions, prepare
+from mola.errors import MolaError
+from mola.evaluation.evaluate import EvaluateOptions, EvaluateResult, evaluate
+from mola.files.atomic import atomic_write_json
+from mola.files.environment import machine_description, software_versions
+from mola.models.smollm2 import prepare_smollm2
+from mola.options.parsing import parse
+from mola.reporting.inspect import InspectOptions, inspect
+from mola.reporting.report import ReportOptions, report
+from mola.training.train import TrainOptions, TrainResult, train
+
+logger = logging.getLogger(__name__)
+
+_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 640, 40, 100
+_NUM_INSPECTED = 20
+
+
+@dataclass
+class QuickstartOptions:
+    """Options of `mola quickstart`."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Run folder."})
+    recipe: str = field(default="recipes/quickstart.yaml", metadata={"help": "Recipe of `mola train`."})
+    model_dir: str = field(
+        default=".cache/SmolLM2-135M-Instruct", metadata={"help": "Where the converted base model is kept."}
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed of questions and training."})
+
+
+def main(options: QuickstartOptions) -> int:
+    """Run all steps and print what came out; `summary.json` in the run folder holds the numbers."""
+    if not Path(options.recipe).is_file():
+        raise MolaError(
+            f"`recipe` can not be found: {options.recipe!r}. Run this in the project's folder, or name one."
+        )
+    start = time.perf_counter()
+    console = Console()
+    seconds: dict[str, float] = {}
+    folder = Path(options.output_dir)
+    with _timed(console, seconds, "base model"):
+        base_model = prepare_smollm2(options.model_dir)
+    with _timed(console, seconds, "questions"):
+        data = _prepare_questions(folder, options.seed)
+    with _timed(console, seconds, "accuracy before"):
+        before = _measure(folder, "before", base_model, None, data)
+    with _timed(console, seconds, "fine-tuning"):
+        result = _train(options, base_model, data)
+    if result.status != "finished":
+        return 130
+    with _timed(console, seconds, "accuracy after"):
+        after = _measure(folder, "after", base_model, folder, data)
+    with _timed(console, seconds, "experts"):
+        _look_at_experts(folder, base_model, data)
+    with _timed(console, seconds, "report"):
+        page = report(ReportOptions(str(folder)))
+    summary = _summary(before, after, seconds, time.perf_counter() - start)
+    atomic_write_json(folder / "summary.json", summary)
+    _show(console, folder, summary, before, after)
+    console.print(f"Open {page} in a browser", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def _timed(console: Console, seconds: dict[str, float], name: str) -> Iterator[None]:
+    console.print(f"[bold]{name}[/bold] ...")
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def _prepare_questions(folder: Path, seed: int) -> Path:
+    data = folder / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(
+        PrepareOptions(
+            task="sample",
+            output_dir=str(data),
+            seed=seed,
+            train_size=_NUM_TRAIN,
+            validation_size=_NUM_VALIDATION,
+            test_size=_NUM_TEST,
+            overwrite_output_dir=True,
+        )
+    )
+    return data
+
+
+def _measure(folder: Path, name: str, base_model: Path, adapter: Path | None, data: Path) -> EvaluateResult:
+    return evaluate(
+        EvaluateOptions(
+            base_model=str(base_model),
+            adapter=None if adapter is None else str(adapter),
+            task="sample",
+            data=str(data / "test.json"),
+            output=str(folder / f"{name}.json"),
+            overwrite=True,
+            batch_size=16,
+        )
+    )
+
+
+def _look_at_experts(folder: Path, base_model: Path, data: Path) -> None:
+    inspect(
+        InspectOptions(
+            base_model=str(base_model),
+            adapter=str(folder),
+            task="sample",
+            data=str(data / "test.json"),
+            limit=_NUM_INSPECTED,
+            json=str(folder / "inspect.json"),
+            overwrite=True,
+        )
+    )
+
+
+def _train(options: QuickstartOptions, base_model: Path, data: Path) -> TrainResult:
+    arguments = {
+        "config": options.recipe,
+        "base_model": base_model,
+        "data": data / "dataset.hf",
+        "output_dir": options.output_dir,
+        "seed": options.seed,
+        "overwrite_output_dir": "true",
+    }
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    # The recipe goes the way of the command line, so it is checked as a user's recipe is.
+    return train(parse(TrainOptions, flags, prog="mola train"))
+
+
+def _summary(
+    before: EvaluateResult, after: EvaluateResult, seconds: Mapping[str, float], total: float
+) -> dict[str, Any]:
+    return {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "interval_95_before": before.interval_95,
+        "interval_95_after": after.interval_95,
+        "unanswered_before": before.unanswered,
+        "unanswered_after": after.unanswered,
+        "questions": after.total,
+        "seconds": round(total, 1),
+        "seconds_by_step": dict(seconds),
+        "versions": software_versions(),
+        "machine": machine_description(),
+    }
+
+
+def _show(
+    console: Console, folder: Path, summary: Mapping[str, Any], before: EvaluateResult, after: EvaluateResult
+) -> None:
+    table = Table(title=f"{after.total} questions that were not trained on")
+    for column in ("", "accuracy", "95 % interval", "unanswered"):
+        table.add_column(column)
+    for name, result in (("before", before), ("after", after)):
+        low, high = result.interval_95
+        table.add_row(name, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", str(result.unanswered))
+    console.print(table)
+    pairs = list(zip(before.samples, after.samples, strict=True))
+    learnt = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
+    old, new = (learnt or pairs)[0]
+    lines = new["prompt"].splitlines()
+    question, options = (next(line for line in lines if line.startswith(word)) for word in ("Question:", "Options:"))
+    for text in ("", "One of them:", question, options):
+        console.print(text, markup=False, highlight=False)
+    for name, sample in (("before", old), ("after", new)):
+        words = f"{sample['predicted'] or 'no answer'} ({'right' if sample['correct'] else 'wrong'})"
+        console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
+    model = after.settings["base_model"]
+    console.print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:", highlight=False)
+    console.print(
+        f"mola generate --base_model {model} --adapter {folder} --template alpaca_short "
+        f'--instruction "{question} {options}"',
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

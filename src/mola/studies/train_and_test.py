@@ -1,0 +1,172 @@
+"""A training and the test that follows it: their options, going on after a stop. For commands that do several."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mola.data.read import split_names
+from mola.errors import MolaError
+from mola.evaluation.evaluate import EvaluateOptions, evaluate
+from mola.files.reading import read_json
+from mola.models.quantization import QUANTIZATION_OPTIONS
+from mola.options.fields import first_difference, option
+from mola.training.checkpoints import find_checkpoint
+from mola.training.train import TrainOptions, train
+
+logger = logging.getLogger(__name__)
+
+# What may differ when a training goes on: places, and what changes no weight.
+NOT_COMPARED = (
+    "output_dir",
+    "adapter",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "save_total_limit",
+)
+# Options of the test, by the names that `mola evaluate` has for them.
+_TEST_OPTIONS = {
+    "base_model": "base_model",
+    "task": "task",
+    "split": "test_split",
+    "filters": "filters",
+    "limit": "test_limit",
+    "batch_size": "test_batch_size",
+    "max_new_tokens": "max_new_tokens",
+    "template": "template",
+    "scoring": "scoring",
+    "dtype": "base_dtype",
+    **{name: name for name in QUANTIZATION_OPTIONS},
+    "trust_remote_code": "trust_remote_code",
+}
+
+
+@dataclass
+class TrainAndTestOptions(TrainOptions):
+    """Options of one training: those of `mola train`, and how its task is tested.
+
+    Raises:
+        MolaError: as `TrainOptions`.
+    """
+
+    test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
+    test_split: str = option("test", "Split to test on where the data has several.")
+    test_limit: int | None = option(None, "Test on the first so many samples only.")
+    test_batch_size: int = option(8, "Test samples per batch.")
+    scoring: str = option(
+        EvaluateOptions.scoring, "How an answer is found: generate or likelihood, as in `mola evaluate`."
+    )
+    max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
+
+
+def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
+    """The evaluation that belongs to a training; adapter and output file are left open.
+
+    Raises:
+        MolaError: task or data are not named, or there is nothing to test on.
+    """
+    if options.task is None:
+        raise MolaError("`task` must name the task, which says how an answer is found. Set it for this one or for all.")
+    if options.data is None:
+        raise MolaError("`data` must name the training data. Set it for this one or for all.")
+    values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
+    return EvaluateOptions(
+        **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None
+    )
+
+
+def _test_source(options: TrainAndTestOptions) -> str:
+    """The training data's own test split."""
+    data = options.data or ""
+    splits = split_names(data)
+    if options.test_split not in splits or options.test_split == options.train_split:
+        found = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
+        raise MolaError(
+            f"`test_data` must name the test data, or `test_split` ({options.test_split!r}) a split of {data!r} that "
+            f"is not trained on: {found}."
+        )
+    return data
+
+
+def train_or_go_on(options: TrainAndTestOptions) -> bool:
+    """Train, from the last complete checkpoint in the folder if there is one.
+
+    Returns:
+        Whether it was finished; not after a signal.
+    """
+    options = copy.copy(options)
+    folder = Path(options.output_dir or "")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            find_checkpoint(folder, "last")
+            options.resume_from_checkpoint = "last"
+        except MolaError:
+            logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
+            options.overwrite_output_dir = True
+    result = train(options)
+    gc.collect()  # the trainer and its model refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result.status == "finished"
+
+
+def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
+    """Evaluate, or take the result file `options.output` if that was done before.
+
+    Args:
+        options: of the evaluation, `output` included.
+        fingerprint: sha256 of the examples, see `mola.data.encode.data_fingerprint`.
+
+    Returns:
+        Content of the result file.
+
+    Raises:
+        MolaError: the file is a result of something else, or the test can not be done.
+    """
+    path = Path(options.output or "")
+    if not path.exists():
+        return evaluate(options).to_dict()
+    try:
+        result = read_json(path)
+        old = {**result["settings"], "data": result["data_fingerprint"]}
+        missing = {"accuracy", "correct", "total", "samples"} - result.keys()
+        if missing:
+            raise KeyError(*missing)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
+    new = {**asdict(options), "data": fingerprint}
+    places = ("adapter", "output", "overwrite")  # the folder may have been moved
+    key = first_difference(old, new, (key for key in new if key not in places))
+    if key is not None:
+        raise MolaError(
+            f"{str(path)!r} was made with another `{key}`: {old.get(key)!r}, now {new[key]!r}. Use the same options "
+            "and data, or delete that file to test again."
+        )
+    return result
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a test as Ctrl-C does; a running training has its own way of stopping."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,298 @@
+"""`mola train`: fine-tune a mixture of LoRA experts with the trainer of Transformers.
+
+- Options, data and allocation are checked before weights are loaded.
+- The run folder holds the adapter, the loss curve and everything needed to repeat or resume the run.
+- SIGINT and SIGTERM save a checkpoint and stop; `--resume_from_checkpoint last` goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
+
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json
+from mola.files.environment import machine_description, software_versions
+from mola.insight import ROUTING_FILE
+from mola.insight.telemetry import ExpertTelemetry
+from mola.reporting.loss_plot import PLOT_FILE
+from mola.reporting.model_card import CARD_FILE, write_card
+from mola.training.advice import failures_explained
+from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
+from mola.training.checkpoints import (
+    RUN_FILE,
+    check_best_checkpoint,
+    check_same_run,
+    checkpoint_step,
+    find_checkpoint,
+)
+from mola.training.compiling import FrozenInput, compiled_if_asked
+from mola.training.digests import CheckpointDigests
+from mola.training.hub import check_hub_options, create_repository, upload, without_token
+from mola.training.needed_logits import NeededLogits, computes_needed_logits
+from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
+from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
+from mola.training.setup import (
+    TrainingData,
+    build_model,
+    check_model_options,
+    check_steps,
+    effective_batch_size,
+    load_tokenizer_for,
+    prepare_data,
+    recorded_quantization,
+    training_changes,
+)
+from mola.training.sharding import check_sharding, keep_number_formats
+
+__all__ = ["TrainOptions", "TrainResult", "main", "train"]
+
+logger = logging.getLogger(__name__)
+
+_PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
+
+
+@dataclass
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        output_dir: the run folder; it holds the adapter.
+        status: "finished", or "interrupted" by a signal.
+        steps: optimiser steps done, those before a resume included.
+        metrics: the trainer's final metrics; with evaluation data `eval_loss` of the saved weights.
+        trainable_parameters: number of trained values, routers included.
+        best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
+        seconds: wall time of training, without loading.
+    """
+
+    output_dir: str
+    status: str
+    steps: int
+    metrics: dict[str, Any]
+    trainable_parameters: int
+    best_checkpoint: str | None
+    seconds: float
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Run a fine-tuning.
+
+    Args:
+        options: see `TrainOptions`.
+
+    Returns:
+        The result; the adapter is in `options.output_dir`.
+
+    Raises:
+        MolaError: options or data are wrong (before weights are loaded), the loss is not finite, or the memory or the
+            disk did not suffice.
+    """
+    options = copy.copy(options)  # what is settled below must not change the caller's object
+    with failures_explained(options):
+        return _train(options)
+
+
+@dataclass
+class _Run:
+    """What is settled before weights are loaded."""
+
+    folder: Path
+    checkpoint: Path | None
+    first_step: int
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    record: dict[str, Any]
+
+
+def _train(options: TrainOptions) -> TrainResult:
+    run = _checked_run(options)
+    pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
+    if pushes and options.process_index == 0:
+        run.record["repository"] = create_repository(options)
+    model = build_model(options)
+    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
+    wait_for_all(options)
+    if options.process_index == 0:
+        start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
+    interruption = Interruption()
+    trainer = _make_trainer(options, model, run, interruption)
+    _write_record(trainer, run.folder, {**run.record, "status": "running"})
+    metrics, seconds = _trained(options, trainer, run, interruption)
+    result = TrainResult(
+        output_dir=str(run.folder),
+        status="finished" if interruption.signal_number is None else "interrupted",
+        steps=trainer.state.global_step,
+        metrics=metrics,
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
+        seconds=seconds,
+    )
+    _save(options, trainer, run, result)
+    return result
+
+
+def _checked_run(options: TrainOptions) -> _Run:
+    """Everything that can be wrong before weights are loaded; settles what options leave open."""
+    check_hub_options(options)
+    if options.adapter is not None:
+        check_start_is_kept(options.adapter, options.output_dir)
+    with main_process_first(options):  # it tries to write, which others would take for an earlier run's file
+        folder = check_output_dir(
+            options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
+        )
+    checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    check_sharding(options, checkpoint)
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    allocation = check_model_options(options)
+    tokenizer = load_tokenizer_for(options)
+    data = prepare_data(options, tokenizer)
+    steps = check_steps(options, len(data.train))
+    logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
+    if data.evaluation is None:
+        options.eval_strategy, options.load_best_model_at_end = "no", False
+    record = _record(options, data, allocation)
+    if checkpoint is not None:
+        check_same_run(checkpoint, record)
+        if options.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
+        if first_step >= steps:
+            # Nothing is left, but in an epoch that was begun the trainer would do one more step.
+            options.num_train_epochs, options.max_steps = 0, -1
+    return _Run(folder, checkpoint, first_step, tokenizer, data, record)
+
+
+def _trained(
+    options: TrainOptions, trainer: Trainer, run: _Run, interruption: Interruption
+) -> tuple[dict[str, Any], float]:
+    """Trains and evaluates: metrics, and seconds of training."""
+    telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
+    if options.expert_telemetry:
+        telemetry.add_to(trainer)
+    start = time.perf_counter()
+    try:
+        with failures_explained(options), compiled_if_asked(trainer):
+            metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
+        seconds = time.perf_counter() - start
+        if trainer.state.global_step == run.first_step:
+            metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
+        if run.data.evaluation is not None and interruption.signal_number is None:
+            metrics.update(trainer.evaluate())
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
+            _write_record(trainer, run.folder, failed)
+        raise
+    finally:
+        interruption.restore()
+        telemetry.close()
+    return metrics, seconds
+
+
+def _save(options: TrainOptions, trainer: Trainer, run: _Run, result: TrainResult) -> None:
+    """Adapter, record and card, here and on the Hub."""
+    saved = save_result(trainer.save_model, run.folder, is_main_process=trainer.is_world_process_zero())
+    run.record |= asdict(result)
+    _write_record(trainer, run.folder, run.record)
+    if trainer.is_world_process_zero():
+        write_card(run.folder, run.record)
+    if "repository" not in run.record:
+        return
+    if result.status == "finished":
+        others = [RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE]
+        upload(run.folder, [*saved, *others], run.record["repository"], options)
+    else:
+        logger.warning("Not uploaded to %s: the run is not finished.", run.record["repository"])
+
+
+def main(options: TrainOptions) -> int:
+    """Run the command and print where the result is.
+
+    Returns:
+        The exit code: 0, or 130 after an interruption.
+    """
+    let_main_process_speak(options)
+    result = train(options)
+    exit_code = 0 if result.status == "finished" else 130
+    if options.process_index != 0:
+        return exit_code
+    console = Console(stderr=True)
+    losses = [
+        f", {label} loss {result.metrics[name]:.4f}"
+        for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
+        if name in result.metrics
+    ]
+    console.print(
+        f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
+        f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,  # a path in two lines can not be copied
+    )
+    if result.status == "interrupted":
+        advice = "Go on with the same command and --resume_from_checkpoint last"
+        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+    return exit_code
+
+
+def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interruption: Interruption) -> Trainer:
+    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
+    if computes_needed_logits(model, options):
+        collate = NeededLogits(collate)
+    trainer = Trainer(
+        model=model,
+        args=options,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.evaluation,
+        data_collator=collate,
+        processing_class=run.tokenizer,
+        # In this order: what is to be saved is known first, and is looked at before it is.
+        callbacks=[
+            MetricsFile(run.folder / METRICS_FILE),
+            interruption,
+            CheckpointLast(),
+            FiniteLoss(),
+            FrozenInput(),
+            CheckpointDigests(),
+        ],
+    )
+    if run.checkpoint is not None:
+        trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
+    keep_number_formats(trainer)
+    return trainer
+
+
+def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to know, and to repeat, the run."""
+    return {
+        "command": without_token(sys.argv, options.hub_token),
+        "settings": options.to_dict(),
+        "adapter_settings": training_changes(options)
+        if options.adapter
+        else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
+        "effective_batch_size": effective_batch_size(options),
+        "processes": options.world_size,
+        "allocation": allocation,
+        "quantization": recorded_quantization(options),
+        "data": {name: asdict(report) for name, report in data.reports.items()},
+        "data_fingerprints": data.fingerprints,
+        "versions": software_versions(),
+        "machine": machine_description(),
+    }
+
+
+def _write_record(trainer: Trainer, folder: Path, record: dict[str, Any]) -> None:
+    if trainer.is_world_process_zero():
+        atomic_write_json(folder / RUN_FILE, record)

@@ -1,0 +1,107 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mola.data.draw.sampling import allocate, draw
+
+
+@st.composite
+def counts_and_sizes(draw_value):
+    counts = draw_value(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+    cuts = sorted(draw_value(st.lists(st.integers(0, sum(counts)), min_size=3, max_size=3)))
+    use_all = draw_value(st.booleans())
+    return counts, [cuts[0], cuts[1] - cuts[0], (sum(counts) if use_all else cuts[2]) - cuts[1]]
+
+
+@given(counts_and_sizes())
+@example(([1, 1, 1], [1, 1, 1]))
+@example(([1, 2], [1, 2, 0]))
+@settings(max_examples=300)
+def test_sizes_are_exact_and_every_share_is_rounded_down_or_up(case):
+    counts, sizes = case
+    table = allocate(counts, sizes)
+    exact = np.outer(counts, sizes) / sum(counts)
+    assert table.sum(axis=0).tolist() == sizes
+    assert (table.sum(axis=1) <= counts).all()
+    assert (np.abs(table - exact) < 1).all()
+
+
+@given(counts_and_sizes())
+def test_one_split_gets_the_largest_remainders(case):
+    counts, sizes = case
+    size, total = sizes[0], sum(counts)
+    expected = [count * size // total for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda group: (-(counts[group] * size % total), group))
+    for group in by_remainder[: size - sum(expected)]:
+        expected[group] += 1
+    assert allocate(counts, [size])[:, 0].tolist() == expected
+
+
+def test_more_than_there_is_is_refused():
+    with pytest.raises(ValueError, match="5 rows are wanted of 4"):
+        allocate([2, 2], [3, 2])
+
+
+@given(counts_and_sizes(), st.integers(0, 2**32))
+@settings(max_examples=200)
+def test_draw_is_without_replacement_and_in_shares(case, seed):
+    counts, sizes = case
+    groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    drawn = draw(groups, sizes, seed)
+    assert [len(rows) for rows in drawn] == sizes
+    together = np.concatenate(drawn)
+    assert len(set(together.tolist())) == len(together), "a row was drawn twice"
+    assert all(0 <= row < len(groups) for row in together)
+    for rows, size in zip(drawn, sizes, strict=True):
+        for group, count in enumerate(counts):
+            assert abs((groups[rows] == group).sum() - count * size / len(groups)) < 1
+    assert all((a == b).all() for a, b in zip(drawn, draw(groups, sizes, seed), strict=True))
+
+
+def test_other_seeds_give_other_rows_in_another_order():
+    groups = np.zeros(1000, dtype=np.int64)
+    first, second = draw(groups, [100], 0)[0], draw(groups, [100], 1)[0]
+    assert set(first.tolist()) != set(second.tolist())
+    assert (np.diff(first) < 0).any(), "the order of the source"
+    assert draw(groups, [1000], 0)[0].tolist() != draw(groups, [1000], 1)[0].tolist()
+
+
+def test_rows_are_these_on_every_machine_and_with_every_version():
+    assert [rows.tolist() for rows in draw(np.array([0, 1, 0, 1, 0, 0, 2]), [3, 1], 10)] == [
+        [4, 5, 3],
+        [2],
+    ]
+
+
+def test_many_groups_of_one_row_take_no_longer_than_one_group():
+    drawn = draw(np.arange(200_000), [5000, 100, 100], 0)
+    assert [len(set(rows.tolist())) for rows in drawn] == [5000, 100, 100]
+
+
+def test_every_row_is_equally_likely():
+    # 400 draws of 3 of 12 rows: each row is expected 100 times, with a standard deviation of 9.
+    groups = np.repeat([0, 1], [8, 4])
+    times = np.bincount(np.concatenate([draw(groups, [3], seed)[0] for seed in range(400)]), minlength=12)
+    assert times.sum() == 1200
+    assert (np.abs(times - 100) < 45).all()
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "12345"])
+def test_hash_seed_of_python_changes_nothing(hash_seed):
+    code = (
+        "import numpy as np; from mola.data.draw.sampling import draw; from mola.data.draw.candidates import hash_text;"
+        "print([r.tolist() for r in draw(np.arange(40) % 3, [9, 4], 7)], hash_text('a'))"
+    )
+    # Called like the command: this way torch is not imported, which takes long.
+    program = f"import sys; sys.argv[0] = 'mola'; {code}"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+    )
+    from mola.data.draw.candidates import hash_text
+
+    here = [rows.tolist() for rows in draw(np.arange(40) % 3, [9, 4], 7)]
+    assert process.stdout.strip() == f"{here} {hash_text('a')}"

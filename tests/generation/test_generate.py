@@ -1,0 +1,215 @@
+import io
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.generation.generate import GenerateOptions, decoding_settings, generate_text, main
+
+
+@pytest.fixture
+def options(tiny_model_dir):
+    return GenerateOptions(
+        base_model=str(tiny_model_dir), dtype="float32", device="cpu", max_new_tokens=12, template="meta"
+    )
+
+
+def sample(model, tokenizer, **arguments):
+    return generate_text(model, tokenizer, "Once upon", max_new_tokens=16, **arguments)
+
+
+def test_same_seed_gives_the_same_text_and_others_another(tiny_model, tiny_tokenizer):
+    texts = [sample(tiny_model, tiny_tokenizer, temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+def test_seed_leaves_the_random_state_of_torch_alone(tiny_model, tiny_tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sample(tiny_model, tiny_tokenizer, temperature=1.0, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_without_seed_the_text_follows_the_random_state_of_torch(tiny_model, tiny_tokenizer):
+    torch.manual_seed(5)
+    first, second = (sample(tiny_model, tiny_tokenizer, temperature=1.0) for _ in range(2))
+    torch.manual_seed(5)
+    assert sample(tiny_model, tiny_tokenizer, temperature=1.0) == first != second
+
+
+def test_greedy_is_the_default_whatever_the_model_ships(tiny_model, tiny_tokenizer):
+    expected = sample(tiny_model, tiny_tokenizer)
+    shipped = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=7.0, max_length=11)
+    tiny_model.generation_config = shipped
+    tiny_model.train()
+    assert sample(tiny_model, tiny_tokenizer) == expected
+    assert tiny_model.generation_config is shipped
+    assert tiny_model.training
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 0}])
+def test_narrowest_sampling_is_greedy(narrow, tiny_model, tiny_tokenizer):
+    assert sample(tiny_model, tiny_tokenizer, seed=1, **narrow) == sample(tiny_model, tiny_tokenizer)
+
+
+def test_temperature_alone_keeps_the_whole_vocabulary(tiny_model, tiny_tokenizer):
+    """At a huge temperature all 258 tokens are equally likely; with a hidden top-k only 50 could come."""
+    seen = set()
+
+    class Collect:
+        def put(self, value):
+            seen.update(value.flatten().tolist())
+
+        def end(self):
+            pass
+
+    prompt_ids = set(tiny_tokenizer("x")["input_ids"])
+    for seed in range(150):
+        generate_text(
+            tiny_model,
+            tiny_tokenizer,
+            "x",
+            max_new_tokens=1,
+            temperature=1e6,
+            seed=seed,
+            streamer=Collect(),
+        )
+    assert len(seen - prompt_ids) > 60
+
+
+def test_streamed_text_equals_the_returned_text(tiny_model, tiny_tokenizer):
+    pieces = []
+
+    class Collect:
+        def put(self, value):
+            pieces.append(value)
+
+        def end(self):
+            pieces.append(None)
+
+    text = sample(tiny_model, tiny_tokenizer, streamer=Collect())
+    tokens = torch.cat([piece.flatten() for piece in pieces[1:-1]])
+    assert tiny_tokenizer.decode(tokens, skip_special_tokens=True) == text
+    assert pieces[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -0.1}, "`temperature`.*-0.1"),
+        ({"temperature": float("nan")}, "`temperature`.*nan"),
+        ({"temperature": float("inf")}, "`temperature`.*inf"),
+        ({"top_p": 0.0}, "`top_p`.*0.0"),
+        ({"top_p": 1.1}, "`top_p`.*1.1"),
+        ({"top_k": 0}, "`top_k`.*0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`.*0"),
+        ({"do_sample": True, "temperature": 0.0}, "greedy"),
+        ({"do_sample": False, "top_p": 0.9}, "`top_p` 0.9"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_loading(arguments, message, tmp_path):
+    with pytest.raises(MolaError, match=message):
+        decoding_settings(**arguments)
+    with pytest.raises(MolaError, match=message):
+        main(GenerateOptions(base_model=str(tmp_path / "missing"), prompt="x", **arguments))
+
+
+@given(
+    st.none() | st.floats(0, 100),
+    st.none() | st.floats(0, 1, exclude_min=True),
+    st.none() | st.integers(1, 10_000),
+)
+def test_sampling_happens_only_if_asked_for_and_always_takes_effect(temperature, top_p, top_k):
+    settings = decoding_settings(8, temperature, top_p, top_k)
+    given_values = {
+        name: value
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k))
+        if value is not None
+    }
+    assert settings["do_sample"] == (bool(given_values) and temperature != 0)
+    if settings["do_sample"]:
+        assert {name: settings[name] for name in given_values} == given_values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a", "instruction": "b"}, "`prompt`"),
+        ({"prompt": "a", "input": "b"}, "`prompt`"),
+        ({"input": "b"}, "`input` needs"),
+        ({"prompt": "a", "template": "nope"}, "nope"),
+        ({"prompt": "a", "seed": -1}, "`seed`.*-1"),
+    ],
+)
+def test_contradicting_options_are_refused(arguments, message, tmp_path):
+    with pytest.raises(MolaError, match=message):
+        main(GenerateOptions(base_model=str(tmp_path / "missing"), **arguments))
+
+
+def test_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):
+    with pytest.raises(MolaError, match="1024 positions: sample 'prompt' has 1001 prompt tokens and 128"):
+        generate_text(tiny_model, tiny_tokenizer, "x" * 1000)
+
+
+def test_prompt_without_tokens_is_refused(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(MolaError, match="at least one token"):
+        generate_text(tiny_model, tiny_tokenizer, "")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_command_prints_the_text_alone(stream, options, tiny_model, tiny_tokenizer, capsys):
+    options.stream, options.instruction, options.input = stream, "Add.", "2 and 3"
+    assert main(options) == 0
+    prompt = get_template("meta").prompt("Add.", "2 and 3")
+    expected = generate_text(tiny_model, tiny_tokenizer, prompt, max_new_tokens=12)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_command_seed_takes_effect(options, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        options.prompt, options.temperature, options.seed = "Once", 1.0, seed
+        main(options)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_command_without_seed_gives_another_text_each_time(options, capsys):
+    options.prompt, options.temperature = "Once", 1.0
+    texts = set()
+    for _ in range(3):
+        main(options)
+        texts.add(capsys.readouterr().out)
+    assert len(texts) > 1
+
+
+def test_loop_reads_instructions_until_exit(options, tiny_model, tiny_tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  second \n/exit\nthird\n"))
+    options.stream = False
+    assert main(options) == 0
+    expected = [
+        generate_text(tiny_model, tiny_tokenizer, get_template("meta").prompt(line), max_new_tokens=12)
+        for line in ("first", "second")
+    ]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
+
+
+def test_loop_goes_on_after_a_line_that_is_too_long(options, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 2000 + "\nshort"))
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    assert "1024 positions" in captured.err
+    assert captured.out.strip()
+
+
+def test_every_option_has_help():
+    assert all(field.metadata.get("help") for field in fields(GenerateOptions))

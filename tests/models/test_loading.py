@@ -1,0 +1,260 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from mola import MolaConfig
+from mola.errors import MolaError
+from mola.models.loading import (
+    check_adapter,
+    check_base_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from tests.damage import change_tensors
+
+IDS = torch.tensor([[0, 5, 80, 33, 60]])
+
+
+def save_adapter(model_dir, folder, config, seed=1):
+    """A trained-looking adapter: every tensor random, so that loading the wrong values shows."""
+    torch.manual_seed(seed)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def mola_adapter(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mola-adapter")
+    config = MolaConfig(r=2, num_experts=[1, 2, 3, 4], top_k=[1, 1, 2, 2], lora_alpha=4, task_type="CAUSAL_LM")
+    return folder, save_adapter(tiny_model_dir, folder, config)
+
+
+@pytest.fixture(scope="module")
+def lora_adapter(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora-adapter")
+    return folder, save_adapter(tiny_model_dir, folder, LoraConfig(r=2, task_type="CAUSAL_LM"))
+
+
+def test_named_dtypes_are_taken_as_asked():
+    for name in ("float32", "bfloat16", "float16"):
+        assert resolve_dtype(name, "cpu")[0] is getattr(torch, name)
+
+
+def test_auto_dtype_gives_a_reason_that_names_it():
+    for device, allowed in (("cpu", (torch.bfloat16, torch.float32)), ("mps", (torch.float16,))):
+        dtype, reason = resolve_dtype("auto", device)
+        assert dtype in allowed
+        assert str(dtype).removeprefix("torch.") in reason
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(MolaError, match="fp16"):
+        resolve_dtype("fp16", "cpu")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_unknown_device_is_refused(device):
+    with pytest.raises(MolaError, match=device):
+        resolve_device(device)
+
+
+def test_base_model_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(MolaError, match=r"no config\.json"):
+        check_base_model(tmp_path)
+
+
+def test_adapter_given_as_base_model_is_named_as_such(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(MolaError, match="Pass it as `adapter`"):
+        check_base_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../missing", "a/b/c", "~/model", " "])
+def test_missing_base_model_path_is_refused(name):
+    with pytest.raises(MolaError, match="`base_model`"):
+        check_base_model(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "NousResearch/Llama-2-7b-hf", "owner/name_1.5-b"])
+def test_hub_ids_pass(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_base_model(name)
+
+
+def test_file_as_base_model_is_refused(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(MolaError, match="is a file"):
+        check_base_model(file)
+
+
+def test_tokenizer_pads_with_an_existing_token_and_says_so_once(tiny_tokenizer_dir, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with caplog.at_level(logging.WARNING, logger="mola"):
+        first = load_tokenizer(folder, "left")
+        second = load_tokenizer(folder, "right")
+    assert first.pad_token == second.pad_token == "</s>"
+    assert len(first) == 258
+    assert (first.padding_side, second.padding_side) == ("left", "right")
+    assert len([record for record in caplog.records if "padding" in record.message]) == 1
+
+
+def test_folder_without_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MolaError, match="no tokenizer"):
+        load_tokenizer(tmp_path, "left")
+
+
+def test_wrong_padding_side_is_refused(tiny_model_dir):
+    with pytest.raises(MolaError, match="'middle'"):
+        load_tokenizer(tiny_model_dir, "middle")
+
+
+def test_config_loads_without_weights(tiny_model_dir, tmp_path):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    assert load_config(tmp_path).num_hidden_layers == 4
+
+
+def test_base_model_is_ready_for_inference(tiny_model_dir, tiny_model):
+    model = load_model(tiny_model_dir, dtype="float32", device="cpu", attn_implementation="eager")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, tiny_model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mola_adapter", "lora_adapter"])
+def test_adapter_gives_the_logits_it_was_saved_with(kind, tiny_model_dir, request):
+    folder, expected = request.getfixturevalue(kind)
+    model = load_model(tiny_model_dir, folder, dtype="float32", device="cpu")
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_base_keeps_exact_float32_routers(tiny_model_dir, mola_adapter):
+    folder, _ = mola_adapter
+    saved = load_file(folder / "adapter_model.safetensors")
+    model = load_model(tiny_model_dir, folder, dtype="bfloat16", device="cpu")
+    routers = {
+        name.replace(".default", ""): parameter for name, parameter in model.named_parameters() if "mola_router" in name
+    }
+    assert routers
+    for name, parameter in routers.items():
+        torch.testing.assert_close(parameter, saved[name], rtol=0, atol=0, check_device=False)
+    others = [parameter for name, parameter in model.named_parameters() if "mola_router" not in name]
+    assert {parameter.dtype for parameter in others} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("a", "b"), ("lora", "model")])
+def test_several_adapters_load_by_name(names, tiny_model_dir, mola_adapter, tmp_path):
+    folder, expected = mola_adapter
+    config = MolaConfig(r=3, num_experts=2, top_k=1, task_type="CAUSAL_LM")
+    expected_second = save_adapter(tiny_model_dir, tmp_path, config, seed=2)
+    model = load_model(tiny_model_dir, dict(zip(names, (folder, tmp_path), strict=True)), "float32", "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        model.set_adapter(names[1])
+        torch.testing.assert_close(model(IDS).logits, expected_second, rtol=1e-5, atol=1e-5)
+
+
+def test_adapter_of_another_base_model_is_told_once(tiny_model_dir, lora_adapter, tmp_path, caplog):
+    folder = tmp_path / "adapter"
+    shutil.copytree(lora_adapter[0], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "owner/another-model"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, logger="mola"):
+        load_model(tiny_model_dir, folder, "float32", "cpu")
+        assert len([r for r in caplog.records if "owner/another-model" in r.getMessage()]) == 1
+        caplog.clear()
+        config["base_model_name_or_path"] = f"/elsewhere/{tiny_model_dir.name}"
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        load_model(tiny_model_dir, folder, "float32", "cpu")
+    assert not [r for r in caplog.records if "trained on" in r.getMessage()]
+
+
+def test_a_base_model_with_an_adapter_in_its_folder_says_so(
+    tiny_model_dir, mola_adapter, lora_adapter, tmp_path, caplog
+):
+    """Transformers loads both; a second adapter on top would be in nobody's control."""
+    adapter, expected = mola_adapter
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_model_dir, folder)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    with caplog.at_level(logging.WARNING):
+        model = load_model(folder, dtype="float32", device="cpu")
+    assert "holds an adapter too" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MolaError, match="has one already"):
+        load_model(folder, lora_adapter[0], dtype="float32", device="cpu")
+
+
+def test_folder_without_adapter_is_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(MolaError, match=r"no adapter_config\.json"):
+        load_model(tiny_model_dir, tmp_path)
+    with pytest.raises(MolaError, match="no such folder"):
+        check_adapter(tmp_path / "missing")
+
+
+def test_adapter_without_weights_is_refused(lora_adapter, tmp_path):
+    shutil.copy(lora_adapter[0] / "adapter_config.json", tmp_path)
+    with pytest.raises(MolaError, match="has no weights"):
+        check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{not json", "[]", "{}"])
+def test_adapter_with_broken_configuration_is_refused(lora_adapter, tmp_path, content):
+    shutil.copytree(lora_adapter[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(MolaError, match="broken configuration"):
+        check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+@pytest.mark.parametrize("kind", ["mola_adapter", "lora_adapter"])
+def test_tensors_that_do_not_match_are_refused(kind, change, tiny_model_dir, tmp_path, request):
+    shutil.copytree(request.getfixturevalue(kind)[0], tmp_path, dirs_exist_ok=True)
+
+    def leave_out_or_add(tensors):
+        name = sorted(tensors)[0]
+        tensor = tensors.pop(name)
+        if change == "unexpected":
+            tensors[name] = tensor
+            tensors[name.replace("layers.0", "layers.40")] = tensor.clone()
+
+    change_tensors(tmp_path, leave_out_or_add)
+    with pytest.raises(MolaError, match=r"`adapter` does not .*layers\.(0|40)"):
+        load_model(tiny_model_dir, tmp_path, "float32", "cpu")
+
+
+@pytest.mark.parametrize("name", ["", "a.b"])
+def test_adapter_names_pytorch_cannot_use_are_refused(name, tiny_model_dir, lora_adapter):
+    with pytest.raises(MolaError, match="without dots"):
+        load_model(tiny_model_dir, {name: lora_adapter[0]})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
+def test_broken_configuration_is_one_clear_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(MolaError, match="no readable configuration"):
+        load_config(tmp_path)

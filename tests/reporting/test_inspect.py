@@ -1,0 +1,178 @@
+"""`mola inspect`: what it reports is what the layers do and hold."""
+
+import json
+
+import pytest
+from peft import LoraConfig
+
+from mola import MolaConfig, MolaError, MolaLinear, load_model
+from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from mola.insight.inspection import redundancy_of
+from mola.insight.recording import gates_of_tokens
+from mola.reporting.inspect import InspectOptions, inspect
+from tests.conftest import save_adapter
+from tests.reporting.pages import Page
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    prepare(PrepareOptions("sample", str(folder), train_size=4, validation_size=2, test_size=6))
+    return folder / "test.json"
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir, tmp_path_factory):
+    config = MolaConfig(num_experts=[1, 2, 3, 4], top_k=[1, 2, 2, 2], r=2, init_lora_weights=False)
+    return save_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter"), config)
+
+
+def run(base, adapter, data, *more):
+    words = ("--base_model", base, "--adapter", adapter, "--data", data, "--task", "sample", "--device", "cpu", *more)
+    return main(["inspect", *map(str, words)])
+
+
+def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    output = tmp_path / "new" / "experts.json"
+    assert run(tiny_model_dir, adapter, sample, "--limit", 4, "--json", output) == 0
+    printed = capsys.readouterr().out
+    assert "4 samples" in printed
+    found = json.loads(output.read_text())
+    assert found["samples"] == 4
+    assert found["settings"]["limit"] == 4
+    usage = found["usage"]
+    assert {"all", "prompt", "answer"} < set(usage)
+    assert any(name.startswith("category=") for name in usage)
+    for name in ("all", "prompt", "answer"):
+        assert len(usage[name]) == len(found["redundancy"]) == 3 * 7
+    for whole, prompt, answer in zip(usage["all"], usage["prompt"], usage["answer"], strict=True):
+        assert whole["num_tokens"] == prompt["num_tokens"] + answer["num_tokens"]
+        assert sum(whole["shares"]) == pytest.approx(2)
+        assert 0 < whole["entropy"] < 1
+    for kind in ("category=", "token="):
+        parts = [rows[0]["num_tokens"] for name, rows in usage.items() if name.startswith(kind)]
+        assert sum(parts) == usage["all"][0]["num_tokens"]
+    assert {"token=word", "token=number", "token=punctuation", "token=space", "token=special"} <= set(usage)
+    agreement = found["agreement"]
+    assert agreement["modules"] == [row["module"] for row in usage["all"]]
+    assert len(agreement["cramers_v"]) == len(agreement["cramers_v"][0]) == 3 * 7
+    assert all(0 <= value <= 1 for row in agreement["cramers_v"] for value in row)
+    assert found["leave_one_out"] is found["leave_one_out_baseline"] is None
+    assert "agreement" in printed
+
+
+def test_a_page_without_a_run(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    page = tmp_path / "pages" / "experts.html"
+    words = ("--limit", 3, "--examples", 2, "--leave_one_out", "layers", "--leave_one_out_limit", 1, "--html", page)
+    assert run(tiny_model_dir, adapter, sample, *words) == 0
+    assert f"Open {page} in a browser" in capsys.readouterr().out
+    read = Page(page.read_text(encoding="utf-8"))
+    titles = ["Experts by layer", "Which experts work", "How alike experts are", "How routers agree"]
+    assert [node.text for node in read.root.all("h2")] == [*titles, "What an expert is worth", "Samples"]
+    assert len(read.section("samples").all("details")) == 2
+    assert json.loads(sample.read_text())[0]["instruction"].splitlines()[0] in read.section("samples").text
+    assert "mola train" not in read.root.text
+    with pytest.raises(MolaError, match="`html` must be a new file"):
+        inspect(InspectOptions(str(tiny_model_dir), adapter=str(adapter), data=str(sample), html=str(page)))
+
+
+def test_examples_are_spread_over_the_samples(tiny_model_dir, adapter, sample, tmp_path):
+    output = tmp_path / "experts.json"
+    assert run(tiny_model_dir, adapter, sample, "--limit", 6, "--examples", 2, "--json", output) == 0
+    rows = json.loads(sample.read_text())
+    found = json.loads(output.read_text())["examples"]
+    assert [example["id"] for example in found] == [rows[0]["id"], rows[3]["id"]]
+    for example, row in zip(found, (rows[0], rows[3]), strict=True):
+        assert row["instruction"] in example["prompt"]
+        assert example["answer"] == row["output"]
+        assert example["groups"]["category"] == row["category"]
+        assert len(example["experts"]) == 3 * 7
+        for each in example["experts"]:
+            assert len(each["mean_gates"]) == each["layer_index"] + 1
+            assert sum(each["mean_gates"]) == pytest.approx(1, abs=1e-5)
+    assert run(tiny_model_dir, adapter, sample, "--examples", 0, "--limit", 1, "--json", tmp_path / "none.json") == 0
+    assert json.loads((tmp_path / "none.json").read_text())["examples"] == []
+
+
+def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    output = tmp_path / "experts.json"
+    wanted = ("--leave_one_out", "layers", "--leave_one_out_limit", 2, "--limit", 3)
+    assert run(tiny_model_dir, adapter, sample, *wanted, "--json", output) == 0
+    printed = capsys.readouterr()
+    assert "9 experts and 2 samples take 20 forward passes" in printed.err
+    assert "loss" in printed.out
+    found = json.loads(output.read_text())
+    assert found["leave_one_out_baseline"]["samples"] == 2
+    assert found["leave_one_out_baseline"]["loss"] > 0
+    assert [(row["layer_index"], row["expert"]) for row in found["leave_one_out"]] == [
+        (layer, expert) for layer in (1, 2, 3) for expert in range(layer + 1)
+    ]
+    assert {row["module"] for row in found["leave_one_out"]} == {None}
+    assert any(row["loss_change"] != 0 for row in found["leave_one_out"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--leave_one_out", "experts"), "`leave_one_out` must be one of none, layers, modules: got 'experts'"),
+        (("--leave_one_out_limit", 0), "`leave_one_out_limit` must be at least 1"),
+        (("--examples", -1), "`examples` must be at least 0"),
+    ],
+)
+def test_wrong_options_are_refused(tiny_model_dir, adapter, sample, capsys, words, message):
+    assert run(tiny_model_dir, adapter, sample, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path):
+    """Of one sample, from its text."""
+    output = tmp_path / "experts.json"
+    assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", output, "--dtype", "float32") == 0
+    [row] = json.loads(sample.read_text())[:1]
+    model = load_model(tiny_model_dir, adapter, dtype="float32", device="cpu")
+    from mola import load_tokenizer
+    from mola.data.tasks import load_task
+    from mola.data.templates import get_template
+
+    tokenizer = load_tokenizer(tiny_model_dir)
+    text = get_template(load_task("sample").template).prompt(row["instruction"], row["input"]) + row["output"]
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    expected = {each.module: (each.gates > 0).double().mean(0).tolist() for each in gates_of_tokens(model, ids)}
+    found = {row["module"]: row["shares"] for row in json.loads(output.read_text())["usage"]["all"]}
+    assert found == {module: pytest.approx(shares) for module, shares in expected.items()}
+
+
+def test_redundancy_is_that_of_the_weights(tiny_model_dir, adapter):
+    model = load_model(tiny_model_dir, adapter, dtype="float32", device="cpu")
+    found = {row.module: row for row in redundancy_of(model)}
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    assert isinstance(layer, MolaLinear)
+    experts_A, experts_B = layer.mola_A["default"], layer.mola_B["default"]
+    first, second = (layer.scaling["default"] * experts_B[e].t() @ experts_A[e] for e in (0, 1))
+    row = found["base_model.model.model.layers.1.mlp.up_proj"]
+    assert row.distance == pytest.approx((first - second).norm().item(), rel=1e-5)
+    assert 0 <= row.input_overlap <= 1
+
+
+def test_new_experts_have_no_output_directions(tiny_model_dir, sample, tmp_path, capsys):
+    adapter = save_adapter(tiny_model_dir, tmp_path / "new", MolaConfig(num_experts=2, r=2))
+    assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", tmp_path / "experts.json") == 0
+    rows = json.loads((tmp_path / "experts.json").read_text())["redundancy"]
+    assert {row["distance"] for row in rows} == {0.0}
+    assert {row["output_overlap"] for row in rows} == {None}
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_an_adapter_without_routers_is_refused(tiny_model_dir, sample, tmp_path, capsys):
+    adapter = save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
+    assert run(tiny_model_dir, adapter, sample) == 2
+    assert "no module of" in capsys.readouterr().err
+
+
+def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    (tmp_path / "experts.json").write_text("{}")
+    assert run(tiny_model_dir, adapter, sample, "--json", tmp_path / "experts.json") == 2
+    assert "must be a new file" in capsys.readouterr().err
+    assert run(tiny_model_dir, adapter, sample, "--limit", 0) == 2
+    assert "`limit` must be at least 1" in capsys.readouterr().err

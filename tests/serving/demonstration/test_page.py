@@ -1,0 +1,190 @@
+"""The page of `mola demo`, in a real browser and without one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mola import MolaConfig, generate_text, load_model, load_tokenizer
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.serving.demonstration.demo import DemoOptions, running_demo
+from tests.browser import browser, complaints, requested_addresses
+
+gradio = pytest.importorskip("gradio", reason="needs gradio")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_model_dir, tmp_path_factory):
+    torch.manual_seed(1)
+    config = MolaConfig(num_experts="2468", r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def options(tiny_model_dir, adapter_dir):
+    return DemoOptions(str(tiny_model_dir), str(adapter_dir), port=free_port(), max_new_tokens=8, device="cpu")
+
+
+def test_page_without_a_browser(options):
+    """The controls' functions, called as the page calls them."""
+    from mola.serving.demonstration.answering import Answerer
+    from mola.serving.demonstration.page import _answers, _look, _tables
+
+    model = load_model(options.base_model, options.adapter, device="cpu")
+    tokenizer = load_tokenizer(options.base_model)
+    answerer = Answerer(model, tokenizer)
+    try:
+        *_, (adapted, plain, answer) = _answers(answerer, "Hi", "alpaca", 8, 0, 1, 0, 0)
+        expected = generate_text(model, tokenizer, get_template("alpaca").prompt("Hi", ""), max_new_tokens=8)
+        assert adapted == answer.text == expected != plain
+        experts, kind, layer = _look(answerer, answer)
+        assert kind.value == "q_proj"
+        assert layer.value == 3
+        by_layer, by_token = _tables(experts, "q_proj", 3, "answer")
+        assert by_layer.count('scope="row"') == 4
+        assert by_token.count('scope="row"') == len(answer.token_ids) - answer.num_prompt_tokens
+        with pytest.raises(gradio.Error, match="must hold some text"):
+            next(_answers(answerer, "  ", "alpaca", 8, 0, 1, 0, 0))
+    finally:
+        answerer.close()
+
+
+def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
+    from mola.serving.demonstration.answering import Answer, Answerer
+    from mola.serving.demonstration.page import _look, _tables
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(target_modules=["q_proj"]))
+    answerer = Answerer(model.eval(), load_tokenizer(options.base_model))
+    experts, kind, _ = _look(answerer, Answer("", [0, 5, 6], 2))
+    answerer.close()
+    assert kind.value is None
+    assert "no mixture" in _tables(experts, None, None, "answer")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"port": 0}, "`port` must be from 1 to 65535"),
+        ({"template": "alpacka"}, "`template` must be one of"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
+        ({"adapter": "nowhere"}, "`adapter` must be a folder"),
+        ({"base_model": "./nowhere"}, "`base_model`"),
+    ],
+)
+def test_wrong_options(options, change, message):
+    with pytest.raises(MolaError, match=message), running_demo(DemoOptions(**{**vars(options), **change})):
+        pass
+
+
+@contextmanager
+def command(options):
+    """`mola demo` in a process of its own: gradio leaves event loops behind."""
+    words = [f"--{name}={value}" for name, value in vars(options).items() if value is not None]
+    process = subprocess.Popen([sys.executable, "-m", "mola.cli", "demo", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def address(process):
+    """Where a running command says its page is."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "The demo is at " in line:
+            return line.split("The demo is at ")[1].split()[0].rstrip(".")
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken(options):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", options.port))
+        one.listen()
+        with command(options) as process:
+            error = process.stderr.read()
+    assert f"mola demo: error: `port` {options.port} of 127.0.0.1 is not free" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_command_ends_when_told(options):
+    with command(options) as process:
+        assert b"mola" in urllib.request.urlopen(address(process), timeout=30).read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def box(window, label):
+    return window.find_element("xpath", f"//label[.//span[normalize-space()='{label}']]//textarea")
+
+
+def button(window, text):
+    return window.find_element("xpath", f"//button[normalize-space()='{text}']")
+
+
+@pytest.mark.slow
+def test_in_a_browser(options, tmp_path):
+    pictures = Path(os.environ.get("MOLA_SCREENSHOTS", tmp_path))
+    with command(options) as process, browser() as window:
+        url = address(process)
+        window.get(url)
+        waiting = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(window, 180)
+        waiting.until(lambda _: window.find_elements("xpath", "//button[normalize-space()='Answer']"))
+        box(window, "Instruction").send_keys("Name a colour.")
+        button(window, "Answer").click()
+        waiting.until(lambda _: window.find_elements("css selector", "table th[scope=row]"))
+        adapted, plain = (
+            box(window, label).get_attribute("value") for label in ("With the adapter", "Base model alone")
+        )
+        assert adapted
+        assert adapted != plain
+        assert [each.text for each in window.find_elements("tag name", "caption")] == [
+            "Mean gate of each expert, by layer, per cent",
+            "Gates of base_model.model.model.layers.3.self_attn.q_proj, by token, per cent",
+        ]
+        window.save_screenshot(str(pictures / "demo.png"))
+        window.set_window_size(500, 844)  # the narrowest that headless Chromium makes
+        assert window.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        window.save_screenshot(str(pictures / "demo-narrow.png"))
+        asked = requested_addresses(window)
+        assert any(each.startswith(url) for each in asked)
+        assert [each for each in asked if not each.startswith((url, "data:", "blob:"))] == []
+        assert complaints(window) == []
+
+
+@pytest.mark.slow
+def test_stop_in_a_browser(options):
+    options.max_new_tokens = 500
+    with command(options) as process, browser() as window:
+        window.get(address(process))
+        waiting = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(window, 180)
+        waiting.until(lambda _: window.find_elements("xpath", "//button[normalize-space()='Answer']"))
+        box(window, "Instruction").send_keys("Count.")
+        button(window, "Answer").click()
+        waiting.until(lambda _: box(window, "With the adapter").get_attribute("value"))
+        button(window, "Stop").click()
+        stopped = len(box(window, "With the adapter").get_attribute("value"))
+        button(window, "Answer").click()  # the page lives on
+        waiting.until(lambda _: 0 < len(box(window, "With the adapter").get_attribute("value")) != stopped)

@@ -1,0 +1,369 @@
+"""`mola compare`: recipes x tasks x seeds, going on after a stop, allocations, statistics, tables, what is refused."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mola import MolaError
+from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from mola.evaluation.evaluate import evaluate
+from mola.studies.comparison.compare import CompareOptions, compare
+from mola.studies.comparison.record import BASE, read_results
+from mola.studies.comparison.statistics import mean_accuracy, paired_differences
+from mola.studies.comparison.summary import ALL_TASKS, budget_groups
+from mola.studies.comparison.tables import comma_separated, markdown
+from mola.training.callbacks import MetricsFile
+from mola.training.train import TrainOptions, train
+
+SETTINGS = {
+    "task": "sample",
+    "max_steps": 4,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 0.02,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "lora_dropout": 0.0,
+    "dtype": "float32",
+    "scoring": "likelihood",
+    "test_batch_size": 8,
+    "disable_tqdm": True,
+    "seeds": [0, 1],
+}
+RECIPES = {"lora": {"num_experts": "1", "r": "16"}, "2468": {"num_experts": "2468", "r": "4"}}
+TASKS = {"physics": {"filters": {"topic": "physics"}}, "biology": {"filters": {"topic": "biology"}}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Generated questions on five topics, 8 of each to train on and 8 to test with."""
+    folder = tmp_path_factory.mktemp("questions") / "data"
+    prepare(PrepareOptions("sample", str(folder), train_size=40, validation_size=10, test_size=40))
+    return folder / "dataset.hf"
+
+
+@pytest.fixture
+def values(tiny_model_dir, data, tmp_path):
+    def build(**changes):
+        chosen = {
+            "base_model": str(tiny_model_dir),
+            "data": str(data),
+            "output_dir": str(tmp_path / "out"),
+            "tasks": TASKS,
+            "recipes": RECIPES,
+            **SETTINGS,
+            **changes,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    return build
+
+
+@pytest.fixture
+def run(values):
+    return lambda **changes: compare(CompareOptions(**values(**changes)))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, data, tmp_path_factory):
+    """The comparison that nobody stopped, made once: folder and result."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    options = {"base_model": str(tiny_model_dir), "data": str(data), "output_dir": str(folder), **SETTINGS}
+    return folder, compare(CompareOptions(**options, tasks=TASKS, recipes=RECIPES))
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def numbers(results):
+    """What must be equal in two comparisons of the same."""
+    kept = ("task", "recipe", "seed", "marks", "num_experts", "trainable_parameters", "settings", "fingerprints")
+    return sorted([getattr(each, name) for name in kept] for each in results)
+
+
+# ---------------------------------------------------------------------- a finished comparison
+
+
+def test_every_run_is_an_ordinary_training_and_test(whole, values, tmp_path):
+    _, result = whole
+    assert (result.status, result.open) == ("finished", 0)
+    keys = [(each.task, each.recipe, each.seed) for each in result.results if each.recipe != BASE]
+    assert keys == [(task, recipe, seed) for seed in (0, 1) for task in TASKS for recipe in RECIPES]
+    assert [(each.task, each.recipe) for each in result.results if each.recipe == BASE] == [(t, BASE) for t in TASKS]
+    (one,) = (each for each in result.results if each.key == ("biology", "2468", 1))
+    assert one.num_experts == [2, 4, 6, 8]
+    assert one.total == 8
+    names = TrainOptions.__dataclass_fields__
+    options = {name: value for name, value in values(**RECIPES["2468"], **TASKS["biology"]).items() if name in names}
+    alone = train(TrainOptions(**{**options, "seed": 1, "output_dir": str(tmp_path / "alone")}))
+    assert alone.trainable_parameters == one.trainable_parameters
+    test = CompareOptions(**values()).runs["biology", "2468", 1]
+    from mola.studies.train_and_test import evaluation_of
+
+    evaluation = evaluation_of(test)
+    evaluation.adapter = str(tmp_path / "alone")
+    marks = [sample["correct"] for sample in evaluate(evaluation).samples]
+    assert one.marks == "".join("01"[mark] for mark in marks)
+
+
+def test_rows_are_the_statistics_of_the_marks(whole):
+    _, result = whole
+    tasks = [*TASKS, ALL_TASKS]
+    assert [(row.task, row.recipe) for row in result.rows] == [(t, r) for t in tasks for r in (*RECIPES, BASE)]
+    by_key = {each.key: each for each in result.results}
+    for row in result.rows:
+        if row.recipe == BASE or row.task == ALL_TASKS:
+            continue
+        runs = [by_key[row.task, row.recipe, seed] for seed in (0, 1)]
+        assert row.mean.value == pytest.approx(np.mean([each.accuracy for each in runs]))
+        assert row.mean.seeds == 2
+        if row.recipe == "lora":
+            assert row.difference is None
+        else:
+            reference = np.mean([by_key[row.task, "lora", seed].accuracy for seed in (0, 1)])
+            assert row.difference.value == pytest.approx(row.mean.value - reference)
+    means = {(row.task, row.recipe): row.mean.value for row in result.rows}
+    for recipe in (*RECIPES, BASE):
+        assert means[ALL_TASKS, recipe] == pytest.approx(np.mean([means[task, recipe] for task in TASKS]))
+
+
+def test_the_record_alone_is_enough_to_go_on(whole, run, tmp_path):
+    folder, result = whole
+    record = tmp_path / "record.json"
+    shutil.copy(folder / "compare.json", record)
+    again = run(record=str(record))
+    assert not (tmp_path / "out" / "physics").exists()
+    assert numbers(again.results) == numbers(result.results)
+    assert read(record)["status"] == "finished"
+    more = run(record=str(record), seeds=[0, 1, 2])
+    assert len(more.results) == len(result.results) + 4
+    assert {row.mean.seeds for row in more.rows if row.recipe in RECIPES} == {3}
+
+
+def test_tables_in_every_form(whole, values, tmp_path, capsys):
+    folder, result = whole
+    names = [tmp_path / f"table{ending}" for ending in (".csv", ".md", ".html")]
+    flags = [f"--{name}={json.dumps(v) if isinstance(v, (dict, bool)) else v}" for name, v in values().items()
+             if name not in ("seeds", "output_dir")]  # fmt: skip
+    tables = ",".join(map(str, names))
+    assert main(["compare", *flags, "--seeds", "0", "1", f"--output_dir={folder}", f"--tables={tables}"]) == 0
+    printed = capsys.readouterr().out
+    assert "physics" in printed
+    assert ALL_TASKS in printed
+    rows = list(csv.DictReader(io.StringIO(names[0].read_text())))
+    assert [float(row["accuracy"]) for row in rows] == [row.mean.value for row in result.rows]
+    assert rows[1]["num_experts"] == "2-4-6-8"
+    assert names[0].read_text() == comma_separated(result.rows)
+    assert names[1].read_text() == markdown(result.rows, "lora")
+    page = names[2].read_text()
+    assert page.count("<table") == 3
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path):
+    _, result = whole
+    recipe = tmp_path / "study.yaml"
+    recipe.write_text(json.dumps(values()), encoding="utf-8")
+    command = [sys.executable, "-m", "mola.cli", "compare", "--config", str(recipe)]
+    record = tmp_path / "out" / "compare.json"
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    deadline = time.monotonic() + 300
+    try:
+        while time.monotonic() < deadline and not (record.exists() and len(read(record)["runs"]) >= 4):
+            time.sleep(0.02)
+        assert both[0].poll() is None
+        os.kill(both[0].pid, signal.SIGKILL)
+        assert len(read_results(record)) < len(result.results)
+        assert both[1].wait(timeout=300) == 0
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert numbers(read_results(record)) == numbers(result.results)
+    assert read(record)["status"] == "finished"
+
+
+def test_interrupted_and_gone_on_gives_the_same(whole, values, run, tmp_path, monkeypatch):
+    _, result = whole
+    seen = []
+
+    def stop_at_the_third(self, *args, **kwargs):
+        seen.append(self)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_third)
+    first = run()
+    assert (first.status, first.open) == ("interrupted", 6)
+    monkeypatch.undo()
+    again = run()
+    assert (again.status, again.open) == ("finished", 0)
+    assert numbers(again.results) == numbers(result.results)
+
+
+def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
+    only = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
+    run(**only)
+    record = tmp_path / "out" / "compare.json"
+    with pytest.raises(MolaError, match="made with another setting `learning_rate`"):
+        run(**only, learning_rate=0.01)
+    record.unlink()
+    with pytest.raises(MolaError, match="holds a run with another `learning_rate`"):
+        run(**only, learning_rate=0.01)
+    weights = tmp_path / "out" / "physics" / "lora" / "seed-0" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert len(run(**only).results) == 2  # from the folder, nothing is trained again
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_without_adapters_the_results_stay(run, tmp_path):
+    result = run(tasks={"physics": TASKS["physics"]}, seeds=[0], keep_adapters=False)
+    folder = tmp_path / "out" / "physics" / "2468" / "seed-0"
+    assert (folder / "test.json").is_file()
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert numbers(run(tasks={"physics": TASKS["physics"]}, seeds=[0]).results) == numbers(result.results)
+
+
+# ---------------------------------------------------------------------- allocations
+
+
+def test_experts_from_mola_allocate(run, tmp_path):
+    recipes = {
+        "probe": {"num_experts": "3,", "r": "4"},
+        "shape": {"allocate": {"method": "triangle", "budget": 12}, "r": "4"},
+        "redundancy": {"allocate": {"method": "redundancy", "budget": 12, "probe": "probe"}, "r": "4"},
+    }
+    result = run(tasks={"physics": TASKS["physics"]}, recipes=recipes, keep_adapters=False)
+    experts = {(each.recipe, each.seed): each.num_experts for each in result.results}
+    assert experts["shape", 0] == experts["shape", 1]
+    assert sorted(experts["shape", 0], reverse=True) == experts["shape", 0]
+    for name in ("shape", "redundancy"):
+        assert [sum(experts[name, seed]) for seed in (0, 1)] == [12, 12]
+    assert (tmp_path / "out" / "physics" / "redundancy-seed-1.json").is_file()
+    assert result.rows[0].recipe == "probe"
+    assert all(row.budget_group == 0 for row in result.rows if row.recipe in recipes)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {}}, "`tasks` must name at least one"),
+        ({"recipes": {}}, "`recipes` must name at least one"),
+        ({"recipes": {"a b": {}}}, "`recipes` must have names made of"),
+        ({"recipes": {"a": 5}}, "`recipes.a` must be a mapping"),
+        ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
+        ({"recipes": {"a": {"seed": 3}}}, "`seed` can not be set in `recipes.a`"),
+        ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set by the task"),
+        ({"recipes": {"a": {"learning_rate": -1}}}, "recipe `a`: `learning_rate`"),
+        ({"recipes": {"a": {"allocate": {"method": "triangle"}}}}, "must have `method` and `budget`"),
+        ({"recipes": {"a": {"num_experts": "2", "allocate": {"method": "uniform", "budget": 8}}}}, "Leave one out"),
+        (
+            {"recipes": {"a": {"allocate": {"method": "redundancy", "budget": 8, "probe": "b"}}, "b": {}}},
+            "must be a recipe that stands before 'a'",
+        ),
+        ({"reference": "none"}, "`reference` must be one of the recipes lora, 2468"),
+        ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
+        ({"overwrite_output_dir": True}, "`overwrite_output_dir` has no use here"),
+        ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no use here"),
+        ({"tables": "table.xls"}, "`tables` must be files that end in"),
+        ({"recipes": {"a": {"num_experts": "2,2"}}}, "recipe `a`: `num_experts` needs one entry per decoder layer"),
+        ({"recipes": {"a": {"allocate": {"method": "trangle", "budget": 8}}}}, "recipe `a`"),
+        ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`"),
+        ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`"),
+        ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`"),
+    ],
+)
+def test_wrong_comparisons_are_refused_before_anything_is_trained(run, tmp_path, changes, message):
+    with pytest.raises(MolaError, match=message):
+        run(**changes)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out" / "compare.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"format": 9, "runs": []}', '{"format": 1, "runs": [{}]}'])
+def test_a_file_that_is_no_record_is_refused_and_kept(run, tmp_path, text):
+    record = tmp_path / "record.json"
+    record.write_text(text, encoding="utf-8")
+    with pytest.raises(MolaError, match="`record` must be a new file or the record of a comparison"):
+        run(record=str(record))
+    assert record.read_text(encoding="utf-8") == text
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def test_differences_worked_out_by_hand():
+    reference = np.array([[1, 0, 1, 0], [1, 0, 0, 0]])
+    found = paired_differences({"same": reference, "all": np.ones((2, 4))}, reference)
+    assert found["same"].value == 0
+    assert found["same"].p_questions == 1
+    assert found["same"].verdict == "not told apart"
+    assert found["all"].value == pytest.approx(0.625)
+    assert found["all"].seeds_95[0] < 0.625 < found["all"].seeds_95[1]
+
+
+def test_a_clear_difference_is_told_and_its_direction():
+    generator = np.random.default_rng(0)
+    weak, strong = generator.random((5, 400)) < 0.4, generator.random((5, 400)) < 0.7
+    found = paired_differences({"strong": strong.astype(float)}, weak.astype(float))["strong"]
+    assert found.verdict == "better"
+    assert paired_differences({"weak": weak.astype(float)}, strong.astype(float))["weak"].verdict == "worse"
+
+
+def test_no_difference_is_rarely_told():
+    """Both recipes alike: at most 5 % of comparisons may say otherwise."""
+    generator = np.random.default_rng(1)
+    told = 0
+    for _ in range(200):
+        chance = generator.random(100)  # some questions are easy, some are hard
+        one, other = (np.float64(generator.random((3, 100)) < chance) for _ in range(2))
+        told += paired_differences({"other": other}, one)["other"].verdict != "not told apart"
+    assert told <= 10
+
+
+def test_one_seed_tells_nothing_apart():
+    found = paired_differences({"all": np.ones((1, 50))}, np.zeros((1, 50)))["all"]
+    assert (found.verdict, found.seeds_95, found.value) == ("not told apart", None, 1.0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@example([0.0, 1e-177])
+def test_mean_lies_in_its_interval(accuracies):
+    mean = mean_accuracy(accuracies)
+    assert (mean.interval_95 is None) == (len(accuracies) == 1)
+    if mean.interval_95 is not None:
+        assert 0 <= mean.interval_95[0] <= mean.value <= mean.interval_95[1] <= 1
+
+
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1))
+def test_groups_of_equal_budget(parameters):
+    groups = budget_groups(parameters)
+    assert groups.keys() == parameters.keys()
+    for number in set(groups.values()):
+        members = [parameters[name] for name in groups if groups[name] == number]
+        assert max(members) <= 1.05 * min(members)
+    assert sorted(set(groups.values())) == list(range(len(set(groups.values()))))

@@ -1,0 +1,170 @@
+"""What of a sequence that was begun can be changed, and what not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mola import ContinualOptions, MolaError, continual
+from tests.studies.continual_learning.sequences import FIRST_TWO, FOLDERS, STAGES, assert_same_end, contents, read
+from tests.training.runs import WEIGHTS
+
+
+@pytest.fixture
+def begun(whole, values, tmp_path):
+    """A copy of the finished sequence with its third stage not begun; returns its folder and options."""
+    folder = Path(shutil.copytree(whole[0], tmp_path / "copy"))
+    shutil.rmtree(folder / FOLDERS[2])
+    return folder, values(output_dir=str(folder))
+
+
+def test_stages_not_begun_may_change_and_be_added(begun, whole):
+    folder, options = begun
+    shutil.rmtree(folder / FOLDERS[1])
+    tense = {"filters": {"topic": "verbs"}, "max_steps": 1, "test_limit": 2}
+    stages = {"physics": STAGES["physics"], "tense": tense, "words": {**STAGES["words"], **tense}}
+    result = continual(ContinualOptions(**{**options, "stages": stages}))
+    assert (result.status, len(result.results)) == ("finished", 3)
+    assert result.results[0] == whole[1].results[0]
+    assert [entry["folder"] for entry in read(folder / "continual.json")["stages"]] == [
+        "01-physics",
+        "02-tense",
+        "03-words",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"learning_rate": 0.5}, ["stage `physics`", "`learning_rate`", "0.02", "0.5"]),
+        ({"scoring": "generate"}, ["stage `physics`", "`scoring`"]),
+        ({"stages": {**STAGES, "biology": {"filters": {"topic": "biology"}}}}, ["stage `biology`", "`learning_rate`"]),
+        ({"stages": {**STAGES, "biology": {**STAGES["biology"], "limit": 4}}}, ["stage `biology`", "`limit`"]),
+        ({"stages": {"physics": STAGES["physics"]}}, ["02-biology", "stage 2"]),
+        ({"stages": {name: STAGES[name] for name in ("biology", "physics")}}, ["01-physics", "stage 1"]),
+    ],
+)
+def test_a_stage_that_was_begun_must_stay_the_same(begun, changes, parts):
+    folder, options = begun
+    before = contents(folder)
+    with pytest.raises(MolaError) as caught:
+        continual(ContinualOptions(**{**options, **changes}))
+    assert [part for part in parts if part not in str(caught.value)] == []
+    assert contents(folder) == before
+
+
+def test_other_data_under_the_same_name_are_refused(begun, tmp_path):
+    folder, options = begun
+    record = read(folder / "continual.json")
+    record["stages"][1]["data_fingerprints"]["train"] = "0" * 64
+    (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(MolaError, match="stage `biology`.*`train`"):
+        continual(ContinualOptions(**options))
+
+
+def test_a_result_of_another_test_is_refused(begun):
+    folder, options = begun
+    path = folder / FOLDERS[1] / "evaluation" / "01-physics.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("likelihood", "generate"), encoding="utf-8")
+    with pytest.raises(MolaError, match=r"01-physics.json.*`scoring`.*'generate'.*'likelihood'"):
+        continual(ContinualOptions(**options))
+
+
+def spoil(path):
+    """Make a result one that no test can have, so that a reader of it is found out."""
+    result = read(path)
+    path.write_text(json.dumps({**result, "correct": -1}), encoding="utf-8")
+
+
+def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
+    folder, options = begun
+    stage = folder / FOLDERS[1]
+    for checkpoint in stage.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (stage / WEIGHTS).unlink()
+    for name in ("01-physics", "02-biology"):
+        spoil(stage / "evaluation" / f"{name}.json")
+    (stage / "evaluation" / "mine.json").write_text("{}", encoding="utf-8")
+    first = contents(folder / FOLDERS[0])
+    continual(ContinualOptions(**{**options, "stages": FIRST_TWO}))
+    assert "no complete checkpoint: the training starts again" in caplog.text
+    assert_same_end(folder, whole, 2)
+    assert contents(folder / FOLDERS[0]) == first
+    assert (stage / "evaluation" / "mine.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_path, at_step):
+    def crash():
+        raise RuntimeError("power cut")
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(whole[0] / FOLDERS[0], adapter)
+    stage = tmp_path / "run" / "01-words"
+    options = {
+        "stages": {"words": {**STAGES["words"], "max_steps": 1}},
+        "adapter": str(adapter),
+        "num_experts": None,
+        "evaluate_base": True,
+    }
+    at_step(stage.name, 1, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(**options)
+    spoil(tmp_path / "run" / "00-start" / "evaluation" / "01-words.json")
+    for name in (WEIGHTS, "adapter_config.json"):
+        shutil.copy(whole[0] / FOLDERS[1] / name, adapter / name)
+    before = contents(tmp_path / "run")
+    with pytest.raises(MolaError, match="stage `words` was begun from other weights"):
+        run(**options)
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(stage)
+    result = run(**options)
+    assert (result.status, result.base["words"]["correct"] >= 0) == ("finished", True)
+
+
+@pytest.mark.parametrize("change", [{"folder": 3}, {"settings": []}, {"data_fingerprints": None}])
+def test_a_record_of_another_form_is_refused(begun, change):
+    folder, options = begun
+    record = read(folder / "continual.json")
+    record["stages"][0].update(change)
+    (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(MolaError, match="can not be read"):
+        continual(ContinualOptions(**options))
+
+
+def test_weights_of_a_stage_that_were_exchanged_are_refused(begun):
+    folder, options = begun
+    shutil.copy(folder / FOLDERS[1] / WEIGHTS, folder / FOLDERS[0] / WEIGHTS)
+    with pytest.raises(MolaError, match="stage `physics`.*not the one that was trained"):
+        continual(ContinualOptions(**options))
+
+
+def test_a_stage_deleted_below_another_is_refused(begun):
+    folder, options = begun
+    shutil.rmtree(folder / FOLDERS[0])
+    with pytest.raises(MolaError, match="'02-biology' was trained on '01-physics'"):
+        continual(ContinualOptions(**options))
+
+
+@pytest.mark.slow
+def test_a_moved_sequence_goes_on(begun, whole, tmp_path):
+    folder, options = begun
+    folder.rename(tmp_path / "moved")
+    assert continual(ContinualOptions(**{**options, "output_dir": str(tmp_path / "moved")})).status == "finished"
+    assert_same_end(tmp_path / "moved", whole)
+
+
+def test_overwriting_removes_the_sequence_and_nothing_else(begun):
+    folder, options = begun
+    foreign = {"notes.txt": "mine", f"{FOLDERS[0]}/notes.txt": "mine", f"{FOLDERS[1]}/evaluation/mine.json": "{}"}
+    for name, text in foreign.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(MolaError, match="`learning_rate`"):
+        continual(ContinualOptions(**{**options, "learning_rate": 0.5}))
+    stages = {"words": {**STAGES["words"], "max_steps": 1}}
+    result = continual(ContinualOptions(**{**options, "stages": stages, "overwrite_output_dir": True}))
+    assert (result.status, len(result.results)) == ("finished", 1)
+    kept = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert kept == {"notes.txt", FOLDERS[0], FOLDERS[1], "01-words", "continual.json"}
+    assert [path.name for path in (folder / FOLDERS[0]).rglob("*")] == ["notes.txt"]
+    assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign

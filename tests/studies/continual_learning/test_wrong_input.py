@@ -1,0 +1,79 @@
+"""Options of a sequence and its stages that are refused before anything is trained."""
+
+import pytest
+
+from mola import ContinualOptions, MolaError, TrainOptions, continual
+from mola.cli import main
+from tests.studies.continual_learning.sequences import flags
+
+WRONG = [
+    ({"stages": None}, ["`stages`", "empty"]),
+    ({"stages": {}}, ["`stages`", "empty"]),
+    ({"stages": "{"}, ["`stages`", "JSON"]),
+    ({"stages": '["a"]'}, ["`stages`", "mapping"]),
+    ({"stages": '{"a": {}, "a": {}}'}, ["`stages`", "'a' twice"]),
+    ({"stages": {"a/b": {}}}, ["`stages`", "'a/b'"]),
+    ({"stages": {"a": 3}}, ["`stages.a`", "3"]),
+    ({"stages": {"a": {"limt": 3}}}, ["stage `a`", "`limt`", "`limit`"]),
+    ({"stages": {"a": {"test_limit": "few"}}}, ["stage `a`", "test_limit", "'few'"]),
+    ({"stages": {"a": {"num_experts": 2}}}, ["stage `a`", "`num_experts`", "same in all stages"]),
+    ({"stages": {"a": {"adapter": "x"}}}, ["stage `a`", "`adapter`"]),
+    ({"stages": {"a": {"output_dir": "x"}}}, ["stage `a`", "`output_dir`"]),
+    ({"stages": {"a": {"learning_rate": -1}}}, ["stage `a`", "`learning_rate`", "-1"]),
+    ({"stages": {"a": {"optim": "guess"}}}, ["stage `a`", "'guess'"]),
+    ({"stages": {"a": {}, "b": {"task": "nosuch"}}}, ["stage `b`", "`task`", "'nosuch'"]),
+    ({"stages": {"a": {}, "b": {"data": "nosuch.json"}}}, ["stage `b`", "nosuch.json"]),
+    ({"stages": {"a": {}, "b": {"test_data": "nosuch.json"}}}, ["stage `b`", "nosuch.json"]),
+    ({"stages": {"a": {}, "b": {"test_split": "exam"}}}, ["stage `b`", "`test_split`", "'exam'", "validation"]),
+    ({"stages": {"a": {}, "b": {"test_split": "train"}}}, ["stage `b`", "`test_split`", "not trained on"]),
+    ({"stages": {"a": {}, "b": {"cutoff_len": 20}}}, ["stage `b`", "`cutoff_len`", "20"]),
+    ({"stages": {"a": {}, "b": {"max_new_tokens": 2000, "scoring": "generate"}}}, ["stage `b`", "1024"]),
+    ({"stages": {"a": {}, "b": {"scoring": "guess"}}}, ["stage `b`", "`scoring`", "'guess'"]),
+    ({"stages": {"a": {}, "b": {"test_batch_size": 0}}}, ["stage `b`", "`batch_size`", "0"]),
+    ({"stages": {"a": {}, "b": {"warmup_steps": 50}}}, ["stage `b`", "`warmup_steps`", "50"]),
+    ({"stages": {"a": {}, "b": {"filters": {"topc": "x"}}}}, ["stage `b`", "`filters`", "`topc`", "topic"]),
+    ({"stages": {"a": {}, "b": {"filters": {"topic": "art"}}}}, ["stage `b`", "`filters`", "'art'", "'physics'"]),
+    ({"task": None}, ["stage `physics`", "`task`"]),
+    ({"data": None}, ["stage `physics`", "`data`"]),
+    ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),
+    ({"resume_from_checkpoint": "last"}, ["`resume_from_checkpoint`", "goes on"]),
+    ({"adapter": "nosuch", "num_experts": None}, ["`adapter`", "nosuch"]),
+    (
+        {"adapter": "x", "num_experts": None, "lora_dropout": None, "stages": {"a": {"lora_dropout": 0.5}}},
+        ["stage `a`", "`lora_dropout`", "beside `stages`"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), WRONG, ids=lambda value: str(value)[:70] if type(value) is dict else "")
+def test_wrong_input_is_refused_before_any_stage(values, changes, parts, tmp_path, capsys):
+    assert main(flags(values(**changes))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("mola continual: error: ")
+    assert [part for part in parts if part not in lines[-1]] == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_training_data_without_splits_are_not_tested_on(values, data, tmp_path, capsys):
+    stages = {"a": {"data": str(data.parent / "train.json")}}
+    assert main(flags(values(stages=stages))) == 2
+    assert "`test_data`" in capsys.readouterr().err
+    stages["a"]["test_data"] = str(data.parent / "test.json")
+    options = ContinualOptions(**values(stages=stages, test_limit=3, max_steps=1))
+    assert continual(options).results[0]["tasks"]["a"]["total"] == 3
+
+
+def test_folder_of_something_else_is_refused(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(MolaError, match=r"`output_dir`.*continual\.json"):
+        run()
+    (tmp_path / "run" / "continual.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(MolaError, match="can not be read"):
+        run()
+
+
+def test_several_processes_are_refused(values, monkeypatch):
+    monkeypatch.setattr(TrainOptions, "world_size", property(lambda self: 2))
+    with pytest.raises(MolaError, match="one process: got 2"):
+        ContinualOptions(**values())

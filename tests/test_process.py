@@ -1,0 +1,113 @@
+"""The `mola` command as a program of its own, which imports less than `import mola` does."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mola._process import is_own_program
+
+MOLA = Path(sys.executable).with_name("mola")
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words, flags=(), **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *flags, *map(str, words)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_preparing_needs_no_torch(tmp_path):
+    words = ["prepare", "sample", "--output_dir", tmp_path / "out", "--train_size", 8]
+    imported = run(MOLA, *words, flags=["-X", "importtime"]).stderr
+    names = set(re.findall(r"\| +([\w.]+)$", imported, re.M))
+    assert {"mola.data.draw.sizes", "datasets"} <= names
+    assert not {"torch", "peft", "mola.tuner", "mola.training.train"} & names
+    assert (tmp_path / "out" / "dataset.hf").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("program", "own"),
+    [
+        ("/usr/bin/mola", True),
+        ("mola.exe", True),
+        (ROOT / "scripts" / "preparation_instruction_data.py", True),
+        (ROOT / "scripts" / "mola_training.py", True),
+        (ROOT / "scripts" / "make_option_tables.py", False),
+        ("nosuch/mola_training.py", False),
+        ("pytest", False),
+        ("my_mola.py", False),
+        ("", False),
+    ],
+)
+def test_own_programs_are_known(program, own):
+    assert is_own_program(str(program)) is own
+
+
+def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
+    """Who goes on from the research code will call a file like this."""
+    program = tmp_path / "mola_training.py"
+    program.write_text("import mola\nfrom peft import PeftType\nprint(PeftType('MOLA'))\n", encoding="utf-8")
+    assert "MOLA" in run(program).stdout
+
+
+def test_renamed_script_is_still_one(tmp_path):
+    shutil.copy(ROOT / "scripts" / "mola_training.py", tmp_path / "mine.py")
+    assert is_own_program(str(tmp_path / "mine.py"))
+
+
+CHECK = """
+import os, sys
+import mola
+light = "torch" not in sys.modules
+print(light, os.environ.get("OMP_WAIT_POLICY"), mola.TrainOptions.__name__, mola.train.__name__, mola.plan.__name__)
+missing = [name for name in mola.__all__ if not hasattr(mola, name)]
+assert not missing, missing
+try:
+    mola.nosuch
+except AttributeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "expected"),
+    [
+        pytest.param("other.py", None, "False None", marks=pytest.mark.slow),
+        # Somebody's program that happens to be called like ours gets all names, when it asks for one.
+        ("mola", None, "True PASSIVE"),
+        pytest.param("mola", "ACTIVE", "True ACTIVE", marks=pytest.mark.slow),
+    ],
+)
+def test_other_programs_find_every_name(tmp_path, monkeypatch, name, chosen, expected):
+    (tmp_path / name).write_text(CHECK)
+    variables = {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    printed = run(tmp_path / name, **variables).stdout
+    assert printed.splitlines() == [f"{expected} TrainOptions train plan", "module 'mola' has no attribute 'nosuch'"]
+
+
+@pytest.mark.slow
+def test_every_command_as_a_program(tiny_model_dir, tmp_path):
+    data, adapter = tmp_path / "data", tmp_path / "run"
+    base = ["--base_model", tiny_model_dir, "--dtype", "float32"]
+    run(MOLA, "prepare", "sample", "--output_dir", data, "--train_size", 8, "--validation_size", 4, "--test_size", 4)
+    task = ["--task", "sample"]
+    experts = ["--num_experts", "2,2,2,2", "--top_k", "1", "--r", 2]
+    planned = run(MOLA, "plan", "--base_model", tiny_model_dir, "--num_experts", "1,2,3,4", "--json").stdout
+    assert json.loads(planned)["totals"]
+    run(MOLA, "train", *base, *task, *experts, "--data", data / "dataset.hf", "--output_dir", adapter, "--max_steps", 2)
+    result = ["--data", data / "test.json", "--output", tmp_path / "r.json"]
+    run(MOLA, "evaluate", *base, *task, "--adapter", adapter, *result)
+    assert json.loads((tmp_path / "r.json").read_text())["total"] == 4
+    words = ["--instruction", "Say A", "--max_new_tokens", 4]
+    assert run(MOLA, "generate", *base, "--adapter", adapter, *words).stdout
+    run(MOLA, "convert", adapter, "--to", "published", "--output", tmp_path / "old")
+    assert (tmp_path / "old" / "adapter_config.json").is_file()
