@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import stat
@@ -6,7 +5,7 @@ import stat
 import pytest
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable, file_sha256
+from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
 
 
 def test_text_is_written_into_new_folders_without_leftovers(tmp_path):
@@ -83,10 +82,3 @@ def test_check_writable_refuses_a_read_only_folder(tmp_path):
             check_writable(tmp_path / "result.json")
     finally:
         tmp_path.chmod(0o700)
-
-
-@pytest.mark.parametrize("size", [0, 3, 1 << 20, (1 << 20) + 1])
-def test_sha256_is_that_of_all_bytes(tmp_path, size):
-    content = bytes(range(256)) * (size // 256 + 1)
-    (tmp_path / "data").write_bytes(content[:size])
-    assert file_sha256(tmp_path / "data") == hashlib.sha256(content[:size]).hexdigest()

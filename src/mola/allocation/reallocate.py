@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from mola.allocation.probe import check_mixture, routing_records
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
-from mola.files.atomic import check_new_folder, new_folder
+from mola.files.folders import check_new_folder, new_folder
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import check_top_k, effective_top_k, resolve_per_layer

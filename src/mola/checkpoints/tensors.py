@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files.atomic import damaged_record
-from mola.files.digests import check_digest
+from mola.files.digests import check_digest, damaged_record
 from mola.files.reading import check_regular, read_json
 from mola.tuner.loading import check_finite
 

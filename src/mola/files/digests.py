@@ -1,20 +1,26 @@
-"""Whether an adapter's weights are those that were saved: `adapter_config.json` records the sha256 of their file.
+"""Whether files are those that were saved.
 
-The format safetensors has no checksum of its own: values that changed on a disk or on the way would be loaded.
+- `check_digest`: an adapter's weights, by the sha256 of their file in `adapter_config.json`. The format safetensors has
+  no checksum of its own: values that changed on a disk or on the way would be loaded.
+- `file_sha256`: any file, by the sha256 that a record holds.
+- `damaged_record`: what `torch.save` wrote, by its own checksums.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 from mola.errors import MolaError
-from mola.files.atomic import file_sha256, read_json_object
-from mola.files.reading import check_regular
+from mola.files.reading import check_regular, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT loads the first one there is
 DIGEST_FIELD = "weights_sha256"
+_PIECE = 1 << 20
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path | None:
@@ -57,3 +63,43 @@ def check_digest(folder: str | os.PathLike[str]) -> None:
             f"says {str(recorded)[:12]!r}. It was damaged or replaced. Copy the folder again, or use a checkpoint of "
             f"the run; if the change was meant, remove `{DIGEST_FIELD}` from {CONFIG_FILE}."
         )
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file's bytes, in hexadecimal.
+
+    Args:
+        path: the file; it is read piece by piece, whatever its size.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def damaged_record(path: str | os.PathLike[str]) -> str | None:
+    """The first part of a file of `torch.save` that has another checksum than it was written with.
+
+    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them.
+
+    Returns:
+        Its name; None for a file without damage, or that is no zip archive.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the archive is broken beyond its parts.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise ValueError(f"it is a broken archive ({error})") from error

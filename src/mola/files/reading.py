@@ -2,6 +2,7 @@
 
 - `check_regular`, `read_text`: a pipe or a device is refused, it might never end.
 - `parse_json`, `read_json`, `json_lines`: deep nesting and half characters are refused too.
+- `read_json_object`: what a record says, if it is there and readable.
 - `parse_yaml`: as well as references that would grow without end, and values that are not what their tag says.
 """
 
@@ -200,3 +201,12 @@ def _check_text(value: Any) -> None:
     elif isinstance(value, (list, tuple, set)):
         for item in value:
             _check_text(item)
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object; empty if there is no readable one."""
+    try:
+        content = read_json(path, half_characters=True)  # text of a model may hold them
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
-from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text, read_json_object
-from mola.files.reading import kept_lines
+from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text
+from mola.files.reading import kept_lines, read_json_object
 from mola.insight.router_recorder import RouterWatch
 
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: what is counted since the last line

@@ -26,7 +26,7 @@ from mola.checkpoints.published import read_published
 from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
 from mola.errors import MolaError
-from mola.files.atomic import check_new_folder, new_folder
+from mola.files.folders import check_new_folder, new_folder
 from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig

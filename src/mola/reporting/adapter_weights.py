@@ -13,8 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mola.errors import MolaError
-from mola.files.atomic import read_json_object
 from mola.files.digests import check_digest
+from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.formatting import layer_order

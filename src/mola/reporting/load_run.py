@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import read_json_object
-from mola.files.reading import json_lines
+from mola.files.reading import json_lines, read_json_object
 from mola.files.schema import check_form
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights

@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_text, read_json_object
+from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
+from mola.files.reading import read_json_object
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses, read_curves
 from mola.tuner.stacks import layer_index
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, file_sha256, read_json_object
+from mola.files.atomic import atomic_write_json
+from mola.files.digests import file_sha256
+from mola.files.reading import read_json_object
 from mola.models.convert import ConvertOptions, convert
 from mola.models.loading import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta

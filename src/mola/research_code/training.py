@@ -16,7 +16,7 @@ from typing import Any
 
 from mola.data.prepare import load_examples
 from mola.errors import MolaError
-from mola.files.atomic import read_json_object
+from mola.files.reading import read_json_object
 from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter
 from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (

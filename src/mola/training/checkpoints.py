@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files.atomic import damaged_record, read_json_object
-from mola.files.digests import CONFIG_FILE, check_digest
+from mola.files.digests import CONFIG_FILE, check_digest, damaged_record
+from mola.files.reading import read_json_object
 from mola.files.schema import ANYTHING, TEXT, check_form
 from mola.training.digests import DIGESTS_FILE, changed_file
 

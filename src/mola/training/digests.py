@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mola.files.atomic import atomic_write_json, file_sha256, read_json_object
+from mola.files.atomic import atomic_write_json
+from mola.files.digests import file_sha256
+from mola.files.reading import read_json_object
 
 DIGESTS_FILE = "sha256.json"
 _NOT_READ = (DIGESTS_FILE, "README.md")

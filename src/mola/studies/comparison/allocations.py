@@ -9,7 +9,7 @@ from typing import Any
 
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.errors import MolaError
-from mola.files.atomic import read_json_object
+from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.checks import Run
 

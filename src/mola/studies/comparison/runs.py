@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import read_json_object
 from mola.files.environment import machine_description, software_versions
+from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.checks import PLACES, Run
 from mola.studies.comparison.record import BASE, Result

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import check_writable, file_sha256, read_json_object
-from mola.files.digests import weights_sha256
-from mola.files.reading import read_json
+from mola.files.atomic import check_writable
+from mola.files.digests import file_sha256, weights_sha256
+from mola.files.reading import read_json, read_json_object
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
 from mola.training.checkpoints import RUN_FILE
