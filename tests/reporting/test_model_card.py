@@ -315,9 +315,7 @@ def use_hub(monkeypatch):
 @pytest.fixture
 def no_model(monkeypatch):
     """Loading a model fails the test."""
-    monkeypatch.setattr(
-        sys.modules["mola.training.train"], "build_model", lambda options: pytest.fail("the model was loaded")
-    )
+    monkeypatch.setattr("mola.training.train.build_model", lambda options: pytest.fail("the model was loaded"))
 
 
 def test_finished_run_is_uploaded_in_one_commit(flags, local_hub, tmp_path):

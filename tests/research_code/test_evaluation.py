@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig
 from mola.cli import main as mola_main
+from mola.evaluation import evaluate
 from mola.research_code.evaluation import ResearchEvaluateOptions
 from tests.research_code.scripts import SEVEN, character_tokenizer, error_line, run_script, write_json
 
@@ -183,9 +183,8 @@ def golden(tmp_path):
 def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(golden, monkeypatch):
     """The very model that the script evaluates: its logits are the recorded ones, its answers are that model's."""
     loaded = []
-    module = sys.modules["mola.evaluation.evaluate"]  # `mola.evaluate` is the function
-    load = module.model_for
-    monkeypatch.setattr(module, "model_for", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
+    load = evaluate.model_for
+    monkeypatch.setattr(evaluate, "model_for", lambda *rest, **more: loaded.append(load(*rest, **more)) or loaded[0])
     words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
     words += ["--number_experts", "2,3,4,5", "--top_k", "2,2,2,2", "--lora_target_modules", SEVEN]
     words += ["--save_path", "result.json", "--dtype", "float32", "--max_new_tokens", 5]
@@ -197,9 +196,9 @@ def test_recorded_adapter_gives_the_recorded_logits_on_the_way_of_the_script(gol
     # By hand: mola convert, then mola evaluate.
     convert = ["convert", "case_a", "--from", "published", "--base_model", "base_tiny", "--top_k", "2"]
     assert mola_main([*convert, "--output", "by_hand"]) == 0
-    evaluate = ["evaluate", "--base_model", "base_tiny", "--adapter", "by_hand", "--task", "scienceqa"]
-    evaluate += ["--data", "scienceq_test.json", "--output", "by_hand.json", "--dtype", "float32"]
-    assert mola_main([*evaluate, "--max_new_tokens", "5"]) == 0
+    words = ["evaluate", "--base_model", "base_tiny", "--adapter", "by_hand", "--task", "scienceqa"]
+    words += ["--data", "scienceq_test.json", "--output", "by_hand.json", "--dtype", "float32"]
+    assert mola_main([*words, "--max_new_tokens", "5"]) == 0
     assert read("result.json")["outputs"] == [sample["output"] for sample in read("by_hand.json")["samples"]]
 
 

@@ -4,13 +4,13 @@ import contextlib
 import json
 import sqlite3
 import struct
-import sys
 
 import pytest
 from transformers import TrainerCallback
 
 from mola.cli import main
 from mola.options.parsing import parse
+from mola.training import train
 from mola.training.train import TrainOptions
 
 # Their packages warn about each other.
@@ -65,8 +65,7 @@ class RouterValue(TrainerCallback):
 @pytest.fixture
 def own_value(monkeypatch):
     """Every trainer of the command gets `RouterValue`."""
-    module = sys.modules["mola.training.train"]
-    make = module._make_trainer
+    make = train._make_trainer
 
     def with_callback(*arguments):
         trainer = make(*arguments)
@@ -75,7 +74,7 @@ def own_value(monkeypatch):
         trainer.add_callback(callback)
         return trainer
 
-    monkeypatch.setattr(module, "_make_trainer", with_callback)
+    monkeypatch.setattr(train, "_make_trainer", with_callback)
 
 
 def logged(folder, name):
