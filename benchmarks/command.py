@@ -34,7 +34,7 @@ from benchmarks.tables import tables
 from benchmarks.telemetry import telemetry
 from benchmarks.text import check_text
 from benchmarks.training import counts, memory, step
-from mola._memory import CHOICES, KEPT, keep_freed_memory
+from mola._process import CHOICES, KEPT, keep_freed_memory
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions

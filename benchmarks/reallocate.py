@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.checkpoints.tensors import adapted_modules
 from mola.data.encode import encode_examples
-from mola.data.prepare import PrepareOptions, load_examples, prepare
+from mola.data.examples import load_examples
+from mola.data.prepare import PrepareOptions, prepare
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError

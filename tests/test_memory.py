@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.command import main
 
-from mola._memory import CHOICES, KEPT
+from mola._process import CHOICES, KEPT
 
 try:
     GLIBC = os.confstr("CS_GNU_LIBC_VERSION").startswith("glibc")
@@ -69,7 +69,7 @@ def test_the_choice_of_the_user_stays(tmp_path, variables):
 
 def test_another_allocator_is_left_alone(tmp_path):
     # It need not exist: the loader says so and goes on.
-    lines = "from mola._memory import keep_freed_memory\nprint(keep_freed_memory())\n"
+    lines = "from mola._process import keep_freed_memory\nprint(keep_freed_memory())\n"
     assert printed(tmp_path, "mola", lines, LD_PRELOAD="/nowhere/libjemalloc.so.2") == ["False"]
     assert printed(tmp_path, "mola", lines) == ["True"]
 

@@ -7,13 +7,13 @@ and the other entry points of PEFT and Transformers know it. The `mola` command 
 
 from typing import TYPE_CHECKING
 
-from mola import _memory, _process
+from mola import _process
 from mola._version import __version__
 from mola.errors import MolaError
 
 if _process.OWN_PROGRAM:
     _process.prefer_passive_waiting()  # before anything imports torch
-    _memory.keep_freed_memory()
+    _process.keep_freed_memory()
     _process.hush_recommendations()
 
 __all__ = [
