@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mola.cli import main
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.options.fields import mapping

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from mola.data.prepare import SAMPLE_SIZES, PrepareOptions, load_examples, prepare
+from mola.data.examples import load_examples
+from mola.data.prepare import SAMPLE_SIZES, PrepareOptions, prepare
 from mola.data.read import read_rows
 from mola.data.tasks import load_task
 from mola.errors import MolaError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.evaluation.evaluate import EvaluateOptions
 

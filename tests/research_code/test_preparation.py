@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.options.parsing import parse
 from mola.research_code.preparation import (

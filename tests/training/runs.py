@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mola.data.encode import encode_examples
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.templates import get_template
 from mola.models.loading import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""`mola prepare`: rows become examples, as files for later runs. In memory: `load_examples`, also offered here."""
+"""`mola prepare`: rows become examples, as files for later runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
-from mola.data.examples import check_columns, check_ids, load_examples
+from mola.data.examples import check_columns, check_ids
 from mola.data.hashing import count_shared, hash_instruction
 from mola.data.output import check_output_folder
 from mola.data.read import read_rows
@@ -18,8 +18,6 @@ from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import is_prepared_folder, merged_row, write_splits
 from mola.errors import MolaError
-
-__all__ = ["PrepareOptions", "load_examples", "main", "prepare"]
 
 SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}
 

@@ -77,7 +77,7 @@ def evaluate_examples(
         model: causal language model, in training or eval mode.
         tokenizer: its tokenizer.
         task: how answers are extracted and grouped.
-        examples: as `mola.data.prepare.load_examples` returns them.
+        examples: as `mola.data.examples.load_examples` returns them.
         template: prompt template; None for the task's own.
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import data_fingerprint
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
 from mola.evaluation.answering import make_questions, question_lengths
 from mola.evaluation.core import EvaluateResult, check_answers, check_positive, evaluate_examples

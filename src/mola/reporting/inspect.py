@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.data.encode import encode_examples
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import IntervalStrategy, PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template

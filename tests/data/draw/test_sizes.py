@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from mola.data.draw import subset
-from mola.data.prepare import PrepareOptions, load_examples, prepare
+from mola.data.examples import load_examples
+from mola.data.prepare import PrepareOptions, prepare
 from mola.data.read import read_rows
 from mola.data.tasks import load_task
 from mola.errors import MolaError

@@ -6,7 +6,7 @@ import torch
 
 from mola import load_model
 from mola.data.encode import encode_examples
-from mola.data.prepare import load_examples
+from mola.data.examples import load_examples
 from mola.data.templates import get_template
 from mola.models.loading import load_tokenizer
 
