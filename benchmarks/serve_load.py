@@ -122,7 +122,7 @@ def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
 
 def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple[str, str], str], list[dict[str, Any]]]:
     """Greedy answers by model name and prompt, and rows that say how long they took without a server."""
-    from mola.generation.generate import generate_text
+    from mola.generation.decoding import generate_text
     from mola.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(options.base_model)

@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.generation.generate import GenerateOptions, decoding_settings, generate_text, main
+from mola.generation.decoding import decoding_settings, generate_text
+from mola.generation.generate import GenerateOptions, main
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mola import MolaConfig
-from mola.generation.generate import generate_text
+from mola.generation.decoding import generate_text
 from mola.models.loading import load_model, load_tokenizer
 
 from .raw import SECRET, TOKEN, is_idle, serving
@@ -69,7 +69,7 @@ def adapters(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def offline(chat_model_dir, adapters):
-    """Function (model name, prompt, options) -> what `mola.generation.generate` answers."""
+    """Function (model name, prompt, options) -> what `mola generate` answers."""
     tokenizer = load_tokenizer(chat_model_dir)
     base = load_model(chat_model_dir, dtype="float32", device="cpu")
     models = {"tiny-chat": base}

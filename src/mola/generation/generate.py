@@ -1,26 +1,21 @@
 """`mola generate`: one answer, or a loop that reads one instruction per line.
 
-- `generate_text` is the core: loaded model, one prompt.
-- Sampling happens if and only if it was asked for, whatever the base model ships as its default.
-- Standard output carries the generated text alone.
+Standard output carries the generated text alone.
 """
 
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.generation import predicting
-from mola.models.loading import (
-    check_adapter,
-)
+from mola.generation.decoding import decoding_settings, generate_text
+from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import option
 
@@ -45,94 +40,6 @@ class GenerateOptions(ModelOptions):
     do_sample: bool | None = option(None, "Sample or not; by default only if a sampling value is given.")
     seed: int | None = option(None, "Random seed; by default another one each time.")
     stream: bool = option(True, "Print the text while it is generated.")
-
-
-def decoding_settings(
-    max_new_tokens: int = 128,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    do_sample: bool | None = None,
-) -> dict[str, Any]:
-    """Checked settings as `transformers.GenerationConfig` wants them.
-
-    Args:
-        max_new_tokens: at least 1.
-        temperature: at least 0; 0 is greedy; None is 1 when sampling.
-        top_p: in (0, 1]; None keeps all tokens.
-        top_k: at least 1; None keeps all tokens.
-        do_sample: None samples if and only if one of the three is given and the temperature is not 0.
-
-    Returns:
-        Keyword arguments.
-
-    Raises:
-        MolaError: a value out of range, or values that contradict `do_sample`.
-    """
-    if max_new_tokens < 1:
-        raise MolaError(f"`max_new_tokens` must be at least 1: got {max_new_tokens}.")
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise MolaError(f"`temperature` must be 0 (greedy) or a positive number: got {temperature}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise MolaError(f"`top_p` must be above 0 and at most 1: got {top_p}. Pass 1 to keep all tokens.")
-    if top_k is not None and top_k < 1:
-        raise MolaError(f"`top_k` must be at least 1: got {top_k}. Leave it out to keep all tokens.")
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
-    if do_sample and temperature == 0:
-        raise MolaError("`do_sample` needs a `temperature` above 0: got 0, which is greedy. Leave one out.")
-    if do_sample is False and given and temperature != 0:
-        raise MolaError(
-            f"`do_sample` is off, so {', '.join(f'`{name}` {value}' for name, value in given.items())} would "
-            "do nothing. Leave out `do_sample` or these."
-        )
-    if do_sample is None:
-        do_sample = bool(given) and temperature != 0
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1}
-    if do_sample:
-        # 0 means "no limit" to Transformers, whose own default is 50.
-        settings.update({"temperature": 1.0, "top_p": 1.0, "top_k": 0}, **given)
-    return settings
-
-
-def generate_text(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    do_sample: bool | None = None,
-    seed: int | None = None,
-    streamer: Any = None,
-) -> str:
-    """Text the model writes after `prompt`, without the prompt and without special tokens.
-
-    Args:
-        model: loaded causal language model; comes back in the state it was in.
-        tokenizer: its tokenizer.
-        prompt: text to continue.
-        max_new_tokens: see `decoding_settings`, as for the next four.
-        temperature: 0 is greedy.
-        top_p: nucleus sampling.
-        top_k: sampling from the most probable tokens.
-        do_sample: None samples if a sampling value is given.
-        seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it.
-        streamer: receives the tokens while they come, such as a `transformers.TextStreamer`.
-
-    Returns:
-        The new text.
-
-    Raises:
-        MolaError: a value out of range, or a prompt too long for the model.
-    """
-    settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
-    encoded = predicting.encode_prompts(tokenizer, [prompt])
-    predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.max_positions(model.config))
-    with _seeded(seed), predicting.inference_state(model):
-        return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]
 
 
 def main(options: GenerateOptions) -> int:
@@ -223,13 +130,3 @@ def _read_lines() -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.errors import MolaError
 from mola.generation import predicting
-from mola.generation.generate import decoding_settings
+from mola.generation.decoding import decoding_settings
 from mola.serving.errors import RequestError
 from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
 

@@ -1,7 +1,7 @@
 """`mola serve`: an HTTP server with OpenAI's interface for a base model and its adapters.
 
 - `main` is the command; `running_server` is the same inside a program.
-- One answer at a time, each the one that `mola.generation.generate` gives; see `mola.serving.queue`.
+- One answer at a time, each the one that `mola generate` gives; see `mola.serving.queue`.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from mola.generation.generate import generate_text
+from mola.generation.decoding import generate_text
 from mola.insight.recording import ModuleGates, gates_of_tokens
 
 

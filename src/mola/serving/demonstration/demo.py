@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.generation.generate import decoding_settings
+from mola.generation.decoding import decoding_settings
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import option
