@@ -16,12 +16,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.models.cost import cost_of_allocation
 from mola.models.quantization import quantization_option
-from mola.options.fields import names_between_commas
-from mola.tuner.allocation import AllocationPlan, LayerPlan, plan_allocation, resolve_per_layer
-from mola.tuner.stacks import LayerStacks
-from mola.tuner.targets import linear_shapes, resolve_target_modules
+from mola.tuner.allocation import AllocationPlan, LayerPlan
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -66,22 +63,20 @@ def plan(options: PlanOptions) -> AllocationPlan:
         options: model and allocation, see `PlanOptions`.
 
     Returns:
-        The plan with `base_parameters` filled in; formulas in `plan_allocation`.
+        The plan with `base_parameters` filled in.
 
     Raises:
-        MolaError: the model's configuration cannot be read, or an option does not fit the model.
+        MolaError: as `cost_of_allocation`.
     """
-    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file)
-    num_layers = count_decoder_layers(model, options.base_model)
-    targets = names_between_commas(options.target_modules)
-    result = plan_allocation(
-        linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets)),
-        resolve_per_layer(options.num_experts, num_layers, "num_experts"),
-        resolve_per_layer(options.top_k, num_layers, "top_k"),
-        resolve_per_layer(options.r, num_layers, "r"),
+    return cost_of_allocation(
+        options.base_model,
+        options.num_experts,
+        options.top_k,
+        options.r,
+        options.target_modules,
+        options.gguf_file,
+        options.trust_remote_code,
     )
-    # `parameters()` yields a tied embedding once.
-    return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
 def render(plan: AllocationPlan) -> Table:

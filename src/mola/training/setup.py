@@ -21,10 +21,10 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
 from mola.generation.predicting import max_positions
+from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
-from mola.models.plan import PlanOptions, plan
 from mola.models.quantization import check_quantized_base, quantization_of, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.options.fields import mapping, names_between_commas
@@ -76,16 +76,14 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
-    allocation = plan(
-        PlanOptions(
-            base_model=options.base_model,
-            num_experts=options.adapter_setting("num_experts"),
-            r=options.adapter_setting("r"),
-            top_k=options.adapter_setting("top_k"),
-            target_modules=options.target_modules,
-            gguf_file=options.gguf_file,
-            trust_remote_code=options.trust_remote_code,
-        )
+    allocation = cost_of_allocation(
+        options.base_model,
+        options.adapter_setting("num_experts"),
+        options.adapter_setting("top_k"),
+        options.adapter_setting("r"),
+        options.target_modules,
+        options.gguf_file,
+        options.trust_remote_code,
     )
     if wanted.modules_to_save:
         _check_modules_to_save(wanted.modules_to_save, options)

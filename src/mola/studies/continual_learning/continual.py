@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from mola.studies.continual_learning.record import (
     stage_entries,
     start_sha256,
 )
+from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
-from mola.studies.continual_learning.table import result_table
 from mola.studies.train_and_test import evaluate_once, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
@@ -45,29 +45,6 @@ __all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "
 logger = logging.getLogger(__name__)
 
 _REPORTED = ("accuracy", "correct", "total", "unanswered", "interval_95")
-
-
-@dataclass
-class ContinualResult:
-    """What a sequence of stages ended with.
-
-    Attributes:
-        output_dir: folder of the sequence; `output_dir/NN-NAME` are the stages' run folders.
-        status: "finished", or "interrupted" by a signal.
-        stages: names of the stages in the order of training.
-        base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
-            stage; else None. No part of OP and PD.
-        results: per finished and tested stage `stage` (1, 2, ...), `name`, `tasks` (the row of R: task -> as in
-            `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
-        seconds: wall time of this call, checks left out.
-    """
-
-    output_dir: str
-    status: str
-    stages: list[str]
-    base: dict[str, dict[str, Any]] | None
-    results: list[dict[str, Any]]
-    seconds: float
 
 
 def continual(options: ContinualOptions) -> ContinualResult:

@@ -1,15 +1,36 @@
-"""The table that `mola continual` prints."""
+"""What a sequence ended with, and the table of it that `mola continual` prints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from mola.studies.continual_learning.continual import ContinualResult
+
+@dataclass
+class ContinualResult:
+    """What a sequence of stages ended with.
+
+    Attributes:
+        output_dir: folder of the sequence; `output_dir/NN-NAME` are the stages' run folders.
+        status: "finished", or "interrupted" by a signal.
+        stages: names of the stages in the order of training.
+        base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
+            stage; else None. No part of OP and PD.
+        results: per finished and tested stage `stage` (1, 2, ...), `name`, `tasks` (the row of R: task -> as in
+            `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
+        seconds: wall time of this call, checks left out.
+    """
+
+    output_dir: str
+    status: str
+    stages: list[str]
+    base: dict[str, dict[str, Any]] | None
+    results: list[dict[str, Any]]
+    seconds: float
 
 
 def result_table(result: ContinualResult) -> Table:
