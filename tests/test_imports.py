@@ -1,0 +1,32 @@
+"""The structure of the package: imports run in one direction, and its root stays small. See docs/design.md."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mola
+from mola.cli import COMMANDS
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PACKAGE = Path(mola.__file__).parent
+
+
+def test_imports_keep_to_the_contracts():
+    linter = pytest.importorskip("importlinter.cli", reason="needs the extra `dev`")
+    assert linter.lint_imports(str(PYPROJECT), no_cache=True) == 0
+
+
+def test_contract_about_commands_names_all_of_them():
+    contracts = tomllib.loads(PYPROJECT.read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (protected,) = (contract["protected_modules"] for contract in contracts if contract["type"] == "protected")
+    assert sorted(protected) == sorted(command.module for command in COMMANDS.values())
+
+
+def test_root_stays_small():
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_no_public_name_hides_a_module():
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(mola.__all__)
