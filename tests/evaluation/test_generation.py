@@ -13,7 +13,7 @@ from mola import MolaConfig
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation.evaluate import evaluate_examples
+from mola.evaluation.core import evaluate_examples
 from mola.generation import predicting
 from tests.evaluation.scripted import Scripted
 

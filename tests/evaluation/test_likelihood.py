@@ -8,7 +8,7 @@ import torch
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.evaluation.choices import answer_options, answer_prefix
-from mola.evaluation.evaluate import evaluate_examples
+from mola.evaluation.core import evaluate_examples
 from mola.generation import predicting
 
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from mola.data.encode import data_fingerprint
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, evaluate, evaluate_examples
+from mola.evaluation.core import evaluate_examples
+from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.evaluation.partial import PartialResults
 
 

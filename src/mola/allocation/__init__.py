@@ -1,1 +1,1 @@
-"""From a score per decoder layer to a number of experts, and where the scores come from."""
+"""How many experts each decoder layer gets: scores of layers, and numbers from scores."""

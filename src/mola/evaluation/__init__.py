@@ -1,1 +1,1 @@
-"""What `mola evaluate` is made of: questions, decoding, scoring, resuming. The command is in `evaluate.py`."""
+"""Accuracy on examples: questions, answers, scores, and an evaluation that goes on after a stop."""

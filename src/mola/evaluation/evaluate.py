@@ -31,7 +31,7 @@ from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import mapping, option
 
-__all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "evaluate_examples", "main"]
+__all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Text from a model."""
+"""From prompts to text."""

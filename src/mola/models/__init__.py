@@ -1,1 +1,1 @@
-"""Base models: loading them, their cost, converting adapters for them."""
+"""Base models: loading and quantising them, adapters for them, what an allocation costs."""

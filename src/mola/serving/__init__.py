@@ -1,1 +1,1 @@
-"""What `mola serve` is made of: checks, requests, the queue, answers, routes."""
+"""Answers over HTTP: checks, requests, the queue, routes. The demonstration is a page of its own."""

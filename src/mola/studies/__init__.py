@@ -1,1 +1,1 @@
-"""Runs made of runs: the quickstart, comparisons, continual learning."""
+"""Runs made of runs: the quickstart, comparisons, one task after the other."""

@@ -1,1 +1,1 @@
-"""What `mola train` is made of: run folder, callbacks, set-up. The command itself is in `train.py`."""
+"""A run: set-up, checkpoints, callbacks, run folder."""

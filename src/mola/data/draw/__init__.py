@@ -1,1 +1,1 @@
-"""Drawing samples from a large source."""
+"""Samples drawn from a large source."""

@@ -1,1 +1,1 @@
-"""What `mola demo` is made of: a model that answers with and without its adapter, and the page around it."""
+"""A page with a model that answers with and without its adapter."""

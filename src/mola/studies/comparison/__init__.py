@@ -1,1 +1,1 @@
-"""What `mola compare` is made of: recipes x tasks x seeds, their record, statistics and tables."""
+"""Recipes x tasks x seeds: their runs, record, statistics and tables."""

@@ -1,1 +1,1 @@
-"""`mola continual`: options, stages, record, metrics."""
+"""One task after the other: stages, record, metrics."""
