@@ -40,8 +40,8 @@ from mola.models.loading import load_model, load_tokenizer
 from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.training.train import TrainOptions, train
-from mola.tuner.regrow import Experts, resize
-from mola.tuner.stacks import layer_index
+from mola.tuner.layer_stacks import layer_index
+from mola.tuner.resize import Experts, resize
 
 logger = logging.getLogger("benchmarks")
 

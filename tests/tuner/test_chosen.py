@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mola.tuner.chosen import kernel_for
+from mola.tuner.dropout import draw_kept
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from peft import get_peft_model
 
 from mola import MolaError
 from mola.tuner import chosen, mixture
-from mola.tuner.chosen import kernel_for
-from mola.tuner.dropout import draw_kept
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 
 from .counting import CountOperators
 from .models import random_config, tiny_llama, token_batch

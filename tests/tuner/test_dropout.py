@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from mola.tuner.dropout import draw_kept, drop
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mola.tuner import dropout
-from mola.tuner.dropout import draw_kept, drop
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 

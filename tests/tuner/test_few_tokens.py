@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from mola.tuner.few_tokens import MAX_TOKENS, is_few
 from peft import get_peft_model
 from torch import nn
 
 from mola import MolaLinear
 from mola.tuner import native_few
-from mola.tuner.few_tokens import MAX_TOKENS, is_few
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import largest_first, largest_logits
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mola.tuner.gates import apply_gates, through_gates
 
 import mola
 from mola.tuner import gates
-from mola.tuner.gates import apply_gates, through_gates
 from mola.tuner.routing import dense_gates, top_k_softmax
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None

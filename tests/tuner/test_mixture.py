@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mola.tuner.dropout import keep_mask, keep_probability
+from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
 from mola import MolaError
-from mola.tuner.dropout import keep_mask, keep_probability
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
 
 from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mola.tuner.few_tokens import MAX_TOKENS
+from mola.tuner.products import wants_onednn
 from peft import get_peft_model
 from torch import nn
 from torch.autograd import forward_ad
@@ -16,9 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaLinear
 from mola.tuner import native_few, pieces
-from mola.tuner.few_tokens import MAX_TOKENS
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.products import wants_onednn
 
 from .counting import CountOperators
 from .models import VOCABULARY, random_config, tiny_llama, token_batch

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from mola.tuner.products import _kernel_for_few, fast_linear
 from torch import nn
 
 from mola.tuner import products
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.products import _kernel_for_few, fast_linear
 
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 native_linear = importlib.import_module("mola.tuner.native_linear")

@@ -6,11 +6,11 @@ import weakref
 
 import pytest
 import torch
+from mola.tuner.owners import owner_of
 from torch import nn
 
 from mola.tuner import owners
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.owners import owner_of
 
 numba = pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from mola.tuner.pieces import update_of_chosen
+
 from mola.tuner.routing import Routing, dense_gates
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mola.tuner.products import add_product, linear, onednn_is_faster, product, wants_onednn
 from torch import nn
 
 from mola import MolaError
 from mola.tuner import products
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.products import add_product, linear, onednn_is_faster, product, wants_onednn
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"

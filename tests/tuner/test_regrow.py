@@ -8,7 +8,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.regrow import GROW, SHRINK, Experts, low_rank_mean, resize
+from mola.tuner.resize import GROW, SHRINK, Experts, low_rank_mean, resize
 
 IN, OUT, R = 7, 6, 2
 

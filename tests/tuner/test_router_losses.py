@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaError, MolaLinear
 from mola.tuner.router_losses import RouterLosses, _AddLoss
-from mola.tuner.statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
+from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
 from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from mola import MolaError
 from mola.tuner.mixture import MixtureSettings, add_mixture
 from mola.tuner.sparse import pays
+
+from mola import MolaError
 
 from .test_mixture import TOLERANCE, check_against_the_formula, check_gradients_of_the_logits, make
 

@@ -9,7 +9,7 @@ from mola.models.loading import load_config
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
 from mola.tuner.allocation import LinearShape, plan_allocation
-from mola.tuner.stacks import LayerStacks
+from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.targets import linear_shapes, resolve_target_modules
 
 

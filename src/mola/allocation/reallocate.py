@@ -3,7 +3,7 @@
     mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
     mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
 
-Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.tuner.regrow`.
+Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.tuner.resize`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mola.files.folders import check_new_folder, new_folder
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.allocation import check_top_k, effective_top_k, resolve_per_layer
-from mola.tuner.regrow import Experts, resize
-from mola.tuner.stacks import layer_index
+from mola.tuner.layer_stacks import layer_index
+from mola.tuner.resize import Experts, resize
 
 __all__ = ["ReallocateOptions", "ReallocateResult", "main", "reallocate"]
 

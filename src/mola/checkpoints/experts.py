@@ -22,8 +22,8 @@ class ModuleExperts:
         router: `(E, in)`.
     """
 
-    lora_A: list[torch.Tensor]  # noqa: N815
-    lora_B: list[torch.Tensor]  # noqa: N815
+    lora_A: list[torch.Tensor]
+    lora_B: list[torch.Tensor]
     router: torch.Tensor
 
     @property

@@ -15,10 +15,10 @@ from torch import nn
 
 from mola.insight.usage import ModuleUsage, usage_of_sums
 from mola.tuner.layer import MolaLinear
+from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.router_losses import call_arguments
+from mola.tuner.router_statistics import RouterOutput
 from mola.tuner.routing import router_entropies
-from mola.tuner.stacks import LayerStacks
-from mola.tuner.statistics import RouterOutput
 
 _FURTHER = 3  # sums of a module besides two for each expert: entropy, margin, tokens
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
 from mola.tuner.allocation import AllocationPlan, plan_allocation, resolve_per_layer
-from mola.tuner.stacks import LayerStacks
+from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.targets import linear_shapes, resolve_target_modules
 
 

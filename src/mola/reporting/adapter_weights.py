@@ -19,9 +19,9 @@ from mola.files.schema import TEXT, check_form
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.formatting import layer_order
 from mola.reporting.schema import PER_LAYER
+from mola.tuner.layer_stacks import layer_index
 from mola.tuner.loading import check_finite
 from mola.tuner.notation import resolve_per_layer
-from mola.tuner.stacks import layer_index
 
 
 @dataclass(frozen=True)

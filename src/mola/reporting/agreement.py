@@ -13,7 +13,7 @@ from mola.reporting.formatting import kinds_of, layer_name, layer_order, number
 from mola.reporting.heat import change_map
 from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, element, figure, folded, note, table
-from mola.tuner.stacks import layer_index
+from mola.tuner.layer_stacks import layer_index
 
 _MOST_CHANGES = 20
 

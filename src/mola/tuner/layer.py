@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from mola.errors import MolaError
-from mola.tuner.dropout import draw_kept
+from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
+from mola.tuner.kernels.dispatch import decode_compiled, mixture, register
+from mola.tuner.kernels.tensors import has_hooks
 from mola.tuner.merging import SingleExpertMerging
-from mola.tuner.mixture import FrozenLinear, MixtureSettings, add_mixture
-from mola.tuner.native_few import NativeFewTokens
-from mola.tuner.owners import register
-from mola.tuner.pieces import is_watched, reading_chosen_pays, update_of_chosen
-from mola.tuner.routing import Routing, dense_gates, jitter, router_logits, top_k_softmax
-from mola.tuner.statistics import RouterOutput
-
-if TYPE_CHECKING:
-    from mola.tuner.router_losses import RouterLosses
-    from mola.tuner.statistics import RouterObserver
+from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
+from mola.tuner.routing import router_logits
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class ExpertSettings:
         return self.lora_alpha / self.r
 
 
-class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer):
+class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
 
     With `x: (..., in)`, `E` experts of rank `r` and a router of its own:
@@ -97,8 +90,8 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         self.top_k: dict[str, int] = {}
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
-        self.router_losses: RouterLosses | None = None
-        self.observer: RouterObserver | None = None  # set while one looks on: see mola.insight.router_recorder
+        self.router_losses: RouterCollector | None = None
+        self.observer: RouterObserver | None = None  # set while routers are recorded, see `mola.insight`
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
         self._disable_adapters = False
@@ -158,113 +151,82 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            output = self._forward_few(names[0], x)
-            if output is not None:
-                return output
-            if not torch.compiler.is_compiling() and self._is_fusable(names[0], x):
-                base: Any = self.base_layer
-                return self._add_fused(names[0], x, FrozenLinear(base.weight, base.bias), x.dtype)
+            if torch.compiler.is_compiling():
+                output = decode_compiled(self, names[0], x)
+                if output is not None:
+                    return output
+            elif (base := self._frozen_linear(x)) is not None:
+                return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
-            result = self._add_experts(name, x, result)
+            result = self.add_experts(name, x, result)
         return result.to(dtype)
 
-    def _is_fusable(self, adapter_name: str, x: torch.Tensor) -> bool:
-        """Whether base and experts can be one computation: a plain frozen linear, in the experts' number format."""
-        base, device = self.base_layer, x.device.type
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
-            return False
-        if is_watched(base):
-            return False
-        if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != x.dtype):
-            return False
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.mola_A[adapter_name].dtype
-        return x.dtype == base.weight.dtype == dtype and not self._needs_plain(adapter_name)
-
-    def _needs_plain(self, adapter_name: str) -> bool:
-        return self.num_experts[adapter_name] == 1 or torch.compiler.is_compiling() or self._jitters(adapter_name)
-
-    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        experts_A = self.mola_A[adapter_name]
+    def _frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
+        """The base layer, if it is nothing but a frozen linear map in the dtype of `x`: backends then compute it."""
+        base: Any = self._modules["base_layer"]
+        if type(base) is not nn.Linear or has_hooks(base):
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if type(weight) is not nn.Parameter or weight.dtype is not x.dtype:
+            return None
+        if bias is not None and bias.dtype is not x.dtype:
+            return None
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
         device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        else:
-            x = self._cast_input_dtype(x, experts_A.dtype)
-            dtype = x.dtype
-        if self.num_experts[adapter_name] == 1:
-            return self._add_one_expert(adapter_name, x, result)
-        if self._needs_plain(adapter_name):
-            return self._add_plain(adapter_name, x, result)
-        return self._add_fused(adapter_name, x, result, dtype)
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not x.dtype:
+            return None
+        return FrozenLinear(weight, bias)
 
-    def _add_one_expert(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        # The copy has LoRA's memory layout, which keeps results equal to PEFT's LoRA to the last bit.
-        weight_B = self.mola_B[adapter_name][0].t().contiguous()
-        hidden = F.linear(self.mola_dropout[adapter_name](x), self.mola_A[adapter_name][0])
-        return result + F.linear(hidden, weight_B) * self.scaling[adapter_name]
+    def add_experts(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
+        """Base output plus the update of one adapter, in the wider of their dtypes.
 
-    def _add_fused(
-        self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear, dtype: torch.dtype
-    ) -> torch.Tensor:
-        dropout, kept, scaling = self.mola_dropout[adapter_name], None, self.scaling[adapter_name]
-        if isinstance(dropout, nn.Dropout) and dropout.training:
-            kept, probability = draw_kept(x, dropout.p)
-            scaling /= probability
-        output, logits, expert_indices = add_mixture(
-            base,
-            x,
-            self.mola_A[adapter_name],
-            self.mola_B[adapter_name],
-            self.mola_router[adapter_name],
-            kept,
-            MixtureSettings(self.top_k[adapter_name], scaling, dtype),
-        )
-        if self._collects:  # asked here too: transposing what nobody wants takes time
-            self._leave_behind(adapter_name, logits.t(), expert_indices.t())
+        Args:
+            adapter_name: the adapter.
+            x: `(..., in)`.
+            base: the base output `(..., out)`, or a frozen linear map that makes it.
+        """
+        inputs = self.mixture_inputs(adapter_name, x, base)
+        output, logits, expert_indices = mixture(inputs)
+        if inputs.settings.needs_router_output and logits is not None and expert_indices is not None:
+            self._record(adapter_name, RouterOutput(logits.t(), expert_indices.t()))
         return output
 
-    def _add_plain(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """The same in plain operators: for compilers, and for jitter."""
-        experts_A, experts_B = self.mola_A[adapter_name], self.mola_B[adapter_name]
-        routing = self.route(adapter_name, x)
-        scaling = self.scaling[adapter_name]
-        dropped = self.mola_dropout[adapter_name](x).reshape(-1, self.in_features)
-        if not torch.is_grad_enabled() and reading_chosen_pays(routing, dropped, len(experts_A)):
-            update = update_of_chosen(dropped, experts_A, experts_B, routing, scaling)
-            return result + update.view(result.shape)
-        gates = dense_gates(routing, self.num_experts[adapter_name]) * scaling
-        hidden = F.linear(dropped, experts_A.flatten(0, 1))  # (N, E*r)
-        hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
-        update = hidden.flatten(1) @ experts_B.flatten(0, 1)  # (N, out)
-        return result + update.view(result.shape)
+    def mixture_inputs(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> MixtureInputs:
+        """What a backend is given; arguments as those of `add_experts`."""
+        # Read from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
+        parts: Any = self._modules
+        experts_A, experts_B = parts["mola_A"]._parameters[adapter_name], parts["mola_B"]._parameters[adapter_name]
+        dropout = parts["mola_dropout"]._modules[adapter_name]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        else:
+            dtype = experts_A.dtype if self.cast_input_dtype_enabled else x.dtype
+        settings = MixtureSettings(
+            self.top_k[adapter_name],
+            self.scaling[adapter_name],
+            dtype,
+            dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            self.settings[adapter_name].router_jitter_noise if self.training else 0.0,
+            needs_router_output=self._records(),
+        )
+        result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
+        router = parts["mola_router"]._parameters.get(adapter_name)
+        return MixtureInputs(x, result, weight, bias, experts_A, experts_B, router, None, settings)
 
-    def _jitters(self, adapter_name: str) -> bool:
-        return self.training and self.settings[adapter_name].router_jitter_noise > 0
+    def _records(self) -> bool:
+        """Whether somebody wants what the router gives in this forward pass."""
+        if not self.training:
+            return False
+        return any(recorder is not None and recorder.collecting for recorder in (self.router_losses, self.observer))
 
-    def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
-        """Choose experts for `x: (..., in)`; leaves logits and choices behind if the model asked for them."""
-        settings = self.settings[adapter_name]
-        if self._jitters(adapter_name):
-            x = jitter(x, settings.router_jitter_noise)
-        logits = self.router_logits(adapter_name, x)
-        routing = top_k_softmax(logits, settings.top_k)
-        self._leave_behind(adapter_name, logits, routing.expert_indices)
-        return routing
-
-    @property
-    def _collects(self) -> bool:
-        listeners = self.router_losses, self.observer
-        return self.training and any(each is not None and each.collecting for each in listeners)
-
-    def _leave_behind(self, adapter_name: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> None:
-        # Kept as they are: the sums are taken outside, where gradient checkpointing does not recompute.
-        output = RouterOutput(logits, expert_indices)
-        if self.training and self.router_losses is not None and self.router_losses.collecting:
+    def _record(self, adapter_name: str, output: RouterOutput) -> None:
+        # Recorded as it is: sums are taken outside, where gradient checkpointing does not recompute.
+        if self.router_losses is not None and self.router_losses.collecting:
             self.router_outputs[adapter_name] = output
-        if self.training and self.observer is not None and self.observer.collecting:
+        if self.observer is not None and self.observer.collecting:
             self.observer.see(adapter_name, output)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -278,7 +240,7 @@ class MolaLinear(nn.Module, NativeFewTokens, SingleExpertMerging, BaseTunerLayer
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Router outputs belong to a running forward pass; with their graph they can not be copied or pickled.
+        # Router outputs belong to a running forward pass; with their graph they cannot be copied or pickled.
         return {**self.__dict__, "router_outputs": {}, "observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from mola.errors import MolaError
 class SingleExpertMerging:
     """The part of `MolaLinear` that merges; what it reads of the layer is declared here."""
 
-    mola_A: Any  # noqa: N815 - PEFT wants the prefix of the method
-    mola_B: Any  # noqa: N815
+    mola_A: Any
+    mola_B: Any
     scaling: dict[str, float]
     num_experts: dict[str, int]
     merged_adapters: list[str]

@@ -19,8 +19,8 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.stacks import LayerStacks
-from mola.tuner.statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
+from mola.tuner.layer_stacks import LayerStacks
+from mola.tuner.router_statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
 Groups = dict[int | None, list[RouterStatistics]]
 _ATTRIBUTE = "_mola_router_losses"

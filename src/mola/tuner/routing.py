@@ -1,16 +1,23 @@
-"""From router logits to gates: how experts are chosen. `mola.tuner.native` does the same for itself."""
+"""From router logits to gates: the one place that knows how experts are chosen, and the gradient of it.
+
+A router is a function of logits in `ROUTERS`, its gradient is found by autograd. That of `top_k_softmax` is written
+out, and native backends compute this router only.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+_FEW_TOKENS = 32  # up to which one sort takes less time than `top_k` passes over the experts
+
 
 class Routing(NamedTuple):
-    """What a router decided for `N` tokens.
+    """What a router decided for `N` tokens; `(top_k, N)` where logits have experts first.
 
     Attributes:
         expert_indices: chosen experts, largest logit first, integers `(N, top_k)`; all experts in their own order
@@ -43,32 +50,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return F.linear(tokens.to(dtype), weight.to(dtype))
 
 
-def top_k_softmax(logits: torch.Tensor, top_k: int) -> Routing:
-    r"""The paper's router: softmax over all experts, keep the `top_k` largest, renormalise.
-
-        p = softmax(z),   S = the top_k largest,   g_e = p_e / sum_{S} p    (paper, section 3.1)
-
-    Renormalised probabilities equal the softmax over the chosen logits, which is what is computed.
-    Of equal logits the lower index is chosen, so that every device and batch size agrees.
-
-    Args:
-        logits: float32 `(N, E)`.
-        top_k: experts per token, `1 <= top_k <= E`.
-    """
-    if top_k == logits.shape[-1]:
-        everyone = torch.arange(top_k, device=logits.device).expand(logits.shape)
-        return Routing(everyone, torch.softmax(logits, dim=-1))
-    _, expert_indices = largest_logits(logits.detach(), top_k, dim=-1)
-    return Routing(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1))
-
-
-def dense_gates(routing: Routing, num_experts: int) -> torch.Tensor:
-    """Gates of all experts, zero where not chosen: float32 `(N, num_experts)`."""
-    weights = routing.routing_weights
-    return weights.new_zeros(weights.shape[0], num_experts).scatter(1, routing.expert_indices, weights)
-
-
-def logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`router_logits` with experts first, `(E, N)`, for code that autograd does not record.
 
     Args:
@@ -81,43 +63,94 @@ def logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     return torch.mm(weight.to(dtype), tokens.to(dtype).t(), out=logits)
 
 
-def choose_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_k_softmax` with experts first, and with zeros for the experts that were not chosen.
+def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
+    r"""The paper's router: softmax over all experts, keep the `top_k` largest, renormalise.
+
+        p = softmax(z),   S = the top_k largest,   g_e = p_e / sum_{S} p    (paper, section 3.1)
+
+    Renormalised probabilities equal the softmax over the chosen logits, which is what is computed.
+    Of equal logits the lower index is chosen, so that every device and batch size agrees.
 
     Args:
-        logits: float32 `(E, N)`.
-        top_k: experts per token.
-
-    Returns:
-        Gates, float32 `(E, N)`, and chosen experts in any order, integers `(top_k, N)`.
+        logits: float32 `(N, E)`, or `(E, N)` with `dim=0`.
+        top_k: experts per token, `1 <= top_k <= E`.
+        dim: dimension of the experts.
     """
-    num_experts, num_tokens = logits.shape
-    if top_k == num_experts:  # nothing to choose
-        return torch.softmax(logits, dim=0), torch.arange(top_k, device=logits.device)[:, None].expand(-1, num_tokens)
-    largest, expert_indices = largest_logits(logits, top_k, dim=0)
-    return torch.zeros_like(logits).scatter_(0, expert_indices, torch.softmax(largest, dim=0)), expert_indices
+    if top_k == logits.shape[dim]:
+        shape = (-1, 1) if dim == 0 else (1, -1)
+        everyone = torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
+        return Routing(everyone, torch.softmax(logits, dim))
+    expert_indices = _largest(logits.detach(), top_k, dim)
+    return Routing(expert_indices, torch.softmax(logits.gather(dim, expert_indices), dim))
 
 
-def largest_first(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`largest_logits` along the last dimension by one sort, which is faster for few tokens."""
-    values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return values[..., :count], indices[..., :count]
+Router = Callable[[torch.Tensor, int, int], Routing]
+ROUTERS: dict[str, Router] = {"top_k_softmax": top_k_softmax}  # the first one is that of the paper, and the default
 
 
-def largest_logits(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits along `dim` and where they are; of equal ones the first.
+def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
+    """Gates of all experts, zero where not chosen: float32, `num_experts` of them along `dim`."""
+    indices, weights = routing
+    shape = [num_experts if size == dim % 2 else weights.shape[size] for size in range(2)]
+    return weights.new_zeros(shape).scatter(dim, indices, weights)
+
+
+def top_k_softmax_backward(
+    agreement: torch.Tensor,
+    weights: torch.Tensor,
+    scaling: float,
+    grad_logits: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gradient of the logits through `top_k_softmax`, experts first.
+
+    With `w_e = scaling g_e`, and `v_e` the gradient of `log g_e`, which is `<t_e, a_e>` for what expert `e` gives `a_e`
+    (gate and scaling included) and its gradient `t_e`:
+
+        dz_e = v_e - g_e sum_e v_e
+
+    Args:
+        agreement: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; it may be overwritten.
+        weights: `w`, of the same shape.
+        scaling: what gates were multiplied by.
+        grad_logits: what losses of the router add, of the same shape.
+        out: where the result is written to.
+    """
+    mean = agreement.sum(0, keepdim=True)
+    if grad_logits is not None:
+        agreement += grad_logits
+    return torch.addcmul(agreement, weights, mean, value=-1.0 / scaling, out=out)
+
+
+def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: torch.Tensor) -> torch.Tensor:
+    """The same through any router of `ROUTERS`, by autograd through the logarithm of its gates.
+
+    Args:
+        router: its name.
+        logits: `(E, N)`.
+        top_k: experts per token.
+        agreement: `v`, `(E, N)`.
+    """
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        routing = ROUTERS[router](logits, top_k, 0)
+        log_gates = routing.routing_weights.log()
+    return torch.autograd.grad(log_gates, logits, agreement.gather(0, routing.expert_indices))[0]
+
+
+def _largest(logits: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """Where the `count` largest logits along `dim` are, the largest first; of equal ones the first.
 
     Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
     """
-    values: list[torch.Tensor] = []
+    if not torch.compiler.is_compiling() and logits.shape[1 - dim % 2] <= _FEW_TOKENS:
+        return torch.sort(logits, dim=dim, descending=True, stable=True).indices.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
     for _ in range(count):
         if indices:
             logits = logits.scatter(dim, indices[-1], float("-inf"))
-        value, index = logits.max(dim, keepdim=True)
-        values.append(value)
-        indices.append(index)
-    return torch.cat(values, dim), torch.cat(indices, dim)
+        indices.append(logits.max(dim, keepdim=True).indices)
+    return torch.cat(indices, dim)
 
 
 def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:

@@ -10,54 +10,55 @@ from typing import Any
 
 import torch
 
-from mola.tuner.pieces import have_addresses, import_native
+from mola.tuner.kernels import native
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
 _WORDS = 1 << 32
 
 
-def draw_kept(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
     """Draw which elements of `x` are kept.
 
     Args:
-        x: a floating-point tensor; only its shape, format and device matter.
+        x: a floating-point tensor; only its shape, dtype and device matter.
         p: probability with which an element is dropped, `0 <= p < 1`.
 
     Returns:
         What `drop` needs, and the probability with which an element is kept: `1 - p`, to the nearest of as many steps
         as the drawn bits decide between.
     """
-    if have_addresses(x) and _kernel(x.element_size()) is not None:
+    if are_plain_cpu_tensors(x) and _kernel(x.element_size()) is not None:
         threshold = min(round(p * _WORDS), _WORDS - 1)
         seed = torch.empty(3, dtype=torch.int32).random_(-(_WORDS // 2), _WORDS // 2)
         seed[2] = threshold - _WORDS if threshold >= _WORDS // 2 else threshold  # the same 32 bits
         return seed, 1.0 - threshold / _WORDS
-    return keep_mask(x, p), keep_probability(x, p)
+    return _sample_booleans(x, p), keep_probability(x, p)
 
 
-def drop(rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """`rows` with 0 for what is not kept; as they are without `kept`.
+def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
+    """`rows` with 0 for what the mask drops; as they are without a mask.
 
     Args:
-        rows: as many elements as the tensor that `kept` was drawn for, in any shape and format.
-        kept: from `draw_kept`, or booleans.
+        rows: as many elements as the tensor that the mask was drawn for, in any shape and dtype.
+        dropout_mask: from `sample_dropout_mask`, or booleans.
     """
-    if kept is None:
+    if dropout_mask is None:
         return rows
-    if kept.dtype == torch.bool:
-        return torch.where(kept.reshape(rows.shape), rows, 0.0)
+    if dropout_mask.dtype == torch.bool:
+        return torch.where(dropout_mask.reshape(rows.shape), rows, 0.0)
     rows = rows.contiguous()
     dropped = torch.empty_like(rows)
-    _kernel(rows.element_size())(rows.data_ptr(), kept.data_ptr(), dropped.data_ptr(), rows.numel())
+    _kernel(rows.element_size())(rows.data_ptr(), dropout_mask.data_ptr(), dropped.data_ptr(), rows.numel())
     return dropped
 
 
 def _kernel(itemsize: int) -> Any:
-    native = import_native("mola.tuner.native_dropout")
-    return None if native is None else native.kernel(itemsize)
+    functions = native.load("jit_dropout")
+    return None if functions is None else functions.kernel(itemsize)
 
 
-def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:
     """Booleans of the shape of `x`, False with probability `p`; see `keep_probability`.
 
     On the CPU 16 random bits decide about an element, a quarter of a 64-bit draw: several times
@@ -70,5 +71,5 @@ def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_probability(x: torch.Tensor, p: float) -> float:
-    """Probability with which `keep_mask` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
+    """Probability with which `_sample_booleans` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
     return 1.0 - (round(p * _STEPS) / _STEPS if x.device.type == "cpu" else p)

@@ -13,8 +13,8 @@ import numba
 import numpy as np
 from numba import types
 
-from mola.tuner.native import compiled, pointer
-from mola.tuner.native_vectors import dot_rows, has_vectors, hold
+from mola.tuner.kernels.cpu.jit import compiled, pointer
+from mola.tuner.kernels.cpu.jit_vectors import dot_rows, has_vectors, hold
 
 _TOKENS, _ROWS = 8, 3  # multiplied at once: as many sums as there are registers for; a single token takes no less time
 _AHEAD = 16384  # bytes, chosen with rows of 2 and of 6 KB

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from mola.errors import MolaError
-from mola.tuner.pieces import PLAIN, have_addresses, import_native
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import MixtureInputs
+from mola.tuner.kernels.tensors import PLAIN, are_plain_cpu_tensors
 
 _CPU_FACTS = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know whose processor it is
 # Zen 4 and Zen 5 were measured; Zen 3 has the family of Zen 4, but not AVX-512.
 _VENDOR, _FIRST_FAMILY = "AuthenticAMD", 25
 _CHOICE = "MOLA_ONEDNN"
-_FEW, _COLUMNS = 32, 16  # at most so many tokens, and inputs in multiples, by the native function
+_MAX_TOKENS, _COLUMNS = 32, 16  # at most so many tokens, and inputs in multiples, by the native function
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -35,7 +37,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` where `wants_onednn` says so: few tokens on one thread by a function of mola's, which reads faster."""
-    kernel = _kernel_for_few(x, weight, bias)
+    kernel = _native_linear(x, weight, bias)
     if kernel is None:
         return linear_by_onednn(x, weight, bias)
     x, (out_features, in_features) = x.contiguous(), weight.shape
@@ -46,18 +48,18 @@ def fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return output
 
 
-def _kernel_for_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+def _native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     in_features = weight.shape[1]
     if x.shape[-1] != in_features:
         return None  # whoever is asked next says so
-    if x.numel() > _FEW * in_features or torch.get_num_threads() > 1 or in_features % _COLUMNS:
+    if x.numel() > _MAX_TOKENS * in_features or torch.get_num_threads() > 1 or in_features % _COLUMNS:
         return None
-    if not weight.is_contiguous() or not have_addresses(x, weight):
+    if not weight.is_contiguous() or not are_plain_cpu_tensors(x, weight):
         return None
-    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous() and have_addresses(bias)):
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous() and are_plain_cpu_tensors(bias)):
         return None
-    native = import_native("mola.tuner.native_linear")
-    return None if native is None else native.kernel()
+    functions = native.load("jit_linear")
+    return None if functions is None else functions.kernel()
 
 
 def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -65,35 +67,33 @@ def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-def linear_plus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
+def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
     """`x W^T + b + addend` of matrices, made at once, where `wants_onednn` says so."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of two matrices, where no gradient is recorded."""
-    # The format is asked first, for this is called several times for every linear.
+    # The dtype is asked first, for this is called several times for every linear.
     if a.dtype is torch.float32 and wants_onednn(a, b):
         return linear_by_onednn(a, b.t(), None)
     return torch.mm(a, b)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add `a @ b` to `total` in place, in its format, where no gradient is recorded."""
+def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Add `a @ b` to `total` in place, in its dtype, where no gradient is recorded."""
     if total.dtype is not a.dtype or (a.dtype is torch.float32 and wants_onednn(a, b)):
-        return total.add_(product(a, b))
+        return total.add_(mm(a, b))
     return total.addmm_(a, b)
 
 
-def base_output(
-    result: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None, inputs: torch.Tensor
-) -> torch.Tensor:
-    """`inputs W^T + b`, or a copy of `result` that is not narrower than `inputs`; contiguous, to be added to."""
-    if weight is not None:
-        return linear(inputs, weight, bias)
-    assert result is not None
-    dtype = torch.promote_types(result.dtype, inputs.dtype)
-    return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+def base_output(inputs: MixtureInputs, x: torch.Tensor) -> torch.Tensor:
+    """`x W^T + b`, or a copy of the base output that is not narrower than `x`; contiguous, to be added to."""
+    if inputs.weight is not None:
+        return linear(x, inputs.weight, inputs.bias)
+    assert inputs.result is not None
+    dtype = torch.promote_types(inputs.result.dtype, x.dtype)
+    return inputs.result.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -102,7 +102,7 @@ def wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return a.is_cpu and type(b) in PLAIN
-    return have_addresses(a, b)
+    return are_plain_cpu_tensors(a, b)
 
 
 @torch.compiler.assume_constant_result

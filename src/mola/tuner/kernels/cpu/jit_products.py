@@ -1,4 +1,4 @@
-"""Products of tokens with the rows of their experts, of which `mola.tuner.native_chosen` consists.
+"""Products of tokens with the rows of their experts, of which `mola.tuner.kernels.cpu.jit_train` consists.
 
 Assignments of tokens to experts are sorted by expert. Rows of tokens come as a table of addresses in that order.
 `pairs` is 1 in bfloat16, where two rows share a lane of four bytes (a `group`), else 0. `whole` and `rest` say how many
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from mola.tuner.native import narrow, widen
-from mola.tuner.native_vectors import BLOCK, add_rows, dot_rows, hold, outer_rows
+from mola.tuner.kernels.cpu.jit import narrow, widen
+from mola.tuner.kernels.cpu.jit_vectors import BLOCK, add_rows, dot_rows, hold, outer_rows
 
 WIDE = 4 * BLOCK  # columns that are added to at once: the rows of eight experts for as many fit the first cache
 _AT_ONCE = 3  # tokens that are multiplied with eight rows at once: as many sums as there are registers for

@@ -2,7 +2,7 @@
 
 As operators of torch, gates are some fifteen calls forward and eight backward for every linear, on few numbers, and the
 router's product is too thin for the libraries: with a bfloat16 input, which it reads here as it is, it takes a third of
-the time. Tensors of rank size have tokens last, as in `mola.tuner.mixture`.
+the time. Tensors of rank size have tokens last, as in `mola.tuner.kernels.dense`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.native import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
 
 _ROWS, _COLUMNS = 8, 768  # of one tile of the input, which stays in the first cache
 

@@ -5,7 +5,7 @@ expert's tokens with its rows, where they lie: nothing is gathered. What is adde
 at once. So arithmetic does not grow with the number of experts, and the base output is read and written once.
 
 Sums are in float32. Where products are in bfloat16, A, B and what lies between are rounded to it, as they are in
-operators of torch; rows then come in pairs, which share a lane of four bytes (`mola.tuner.native_vectors`).
+operators of torch; rows then come in pairs, which share a lane of four bytes (`mola.tuner.kernels.cpu.jit_vectors`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.native import FORMATS, MATH, compiled, narrow, pointer, widen
-from mola.tuner.native_products import (
+from mola.tuner.kernels.cpu.jit import FORMATS, MATH, compiled, narrow, pointer, widen
+from mola.tuner.kernels.cpu.jit_gates import choose_all, router_logits
+from mola.tuner.kernels.cpu.jit_products import (
     WIDE,
     add_to_tokens,
     aligned,
@@ -31,8 +32,7 @@ from mola.tuner.native_products import (
     split,
     sum_outer,
 )
-from mola.tuner.native_routing import choose_all, router_logits
-from mola.tuner.native_vectors import has_vectors, hold
+from mola.tuner.kernels.cpu.jit_vectors import has_vectors, hold
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -48,7 +48,7 @@ def _apply_weights(sums, weights, places, gated):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def _through_weights(sums, gated, weights, expert_indices, places, grad_logits, inner, inner_logits, scaling):
-    """Gradients of what A gives and of the router logits: see `mola.tuner.gates.through_gates`."""
+    """Gradients of what A gives and of the router logits: see `mola.tuner.routing.top_k_softmax_backward`."""
     top_k, num_tokens = weights.shape
     r = sums.shape[1]
     agreement = np.empty(top_k, np.float32)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 
 class RouterOutput(NamedTuple):
@@ -15,12 +16,22 @@ class RouterOutput(NamedTuple):
     expert_indices: torch.Tensor
 
 
-class RouterObserver(Protocol):
-    """Somebody who looks on in training."""
+class RouterCollector(Protocol):
+    """Reads `MolaLinear.router_outputs` after a forward pass of `model`: `RouterLosses`."""
+
+    model: nn.Module
 
     @property
     def collecting(self) -> bool:
-        """Whether this forward pass is looked at."""
+        """Whether router outputs are wanted in this forward pass."""
+
+
+class RouterObserver(Protocol):
+    """A recorder of router outputs in training."""
+
+    @property
+    def collecting(self) -> bool:
+        """Whether this forward pass is recorded."""
 
     def see(self, adapter_name: str, output: RouterOutput) -> None:
         """Is told what a router gave, at every call of its layer."""

@@ -10,76 +10,14 @@ It is compiled when first needed (a few seconds), then kept on disk, next to thi
 from __future__ import annotations
 
 import functools
-import hashlib
-import logging
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
-logger = logging.getLogger(__name__)
-
-FORMATS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-# All but assuming that there is neither NaN nor infinity.
-MATH = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def _to_pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-def _bitcast(source, target) -> Any:
-    def cast(typing_context, value):
-        def generate(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], context.get_value_type(target))
-
-        return target(source), generate
-
-    return intrinsic(cast)
-
-
-pointer: Any = intrinsic(_to_pointer)  # of an address, an integer
-_as_float = _bitcast(types.uint32, types.float32)
-_as_bits = _bitcast(types.float32, types.uint32)
-
-
-def widen(value):
-    """A number as float32; `uint16` is the bits of a bfloat16."""
-
-
-@overload(widen, inline="always")
-def _widen_overload(value):
-    if value == types.uint16:
-        return lambda value: _as_float(np.uint32(np.uint32(value) << np.uint32(16)))
-    return lambda value: value
-
-
-def narrow(value, like):
-    """A float32 in the format of `like`, to the nearest, ties to even."""
-
-
-@overload(narrow, inline="always")
-def _narrow_overload(value, like):
-    if like != types.uint16:
-        return lambda value, like: value
-
-    def to_bfloat16(value, like):
-        bits = _as_bits(value)
-        odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
-        # Without a branch: it is inlined where loops are to become vectors.
-        is_nan = np.uint32(np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000))
-        return np.uint16(np.uint32(rounded >> np.uint32(16)) | np.uint32(is_nan * np.uint32(0x7FC0)))
-
-    return to_bfloat16
+from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
 
 
 @numba.njit(fastmath=MATH, inline="always")
@@ -99,27 +37,6 @@ def _dots(a, b0, b1, b2, b3):
         s2 += a[i] * widen(b2[i])
         s3 += a[i] * widen(b3[i])
     return s0, s1, s2, s3
-
-
-# Inlined, here and below: of what is called, the process that compiles keeps another version than the disk.
-@numba.njit(fastmath=MATH, forceinline=True)
-def choose(logits, chosen, gates, scaling):
-    """Experts with the largest logits, which are written over, and their gates times scaling; both `(top_k,)`."""
-    total, largest = np.float32(0), np.float32(0)
-    for k in range(len(chosen)):
-        best = 0
-        for expert in range(1, len(logits)):
-            value, most = logits[expert], logits[best]
-            if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
-                best = expert
-        if k == 0:
-            largest = logits[best]
-        chosen[k] = best
-        gates[k] = np.exp(logits[best] - largest)
-        total += gates[k]
-        logits[best] = -np.inf
-    for k in range(len(chosen)):
-        gates[k] = gates[k] / total * scaling
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -178,24 +95,6 @@ def _specialize(values: Any, weights: Any) -> Any:
         )
 
     return compiled(add, types.void(*[types.int64] * 10, types.float64, types.int64))
-
-
-def compiled(function: Any, signature: Any) -> Any:
-    """A function compiled for a signature; what was compiled is kept on disk where that is possible."""
-    # By the name of the file, since numba looks at the function's own source only, and what it calls is compiled in.
-    function.__qualname__ += f"_{_sources_digest()}"
-    try:
-        return numba.njit(signature, nogil=True, cache=True)(function)
-    except (RuntimeError, OSError) as error:  # no folder can be written, or the disk is full
-        logger.warning("Compiled code could not be kept on disk and is compiled in every process: %s", error)
-        return numba.njit(signature, nogil=True)(function)
-
-
-@functools.cache
-def _sources_digest() -> str:
-    """What the sources of all native functions are known by."""
-    sources = sorted(Path(__file__).parent.glob("native*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import types
 
-from mola.tuner.native import compiled, pointer
+from mola.tuner.kernels.cpu.jit import compiled, pointer
 
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # of a number with so many bytes; zero is zero in each
 

@@ -1,0 +1,65 @@
+"""The one autograd function: a backend's forward and backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mola.errors import MolaError
+from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs, Wanted
+from mola.tuner.kernels.dropout import sample_dropout_mask
+
+_FIELDS = MixtureInputs._fields
+_GRADIENTS = [1 + _FIELDS.index(name) for name in Wanted._fields]  # after the backend
+
+
+def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
+    """The mixture by one backend, with its gradient; first-order gradients only where it has a backward pass."""
+    if not backend.has_backward:
+        return backend.forward(inputs)[0]
+    settings = inputs.settings
+    if settings.dropout and inputs.dropout_mask is None:
+        mask, keep_probability = sample_dropout_mask(inputs.x, settings.dropout)
+        settings = settings._replace(scaling=settings.scaling / keep_probability)
+        inputs = inputs._replace(dropout_mask=mask, settings=settings)
+    if torch.is_grad_enabled():
+        return Mixture(*_MixtureFunction.apply(backend, *inputs))
+    return backend.forward(inputs)[0]
+
+
+class _MixtureFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend: Backend, *fields: Any):
+        inputs = MixtureInputs(*fields)
+        mixture, saved = backend.forward(inputs)
+        assert saved is not None
+        ctx.mark_non_differentiable(mixture.expert_indices)
+        ctx.set_materialize_grads(False)
+        kept = inputs.weight, inputs.experts_A, inputs.experts_B, inputs.router, inputs.dropout_mask
+        ctx.save_for_backward(saved.x, *kept, *saved.tensors)
+        ctx.backend, ctx.settings, ctx.x_dtype = backend, inputs.settings, inputs.x.dtype
+        ctx.result_dtype = None if inputs.result is None else inputs.result.dtype
+        return tuple(mixture)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_logits, _):
+        if torch.is_grad_enabled():  # its own gradient would be wrong in silence
+            raise MolaError(
+                "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
+            )
+        # Read once: checkpointing refuses to unpack twice.
+        x, weight, experts_A, experts_B, router, mask, *saved = ctx.saved_tensors
+        parameters = experts_A, experts_B, router
+        inputs = MixtureInputs(x, None, weight, None, *parameters, mask, ctx.settings)
+        if grad_output is None:
+            grad_output = x.new_zeros(*x.shape[:-1], inputs.experts_B.shape[2])
+        wanted = Wanted(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
+        grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)
+        grad_x = None if grads.x is None else grads.x.view(x.shape).to(ctx.x_dtype)
+        of_parameters = [
+            None if grad is None else grad.view(parameter.shape).to(parameter.dtype)
+            for grad, parameter in zip(grads[1:], parameters, strict=True)
+        ]
+        grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
+        return None, grad_x, grad_result, None, None, *of_parameters, None, None

@@ -1,0 +1,182 @@
+"""Few tokens without gradients on a CPU by one native function, which reads chosen experts only; see `jit_decode`.
+
+A compiler meets it as an operator, `torch.ops.mola.decode`, that is given a layer's B; `registry` finds the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import DEFAULT_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.cpu.registry import owner_of
+from mola.tuner.kernels.cpu.registry import register as register
+from mola.tuner.kernels.decode import is_decode, why_not_decode
+from mola.tuner.kernels.gemm import fast_linear, linear, wants_onednn
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
+
+
+class CpuDecode:
+    """See the module."""
+
+    name = "cpu_decode"
+    has_backward = True  # there is nothing for autograd to record
+    casts_inputs = True
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """Few tokens without gradients, no logits wanted, plain tensors in float32 or bfloat16."""
+        reason = why_not_decode(inputs)
+        if reason is not None:
+            return reason
+        x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
+        if router is None:
+            return "a layer with one expert has no router"
+        if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
+            return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
+        if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
+            return f"computes the router {DEFAULT_ROUTER!r} in float32 only"
+        if experts_A.dtype is not inputs.experts_B.dtype or not has_kernel(x.dtype, experts_A.dtype):
+            return "no numba here, or no native function for these dtypes"
+        if inputs.result is not None and inputs.result.dtype is not x.dtype:
+            return "the base output has another dtype than the input"
+        if not are_plain_cpu_tensors(x, experts_A, inputs.experts_B, router):
+            return "for plain tensors on the CPU"
+        return None
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
+        """See `Backend`."""
+        if inputs.weight is not None:
+            output = linear(inputs.x, inputs.weight, inputs.bias)
+        else:
+            assert inputs.result is not None
+            output = inputs.result.clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+        settings = inputs.settings
+        _add_update(
+            output, inputs.x, inputs.experts_A, inputs.experts_B, inputs.router, settings.scaling, settings.top_k
+        )
+        return Mixture(output), None
+
+    def backward(self, *arguments):
+        """There are no gradients."""
+        raise NotImplementedError
+
+
+def decode_compiled(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a layer for few tokens in a compiled graph; None where there is no native function for it.
+
+    Args:
+        layer: a `MolaLinear`.
+        adapter_name: its only active adapter.
+        x: `(..., in)`.
+    """
+    if layer.training or not is_decode(x) or torch.compiler.is_exporting():
+        return None
+    parts = layer._modules
+    experts_B = parts["mola_B"]._parameters.get(adapter_name)  # and nothing else: compiled code compares what it reads
+    if experts_B is None or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
+        return None
+    base = parts["base_layer"]
+    if type(base) is nn.Linear and not has_hooks(base):
+        if wants_onednn(x, base.weight):
+            return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
+        output = linear(x, base.weight, base.bias)
+    else:
+        output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+    if type(output) is not torch.Tensor or output.dtype != x.dtype:
+        return layer.add_experts(adapter_name, x, output).to(output.dtype)
+    torch.ops.mola.decode(output, x, experts_B)
+    return output
+
+
+def _add_update(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    experts_A: torch.Tensor,
+    experts_B: torch.Tensor,
+    router: Any,
+    scaling: float,
+    top_k: int,
+) -> None:
+    """Add the update of a mixture to the base output `(..., out)`, in place.
+
+    Raises:
+        RuntimeError: there is no native function for such tensors, or their shapes do not fit.
+        ValueError: the output has another shape.
+    """
+    num_experts, r, in_features = experts_A.shape
+    out_features = experts_B.size(2)
+    kernel = _kernel(x.dtype, experts_A.dtype)
+    if kernel is None or not output.is_contiguous():
+        raise RuntimeError("mola::decode needs numba, and a contiguous output in float32 or bfloat16.")
+    if router.shape != (num_experts, in_features) or x.size(-1) != in_features or len(experts_B) != num_experts:
+        raise RuntimeError(f"mola::decode: {x.shape}, {experts_A.shape}, {experts_B.shape}, {router.shape} do not fit.")
+    if output.shape != (*x.shape[:-1], out_features):
+        raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
+    # Held by names until the call is over. Written out: this is called for every token and linear.
+    x, router, experts_A, experts_B = (
+        x.contiguous(),
+        router.contiguous(),
+        experts_A.contiguous(),
+        experts_B.contiguous(),
+    )
+    kernel(
+        x.data_ptr(),
+        router.data_ptr(),
+        experts_A.data_ptr(),
+        experts_B.data_ptr(),
+        output.data_ptr(),
+        x.numel() // in_features,
+        num_experts,
+        r,
+        in_features,
+        out_features,
+        scaling,
+        top_k,
+    )
+
+
+def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
+    owner = owner_of(experts_B)
+    layer, name = owner.layer(), owner.adapter_name
+    assert layer is not None
+    inputs = layer.mixture_inputs(name, x, output)
+    if CPU_DECODE.supports(inputs) is None:
+        settings = inputs.settings
+        _add_update(output, x, inputs.experts_A, experts_B, inputs.router, settings.scaling, settings.top_k)
+    else:  # as without a compiler, with dropout too
+        output.copy_(layer.add_experts(name, x, output))
+
+
+def _linear_decode(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, experts_B: torch.Tensor):
+    output = fast_linear(x, weight, bias)  # of which compilers could know only how to call it for constants
+    _decode(output, x, experts_B)
+    return output
+
+
+# For compilers: the update of the layer that B belongs to, and base output and update in one. With the decorator
+# `torch.library.custom_op` a call takes longer.
+_LIBRARY = torch.library.Library("mola", "FRAGMENT")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+_LIBRARY.define("decode(Tensor(a!) output, Tensor x, Tensor experts_B) -> ()", tags=_TAGS)
+_LIBRARY.impl("decode", _decode, "CPU")
+_LIBRARY.impl("decode", lambda *arguments: None, "Meta")
+_LIBRARY.define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor experts_B) -> Tensor", tags=_TAGS)
+_LIBRARY.impl("linear_decode", _linear_decode, "CPU")
+_LIBRARY.impl("linear_decode", lambda x, weight, *others: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(values: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether there is a native function for these dtypes of the input and of A and B; a compiler may ask."""
+    return _kernel(values, weights) is not None
+
+
+def _kernel(values: torch.dtype, weights: torch.dtype) -> Any:
+    functions = native.load("jit_decode")
+    return None if functions is None else functions.kernel(values, weights)
+
+
+CPU_DECODE = CpuDecode()

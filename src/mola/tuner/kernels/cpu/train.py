@@ -1,0 +1,149 @@
+"""Chosen experts only, in native functions: training on a CPU.
+
+One native function forward and one backward (`jit_train`) in place of products over all experts. They use one thread,
+so they pay where one thread has no more to do with chosen experts than each of all threads with all of them; and
+processor, dtypes and sizes must be what they were written for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, MixtureSettings, Saved, Wanted
+from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dropout import drop
+from mola.tuner.kernels.gemm import addmm_, base_output, mm
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
+
+_FUNCTIONS = "jit_train"
+_COLUMNS = 32  # of which the native functions want multiples
+
+
+class _Tensors(NamedTuple):
+    """What is saved besides the input in the dtype of the products."""
+
+    gated: torch.Tensor  # (N, top_k * r), r made even in bfloat16: what A gives, times gates and scaling
+    weights: torch.Tensor  # gates times scaling, float32 (top_k, N)
+    expert_indices: torch.Tensor  # (top_k, N)
+
+
+class CpuTrain:
+    """See the module."""
+
+    name = "cpu_train"
+    has_backward = True
+    casts_inputs = False
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """One thread or few, sizes in multiples of 32, plain tensors, and a processor with the instructions."""
+        reason = why_not_written_out(inputs)
+        if reason is not None:
+            return reason
+        x, router, settings = inputs.x, inputs.router, inputs.settings
+        experts_A, experts_B = inputs.experts_A, inputs.experts_B
+        assert router is not None
+        num_experts, _, in_features = experts_A.shape
+        if settings.top_k * torch.get_num_threads() > num_experts:
+            return "slower than dense with so many threads: top_k * threads > num_experts"
+        if (in_features | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
+            return f"needs features in multiples of {_COLUMNS}, and at least one token"
+        if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
+            return f"computes the router {DEFAULT_ROUTER!r} in float32 only"
+        if experts_A.dtype is not experts_B.dtype or not _fit(x, experts_A, experts_B, router):
+            return "shapes or dtypes of x, A, B and router do not fit"  # operators of torch say what does not
+        if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
+            return "for plain tensors on the CPU"
+        return None if _kernel(inputs) is not None else "no numba, or no such instructions (AVX-512, its BF16) here"
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
+        """See `Backend`."""
+        assert inputs.router is not None
+        settings, top_k, dtype = inputs.settings, inputs.settings.top_k, inputs.settings.dtype
+        num_experts, r, in_features = inputs.experts_A.shape
+        out_features = inputs.experts_B.shape[2]
+        x = inputs.x.to(dtype)
+        tokens, rows = as_rows(inputs.x).contiguous(), drop(as_rows(x), inputs.dropout_mask).contiguous()
+        num_tokens = len(rows)
+        output = base_output(inputs, x)
+        if output.shape != (*x.shape[:-1], out_features):
+            raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
+        total = output if output.dtype is dtype else torch.zeros_like(output, dtype=dtype)
+        logits, weights = (torch.empty((size, num_tokens), dtype=torch.float32) for size in (num_experts, top_k))
+        expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)
+        padded = r if dtype is torch.float32 else r + r % 2
+        gated = torch.empty((num_tokens, top_k * padded), dtype=dtype)
+        matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
+        tensors = tokens, rows, *matrices, total, logits, weights, expert_indices, gated
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        _kernel(inputs)(*addresses, num_tokens, in_features, out_features, num_experts, top_k, settings.scaling)
+        if total is not output:
+            output.add_(total)
+        return Mixture(output, logits, expert_indices), Saved(x, _Tensors(gated, weights, expert_indices))
+
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+        """As `Dense.backward`, from the rows of chosen experts."""
+        assert inputs.router is not None
+        x, weight, dropout_mask = as_rows(inputs.x), inputs.weight, inputs.dropout_mask
+        dy = as_rows(grad_output).to(inputs.settings.dtype).contiguous()
+        base = mm(dy, weight) if wanted.x and weight is not None else None
+        total = base  # to which the experts' part is added; what comes through dropout has a place of its own
+        if wanted.x and (base is None or dropout_mask is not None):
+            total = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        parts = _native_gradients(inputs, _Tensors(*saved), dy, grad_logits, total, wanted)
+        grad_A, grad_B, grad_router, inner_logits = parts
+        if total is not None and dropout_mask is not None:
+            total = drop(total, dropout_mask) if base is None else base.add_(drop(total, dropout_mask))
+        if inner_logits is not None:  # the router's part, which is not in the native function's
+            grad_router = mm(inner_logits, x) if wanted.router else None
+            total = None if total is None else addmm_(total, inner_logits.t(), inputs.router.to(dy.dtype))
+        return Grads(total, grad_A if wanted.experts_A else None, grad_B, grad_router if wanted.router else None)
+
+
+def _fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: torch.Tensor) -> bool:
+    num_experts, r, in_features = experts_A.shape
+    return (
+        x.shape[-1] == in_features
+        and experts_B.shape[:2] == (num_experts, r)
+        and router.shape == (num_experts, in_features)
+    )
+
+
+def _kernel(inputs: MixtureInputs) -> Any:
+    functions = native.load(_FUNCTIONS)
+    if functions is None:
+        return None
+    r = inputs.experts_A.shape[1]
+    return functions.forward_kernel(inputs.x.dtype, inputs.settings.dtype, inputs.experts_A.dtype, r)
+
+
+def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, total, wanted: Wanted):
+    """Gradients of A, B and router, in float32, and of the logits, in the dtype of the products; add to `total`.
+
+    The gradient of the logits is None where that of the router and its part of `total` were made with A's: without
+    dropout both read the same input.
+    """
+    assert inputs.router is not None
+    settings: MixtureSettings = inputs.settings
+    (num_experts, r, in_features), out_features = inputs.experts_A.shape, inputs.experts_B.shape[2]
+    rows = drop(as_rows(inputs.x), inputs.dropout_mask).contiguous()
+    joint = inputs.dropout_mask is None and grad_logits is None
+    wants_A = wanted.experts_A or wanted.router
+    grad_A, grad_B, grad_router = (
+        torch.empty(shape, dtype=torch.float32) if wants else None
+        for shape, wants in (
+            (inputs.experts_A.shape, wants_A),
+            (inputs.experts_B.shape, wanted.experts_B),
+            (inputs.router.shape, wants_A and joint),
+        )
+    )
+    inner_logits = None if joint else torch.empty((num_experts, len(rows)), dtype=settings.dtype)
+    extra = None if grad_logits is None else grad_logits.to(torch.float32).contiguous()
+    matrices = inputs.experts_A.contiguous(), inputs.experts_B.contiguous(), inputs.router.contiguous()
+    tensors = dy, rows, *saved, extra, *matrices, total, grad_A, grad_B, grad_router, inner_logits
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    kernel = native.load(_FUNCTIONS).backward_kernel(settings.dtype, inputs.experts_A.dtype, r, joint)
+    kernel(*addresses, len(rows), in_features, out_features, num_experts, settings.top_k, settings.scaling)
+    return grad_A, grad_B, grad_router, inner_logits

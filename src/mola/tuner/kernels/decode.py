@@ -1,0 +1,70 @@
+"""Few tokens without gradients on a CPU, as when text is generated, in operators of torch: calls cost most there.
+
+- The thin products are made in float32 for narrower dtypes too: that is faster for few rows, and more exact.
+- Experts are chosen by one sort, and nothing is kept for a backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mola.tuner.kernels.api import DEFAULT_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.gemm import base_output
+from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import ROUTERS, dense_gates
+
+MAX_TOKENS = 32
+
+
+def is_decode(x: torch.Tensor) -> bool:
+    """Whether `x: (..., in)` is few tokens without gradients on a CPU."""
+    return (
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def why_not_decode(inputs: MixtureInputs) -> str | None:
+    """Why no decode backend computes such inputs; None if one may."""
+    if not is_decode(inputs.x):
+        return f"for at most {MAX_TOKENS} tokens without gradients and autocast on a CPU"
+    return "dropout is on" if inputs.settings.dropout or inputs.dropout_mask is not None else None
+
+
+class Decode:
+    """See the module."""
+
+    name = "decode"
+    has_backward = True  # there is nothing for autograd to record
+    casts_inputs = False
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """Few tokens without gradients on a CPU."""
+        return why_not_decode(inputs) or why_not_written_out(inputs)
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
+        """See `Backend`."""
+        assert inputs.router is not None
+        settings, (num_experts, _, _) = inputs.settings, inputs.experts_A.shape
+        dtype = torch.promote_types(settings.dtype, torch.float32)
+        rows = as_rows(inputs.x).to(dtype)
+        logits = torch.mm(rows, inputs.router.to(dtype).t())  # (N, E)
+        hidden = torch.mm(rows, inputs.experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
+        routing = ROUTERS[settings.router](logits, settings.top_k, -1)
+        all_chosen = settings.top_k == num_experts and settings.router == DEFAULT_ROUTER
+        gates = routing.routing_weights if all_chosen else dense_gates(routing, num_experts)
+        hidden.view(-1, num_experts, len(hidden[0]) // num_experts).mul_(gates.unsqueeze(-1))
+        output = base_output(inputs, inputs.x.to(settings.dtype))
+        total, matrix_B = output.view(-1, output.shape[-1]), inputs.experts_B.flatten(0, 1)
+        if total.dtype == matrix_B.dtype == dtype:
+            total.addmm_(hidden, matrix_B, alpha=settings.scaling)
+        else:
+            total.add_(torch.mm(hidden, matrix_B.to(dtype)), alpha=settings.scaling)
+        return Mixture(output, logits.t(), routing.expert_indices.t()), None
+
+    def backward(self, *arguments):
+        """There are no gradients."""
+        raise NotImplementedError

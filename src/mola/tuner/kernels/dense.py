@@ -1,0 +1,109 @@
+"""All experts at once, in operators of torch, with the backward pass written out.
+
+- A is one `(E*r, in)` matrix, B one `(E*r, out)`; gates act between them, in rank space.
+- Tensors of rank size have tokens last: operators over experts then run along memory, and the router's thin product
+  is twice as fast.
+- Kept for the backward pass: the input, which other linears that read it keep too, and tensors of rank size.
+- The update is added to the base output by the product itself; no tensor of output size is made for it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.dropout import drop
+from mola.tuner.kernels.gates import apply_gates, gates_backward
+from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
+from mola.tuner.kernels.tensors import as_rows
+
+
+def why_not_written_out(inputs: MixtureInputs) -> str | None:
+    """Why no backend that writes its backward pass out computes such inputs; None if one may."""
+    if inputs.router is None:
+        return "a layer with one expert has no router"
+    if torch.compiler.is_compiling():
+        return "a compiler is given plain operators"
+    return "the router's input is jittered" if inputs.settings.jitter else None
+
+
+class Dense:
+    """See the module."""
+
+    name = "dense"
+    has_backward = True
+    casts_inputs = False
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """See `why_not_written_out`."""
+        return why_not_written_out(inputs)
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
+        """See `Backend`."""
+        assert inputs.router is not None
+        settings, weight = inputs.settings, inputs.weight
+        x = inputs.x.to(settings.dtype)
+        joined = None if inputs.experts_A.dtype == settings.dtype else _join(inputs, settings.dtype)
+        matrix_A = inputs.experts_A.flatten(0, 1) if joined is None else joined[: -len(inputs.router)]
+        matrix_B = inputs.experts_B.flatten(0, 1).to(settings.dtype)
+        gated = mm(matrix_A, drop(as_rows(x), inputs.dropout_mask).t())  # (E*r, N)
+        gates = apply_gates(as_rows(inputs.x), inputs.router, gated, settings)
+        if weight is not None and wants_onednn(x, weight):  # which adds to a wide product for less than to a thin one
+            rows = linear_add(as_rows(x), weight, inputs.bias, mm(gated.t(), matrix_B))
+            output = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
+        else:
+            output = base_output(inputs, x)
+            addmm_(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
+        # What had to be cast is kept: adapters are too large to stay in a cache until the backward pass.
+        copies = joined, None if joined is None else matrix_B
+        logits = None if settings.router == DEFAULT_ROUTER else gates.logits
+        return Mixture(output, gates.logits, gates.expert_indices), Saved(x, (gated, gates.weights, logits, *copies))
+
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+        """With `a` what the gates gave: `dB = a dy^T`; through the gates from `B dy`, see `gates_backward`."""
+        assert inputs.router is not None
+        gated, weights, logits, joined, matrix_B = saved
+        weight, dropout_mask, num_experts = inputs.weight, inputs.dropout_mask, len(inputs.router)
+        rows = as_rows(grad_output).to(inputs.settings.dtype)
+        grad_gated = mm(inputs.experts_B.flatten(0, 1) if matrix_B is None else matrix_B, rows.t())
+        grad_both = gates_backward(grad_gated, gated, weights, logits, grad_logits, inputs.settings)
+        grad_x = grad_A = grad_B = grad_router = None
+        if wanted.experts_B:
+            grad_B = mm(gated, rows)
+        if wanted.experts_A or wanted.router:
+            grad_A, grad_router = _weight_gradients(grad_both, as_rows(inputs.x), num_experts, dropout_mask)
+        if wanted.x:
+            joined = _join(inputs, rows.dtype) if joined is None else joined
+            if weight is not None and wants_onednn(rows, weight):
+                grad_x = _input_gradient(None, grad_both, joined, num_experts, dropout_mask)
+                grad_x = linear_add(rows, weight.t(), None, grad_x)
+            else:
+                base = None if weight is None else rows @ weight
+                grad_x = _input_gradient(base, grad_both, joined, num_experts, dropout_mask)
+        return Grads(grad_x, grad_A, grad_B, grad_router)
+
+
+def _join(inputs: MixtureInputs, dtype: torch.dtype) -> torch.Tensor:
+    """A and router, one below the other, in the dtype of the products: `(E*r + E, in)`."""
+    assert inputs.router is not None
+    matrix_A = inputs.experts_A.flatten(0, 1)
+    shape = len(matrix_A) + len(inputs.router), matrix_A.shape[1]
+    return torch.cat((matrix_A, inputs.router), out=torch.empty(shape, dtype=dtype, device=inputs.router.device))
+
+
+def _weight_gradients(grad_both, rows, num_experts: int, dropout_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of A and router; without dropout both read the same input, in one product."""
+    if dropout_mask is None:
+        both = mm(grad_both, rows)
+        return both[:-num_experts], both[-num_experts:]
+    grad_A = mm(grad_both[:-num_experts], drop(rows, dropout_mask))
+    return grad_A, mm(grad_both[-num_experts:], rows)
+
+
+def _input_gradient(total: torch.Tensor | None, grad_both, joined, num_experts: int, dropout_mask) -> torch.Tensor:
+    """Add what comes through A and the router to `total`, in place where there is one."""
+    if dropout_mask is None:
+        return mm(grad_both.t(), joined) if total is None else addmm_(total, grad_both.t(), joined)
+    through_A = drop(mm(grad_both[:-num_experts].t(), joined[:-num_experts]), dropout_mask)
+    total = through_A if total is None else total.add_(through_A)
+    return addmm_(total, grad_both[-num_experts:].t(), joined[-num_experts:])

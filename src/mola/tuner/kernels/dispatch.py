@@ -1,0 +1,126 @@
+"""Which backend computes a mixture: the first of `BACKENDS` that supports its inputs.
+
+`MOLA_KERNEL=name` in the environment forces one; what it cannot compute is an error that says why. Layers with one
+expert are LoRA whatever is forced.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+
+from mola.errors import MolaError
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs
+from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.decode import Decode
+from mola.tuner.kernels.dense import Dense
+from mola.tuner.kernels.grouped import Grouped
+from mola.tuner.kernels.reference import Gathered, Lora, Reference
+
+_CHOICE = "MOLA_KERNEL"
+_cpu_decode, _cpu_train = native.load("decode"), native.load("train")  # without numba as yet
+
+BACKENDS: tuple[Backend, ...] = (
+    *(() if _cpu_decode is None else (_cpu_decode.CPU_DECODE,)),
+    Lora(),
+    Gathered(),
+    Decode(),
+    *(() if _cpu_train is None else (_cpu_train.CpuTrain(),)),
+    Grouped(),
+    Dense(),
+    Reference(),
+)
+
+
+def decode_compiled(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """A layer's output by an operator for compiled graphs; None where there is none for it, or a backend is forced."""
+    if _cpu_decode is None or _choice():
+        return None
+    return _cpu_decode.decode_compiled(layer, adapter_name, x)
+
+
+def register(layer) -> None:
+    """Let compiled graphs find a layer by its B."""
+    if _cpu_decode is not None:
+        _cpu_decode.register(layer)
+
+
+def mixture(inputs: MixtureInputs) -> Mixture:
+    """The mixture by the backend that `select` names.
+
+    Raises:
+        MolaError: as `select`.
+    """
+    backend = select(inputs)
+    return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
+
+
+def select(inputs: MixtureInputs) -> Backend:
+    """The backend for some inputs.
+
+    Raises:
+        MolaError: `MOLA_KERNEL` names none, or one that does not support these inputs.
+    """
+    forced = forced_backend()
+    if forced is not None and inputs.router is not None:
+        reason = forced.supports(inputs)
+        if reason is not None:
+            raise MolaError(
+                f"{_CHOICE}={forced.name} cannot compute {_described(inputs)}: {reason}. Unset {_CHOICE} to let mola "
+                "choose, or set it to 'reference' or 'dense'."
+            )
+        return forced
+    for backend in BACKENDS:
+        if backend.supports(inputs) is None:
+            return backend
+    raise AssertionError("the reference backend supports what no other does")
+
+
+def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
+    """Every backend's name, and why it does not compute these inputs (None if it could), in the order of choice."""
+    return [(backend.name, backend.supports(inputs)) for backend in BACKENDS]
+
+
+def forced_backend() -> Backend | None:
+    """The backend that `MOLA_KERNEL` names, if it is set.
+
+    Raises:
+        MolaError: there is no such backend.
+    """
+    name = _choice()
+    if not name:
+        return None
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = ", ".join(backend.name for backend in BACKENDS)
+    raise MolaError(f"The environment variable {_CHOICE} must be one of {names}, got {name!r}.")
+
+
+@torch.compiler.assume_constant_result
+def _choice() -> str:
+    return _read_choice()
+
+
+@functools.cache
+def _read_choice() -> str:
+    return os.environ.get(_CHOICE, "")
+
+
+def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
+    """Inputs in the dtype of the products; autocast casts for itself, and leaves the router what it sees."""
+    x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
+    if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):
+        inputs = inputs._replace(result=F.linear(x, weight, inputs.bias), weight=None, bias=None)
+    if x.dtype is not dtype and not torch.is_autocast_enabled(x.device.type):
+        inputs = inputs._replace(x=x.to(dtype))
+    return inputs
+
+
+def _described(inputs: MixtureInputs) -> str:
+    experts, settings = tuple(inputs.experts_A.shape), inputs.settings
+    return f"{settings.dtype} input {tuple(inputs.x.shape)} with experts {experts} and top_k {settings.top_k}"

@@ -1,0 +1,129 @@
+"""Chosen experts only, in operators of torch: where experts are many and products are slow, in float32 on a CPU.
+
+Assignments of tokens to experts are sorted by expert, and each expert multiplies its own rows in one grouped product.
+Arithmetic then does not grow with the number of experts, which pays for sorting, gathering and adding back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dropout import drop
+from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
+from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import router_logits_by_expert, top_k_softmax, top_k_softmax_backward
+
+# Of 2 per token, with SmolLM2's shapes and 512 tokens: by MKL 16 take less time this way than all do, and 8 more. Where
+# oneDNN makes the products of all, in half the time, that is so for 24 and 16.
+_FROM_EXPERTS, _FROM_EXPERTS_ONEDNN = 16, 24
+
+
+class ExpertSort(NamedTuple):
+    """Which token visits which expert, sorted by expert; `M = top_k * N` of them.
+
+    Attributes:
+        tokens: token of each, `(M,)`.
+        permutation: place of each in the flattened `(top_k, N)`.
+        ends: where the assignments of each expert end, int32 `(E,)`.
+        expert_indices: expert of each, `(top_k, N)`.
+    """
+
+    tokens: torch.Tensor
+    permutation: torch.Tensor
+    ends: torch.Tensor
+    expert_indices: torch.Tensor
+
+    @classmethod
+    def of(cls, expert_indices: torch.Tensor, num_experts: int) -> ExpertSort:
+        """Sort the choices `(top_k, N)`."""
+        experts = expert_indices.flatten()
+        permutation = experts.argsort(stable=True)
+        ends = torch.bincount(experts, minlength=num_experts).cumsum(0).to(torch.int32)
+        return cls(permutation % max(expert_indices.shape[1], 1), permutation, ends, expert_indices)
+
+
+class Grouped:
+    """See the module."""
+
+    name = "grouped"
+    has_backward = True
+    casts_inputs = False
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """Float32 on a CPU, many experts for each that is chosen, and as many tokens as experts."""
+        reason = why_not_written_out(inputs)
+        if reason is not None:
+            return reason
+        if inputs.settings.router != DEFAULT_ROUTER:
+            return f"computes the router {DEFAULT_ROUTER!r} only"
+        if not inputs.x.is_cpu or inputs.settings.dtype != torch.float32:
+            return "slower than dense except in float32 on a CPU"
+        num_experts, r, in_features = inputs.experts_A.shape
+        if (r | in_features | inputs.experts_B.shape[2]) % 4:
+            return "grouped products need sizes that are multiples of 4"
+        least = _FROM_EXPERTS_ONEDNN if onednn_is_faster() else _FROM_EXPERTS
+        if 2 * num_experts < least * inputs.settings.top_k or inputs.x.numel() < num_experts * inputs.x.shape[-1]:
+            return "slower than dense for so few experts or tokens"
+        return None
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
+        """See `Backend`."""
+        assert inputs.router is not None
+        settings = inputs.settings
+        x = inputs.x.to(settings.dtype)
+        logits = router_logits_by_expert(as_rows(inputs.x), inputs.router)
+        expert_indices, gates = top_k_softmax(logits, settings.top_k, 0)
+        sort = ExpertSort.of(expert_indices, len(inputs.router))
+        weights = gates.mul_(settings.scaling).flatten().index_select(0, sort.permutation)  # (M,)
+        rows = drop(as_rows(x), inputs.dropout_mask).index_select(0, sort.tokens)
+        gated = F.grouped_mm(rows, inputs.experts_A.to(settings.dtype).transpose(1, 2), offs=sort.ends)  # (M, r)
+        gated.mul_(weights.unsqueeze(1))
+        output = base_output(inputs, x)
+        _add_products(output.view(-1, output.shape[-1]), gated, inputs.experts_B.to(settings.dtype), sort)
+        return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, *sort))
+
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+        """As `Dense.backward`, with one row for every assignment in place of zeros for other experts."""
+        assert inputs.router is not None
+        gated, weights, *fields = saved
+        sort, dtype = ExpertSort(*fields), inputs.settings.dtype
+        x, dropout_mask = as_rows(inputs.x), inputs.dropout_mask
+        rows = as_rows(grad_output).to(dtype)
+        visiting = rows.index_select(0, sort.tokens)  # (M, out)
+        grad_hidden = F.grouped_mm(visiting, inputs.experts_B.to(dtype).transpose(1, 2), offs=sort.ends)  # (M, r)
+        agreement, by_choice = (
+            torch.empty_like(values).index_copy_(0, sort.permutation, values).view(sort.expert_indices.shape)
+            for values in ((grad_hidden * gated).sum(1), weights)
+        )
+        grad_chosen = top_k_softmax_backward(agreement, by_choice, inputs.settings.scaling)
+        if grad_logits is None:
+            grad_logits = grad_chosen.new_zeros(len(inputs.router), len(rows))
+        grad_logits = grad_logits.scatter_add(0, sort.expert_indices, grad_chosen).to(dtype)
+        grad_hidden.mul_(weights.unsqueeze(1))
+        grad_x = grad_A = grad_B = grad_router = None
+        if wanted.experts_B:
+            grad_B = F.grouped_mm(gated.t(), visiting, offs=sort.ends)
+        if wanted.experts_A:
+            read = drop(x, dropout_mask).index_select(0, sort.tokens)
+            grad_A = F.grouped_mm(grad_hidden.t(), read, offs=sort.ends)
+        if wanted.router:
+            grad_router = grad_logits @ x
+        if wanted.x:
+            grad_x = torch.zeros_like(x) if inputs.weight is None else mm(rows, inputs.weight)
+            through_A = grad_x if dropout_mask is None else torch.zeros_like(grad_x)
+            _add_products(through_A, grad_hidden, inputs.experts_A.to(dtype), sort)
+            if dropout_mask is not None:
+                grad_x.add_(drop(through_A, dropout_mask))
+            grad_x.addmm_(grad_logits.t(), inputs.router.to(dtype))
+        return Grads(grad_x, grad_A, grad_B, grad_router)
+
+
+def _add_products(total: torch.Tensor, rows: torch.Tensor, matrices: torch.Tensor, sort: ExpertSort) -> None:
+    """Add `rows_a M_e` to the token of every assignment: `rows: (M, r)`, `matrices: (E, r, out)`, `total: (N, out)`."""
+    products = F.grouped_mm(rows, matrices, offs=sort.ends)
+    total.index_add_(0, sort.tokens, products.to(total.dtype))

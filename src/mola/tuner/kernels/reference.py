@@ -1,0 +1,110 @@
+"""The formula of a mixture in plain operators of torch, and nothing else: what every other backend is held to.
+
+It also runs where plain operators are wanted: under a compiler, and with jitter. One expert is PEFT's LoRA.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mola.tuner.kernels.api import Mixture, MixtureInputs
+from mola.tuner.kernels.dropout import drop
+from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
+
+_GATHERED_TOKENS = 8  # up to which reading matrices token by token is faster, where a compiler writes a CPU's loops
+
+
+class Reference:
+    """All experts for all tokens, with gates of zero for those that were not chosen."""
+
+    name = "reference"
+    has_backward = False
+    casts_inputs = False
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """Everything with a router."""
+        return "a layer with one expert has no router" if inputs.router is None else None
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
+        """See `Backend`."""
+        result = _base(inputs)  # first, so that its gradient is added first
+        logits, routing = _route(inputs)
+        experts_A, experts_B = inputs.experts_A, inputs.experts_B
+        gates = dense_gates(routing, len(experts_A)) * inputs.settings.scaling
+        hidden = F.linear(as_rows(_dropped(inputs)), experts_A.flatten(0, 1))  # (N, E*r)
+        hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
+        return _add(result, hidden.flatten(1) @ experts_B.flatten(0, 1), logits, routing)
+
+    def backward(self, *arguments):
+        """Left to autograd."""
+        raise NotImplementedError
+
+
+class Gathered(Reference):
+    """Each token's chosen experts alone, for compilers, which read their matrices where they are; no gradient."""
+
+    name = "gathered"
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """Few tokens without gradients: elsewhere matrices would be copied for every token."""
+        if torch.is_grad_enabled():
+            return "gradients are recorded"
+        if inputs.router is None:
+            return "a layer with one expert has no router"
+        if not torch.compiler.is_compiling():
+            return "no compiler writes its loops"
+        num_tokens = inputs.x.numel() // inputs.x.shape[-1]
+        few = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
+        return None if few or (inputs.x.is_cpu and num_tokens <= _GATHERED_TOKENS) else "too many tokens"
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
+        """See `Backend`; the update is made in float32 (float64 for float64)."""
+        result = _base(inputs)
+        logits, routing = _route(inputs)
+        rows = as_rows(_dropped(inputs))
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        chosen_A, chosen_B = (each[routing.expert_indices] for each in (inputs.experts_A, inputs.experts_B))
+        hidden = (chosen_A.to(dtype) * rows.to(dtype)[:, None, None, :]).sum(-1)  # (N, top_k, r)
+        hidden = hidden * (routing.routing_weights * inputs.settings.scaling).unsqueeze(-1)
+        return _add(result, (hidden.unsqueeze(-1) * chosen_B.to(dtype)).sum((1, 2)), logits, routing)
+
+
+class Lora(Reference):
+    """One expert, without a router: the same operators as PEFT's LoRA, to the last bit."""
+
+    name = "lora"
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """One expert."""
+        return None if inputs.router is None else "there are several experts"
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
+        """See `Backend`."""
+        # The copy has LoRA's memory layout, and with it LoRA's last bits.
+        weight_B = inputs.experts_B[0].t().contiguous()
+        hidden = F.linear(_dropped(inputs), inputs.experts_A[0])
+        return Mixture(_base(inputs) + F.linear(hidden, weight_B) * inputs.settings.scaling), None
+
+
+def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
+    assert inputs.router is not None
+    settings = inputs.settings
+    logits = router_logits(jitter(inputs.x, settings.jitter) if settings.jitter else inputs.x, inputs.router)
+    return logits, ROUTERS[settings.router](logits, settings.top_k, -1)
+
+
+def _dropped(inputs: MixtureInputs) -> torch.Tensor:
+    """The experts' input: by a mask that was drawn, scaling included, or by torch's dropout."""
+    if inputs.dropout_mask is not None:
+        return drop(inputs.x, inputs.dropout_mask)
+    return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
+
+
+def _base(inputs: MixtureInputs):
+    return inputs.result if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
+
+
+def _add(result: torch.Tensor, update: torch.Tensor, logits: torch.Tensor, routing: Routing) -> tuple[Mixture, None]:
+    return Mixture(result + update.view(result.shape), logits.t(), routing.expert_indices.t()), None
