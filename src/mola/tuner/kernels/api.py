@@ -10,6 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 DEFAULT_ROUTER = "top_k_softmax"
+# Reasons that several backends give.
+NO_ROUTER = "a layer with one expert has no router"
+OTHER_ROUTER = f"computes the router {DEFAULT_ROUTER!r} only, in float32"
+NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 
 class FrozenLinear(NamedTuple):
@@ -123,7 +127,10 @@ class Backend(Protocol):
     casts_inputs: bool
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """None, or why this backend does not compute such inputs here."""
+        """None, or why this backend cannot compute such inputs here."""
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """None, or why a later backend of the table is expected to be faster; asked where `supports` gives None."""
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
         """The mixture, and what `backward` needs; nothing is recorded by autograd if `has_backward`."""

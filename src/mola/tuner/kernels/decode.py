@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.gemm import base_output
 from mola.tuner.kernels.tensors import as_rows
@@ -29,9 +29,16 @@ def is_decode(x: torch.Tensor) -> bool:
 
 def why_not_decode(inputs: MixtureInputs) -> str | None:
     """Why no decode backend computes such inputs; None if one may."""
-    if not is_decode(inputs.x):
-        return f"for at most {MAX_TOKENS} tokens without gradients and autocast on a CPU"
+    if inputs.router is None:
+        return NO_ROUTER
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.x.device.type):
+        return "only without gradients and without autocast"
     return "dropout is on" if inputs.settings.dropout or inputs.dropout_mask is not None else None
+
+
+def is_slow_decode(inputs: MixtureInputs) -> str | None:
+    """Why a decode backend is expected to be slower than others; None if it is not."""
+    return None if is_decode(inputs.x) else f"for at most {MAX_TOKENS} tokens on a CPU"
 
 
 class Decode:
@@ -42,8 +49,12 @@ class Decode:
     casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Few tokens without gradients on a CPU."""
+        """Whatever is without gradients and dropout."""
         return why_not_decode(inputs) or why_not_written_out(inputs)
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """See `is_slow_decode`."""
+        return is_slow_decode(inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""

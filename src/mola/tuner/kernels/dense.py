@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
@@ -21,7 +21,7 @@ from mola.tuner.kernels.tensors import as_rows
 def why_not_written_out(inputs: MixtureInputs) -> str | None:
     """Why no backend that writes its backward pass out computes such inputs; None if one may."""
     if inputs.router is None:
-        return "a layer with one expert has no router"
+        return NO_ROUTER
     if torch.compiler.is_compiling():
         return "a compiler is given plain operators"
     return "the router's input is jittered" if inputs.settings.jitter else None
@@ -37,6 +37,10 @@ class Dense:
     def supports(self, inputs: MixtureInputs) -> str | None:
         """See `why_not_written_out`."""
         return why_not_written_out(inputs)
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """It stands before the reference only."""
+        return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""

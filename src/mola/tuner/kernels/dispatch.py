@@ -1,4 +1,4 @@
-"""Which backend computes a mixture: the first of `BACKENDS` that supports its inputs.
+"""Which backend computes a mixture: the first of `BACKENDS` that supports its inputs, and is not slower.
 
 `MOLA_KERNEL=name` in the environment forces one; what it cannot compute is an error that says why. Layers with one
 expert are LoRA whatever is forced.
@@ -75,14 +75,14 @@ def select(inputs: MixtureInputs) -> Backend:
             )
         return forced
     for backend in BACKENDS:
-        if backend.supports(inputs) is None:
+        if backend.supports(inputs) is None and backend.is_slower(inputs) is None:
             return backend
     raise AssertionError("the reference backend supports what no other does")
 
 
 def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
-    """Every backend's name, and why it does not compute these inputs (None if it could), in the order of choice."""
-    return [(backend.name, backend.supports(inputs)) for backend in BACKENDS]
+    """Every backend's name, and why it is not chosen for these inputs (None if it could be), in the order of choice."""
+    return [(backend.name, backend.supports(inputs) or backend.is_slower(inputs)) for backend in BACKENDS]
 
 
 def forced_backend() -> Backend | None:

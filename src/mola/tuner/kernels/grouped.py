@@ -6,12 +6,13 @@ Arithmetic then does not grow with the number of experts, which pays for sorting
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
@@ -21,6 +22,7 @@ from mola.tuner.routing import router_logits_by_expert, top_k_softmax, top_k_sof
 # Of 2 per token, with SmolLM2's shapes and 512 tokens: by MKL 16 take less time this way than all do, and 8 more. Where
 # oneDNN makes the products of all, in half the time, that is so for 24 and 16.
 _FROM_EXPERTS, _FROM_EXPERTS_ONEDNN = 16, 24
+_ROW_BYTES = 16
 
 
 class ExpertSort(NamedTuple):
@@ -55,17 +57,21 @@ class Grouped:
     casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Float32 on a CPU, many experts for each that is chosen, and as many tokens as experts."""
+        """What is recorded by no compiler, in sizes that grouped products take."""
         reason = why_not_written_out(inputs)
         if reason is not None:
             return reason
         if inputs.settings.router != DEFAULT_ROUTER:
-            return f"computes the router {DEFAULT_ROUTER!r} only"
+            return OTHER_ROUTER
+        _, r, in_features = inputs.experts_A.shape
+        row_bytes = math.gcd(r, in_features, inputs.experts_B.shape[2]) * inputs.settings.dtype.itemsize
+        return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """Except in float32 on a CPU, with many experts for each that is chosen, and as many tokens as experts."""
         if not inputs.x.is_cpu or inputs.settings.dtype != torch.float32:
             return "slower than dense except in float32 on a CPU"
-        num_experts, r, in_features = inputs.experts_A.shape
-        if (r | in_features | inputs.experts_B.shape[2]) % 4:
-            return "grouped products need sizes that are multiples of 4"
+        num_experts = len(inputs.experts_A)
         least = _FROM_EXPERTS_ONEDNN if onednn_is_faster() else _FROM_EXPERTS
         if 2 * num_experts < least * inputs.settings.top_k or inputs.x.numel() < num_experts * inputs.x.shape[-1]:
             return "slower than dense for so few experts or tokens"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import Mixture, MixtureInputs
+from mola.tuner.kernels.api import NO_ROUTER, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
@@ -25,7 +25,11 @@ class Reference:
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Everything with a router."""
-        return "a layer with one expert has no router" if inputs.router is None else None
+        return NO_ROUTER if inputs.router is None else None
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """The last one of the table."""
+        return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
@@ -48,11 +52,13 @@ class Gathered(Reference):
     name = "gathered"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Few tokens without gradients: elsewhere matrices would be copied for every token."""
-        if torch.is_grad_enabled():
-            return "gradients are recorded"
+        """Whatever is without gradients."""
         if inputs.router is None:
-            return "a layer with one expert has no router"
+            return NO_ROUTER
+        return "gradients are recorded" if torch.is_grad_enabled() else None
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """Without a compiler and for many tokens, where matrices are copied for every token."""
         if not torch.compiler.is_compiling():
             return "no compiler writes its loops"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]

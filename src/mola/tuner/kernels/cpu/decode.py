@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
 from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.kernels.cpu.registry import register as register
-from mola.tuner.kernels.decode import is_decode, why_not_decode
+from mola.tuner.kernels.decode import is_decode, is_slow_decode, why_not_decode
 from mola.tuner.kernels.gemm import fast_linear, linear, wants_onednn
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
 
@@ -27,24 +27,27 @@ class CpuDecode:
     casts_inputs = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Few tokens without gradients, no logits wanted, plain tensors in float32 or bfloat16."""
+        """No gradients, no logits wanted, plain tensors in float32 or bfloat16."""
         reason = why_not_decode(inputs)
         if reason is not None:
             return reason
         x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
-        if router is None:
-            return "a layer with one expert has no router"
+        assert router is not None
         if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
             return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
-            return f"computes the router {DEFAULT_ROUTER!r} in float32 only"
+            return OTHER_ROUTER
         if experts_A.dtype is not inputs.experts_B.dtype or not has_kernel(x.dtype, experts_A.dtype):
-            return "no numba here, or no native function for these dtypes"
+            return f"no native function for {x.dtype} with experts in {experts_A.dtype}, or no numba here"
         if inputs.result is not None and inputs.result.dtype is not x.dtype:
             return "the base output has another dtype than the input"
         if not are_plain_cpu_tensors(x, experts_A, inputs.experts_B, router):
-            return "for plain tensors on the CPU"
+            return NOT_PLAIN
         return None
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """See `is_slow_decode`."""
+        return is_slow_decode(inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""

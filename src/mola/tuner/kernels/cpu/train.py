@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, Grads, Mixture, MixtureInputs, MixtureSettings, Saved, Wanted
+from mola.tuner.kernels.api import (
+    DEFAULT_ROUTER,
+    NOT_PLAIN,
+    OTHER_ROUTER,
+    Grads,
+    Mixture,
+    MixtureInputs,
+    MixtureSettings,
+    Saved,
+    Wanted,
+)
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
@@ -38,25 +48,30 @@ class CpuTrain:
     casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """One thread or few, sizes in multiples of 32, plain tensors, and a processor with the instructions."""
+        """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""
         reason = why_not_written_out(inputs)
         if reason is not None:
             return reason
         x, router, settings = inputs.x, inputs.router, inputs.settings
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         assert router is not None
-        num_experts, _, in_features = experts_A.shape
-        if settings.top_k * torch.get_num_threads() > num_experts:
-            return "slower than dense with so many threads: top_k * threads > num_experts"
-        if (in_features | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
+        if (experts_A.shape[2] | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
-            return f"computes the router {DEFAULT_ROUTER!r} in float32 only"
+            return OTHER_ROUTER
         if experts_A.dtype is not experts_B.dtype or not _fit(x, experts_A, experts_B, router):
             return "shapes or dtypes of x, A, B and router do not fit"  # operators of torch say what does not
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
-            return "for plain tensors on the CPU"
-        return None if _kernel(inputs) is not None else "no numba, or no such instructions (AVX-512, its BF16) here"
+            return NOT_PLAIN
+        if _kernel(inputs) is None:
+            return f"no native function for {settings.dtype}, or no numba or no AVX-512 (for bfloat16 its BF16) here"
+        return None
+
+    def is_slower(self, inputs: MixtureInputs) -> str | None:
+        """With so many threads that each has less to do with all experts."""
+        if inputs.settings.top_k * torch.get_num_threads() > len(inputs.experts_A):
+            return "slower than dense with so many threads: top_k * threads > num_experts"
+        return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""
