@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from mola.errors import MolaError
 from mola.files.digests import check_digest, damaged_record
+from mola.files.finite import check_finite
 from mola.files.reading import check_regular, read_json
-from mola.tuner.loading import check_finite
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mola.architecture.layer_stacks import LayerStacks
+from mola.insight.entropy import router_entropies
 from mola.insight.usage import ModuleUsage, usage_of_sums
 from mola.tuner.layer import MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import router_entropies
 
 _FURTHER = 3  # sums of a module besides two for each expert: entropy, margin, tokens
 

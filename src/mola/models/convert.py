@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import adaptable
 from mola.checkpoints.conversion_report import ConvertReport
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.moe_peft import read_moe_peft
@@ -30,8 +33,6 @@ from mola.files.folders import check_new_folder, new_folder
 from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
-from mola.tuner.allocation import effective_top_k, resolve_per_layer
-from mola.tuner.targets import adaptable
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "main"]
 

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mola.architecture.targets import count_layers
 from mola.errors import MolaError
 from mola.models.gguf import read_gguf_config
-from mola.tuner.targets import count_layers
 
 _WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
 

@@ -16,9 +16,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import quantization_option
-from mola.tuner.allocation import AllocationPlan, LayerPlan
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -76,6 +76,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         options.target_modules,
         options.gguf_file,
         options.trust_remote_code,
+        with_kernels=True,
     )
 
 
@@ -90,7 +91,7 @@ def render(plan: AllocationPlan) -> Table:
     """
     table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
     table.add_column("layers")
-    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "size"):
+    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "active", "size"):
         table.add_column(header, justify="right")
     table.add_column("of base", justify="right")
     for first, last, layer in _runs(plan):
@@ -132,6 +133,8 @@ def main(options: PlanOptions) -> int:
         if not console.is_terminal:
             console = Console(width=_WIDTH_OF_FILES)
         console.print(render(result))
+        for line in result.kernels:
+            console.print(line, highlight=False, markup=False)
     return 0
 
 
@@ -142,7 +145,8 @@ def _runs(plan: AllocationPlan) -> Iterator[tuple[int, int, LayerPlan]]:
 
 
 def _costs(item: LayerPlan | AllocationPlan) -> list[str]:
-    counts = (item.expert_parameters, item.router_parameters, item.flops_per_token)
+    flops = item.flops_per_token, item.active_flops_per_token
+    counts = item.expert_parameters, item.router_parameters, *flops
     return [f"{count:,}" for count in counts] + [_size(item.adapter_bytes)]
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from mola.architecture.layer_stacks import layer_index
 from mola.reporting.charts import matrix_chart, scale, shade
 from mola.reporting.commands import inspect_command, missing
 from mola.reporting.formatting import kinds_of, layer_name, layer_order, number
 from mola.reporting.heat import change_map
 from mola.reporting.load_run import Run
 from mola.reporting.markup import Element, element, figure, folded, note, table
-from mola.tuner.layer_stacks import layer_index
 
 _MOST_CHANGES = 20
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mola.tuner.layer_stacks import layer_index
+from mola.architecture.layer_stacks import layer_index
 
 NO_VALUE = "–"
 MOST_ROWS = 500  # of a table of numbers

@@ -24,6 +24,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.insight import ROUTING_FILE
+from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
@@ -55,6 +56,7 @@ from mola.training.setup import (
     training_changes,
 )
 from mola.training.sharding import check_sharding, keep_number_formats
+from mola.tuner.kernels.dispatch import forced_backend
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
@@ -122,6 +124,9 @@ def _train(options: TrainOptions) -> TrainResult:
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
     model = build_model(options)
+    if options.process_index == 0:
+        for choice in kernels_report(model):
+            logger.info("Kernels, %s", choice)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
     wait_for_all(options)
     if options.process_index == 0:
@@ -155,6 +160,7 @@ def _checked_run(options: TrainOptions) -> _Run:
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
     check_sharding(options, checkpoint)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    forced_backend()  # raises for a name that there is not
     allocation = check_model_options(options)
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)

@@ -155,7 +155,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
                 output = decode_compiled(self, names[0], x)
                 if output is not None:
                     return output
-            elif (base := self._frozen_linear(x)) is not None:
+            elif (base := self.frozen_linear(x)) is not None:
                 return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
@@ -163,7 +163,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             result = self.add_experts(name, x, result)
         return result.to(dtype)
 
-    def _frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
+    def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
         """The base layer, if it is nothing but a frozen linear map in the dtype of `x`: backends then compute it."""
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):

@@ -12,15 +12,16 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import adaptable, resolve_target_modules
 from mola.errors import MolaError
-from mola.tuner.allocation import effective_top_k, resolve_per_layer
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.loading import check_adapter_tensors, check_model_type
-from mola.tuner.reference import copy_experts, original_of
+from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
-from mola.tuner.targets import adaptable, resolve_target_modules
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 

@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.router_statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
 Groups = dict[int | None, list[RouterStatistics]]

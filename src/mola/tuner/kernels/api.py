@@ -5,14 +5,15 @@ Shapes: `N` tokens, `E` experts of rank `r`, `K = top_k`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 
 DEFAULT_ROUTER = "top_k_softmax"
 # Reasons that several backends give.
 NO_ROUTER = "a layer with one expert has no router"
-OTHER_ROUTER = f"computes the router {DEFAULT_ROUTER!r} only, in float32"
+OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 
@@ -113,27 +114,30 @@ class Grads(NamedTuple):
     router: torch.Tensor | None = None
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """A way to compute a mixture.
 
     Attributes:
         name: what `MOLA_KERNEL` and reports call it.
-        has_backward: whether it writes its backward pass out; else autograd records what `forward` does.
+        is_recorded: whether autograd records what `forward` does; else `backward` is the gradient.
         casts_inputs: whether it takes `x` and `weight` in other dtypes than the products'.
     """
 
     name: str
-    has_backward: bool
-    casts_inputs: bool
+    is_recorded = False
+    casts_inputs = False
 
+    @abstractmethod
     def supports(self, inputs: MixtureInputs) -> str | None:
         """None, or why this backend cannot compute such inputs here."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
         """None, or why a later backend of the table is expected to be faster; asked where `supports` gives None."""
+        return None
 
+    @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
-        """The mixture, and what `backward` needs; nothing is recorded by autograd if `has_backward`."""
+        """The mixture, and what `backward` needs; None where there is nothing to save."""
 
     def backward(
         self,
@@ -144,3 +148,4 @@ class Backend(Protocol):
         wanted: Wanted,
     ) -> Grads:
         """Gradients; `inputs.x` is `Saved.x`, `grad_logits: (E, N)` comes from losses of the router."""
+        raise NotImplementedError(f"{self.name} computes no gradients")

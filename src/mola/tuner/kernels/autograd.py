@@ -15,8 +15,8 @@ _GRADIENTS = [1 + _FIELDS.index(name) for name in Wanted._fields]  # after the b
 
 
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
-    """The mixture by one backend, with its gradient; first-order gradients only where it has a backward pass."""
-    if not backend.has_backward:
+    """The mixture by one backend, with its gradient; first-order gradients only where autograd does not record it."""
+    if backend.is_recorded:
         return backend.forward(inputs)[0]
     settings = inputs.settings
     if settings.dropout and inputs.dropout_mask is None:

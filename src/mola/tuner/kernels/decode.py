@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.gemm import base_output
 from mola.tuner.kernels.tensors import as_rows
@@ -41,12 +41,10 @@ def is_slow_decode(inputs: MixtureInputs) -> str | None:
     return None if is_decode(inputs.x) else f"for at most {MAX_TOKENS} tokens on a CPU"
 
 
-class Decode:
+class Decode(Backend):
     """See the module."""
 
     name = "decode"
-    has_backward = True  # there is nothing for autograd to record
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Whatever is without gradients and dropout."""
@@ -75,7 +73,3 @@ class Decode:
         else:
             total.add_(torch.mm(hidden, matrix_B.to(dtype)), alpha=settings.scaling)
         return Mixture(output, logits.t(), routing.expert_indices.t()), None
-
-    def backward(self, *arguments):
-        """There are no gradients."""
-        raise NotImplementedError

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved, Wanted
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
@@ -27,20 +27,14 @@ def why_not_written_out(inputs: MixtureInputs) -> str | None:
     return "the router's input is jittered" if inputs.settings.jitter else None
 
 
-class Dense:
+class Dense(Backend):
     """See the module."""
 
     name = "dense"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """See `why_not_written_out`."""
         return why_not_written_out(inputs)
-
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """It stands before the reference only."""
-        return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""

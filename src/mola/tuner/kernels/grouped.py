@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved, Wanted
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
@@ -49,12 +49,10 @@ class ExpertSort(NamedTuple):
         return cls(permutation % max(expert_indices.shape[1], 1), permutation, ends, expert_indices)
 
 
-class Grouped:
+class Grouped(Backend):
     """See the module."""
 
     name = "grouped"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """What is recorded by no compiler, in sizes that grouped products take."""

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Backend, Mixture, MixtureInputs
+from mola.tuner.kernels.cpu.onednn import fast_linear
 from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.kernels.cpu.registry import register as register
 from mola.tuner.kernels.decode import is_decode, is_slow_decode, why_not_decode
-from mola.tuner.kernels.gemm import fast_linear, linear, wants_onednn
+from mola.tuner.kernels.gemm import linear, wants_onednn
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
 
 
-class CpuDecode:
+class CpuDecode(Backend):
     """See the module."""
 
     name = "cpu_decode"
-    has_backward = True  # there is nothing for autograd to record
     casts_inputs = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
@@ -61,10 +61,6 @@ class CpuDecode:
             output, inputs.x, inputs.experts_A, inputs.experts_B, inputs.router, settings.scaling, settings.top_k
         )
         return Mixture(output), None
-
-    def backward(self, *arguments):
-        """There are no gradients."""
-        raise NotImplementedError
 
 
 def decode_compiled(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from mola.tuner.kernels.api import (
     DEFAULT_ROUTER,
     NOT_PLAIN,
     OTHER_ROUTER,
+    Backend,
     Grads,
     Mixture,
     MixtureInputs,
@@ -40,12 +41,10 @@ class _Tensors(NamedTuple):
     expert_indices: torch.Tensor  # (top_k, N)
 
 
-class CpuTrain:
+class CpuTrain(Backend):
     """See the module."""
 
     name = "cpu_train"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""
