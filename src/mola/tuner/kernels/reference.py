@@ -93,9 +93,9 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 
 def _dropped(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input: by a mask that was drawn, scaling included, or by torch's dropout."""
-    if inputs.dropout_mask is not None:
-        return drop(inputs.x, inputs.dropout_mask)
+    """The experts' input: by a mask that was sampled, whose share is in `scaling`, or by torch's dropout."""
+    if inputs.dropout_mask is not None:  # not dropped by a native function, which autograd does not see
+        return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 
 
