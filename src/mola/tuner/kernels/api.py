@@ -6,7 +6,7 @@ Shapes: `N` tokens, `E` experts of rank `r`, `K = top_k`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,7 +70,7 @@ class MixtureInputs(NamedTuple):
     bias: torch.Tensor | None
     experts_A: torch.Tensor
     experts_B: torch.Tensor
-    router: torch.Tensor | None
+    router: Any  # torch.Tensor | None
     dropout_mask: torch.Tensor | None
     settings: MixtureSettings
 
@@ -96,22 +96,13 @@ class Saved(NamedTuple):
     tensors: tuple[torch.Tensor | None, ...]
 
 
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    experts_A: bool
-    experts_B: bool
-    router: bool
-
-
 class Grads(NamedTuple):
-    """Gradients, each in any dtype; None where it was not asked for."""
+    """Gradients, each in any dtype, None where not asked for; or which are asked for, as True and False."""
 
-    x: torch.Tensor | None = None
-    experts_A: torch.Tensor | None = None
-    experts_B: torch.Tensor | None = None
-    router: torch.Tensor | None = None
+    x: Any = None
+    experts_A: Any = None
+    experts_B: Any = None
+    router: Any = None
 
 
 class Backend(ABC):
@@ -145,7 +136,7 @@ class Backend(ABC):
         saved: tuple[torch.Tensor | None, ...],
         grad_output: torch.Tensor,
         grad_logits: torch.Tensor | None,
-        wanted: Wanted,
+        wanted: Grads,
     ) -> Grads:
         """Gradients; `inputs.x` is `Saved.x`, `grad_logits: (E, N)` comes from losses of the router."""
         raise NotImplementedError(f"{self.name} computes no gradients")

@@ -15,6 +15,7 @@ from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, dense_gates
 
 MAX_TOKENS = 32
+MANY_TOKENS = f"slower than others for more than {MAX_TOKENS} tokens, or not on a CPU"
 
 
 def is_decode(x: torch.Tensor) -> bool:
@@ -36,11 +37,6 @@ def why_not_decode(inputs: MixtureInputs) -> str | None:
     return "dropout is on" if inputs.settings.dropout or inputs.dropout_mask is not None else None
 
 
-def is_slow_decode(inputs: MixtureInputs) -> str | None:
-    """Why a decode backend is expected to be slower than others; None if it is not."""
-    return None if is_decode(inputs.x) else f"for at most {MAX_TOKENS} tokens on a CPU"
-
-
 class Decode(Backend):
     """See the module."""
 
@@ -51,12 +47,11 @@ class Decode(Backend):
         return why_not_decode(inputs) or why_not_written_out(inputs)
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """See `is_slow_decode`."""
-        return is_slow_decode(inputs)
+        """For many tokens, and not on a CPU."""
+        return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
-        assert inputs.router is not None
         settings, (num_experts, _, _) = inputs.settings, inputs.experts_A.shape
         dtype = torch.promote_types(settings.dtype, torch.float32)
         rows = as_rows(inputs.x).to(dtype)

@@ -86,7 +86,6 @@ class Lora(Reference):
 
 
 def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
-    assert inputs.router is not None
     settings = inputs.settings
     logits = router_logits(jitter(inputs.x, settings.jitter) if settings.jitter else inputs.x, inputs.router)
     return logits, ROUTERS[settings.router](logits, settings.top_k, -1)

@@ -15,9 +15,10 @@ from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Back
 from mola.tuner.kernels.cpu.onednn import fast_linear
 from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.kernels.cpu.registry import register as register
-from mola.tuner.kernels.decode import is_decode, is_slow_decode, why_not_decode
+from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
+from mola.tuner.kernels.decode import MANY_TOKENS, is_decode, why_not_decode
 from mola.tuner.kernels.gemm import linear, wants_onednn
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
+from mola.tuner.kernels.tensors import has_hooks
 
 
 class CpuDecode(Backend):
@@ -32,7 +33,6 @@ class CpuDecode(Backend):
         if reason is not None:
             return reason
         x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
-        assert router is not None
         if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
             return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
@@ -46,8 +46,8 @@ class CpuDecode(Backend):
         return None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """See `is_slow_decode`."""
-        return is_slow_decode(inputs)
+        """For many tokens."""
+        return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""

@@ -8,7 +8,7 @@ import torch
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import DEFAULT_ROUTER, MixtureSettings
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors
+from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
 
 _MAX_THREADS = 2  # with more of them torch's router product, which shares its work, catches up
 

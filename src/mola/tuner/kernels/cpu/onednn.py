@@ -19,7 +19,7 @@ import torch
 
 from mola.errors import MolaError
 from mola.tuner.kernels import native
-from mola.tuner.kernels.tensors import PLAIN, are_plain_cpu_tensors
+from mola.tuner.kernels.cpu.tensors import PLAIN, are_plain_cpu_tensors
 
 _CPU_FACTS = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know whose processor it is
 # Zen 4 and Zen 5 were measured; Zen 3 has the family of Zen 4, but not AVX-512.
