@@ -63,31 +63,66 @@ class CpuDecode(Backend):
         return Mixture(output), None
 
 
-def decode_compiled(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The output of a layer for few tokens in a compiled graph; None where there is no native function for it.
+def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a layer for few tokens; None where there is no native function for it.
+
+    What `CpuDecode` computes, on a short way: for every token and linear, building `MixtureInputs` can be measured.
 
     Args:
         layer: a `MolaLinear`.
         adapter_name: its only active adapter.
         x: `(..., in)`.
     """
-    if layer.training or not is_decode(x) or torch.compiler.is_exporting():
+    if layer.training or not is_decode(x):
         return None
     parts = layer._modules
-    experts_B = parts["mola_B"]._parameters.get(adapter_name)  # and nothing else: compiled code compares what it reads
-    if experts_B is None or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
+    experts_B = parts["mola_B"]._parameters.get(adapter_name)
+    if experts_B is None:
+        return None
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling:  # then B alone is looked at: compiled code compares what it reads, before every call
+        if torch.compiler.is_exporting() or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
+            return None
+    elif not _reads(layer, adapter_name, x, experts_B):
         return None
     base = parts["base_layer"]
-    if type(base) is nn.Linear and not has_hooks(base):
-        if wants_onednn(x, base.weight):
-            return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
-        output = linear(x, base.weight, base.bias)
-    else:
+    if type(base) is not nn.Linear or has_hooks(base):
         output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+    elif is_compiling and wants_onednn(x, base.weight):
+        return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
+    else:
+        output = linear(x, base.weight, base.bias)
     if type(output) is not torch.Tensor or output.dtype != x.dtype:
         return layer.add_experts(adapter_name, x, output).to(output.dtype)
-    torch.ops.mola.decode(output, x, experts_B)
+    if is_compiling:
+        torch.ops.mola.decode(output, x, experts_B)
+    else:
+        _add_layers_update(output, layer, adapter_name, x, experts_B)
     return output
+
+
+def _reads(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> bool:
+    """Whether the native function computes these tensors of a layer as they are."""
+    parts = layer._modules
+    experts_A, router = (
+        parts["mola_A"]._parameters.get(adapter_name),
+        parts["mola_router"]._parameters.get(adapter_name),
+    )
+    return (
+        experts_A is not None
+        and router is not None
+        and router.dtype is torch.float32
+        and experts_A.dtype is experts_B.dtype
+        and not parts["mola_dropout"]._modules[adapter_name].training
+        and _kernel(x.dtype, experts_A.dtype) is not None
+        and are_plain_cpu_tensors(x, experts_A, experts_B, router)
+    )
+
+
+def _add_layers_update(output: torch.Tensor, layer: Any, name: str, x: torch.Tensor, experts_B: torch.Tensor) -> None:
+    parts = layer._modules
+    experts_A, router = parts["mola_A"]._parameters[name], parts["mola_router"]._parameters[name]
+    _add_update(output, x, experts_A, experts_B, router, layer.scaling[name], layer.top_k[name])
 
 
 def _add_update(
@@ -140,12 +175,10 @@ def _add_update(
 def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
     owner = owner_of(experts_B)
     layer, name = owner.layer(), owner.adapter_name
-    assert layer is not None
-    inputs = layer.mixture_inputs(name, x, output)
-    if CPU_DECODE.supports(inputs) is None:
-        settings = inputs.settings
-        _add_update(output, x, inputs.experts_A, experts_B, inputs.router, settings.scaling, settings.top_k)
+    if _reads(layer, name, x, experts_B):
+        _add_layers_update(output, layer, name, x, experts_B)
     else:  # as without a compiler, with dropout too
+        assert layer is not None
         output.copy_(layer.add_experts(name, x, output))
 
 
