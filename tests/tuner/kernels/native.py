@@ -8,6 +8,9 @@ import torch
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba (the extra `cpu`)")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"
+)
 
 
 def has_vectors(dtype):
