@@ -52,7 +52,7 @@ class Decode(Backend):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
-        settings, (num_experts, _, _) = inputs.settings, inputs.experts_A.shape
+        settings, (num_experts, r, _) = inputs.settings, inputs.experts_A.shape
         dtype = torch.promote_types(settings.dtype, torch.float32)
         rows = as_rows(inputs.x).to(dtype)
         logits = torch.mm(rows, inputs.router.to(dtype).t())  # (N, E)
@@ -60,7 +60,7 @@ class Decode(Backend):
         routing = ROUTERS[settings.router](logits, settings.top_k, -1)
         all_chosen = settings.top_k == num_experts and settings.router == DEFAULT_ROUTER
         gates = routing.routing_weights if all_chosen else dense_gates(routing, num_experts)
-        hidden.view(-1, num_experts, len(hidden[0]) // num_experts).mul_(gates.unsqueeze(-1))
+        hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
         output = base_output(inputs, inputs.x.to(settings.dtype))
         total, matrix_B = output.view(-1, output.shape[-1]), inputs.experts_B.flatten(0, 1)
         if total.dtype == matrix_B.dtype == dtype:

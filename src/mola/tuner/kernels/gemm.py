@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import MixtureInputs
+from mola.tuner.kernels.tensors import as_rows
 
 _onednn = native.load("onednn")  # which needs no numba
 
@@ -46,8 +47,9 @@ def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 def base_output(inputs: MixtureInputs, x: torch.Tensor) -> torch.Tensor:
     """`x W^T + b`, or a copy of the base output that is not narrower than `x`; contiguous, to be added to."""
-    if inputs.weight is not None:
-        return linear(x, inputs.weight, inputs.bias)
+    if inputs.weight is not None:  # of rows: with more dimensions the product is a view, which no one may change
+        rows = linear(as_rows(x), inputs.weight, inputs.bias)
+        return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(inputs.weight)])
     assert inputs.result is not None
     dtype = torch.promote_types(inputs.result.dtype, x.dtype)
     return inputs.result.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -61,6 +61,8 @@ class Grouped(Backend):
             return reason
         if inputs.settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
+        if not (inputs.experts_A.is_contiguous() and inputs.experts_B.is_contiguous()):
+            return "grouped products need contiguous experts"
         _, r, in_features = inputs.experts_A.shape
         row_bytes = math.gcd(r, in_features, inputs.experts_B.shape[2]) * inputs.settings.dtype.itemsize
         return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None

@@ -145,7 +145,8 @@ def _add_update(
     kernel = _kernel(x.dtype, experts_A.dtype)
     if kernel is None or not output.is_contiguous():
         raise RuntimeError("mola::decode needs numba, and a contiguous output in float32 or bfloat16.")
-    if router.shape != (num_experts, in_features) or x.size(-1) != in_features or len(experts_B) != num_experts:
+    fit = router.shape == (num_experts, in_features) and experts_B.shape[:2] == (num_experts, r)
+    if not fit or x.size(-1) != in_features:
         raise RuntimeError(f"mola::decode: {x.shape}, {experts_A.shape}, {experts_B.shape}, {router.shape} do not fit.")
     if output.shape != (*x.shape[:-1], out_features):
         raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")

@@ -1,7 +1,8 @@
 """Finds the layer that owns a `mola_B`: compiled code hands over a layer's B alone.
 
 What compiled code reads of a module is compared before every call, and for a generated token that takes longer than the
-arithmetic of a mixture. So the code of a layer reads one tensor, and that tensor remembers its layer.
+arithmetic of a mixture. So the code of a layer reads one tensor, and its layer is remembered here: nothing is left
+on the tensor, which has to be pickled now and then.
 
 A limit of this: parameters put in place of a layer's own inside of compiled code (`functional_call` within
 `torch.compile`) end in an error for few tokens without gradients.
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
-_ATTRIBUTE = "_mola_owner"
+_known: dict[int, Owner] = {}  # by the `id` of a B
 
 
 class Owner(NamedTuple):
@@ -36,13 +37,14 @@ def owner_of(experts_B: torch.Tensor) -> Owner:
     Raises:
         RuntimeError: it is no layer's own, or that of layers which differ in another part.
     """
-    owner: Owner | None = getattr(experts_B, _ATTRIBUTE, None)
-    if owner is not None:  # looked at again, for the layer may have got another B meanwhile
+    key = id(experts_B)
+    owner = _known.get(key)
+    if owner is not None:  # looked at again: the layer may have got another B, and another tensor the `id`
         layer = owner.layer()
         if layer is not None and layer._modules["mola_B"]._parameters.get(owner.adapter_name) is experts_B:
             return owner
     found = [
-        Owner(weakref.ref(layer), name)
+        Owner(weakref.ref(layer, lambda _: _known.pop(key, None)), name)
         for layer in list(_layers)
         for name, own in layer._modules["mola_B"]._parameters.items()
         if own is experts_B
@@ -54,7 +56,7 @@ def owner_of(experts_B: torch.Tensor) -> Owner:
             + " With parameters in place of a layer's own, put `torch.func.functional_call` around the compiled "
             "model, not into it; or compute without a compiler: `torch.compiler.set_stance('force_eager')`."
         )
-    setattr(experts_B, _ATTRIBUTE, found[0])
+    _known[key] = found[0]
     return found[0]
 
 

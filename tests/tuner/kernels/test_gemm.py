@@ -3,30 +3,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mola.tuner.products import add_product, linear, onednn_is_faster, product, wants_onednn
 from torch import nn
 
 from mola import MolaError
-from mola.tuner import products
+from mola.tuner.kernels import gemm
+from mola.tuner.kernels.gemm import addmm_, base_output, linear, linear_add, mm, onednn_is_faster, wants_onednn
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"
-)
+from .inputs import make_inputs
+from .native import needs_onednn
 
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["oneDNN", "torch"])
 def onednn(request, monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def fresh():
     """What was decided about the processor is forgotten, before and after."""
-    products._is_chosen.cache_clear()
+    gemm._is_chosen.cache_clear()
     yield
-    products._is_chosen.cache_clear()
+    gemm._is_chosen.cache_clear()
 
 
 def draw(*shape, dtype=torch.float32):
@@ -40,16 +39,16 @@ def test_values(sizes, dtype, onednn):
     tolerance = {"atol": 0.3, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
     for a in (draw(n, k, dtype=dtype), draw(k, n, dtype=dtype).t()):
         for b in (draw(k, m, dtype=dtype), draw(m, k, dtype=dtype).t(), draw(k, 2 * m, dtype=dtype)[:, ::2]):
-            torch.testing.assert_close(product(a, b), a @ b, **tolerance)
+            torch.testing.assert_close(mm(a, b), a @ b, **tolerance)
             total = draw(n, m, dtype=dtype)
-            torch.testing.assert_close(add_product(total.clone(), a, b), total + a @ b, **tolerance)
+            torch.testing.assert_close(addmm_(total.clone(), a, b), total + a @ b, **tolerance)
             for bias in (None, draw(m, dtype=dtype)):
                 torch.testing.assert_close(linear(a, b.t(), bias), F.linear(a, b.t(), bias), **tolerance)
 
 
 def test_a_wider_total_keeps_its_format(onednn):
     total, a, b = draw(4, 3), draw(4, 5, dtype=torch.bfloat16), draw(5, 3, dtype=torch.bfloat16)
-    added = add_product(total.clone(), a, b)
+    added = addmm_(total.clone(), a, b)
     assert added.dtype == torch.float32
     torch.testing.assert_close(added, total + (a @ b).float())
 
@@ -60,14 +59,39 @@ def test_an_input_of_three_dimensions(onednn):
 
 
 @needs_onednn
+@pytest.mark.parametrize("bias", [None, draw(7)], ids=["", "bias"])
+def test_an_addend_is_added_by_the_product(bias):
+    x, weight, addend = draw(5, 9), draw(7, 9), draw(5, 7)
+    expected = F.linear(x, weight, bias) + addend
+    torch.testing.assert_close(linear_add(x, weight, bias, addend), expected)
+
+
+@pytest.mark.parametrize("shape", [(9,), (5, 9), (2, 3, 9), (0, 9), (2, 0, 9)], ids=str)
+@torch.no_grad()
+def test_base_output(shape, onednn):
+    inputs = make_inputs(shape, 4, torch.float32, bias=True)
+    made = base_output(inputs, inputs.x)
+    torch.testing.assert_close(made, F.linear(inputs.x, inputs.weight, inputs.bias))
+    assert not made._is_view()
+    result = torch.ones(7, *shape[:-1]).movedim(0, -1)
+    copy = base_output(inputs._replace(weight=None, result=result), inputs.x.bfloat16())
+    assert copy.is_contiguous()
+    assert copy.dtype == torch.float32
+    assert copy.numel() == 0 or copy.data_ptr() != result.data_ptr()
+    assert torch.equal(copy, result)
+    wide = base_output(inputs._replace(weight=None, result=result.bfloat16()), inputs.x)
+    assert wide.dtype == torch.float32
+
+
+@needs_onednn
 def test_only_for_plain_numbers_in_the_cpus_memory(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
     a = draw(4, 4)
     assert wants_onednn(a, nn.Parameter(a))
     assert not wants_onednn(a, a.double())
     assert not wants_onednn(a.to("meta"), a)
     assert not wants_onednn(a, a.as_subclass(type("Other", (torch.Tensor,), {})))
-    torch.testing.assert_close(torch.vmap(lambda rows: product(rows, a))(draw(3, 4, 4)), draw(3, 4, 4) @ a)
+    torch.testing.assert_close(torch.vmap(lambda rows: mm(rows, a))(draw(3, 4, 4)), draw(3, 4, 4) @ a)
 
 
 @needs_onednn
@@ -76,7 +100,7 @@ def test_a_layer_computes_the_same(monkeypatch):
     layer.base_layer.requires_grad_(False)
     results = []
     for choice in (True, False):
-        monkeypatch.setattr(products, "onednn_is_faster", lambda choice=choice: choice)
+        monkeypatch.setattr(gemm, "onednn_is_faster", lambda choice=choice: choice)
         x = draw(2, 50, 16).requires_grad_()
         layer.train()
         output = layer(x)
@@ -109,7 +133,7 @@ ZEN_5 = "processor : 0\nvendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\n"
 def test_on_which_processors(facts, capability, expected, tmp_path, monkeypatch, fresh):
     (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.delenv("MOLA_ONEDNN", raising=False)
-    monkeypatch.setattr(products, "_CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(gemm, "_CPU_FACTS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert onednn_is_faster() == expected
 
@@ -117,9 +141,9 @@ def test_on_which_processors(facts, capability, expected, tmp_path, monkeypatch,
 @needs_onednn
 def test_where_there_is_no_such_file(tmp_path, monkeypatch, fresh):
     monkeypatch.delenv("MOLA_ONEDNN", raising=False)
-    monkeypatch.setattr(products, "_CPU_FACTS", tmp_path / "missing")
+    monkeypatch.setattr(gemm, "_CPU_FACTS", tmp_path / "missing")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
+    monkeypatch.setattr(gemm.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
     assert onednn_is_faster()
 
 
@@ -132,10 +156,10 @@ def test_the_environment_decides(monkeypatch, fresh):
         assert not onednn_is_faster()
     finally:
         torch._C._set_mkldnn_enabled(True)
-    products._is_chosen.cache_clear()
+    gemm._is_chosen.cache_clear()
     monkeypatch.setenv("MOLA_ONEDNN", "0")
     assert not onednn_is_faster()
-    products._is_chosen.cache_clear()
+    gemm._is_chosen.cache_clear()
     monkeypatch.setenv("MOLA_ONEDNN", "yes")
     with pytest.raises(MolaError, match=r"MOLA_ONEDNN must be 0 or 1, or not be set: got 'yes'"):
         onednn_is_faster()

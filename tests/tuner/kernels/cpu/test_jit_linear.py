@@ -1,22 +1,19 @@
 """The native linear map of few tokens: the values of torch's, nothing written beside them, and where it is used."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from mola.tuner.products import _kernel_for_few, fast_linear
 from torch import nn
 
-from mola.tuner import products
+from mola.tuner.kernels import gemm, native
+from mola.tuner.kernels.gemm import _native_linear, fast_linear
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
-pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
-native_linear = importlib.import_module("mola.tuner.native_linear")
-native_vectors = importlib.import_module("mola.tuner.native_vectors")
-pytestmark = pytest.mark.skipif(not native_vectors.has_vectors(in_pairs=False), reason="no such vectors here")
+from ..native import needs_vectors
+
+pytestmark = needs_vectors(torch.float32)
 
 
 def draw(*shape, seed=0):
@@ -27,7 +24,7 @@ def draw(*shape, seed=0):
 def test_any_size(num_tokens, in_features, out_features, with_bias):
     x, weight = draw(num_tokens, in_features), draw(out_features, in_features, seed=1) / in_features**0.5
     bias = draw(out_features, seed=2) if with_bias else None
-    assert _kernel_for_few(x, weight, bias) is not None
+    assert _native_linear(x, weight, bias) is not None
     torch.testing.assert_close(fast_linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
 
 
@@ -53,7 +50,9 @@ def test_nothing_is_written_beside_the_output(num_tokens, out_features):
     x, weight = draw(num_tokens, 48), draw(out_features, 48)
     memory = torch.full((num_tokens * out_features + 200,), 77.0)
     output = memory[100:-100].view(num_tokens, out_features)
-    native_linear.kernel()(x.data_ptr(), weight.data_ptr(), 0, output.data_ptr(), num_tokens, 48, out_features)
+    native.load("jit_linear").kernel()(
+        x.data_ptr(), weight.data_ptr(), 0, output.data_ptr(), num_tokens, 48, out_features
+    )
     torch.testing.assert_close(output, x @ weight.t(), atol=1e-4, rtol=1e-5)
     assert (memory[:100] == 77).all()
     assert (memory[-100:] == 77).all()
@@ -70,20 +69,20 @@ def test_nothing_is_written_beside_the_output(num_tokens, out_features):
         (draw(4, 32).to("meta"), draw(5, 32).to("meta"), None),
         (draw(4, 64), draw(5, 32), None),  # which is an error
     ],
-    ids=["tokens", "columns", "transposed", "bias_format", "bias_gaps", "meta", "features"],
+    ids=["tokens", "columns", "transposed", "bias_dtype", "bias_gaps", "meta", "features"],
 )
 def test_where_it_is_not_used(x, weight, bias):
-    assert _kernel_for_few(x, weight, bias) is None
+    assert _native_linear(x, weight, bias) is None
 
 
 def test_only_on_one_thread_and_with_numba(monkeypatch):
     x, weight = draw(4, 32), draw(5, 32)
-    assert _kernel_for_few(x, weight, None) is not None
+    assert _native_linear(x, weight, None) is not None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert _kernel_for_few(x, weight, None) is None
+    assert _native_linear(x, weight, None) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(products, "import_native", lambda name: None)
-    assert _kernel_for_few(x, weight, None) is None
+    monkeypatch.setattr(native, "load", lambda name: None)
+    assert _native_linear(x, weight, None) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -92,9 +91,9 @@ def test_a_layer_uses_it_and_computes_the_same(bias, monkeypatch):
     layer = MolaLinear(base, "default", ExpertSettings(4, 3, 2, 8.0, init_lora_weights=False)).eval()
     x, used = draw(2, 3, 32), []
     results = []
-    monkeypatch.setattr(products, "_kernel_for_few", lambda *tensors: used.append(tensors) or _kernel_for_few(*tensors))
+    monkeypatch.setattr(gemm, "_native_linear", lambda *tensors: used.append(tensors) or _native_linear(*tensors))
     for choice in (True, False):
-        monkeypatch.setattr(products, "onednn_is_faster", lambda choice=choice: choice)
+        monkeypatch.setattr(gemm, "onednn_is_faster", lambda choice=choice: choice)
         with torch.no_grad():
             results.append(layer(x))
     assert len(used) == 1

@@ -2,17 +2,19 @@
 
 import copy
 import gc
+import pickle
+import threading
 import weakref
 
 import pytest
 import torch
-from mola.tuner.owners import owner_of
 from torch import nn
 
-from mola.tuner import owners
+from mola.tuner.kernels.cpu import registry
+from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
-numba = pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
+pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 
 
 def make_layer(**options):
@@ -44,13 +46,61 @@ def test_each_layer_and_adapter_is_found():
 
 def test_no_layer_is_kept_alive():
     layer = make_layer()
-    address, parameter = layer.mola_B["default"].data_ptr(), weakref.ref(layer.mola_A["default"])
+    key, parameter = id(layer.mola_B["default"]), weakref.ref(layer.mola_A["default"])
     owner_of(layer.mola_B["default"])
-    assert address in owners._owners
+    assert key in registry._known
     del layer
     gc.collect()
     assert parameter() is None
-    assert address not in owners._owners
+    assert key not in registry._known
+
+
+def test_a_layer_that_was_found_can_be_pickled_and_copied():
+    layer = make_layer()
+    owner_of(layer.mola_B["default"])
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert owner_of(other.mola_B["default"]).layer() is other
+    assert owner_of(layer.mola_B["default"]).layer() is layer
+
+
+def test_a_b_that_is_replaced_is_no_longer_the_layers():
+    layer = make_layer()
+    old = layer.mola_B["default"]
+    owner_of(old)
+    layer.mola_B["default"] = nn.Parameter(old.detach().clone())
+    with pytest.raises(RuntimeError, match="no layer's own"):
+        owner_of(old)
+    assert owner_of(layer.mola_B["default"]).layer() is layer
+
+
+def test_an_id_that_belongs_to_another_tensor_now():
+    layers = make_layer(), make_layer()
+    owner = owner_of(layers[0].mola_B["default"])
+    experts_B = layers[1].mola_B["default"]
+    registry._known[id(experts_B)] = owner
+    assert owner_of(experts_B).layer() is layers[1]
+
+
+def test_many_threads_look_while_layers_come_and_go():
+    layers, failures = [make_layer() for _ in range(4)], []
+    start = threading.Barrier(4)
+
+    def work(layer):
+        start.wait()
+        try:
+            for _ in range(200):
+                assert owner_of(layer.mola_B["default"]).layer() is layer
+                other = copy.deepcopy(layer)
+                assert owner_of(other.mola_B["default"]).layer() is other
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_a_b_that_is_nobodys():
@@ -64,9 +114,14 @@ def test_layers_that_share_a_b():
     with pytest.raises(RuntimeError, match="layers share which differ in A, router, scaling or top_k"):
         owner_of(one.mola_B["default"])
     other.mola_A["default"], other.mola_router["default"] = one.mola_A["default"], one.mola_router["default"]
+    x = torch.ones(3, 16)
+    with torch.no_grad():
+        output = torch.zeros(3, 24)
+        torch.ops.mola.decode(output, x, one.mola_B["default"])
+        torch.testing.assert_close(output, one.add_experts("default", x, torch.zeros(3, 24)))
     assert owner_of(one.mola_B["default"]).layer() in (one, other)
     other.scaling["default"] *= 2
-    owners._owners.clear()
+    registry._known.clear()
     with pytest.raises(RuntimeError, match="layers share"):
         owner_of(one.mola_B["default"])
 

@@ -1,0 +1,31 @@
+"""Which native functions there are on this machine, as marks."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba (the extra `cpu`)")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"
+)
+
+
+def has_vectors(dtype):
+    """Whether the processor has the vectors that products in a dtype are made of."""
+    if not HAS_NUMBA:
+        return False
+    jit_vectors = importlib.import_module("mola.tuner.kernels.cpu.jit_vectors")
+    return jit_vectors.has_vectors(in_pairs=dtype == torch.bfloat16)
+
+
+def needs_vectors(dtype):
+    return pytest.mark.skipif(not has_vectors(dtype), reason=f"no native products in {dtype} on this processor")
+
+
+TRAINED = [dtype for dtype in (torch.float32, torch.bfloat16) if has_vectors(dtype)]
+TRAINED_OR_SKIPPED = [
+    pytest.param(dtype, id=str(dtype), marks=needs_vectors(dtype)) for dtype in (torch.float32, torch.bfloat16)
+]
