@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-_TIMEOUT = 150
+_TIMEOUT = 600
 
 
 def shard_on_cpu() -> None:
@@ -96,7 +96,7 @@ def wait(processes: list[int], terminate: dict | None) -> list[int]:
             terminate = None
         # Those that fail of themselves, with the same error, have a moment for it.
         if any(code not in (0, 130) for code in codes.values()):
-            end = min(end, time.monotonic() + 10)
+            end = min(end, time.monotonic() + 60)
         if time.monotonic() > end:
             for process in set(processes) - codes.keys():
                 os.kill(process, signal.SIGKILL)

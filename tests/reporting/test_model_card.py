@@ -24,6 +24,7 @@ from mola.files.ownership import is_own_file
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import render_card, write_model_card
 from mola.training import hub
+from tests.waiting import PATIENCE
 
 TOKEN = "hf_of_the_test"
 
@@ -324,7 +325,11 @@ def test_finished_run_is_uploaded_in_one_commit(flags, local_hub, tmp_path):
     environment |= {"HF_ENDPOINT": local_hub.address, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     arguments = flags(tmp_path / "run", push_to_hub="true", hub_token=TOKEN, hub_model_id="me/adapter")
     done = subprocess.run(
-        [sys.executable, "-m", "mola.cli", *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-m", "mola.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     created = [json.loads(body) for path, _, body in local_hub.calls if path == "/api/repos/create"]

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-_TIMEOUT = 120
+_TIMEOUT = 600
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
 

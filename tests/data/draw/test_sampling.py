@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -98,8 +99,9 @@ def test_hash_seed_of_python_changes_nothing(hash_seed):
     )
     # Called like the command: this way torch is not imported, which takes long.
     program = f"import sys; sys.argv[0] = 'mola'; {code}"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     process = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     from mola.data.hashing import hash_text
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from mola.studies.comparison.summary import ALL_TASKS, budget_groups
 from mola.studies.comparison.tables import comma_separated, markdown
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
+from tests.waiting import PATIENCE, wait_until
 
 SETTINGS = {
     "task": "sample",
@@ -188,14 +188,11 @@ def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path)
     command = [sys.executable, "-m", "mola.cli", "compare", "--config", str(recipe)]
     record = tmp_path / "out" / "compare.json"
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
-    deadline = time.monotonic() + 300
     try:
-        while time.monotonic() < deadline and not (record.exists() and len(read(record)["runs"]) >= 4):
-            time.sleep(0.02)
-        assert both[0].poll() is None
+        wait_until(lambda: record.exists() and len(read(record)["runs"]) >= 4, *both)
         os.kill(both[0].pid, signal.SIGKILL)
         assert len(read_results(record)) < len(result.results)
-        assert both[1].wait(timeout=300) == 0
+        assert both[1].wait(timeout=PATIENCE) == 0
     finally:
         for process in both:
             process.kill()

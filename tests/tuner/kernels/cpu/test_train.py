@@ -258,7 +258,10 @@ def gradients_of_a_model(autocast, checkpointing):
     return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
 
 
-@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=PRODUCTS[1].marks)], ids=["", "autocast"])
+AUTOCAST = [pytest.param(on, marks=PRODUCTS[on].marks) for on in (False, True)]
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=["", "autocast"])
 def test_a_model_under_autocast_and_checkpointing(autocast, monkeypatch):
     used = []
     monkeypatch.setattr(mixture, "kernel_for", lambda *arguments: used.append(kernel_for(*arguments)) or used[-1])
