@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TextStreamer
@@ -17,7 +17,7 @@ from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import option
+from mola.options.fields import START, Group, option
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,13 @@ logger = logging.getLogger(__name__)
 class GenerateOptions(ModelOptions):
     """Options of `mola generate`."""
 
+    _start: ClassVar = START
     adapter: str | None = option(None, "Folder of an adapter.")
     prompt: str | None = option(None, "Text to continue, used as it is.")
     instruction: str | None = option(None, "Instruction, put through the template.")
     input: str | None = option(None, "Context of the instruction.")
+
+    _answer: ClassVar = Group("answer")
     template: str = option("alpaca", "Prompt template for instructions.")
     max_new_tokens: int = option(128, "Longest answer in tokens.")
     temperature: float | None = option(

@@ -32,6 +32,7 @@ from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.options.fields import option
 from mola.tuner import MolaConfig
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "main"]
@@ -46,38 +47,28 @@ class ConvertOptions:
 
     source: str = field(metadata={"help": "Folder of the adapter to convert."})
     output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
-    source_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' "
-            "MoE-PEFT's with mola routing. Also written --from.",
-            "aliases": ["--from"],
-        },
+    source_format: str | None = option(
+        None,
+        "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' MoE-PEFT's with "
+        "mola routing. Also written --from.",
+        aliases=["--from"],
     )
-    target_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format to convert an adapter of mola to: 'published' is the research code's. Also written --to.",
-            "aliases": ["--to"],
-        },
+    target_format: str | None = option(
+        None,
+        "Format to convert an adapter of mola to: 'published' is the research code's. Also written --to.",
+        aliases=["--to"],
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --from: the adapter's base model, a folder or a name on the hub; only its config.json is "
-            "read, to check every shape."
-        },
+    base_model: str | None = option(
+        None,
+        "With --from: the adapter's base model, a folder or a name on the hub; only its config.json is read, to check "
+        "every shape.",
     )
-    top_k: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --from published: experts per token the adapter was trained with, which its files do not "
-            "say: an integer, or one per layer between commas."
-        },
+    top_k: str | None = option(
+        None,
+        "With --from published: experts per token the adapter was trained with, which its files do not say: an "
+        "integer, or one per layer between commas.",
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the base model; only for sources you trust."}
-    )
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 def convert(options: ConvertOptions) -> ConvertReport:

@@ -19,6 +19,7 @@ from rich.table import Table
 from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import quantization_option
+from mola.options.fields import option
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -30,30 +31,21 @@ class PlanOptions:
     base_model: str = field(
         metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
     )
-    num_experts: str = field(
-        default="2468",
-        metadata={
-            "help": "Experts per module: an integer and a comma ('8,'), one digit per group of layers "
-            "('2468', lowest layers first), integers between commas, a shape's name or a JSON file."
-        },
+    num_experts: str = option(
+        "2468",
+        "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
+        "first), integers between commas, a shape's name or a JSON file.",
     )
-    r: str = field(default="8", metadata={"help": "Rank of each expert: an integer, or one per layer between commas."})
-    top_k: str = field(
-        default="2", metadata={"help": "Experts used per token: an integer, or one per layer between commas."}
-    )
-    target_modules: str | None = field(
-        default=None,
-        metadata={
-            "help": "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA "
-            "linears where they exist, else PEFT's choice for the architecture."
-        },
+    r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")
+    top_k: str = option("2", "Experts used per token: an integer, or one per layer between commas.")
+    target_modules: str | None = option(
+        None,
+        "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
+        "else PEFT's choice for the architecture.",
     )
     gguf_file: str | None = quantization_option("gguf_file")
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that comes with the model; only for sources you trust."},
-    )
+    json: bool = option(False, "Print JSON instead of the table.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
 
 
 def plan(options: PlanOptions) -> AllocationPlan:
