@@ -107,7 +107,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer without the application, and close."""
-        logger.info("A connection is refused: %d.", error.status)
+        logger.info("A connection is refused: %d.", error.status_code)
         self._is_refused = True
         self._arriving.stop()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or was given early
@@ -117,7 +117,7 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         response = error.response()
-        head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
+        head = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}".encode()]
         head += [name + b": " + value for name, value in [*response.raw_headers, (b"connection", b"close")]]
         self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
         # Closing at once would make the system throw away the answer while bytes of the client are unread.
