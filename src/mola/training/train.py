@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
@@ -41,7 +42,6 @@ from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
     TrainingData,
@@ -123,7 +123,7 @@ def _train(options: TrainOptions) -> TrainResult:
         run.record["repository"] = create_repository(options)
     model = build_model(options)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    wait_for_all(options)
+    PartialState().wait_for_everyone()
     if options.process_index == 0:
         start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
@@ -148,7 +148,9 @@ def _checked_run(options: TrainOptions) -> _Run:
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
-    with main_process_first(options):  # it tries to write, which others would take for an earlier run's file
+    with options.main_process_first(
+        local=False
+    ):  # it tries to write, which others would take for an earlier run's file
         folder = check_output_dir(
             options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
         )
@@ -223,7 +225,8 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    let_main_process_speak(options)
+    if options.process_index != 0:  # what all of them would say is said once; errors of every process are shown
+        logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
