@@ -18,7 +18,6 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 
 from mola.errors import MolaError
@@ -148,9 +147,8 @@ def _checked_run(options: TrainOptions) -> _Run:
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
-    with options.main_process_first(
-        local=False
-    ):  # it tries to write, which others would take for an earlier run's file
+    # It tries to write, which others would take for an earlier run's file.
+    with options.main_process_first(local=False):
         folder = check_output_dir(
             options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
         )
@@ -231,22 +229,18 @@ def main(options: TrainOptions) -> int:
     exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
         return exit_code
-    console = Console(stderr=True)
     losses = [
         f", {label} loss {result.metrics[name]:.4f}"
         for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
         if name in result.metrics
     ]
-    console.print(
+    print(
         f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
         f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,  # a path in two lines can not be copied
+        file=sys.stderr,
     )
     if result.status == "interrupted":
-        advice = "Go on with the same command and --resume_from_checkpoint last"
-        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+        print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
     return exit_code
 
 
