@@ -170,7 +170,7 @@ def main(options: AllocateOptions) -> int:
     text = options.output or ",".join(map(str, result.num_experts))
     lines = [result.why, f"Written to {options.output}. Use it:" if options.output else "Use it:"]
     lines += [f"  mola {name} --base_model {options.base_model} --num_experts {text} ..." for name in ("plan", "train")]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    print("\n".join(lines))
     return 0
 
 

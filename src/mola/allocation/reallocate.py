@@ -131,14 +131,10 @@ def main(options: ReallocateOptions) -> int:
         table.add_row(span, *map(str, numbers))
     table.add_section()
     table.add_row("total", str(sum(result.before)), str(sum(result.num_experts)), "", style="bold")
-    console = Console()
-    console.print(table)
-    console.print(
+    Console().print(table)
+    print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
-        f"  mola train --adapter {result.output_dir} ...",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"  mola train --adapter {result.output_dir} ..."
     )
     return 0
 

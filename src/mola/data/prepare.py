@@ -12,12 +12,12 @@ import numpy as np
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids
 from mola.data.hashing import count_shared, hash_instruction
-from mola.data.output import check_output_folder
 from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import is_prepared_folder, merged_row, write_splits
 from mola.errors import MolaError
+from mola.files.folders import check_output_folder
 from mola.options.fields import option
 
 SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}

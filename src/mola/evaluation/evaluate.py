@@ -118,10 +118,9 @@ def main(options: EvaluateOptions) -> int:
         The exit code, 0.
     """
     result = evaluate(options)
-    console = Console()
-    console.print(_table(result, options))
+    Console().print(_table(result, options))
     if options.output is not None:
-        console.print(f"Every sample is in {options.output}", highlight=False, markup=False)
+        print(f"Every sample is in {options.output}")
     return 0
 
 

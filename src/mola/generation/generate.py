@@ -63,7 +63,7 @@ def main(options: GenerateOptions) -> int:
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)
-    if _samples(options):
+    if decoding_settings(**_decoding(options))["do_sample"]:
         logger.info("Random seed %d.", seed)
     if prompt is not None:
         _answer(model, tokenizer, prompt, options)
@@ -77,14 +77,15 @@ def main(options: GenerateOptions) -> int:
     return 0
 
 
-def _samples(options: GenerateOptions) -> bool:
-    values = options.temperature, options.top_p, options.top_k
-    return decoding_settings(options.max_new_tokens, *values, options.do_sample)["do_sample"]
+def _decoding(options: GenerateOptions) -> dict[str, Any]:
+    """The options that `decoding_settings` and `generate_text` share."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample")
+    return {name: getattr(options, name) for name in names}
 
 
 def _checked_prompt(options: GenerateOptions) -> str | None:
     """Prompt of a single run, None for the loop."""
-    decoding_settings(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.do_sample)
+    decoding_settings(**_decoding(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
     template = get_template(options.template)
@@ -104,17 +105,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -
     streamer = None
     if options.stream:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = generate_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        do_sample=options.do_sample,
-        streamer=streamer,
-    )
+    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer)
     if streamer is None:
         print(text)
     sys.stdout.flush()

@@ -221,13 +221,8 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
     r = published_settings["r"]
     num_experts = resolve_per_layer(config.num_experts, len(r), "num_experts")
     top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
-    not_saved = {"top_k": top_k}
-    if config.router_aux_loss_coef:
-        not_saved["router_aux_loss_coef"] = config.router_aux_loss_coef
-    if config.router_z_loss_coef:
-        not_saved["router_z_loss_coef"] = config.router_z_loss_coef
-    if config.router_jitter_noise:
-        not_saved["router_jitter_noise"] = config.router_jitter_noise
+    router = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
+    not_saved = {"top_k": top_k} | {name: value for name in router if (value := getattr(config, name))}
     with new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def main(options: QuickstartOptions) -> int:
     summary = _summary(before, after, seconds, time.perf_counter() - start)
     atomic_write_json(folder / "summary.json", summary)
     _show(console, folder, summary, before, after)
-    console.print(f"Open {page} in a browser", highlight=False, markup=False, soft_wrap=True)
+    print(f"Open {page} in a browser")
     return 0
 
 
@@ -185,11 +185,8 @@ def _show(
         words = f"{sample['predicted'] or 'no answer'} ({'right' if sample['correct'] else 'wrong'})"
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
-    console.print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:", highlight=False)
-    console.print(
+    print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:")
+    print(
         f"mola generate --base_model {model} --adapter {folder} --template alpaca_short "
-        f'--instruction "{question} {options}"',
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f'--instruction "{question} {options}"'
     )

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
-from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 
 from mola.errors import MolaError
@@ -42,7 +42,6 @@ from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
     TrainingData,
@@ -128,7 +127,7 @@ def _train(options: TrainOptions) -> TrainResult:
         for choice in kernels_report(model):
             logger.info("Kernels, %s", choice)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    wait_for_all(options)
+    PartialState().wait_for_everyone()
     if options.process_index == 0:
         start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
@@ -153,7 +152,8 @@ def _checked_run(options: TrainOptions) -> _Run:
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
-    with main_process_first(options):  # it tries to write, which others would take for an earlier run's file
+    # It tries to write, which others would take for an earlier run's file.
+    with options.main_process_first(local=False):
         folder = check_output_dir(
             options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
         )
@@ -229,27 +229,24 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    let_main_process_speak(options)
+    if options.process_index != 0:  # what all of them would say is said once; errors of every process are shown
+        logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
         return exit_code
-    console = Console(stderr=True)
     losses = [
         f", {label} loss {result.metrics[name]:.4f}"
         for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
         if name in result.metrics
     ]
-    console.print(
+    print(
         f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
         f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,  # a path in two lines can not be copied
+        file=sys.stderr,
     )
     if result.status == "interrupted":
-        advice = "Go on with the same command and --resume_from_checkpoint last"
-        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+        print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
     return exit_code
 
 
