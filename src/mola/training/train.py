@@ -28,7 +28,7 @@ from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
-from mola.training.advice import failures_explained
+from mola.training.advice import failures_explained, loss_gap_advice
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import (
     RUN_FILE,
@@ -76,6 +76,7 @@ class TrainResult:
         trainable_parameters: number of trained values, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
         seconds: wall time of training, without loading.
+        warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
     output_dir: str
@@ -85,6 +86,7 @@ class TrainResult:
     trainable_parameters: int
     best_checkpoint: str | None
     seconds: float
+    warning: str | None = None
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -142,7 +144,10 @@ def _train(options: TrainOptions) -> TrainResult:
         trainable_parameters=model.get_nb_trainable_parameters()[0],
         best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
         seconds=seconds,
+        warning=loss_gap_advice(options, trainer.state, metrics),
     )
+    if result.warning is not None:
+        logger.warning(result.warning)
     _save(options, trainer, run, result)
     return result
 
