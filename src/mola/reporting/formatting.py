@@ -57,6 +57,11 @@ def layer_order(index: int | None) -> float:
     return math.inf if index is None else index
 
 
+def is_numeric(value: Any) -> bool:
+    """Whether the text of a table's cell starts like a number."""
+    return str(value).lstrip("+-−")[:1].isdigit()
+
+
 def rows_said(count: int) -> str:
     """What to add to the name of a table that may be too long to be shown in full."""
     return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"

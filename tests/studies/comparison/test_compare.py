@@ -20,12 +20,14 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
+from mola.studies.comparison.page import page
 from mola.studies.comparison.record import BASE, read_results
-from mola.studies.comparison.statistics import mean_accuracy, paired_differences
-from mola.studies.comparison.summary import ALL_TASKS, budget_groups
+from mola.studies.comparison.statistics import Difference, Mean, mean_accuracy, paired_differences
+from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
 from mola.studies.comparison.tables import comma_separated, markdown
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
+from tests.reporting.pages import Page
 from tests.waiting import PATIENCE, wait_until
 
 SETTINGS = {
@@ -171,10 +173,28 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert rows[1]["num_experts"] == "2-4-6-8"
     assert names[0].read_text() == comma_separated(result.rows)
     assert names[1].read_text() == markdown(result.rows, "lora")
-    page = names[2].read_text()
-    assert page.count("<table") == 3
-    assert "http:" not in page
-    assert "https:" not in page
+    text = names[2].read_text()
+    assert text.count("<table") == 3
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_names_are_text_on_the_page():
+    def tree(task, reference, other):
+        difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), 0.01, 0.02, "better", 2)
+        means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
+        rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
+        return Page(page(rows, reference))
+
+    def looks(tree):
+        return {(node.tag, *sorted(node.attributes)) for node in tree.root}
+
+    hostile = '</script><script>alert(1)</script><img src=x onerror="alert(1)">&amp;\'{{ 1 }}'
+    found = tree(hostile, f"a{hostile}", f"b{hostile}")
+    assert looks(found) == looks(tree("task", "a", "b"))
+    assert found.root.one("h2").text == hostile
+    assert [row[0] for row in found.root.one("table").rows[1:]] == [f"a{hostile}", f"b{hostile}"]
+    assert f"1 of 1 differences to a{hostile} can be told apart." in found.root.one("header").text
 
 
 # ---------------------------------------------------------------------- stopping and going on
