@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mola import MolaLinear
-from mola.tuner import native_few
+from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import router_logits
 
@@ -153,7 +153,7 @@ def test_compiles_to_one_graph(num_experts, top_k):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
 def test_compiled_without_gradients(tokens, top_k, dtype, monkeypatch):
     """Without the native function: for up to 8 tokens chosen experts only are read, for more all of them."""
-    monkeypatch.setattr(native_few, "_kernel", lambda *formats: None)
+    monkeypatch.setattr(cpu_decode, "_kernel", lambda *formats: None)
     torch._dynamo.reset()
     layer = make(8, top_k, dtype=dtype).eval()
     x = torch.randn(1, tokens, 16).to(dtype)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.tuner.routing import dense_gates, jitter, router_entropies, router_logits, top_k_softmax
+from mola.insight.entropy import router_entropies
+from mola.tuner.routing import dense_gates, jitter, router_logits, top_k_softmax
 
 
 def reference_gates(logits, top_k):

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from mola.tuner.few_tokens import MAX_TOKENS, is_few
 from peft import get_peft_model
 from torch import nn
 
 from mola import MolaLinear
-from mola.tuner import native_few
+from mola.tuner.kernels.cpu import decode as cpu_decode
+from mola.tuner.kernels.decode import MAX_TOKENS, is_decode
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.routing import largest_first, largest_logits
+from mola.tuner.routing import top_k_softmax
 
-from .models import clone, random_config, tiny_llama, token_batch
+from ..models import clone, random_config, tiny_llama, token_batch
 
 IN, OUT = 16, 24
 IDS = token_batch(2, 5)["input_ids"]
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     if request.param == "native":
         pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
     else:
-        monkeypatch.setattr(native_few, "_kernel", lambda *formats: None)
+        monkeypatch.setattr(cpu_decode, "_kernel", lambda *formats: None)
 
 
 def make_layer(dtype=torch.float32, *, bias=True, seed=0, **options):
@@ -268,11 +268,12 @@ def test_a_merged_adapter(model):
 
 
 @pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, 3.0]])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_of_equal_logits_the_first_are_chosen_by_a_sort_too(logits, count):
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_few_tokens_choose_by_a_sort_what_many_choose_without(logits, top_k):
     rows = torch.tensor([logits])
-    for one, two in zip(largest_first(rows, count), largest_logits(rows, count, dim=-1), strict=True):
-        assert torch.equal(one, two)
+    few, many = top_k_softmax(rows, top_k), top_k_softmax(rows.expand(MAX_TOKENS + 1, -1), top_k)
+    for one, other in zip(few, many, strict=True):
+        assert torch.equal(one, other[:1])
 
 
 @pytest.mark.parametrize("other_way", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
@@ -285,9 +286,10 @@ def test_other_modes(other_way):
     torch.testing.assert_close(few(layer, x), usual(layer, x))
 
 
-def test_which_input_is_few():
-    assert is_few(torch.zeros(MAX_TOKENS, IN))
-    assert not is_few(torch.zeros(MAX_TOKENS + 1, IN))
-    assert not is_few(torch.zeros(0, IN))
+@torch.no_grad()
+def test_which_input_is_decode():
+    assert is_decode(torch.zeros(MAX_TOKENS, IN))
+    assert not is_decode(torch.zeros(MAX_TOKENS + 1, IN))
+    assert not is_decode(torch.zeros(0, IN))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_few(torch.zeros(1, IN))
+        assert not is_decode(torch.zeros(1, IN))
