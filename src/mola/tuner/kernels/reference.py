@@ -103,8 +103,11 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 def _dropped(inputs: MixtureInputs) -> torch.Tensor:
     """The experts' input: by a mask that was drawn, scaling included, or by torch's dropout."""
-    if inputs.dropout_mask is not None:
-        return drop(inputs.x, inputs.dropout_mask)
+    mask = inputs.dropout_mask
+    if mask is not None:
+        if mask.dtype is not torch.bool:  # a seed, whose native function autograd does not see
+            mask = drop(torch.ones_like(inputs.x), mask).bool()
+        return drop(inputs.x, mask)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 
 
