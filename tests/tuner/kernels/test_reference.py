@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.dropout import drop, sample_dropout_mask
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
 
 from .inputs import LEAVES, in_float64, leaves, make_inputs
+from .native import needs_numba
 
 
 def formula(inputs):
@@ -69,6 +71,17 @@ def test_dropout_is_that_of_torch():
     scaled = settings._replace(scaling=settings.scaling / (1 - p))
     expected = compute(Reference(), inputs._replace(dropout_mask=mask, settings=scaled))
     torch.testing.assert_close(found, expected)
+
+
+@needs_numba
+def test_a_seed_is_the_mask_that_it_draws():
+    inputs = make_inputs((20, 30), 4, torch.float64)
+    seed, _ = sample_dropout_mask(inputs.x, 0.3)
+    results = []
+    for mask in (seed, drop(torch.ones_like(inputs.x), seed).bool()):
+        output = compute(Reference(), inputs._replace(dropout_mask=mask)).output
+        results.append([output, *torch.autograd.grad(output.sin().sum(), leaves(inputs))])
+    torch.testing.assert_close(*results)
 
 
 def test_jitter_is_seen_by_the_router_only():

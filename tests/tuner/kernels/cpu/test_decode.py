@@ -1,31 +1,34 @@
-"""The native function for few tokens: the formula for every size and format, and where it is not used."""
+"""Few tokens by one native function, also as an operator of compiled graphs: any size, and where it is used."""
 
-import importlib
-import logging
-import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mola.tuner.few_tokens import MAX_TOKENS
-from mola.tuner.products import wants_onednn
 from peft import get_peft_model
 from torch import nn
 from torch.autograd import forward_ad
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaLinear
-from mola.tuner import native_few, pieces
+from mola.tuner.kernels.api import NO_ROUTER, NOT_PLAIN, OTHER_ROUTER
+from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu import decode
+from mola.tuner.kernels.cpu.decode import CPU_DECODE
+from mola.tuner.kernels.decode import MAX_TOKENS
+from mola.tuner.kernels.gemm import wants_onednn
+from mola.tuner.kernels.reference import Reference
 from mola.tuner.layer import ExpertSettings
 
-from .counting import CountOperators
-from .models import VOCABULARY, random_config, tiny_llama, token_batch
+from ...counting import CountOperators
+from ...models import VOCABULARY, random_config, tiny_llama, token_batch
+from ..inputs import in_float64, make_inputs
 
-numba = pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
+pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 
-FORMATS = [  # of input and output, of A and B
+DTYPES = [  # of input and output, of A and B
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
@@ -38,18 +41,6 @@ def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def formula(output, x, experts_A, experts_B, router, scaling, top_k):
-    """In float64, token by token and expert by expert; of equal logits the first."""
-    result = output.double().clone()
-    for n, row in enumerate(x.double()):
-        logits = router.double() @ row
-        chosen = sorted(range(len(router)), key=lambda e: (-logits[e].item(), e))[:top_k]
-        gates = torch.softmax(logits[chosen], 0)
-        for gate, e in zip(gates, chosen, strict=True):
-            result[n] += scaling * gate * (experts_B[e].double().t() @ (experts_A[e].double() @ row))
-    return result
-
-
 def make_layer(in_features=16, out_features=24, **options):
     torch.manual_seed(0)
     defaults = {"r": 4, "num_experts": 4, "top_k": 2, "lora_alpha": 6.0, "init_lora_weights": False}
@@ -60,10 +51,10 @@ def make_layer(in_features=16, out_features=24, **options):
 @pytest.fixture
 def calls(monkeypatch):
     """Numbers of tokens of the calls of the native function."""
-    seen, kernel = [], native_few._kernel
+    seen, kernel = [], decode._kernel
 
-    def counting(*formats):
-        function = kernel(*formats)
+    def counting(*dtypes):
+        function = kernel(*dtypes)
 
         def call(*arguments):
             seen.append(arguments[5])
@@ -71,64 +62,39 @@ def calls(monkeypatch):
 
         return None if function is None else call
 
-    monkeypatch.setattr(native_few, "_kernel", counting)
+    monkeypatch.setattr(decode, "_kernel", counting)
     return seen
 
 
 # ------------------------------------------------------------------ values
 
 
-@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def make(shape=(3, 16), values=torch.float32, weights=torch.float32, num_experts=4, **options):
+    """Inputs whose router is in float32 and whose logits nobody reads."""
+    inputs = make_inputs(shape, num_experts, weights, x_dtype=values, **options)
+    return inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @given(
     num_tokens=st.integers(1, 5),
     num_experts=st.integers(2, 9),
     r=st.integers(1, 9),
     in_features=st.integers(1, 70),
-    out_features=st.integers(1, 70),
+    out=st.integers(1, 70),
     top_k=st.integers(1, 9),
     scaling=st.sampled_from([0.0, 0.5, -2.0]),
 )
-def test_the_formula(formats, num_tokens, num_experts, r, in_features, out_features, top_k, scaling):
-    values, weights = formats
-    top_k = min(top_k, num_experts)
-    x, output = draw(num_tokens, in_features, dtype=values), draw(num_tokens, out_features, dtype=values)
-    experts_A = draw(num_experts, r, in_features, dtype=weights)
-    experts_B = draw(num_experts, r, out_features, dtype=weights)
-    router = draw(num_experts, in_features) / in_features
-    exact = formula(output, x, experts_A, experts_B, router, scaling, top_k)
-    native_few.add_few(output, x, experts_A, experts_B, router, scaling, top_k)
-    # In float32, then rounded once: to the nearest number of the output's format.
+@torch.no_grad()
+def test_any_size(dtypes, num_tokens, num_experts, in_features, top_k, **sizes):
+    inputs = make((num_tokens, in_features), *dtypes, num_experts, top_k=min(top_k, num_experts), fused=False, **sizes)
+    exact = compute(Reference(), in_float64(inputs)).output
+    assert CPU_DECODE.supports(inputs) is None
+    output = compute(CPU_DECODE, inputs).output
+    # In float32, then rounded once: to the nearest number of the output's dtype.
     tolerance = 2e-5 * max(1.0, exact.abs().max().item())
-    rounding = 2.0**-8 * exact.abs() if values == torch.bfloat16 else 0.0
+    rounding = 2.0**-8 * exact.abs() if dtypes[0] == torch.bfloat16 else 0.0
     assert ((output.double() - exact).abs() <= rounding + tolerance).all()
-
-
-def test_of_equal_logits_the_first_are_chosen():
-    layer = make_layer(num_experts=8, top_k=3)
-    nn.init.zeros_(layer.mola_router["default"])
-    x = draw(4, 16)
-    A, B = (part["default"][:3].detach() for part in (layer.mola_A, layer.mola_B))
-    update = torch.einsum("ni,eri,ero->no", x, A, B) * layer.scaling["default"] / 3
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + update)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_none_stay_in_their_token(value):
-    layer, x = make_layer(), draw(4, 16)
-    x[1, 3] = value
-    with torch.no_grad():
-        output = layer(x)
-    torch.testing.assert_close(output[[0, 2, 3]], layer(x).detach()[[0, 2, 3]])
-    assert not output[1].isfinite().all()
-
-
-def test_a_router_that_is_no_number_is_not_passed_over():
-    layer, x = make_layer(top_k=1), draw(4, 16)
-    with torch.no_grad():
-        layer.mola_router["default"][2] = float("nan")
-        assert layer(x).isnan().all()
-    assert layer(x).isnan().all()
 
 
 def test_a_token_has_the_same_bits_in_every_batch(calls):
@@ -160,7 +126,7 @@ def test_generated_text_is_the_same_without_numba(options, monkeypatch, calls):
     native = generate(model, **options)
     count = len(calls)
     assert count >= 28 * 4  # every linear for every token
-    monkeypatch.setattr(native_few, "_kernel", lambda *formats: None)
+    monkeypatch.setattr(decode, "_kernel", lambda *dtypes: None)
     torch.testing.assert_close(generate(model, **options), native)
     assert len(calls) == count
 
@@ -237,19 +203,19 @@ def compiled(layer, x, **options):
 
 
 @pytest.mark.parametrize("num_tokens", [1, MAX_TOKENS, MAX_TOKENS + 1])
-@pytest.mark.parametrize("formats", FORMATS, ids=str)
-def test_a_compiler_sees_one_operator(formats, num_tokens):
-    values, weights = formats
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_compiler_sees_one_operator(dtypes, num_tokens):
+    values, weights = dtypes
     layer = make_layer()
     layer.base_layer.to(values)
     for part in (layer.mola_A, layer.mola_B):
         part.to(weights)
     x = draw(2, num_tokens, 16, dtype=values)[:1]
     output, operators = compiled(layer, x)
-    operator = "mola.linear_few" if wants_onednn(x, layer.base_layer.weight) else "mola.add_few"
+    operator = "mola.linear_decode" if wants_onednn(x, layer.base_layer.weight) else "mola.decode"
     assert [name for name in operators if name.startswith("mola.")] == [operator] * (num_tokens <= MAX_TOKENS)
     with torch.no_grad():
-        tolerance = {"atol": 5e-2, "rtol": 3e-2} if torch.bfloat16 in formats else {}
+        tolerance = {"atol": 5e-2, "rtol": 3e-2} if torch.bfloat16 in dtypes else {}
         torch.testing.assert_close(output, layer(x), **tolerance)
 
 
@@ -296,6 +262,28 @@ def test_compiled_with_a_base_whose_output_is_kept_elsewhere():
 
 
 @torch.no_grad()
+def test_compiled_with_a_base_whose_output_has_another_dtype():
+    class Widening(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    layer, x = make_layer(), draw(3, 16, dtype=torch.bfloat16)
+    layer.base_layer = Widening(16, 24, dtype=torch.bfloat16)
+    output, operators = compiled(layer, x)
+    assert not [name for name in operators if name.startswith("mola.")]
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, layer(x))
+
+
+@torch.no_grad()
+def test_compiled_in_training_mode():
+    layer, x = make_layer(), draw(3, 16)
+    output, operators = compiled(layer.train(), x)
+    assert not [name for name in operators if name.startswith("mola.")]
+    torch.testing.assert_close(output, layer(x))
+
+
+@torch.no_grad()
 def test_an_exported_program_needs_no_operator_of_mola():
     layer, x = make_layer(), draw(3, 16)
     program = torch.export.export(layer, (x,))
@@ -303,20 +291,47 @@ def test_an_exported_program_needs_no_operator_of_mola():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_what_the_function_can_not_read_is_refused():
-    x, A, B = draw(3, 16), draw(4, 2, 16), draw(4, 2, 24)
+def test_a_forced_backend_switches_the_operator_off(force):
+    layer, x = make_layer(), draw(3, 16)
+    force("reference")
+    output, operators = compiled(layer, x)
+    assert not [name for name in operators if name.startswith("mola.")]
+    with torch.no_grad():
+        torch.testing.assert_close(output, layer(x))
+
+
+@torch.no_grad()
+def test_operators_know_their_shapes():
+    layer, x = make_layer(), draw(1, 3, 16)
+    arguments = x, layer.base_layer.weight, layer.base_layer.bias, layer.mola_B["default"]
+    shape = torch.ops.mola.linear_decode(*(each.to("meta") for each in arguments)).shape
+    output = torch.ops.mola.linear_decode(*arguments)
+    assert output.shape == shape == (1, 3, 24)
+    torch.testing.assert_close(output, layer(x))
+
+
+def test_what_the_function_cannot_read_is_refused():
+    x, A, B, router = draw(3, 16), draw(4, 2, 16), draw(4, 2, 24), draw(4, 16)
     with pytest.raises(RuntimeError, match="contiguous"):
-        native_few.add_few(draw(24, 3).t(), x, A, B, draw(4, 16), 1.0, 2)
-    with pytest.raises(RuntimeError, match="do not fit"):
-        native_few.add_few(draw(3, 24), x, A, B[:3], draw(4, 16), 1.0, 2)
+        decode._add_update(draw(24, 3).t(), x, A, B, router, 1.0, 2)
+    for others in (
+        (x, A, B[:3], router),
+        (x, A, draw(4, 3, 24), router),
+        (x, A, B, router[:3]),
+        (x[:, :8], A, B, router),
+    ):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            decode._add_update(draw(3, 24), *others, 1.0, 2)
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
-        native_few.add_few(draw(3, 24).double(), x.double(), A.double(), B.double(), draw(4, 16), 1.0, 2)
+        decode._add_update(draw(3, 24).double(), x.double(), A.double(), B.double(), router, 1.0, 2)
+    with pytest.raises(ValueError, match="base layer's output"):
+        decode._add_update(draw(3, 25), x, A, B, router, 1.0, 2)
 
 
-# ------------------------------------------------------------------ where it is not used
+# ------------------------------------------------------------------ where it is used
 
 
-def test_where_the_usual_way_is_taken(calls):
+def test_in_which_modes_of_a_layer(calls):
     layer, x = make_layer(lora_dropout=0.5), draw(3, 16)
     layer(x)  # gradients
     with torch.no_grad():
@@ -333,6 +348,61 @@ def test_where_the_usual_way_is_taken(calls):
     with torch.inference_mode():
         layer.float()(x)
     assert calls == [3]
+
+
+def test_in_training_mode_unless_the_router_has_more_to_do(calls):
+    x = draw(3, 16)
+    with torch.no_grad():
+        layer = make_layer()
+        expected = layer(x)
+        torch.testing.assert_close(layer.train()(x), expected)
+        assert calls == [3, 3]
+        layer.router_losses = SimpleNamespace(collecting=True)
+        torch.testing.assert_close(layer(x), expected)
+        assert layer.router_outputs["default"].logits.shape == (3, 4)
+        make_layer(router_jitter_noise=0.1).train()(x)
+    assert calls == [3, 3]
+
+
+NO_GRADIENTS, WANTED, FUNCTION = (
+    "only without gradients",
+    "router outputs or jitter are wanted",
+    "no native function for",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"router": None}, NO_ROUTER),
+        ({"router": torch.zeros(4, 16).double()}, OTHER_ROUTER),
+        ({"settings": {"router": "sigmoid"}}, OTHER_ROUTER),
+        ({"settings": {"needs_router_output": True}}, WANTED),
+        ({"settings": {"jitter": 0.1}}, WANTED),
+        ({"settings": {"dropout": 0.1}}, "dropout is on"),
+        ({"dropout_mask": torch.ones(3, 16, dtype=torch.bool)}, "dropout is on"),
+        ({"x": torch.zeros(3, 16).double()}, f"{FUNCTION} torch.float64 with experts in torch.float32"),
+        ({"experts_B": torch.zeros(4, 3, 7).bfloat16()}, f"{FUNCTION} torch.float32"),
+        ({"result": torch.zeros(3, 7).bfloat16()}, "the base output has another dtype than the input"),
+        ({"x": torch.zeros(3, 16).as_subclass(type("Other", (torch.Tensor,), {}))}, NOT_PLAIN),
+    ],
+)
+@torch.no_grad()
+def test_what_it_does_not_compute(change, reason):
+    inputs = make(fused=False)
+    assert CPU_DECODE.supports(inputs) is CPU_DECODE.is_slower(inputs) is None
+    if "settings" in change:
+        change = {"settings": inputs.settings._replace(**change["settings"])}
+    assert reason in CPU_DECODE.supports(inputs._replace(**change))
+
+
+def test_in_which_contexts():
+    inputs = make()
+    assert NO_GRADIENTS in CPU_DECODE.supports(inputs)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert NO_GRADIENTS in CPU_DECODE.supports(inputs)
+    with torch.inference_mode():
+        assert CPU_DECODE.supports(inputs) is None
 
 
 def test_an_input_with_more_digits_than_the_experts_is_rounded_as_always(calls):
@@ -369,52 +439,3 @@ def test_parameters_of_another_shape_end_in_an_error():
     layer.base_layer = nn.Linear(16, 25)
     with torch.no_grad(), pytest.raises(ValueError, match="base layer's output"):
         layer(draw(3, 16))
-
-
-@pytest.mark.parametrize(
-    ("error", "level", "message"),
-    [
-        (ModuleNotFoundError("No module named 'numba'", name="numba"), logging.INFO, r"pip install 'mola-peft\[cpu\]'"),
-        (ImportError("Numba needs NumPy 9.9 or less"), logging.WARNING, "Numba needs NumPy 9.9 or less"),
-    ],
-)
-def test_without_numba_one_line_says_so(error, level, message, monkeypatch, caplog):
-    def fail(name):
-        raise error
-
-    monkeypatch.setattr(importlib, "import_module", fail)
-    remembering = pieces.import_native, pieces._say_once
-    for function in remembering:
-        function.cache_clear()
-    try:
-        layer, x = make_layer(), draw(3, 16)
-        with caplog.at_level(logging.INFO), torch.no_grad():
-            few = [layer(x), layer(x), layer.to(torch.bfloat16)(x.bfloat16())]
-        torch.testing.assert_close(few[0], make_layer()(x).detach())
-        lines = [record for record in caplog.records if "numba" in record.message]
-        assert [line.levelno for line in lines] == [level]
-        assert re.search(message, lines[0].message)
-    finally:
-        for function in remembering:  # tests after this one have numba again
-            function.cache_clear()
-
-
-def test_code_that_can_not_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
-    from mola.tuner import native
-
-    real = numba.njit
-
-    def without_a_folder(*arguments, **options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(numba, "njit", without_a_folder)
-    native.kernel.cache_clear()
-    try:
-        layer, x = make_layer(), draw(3, 16)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), make_layer()(x).detach())
-        assert "no locator available" in caplog.text
-    finally:
-        native.kernel.cache_clear()
