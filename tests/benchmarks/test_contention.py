@@ -19,6 +19,7 @@ from benchmarks.options import BenchmarkOptions
 from benchmarks.tables import tables
 from rich.console import Console
 
+from tests.grids import slow
 from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,7 @@ with busy_neighbours(2) as pids:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, *slow(signal.SIGTERM, signal.SIGINT)])
 def test_neighbours_do_not_outlive_a_killed_parent(number):
     command = [sys.executable, "-c", PARENT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as parent:
@@ -121,6 +122,7 @@ def test_neighbours_do_not_outlive_a_killed_parent(number):
 # ------------------------------------------------------------------ processes of their own
 
 
+@pytest.mark.slow
 def test_a_fresh_process_has_its_setting_and_is_killed_at_the_limit(case, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the benchmarks have it themselves
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

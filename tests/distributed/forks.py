@@ -12,6 +12,7 @@ Reads one JSON job per line from standard input and answers each with one line, 
     terminate   null, or {"file", "lines"}: once the file has so many lines, SIGTERM to the last process
 """
 
+import gc
 import importlib
 import json
 import os
@@ -109,6 +110,7 @@ def main() -> None:
     import mola.training.train  # the slow part, once
 
     del mola
+    gc.freeze()  # what was imported is no garbage: looking through it would take half of a tiny run's time
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -319,6 +319,7 @@ def no_model(monkeypatch):
     monkeypatch.setattr("mola.training.train.build_model", lambda options: pytest.fail("the model was loaded"))
 
 
+@pytest.mark.slow
 def test_finished_run_is_uploaded_in_one_commit(flags, local_hub, tmp_path):
     """In a process of its own, with the hub's address and the token as a user gives them."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -27,6 +27,7 @@ from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
 from mola.studies.comparison.tables import comma_separated, markdown
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
+from tests.grids import slow
 from tests.reporting.pages import Page
 from tests.waiting import PATIENCE, wait_until
 
@@ -153,6 +154,12 @@ def test_the_record_alone_is_enough_to_go_on(whole, run, tmp_path):
     assert not (tmp_path / "out" / "physics").exists()
     assert numbers(again.results) == numbers(result.results)
     assert read(record)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_more_seeds_join_a_record(whole, run, tmp_path):
+    folder, result = whole
+    record = Path(shutil.copy(folder / "compare.json", tmp_path / "record.json"))
     more = run(record=str(record), seeds=[0, 1, 2])
     assert len(more.results) == len(result.results) + 4
     assert {row.mean.seeds for row in more.rows if row.recipe in RECIPES} == {3}
@@ -221,22 +228,26 @@ def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path)
     assert read(record)["status"] == "finished"
 
 
-def test_interrupted_and_gone_on_gives_the_same(whole, values, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tasks", "seeds", "number"), [(["physics"], [0], 2), *slow(([*TASKS], [0, 1], 3))])
+def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run, monkeypatch):
     _, result = whole
+    expected = [each for each in result.results if each.task in tasks and (each.recipe == BASE or each.seed in seeds)]
+    chosen = {"tasks": {name: TASKS[name] for name in tasks}, "seeds": seeds}
     seen = []
 
-    def stop_at_the_third(self, *args, **kwargs):
+    def stop_at_one(self, *args, **kwargs):
         seen.append(self)
-        if len(seen) == 3:
+        if len(seen) == number:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_third)
-    first = run()
-    assert (first.status, first.open) == ("interrupted", 6)
+    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_one)
+    first = run(**chosen)
+    num_runs = len(tasks) * len(seeds) * len(RECIPES)
+    assert (first.status, first.open) == ("interrupted", num_runs - number + 1)
     monkeypatch.undo()
-    again = run()
+    again = run(**chosen)
     assert (again.status, again.open) == ("finished", 0)
-    assert numbers(again.results) == numbers(result.results)
+    assert numbers(again.results) == numbers(expected)
 
 
 def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
@@ -265,18 +276,18 @@ def test_without_adapters_the_results_stay(run, tmp_path):
 # ---------------------------------------------------------------------- allocations
 
 
-def test_experts_from_mola_allocate(run, tmp_path):
+@pytest.mark.parametrize("seeds", [[1], *slow([0, 1])], ids=str)
+def test_experts_from_mola_allocate(seeds, run, tmp_path):
     recipes = {
         "probe": {"num_experts": "3,", "r": "4"},
         "shape": {"allocate": {"method": "triangle", "budget": 12}, "r": "4"},
         "redundancy": {"allocate": {"method": "redundancy", "budget": 12, "probe": "probe"}, "r": "4"},
     }
-    result = run(tasks={"physics": TASKS["physics"]}, recipes=recipes, keep_adapters=False)
+    result = run(tasks={"physics": TASKS["physics"]}, recipes=recipes, keep_adapters=False, seeds=seeds)
     experts = {(each.recipe, each.seed): each.num_experts for each in result.results}
-    assert experts["shape", 0] == experts["shape", 1]
-    assert sorted(experts["shape", 0], reverse=True) == experts["shape", 0]
-    for name in ("shape", "redundancy"):
-        assert [sum(experts[name, seed]) for seed in (0, 1)] == [12, 12]
+    assert experts["shape", seeds[0]] == experts["shape", 1]
+    assert sorted(experts["shape", 1], reverse=True) == experts["shape", 1]
+    assert {sum(experts[name, seed]) for name in ("shape", "redundancy") for seed in seeds} == {12}
     assert (tmp_path / "out" / "physics" / "redundancy-seed-1.json").is_file()
     assert result.rows[0].recipe == "probe"
     assert all(row.budget_group == 0 for row in result.rows if row.recipe in recipes)
