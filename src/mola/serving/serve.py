@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -112,7 +113,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     if not (is_fastapi_available() and is_uvicorn_available()):
         raise MolaError("`mola serve` needs fastapi and uvicorn. Run: pip install 'mola-peft[serve]'")
     from mola.serving.app import build_app
-    from mola.serving.connections import ConnectionLimits
+    from mola.serving.connections import Connection
     from mola.serving.guard import Checks
     from mola.serving.jobs import JobMaker, Limits
     from mola.serving.queue import AnswerQueue
@@ -144,8 +145,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
             )
         url = url_of(bound)
         greeting = f"Serving {', '.join(names)} on {url}"
-        connections = ConnectionLimits(options.max_connections, options.client_timeout)
-        yield Server(app, queue, connections, options.shutdown_timeout, greeting), bound, url
+        protocol = functools.partial(Connection, options.max_connections, options.client_timeout)
+        yield Server(app, queue, protocol, options.shutdown_timeout, greeting), bound, url
 
 
 def base_name(options: ServeOptions) -> str:
