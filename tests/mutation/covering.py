@@ -48,19 +48,23 @@ class Covering:
     def tests(self, path: Path, line: int, budget: float) -> tuple[list[str], float]:
         """Tests of a line, `budget` seconds in all, and their seconds.
 
-        Of its file, or else its folder, where no test is seen to run it: it runs at import, or in compiled code. Those
-        in the test file of the same name come first, then the fastest.
+        Where no test is seen to run it, it runs at import: those of its file. Or numba has compiled it: those of its
+        folder, since what calls compiled code is beside it. Tests in files of its name come first, then the fastest.
         """
         path = path.absolute()
-        names = next(filter(None, map(self._by_place.get, ((path, line), path, path.parent))), ())
+        wider = path.parent if "numba" in path.read_text(encoding="utf-8") else path
+        names = self._by_place[path, line] or self._by_place[wider]
         chosen, total = [], 0.0
-        own = f"/test_{path.stem}.py::"
-        for name in sorted(names, key=lambda each: (own not in each, self.seconds[each], each)):
+        for name in sorted(names, key=lambda each: (_subject(each) not in path.stem, self.seconds[each], each)):
             if chosen and total + self.seconds[name] > budget:
                 break
             chosen.append(name)
             total += self.seconds[name]
         return chosen, total
+
+
+def _subject(test: str) -> str:
+    return Path(test.partition("::")[0]).stem.removeprefix("test_")
 
 
 def _run(data: Path, times: Path, package: Path) -> None:
