@@ -288,6 +288,20 @@ def test_an_adapter_of_another_method(run_dir):
     assert "No module has several experts." in found.section("redundancy").text
 
 
+def test_values_that_are_not_known(run_dir):
+    def edit(result):
+        result["samples"][0].update(output=None, predicted=None, answer=None)
+        result["settings"]["scoring"] = result["unanswered"] = result["metrics"] = None
+
+    change(run_dir / "after.json", edit)
+    change(run_dir / "before.json", edit)
+    change(run_dir / "inspect.json", lambda found: found.update(leave_one_out_baseline=None))
+    found = page_of(run_dir)
+    assert "with all of them it is –." in found.section("leave-one-out").text
+    assert "no answer" in found.section("samples").all("details")[0].text
+    assert "None" not in found.section("samples").text + found.section("accuracy").text
+
+
 def test_different_data_are_said(run_dir):
     change(run_dir / "before.json", lambda result: result.update(data_fingerprint="0"))
     assert "do not compare them" in page_of(run_dir).section("accuracy").text

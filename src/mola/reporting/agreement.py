@@ -59,7 +59,7 @@ def leave_one_out_section(run: Run) -> dict[str, Any] | None:
     lines = [(row["module"], row["expert"], f"{row['loss_change']:+.4f}") for row in strongest]
     caption = f"The {len(lines)} largest changes of {len(single):,}"
     return {
-        "loss": inspection.get("leave_one_out_baseline", {}).get("loss"),
+        "loss": (inspection.get("leave_one_out_baseline") or {}).get("loss"),
         "map": change_map(whole, "Change of the loss") if whole else None,
         "largest": Table(("module", "expert", "change of the loss"), lines, caption) if lines else None,
     }
