@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from benchmarks.loop import add_loops
 from benchmarks.models import Case
 from mola import MolaConfig
-from mola.tuner.allocation import LinearShape, effective_top_k, plan_allocation, resolve_per_layer
-from mola.tuner.targets import default_target_modules, linear_shapes
+from mola.architecture.allocation import LinearShape, effective_top_k, plan_allocation
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import default_target_modules, linear_shapes
 
 CONTESTANTS = ("floor", "lora_8", "lora_equal", "loop", "mola")
 # Suites that only some of them are in.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mola.tuner.allocation import LinearShape
+from mola.architecture.allocation import LinearShape
 
 
 class LoopLinear(nn.Module):

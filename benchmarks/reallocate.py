@@ -23,6 +23,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from mola.allocation.allocate import AllocateOptions, allocate
+from mola.allocation.resize import Experts, resize
+from mola.architecture.layer_stacks import layer_index
 from mola.checkpoints.tensors import adapted_modules
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
@@ -40,8 +42,6 @@ from mola.models.loading import load_model, load_tokenizer
 from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.training.train import TrainOptions, train
-from mola.tuner.layer_stacks import layer_index
-from mola.tuner.resize import Experts, resize
 
 logger = logging.getLogger("benchmarks")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from mola.cli import COMMANDS
 from mola.files.atomic import atomic_write_text
+from mola.options.fields import options_by_group
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """\
@@ -31,9 +32,9 @@ recipe given with `--config`, and a field of the command's options class in Pyth
 """
 _INHERITED = (
     "Also every other field of {base} under its own name, such as {examples}: "
-    "see the documentation of Transformers or `mola {command} --help`."
+    "see the documentation of Transformers or `mola {command} --help all`."
 )
-_EXAMPLES = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "activation_checkpointing")
+_EXAMPLES = ("optim", "max_grad_norm", "label_smoothing_factor", "dataloader_num_workers", "fsdp")
 
 
 def render() -> str:
@@ -48,10 +49,17 @@ def _section(name: str) -> str:
     intro = f"{summary}. In Python: `{command.module}.{command.options}`."
     if command.positional:
         intro += f" The first word after the command may be the {command.positional}, without a flag."
-    lines = [f"## mola {name}", "", intro, "", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
-    own, inherited, base = _own_fields(options)
+    lines = [f"## mola {name}", "", intro]
+    declared, base = _own(options)
     kinds = typing.get_type_hints(options)
-    lines += [_row(field, kinds[field.name]) for field in own]
+    inherited = []
+    for heading, fields in options_by_group(options).items():
+        own = [field for field in fields if field.name in declared]
+        inherited += [field.name for field in fields if field.name not in declared]
+        if own:
+            lines += ["", f"**{heading[0].upper()}{heading[1:]}**"] if heading else []
+            lines += ["", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+            lines += [_row(field, kinds[field.name]) for field in own]
     if base in _documented():
         other = _documented()[base]
         lines += ["", f"Also every option of [mola {other}](#mola-{other})."]
@@ -67,8 +75,8 @@ def _documented() -> dict[Any, str]:
     return {getattr(importlib.import_module(c.module), c.options): name for name, c in COMMANDS.items()}
 
 
-def _own_fields(options: Any) -> tuple[list[dataclasses.Field], set[str], Any]:
-    """Fields to list, the names of the others, and the class that these are from.
+def _own(options: Any) -> tuple[set[str], Any]:
+    """Names of the options to list, and the class that the others are from.
 
     Listed are those the class declares itself, overridden defaults included, and those of a parent of this
     package that is no command's own options class.
@@ -76,16 +84,7 @@ def _own_fields(options: Any) -> tuple[list[dataclasses.Field], set[str], Any]:
     classes = [options]
     while _is_ours(classes[-1].__mro__[1]):
         classes.append(classes[-1].__mro__[1])
-    declared = list(dict.fromkeys(name for parent in classes for name in inspect.get_annotations(parent)))
-    fields = [field for field in dataclasses.fields(options) if field.init]
-    own = {field.name: field for field in fields if field.name in declared}
-    others = {field.name for field in fields} - set(own)
-    listed = [own[name] for name in declared if name in own]
-    return sorted(listed, key=_has_default), others, classes[-1].__mro__[1]
-
-
-def _has_default(field: dataclasses.Field) -> bool:
-    return not (field.default is field.default_factory is dataclasses.MISSING)
+    return {name for parent in classes for name in inspect.get_annotations(parent)}, classes[-1].__mro__[1]
 
 
 def _is_ours(parent: Any) -> bool:
@@ -110,11 +109,12 @@ def _kind(kind: Any) -> str:
     if any(typing.get_origin(part) is dict for part in kinds):
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    return " or ".join(names.get(part, getattr(part, "__name__", str(part))) for part in kinds)
+    words = (names.get(part, "list" if typing.get_origin(part) is list else "text") for part in kinds)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    if field.default is field.default_factory is dataclasses.MISSING:
         return "required"
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is None:

@@ -197,6 +197,7 @@ def test_messages_of_libraries_become_one_line(no_weights_dir, files, tmp_path, 
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_program_is_2_for_wrong_input(files, no_weights_dir, tmp_path):
     arguments = command(
         base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", num_experts="2,4,6"

@@ -9,6 +9,8 @@ import sys
 import datasets
 import pytest
 
+from tests.waiting import PATIENCE
+
 SCRIPT = """
 import sys, torch
 from mola.cli import main
@@ -59,7 +61,7 @@ def twice(tiny_model_dir, tmp_path_factory):
         )
         for number, folder in enumerate(folders, 1)
     ]
-    printed = [process.communicate(timeout=300) for process in running]
+    printed = [process.communicate(timeout=PATIENCE) for process in running]
     assert [process.returncode for process in running] == [0, 0], printed[0][1] + printed[1][1]
     return folders, [out for out, _ in printed]
 

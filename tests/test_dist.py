@@ -67,7 +67,7 @@ def test_wheel_is_the_package_byte_by_byte(wheel):
     }
     assert packed.keys() == source.keys()
     assert packed == source
-    assert {"mola/py.typed", "mola/reporting/page.css", "mola/data/tasks/scienceqa.yaml"} <= packed.keys()
+    assert {"mola/py.typed", "mola/reporting/templates/page.css", "mola/data/tasks/scienceqa.yaml"} <= packed.keys()
 
 
 def test_sdist_is_what_the_wheel_is_built_from(dist):

@@ -26,6 +26,7 @@ from mola.data.prepare import PrepareOptions, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING_OFTEN = ("continual.md", "from-the-research-code.md", "report.md", "training.md")
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>run|file)(?:: (?P<value>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -74,9 +75,9 @@ def page_id(page):
     return str(page.relative_to(ROOT))
 
 
-def pages_with(mark=None, kind=None):
+def pages_with(mark=None, kind=None, slow=()):
     return [
-        pytest.param(page, id=page_id(page))
+        pytest.param(page, id=page_id(page), marks=[pytest.mark.slow] if page.name in slow else [])
         for page in PAGES
         if any((block.mark == mark) and (kind is None or block.kind == kind) for block in blocks(page))
     ]
@@ -99,7 +100,7 @@ def write_files(page, folder):
 
 # Libraries warn about what they will do one day; here only our own words count.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", pages_with("run"))
+@pytest.mark.parametrize("page", pages_with("run", slow=TRAINING_OFTEN))
 def test_code_runs(page, work, monkeypatch):
     write_files(page, work)
     names = {"__name__": "__main__"}

@@ -16,6 +16,7 @@ from peft import get_peft_model
 
 import mola
 from mola import cli
+from tests.waiting import PATIENCE
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "mola_inference.ipynb"
 # Libraries warn about what they will do one day; here only our own words count.
@@ -72,7 +73,9 @@ def printed(cell) -> str:
 
 def test_notebook_in_a_kernel_prints_what_generate_text_returns(work):
     content = notebook()
-    NotebookClient(content, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    NotebookClient(
+        content, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(work)}}
+    ).execute()
     prompt, text = (printed(cell)[:-1] for cell in code_cells(content)[2:4])
     assert "Question: Which of these animals breathes with lungs?" in prompt
     assert "(A) a trout (B) a dolphin (C) a shark" in prompt

@@ -16,11 +16,11 @@ MOLA = Path(sys.executable).with_name("mola")
 ROOT = Path(__file__).parents[1]
 
 
-def run(*words, flags=(), **variables):
+def run(*words, flags=(), code=0, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *flags, *map(str, words)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == code, process.stderr
     return process
 
 
@@ -31,6 +31,13 @@ def test_preparing_needs_no_torch(tmp_path):
     assert {"mola.data.draw.sizes", "datasets"} <= names
     assert not {"torch", "peft", "mola.tuner", "mola.training.train"} & names
     assert (tmp_path / "out" / "dataset.hf").is_dir()
+
+
+def test_exit_code_is_2_for_wrong_input(tmp_path):
+    process = run(MOLA, "prepare", "nosuch", "--output_dir", tmp_path / "out", code=2)
+    assert process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("mola prepare: error: `task`")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,7 @@ def test_own_programs_are_known(program, own):
     assert is_own_program(str(program)) is own
 
 
+@pytest.mark.slow
 def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
     """Who goes on from the research code will call a file like this."""
     program = tmp_path / "mola_training.py"

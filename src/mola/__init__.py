@@ -33,6 +33,7 @@ __all__ = [
     "continual",
     "evaluate",
     "generate_text",
+    "kernels_report",
     "load_model",
     "load_tokenizer",
     "plan",

@@ -6,6 +6,7 @@ from mola.evaluation.evaluate import EvaluateResult as EvaluateResult
 from mola.evaluation.evaluate import evaluate as evaluate
 from mola.generation.decoding import generate_text as generate_text
 from mola.generation.generate import GenerateOptions as GenerateOptions
+from mola.insight.kernels import kernels_report as kernels_report
 from mola.models.loading import load_model as load_model
 from mola.models.loading import load_tokenizer as load_tokenizer
 from mola.models.plan import PlanOptions as PlanOptions

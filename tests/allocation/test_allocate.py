@@ -18,10 +18,10 @@ from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.measured import effective_experts
 from mola.allocation.rounding import experts_from_scores
+from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.cli import main
 from mola.errors import MolaError
 from mola.insight.spectra import eigenvalues, power_law_exponent
-from mola.tuner.allocation import SHAPES, resolve_per_layer
 from tests.damage import change_tensors
 
 METHODS = ("2468", "uniform", "alphalora", "redundancy", "usage")

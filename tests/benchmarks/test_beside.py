@@ -17,6 +17,7 @@ def run(output, *words):
     return main(["--output", str(output), *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_suite_telemetry(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     small = ("--batch_size", 2, "--seq_len", 12, "--num_experts", "1248", "--repeats", 2, "--dropout", 0)

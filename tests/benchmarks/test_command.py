@@ -17,6 +17,7 @@ from benchmarks.models import Case, growth_base, load_base, training_batch
 from torch import nn
 
 from benchmarks import models
+from tests.grids import slow
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_dropout_acts_in_every_contestant_but_the_floor(name, case, base, batch)
     assert (forward().item() == forward().item()) is (name == "floor")
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("name", ["mola", *slow(*(name for name in CONTESTANTS if name != "mola"))])
 def test_a_bfloat16_base_keeps_float32_adapters(name, case):
     half = replace(case, dtype="bfloat16")
     base = load_base(half)
@@ -219,6 +220,7 @@ def run(folder, output, *arguments):
     return main(["--model", str(folder), "--output", str(output), *shape, *arguments])
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "new" / "results.json"
     small = ("--decode_modes", "eager", "--decode_batch_sizes", "2", "--growth_experts", "1", "4")

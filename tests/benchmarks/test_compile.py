@@ -93,7 +93,8 @@ def test_batches_of_a_length_are_padded_to_it(case):
     assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
 
 
-@pytest.mark.parametrize("name", ["floor", pytest.param("mola", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["floor", "mola"])
 def test_graphs_are_counted_for_one_length_and_for_several(name, small_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     code = run(

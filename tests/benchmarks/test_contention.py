@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,10 @@ from benchmarks.options import BenchmarkOptions
 from benchmarks.tables import tables
 from rich.console import Console
 
+from tests.grids import slow
+from tests.waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30  # seconds for what takes a moment, but on a busy machine a longer one
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,6 @@ def running(pid):
 def cpu_ticks(pid):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
-
-
-def wait_until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
@@ -113,7 +107,7 @@ with busy_neighbours(2) as pids:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, *slow(signal.SIGTERM, signal.SIGINT)])
 def test_neighbours_do_not_outlive_a_killed_parent(number):
     command = [sys.executable, "-c", PARENT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as parent:
@@ -128,6 +122,7 @@ def test_neighbours_do_not_outlive_a_killed_parent(number):
 # ------------------------------------------------------------------ processes of their own
 
 
+@pytest.mark.slow
 def test_a_fresh_process_has_its_setting_and_is_killed_at_the_limit(case, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the benchmarks have it themselves
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -136,7 +131,9 @@ def test_a_fresh_process_has_its_setting_and_is_killed_at_the_limit(case, monkey
         seconds = process.run(PATIENCE)
         assert seconds["wall_seconds"] > 0
         assert seconds["cpu_seconds"] > 0
-        assert 0 <= seconds["cores_of_others"] <= os.cpu_count()
+        # The system counts in ticks, of which each core may be one ahead.
+        most = os.cpu_count() * (1 + 2 / os.sysconf("SC_CLK_TCK") / seconds["wall_seconds"])
+        assert 0 <= seconds["cores_of_others"] <= most
         assert process.alive
         assert process.run(0.0001) is None
         assert not process.alive

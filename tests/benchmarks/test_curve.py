@@ -70,6 +70,7 @@ def test_blocks_come_again_when_all_were_used(case):
 # ------------------------------------------------------------------ curves
 
 
+@pytest.mark.slow
 def test_mola_and_the_loop_have_the_same_curve(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     small = ("--curve_steps", "5", "--curve_seq_len", "48", "--curve_seeds", "2", "--contestants", "loop", "mola")

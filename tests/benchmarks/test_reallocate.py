@@ -6,6 +6,7 @@ import pytest
 from benchmarks.reallocate import WAYS, main
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "result.json"
     steps = ["--first_steps", "5", "--more_steps", "5", "--held_out", "4", "--num_experts", "3", "--shape", "15"]

@@ -240,7 +240,7 @@ def test_two_files_of_weights_are_refused(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(MolaError, match="holds neither adapter_model.bin nor adapter_model.safetensors"):
+    with pytest.raises(MolaError, match="holds neither adapter_model.safetensors nor adapter_model.bin"):
         read_tensors(tmp_path)
 
 

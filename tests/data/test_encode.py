@@ -153,7 +153,7 @@ def test_token_across_the_border_is_trained(trim_offsets):
     ids = tokenizer("Response:\n")["input_ids"]
     straddling = tokenizer.decode(ids[-1:])
     assert len(straddling) > 1  # the training sentences have a merge that ends in the line break
-    bare = Template("bare", "", "{instruction}{input}", "{instruction}", "")
+    bare = Template("bare", "{instruction}{input}", "{instruction}", has_headings=False)
     row = encode([example("Response:", "\n")], tokenizer, bare)[0][0]
     assert tokenizer.decode(trained(row)) == straddling + EOS
     assert masked(row) == ids[:-1]

@@ -87,27 +87,6 @@ def test_fields_are_inserted_untouched(name, instruction, context):
     assert parts.endswith(context + template.prompt_input.split("{input}")[1])
 
 
-@given(answer=st.text(alphabet=st.characters(blacklist_characters="#")))
-def test_response_is_what_follows_the_prompt(answer):
-    for name in EXPECTED:
-        if name != "meta":
-            template = get_template(name)
-            assert template.response(template.prompt("Add {x}.", "2") + answer) == answer.strip()
-
-
-def test_response_ends_at_a_second_heading():
-    assert get_template("alpaca").response("x ### Response:\n one ### Response: two") == "one"
-
-
-def test_response_of_a_template_without_heading_is_the_whole_text():
-    assert get_template("meta").response(" all of it\n") == "all of it"
-
-
-def test_response_without_heading_is_an_error():
-    with pytest.raises(MolaError, match=r"'### Réponse:'.*`vigogne`"):
-        get_template("vigogne").response("### Response:\nno")
-
-
 def test_none_instruction_is_the_empty_prompt_of_meta_only():
     assert get_template("meta").prompt(None) == ""
     with pytest.raises(MolaError, match="`instruction` must be text for the template `alpaca`"):

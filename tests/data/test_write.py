@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.data.output import complete_folder
 from mola.data.spool import Spool
 from mola.data.write import write_splits
 from mola.errors import MolaError
+from mola.files.folders import complete_folder
 
 PROMPT = {"input": "", "instruction": "i", "output": "o"}
 

@@ -8,9 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from transformers import TrainingArguments
-
-from mola.training.processes import main_process_first, wait_for_all
 
 from .conftest import assert_same_run, record, weights_of
 
@@ -133,14 +132,14 @@ def test_wrong_input_ends_all_processes_and_earlier_runs_stay(processes, flags, 
 
 def note_order(index: int, folder: str, error: str | None) -> None:
     options = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
-    with pytest.raises(RuntimeError, match=error) if error else nullcontext(), main_process_first(options):
+    with pytest.raises(RuntimeError, match=error) if error else nullcontext(), options.main_process_first(local=False):
         assert (Path(folder) / "0").exists() is (index == 1)
         if index == 0:
             time.sleep(0.3)
         (Path(folder) / str(index)).touch()
         if error:
             raise RuntimeError(error)
-    wait_for_all(options)
+    PartialState().wait_for_everyone()
     assert (Path(folder) / "1").exists()
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ecosystem.families import FAMILIES, adapt, batch, build
+from tests.waiting import PATIENCE
 
 TOLERANCE = 1e-4  # float32, sums in another order
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +75,7 @@ def difference(family: str, index: int, wrap) -> float:
 
 def step_of_each(index: int, wrap: str, families: list[str], target: str) -> None:
     """In each process: the difference for every family, or what went wrong."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     results = {}
     for family in families:
         try:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from mola import MolaError
 from mola._process import is_own_module
 from mola.training.sharding import check_sharding
+from tests.waiting import PATIENCE, wait_until
 
 from .conftest import ROOT, assert_same_run, free_port, record
 from .forks import number_of_lines
@@ -35,7 +35,7 @@ def start(launcher, arguments):
 
 
 def finish(process):
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     return process.returncode, output
 
 
@@ -51,11 +51,7 @@ def test_stopped_through_the_launcher_and_resumed(processes, flags, tmp_path, la
     arguments.append(f"--config={recipe}")
     process = start(launcher, arguments)
     try:
-        deadline = time.monotonic() + 200
-        while number_of_lines(str(folder / "metrics.jsonl")) < 5:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: number_of_lines(str(folder / "metrics.jsonl")) >= 5, process)
         process.send_signal(signal.SIGTERM)
         code, output = finish(process)
     finally:

@@ -46,21 +46,6 @@ def test_wilson_interval_narrows_with_samples_and_widens_with_confidence():
     assert width(50, 100, 0.99) > width(50, 100, 0.9)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 0), "got 0"),
-        ((5, 4), "5 of 4"),
-        ((-1, 4), "-1 of 4"),
-        ((1, 4, 1.0), "got 1.0"),
-        ((1, 4, 95), "95"),
-    ],
-)
-def test_wilson_interval_refuses_impossible_values(arguments, message):
-    with pytest.raises(MolaError, match=message):
-        wilson_interval(*arguments)
-
-
 def test_accuracy_summary_fields():
     summary = accuracy_summary(3, 4)
     assert {key: summary[key] for key in ("accuracy", "correct", "total")} == {
@@ -93,11 +78,6 @@ def test_accuracy_by_group_totals_add_up(pairs):
     values = accuracy_by_group([{"g": value} for value, _ in pairs], marks, ["g"])["g"].values()
     assert sum(row["total"] for row in values) == len(pairs)
     assert sum(row["correct"] for row in values) == sum(marks)
-
-
-def test_accuracy_by_group_refuses_other_lengths():
-    with pytest.raises(MolaError, match="got 1 entries for 2 rows"):
-        accuracy_by_group([{}, {}], [True], [])
 
 
 LABELS = ("No", "Yes")
@@ -180,25 +160,8 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(pairs):
     assert f1_score(counts) == pytest.approx(statistics.harmonic_mean([precision, recall]), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("answers", "predicted", "labels", "message"),
-    [
-        (["Yes"], ["Yes", "No"], LABELS, "got 2 entries for 1 answers"),
-        (["Yes", "yes"], ["Yes", "Yes"], LABELS, "`answers` must be 'No' or 'Yes'.*number 1 is 'yes'"),
-        (["Yes", None], ["Yes", "Yes"], LABELS, "`answers`.*number 1 is None"),
-        (["Yes"], ["Maybe"], LABELS, "`predicted`.*'Maybe'"),
-        (["Yes"], ["Yes"], ("Yes", "Yes"), "two different"),
-    ],
-)
-def test_binary_counts_refuse_wrong_labels(answers, predicted, labels, message):
-    with pytest.raises(MolaError, match=message):
-        binary_counts(answers, predicted, labels)
-
-
-def test_unknown_metric_is_refused():
-    with pytest.raises(MolaError, match="out of f1, matthews: got 'bleu'"):
-        binary_metrics(["bleu"], ["Yes"], ["Yes"], LABELS)
-
-
-def test_check_labels_lets_both_labels_through():
-    assert check_labels(["No", "Yes", "No"], LABELS) is None
+def test_answers_that_are_no_label_are_named():
+    check_labels(["No", "Yes", "No"], LABELS)
+    for answers, found in ((["Yes", "yes"], "'yes'"), (["Yes", None], "None")):
+        with pytest.raises(MolaError, match=f"`answers` must be 'No' or 'Yes'.*number 1 is {found}"):
+            check_labels(answers, LABELS)

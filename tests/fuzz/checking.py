@@ -11,7 +11,7 @@ from mola import MolaError
 
 MOST_SECONDS = 2.0  # of this process's own time, so that a busy machine is no failure
 MOST_MEMORY = 1 << 30  # growth in bytes for one input
-_HANGS_AFTER = 30
+_HANGS_AFTER = 300
 
 fuzz = hypothesis.settings.get_profile("fuzz")
 

@@ -4,7 +4,7 @@ import os
 
 import hypothesis
 
-EXAMPLES = int(os.environ.get("MOLA_FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("MOLA_FUZZ_EXAMPLES", "25"))
 # Shrinking a long document costs more than it tells; the failing input is printed as it is found.
 hypothesis.settings.register_profile(
     "fuzz",

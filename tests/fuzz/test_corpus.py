@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from mola import MolaError
 from mola.allocation.probe import routing_records
+from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.tensors import read_tensors
@@ -30,7 +31,6 @@ from mola.studies.comparison.record import read_results
 from mola.studies.continual_learning.record import RECORD_FILE, read_record
 from mola.studies.train_and_test import evaluate_once
 from mola.training.checkpoints import find_checkpoint
-from mola.tuner.notation import resolve_per_layer
 from tests.fuzz.checking import survives
 from tests.fuzz.corpus import NASTY, TEXTS, Harmful, put, safetensors_files
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mola.architecture.notation import check_notation, resolve_per_layer
 from mola.cli import COMMANDS, main
 from mola.options.parsing import parse
 from mola.tuner import MolaConfig
-from mola.tuner.allocation import check_notation, resolve_per_layer
 from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import JSON_TEXTS, SCALARS, TEXTS, changed, files, values, written
 

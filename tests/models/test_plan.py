@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from transformers import GPT2Config, HfArgumentParser, LlamaConfig, T5Config
 
+from mola.architecture.allocation import LinearShape, plan_allocation
 from mola.errors import MolaError
 from mola.models.plan import PlanOptions, main, plan, render
-from mola.tuner.allocation import LinearShape, plan_allocation
 
 LLAMA_7B = {
     "vocab_size": 32000,

@@ -21,48 +21,56 @@ class Covering:
         folder: where the run's results are, or will be.
         package: the folder of code whose lines are followed.
         longest: tests that take more seconds take no part.
+        anew: run them even if there are results.
     """
 
-    def __init__(self, folder: Path, package: str, longest: float) -> None:
+    def __init__(self, folder: Path, package: Path, longest: float, *, anew: bool) -> None:
         data, times = folder / "coverage", folder / "junit.xml"
-        if not times.exists():
+        if anew or not times.exists():
             _run(data, times, package)
         self.seconds = {
             f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}": float(case.get("time", "0"))
             for case in ET.parse(times).iter("testcase")
             if case.find("skipped") is None
         }
-        self._chosen = {name for name, seconds in self.seconds.items() if seconds <= longest}
+        chosen = {name for name, seconds in self.seconds.items() if seconds <= longest}
         coverage = CoverageData(str(data))
         coverage.read()
-        self._by_line: dict[str, dict[int, set[str]]] = {}
-        for path in coverage.measured_files():
-            lines: dict[int, set[str]] = defaultdict(set)
-            for line, contexts in coverage.contexts_by_lineno(path).items():
-                lines[line] = {context.rsplit("|", 1)[0] for context in contexts} & self._chosen
-            self._by_line[str(Path(path).relative_to(Path.cwd()))] = lines
+        # By line, file and folder.
+        self._by_place: dict[tuple[Path, int] | Path, set[str]] = defaultdict(set)
+        for name in coverage.measured_files():
+            for line, contexts in coverage.contexts_by_lineno(name).items():
+                names = {context.rsplit("|", 1)[0] for context in contexts} & chosen
+                path = Path(name)
+                for place in ((path, line), path, path.parent):
+                    self._by_place[place] |= names
 
-    def tests(self, path: str, line: int, budget: float) -> list[str]:
-        """Tests of a line, `budget` seconds in all; of its whole file if the line runs at import only.
+    def tests(self, path: Path, line: int, budget: float) -> tuple[list[str], float]:
+        """Tests of a line, `budget` seconds in all, and their seconds.
 
-        Those in the test file of the same name come first, then the fastest.
+        Where no test is seen to run it, it runs at import: those of its file. Or numba has compiled it: those of its
+        folder, since what calls compiled code is beside it. Tests in files of its name come first, then the fastest.
         """
-        lines = self._by_line.get(path, {})
-        names = lines.get(line) or set().union(*lines.values()) if lines else set()
+        path = path.absolute()
+        wider = path.parent if "numba" in path.read_text(encoding="utf-8") else path
+        names = self._by_place[path, line] or self._by_place[wider]
         chosen, total = [], 0.0
-        own = f"/test_{Path(path).stem}.py::"
-        for name in sorted(names, key=lambda each: (own not in each, self.seconds[each], each)):
-            total += self.seconds[name]
-            if chosen and total > budget:
+        for name in sorted(names, key=lambda each: (_subject(each) not in path.stem, self.seconds[each], each)):
+            if chosen and total + self.seconds[name] > budget:
                 break
             chosen.append(name)
-        return chosen
+            total += self.seconds[name]
+        return chosen, total
 
 
-def _run(data: Path, times: Path, package: str) -> None:
+def _subject(test: str) -> str:
+    return Path(test.partition("::")[0]).stem.removeprefix("test_")
+
+
+def _run(data: Path, times: Path, package: Path) -> None:
     part = times.with_suffix(".part")
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={part}", "-o", "junit_family=xunit1"]
-    coverage = [f"--cov={package}", "--cov-branch", "--cov-context=test", "--cov-report=term-missing"]
+    coverage = [f"--cov={package}", "--cov-branch", "--cov-context=test", "--cov-report="]
     command = [sys.executable, "-m", "pytest", *TESTS, *options, *coverage]
     subprocess.run(command, check=True, env=os.environ | {"COVERAGE_FILE": str(data)})
     part.rename(times)

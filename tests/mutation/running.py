@@ -1,110 +1,59 @@
-"""Runs tests on a mutant: in a fork of a process that has imported everything but mola."""
+"""Runs tests on a fault, in a fork of a process that has imported everything but mola."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import json
+import multiprocessing
 import os
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Sequence
+from difflib import unified_diff
 from pathlib import Path
-from types import CodeType
 
-import pytest
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
 
-from tests.mutation.mutants import Mutant
-
-_OWN = ("mola", "tests", "conftest")
+_IMPORTED = ("pytest", "hypothesis", "numba", "torch", "peft", "transformers", "transformers.trainer", "datasets")
 # Plugins of pytest are imported already, which it warns of; the tests make errors of warnings.
-_OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-_FAILED, _INTERRUPTED, _USAGE = 1, 2, 4  # pytest's exit codes: of a test; of a test file, a conftest with an error
+_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+_NOTICED = (1, 2, 4)  # pytest's exit codes: of a test; of a test file, a conftest with an error
 
 
-class _Mutated(importlib.abc.MetaPathFinder):
-    """Imports one module from another source."""
+def run_on(mutation: MutationSpec, tests: Sequence[str], timeout: float, log: Path) -> WorkResult:
+    """The result of tests on a mutation: killed, also by time or a signal, or survived; the latter without tests.
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = mutant.path.removeprefix("src/").removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        self.path, self.source = str(Path(mutant.path).absolute()), mutant.source()
-
-    def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
-        """The spec of the module; None for others."""
-        if fullname != self.name:
-            return None
-        source = self.source
-
-        class Loader(importlib.machinery.SourceFileLoader):
-            def get_code(self, fullname: str) -> CodeType:
-                return compile(source, self.path, "exec")
-
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=Loader(fullname, self.path))
-
-
-def import_what_tests_import(tests: Sequence[str], log: Path) -> None:
-    """Import into this process what the tests import, apart from mola; they must pass.
-
-    Raises:
-        RuntimeError: they fail without any fault in the code.
+    Args:
+        mutation: what is changed, while they run.
+        tests: names, which pass on the code as it is.
+        timeout: seconds.
+        log: file for pytest's output.
     """
-    names = log.with_suffix(".modules")
-    code = _fork(None, tests, log, timeout=1200, names=names)
-    if code != 0:
-        raise RuntimeError(f"the tests must pass without a fault: pytest ended with {code}, see {log}")
-    for name in json.loads(names.read_text()):
-        if name.split(".")[0] not in _OWN:
-            try:
-                importlib.import_module(name)
-            except Exception:  # a part that can not be imported alone: the tests import it later
-                continue
-
-
-def outcome(mutant: Mutant, tests: Sequence[str], log: Path, timeout: float) -> str:
-    """`killed`, `killed by time`, `survived`, or `uncovered` (no test runs the line)."""
     if not tests:
-        return "uncovered"
-    code = _fork(mutant, tests, log, timeout)
-    if code is None:
-        return "killed by time"
-    if code == 0:
-        return "survived"
-    # A process that dies of a signal was noticed as well.
-    return "killed" if code in (_FAILED, _INTERRUPTED, _USAGE) or code < 0 else f"pytest ended with {code}"
+        return WorkResult(WorkerOutcome.NO_TEST, test_outcome=TestOutcome.SURVIVED)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # two faults of one size within a second would be taken for one
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    with use_mutation(mutation.module_path, get_operator(mutation.operator_name)(), mutation.occurrence) as texts:
+        process = context.Process(target=_run, args=(tests, log))
+        process.start()
+        process.join(timeout)
+        code = process.exitcode
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    diff = "\n".join(unified_diff(*(text.splitlines() for text in texts), lineterm=""))
+    outcome = TestOutcome.SURVIVED if code == 0 else TestOutcome.INCOMPETENT
+    if code is None or code < 0 or code in _NOTICED:
+        outcome = TestOutcome.KILLED
+    return WorkResult(WorkerOutcome.NORMAL, log.read_text(errors="replace") or f"exit code {code}", outcome, diff)
 
 
-def _fork(
-    mutant: Mutant | None, tests: Sequence[str], log: Path, timeout: float, names: Path | None = None
-) -> int | None:
-    """Exit code of pytest in a child process; minus the signal that ended it; None if it took too long."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setsid()
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            if mutant is not None:
-                sys.meta_path.insert(0, _Mutated(mutant))
-            code = int(pytest.main([*_OPTIONS, *tests]))
-            if names is not None:
-                names.write_text(json.dumps(sorted(sys.modules)))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+def _run(tests: Sequence[str], log: Path) -> None:
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import pytest
+
+    sys.exit(int(pytest.main([*_OPTIONS, *tests])))

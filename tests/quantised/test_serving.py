@@ -7,6 +7,7 @@ from mola.errors import MolaError
 from mola.models.quantization import Quantization
 from mola.serving.demonstration.demo import DemoOptions, running_demo
 from mola.serving.serve import ServeOptions, running_server
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -23,7 +24,7 @@ def test_the_server_answers_as_the_packed_base_does(blocks_dir, bitsandbytes):
     options = ServeOptions(str(blocks_dir), base_name="base", port=0, dtype="float32", device="cpu", load_in_4bit=True)
     with running_server(options) as url:
         request = {"model": "base", "prompt": "The cat", "max_tokens": 8}
-        response = httpx.post(f"{url}/v1/completions", json=request, timeout=60)
+        response = httpx.post(f"{url}/v1/completions", json=request, timeout=PATIENCE)
     assert response.json()["choices"][0]["text"] == expected
 
 

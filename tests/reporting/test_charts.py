@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.reporting.charts import Axis, Column, column_chart, interval_strip, shade, thinned, value_axis
+from mola.reporting.charts import Axis, Column, shade, thinned, value_axis
+from mola.reporting.document import environment
 from mola.reporting.formatting import duration, kinds_of, number, percent
 from mola.reporting.routing_log import layer_parts
+from tests.reporting.pages import Page
 
 sizes = st.floats(1e-6, 1e9)
 
@@ -32,20 +34,25 @@ def test_ticks():
     assert Axis(3, 3).at(3) == 0.5
 
 
+def drawn(chart, *arguments):
+    """A chart of the template as a tree."""
+    return Page(str(getattr(environment().get_template("charts.html").module, chart)(*arguments))).root
+
+
 def test_bars_are_as_high_as_their_values():
     columns = [Column("0", [3.0, 1.0], "zero"), Column("1", [8.0, 0.0], "one")]
-    chart = column_chart(columns, "Two columns")
-    heights = [float(bar.get("height").rstrip("%")) for bar in chart.iter("rect")]
+    bars = drawn("column_chart", columns, "Two columns").all("rect")
+    heights = [float(bar.attributes["height"].rstrip("%")) for bar in bars]
     assert heights[0] == pytest.approx(3 * heights[1], abs=0.05)
     assert heights[2] == pytest.approx(8 / 3 * heights[0], abs=0.05)
-    assert [bar.find("title").text for bar in chart.iter("rect")] == ["zero", "zero", "one", "one"]
+    assert [bar.one("title").text for bar in bars] == ["zero", "zero", "one", "one"]
 
 
 def test_interval():
-    strip = interval_strip([("a", 0.5, (0.25, 0.75))], "half")
-    line = next(line for line in strip.iter("line") if line.get("class") == "span a")
-    assert (line.get("x1"), line.get("x2")) == ("25.00%", "75.00%")
-    assert strip.find("circle").get("cx") == "50.00%"
+    strip = drawn("interval_strip", [("a", 0.5, (0.25, 0.75))], "half")
+    line = strip.one("line", class_="span a")
+    assert (line.attributes["x1"], line.attributes["x2"]) == ("25.00%", "75.00%")
+    assert strip.one("circle").attributes["cx"] == "50.00%"
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=2000), st.integers(1, 300))

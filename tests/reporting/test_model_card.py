@@ -24,6 +24,7 @@ from mola.files.ownership import is_own_file
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import render_card, write_model_card
 from mola.training import hub
+from tests.waiting import PATIENCE
 
 TOKEN = "hf_of_the_test"
 
@@ -318,13 +319,18 @@ def no_model(monkeypatch):
     monkeypatch.setattr("mola.training.train.build_model", lambda options: pytest.fail("the model was loaded"))
 
 
+@pytest.mark.slow
 def test_finished_run_is_uploaded_in_one_commit(flags, local_hub, tmp_path):
     """In a process of its own, with the hub's address and the token as a user gives them."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": local_hub.address, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     arguments = flags(tmp_path / "run", push_to_hub="true", hub_token=TOKEN, hub_model_id="me/adapter")
     done = subprocess.run(
-        [sys.executable, "-m", "mola.cli", *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-m", "mola.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     created = [json.loads(body) for path, _, body in local_hub.calls if path == "/api/repos/create"]

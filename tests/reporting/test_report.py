@@ -9,6 +9,7 @@ import pytest
 from mola.cli import COMMANDS, main
 from mola.errors import MolaError
 from mola.options.parsing import parse
+from mola.reporting.inspection_page import render_inspection
 from mola.reporting.report import ReportOptions, report
 from mola.training.run_folder import clear_run
 from tests.damage import change_tensors, flip_bit
@@ -209,25 +210,75 @@ def test_nothing_but_the_record(run_dir):
         check_command(command)
 
 
-def test_text_is_text(run_dir):
+def spoiled(document):
+    """A JSON document with hostile text at the end of every text in it, and under some of its names."""
+    if isinstance(document, dict):
+        return {name: spoiled(value) for name, value in document.items()}
+    if isinstance(document, list):
+        return [spoiled(value) for value in document]
+    return document + HOSTILE if isinstance(document, str) else document
+
+
+def looks(page):
+    """Elements and their attributes, without what is in them."""
+    return {(node.tag, *sorted(node.attributes)) for node in page.root}
+
+
+def test_text_is_text(run_dir, page):
     folder = run_dir.rename(run_dir.with_name("<b>run&amp;"))
 
-    def edit(result):
+    def edit_result(result):
+        result.update(spoiled(result))
         sample = result["samples"][0]
         sample["prompt"], sample["output"], sample["predicted"] = f"Question: {HOSTILE}", HOSTILE, HOSTILE + "\ud800"
         result["groups"] = {HOSTILE: {HOSTILE: result["groups"]["category"].popitem()[1]}}
+        result["metrics"] = {HOSTILE: 0.5}
 
-    change(folder / "after.json", edit)
-    change(folder / "inspect.json", lambda found: found["usage"].update({f"a={HOSTILE}": found["usage"]["all"]}))
-    change(folder / "run.json", lambda record: record["settings"].update(data=HOSTILE, run_name=HOSTILE))
+    def edit_inspection(found):
+        found.update(spoiled(found))
+        found["usage"][f"a={HOSTILE}"] = found["usage"]["all"]
+        found["leave_one_out"].append({**found["leave_one_out"][0], "module": HOSTILE})
+
+    def edit_record(record):
+        record.update(spoiled(record), error=HOSTILE)
+        for name in ("settings", "adapter_settings", "allocation", "versions", "machine", "data_fingerprints"):
+            record[name][HOSTILE] = HOSTILE
+        record["data"][HOSTILE] = record["data"]["train"]
+
+    change(folder / "before.json", edit_result)
+    change(folder / "after.json", edit_result)
+    change(folder / "inspect.json", edit_inspection)
+    change(folder / "run.json", edit_record)
+    change(folder / "adapter_config.json", lambda config: config.update(target_modules=[HOSTILE]))
     found = page_of(folder)
-    tags = {node.tag for node in found.root}
-    assert not tags & {"script", "img"}
     assert found.root.one("h1").text == "<b>run&amp;"
-    assert HOSTILE.replace("\r", "") in found.section("samples").text.replace("\r", "")
-    assert HOSTILE.replace("\r", "") in found.section("accuracy").text.replace("\r", "")
+    for key in ("accuracy", "allocation", "gates", "agreement", "leave-one-out", "samples", "making"):
+        assert HOSTILE.replace("\r", "") in found.section(key).text.replace("\r", ""), key
+    assert HOSTILE.replace("\r", "") in found.root.one("header").text.replace("\r", "")
+    assert looks(found) <= looks(page)
     # Whatever the text holds, the page is still known for mola's own.
     report(ReportOptions(str(folder)))
+    inspected = Page(render_inspection(str(folder), read(folder / "inspect.json")))
+    assert looks(inspected) <= looks(page)
+    # What is shown where there is less: telemetry alone, another method, commands.
+    (folder / "inspect.json").unlink()
+    (folder / "after.json").unlink()
+    lines = [json.dumps(spoiled(json.loads(line))) for line in (folder / "routing.jsonl").read_text().splitlines()]
+    (folder / "routing.jsonl").write_text("\n".join(lines) + "\n")
+    change(folder / "run.json", lambda record: record.update(command=["mola", HOSTILE]))
+    change(folder / "adapter_config.json", lambda config: config.update(peft_type=HOSTILE))
+    found = page_of(folder)
+    assert {node.tag for node in found.root} <= {node.tag for node in page.root}
+    for key in ("allocation", "gates", "making"):
+        assert HOSTILE.replace("\r", "") in found.section(key).text.replace("\r", ""), key
+
+
+def test_an_inspected_adapter_with_one_router(run_dir):
+    inspection = read(run_dir / "inspect.json")
+    inspection["usage"] = {name: rows[:1] for name, rows in inspection["usage"].items()}
+    inspection["agreement"] = {"modules": inspection["agreement"]["modules"][:1], "cramers_v": [[1.0]]}
+    found = Page(render_inspection(str(run_dir), inspection))
+    assert "agreement" not in [node.attributes["id"] for node in found.root.all("section")]
 
 
 def test_an_adapter_of_another_method(run_dir):
@@ -235,6 +286,20 @@ def test_an_adapter_of_another_method(run_dir):
     found = page_of(run_dir)
     assert "The adapter is of type LORA" in found.section("allocation").text
     assert "No module has several experts." in found.section("redundancy").text
+
+
+def test_values_that_are_not_known(run_dir):
+    def edit(result):
+        result["samples"][0].update(output=None, predicted=None, answer=None)
+        result["settings"]["scoring"] = result["unanswered"] = result["metrics"] = None
+
+    change(run_dir / "after.json", edit)
+    change(run_dir / "before.json", edit)
+    change(run_dir / "inspect.json", lambda found: found.update(leave_one_out_baseline=None))
+    found = page_of(run_dir)
+    assert "with all of them it is –." in found.section("leave-one-out").text
+    assert "no answer" in found.section("samples").all("details")[0].text
+    assert "None" not in found.section("samples").text + found.section("accuracy").text
 
 
 def test_different_data_are_said(run_dir):

@@ -12,6 +12,7 @@ from mola import MolaConfig
 from mola.generation.decoding import generate_text
 from mola.models.loading import load_model, load_tokenizer
 
+from ..waiting import PATIENCE
 from .raw import SECRET, TOKEN, is_idle, serving
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -97,7 +98,9 @@ def free_port():
 @pytest.fixture(scope="module")
 def narrow_url(endless_model_dir):
     """Address of a server with a token and narrow limits, for clients that mean no good."""
-    with serving(endless_model_dir, api_key=TOKEN) as url:
+    # On a busy machine a second is not enough for a client to read why it was refused.
+    with pytest.MonkeyPatch.context() as patch, serving(endless_model_dir, api_key=TOKEN) as url:
+        patch.setattr("mola.serving.connections._LINGER", PATIENCE)
         yield url
 
 

@@ -4,11 +4,12 @@ import json
 import re
 import socket
 import struct
-import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from mola.serving.serve import ServeOptions, running_server
+
+from ..waiting import PATIENCE, wait_until
 
 TOKEN = "a-secret-token"
 SECRET = "my-secret-prompt"
@@ -17,7 +18,6 @@ MOST_CONNECTIONS = 12
 LAST = ["Connection: close"]  # the server closes the connection after its answer
 JSON = "Content-Type: application/json"
 CHUNKED = "Transfer-Encoding: chunked"
-_CLOSED_IN = 60  # seconds until every client of a test's server must have been sent away
 
 
 def serving(folder, **fields):
@@ -56,7 +56,7 @@ def connected(url, receive_buffer=None):
     with socket.socket() as opened:
         if receive_buffer is not None:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        opened.settimeout(_CLOSED_IN)
+        opened.settimeout(PATIENCE)
         address = urlsplit(url)
         opened.connect((address.hostname, address.port))
         yield opened
@@ -122,12 +122,9 @@ def vanish(opened):
     opened.close()
 
 
-def is_idle(url, seconds=20):
+def is_idle(url):
     """Wait until the server holds no request; then it answers one."""
-    end = time.monotonic() + seconds
-    while (found := _health(url)) != {"status": "ok", "running": 0, "waiting": 0}:
-        assert time.monotonic() < end, found
-        time.sleep(0.02)
+    wait_until(lambda: _health(url) == {"status": "ok", "running": 0, "waiting": 0})
     assert ask(url, completion(TOKEN, LAST))[0][0] == 200
 
 

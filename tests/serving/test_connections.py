@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
+from ..waiting import PATIENCE, wait_until
 from .raw import (
     CHUNKED,
     CLIENT_TIMEOUT,
@@ -99,7 +100,6 @@ def seconds_until_sent_away(opened, content):
             with contextlib.suppress(TimeoutError):
                 opened.recv(1)
                 return time.monotonic() - start
-            assert time.monotonic() - start < CLIENT_TIMEOUT + 5
         raise AssertionError("all was sent")
     return time.monotonic() - start
 
@@ -133,7 +133,7 @@ def test_who_stops_sending_is_told_why(content, narrow_url):
     ((status, body),) = ask(narrow_url, content)
     assert status == 408
     assert f"did not arrive in full within {CLIENT_TIMEOUT:g} s" in error_of(body)["message"]
-    assert CLIENT_TIMEOUT / 2 < time.monotonic() - start < CLIENT_TIMEOUT + 5
+    assert time.monotonic() - start > CLIENT_TIMEOUT / 2
 
 
 def test_a_long_answer_is_no_slow_request(narrow_url):
@@ -144,13 +144,13 @@ def test_a_long_answer_is_no_slow_request(narrow_url):
     assert time.monotonic() - start > CLIENT_TIMEOUT  # else the test says nothing
 
 
-def test_a_client_that_reads_nothing_is_cut(endless_model_dir, adapters):
+def test_a_client_that_reads_nothing_is_cut(endless_model_dir, adapters, caplog):
     # A list of models that no system takes at once stands for a long answer.
     long = f"{'a' * 200_000}={adapters['first']}"
     with serving(endless_model_dir, api_key=TOKEN, adapter=[long]) as url:
         with connected(url, receive_buffer=4096) as opened:
             opened.sendall(request(token=TOKEN) * 100)
-            time.sleep(CLIENT_TIMEOUT + 1)
+            wait_until(lambda: "A connection is cut" in caplog.text)
             assert len(read_to_end(opened)) < 100 * 200_000  # what the system had taken already
         is_idle(url)
 
@@ -162,16 +162,16 @@ def test_a_stream_that_nobody_reads_holds_up_nobody(narrow_url):
         is_idle(narrow_url)
 
 
-def test_too_many_connections(narrow_url):
-    is_idle(narrow_url)
-    with contextlib.ExitStack() as opened:
+def test_too_many_connections(endless_model_dir):
+    patient = serving(endless_model_dir, api_key=TOKEN, client_timeout=PATIENCE)  # cuts none of those that say nothing
+    with patient as url, contextlib.ExitStack() as opened:
         for _ in range(MOST_CONNECTIONS):
-            opened.enter_context(connected(narrow_url))
-        ((status, body),) = ask(narrow_url, request("/health"))
+            opened.enter_context(connected(url))
+        ((status, body),) = ask(url, request("/health"))
         assert status == 503
         assert error_of(body)["code"] == "too_many_connections"
         # Many more are cut without a word, so that their number stays bounded.
-        *_, last = [opened.enter_context(connected(narrow_url)) for _ in range(2 * MOST_CONNECTIONS)]
+        *_, last = [opened.enter_context(connected(url)) for _ in range(2 * MOST_CONNECTIONS)]
         assert read_to_end(last) == b""
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +21,10 @@ from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
+from ..waiting import PATIENCE, wait_until  # noqa: E402
+
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 900, "stream": True}
+Client, get, post = (partial(each, timeout=PATIENCE) for each in (httpx.Client, httpx.get, httpx.post))
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def in_background(function):
     thread.start()
 
     def wait():
-        thread.join(300)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         if "error" in outcome:
             raise outcome["error"]
@@ -52,20 +55,11 @@ def in_background(function):
     return wait
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def health(url):
-    return httpx.get(f"{url}/health").json()
+    try:
+        return get(f"{url}/health").json()
+    except httpx.TransportError:
+        return {"running": 0, "waiting": 0}
 
 
 def test_base_without_chat_template_points_at_completions(options):
@@ -77,28 +71,28 @@ def test_base_without_chat_template_points_at_completions(options):
 
 def test_full_queue_sends_away_and_leaves_no_trace(options):
     options.max_waiting = 1
-    with running_server(options) as url, httpx.Client(base_url=url) as http, httpx.Client(base_url=url) as second:
+    with running_server(options) as url, Client(base_url=url) as http, Client(base_url=url) as second:
         with http.stream("POST", "/v1/completions", json=LONG) as running:
             lines = running.iter_lines()  # httpx closes the connection when nobody holds it
             next(lines)
             with second.stream("POST", "/v1/completions", json=LONG):  # headers come, text has to wait
                 assert health(url) == {"status": "ok", "running": 1, "waiting": 1}
-                refused = httpx.post(f"{url}/v1/completions", json=LONG)
+                refused = post(f"{url}/v1/completions", json=LONG)
                 assert refused.status_code == 429
                 assert refused.json()["error"]["code"] == "queue_full"
                 assert int(refused.headers["Retry-After"]) >= 1
-        wait_for(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
-        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+        wait_until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+        assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 
 def test_a_request_the_memory_does_not_suffice_for_ends_alone(options, monkeypatch):
     with running_server(options) as url:
         with monkeypatch.context() as patch:
             patch.setattr("mola.generation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
-            answer = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": False})
+            answer = post(f"{url}/v1/completions", json=LONG | {"stream": False})
         assert answer.status_code == 503
         assert "memory" in answer.json()["error"]["message"]
-        assert httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+        assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 
 def run_main_and_stop(options, sign, num_streams, max_tokens):
@@ -107,17 +101,17 @@ def run_main_and_stop(options, sign, num_streams, max_tokens):
 
     def read():
         with httpx.stream(
-            "POST", f"{url}/v1/completions", json=LONG | {"max_tokens": max_tokens}, timeout=300
+            "POST", f"{url}/v1/completions", json=LONG | {"max_tokens": max_tokens}, timeout=PATIENCE
         ) as answer:
             return [line for line in answer.iter_lines() if line]
 
     def visit():
-        wait_for(lambda: health(url))
+        wait_until(lambda: "status" in health(url))
         streams = []
         while len(streams) < num_streams:
             streams.append(in_background(read))
-            wait_for(lambda: health(url)["running"] + health(url)["waiting"] == len(streams))
-        wait_for(lambda: health(url)["running"])
+            wait_until(lambda: health(url)["running"] + health(url)["waiting"] == len(streams))
+        wait_until(lambda: health(url)["running"])
         os.kill(os.getpid(), sign)
         return [wait() for wait in streams]
 
@@ -160,13 +154,13 @@ def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
                 break
         url = found[0]
         headers = {"Authorization": f"Bearer {token}"}
-        name = httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"]
+        name = get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"]
         body = LONG | {"model": name, "max_tokens": 20, "stream": False}
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
-        assert httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+        assert post(f"{url}/v1/completions", json=body).status_code == 401
+        assert post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
         server.send_signal(signal.SIGTERM)
         lines += server.stdout.readlines()
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
     text = "".join(lines)
     assert "POST /v1/completions 401" in text
     assert "POST /v1/completions 200" in text
@@ -236,8 +230,8 @@ def test_fewer_files_than_connections_are_warned_about(max_connections, warns, o
 def test_token_of_the_environment(options, monkeypatch):
     monkeypatch.setenv("MOLA_API_KEY", "from-outside")
     with running_server(options) as url:
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "bearer from-outside"}).status_code == 200
+        assert get(f"{url}/v1/models").status_code == 401
+        assert get(f"{url}/v1/models", headers={"Authorization": "bearer from-outside"}).status_code == 200
     monkeypatch.setenv("MOLA_API_KEY", "")
     with pytest.raises(MolaError, match="the environment variable MOLA_API_KEY"):
         main(options)

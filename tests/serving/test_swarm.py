@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
+from ..waiting import PATIENCE, wait_until
 from .raw import LAST, TOKEN, ask, connected, is_idle, request
 
 NUM_CLIENTS = 300
@@ -27,14 +28,9 @@ def command(folder, most_files, log):
     environment = os.environ | {"MOLA_API_KEY": TOKEN, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file, subprocess.Popen(limited, env=environment, stderr=file) as server:
         try:
-            end = time.monotonic() + 120
-            while not (found := re.search(r"http://\S+", log.read_text())):
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            yield server, found[0]
+            yield server, wait_until(lambda: re.search(r"http://\S+", log.read_text()), server)[0]
             server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait(PATIENCE) == 0
         finally:
             server.kill()
 
@@ -82,7 +78,7 @@ def test_the_server_outlives_a_swarm(most_files, endless_model_dir, tmp_path):
         opened = hold_on(url, seconds=8)
         grown = resident(server) - before
         start = time.monotonic()
-        is_idle(url, seconds=90)  # without free files connections are accepted once a second
+        is_idle(url)  # without free files connections are accepted once a second
         print(f"{opened} connections, {grown:.1f} MiB more, an answer after {time.monotonic() - start:.2f} s")
         assert opened > NUM_CLIENTS
         assert grown < 50

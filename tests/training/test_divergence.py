@@ -1,4 +1,6 @@
-"""A loss or a weight that is no number any more stops the run."""
+"""A loss or a weight that is no number any more stops the run; an evaluation loss far above the other is said."""
+
+import json
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from mola import TrainOptions
+from mola.cli import main
 from mola.errors import MolaError
+from mola.training.advice import loss_gap_advice
 from mola.training.callbacks import FiniteLoss
-from tests.training.runs import NO_EVALUATION, WEIGHTS, read_metrics, read_record
+from tests.training.runs import NO_EVALUATION, WEIGHTS, losses, read_metrics, read_record
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])
@@ -49,3 +53,56 @@ def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
     FiniteLoss().on_log(options, None, None, logs={"loss": 1.0, "learning_rate": float("nan")})
     with pytest.raises(MolaError, match="`eval_loss` is inf at step 3"):
         FiniteLoss().on_log(options, TrainerState(global_step=3), None, logs={"eval_loss": float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        pytest.param(True, {"load_best_model_at_end": "false"}, id="last weights, other answers"),
+        pytest.param(False, {"load_best_model_at_end": "true"}, id="best weights, other answers"),
+        pytest.param(False, {"load_best_model_at_end": "false", "eval_data": None}, id="last weights, same answers"),
+    ],
+)
+def test_evaluation_far_above_training_is_said_with_both_losses(flags, rows_file, tmp_path, caplog, said, options):
+    """Ten epochs learn one answer by heart; an evaluation on another answer gets worse with every one."""
+    rows = json.loads(rows_file.read_text(encoding="utf-8"))
+    other, folder = tmp_path / "other.json", tmp_path / "run"
+    other.write_text(json.dumps([{**row, "output": "zzzz zzzz"} for row in rows]), encoding="utf-8")
+    settings = {"eval_data": other, "num_train_epochs": 10, "lr_scheduler_type": "constant", **options}
+    if settings["eval_data"] is None:
+        settings["validation_size"] = 3
+    assert main(flags(folder, **settings)) == 0
+    record = read_record(folder)
+    lines = [message for message in caplog.messages if "far above the training loss" in message]
+    assert lines == ([record["warning"]] if said else [])
+    assert (record["warning"] is not None) is said
+    if said:
+        last = [loss for step, loss in losses(folder).items() if step > 27]
+        train_loss, eval_loss = sum(last) / len(last), record["metrics"]["eval_loss"]
+        assert f"evaluation loss ({eval_loss:.4f})" in lines[0]
+        assert f"training loss ({train_loss:.4f}) at step 30" in lines[0]
+        assert all(
+            name in lines[0]
+            for name in ("`learning_rate` (0.01)", "(now constant)", "cosine or linear", "`load_best_model_at_end`")
+        )
+
+
+@pytest.mark.parametrize(
+    ("logged", "eval_loss", "is_far"),
+    [
+        ({5: 0.9, 10: 0.02}, 0.51, False),  # overfitted by less than 0.5
+        ({5: 0.9, 10: 0.02}, 0.53, True),
+        ({5: 2.5, 10: 1.0}, 1.9, False),  # less than twice as high
+        ({5: 2.5, 10: 1.0}, 2.1, True),
+        ({95: 2.0, 100: 0.02}, 1.5, False),  # the last entry alone is one lucky batch
+        ({}, 9.0, False),  # nothing to compare with
+    ],
+)
+def test_far_above_means_twice_as_high_and_by_half_a_nat(tiny_model_dir, tmp_path, logged, eval_loss, is_far):
+    options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), load_best_model_at_end=False)
+    history = [{"step": step, "loss": loss} for step, loss in logged.items()]
+    state = TrainerState(
+        global_step=max(logged, default=1), log_history=[*history, {"step": 1, "eval_loss": eval_loss}]
+    )
+    assert (loss_gap_advice(options, state, {"eval_loss": eval_loss}) is not None) is is_far
+    assert loss_gap_advice(options, state, {}) is None

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from mola.cli import main
 from mola.errors import MolaError
 from mola.training.checkpoints import find_checkpoint
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="file operations are followed through /proc, which Linux has"
@@ -91,7 +92,7 @@ class Driver:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

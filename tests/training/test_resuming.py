@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from mola.cli import main
+from mola.training.callbacks import MetricsFile
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
+from tests.waiting import PATIENCE, wait_until
 
 INTERRUPTIBLE = {
     "lora_dropout": 0.1,
@@ -24,24 +24,39 @@ INTERRUPTIBLE = {
 }
 
 
-def start_and_signal(arguments: list[str], folder: Path, number: int) -> subprocess.CompletedProcess:
-    """Run the command and send a signal after a few steps."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mola.cli", *arguments], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        deadline = time.monotonic() + 60
-        curve = folder / "metrics.jsonl"
-        while not curve.exists() or len(curve.read_text(encoding="utf-8").splitlines()) < 8:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(arguments, process.returncode, "", errors)
+@pytest.fixture
+def run_and_signal(monkeypatch, capsys):
+    """Run the command here and send a signal after the fifth step: exit code and what it said."""
+
+    def run(arguments: list[str], folder: Path, number: int) -> tuple[int, str]:
+        original = MetricsFile.on_log
+
+        def on_log(self, args, state, control, **options):
+            original(self, args, state, control, **options)
+            if state.global_step == 5:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsFile, "on_log", on_log)
+            return main(arguments), capsys.readouterr().err
+
+    return run
+
+
+def start_and_signal(arguments: list[str], folder: Path, number: int) -> tuple[int, str]:
+    """The same with a process of its own, after a few steps."""
+    with subprocess.Popen([sys.executable, "-m", "mola.cli", *arguments], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: num_lines(folder / "metrics.jsonl") >= 8, process)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    return process.returncode, errors
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +65,21 @@ def uninterrupted():
     return {}
 
 
+@pytest.mark.parametrize("in_own_process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "process"])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupted_run_resumes_to_the_very_same_weights(
-    flags, tmp_path, tmp_path_factory, uninterrupted, name, capfd
+    flags, tmp_path, tmp_path_factory, uninterrupted, run_and_signal, name, in_own_process
 ):
     if not uninterrupted:
         folder = tmp_path_factory.mktemp("whole") / "run"
         assert main(flags(folder, **INTERRUPTIBLE)) == 0
         uninterrupted["folder"] = folder
     folder = tmp_path / "run"
-    process = start_and_signal(flags(**INTERRUPTIBLE), folder, getattr(signal, name))
-    assert process.returncode == 130, process.stderr
-    assert "--resume_from_checkpoint last" in process.stderr
-    assert "Traceback" not in process.stderr
+    run = start_and_signal if in_own_process else run_and_signal
+    code, errors = run(flags(**INTERRUPTIBLE), folder, getattr(signal, name))
+    assert code == 130, errors
+    assert "--resume_from_checkpoint last" in errors
+    assert "Traceback" not in errors
     record = read_record(folder)
     assert record["status"] == "interrupted"
     assert 0 < record["steps"] < 60
@@ -140,14 +157,9 @@ def test_signal_to_one_of_two_processes_stops_both(flags, tmp_path):
         for rank in range(2)
     ]
     try:
-        deadline = time.monotonic() + 90
-        curve = folder / "metrics.jsonl"
-        while not curve.exists() or len(curve.read_text(encoding="utf-8").splitlines()) < 5:
-            assert all(process.poll() is None for process in processes)
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: num_lines(folder / "metrics.jsonl") >= 5, *processes)
         processes[1].send_signal(signal.SIGTERM)
-        errors = [process.communicate(timeout=60)[1] for process in processes]
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mola import MolaError
-from mola.tuner.loading import check_finite, check_model_type
+from mola.files.finite import check_finite
+from mola.tuner.loading import check_model_type
 
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mola.insight.entropy import router_entropies
 from mola.tuner.routing import (
     _FEW_TOKENS,
     ROUTERS,
@@ -14,7 +15,6 @@ from mola.tuner.routing import (
     dense_gates,
     jitter,
     router_backward,
-    router_entropies,
     router_logits,
     router_logits_by_expert,
     top_k_softmax,

@@ -22,12 +22,12 @@ from rich.table import Table
 from mola.allocation.base import Base, read_base
 from mola.allocation.measured import alphalora_scores, redundancy_scores, usage_scores
 from mola.allocation.rounding import check_budget, experts_from_scores
+from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.models.quantization import quantization_option
 from mola.options.fields import option
-from mola.tuner.allocation import SHAPES, resolve_per_layer
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
@@ -170,7 +170,7 @@ def main(options: AllocateOptions) -> int:
     text = options.output or ",".join(map(str, result.num_experts))
     lines = [result.why, f"Written to {options.output}. Use it:" if options.output else "Use it:"]
     lines += [f"  mola {name} --base_model {options.base_model} --num_experts {text} ..." for name in ("plan", "train")]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    print("\n".join(lines))
     return 0
 
 

@@ -3,7 +3,7 @@
     mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
     mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
 
-Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.tuner.resize`.
+Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.allocation.resize`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from mola.allocation.probe import check_mixture, routing_records
+from mola.allocation.resize import Experts, resize
+from mola.architecture.allocation import check_top_k, effective_top_k
+from mola.architecture.layer_stacks import layer_index
+from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.options.fields import option
 from mola.tuner import MolaConfig
-from mola.tuner.allocation import check_top_k, effective_top_k, resolve_per_layer
-from mola.tuner.layer_stacks import layer_index
-from mola.tuner.resize import Experts, resize
 
 __all__ = ["ReallocateOptions", "ReallocateResult", "main", "reallocate"]
 
@@ -130,14 +131,10 @@ def main(options: ReallocateOptions) -> int:
         table.add_row(span, *map(str, numbers))
     table.add_section()
     table.add_row("total", str(sum(result.before)), str(sum(result.num_experts)), "", style="bold")
-    console = Console()
-    console.print(table)
-    console.print(
+    Console().print(table)
+    print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
-        f"  mola train --adapter {result.output_dir} ...",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"  mola train --adapter {result.output_dir} ..."
     )
     return 0
 

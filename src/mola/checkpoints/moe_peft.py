@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mola.architecture.targets import layer_index
 from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
-from mola.tuner.targets import layer_index
 
 _KEY = re.compile(
     r"(?P<module>mola\.layers\.(?:0|[1-9]\d{0,4})\.(?:self_attn|mlp)\.\w+)\."

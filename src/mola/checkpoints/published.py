@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from mola.architecture.targets import layer_index
 from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
-from mola.tuner.targets import layer_index
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d{0,4})|(?P<router>router)\.router)\.weight"

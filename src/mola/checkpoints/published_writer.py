@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import layer_index
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
-from mola.tuner.allocation import resolve_per_layer
-from mola.tuner.targets import layer_index
 
 _DECODER_LINEAR = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."

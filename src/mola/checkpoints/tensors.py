@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files.digests import check_digest, damaged_record
+from mola.files.digests import WEIGHTS_FILES, check_digest, damaged_record
+from mola.files.finite import check_finite
 from mola.files.reading import check_regular, read_json
-from mola.tuner.loading import check_finite
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -38,18 +38,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         MolaError: no weights, two files of weights, a file that is no flat dict of tensors or not the one that was
             saved, or values that are not finite.
     """
-    for name in ("adapter_model.bin", "adapter_model.safetensors"):
-        if (folder / name).is_file():
-            break
-    else:
-        raise MolaError(f"{folder} holds neither adapter_model.bin nor adapter_model.safetensors.")
-    both = (folder / "adapter_model.bin").is_file() and (folder / "adapter_model.safetensors").is_file()
-    if both:
+    found = [path for name in WEIGHTS_FILES if (path := folder / name).is_file()]
+    if not found:
+        raise MolaError(f"{folder} holds neither {' nor '.join(WEIGHTS_FILES)}.")
+    if len(found) > 1:
         raise MolaError(
-            f"{folder} holds adapter_model.bin and adapter_model.safetensors, and they may differ. "
-            "Remove the one that is out of date."
+            f"{folder} holds {' and '.join(WEIGHTS_FILES)}, and they may differ. Remove the one that is out of date."
         )
-    path = folder / name
+    (path,) = found
     try:
         check_regular(path)
         tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)

@@ -12,12 +12,13 @@ import numpy as np
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids
 from mola.data.hashing import count_shared, hash_instruction
-from mola.data.output import check_output_folder
 from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import is_prepared_folder, merged_row, write_splits
 from mola.errors import MolaError
+from mola.files.folders import check_output_folder
+from mola.options.fields import option
 
 SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}
 
@@ -30,40 +31,23 @@ class PrepareOptions:
         metadata={"help": "A packaged task (`sample` generates its questions), or the path of your own task YAML."}
     )
     output_dir: str = field(metadata={"help": "Folder that receives <split>.json and dataset.hf."})
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "File, `save_to_disk` folder or Hub name; or several files as "
-            "train=A,validation=B,test=C. A single file becomes the split `train`. "
-            "Default: the task's own Hub dataset."
-        },
+    data: str | None = option(
+        None,
+        "File, `save_to_disk` folder or Hub name; or several files as train=A,validation=B,test=C. A single file "
+        "becomes the split `train`. Default: the task's own Hub dataset.",
     )
-    num_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Draw so many training samples at random from a single source, without replacement and without "
-            "equal texts, and others for validation and test. Default: take the splits as they are."
-        },
+    num_samples: int | None = option(
+        None,
+        "Draw so many training samples at random from a single source, without replacement and without equal texts, "
+        "and others for validation and test. Default: take the splits as they are.",
     )
-    num_validation: int | None = field(
-        default=None, metadata={"help": "Validation samples to draw (with `num_samples` only; default 1000)."}
-    )
-    num_test: int | None = field(
-        default=None, metadata={"help": "Test samples to draw (with `num_samples` only; default 1000)."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the drawn samples and of the generated questions."})
-    train_size: int | None = field(
-        default=None, metadata={"help": "Generated training questions (task `sample` only; default 640)."}
-    )
-    validation_size: int | None = field(
-        default=None, metadata={"help": "Generated validation questions (task `sample` only; default 40)."}
-    )
-    test_size: int | None = field(
-        default=None, metadata={"help": "Generated test questions (task `sample` only; default 100)."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace an output folder that an earlier `mola prepare` wrote."}
-    )
+    num_validation: int | None = option(None, "Validation samples to draw (with `num_samples` only; default 1000).")
+    num_test: int | None = option(None, "Test samples to draw (with `num_samples` only; default 1000).")
+    seed: int = option(0, "Seed of the drawn samples and of the generated questions.")
+    train_size: int | None = option(None, "Generated training questions (task `sample` only; default 640).")
+    validation_size: int | None = option(None, "Generated validation questions (task `sample` only; default 40).")
+    test_size: int | None = option(None, "Generated test questions (task `sample` only; default 100).")
+    overwrite_output_dir: bool = option(False, "Replace an output folder that an earlier `mola prepare` wrote.")
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:

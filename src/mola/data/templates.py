@@ -13,25 +13,22 @@ class Template:
 
     Attributes:
         name: the name a user chooses it by.
-        description: one line for help texts.
         prompt_input: layout with the fields ``{instruction}`` and ``{input}``.
         prompt_no_input: layout with the field ``{instruction}``.
-        response_split: the text that stands right before the answer; empty if there is none.
+        has_headings: whether headings set the parts apart.
     """
 
     name: str
-    description: str
     prompt_input: str
     prompt_no_input: str
-    response_split: str
+    has_headings: bool = True
 
     def prompt(self, instruction: str | None, input: str | None = None) -> str:
         """Text that stands before the answer.
 
         Args:
             instruction: what is asked; braces in it are plain text. None (text without a prompt, such
-                as the prepared OpenOrca rows) is possible only where `response_split` is empty and
-                gives the empty prompt.
+                as the prepared OpenOrca rows) is possible only without headings and gives the empty prompt.
             input: further context; None and ``""`` choose the layout without input.
 
         Returns:
@@ -40,7 +37,7 @@ class Template:
         Raises:
             MolaError: a field is not text, or `instruction` is None in a template that needs it.
         """
-        if instruction is None and not self.response_split and not input:
+        if instruction is None and not self.has_headings and not input:
             return ""
         if not isinstance(instruction, str):
             raise MolaError(
@@ -52,28 +49,6 @@ class Template:
         if input:
             return self.prompt_input.format(instruction=instruction, input=input)
         return self.prompt_no_input.format(instruction=instruction)
-
-    def response(self, text: str) -> str:
-        """Answer part of a whole text: what stands between the first and the second `response_split`.
-
-        Args:
-            text: prompt and answer in one piece.
-
-        Returns:
-            The answer without the blanks around it; the whole text if `response_split` is empty.
-
-        Raises:
-            MolaError: `response_split` does not occur in `text`.
-        """
-        if not self.response_split:
-            return text.strip()
-        parts = text.split(self.response_split, 2)
-        if len(parts) == 1:
-            raise MolaError(
-                f"`text` must hold {self.response_split!r} of the template `{self.name}`: got {text[:80]!r}. "
-                "Pass the prompt together with the answer, or choose the template the prompt was made with."
-            )
-        return parts[1].strip()
 
 
 _ASK = "Below is an instruction that describes a task"
@@ -87,44 +62,17 @@ _FIELDS_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### R
 _TEMPLATES = {
     template.name: template
     for template in (
+        Template("alpaca", f"{_ASK_INPUT}. {_DO}\n\n{_FIELDS_INPUT}\n", f"{_ASK}. {_DO}\n\n{_FIELDS}\n"),
+        # Without the last line break.
+        Template("alpaca_legacy", f"{_ASK_INPUT}. {_DO}\n\n{_FIELDS_INPUT}", f"{_ASK}. {_DO}\n\n{_FIELDS}"),
+        Template("alpaca_short", f"{_FIELDS_INPUT}\n", f"{_FIELDS}\n"),
         Template(
-            name="alpaca",
-            description="Alpaca prompt, a line break after the response heading",
-            prompt_input=f"{_ASK_INPUT}. {_DO}\n\n{_FIELDS_INPUT}\n",
-            prompt_no_input=f"{_ASK}. {_DO}\n\n{_FIELDS}\n",
-            response_split="### Response:",
+            "vigogne",
+            f"{_ASK_FR}, associée à une entrée qui fournit un contexte supplémentaire. {_DO_FR}\n\n"
+            "### Instruction:\n{instruction}\n\n### Entrée:\n{input}\n\n### Réponse:\n",
+            f"{_ASK_FR}. {_DO_FR}\n\n### Instruction:\n{{instruction}}\n\n### Réponse:\n",
         ),
-        Template(
-            name="alpaca_legacy",
-            description="Alpaca prompt without the last line break",
-            prompt_input=f"{_ASK_INPUT}. {_DO}\n\n{_FIELDS_INPUT}",
-            prompt_no_input=f"{_ASK}. {_DO}\n\n{_FIELDS}",
-            response_split="### Response:",
-        ),
-        Template(
-            name="alpaca_short",
-            description="Alpaca prompt without its first sentence",
-            prompt_input=f"{_FIELDS_INPUT}\n",
-            prompt_no_input=f"{_FIELDS}\n",
-            response_split="### Response:",
-        ),
-        Template(
-            name="vigogne",
-            description="Alpaca prompt in French",
-            prompt_input=(
-                f"{_ASK_FR}, associée à une entrée qui fournit un contexte supplémentaire. {_DO_FR}\n\n"
-                "### Instruction:\n{instruction}\n\n### Entrée:\n{input}\n\n### Réponse:\n"
-            ),
-            prompt_no_input=f"{_ASK_FR}. {_DO_FR}\n\n### Instruction:\n{{instruction}}\n\n### Réponse:\n",
-            response_split="### Réponse:",
-        ),
-        Template(
-            name="meta",
-            description="No headings: instruction, input and answer set apart by empty lines",
-            prompt_input="{instruction}\n\n{input}\n\n",
-            prompt_no_input="{instruction}\n\n",
-            response_split="",
-        ),
+        Template("meta", "{instruction}\n\n{input}\n\n", "{instruction}\n\n", has_headings=False),
     )
 }
 

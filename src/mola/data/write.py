@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mola.data.output import complete_folder
 from mola.files.digests import file_sha256
+from mola.files.folders import complete_folder
 
 if TYPE_CHECKING:
     from mola.data.spool import Spool

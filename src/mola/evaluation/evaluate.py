@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,7 +29,7 @@ from mola.files.environment import software_versions
 from mola.generation import predicting
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import mapping, option
+from mola.options.fields import START, Group, mapping, option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
 
@@ -40,15 +40,17 @@ logger = logging.getLogger(__name__)
 class EvaluateOptions(ModelOptions):
     """Options of `mola evaluate`."""
 
+    _start: ClassVar = START
     task: str = field(metadata={"help": "Name of a task, or a task file (YAML)."})
     data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
+
+    _data: ClassVar = Group("data")
     split: str = option("test", "Split to read where the data has several.")
-    filters: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keep the rows whose columns have these values (or one of a list): a mapping, JSON."},
-    )
+    filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(None, "Evaluate only the first so many samples.")
+
+    _answers: ClassVar = Group("answers")
     batch_size: int = option(8, "Samples per batch.")
     max_new_tokens: int = option(
         16, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
@@ -59,6 +61,8 @@ class EvaluateOptions(ModelOptions):
         "'generate': decode greedily and extract the answer. 'likelihood': the possible answer (letter or "
         "word) that is most probable where the expected output states it.",
     )
+
+    _run: ClassVar = Group("run")
     output: str | None = option(None, "Result file (JSON) with every sample.")
     overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
     seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
@@ -114,10 +118,9 @@ def main(options: EvaluateOptions) -> int:
         The exit code, 0.
     """
     result = evaluate(options)
-    console = Console()
-    console.print(_table(result, options))
+    Console().print(_table(result, options))
     if options.output is not None:
-        console.print(f"Every sample is in {options.output}", highlight=False, markup=False)
+        print(f"Every sample is in {options.output}")
     return 0
 
 

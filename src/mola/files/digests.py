@@ -20,7 +20,6 @@ from mola.files.reading import check_regular, read_json_object
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT loads the first one there is
 DIGEST_FIELD = "weights_sha256"
-_PIECE = 1 << 20
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path | None:
@@ -77,11 +76,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damaged_record(path: str | os.PathLike[str]) -> str | None:

@@ -1,16 +1,23 @@
-"""Results that are folders: they appear complete or not at all."""
+"""Results that are folders: what they may replace, and that they appear complete or not at all."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files.failures import writing
+
+logger = logging.getLogger(__name__)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # raised without a file's name
 
 
 def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
@@ -33,9 +40,104 @@ def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-@contextlib.contextmanager
+def check_output_folder(
+    folder: Path, *, option: str, overwrite: bool, overwrite_option: str, writer: str, is_own: Callable[[Path], bool]
+) -> None:
+    """Refuse a folder that holds something, unless it is to be replaced and holds only what we wrote.
+
+    What a killed command left beside the folder is named in a warning; the result that it was about to replace is put
+    back first.
+
+    Args:
+        folder: where results will go.
+        option: name of the option that names it, for messages.
+        overwrite: whether an own folder is to be replaced.
+        overwrite_option: name of the option that says so, for messages.
+        writer: what writes such folders, for messages.
+        is_own: whether a folder looks like what `writer` writes.
+
+    Raises:
+        MolaError: `folder` is a file, or is not empty and cannot be replaced.
+    """
+    _restore_replaced(folder, is_own)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise MolaError(f"`{option}` must be a folder: `{folder}` is a file. Choose another name.")
+    names = sorted(entry.name for entry in folder.iterdir())
+    if names and not overwrite:
+        raise MolaError(
+            f"`{option}` must be empty: `{folder}` is not. Choose another folder, or pass `{overwrite_option}` to "
+            "replace it."
+        )
+    # The folder is replaced as a whole, so it must hold nothing that someone else put there.
+    if names and not is_own(folder):
+        raise MolaError(
+            f"`{option}` is replaced only if {writer} wrote it: `{folder}` holds {', '.join(names[:5])}. "
+            "Choose another folder."
+        )
+
+
+def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:
+    """Deal with the hidden folders of a `complete_folder` that was killed."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(tmp|scratch|old)")
+    left = sorted(path for path in folder.parent.glob(".*") if name.fullmatch(path.name) and path.is_dir())
+    replaced = [path for path in left if path.suffix == ".old" and is_own(path)]
+    if replaced and not os.path.lexists(folder):
+        newest = max(replaced, key=lambda path: path.stat().st_mtime)
+        try:
+            os.replace(newest, folder)
+        except OSError as error:
+            raise MolaError(
+                f"`{newest}` holds the result of `{folder}` from before a command that was killed, and cannot be "
+                f"renamed to it: {error}. Rename it, or delete it."
+            ) from error
+        left.remove(newest)
+        logger.warning("%s is back as it was: a command that was replacing it has been killed.", folder)
+    if left:
+        logger.warning(
+            "%s: left by a command that was killed, unless one is writing %s now. Delete them to free the space.",
+            ", ".join(str(path) for path in left),
+            folder,
+        )
+
+
+@contextmanager
+def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[Path, Path]]:
+    """Write a folder under a temporary name; it takes its place when the block ends without an error.
+
+    Args:
+        folder: folder to create; an existing one is replaced as a whole.
+        option: name of the option that names it, for messages.
+
+    Yields:
+        The folder to fill, and a second one for scratch files that goes away in any case.
+
+    Raises:
+        MolaError: the folder cannot be written. Other errors of the block, also an OSError of a file elsewhere, pass.
+    """
+    mark = uuid.uuid4().hex
+    temporary, scratch, old = (
+        folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("tmp", "scratch", "old")
+    )
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            scratch.mkdir()
+        except (OSError, ValueError) as error:  # the latter for what no folder can be called
+            raise MolaError(f"`{option}` cannot be written: {error}. Choose another folder.") from error
+        with _write_errors(option, within=(temporary, scratch)):
+            yield temporary, scratch
+        with _write_errors(option):
+            _put_in_place(temporary, folder, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
 def new_folder(option: str, folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
+    """`complete_folder` without scratch files, for results that libraries write.
 
     Args:
         option: name of the option that holds the path, for the message.
@@ -44,20 +146,38 @@ def new_folder(option: str, folder: Path) -> Iterator[Path]:
     Raises:
         MolaError: it cannot be written.
     """
-    # Not mkdtemp: its folders are closed to other users.
-    temporary = folder.parent / f".{folder.name[:80]}.{uuid.uuid4().hex}.tmp"
+    with writing(f"`{option}`"), complete_folder(folder, option) as (temporary, _):
+        yield temporary
+
+
+def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    # A folder with files cannot be renamed over; the old one goes only when the new one is there.
+    os.replace(folder, old)
     try:
-        temporary.mkdir(parents=True)
-    except (OSError, ValueError) as error:
-        raise MolaError(
-            f"`{option}` cannot be written: {str(folder)!r} ({error}). Choose a folder you can write to."
-        ) from error
-    try:
-        with writing(f"`{option}`"):
-            yield temporary
-            if folder.is_dir():
-                folder.rmdir()  # empty, or this fails; a rename onto a folder does not work everywhere
-            os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
         raise
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("%s is complete, but what it replaced could not be removed from %s: %s.", folder, old, error)
+
+
+@contextmanager
+def _write_errors(option: str, within: tuple[Path, ...] = ()) -> Iterator[None]:
+    """Report errors of writing; with `within` only those of files in these folders, and of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if within and error.errno not in _NO_SPACE and not _is_about(error, within):
+            raise
+        raise MolaError(f"`{option}` cannot be written: {error}. Choose another folder.") from error
+
+
+def _is_about(error: OSError, folders: tuple[Path, ...]) -> bool:
+    names = [Path(os.path.abspath(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, Path))]
+    return any(name.is_relative_to(os.path.abspath(folder)) for name in names for folder in folders)

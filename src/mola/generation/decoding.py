@@ -95,12 +95,13 @@ def generate_text(
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
     encoded = predicting.encode_prompts(tokenizer, [prompt])
     predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.max_positions(model.config))
-    with _seeded(seed), predicting.inference_state(model):
+    with seeded(seed), predicting.inference_state(model):
         return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers of a seed for the block, and torch's own state after it; None draws from that."""
     if seed is None:
         yield
         return

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TextStreamer
@@ -17,7 +17,7 @@ from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import option
+from mola.options.fields import START, Group, option
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,13 @@ logger = logging.getLogger(__name__)
 class GenerateOptions(ModelOptions):
     """Options of `mola generate`."""
 
+    _start: ClassVar = START
     adapter: str | None = option(None, "Folder of an adapter.")
     prompt: str | None = option(None, "Text to continue, used as it is.")
     instruction: str | None = option(None, "Instruction, put through the template.")
     input: str | None = option(None, "Context of the instruction.")
+
+    _answer: ClassVar = Group("answer")
     template: str = option("alpaca", "Prompt template for instructions.")
     max_new_tokens: int = option(128, "Longest answer in tokens.")
     temperature: float | None = option(
@@ -60,7 +63,7 @@ def main(options: GenerateOptions) -> int:
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)
-    if _samples(options):
+    if decoding_settings(**_decoding(options))["do_sample"]:
         logger.info("Random seed %d.", seed)
     if prompt is not None:
         _answer(model, tokenizer, prompt, options)
@@ -74,14 +77,15 @@ def main(options: GenerateOptions) -> int:
     return 0
 
 
-def _samples(options: GenerateOptions) -> bool:
-    values = options.temperature, options.top_p, options.top_k
-    return decoding_settings(options.max_new_tokens, *values, options.do_sample)["do_sample"]
+def _decoding(options: GenerateOptions) -> dict[str, Any]:
+    """The options that `decoding_settings` and `generate_text` share."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample")
+    return {name: getattr(options, name) for name in names}
 
 
 def _checked_prompt(options: GenerateOptions) -> str | None:
     """Prompt of a single run, None for the loop."""
-    decoding_settings(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.do_sample)
+    decoding_settings(**_decoding(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
     template = get_template(options.template)
@@ -101,17 +105,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -
     streamer = None
     if options.stream:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = generate_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        do_sample=options.do_sample,
-        streamer=streamer,
-    )
+    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer)
     if streamer is None:
         print(text)
     sys.stdout.flush()

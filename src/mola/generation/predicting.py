@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mola.errors import MolaError
@@ -86,13 +87,10 @@ def left_pad(
     sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask (1 = real token), both `(len(sequences), longest)`, padded on the left."""
-    width = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        start = width - len(sequence)
-        ids[row, start:] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, start:] = 1
+    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    masks = [torch.ones_like(tensor) for tensor in tensors]
+    mask = pad_sequence(masks, batch_first=True, padding_side="left")
     return ids.to(device), mask.to(device)
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mola.insight.entropy import router_entropies
 from mola.tuner.layer import MolaLinear
-from mola.tuner.routing import dense_gates, router_entropies, top_k_softmax
+from mola.tuner.routing import dense_gates, top_k_softmax
 
 
 class ModuleGates(NamedTuple):

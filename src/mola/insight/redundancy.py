@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.factors import inner_products
+from mola.insight.factors import inner_products
 
 
 def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
@@ -12,7 +12,7 @@ def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: 
 
         D_ij = scaling * || B_i A_i - B_j A_j ||_F
 
-    From `mola.tuner.factors.inner_products`.
+    From `mola.insight.factors.inner_products`.
 
     Args:
         experts_A: `(E, r, in)`.

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mola.insight.usage import ModuleUsage, usage_of_sums
+from mola.architecture.layer_stacks import LayerStacks
+from mola.insight.entropy import router_entropies
+from mola.insight.usage import FURTHER, ModuleUsage, usage_of_sums
 from mola.tuner.layer import MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import router_entropies
-
-_FURTHER = 3  # sums of a module besides two for each expert: entropy, margin, tokens
 
 
 class Watched(NamedTuple):
@@ -131,7 +129,7 @@ class RouterWatch:
 
     def _sums_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._sums:
-            shape = len(self.routers), 2 * self._width + _FURTHER
+            shape = len(self.routers), 2 * self._width + FURTHER
             self._sums[device] = torch.zeros(shape, dtype=_sum_dtype(device), device=device)
             torch._dynamo.mark_static(self._sums[device])  # or a batch of as many samples would have its own graph
         return self._sums[device]
@@ -150,7 +148,7 @@ class RouterWatch:
     def sums(self) -> torch.Tensor:
         """All sums, float64 on the CPU: a row per router with how often each expert was chosen (padded to the largest
         number of experts), each expert's gates (padded as well), entropy, margin and tokens."""
-        total = torch.zeros(len(self.routers), 2 * self._width + _FURTHER, dtype=torch.float64)
+        total = torch.zeros(len(self.routers), 2 * self._width + FURTHER, dtype=torch.float64)
         for sums in self._sums.values():
             total += sums.to("cpu", torch.float64)
         return total
@@ -165,23 +163,8 @@ class RouterWatch:
 
     def usage(self, sums: torch.Tensor) -> list[ModuleUsage]:
         """The use of experts behind `sums`; routers that saw no token are left out."""
-        usages = []
-        for router, row in zip(self.routers, sums, strict=True):
-            chosen, gates, (entropy, margin, tokens) = row.split([self._width, self._width, _FURTHER])
-            if tokens > 0:
-                experts = slice(router.num_experts)
-                usages.append(
-                    usage_of_sums(
-                        router.module,
-                        router.layer_index,
-                        round(tokens.item()),
-                        chosen[experts],
-                        gates[experts],
-                        entropy.item(),
-                        margin.item(),
-                    )
-                )
-        return usages
+        rows = zip(self.routers, sums, strict=True)
+        return [usage_of_sums(r.module, r.layer_index, row, r.num_experts) for r, row in rows if row[-1] > 0]
 
 
 class _Seen(NamedTuple):

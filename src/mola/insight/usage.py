@@ -10,6 +10,8 @@ import torch
 from mola.errors import MolaError
 from mola.insight.recording import ModuleGates
 
+FURTHER = 3  # sums of a module besides two for each expert: entropies, margins, tokens
+
 
 @dataclass(frozen=True)
 class ModuleUsage:
@@ -44,7 +46,7 @@ class UsageCounter:
     """Sums over tokens, by module; sums are float64, so the order of batches changes nothing that matters."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[tuple[str, int | None], torch.Tensor] = {}
 
     def add(self, recorded: list[ModuleGates], token_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of one forward pass.
@@ -57,7 +59,7 @@ class UsageCounter:
             MolaError: a module saw another number of tokens than the mask has.
         """
         for each in recorded:
-            gates, entropies = each.gates, each.entropies
+            gates, entropies = each.gates.double(), each.entropies.double()
             if token_mask is not None:
                 if token_mask.numel() != len(gates):
                     raise MolaError(
@@ -66,10 +68,11 @@ class UsageCounter:
                     )
                 counted = token_mask.flatten().to(gates.device) != 0
                 gates, entropies = gates[counted], entropies[counted]
-            sums = self._sums.get(each.module)
-            if sums is None:
-                sums = self._sums[each.module] = _Sums(each.layer_index, gates.shape[1])
-            sums.add(gates, entropies)
+            largest = gates.topk(2, dim=1).values
+            further = [entropies.sum(), (largest[:, 0] - largest[:, 1]).sum(), largest.new_tensor(len(gates))]
+            sums = torch.cat([(gates > 0).sum(0).double(), gates.sum(0), torch.stack(further)])
+            place = each.module, each.layer_index
+            self._sums[place] = self._sums[place] + sums if place in self._sums else sums
 
     def usage(self) -> list[ModuleUsage]:
         """The use of every module that was counted, in the order of their first appearance.
@@ -77,63 +80,34 @@ class UsageCounter:
         Raises:
             MolaError: no token was counted.
         """
-        if not any(sums.num_tokens for sums in self._sums.values()):
+        if not any(sums[-1] for sums in self._sums.values()):
             raise MolaError("there is no use of experts to report: no token was counted, or no module has a router.")
-        return [sums.usage(module) for module, sums in self._sums.items() if sums.num_tokens]
-
-
-class _Sums:
-    def __init__(self, layer_index: int | None, num_experts: int) -> None:
-        self.layer_index = layer_index
-        self.num_tokens = 0
-        self.chosen = torch.zeros(num_experts, dtype=torch.float64)
-        self.gates = torch.zeros(num_experts, dtype=torch.float64)
-        self.entropy = 0.0
-        self.margin = 0.0
-
-    def add(self, gates: torch.Tensor, entropies: torch.Tensor) -> None:
-        self.num_tokens += len(gates)
-        self.chosen += (gates > 0).sum(0).double()
-        self.gates += gates.double().sum(0)
-        self.entropy += entropies.double().sum().item()
-        largest = gates.double().topk(2, dim=1).values
-        self.margin += (largest[:, 0] - largest[:, 1]).sum().item()
-
-    def usage(self, module: str) -> ModuleUsage:
-        return usage_of_sums(
-            module, self.layer_index, self.num_tokens, self.chosen, self.gates, self.entropy, self.margin
-        )
+        return [usage_of_sums(*place, sums) for place, sums in self._sums.items() if sums[-1]]
 
 
 def usage_of_sums(
-    module: str,
-    layer_index: int | None,
-    num_tokens: int,
-    chosen: torch.Tensor,
-    gates: torch.Tensor,
-    entropy: float,
-    margin: float,
+    module: str, layer_index: int | None, sums: torch.Tensor, num_experts: int | None = None
 ) -> ModuleUsage:
     """Use of one module from sums over tokens.
 
     Args:
         module: its name.
         layer_index: its decoder layer.
-        num_tokens: how many tokens, at least 1.
-        chosen: how many of them chose each expert, float64 `(E,)`.
-        gates: sum of each expert's gates, float64 `(E,)`.
-        entropy: sum of the entropies of the router's softmax, each over `log E`.
-        margin: sum of the differences of the largest and the second largest gate.
+        sums: float64 `(2 E + FURTHER,)`: how many tokens chose each expert; each expert's gates; entropies of the
+            router's softmax, each over `log E`; differences of the two largest gates; tokens, at least one.
+        num_experts: those that count, where the sums have room for more.
     """
-    mean = gates / num_tokens
+    width = (len(sums) - FURTHER) // 2
+    chosen, gates, (entropy, margin, tokens) = sums.split([width, width, FURTHER])
+    chosen, mean = chosen[:num_experts], gates[:num_experts] / tokens
     return ModuleUsage(
         module,
         layer_index,
-        num_tokens,
-        tuple((chosen / num_tokens).tolist()),
+        round(tokens.item()),
+        tuple((chosen / tokens).tolist()),
         tuple(mean.tolist()),
         torch.special.entr(mean).sum().item() / math.log(len(mean)),
-        entropy / num_tokens,
-        margin / num_tokens,
+        (entropy / tokens).item(),
+        (margin / tokens).item(),
         tuple(torch.nonzero(chosen == 0).flatten().tolist()),
     )

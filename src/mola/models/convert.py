@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import adaptable
 from mola.checkpoints.conversion_report import ConvertReport
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.moe_peft import read_moe_peft
@@ -29,9 +32,8 @@ from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.options.fields import option
 from mola.tuner import MolaConfig
-from mola.tuner.allocation import effective_top_k, resolve_per_layer
-from mola.tuner.targets import adaptable
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "main"]
 
@@ -45,38 +47,28 @@ class ConvertOptions:
 
     source: str = field(metadata={"help": "Folder of the adapter to convert."})
     output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
-    source_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' "
-            "MoE-PEFT's with mola routing. Also written --from.",
-            "aliases": ["--from"],
-        },
+    source_format: str | None = option(
+        None,
+        "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' MoE-PEFT's with "
+        "mola routing. Also written --from.",
+        aliases=["--from"],
     )
-    target_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format to convert an adapter of mola to: 'published' is the research code's. Also written --to.",
-            "aliases": ["--to"],
-        },
+    target_format: str | None = option(
+        None,
+        "Format to convert an adapter of mola to: 'published' is the research code's. Also written --to.",
+        aliases=["--to"],
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --from: the adapter's base model, a folder or a name on the hub; only its config.json is "
-            "read, to check every shape."
-        },
+    base_model: str | None = option(
+        None,
+        "With --from: the adapter's base model, a folder or a name on the hub; only its config.json is read, to check "
+        "every shape.",
     )
-    top_k: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --from published: experts per token the adapter was trained with, which its files do not "
-            "say: an integer, or one per layer between commas."
-        },
+    top_k: str | None = option(
+        None,
+        "With --from published: experts per token the adapter was trained with, which its files do not say: an "
+        "integer, or one per layer between commas.",
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the base model; only for sources you trust."}
-    )
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 def convert(options: ConvertOptions) -> ConvertReport:
@@ -229,13 +221,8 @@ def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:
     r = published_settings["r"]
     num_experts = resolve_per_layer(config.num_experts, len(r), "num_experts")
     top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
-    not_saved = {"top_k": top_k}
-    if config.router_aux_loss_coef:
-        not_saved["router_aux_loss_coef"] = config.router_aux_loss_coef
-    if config.router_z_loss_coef:
-        not_saved["router_z_loss_coef"] = config.router_z_loss_coef
-    if config.router_jitter_noise:
-        not_saved["router_jitter_noise"] = config.router_jitter_noise
+    router = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
+    not_saved = {"top_k": top_k} | {name: value for name in router if (value := getattr(config, name))}
     with new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

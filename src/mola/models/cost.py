@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import linear_shapes, resolve_target_modules
+from mola.insight.kernels import TOKENS, inputs_for_shapes, report
+from mola.models.devices import resolve_dtype
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
-from mola.tuner.allocation import AllocationPlan, plan_allocation, resolve_per_layer
-from mola.tuner.layer_stacks import LayerStacks
-from mola.tuner.targets import linear_shapes, resolve_target_modules
+from mola.tuner.kernels.api import MixtureSettings
 
 
 def cost_of_allocation(
@@ -19,8 +23,11 @@ def cost_of_allocation(
     target_modules: str | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    with_kernels: bool = False,
 ) -> AllocationPlan:
     """Cost of an allocation for a model, without its weights. The arguments are options of `mola plan`.
+
+    `with_kernels` adds which backends would compute it on this machine's CPU.
 
     Returns:
         The plan with `base_parameters` filled in; formulas in `plan_allocation`.
@@ -31,11 +38,27 @@ def cost_of_allocation(
     model = model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
     targets = names_between_commas(target_modules)
+    linears = linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets))
     result = plan_allocation(
-        linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets)),
+        linears,
         resolve_per_layer(num_experts, num_layers, "num_experts"),
         resolve_per_layer(top_k, num_layers, "top_k"),
         resolve_per_layer(r, num_layers, "r"),
     )
+    if with_kernels:
+        result = replace(result, kernels=_kernels(linears, result))
     # `parameters()` yields a tied embedding once.
     return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _kernels(linears: list[LinearShape], plan: AllocationPlan) -> tuple[str, ...]:
+    dtype, _ = resolve_dtype("auto", "cpu")
+    calls = []
+    for linear in linears:
+        layer = plan.layers[linear.layer_index or 0]
+        # The scale does not decide which backend is used.
+        settings = MixtureSettings(layer.top_k, 1.0, dtype, needs_router_output=False)
+        for mode in TOKENS:
+            shape = linear.in_features, linear.out_features, layer.num_experts, layer.r
+            calls.append((mode, inputs_for_shapes(mode, *shape, settings)))
+    return tuple(f"CPU, {str(dtype).removeprefix('torch.')}, {choice}" for choice in report(calls))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mola.architecture.targets import count_layers
 from mola.errors import MolaError
 from mola.models.gguf import read_gguf_config
-from mola.tuner.targets import count_layers
 
 _WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
 
@@ -50,9 +49,15 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
     """
-    if gguf_file is not None:
-        return _build(base_model, read_config(base_model, trust_remote_code, gguf_file), trust_remote_code)
-    return _build(base_model, _load_config(base_model, trust_remote_code), trust_remote_code)
+    config = read_config(base_model if gguf_file is not None else _place(base_model), trust_remote_code, gguf_file)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise MolaError(
+            f"`base_model` must be a causal language model: {base_model!r} of type "
+            f"{config.model_type!r} cannot be built as one ({_one_line(error)})."
+        ) from error
 
 
 def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
@@ -70,29 +75,17 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
     return num_layers
 
 
-def _load_config(base_model: str, trust_remote_code: bool) -> Any:
+def _place(base_model: str) -> str:
+    """The folder or file behind a path; a name on the hub as it is."""
     path = Path(os.path.expanduser(base_model))
     if not os.path.exists(path):
         # A hub name has at most one slash; anything else would only wait for the network to fail.
         if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
             raise MolaError(f"`base_model` does not exist: {base_model!r}. {_WANTED}")
-        source = base_model
-    elif path.is_dir() and not (path / "config.json").is_file():
+        return base_model
+    if path.is_dir() and not (path / "config.json").is_file():
         raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
-    else:
-        source = str(path)
-    return read_config(source, trust_remote_code)
-
-
-def _build(base_model: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise MolaError(
-            f"`base_model` must be a causal language model: {base_model!r} of type "
-            f"{config.model_type!r} cannot be built as one ({_one_line(error)})."
-        ) from error
+    return str(path)
 
 
 def _one_line(error: BaseException) -> str:

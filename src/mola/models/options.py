@@ -3,21 +3,25 @@
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mola.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from mola.models.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
-from mola.options.fields import option
+from mola.options.fields import START, Group, option
 
 
 @dataclass
 class ModelOptions:
     """Which base model, and how it is loaded; commands add their own options."""
 
+    _start: ClassVar = START
     base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
+
     _: KW_ONLY
+    _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
     load_in_8bit: bool = quantization_option("load_in_8bit")
     load_in_4bit: bool = quantization_option("load_in_4bit")

@@ -16,9 +16,10 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import quantization_option
-from mola.tuner.allocation import AllocationPlan, LayerPlan
+from mola.options.fields import option
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -30,30 +31,21 @@ class PlanOptions:
     base_model: str = field(
         metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
     )
-    num_experts: str = field(
-        default="2468",
-        metadata={
-            "help": "Experts per module: an integer and a comma ('8,'), one digit per group of layers "
-            "('2468', lowest layers first), integers between commas, a shape's name or a JSON file."
-        },
+    num_experts: str = option(
+        "2468",
+        "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
+        "first), integers between commas, a shape's name or a JSON file.",
     )
-    r: str = field(default="8", metadata={"help": "Rank of each expert: an integer, or one per layer between commas."})
-    top_k: str = field(
-        default="2", metadata={"help": "Experts used per token: an integer, or one per layer between commas."}
-    )
-    target_modules: str | None = field(
-        default=None,
-        metadata={
-            "help": "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA "
-            "linears where they exist, else PEFT's choice for the architecture."
-        },
+    r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")
+    top_k: str = option("2", "Experts used per token: an integer, or one per layer between commas.")
+    target_modules: str | None = option(
+        None,
+        "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
+        "else PEFT's choice for the architecture.",
     )
     gguf_file: str | None = quantization_option("gguf_file")
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that comes with the model; only for sources you trust."},
-    )
+    json: bool = option(False, "Print JSON instead of the table.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
 
 
 def plan(options: PlanOptions) -> AllocationPlan:
@@ -76,6 +68,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         options.target_modules,
         options.gguf_file,
         options.trust_remote_code,
+        with_kernels=True,
     )
 
 
@@ -90,7 +83,7 @@ def render(plan: AllocationPlan) -> Table:
     """
     table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
     table.add_column("layers")
-    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "size"):
+    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "active", "size"):
         table.add_column(header, justify="right")
     table.add_column("of base", justify="right")
     for first, last, layer in _runs(plan):
@@ -132,6 +125,8 @@ def main(options: PlanOptions) -> int:
         if not console.is_terminal:
             console = Console(width=_WIDTH_OF_FILES)
         console.print(render(result))
+        for line in result.kernels:
+            console.print(line, highlight=False, markup=False)
     return 0
 
 
@@ -142,7 +137,8 @@ def _runs(plan: AllocationPlan) -> Iterator[tuple[int, int, LayerPlan]]:
 
 
 def _costs(item: LayerPlan | AllocationPlan) -> list[str]:
-    counts = (item.expert_parameters, item.router_parameters, item.flops_per_token)
+    flops = item.flops_per_token, item.active_flops_per_token
+    counts = item.expert_parameters, item.router_parameters, *flops
     return [f"{count:,}" for count in counts] + [_size(item.adapter_bytes)]
 
 

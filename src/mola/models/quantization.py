@@ -32,12 +32,9 @@ _HELP = {
     "load_in_8bit": (False, "Quantise the base to 8 bits while it loads (bitsandbytes)."),
     "load_in_4bit": (False, "Quantise the base to 4 bits while it loads (bitsandbytes)."),
     "bnb_4bit_quant_type": (None, "4-bit format: nf4 (default) or fp4."),
-    "bnb_4bit_compute_dtype": (
-        None,
-        "Number format in which 4-bit layers compute: float32, bfloat16 or float16. Default: that of the base.",
-    ),
+    "bnb_4bit_compute_dtype": (None, "dtype in which 4-bit layers compute. Default: the base's."),
     "bnb_4bit_use_double_quant": (False, "Quantise the scales of the 4-bit weights as well."),
-    "gguf_file": (None, "GGUF file in the folder `base_model`; its weights are unpacked while it loads."),
+    "gguf_file": (None, "GGUF file in the folder `base_model`, unpacked while it loads."),
 }
 
 

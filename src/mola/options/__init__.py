@@ -1,1 +1,1 @@
-"""Options of commands: fields with help texts, and the way to them from flags and recipes."""
+"""Options of commands: fields with help texts, and the way to them from flags and recipes, and their help."""

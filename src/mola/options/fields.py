@@ -1,9 +1,10 @@
-"""What options dataclasses share: a field with its help text, names between commas, mappings."""
+"""What options dataclasses share: fields with help texts, in groups; names between commas, mappings."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from mola.errors import MolaError
@@ -12,9 +13,36 @@ from mola.files.reading import parse_json
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with a help text and whatever else argparse shall know about its flag."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+class Group(str):
+    """A class variable of an options class that gives the options below it a heading."""
+
+
+START = Group("start with these")
+
+
+def options_by_group(options_class: Any) -> dict[str, list[Field]]:
+    """Heading -> options, as a reader meets them: a class before its parents, what is required before the rest.
+
+    Options above the first heading of their class are under "".
+    """
+    options = {each.name: each for each in fields(options_class) if each.init}
+    groups: dict[str, list[Field]] = {}
+    for parent in inspect.getmro(options_class):
+        heading = ""
+        for name in inspect.get_annotations(parent):
+            value = vars(parent).get(name)
+            if isinstance(value, Group):
+                heading = value
+            elif name in options:
+                groups.setdefault(heading, []).append(options.pop(name))
+    for group in groups.values():
+        group.sort(key=lambda each: not (each.default is each.default_factory is MISSING))
+    return groups
 
 
 def names_between_commas(names: str | None) -> list[str] | str | None:

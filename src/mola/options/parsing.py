@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from mola.errors import MolaError
 from mola.files.reading import BoundedLoader, parse_yaml, read_text
+from mola.options.help import ShowHelp
 
 if TYPE_CHECKING:
     from argparse import Action, ArgumentParser
@@ -53,8 +54,8 @@ def parse(
     if bare_no:
         arguments = _without_bare_no(arguments, options_class)
     parser, flags = _make_parser(options_class, prog, summary)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
-    flags |= {"--config": parser._actions[-1]}
+    config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
+    flags |= {"--config": config}
     # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.
     for word in arguments:
         if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
@@ -102,8 +103,10 @@ def _make_parser(
     options_class: Any, prog: str | None = None, summary: str | None = None
 ) -> tuple[HfArgumentParser, dict[str, Action]]:
     """A parser that raises errors, and its flags."""
-    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False)
+    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
     parser.error = _refuse  # type: ignore[method-assign]
+    text = "Show this help; all: every option."
+    parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
     return parser, {option: action for action in parser._actions for option in action.option_strings}
 
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mola.architecture.layer_stacks import layer_index
+from mola.architecture.notation import resolve_per_layer
 from mola.errors import MolaError
 from mola.files.digests import check_digest
+from mola.files.finite import check_finite
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.formatting import layer_order
 from mola.reporting.schema import PER_LAYER
-from mola.tuner.layer_stacks import layer_index
-from mola.tuner.loading import check_finite
-from mola.tuner.notation import resolve_per_layer
 
 
 @dataclass(frozen=True)

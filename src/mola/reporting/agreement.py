@@ -1,4 +1,4 @@
-"""Sections on how routers agree with each other, and on what each expert is worth."""
+"""How routers agree with each other, and what each expert is worth."""
 
 from __future__ import annotations
 
@@ -7,72 +7,62 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mola.reporting.charts import matrix_chart, scale, shade
-from mola.reporting.commands import inspect_command, missing
+from mola.architecture.layer_stacks import layer_index
+from mola.reporting.charts import shade
+from mola.reporting.commands import inspect_command
+from mola.reporting.document import Table
 from mola.reporting.formatting import kinds_of, layer_name, layer_order, number
-from mola.reporting.heat import change_map
+from mola.reporting.heat import Cell, HeatMap, change_map
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, element, figure, folded, note, table
-from mola.tuner.layer_stacks import layer_index
 
 _MOST_CHANGES = 20
 
 Means = dict[tuple[Any, Any], float]
 
 
-def agreement_section(run: Run) -> list[Element]:
+def has_agreement(inspection: Mapping[str, Any] | None) -> bool:
+    """Whether there are two routers that may agree."""
+    found = (inspection or {}).get("agreement") or {"modules": []}
+    return len(found["modules"]) > 1
+
+
+def agreement_section(run: Run) -> dict[str, Any]:
     """How far the choice of one router tells that of another one, by layers and by kinds of module."""
-    found = (run.inspection or {}).get("agreement")
-    if not found or len(found["modules"]) < 2:
-        overwrite = ["--overwrite"] if run.inspection else []
-        return [missing("Whether routers agree is not known.", inspect_command(run, *overwrite))]
-    names, values = found["modules"], found["cramers_v"]
+    if run.inspection is None or not has_agreement(run.inspection):
+        return {"command": inspect_command(run)}
+    names, values = (run.inspection["agreement"][key] for key in ("modules", "cramers_v"))
     kinds = kinds_of(names)
     by_layer = _means(names, values, layer_index)
     by_kind = _means(names, values, kinds.__getitem__, same_layer=True)
     layers = sorted({layer_index(name) for name in names}, key=layer_order)
     square = [[by_layer.get((row, column)) for column in layers] for row in layers]
-    text = (
-        "Cramér's V of the experts that two routers choose for the same tokens, mean over pairs of modules. "
-        "1: the choice of one tells that of the other; 0: it tells nothing."
-    )
-    known = [value for row in square for value in row if value is not None]
-    charts = []
-    if known:
-        label = f"Agreement of routers by pairs of layers, from {min(known):.2f} to {max(known):.2f}"
-        chart = matrix_chart(square, [layer_name(layer) for layer in layers], label, "layer", max(known))
-        charts.append(figure(chart, "Between layers", scale(f"{max(known):.2f}")))
-    if by_kind:
-        charts.append(figure(_kinds_table(list(dict.fromkeys(kinds.values())), by_kind), "Within a layer, by module"))
-    content = [element("p", text), element("div", charts, class_="two")]
-    neighbours = _by_distance(by_layer)
-    if neighbours:
-        rows = [(distance, number(value)) for distance, value in neighbours]
-        content.append(folded("Numbers", table(("layers apart", "agreement"), rows, "Agreement by distance of layers")))
-    return content
+    distances = [(distance, number(value)) for distance, value in _by_distance(by_layer)]
+    return {
+        "command": None,
+        "square": square,
+        "known": [value for row in square for value in row if value is not None],
+        "layers": [layer_name(layer) for layer in layers],
+        "kinds": _kinds_map(list(dict.fromkeys(kinds.values())), by_kind) if by_kind else None,
+        "numbers": Table(("layers apart", "agreement"), distances, "Agreement by distance of layers"),
+    }
 
 
-def leave_one_out_section(run: Run) -> list[Element]:
+def leave_one_out_section(run: Run) -> dict[str, Any] | None:
     """How the loss changes when one expert is left out."""
-    found = (run.inspection or {}).get("leave_one_out") or []
-    rows = [row for row in found if row["loss_change"] is not None]
+    inspection = run.inspection or {}
+    rows = [row for row in inspection.get("leave_one_out") or [] if row["loss_change"] is not None]
     if not rows:
-        return []
-    loss = (run.inspection or {}).get("leave_one_out_baseline", {}).get("loss")
-    content = [
-        element("p", f"Change of the loss when one expert is left out; with all of them it is {number(loss)}."),
-    ]
+        return None
     whole = [(row["layer_index"], row["expert"], row["loss_change"]) for row in rows if row.get("module") is None]
-    if whole:
-        content.append(change_map(whole, "Change of the loss"))
-        content.append(note("+ the expert is of use, − the loss is lower without it."))
     single = [row for row in rows if row.get("module") is not None]
-    if single:
-        strongest = sorted(single, key=lambda row: -abs(row["loss_change"]))[:_MOST_CHANGES]
-        lines = [(row["module"], row["expert"], f"{row['loss_change']:+.4f}") for row in strongest]
-        caption = f"The {len(lines)} largest changes of {len(single):,}"
-        content.append(table(("module", "expert", "change of the loss"), lines, caption))
-    return content
+    strongest = sorted(single, key=lambda row: -abs(row["loss_change"]))[:_MOST_CHANGES]
+    lines = [(row["module"], row["expert"], f"{row['loss_change']:+.4f}") for row in strongest]
+    caption = f"The {len(lines)} largest changes of {len(single):,}"
+    return {
+        "loss": (inspection.get("leave_one_out_baseline") or {}).get("loss"),
+        "map": change_map(whole, "Change of the loss") if whole else None,
+        "largest": Table(("module", "expert", "change of the loss"), lines, caption) if lines else None,
+    }
 
 
 def _means(
@@ -82,26 +72,21 @@ def _means(
     same_layer: bool = False,
 ) -> Means:
     """Means over pairs of different modules, by the keys of both; `same_layer` counts pairs of one layer only."""
-    sums: Mapping[tuple[Any, Any], list[float]] = defaultdict(list)
-    for row, first in enumerate(names):
-        for column, second in enumerate(names):
+    keys, layers = [key(name) for name in names], [layer_index(name) for name in names]
+    sums = defaultdict(list)
+    for row, first in enumerate(keys):
+        for column, second in enumerate(keys):
             value = values[row][column]
-            if row == column or value is None or (same_layer and layer_index(first) != layer_index(second)):
-                continue
-            sums[key(first), key(second)].append(value)
+            if row != column and value is not None and (layers[row] == layers[column] or not same_layer):
+                sums[first, second].append(value)
     return {pair: fmean(members) for pair, members in sums.items()}
 
 
-def _kinds_table(kinds: Sequence[str], means: Means) -> Element:
-    rows, most = [], max(means.values())
-    for first in kinds:
-        cells = []
-        for second in kinds:
-            value = means.get((first, second))
-            text = "" if value is None else f"{value:.2f}".removeprefix("0")
-            cells.append(element("td", text, class_=None if value is None else shade(value, most)))
-        rows.append([first, *cells])
-    return table(("module", *kinds), rows, class_="heat wide")
+def _kinds_map(kinds: Sequence[str], means: Means) -> HeatMap:
+    most = max(means.values())
+    shown = {pair: Cell(f"{value:.2f}".removeprefix("0"), shade(value, most)) for pair, value in means.items()}
+    rows = [(first, [shown.get((first, second), Cell()) for second in kinds]) for first in kinds]
+    return HeatMap("", "module", kinds, rows)
 
 
 def _by_distance(means: Means) -> list[tuple[int, float]]:

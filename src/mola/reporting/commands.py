@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, code, command_box, element
 
 
 def evaluate_command(run: Run, name: str) -> str:
@@ -15,23 +14,13 @@ def evaluate_command(run: Run, name: str) -> str:
     return shlex.join([*words, *adapter, "--data", _data(run), "--output", str(run.paths[name])])
 
 
-def inspect_command(run: Run, *more: str) -> str:
-    """The command for `inspection`; `more` are further flags."""
+def inspect_command(run: Run) -> str:
+    """The command for `inspection`, which replaces one that is there."""
     words = ["mola", "inspect", *_base(run), "--adapter", str(run.folder)]
     task = run.record["settings"].get("task")
     words += ["--task", task] if task else []
-    return shlex.join([*words, "--data", _data(run), *more, "--json", str(run.paths["inspection"])])
-
-
-def missing(what: str, command: str) -> Element:
-    """A box that says what is not there, and the command that makes it.
-
-    Args:
-        what: one sentence.
-        command: the command.
-    """
-    text = element("p", what, " Run this, then ", code("mola report"), " again:")
-    return element("div", text, command_box(command), class_="missing")
+    words += ["--data", _data(run), *(["--overwrite"] if run.inspection else [])]
+    return shlex.join([*words, "--json", str(run.paths["inspection"])])
 
 
 def _base(run: Run) -> list[str]:

@@ -1,72 +1,89 @@
-"""The frame of a page: head with its one style sheet and no script, header, contents, sections, footer."""
+"""Pages from their templates: one file with one style sheet and no script, which asks nobody for anything."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mola._version import __version__
-from mola.reporting.charts import SHADES
-from mola.reporting.markup import Element, element, to_html
+from mola.reporting import charts, formatting
 
-Section = tuple[str, str, list[Element]]  # id, title, content
+_FILTERS: Sequence[Callable[..., str]] = (
+    *(charts.shade, charts.share, charts.tick),
+    *(formatting.duration, formatting.interval, formatting.layers, formatting.number, formatting.percent),
+)
+_FUNCTIONS: Sequence[Callable[..., Any]] = (charts.every_so_often, charts.step_axis, charts.value_axis)
 
 
-def document(title: str, header: Element, sections: Sequence[Section], rules: str = "") -> str:
-    """A whole page that asks nobody for anything; the same arguments always give the same text.
+class Section(NamedTuple):
+    """A section of a page.
+
+    Attributes:
+        key: its id.
+        title: its heading.
+        data: what its template gets as `data`; None leaves the section out.
+        template: name of its template, the key if it is empty.
+    """
+
+    key: str
+    title: str
+    data: Mapping[str, Any] | None
+    template: str = ""
+
+
+class Table(NamedTuple):
+    """A table of texts and numbers; the first cell of a row is its name."""
+
+    head: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+    caption: str = ""
+
+
+def render(template: str, title: str, sections: Sequence[Section], choices: Sequence[Any] = (), **values: Any) -> str:
+    """A whole page; the same arguments always give the same text.
 
     Args:
+        template: name of the page's template.
         title: of the window.
-        header: above everything.
-        sections: those without content are left out.
-        rules: added to the style sheet.
+        sections: in their order.
+        choices: buttons that the style sheet makes work, see `mola.reporting.heat.Choice`.
+        values: what the template's header needs.
     """
-    shown = [section for section in sections if section[2]]
-    body = element(
-        "body",
-        element("a", "Skip to the content", href="#content", class_="skip"),
-        header,
-        element("div", _contents([(key, title) for key, title, _ in shown]), _main(shown), class_="frame"),
-        element(
-            "footer", element("p", f"Written by mola {__version__}. This page asks no other machine for anything.")
-        ),
+    shown = [section for section in sections if section.data is not None]
+    style = environment().get_template("page.css").render(choices=choices)
+    text = (
+        environment()
+        .get_template(template)
+        .render(
+            title=title,
+            sections=shown,
+            style=Markup(style),  # the only text that is not escaped: our own, and it has to be what was summed up
+            style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+            version=__version__,
+            **values,
+        )
     )
-    return to_html(element("html", _head(title, rules), body, lang="en"))
+    # Half of a surrogate pair is no text: a browser shows the reference as a replacement character.
+    return text.encode("utf-8", "xmlcharrefreplace").decode() + "\n"
 
 
-def _head(title: str, rules: str) -> Element:
-    style = _style(rules)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("meta", name="generator", content=f"mola {__version__}"),
-        element("title", title),
-        element("style", style),
+@cache
+def environment() -> Environment:
+    """The templates, and what they may use."""
+    made = Environment(
+        loader=PackageLoader("mola.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _style(rules: str) -> str:
-    shades = "".join(f".s{step}{{--shade:{100 * step / SHADES:g}%}}" for step in range(SHADES + 1))
-    sheet = files("mola.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    return f"{sheet}\n{shades}\n{rules}\n"
-
-
-def _contents(titles: Sequence[tuple[str, str]]) -> Element:
-    links = [element("li", element("a", title, href=f"#{key}")) for key, title in titles]
-    return element("nav", element("ul", links), aria_label="Contents")
-
-
-def _main(sections: Sequence[Section]) -> Element:
-    made = [
-        element("section", element("h2", title, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title")
-        for key, title, content in sections
-    ]
-    return element("main", made, id="content", tabindex=-1)
+    made.filters |= {function.__name__: function for function in _FILTERS}
+    made.globals |= {"SHADES": charts.SHADES} | {function.__name__: function for function in _FUNCTIONS}
+    made.tests["numeric"] = formatting.is_numeric
+    return made

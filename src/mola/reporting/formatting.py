@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mola.tuner.layer_stacks import layer_index
+from mola.architecture.layer_stacks import layer_index
 
 NO_VALUE = "–"
 MOST_ROWS = 500  # of a table of numbers
@@ -55,6 +55,11 @@ def layer_name(index: int | None) -> str:
 def layer_order(index: int | None) -> float:
     """For sorting: modules outside the layers come last."""
     return math.inf if index is None else index
+
+
+def is_numeric(value: Any) -> bool:
+    """Whether the text of a table's cell starts like a number."""
+    return str(value).lstrip("+-−")[:1].isdigit()
 
 
 def rows_said(count: int) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from mola.reporting.charts import scale, shade
+from mola.reporting.charts import shade
 from mola.reporting.formatting import NO_VALUE, kinds_of, layer_name, layer_order, percent
-from mola.reporting.markup import Element, element, note, scrolling
 
 _MOST_CELLS = 30_000  # of all maps together: less than a megabyte
 _MOST_VIEWS = 24  # buttons to choose from
@@ -29,6 +28,27 @@ _NAMES = {
 Usage = Sequence[Mapping[str, Any]]  # use of the experts of each module, as `mola inspect` writes it
 
 
+class Cell(NamedTuple):
+    """What a cell shows, its class, and what is shown when it is pointed at."""
+
+    text: object = ""
+    look: str = ""
+    title: str = ""
+
+
+Row = tuple[object, Sequence[Cell]]  # its name, and what it shows
+
+
+class HeatMap(NamedTuple):
+    """A table of shaded cells; each row has a name. The last one, if there is one, is no part of the map."""
+
+    caption: str
+    corner: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    last: Row | None = None
+
+
 @dataclass(frozen=True)
 class Choice:
     """Radio buttons: what they are for, and the name of each."""
@@ -38,62 +58,56 @@ class Choice:
     names: Sequence[str]
 
 
-def gate_maps(usage: Mapping[str, Usage]) -> tuple[Element, list[Choice]]:
-    """Mean gates of all experts, one map for each kind of module and each kind of token, and buttons to choose.
+@dataclass(frozen=True)
+class GateMaps:
+    """Mean gates of all experts; without style sheets, or in a browser that cannot choose, all maps are there.
 
-    Without style sheets, or in a browser that can not choose, all maps are there.
+    Attributes:
+        choices: of kinds of module and of kinds of token.
+        views: for each kind of token the maps, with the number of their kind of module.
+        most: the largest gate.
+        left_out: how many kinds of token have no map.
+    """
+
+    choices: tuple[Choice, Choice]
+    views: Sequence[Sequence[tuple[int, HeatMap]]]
+    most: float
+    left_out: int
+
+
+def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
+    """One map for each kind of module and each kind of token.
 
     Args:
         usage: kind of token -> the modules.
-
-    Returns:
-        The maps, and the choices that `choice_rules` makes work.
     """
     shown = _shown(usage)
     most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
-    kinds: list[str] = []
-    views = []
-    for index, name in enumerate(shown):
-        by_kind = _by_kind(usage[name])
-        kinds = kinds or list(by_kind)
-        maps = [
-            element("div", _map(rows, most, f"{kind}, {_label(name)}"), class_=f"map kind-{kinds.index(kind)}")
-            for kind, rows in by_kind.items()
+    kinds = list(_by_kind(usage[shown[0]]))
+    views = [
+        [
+            (kinds.index(kind), _gate_map(rows, most, f"{kind}, {_label(name)}"))
+            for kind, rows in _by_kind(usage[name]).items()
             if kind in kinds
         ]
-        views.append(element("div", maps, class_=f"view view-{index}"))
-    choices = [Choice("kind", "Module", kinds), Choice("view", "Tokens", [_label(name) for name in shown])]
-    left_out = len(usage) - len(shown)
-    text = f"{left_out} smaller groups are left out here; the result of mola inspect has them."
-    remark = note(text) if left_out else None
-    buttons = element("div", [_buttons(choice) for choice in choices if len(choice.names) > 1], class_="choices")
-    key = scale(percent(most, 0), ". × no token chose this expert.")
-    return element("div", buttons, views, key, remark, class_="maps"), choices
+        for name in shown
+    ]
+    choices = Choice("kind", "Module", kinds), Choice("view", "Tokens", [_label(name) for name in shown])
+    return GateMaps(choices, views, most, len(usage) - len(shown))
 
 
-def choice_rules(choices: Sequence[Choice]) -> str:
-    """Style rules: of each choice, what is chosen is shown and the rest is not."""
-    rules = []
-    for choice in choices:
-        for index in range(len(choice.names)):
-            chosen = f":has(#{choice.key}-{index}:checked)" if len(choice.names) > 1 else ""
-            rules.append(f".maps{chosen} .{choice.key}-{index}{{display:block}}")
-    return "@supports selector(:has(*)){" + "".join(rules) + "}"
-
-
-def answer_map(experts: Usage) -> Element:
+def answer_map(experts: Usage) -> HeatMap:
     """Which expert of each module weighed most for one answer, shaded by its mean gate."""
-    by_kind = _by_kind(experts)
     layers = sorted({row["layer_index"] for row in experts}, key=layer_order)
-    body = []
-    for kind, rows in by_kind.items():
-        by_layer = {row["layer_index"]: row["mean_gates"] for row in rows}
-        cells = [_top_cell(by_layer.get(layer)) for layer in layers]
-        body.append(element("tr", element("th", kind, scope="row"), cells))
-    return _heat_table("module", [layer_name(layer) for layer in layers], body, "Strongest expert by module and layer")
+    rows = []
+    for kind, members in _by_kind(experts).items():
+        by_layer = {row["layer_index"]: row["mean_gates"] for row in members}
+        rows.append((kind, [_top_cell(by_layer.get(layer)) for layer in layers]))
+    caption = "Strongest expert by module and layer"
+    return HeatMap(caption, "module / layer", [layer_name(layer) for layer in layers], rows)
 
 
-def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> Element:
+def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> HeatMap:
     """Changes by layer and expert, in units that leave two digits, shaded by their size; the sign is written.
 
     Args:
@@ -103,19 +117,15 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> Elem
     most = max(abs(change) for _, _, change in rows)
     unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0
     layers = sorted({layer for layer, _, _ in rows}, key=layer_order)
-    by_place = {(layer, expert): change for layer, expert, change in rows}
-    body = []
-    for expert in sorted({expert for _, expert, _ in rows}):
-        cells = []
-        for layer in layers:
-            change = by_place.get((layer, expert))
-            if change is None:
-                cells.append(element("td"))
-            else:
-                look = shade(abs(change), most) + (" down" if change < 0 else "")
-                cells.append(element("td", f"{round(change / unit):+d}".replace("-", "−"), class_=look))
-        body.append(element("tr", element("th", expert, scope="row"), cells))
-    return _heat_table("expert", [layer_name(layer) for layer in layers], body, f"{what}; 1 stands for {unit:g}")
+    by_place = {
+        (layer, expert): Cell(
+            f"{round(change / unit):+d}".replace("-", "−"), shade(abs(change), most) + (" down" if change < 0 else "")
+        )
+        for layer, expert, change in rows
+    }
+    experts = sorted({expert for _, expert, _ in rows})
+    body = [(expert, [by_place.get((layer, expert), Cell()) for layer in layers]) for expert in experts]
+    return HeatMap(f"{what}; 1 stands for {unit:g}", "expert / layer", [layer_name(layer) for layer in layers], body)
 
 
 def _shown(usage: Mapping[str, Usage]) -> list[str]:
@@ -139,57 +149,25 @@ def _by_kind(rows: Usage) -> dict[str, list[Mapping[str, Any]]]:
     return {kind: sorted(members, key=lambda row: layer_order(row["layer_index"])) for kind, members in grouped.items()}
 
 
-def _map(rows: Usage, most: float, caption: str) -> Element:
+def _gate_map(rows: Usage, most: float, what: str) -> HeatMap:
     width = max(len(row["mean_gates"]) for row in rows)
-    body = [
-        element("tr", element("th", expert, scope="row"), [_gate_cell(row, expert, most) for row in rows])
-        for expert in range(width)
-    ]
-    balances = [element("td", f"{row['balance']:.2f}".removeprefix("0")) for row in rows]
-    body.append(element("tr", element("th", "balance", scope="row"), balances, class_="sum"))
-    return _heat_table(
-        "expert", [layer_name(row["layer_index"]) for row in rows], body, f"Mean gate, per cent: {caption}"
-    )
+    body = [(expert, [_gate_cell(row, expert, most) for row in rows]) for expert in range(width)]
+    balance = "balance", [Cell(f"{row['balance']:.2f}".removeprefix("0")) for row in rows]
+    columns = [layer_name(row["layer_index"]) for row in rows]
+    return HeatMap(f"Mean gate, per cent: {what}", "expert / layer", columns, body, balance)
 
 
-def _gate_cell(row: Mapping[str, Any], expert: int, most: float) -> Element:
+def _gate_cell(row: Mapping[str, Any], expert: int, most: float) -> Cell:
     gates = row["mean_gates"]
     if expert >= len(gates):
-        return element("td")
+        return Cell()
     if expert in row["dead_experts"]:
-        return element("td", "×")
-    return element("td", f"{100 * gates[expert]:.0f}", class_=shade(gates[expert], most))
+        return Cell("×")
+    return Cell(f"{100 * gates[expert]:.0f}", shade(gates[expert], most))
 
 
-def _top_cell(gates: Sequence[float] | None) -> Element:
+def _top_cell(gates: Sequence[float] | None) -> Cell:
     if gates is None:
-        return element("td", NO_VALUE)
+        return Cell(NO_VALUE)
     gate = max(gates)
-    return element("td", list(gates).index(gate), class_=shade(gate), title=percent(gate, 0))
-
-
-def _heat_table(corner: str, columns: Sequence[str], body: Sequence[Element], caption: str) -> Element:
-    # Modules of several kinds in one layer would repeat a name: that is what a title is for, not a number.
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
-    head = [element("th", name, scope="col") for name in columns]
-    corner_cell = element("th", corner, element("span", " / layer"), scope="col")
-    inner = element(
-        "table",
-        element("caption", caption, "; several modules of one layer in a row" if repeated else None),
-        element("thead", element("tr", corner_cell, head)),
-        element("tbody", list(body)),
-        class_="heat",
-    )
-    return scrolling(inner, caption)
-
-
-def _buttons(choice: Choice) -> Element:
-    labels = [
-        element(
-            "label",
-            element("input", type="radio", name=choice.key, id=f"{choice.key}-{index}", checked=index == 0),
-            element("span", name),
-        )
-        for index, name in enumerate(choice.names)
-    ]
-    return element("fieldset", element("legend", choice.legend), element("div", labels))
+    return Cell(list(gates).index(gate), shade(gate), percent(gate, 0))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, product
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,7 +29,7 @@ from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import mapping, option
+from mola.options.fields import START, Group, mapping, option
 from mola.reporting.inspection_page import render_inspection
 
 __all__ = ["InspectOptions", "InspectResult", "inspect", "main"]
@@ -41,16 +41,18 @@ _NO_LIMIT = 1 << 30
 class InspectOptions(ModelOptions):
     """Options of `mola inspect`."""
 
+    _start: ClassVar = START
     adapter: str = field(metadata={"help": "Folder of an adapter."})
     data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
     task: str = option("scienceqa", "Name of a task, or a task file (YAML).")
+
+    _data: ClassVar = Group("data")
     split: str = option("test", "Split to read where the data has several.")
-    filters: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keep the rows whose columns have these values (or one of a list): a mapping, JSON."},
-    )
+    filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(200, "Look at the first so many samples only.")
     template: str | None = option(None, "Prompt template; by default the task's own.")
+
+    _measured: ClassVar = Group("what is measured")
     examples: int = option(8, "Put the experts' mean gates of so many single samples into the result file.")
     leave_one_out: str = option(
         "none",
@@ -58,6 +60,8 @@ class InspectOptions(ModelOptions):
         "or modules. It takes one forward pass per expert and sample.",
     )
     leave_one_out_limit: int = option(16, "Measure this on the first so many samples only.")
+
+    _results: ClassVar = Group("results")
     json: str | None = option(None, "Result file (JSON) with every module.")
     html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.")
     overwrite: bool = option(False, "Replace existing results.")

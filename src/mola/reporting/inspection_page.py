@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mola.reporting.adapter_weights import read_adapter_weights
-from mola.reporting.agreement import agreement_section, leave_one_out_section
-from mola.reporting.document import Section, document
+from mola.reporting.agreement import agreement_section, has_agreement, leave_one_out_section
+from mola.reporting.document import Section, render
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section
-from mola.reporting.heat import choice_rules
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, element, pairs
 from mola.reporting.samples import looked_at_samples
 
 
@@ -26,26 +24,13 @@ def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
     folder = Path(adapter)
     weights = read_adapter_weights(folder)
     run = Run(folder, {}, {}, weights, None, None, None, inspection, {})
-    gates, choices = gates_section(run)
-    sections: list[Section] = [
-        ("allocation", "Experts by layer", allocation_section(run) if weights else []),
-        ("gates", "Which experts work", gates),
-        ("redundancy", "How alike experts are", redundancy_section(run) if weights else []),
-        ("agreement", "How routers agree", agreement_section(run)),
-        ("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
-        ("samples", "Samples", looked_at_samples(inspection)),
+    gates = gates_section(run)
+    sections = [
+        Section("allocation", "Experts by layer", allocation_section(run) if weights else None),
+        Section("gates", "Which experts work", gates),
+        Section("redundancy", "How alike experts are", redundancy_section(run) if weights else None),
+        Section("agreement", "How routers agree", agreement_section(run) if has_agreement(inspection) else None),
+        Section("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
+        Section("samples", "Samples", looked_at_samples(inspection)),
     ]
-    rules = choice_rules(choices) if choices else ""
-    return document(f"{run.name}: experts, by mola", _header(run.name, inspection), sections, rules)
-
-
-def _header(name: str, inspection: Mapping[str, Any]) -> Element:
-    settings = inspection["settings"]
-    named = [("Base model", settings["base_model"]), ("Task", settings["task"]), ("Data", settings["data"])]
-    return element(
-        "header",
-        element("p", "Experts seen by mola", class_="kicker"),
-        element("h1", name),
-        element("p", f"What the experts of an adapter do on {inspection['samples']:,} samples.", class_="lead"),
-        pairs(named),
-    )
+    return render("inspection.html", f"{run.name}: experts, by mola", sections, gates["choices"], run=run)

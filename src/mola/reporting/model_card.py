@@ -16,12 +16,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
+from mola.architecture.layer_stacks import layer_index
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses, read_curves
-from mola.tuner.layer_stacks import layer_index
 
 CARD_FILE = "README.md"
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from mola.reporting.agreement import agreement_section, leave_one_out_section
-from mola.reporting.document import document
+from mola.reporting.document import Section, render
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section, routing_section
-from mola.reporting.heat import choice_rules
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, element
 from mola.reporting.results import accuracy_section, loss_section
-from mola.reporting.run_summary import lead, making_section, summary
+from mola.reporting.run_summary import making_section, summary
 from mola.reporting.samples import samples_section
 
 
@@ -19,24 +17,18 @@ def render_page(run: Run) -> str:
     Args:
         run: what is known about it.
     """
-    gates, choices = gates_section(run)
+    gates = gates_section(run)
     sections = [
-        ("accuracy", "Accuracy", accuracy_section(run)),
-        ("loss", "Loss", loss_section(run)),
-        ("allocation", "Experts by layer", allocation_section(run)),
-        ("gates", "Which experts work", gates),
-        ("routing", "Routers over training", routing_section(run)),
-        ("redundancy", "How alike experts are", redundancy_section(run)),
-        ("agreement", "How routers agree", agreement_section(run)),
-        ("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
-        ("samples", "Samples", samples_section(run)),
-        ("making", "How it was made", making_section(run)),
+        Section("accuracy", "Accuracy", accuracy_section(run)),
+        Section("loss", "Loss", loss_section(run)),
+        Section("allocation", "Experts by layer", allocation_section(run)),
+        Section("gates", "Which experts work", gates),
+        Section("routing", "Routers over training", routing_section(run)),
+        Section("redundancy", "How alike experts are", redundancy_section(run)),
+        Section("agreement", "How routers agree", agreement_section(run)),
+        Section("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
+        Section("samples", "Samples", samples_section(run)),
+        Section("making", "How it was made", making_section(run)),
     ]
-    rules = choice_rules(choices) if choices else ""
-    return document(f"{run.name}: a run of mola", _header(run), sections, rules)
-
-
-def _header(run: Run) -> Element:
-    return element(
-        "header", element("p", "Run of mola", class_="kicker"), element("h1", run.name), lead(run), summary(run)
-    )
+    title = f"{run.name}: a run of mola"
+    return render("run.html", title, sections, gates["choices"], run=run, summary=summary(run))

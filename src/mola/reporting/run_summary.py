@@ -8,107 +8,95 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mola.reporting.document import Table
 from mola.reporting.formatting import duration, number, percent
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, code, command_box, element, folded, pairs, table
 
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
 
 
-def lead(run: Run) -> Element:
-    """The run in one or two sentences."""
-    record, config = run.record, run.adapter.config if run.adapter else {}
-    base = str(record["settings"]["base_model"]).rstrip("/").rpartition("/")[2]
-    allocation = record.get("allocation") or {}
-    is_mixture = config.get("peft_type", "MOLA") == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys()
-    experts = f"{allocation['num_experts']} LoRA experts" if is_mixture else f"A {config.get('peft_type')} adapter"
-    kept = record.get("data", {}).get("train", {}).get("kept")
-    text = f"{experts} per kind of module" if is_mixture else experts
-    text += f" in {allocation['num_layers']} layers" if is_mixture else ""
-    text += f" on {base}" + (f", trained on {kept:,} samples." if kept is not None else ".")
-    measured = [
-        f"{result['correct']:,} of {result['total']:,} answers were right {when}"
-        for result, when in ((run.before, "before"), (run.after, "after"))
-        if result is not None
-    ]
-    return element("p", text, f" {', '.join(measured)}." if measured else None, class_="lead")
+def summary(run: Run) -> dict[str, Any]:
+    """The run in a sentence, the figures that matter most, then the base model, data and machine in words."""
+    record, settings, config = run.record, run.record["settings"], run.adapter.config if run.adapter else {}
+    allocation, machine = record.get("allocation") or {}, record.get("machine", {})
+    method = config.get("peft_type", "MOLA")
+    results = [(name, result) for name, result in (("before", run.before), ("after", run.after)) if result is not None]
+    return {
+        "is_mixture": method == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys(),
+        "method": method,
+        "allocation": allocation,
+        "base": str(settings["base_model"]).rstrip("/").rpartition("/")[2],
+        "samples": record.get("data", {}).get("train", {}).get("kept"),
+        "results": results,
+        "figures": _figures(run),
+        "facts": [
+            ("Base model", settings["base_model"]),
+            ("Task", settings.get("task")),
+            ("Data", settings.get("data")),
+            ("Started from", settings.get("adapter")),
+            ("Machine", machine.get("gpu") or machine.get("cpu")),
+            ("Error", record.get("error")),
+        ],
+        "data": _data(record),
+    }
 
 
-def summary(run: Run) -> list[Element]:
-    """The figures that matter most, then the base model, data and machine in words."""
-    record, settings = run.record, run.record["settings"]
-    figures: list[tuple[str, Any]] = [("status", record.get("status")), ("steps", _count(record.get("steps")))]
-    if run.after is not None:
-        old = f"{percent(run.before['accuracy'])} → " if run.before is not None else ""
-        figures.insert(0, ("accuracy", f"{old}{percent(run.after['accuracy'])}"))
-    figures += [(label, number(record["metrics"][name])) for name, label in _LOSSES.items() if _has(record, name)]
-    figures.append(("experts", _count(record.get("allocation", {}).get("num_experts"))))
-    figures.append(("trained values", _trained(record)))
-    figures.append(("time", duration(record["seconds"]) if record.get("seconds") is not None else None))
-    machine = record.get("machine", {})
-    facts = [
-        ("Base model", settings["base_model"]),
-        ("Task", settings.get("task")),
-        ("Data", settings.get("data")),
-        ("Started from", settings.get("adapter")),
-        ("Machine", machine.get("gpu") or machine.get("cpu")),
-        ("Error", record.get("error")),
-    ]
-    return [pairs(figures, "figures"), pairs(facts), *_data(record)]
-
-
-def making_section(run: Run) -> list[Element]:
+def making_section(run: Run) -> dict[str, Any]:
     """The command, every setting, and the versions."""
     record = run.record
     machine = {key: value for key, value in record.get("machine", {}).items() if value is not None}
-    allocation = record.get("allocation", {})
+    program, *arguments = record.get("command") or [""]
+    name = Path(program).name
+    tables = {
+        "Settings of the adapter": record.get("adapter_settings", {}),
+        "All settings of the training": record["settings"],
+        **({"Allocation": record["allocation"]} if record.get("allocation") else {}),
+        "Versions and machine": {**record.get("versions", {}), **machine},
+    }
+    return {
+        "program": name,
+        "command": shlex.join([name, *arguments]) if name == "mola" else None,
+        "tables": [(title, _values(values)) for title, values in tables.items()],
+    }
+
+
+def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
+    """Name, value, and what to add in small print; those without a value are not shown."""
+    record, allocation = run.record, run.record.get("allocation", {})
+    accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
+    share = allocation.get("trainable_share")
+    losses = [(label, _known(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()]
     return [
-        *_command(record),
-        folded("Settings of the adapter", _values(record.get("adapter_settings", {}))),
-        folded("All settings of the training", _values(record["settings"])),
-        folded("Allocation", _values(allocation)) if allocation else element("span"),
-        folded("Versions and machine", _values({**record.get("versions", {}), **machine})),
+        ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
+        ("status", record.get("status"), None),
+        ("steps", _known(number, record.get("steps")), None),
+        *losses,
+        ("experts", _known(number, allocation.get("num_experts")), None),
+        (
+            "trained values",
+            _known(number, record.get("trainable_parameters")),
+            f"{percent(share)} of the base" if share else None,
+        ),
+        ("time", _known(duration, record.get("seconds")), None),
     ]
 
 
-def _command(record: Mapping[str, Any]) -> list[Element]:
-    word, *rest = record.get("command") or [""]
-    if not word:
-        return []
-    if Path(word).name == "mola":
-        return [command_box(shlex.join(["mola", *rest]))]
-    return [element("p", "Started from the program ", code(Path(word).name), ".")]
-
-
-def _data(record: Mapping[str, Any]) -> list[Element]:
-    prints = record.get("data_fingerprints", {})
+def _data(record: Mapping[str, Any]) -> Table:
+    digests = record.get("data_fingerprints", {})
     rows = [
-        (part, *(f"{report[key]:,}" for key in ("kept", "tokens", "trained_tokens")), code(str(prints.get(part))))
-        for part, report in record.get("data", {}).items()
+        (part, *(number(counts[key]) for key in ("kept", "tokens", "trained_tokens")), digests.get(part))
+        for part, counts in record.get("data", {}).items()
     ]
-    head = ("part", "samples", "tokens", "trained tokens", "sha256 of the samples")
-    return [table(head, rows, "Samples")] if rows else []
+    return Table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows, "Samples")
 
 
-def _values(values: Mapping[str, Any]) -> Element:
-    rows = [(name, _written(value)) for name, value in values.items()]
-    return table(("setting", "value"), rows, class_="settings")
+def _values(values: Mapping[str, Any]) -> Table:
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in values.items()
+    ]
+    return Table(("setting", "value"), rows)
 
 
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _trained(record: Mapping[str, Any]) -> Element | None:
-    count, share = record.get("trainable_parameters"), record.get("allocation", {}).get("trainable_share")
-    if count is None:
-        return None
-    return element("span", f"{count:,}", element("small", f" {percent(share)} of the base") if share else None)
-
-
-def _has(record: Mapping[str, Any], name: str) -> bool:
-    return record.get("metrics", {}).get(name) is not None
-
-
-def _count(value: int | None) -> str | None:
-    return None if value is None else f"{value:,}"
+def _known(said: Any, value: Any) -> str | None:
+    return None if value is None else said(value)

@@ -1,14 +1,13 @@
-"""The section of samples: questions, answers before and after, and the experts behind them."""
+"""Samples: questions, answers before and after, and the experts behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mola.reporting.commands import evaluate_command, inspect_command, missing
+from mola.reporting.commands import evaluate_command, inspect_command
 from mola.reporting.heat import answer_map
 from mola.reporting.load_run import Run
-from mola.reporting.markup import Element, element, note
 
 _MOST_SAMPLES = 40
 _MOST_CHARACTERS = 2000
@@ -22,45 +21,30 @@ _OUTCOMES = {
 Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]
 
 
-def samples_section(run: Run) -> list[Element]:
+def samples_section(run: Run) -> dict[str, Any]:
     """Questions with the answers before and after, and the experts behind the answers."""
-    result = run.after or run.before
-    if result is None:
-        return [missing("There are no answers to show.", evaluate_command(run, "after"))]
+    if run.after is None and run.before is None:
+        return {"counts": [], "samples": [], "left_out": 0, "command": evaluate_command(run, "after")}
     inspected = (run.inspection or {}).get("examples") or []
     experts = {str(example["id"]): example["experts"] for example in inspected}
     pairs = _pairs(run)
     shown = sorted(range(len(pairs)), key=lambda index: (_rank(pairs[index], experts), index))[:_MOST_SAMPLES]
-    counts = [(word, sum(_outcome(pair) == word for pair in pairs)) for word in _outcomes(pairs)]
-    content = [
-        element("p", f"{', '.join(f'{count:,} {word}' for word, count in counts)}."),
-        element("div", [_sample(pairs[index], experts) for index in sorted(shown)], class_="samples"),
-    ]
-    if len(shown) < len(pairs):
-        content.append(note(f"{len(shown)} of {len(pairs):,} samples are shown; the result files have all."))
-    if not experts:
-        text = "Which experts answered is not known."
-        content.append(missing(text, inspect_command(run, *(["--overwrite"] if run.inspection else []))))
-    return content
+    return {
+        "counts": [(sum(_outcome(pair) == word for pair in pairs), word) for word in _outcomes(pairs)],
+        "samples": [_sample(pairs[index], experts) for index in sorted(shown)],
+        "left_out": len(pairs) - len(shown),
+        "command": None if experts else inspect_command(run),
+    }
 
 
-def looked_at_samples(inspection: Mapping[str, Any]) -> list[Element]:
+def looked_at_samples(inspection: Mapping[str, Any]) -> dict[str, Any] | None:
     """Samples of `mola inspect` with the experts behind the expected answers.
 
     Args:
         inspection: content of its result file.
     """
-    shown = [
-        element(
-            "details",
-            element("summary", element("span", example["id"], class_="tag"), _question(example["prompt"])),
-            _prompt(example["prompt"]),
-            element("ul", _expected(example["answer"]), class_="answers"),
-            answer_map(example["experts"]),
-        )
-        for example in inspection.get("examples") or []
-    ]
-    return [element("div", shown, class_="samples")] if shown else []
+    samples = [_content(example["id"], example, example["experts"]) for example in inspection.get("examples") or []]
+    return {"counts": [], "samples": samples, "left_out": 0, "command": None} if samples else None
 
 
 def _pairs(run: Run) -> list[Pair]:
@@ -88,48 +72,27 @@ def _rank(pair: Pair, experts: Mapping[str, Any]) -> tuple[bool, int]:
     return identifier not in experts, _outcomes([pair]) == ["still right"]
 
 
-def _sample(pair: Pair, experts: Mapping[str, Any]) -> Element:
-    old, new = pair
-    newest = new or old or {}
+def _sample(pair: Pair, experts: Mapping[str, Any]) -> dict[str, Any]:
+    newest = pair[1] or pair[0] or {}
     answers = [
-        (name, sample["predicted"] or "no answer", sample["correct"], sample["output"])
-        for name, sample in (("before", old), ("after", new))
+        (name, {**sample, "output": _shortened(" ".join((sample["output"] or "").split()), 300)})
+        for name, sample in zip(("before", "after"), pair, strict=True)
         if sample is not None
     ]
-    rows = [
-        element(
-            "li",
-            element("b", name),
-            element("span", ("✓ " if right else "✗ ") + str(predicted), class_="right" if right else "wrong"),
-            element("q", _shortened(" ".join(output.split()), 300)),
-        )
-        for name, predicted, right, output in answers
-    ]
-    found = experts.get(str(newest["id"]))
-    return element(
-        "details",
-        element(
-            "summary",
-            element("span", _outcome(pair), class_=f"tag {_outcome(pair).replace(' ', '-')}"),
-            _question(newest["prompt"]),
-        ),
-        _prompt(newest["prompt"]),
-        element("ul", _expected(newest["answer"]), rows, class_="answers"),
-        found and answer_map(found),
-    )
+    return _content(_outcome(pair), newest, experts.get(str(newest["id"])), answers)
 
 
-def _question(prompt: str) -> Element:
-    return element("span", _title(prompt), class_="question")
-
-
-def _prompt(prompt: str) -> Element:
-    text = _shortened(prompt, _MOST_CHARACTERS).strip("\n")
-    return element("pre", text, tabindex=0, role="group", aria_label="prompt")
-
-
-def _expected(answer: str) -> Element:
-    return element("li", element("b", "expected"), element("span", answer))
+def _content(
+    tag: str, sample: Mapping[str, Any], experts: Sequence[Mapping[str, Any]] | None, answers: Sequence[Any] = ()
+) -> dict[str, Any]:
+    return {
+        "tag": tag,
+        "question": _title(sample["prompt"]),
+        "prompt": _shortened(sample["prompt"], _MOST_CHARACTERS).strip("\n"),
+        "expected": sample["answer"] or "",
+        "answers": answers,
+        "experts": answer_map(experts) if experts else None,
+    }
 
 
 def _title(prompt: str) -> str:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
@@ -20,7 +22,6 @@ from mola.models.convert import ConvertOptions, convert
 from mola.models.loading import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
-from mola.tuner.allocation import effective_top_k, resolve_per_layer
 
 _RECORD = "conversion.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.evaluate import main as evaluate_main
-from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.atomic import atomic_write_json, check_new_file
 from mola.options.fields import option
 from mola.research_code.adapters import Lists, plain_list, usable_adapter
 
@@ -67,11 +66,7 @@ def main(options: ResearchEvaluateOptions) -> int:
     Raises:
         MolaError: as `usable_adapter` and `mola.evaluate`.
     """
-    check_writable(options.save_path)
-    if Path(options.save_path).exists() and not options.overwrite:
-        raise MolaError(
-            f"`save_path` must be a new file: {options.save_path!r} exists. Pass another name or --overwrite."
-        )
+    check_new_file("save_path", options.save_path, options.overwrite)
     lists = Lists(
         number_experts=plain_list(options.number_experts),
         top_k=plain_list(options.top_k),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mola.data.draw.sizes import HELD_OUT_SIZE, drawn_sizes
-from mola.data.output import check_output_folder, complete_folder
 from mola.data.source import Source, single_source, source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
 from mola.errors import MolaError
+from mola.files.folders import check_output_folder, complete_folder
 from mola.options.fields import option
 
 SPLITS = ("train", "validation", "test")

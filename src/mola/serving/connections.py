@@ -5,7 +5,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -20,30 +19,19 @@ MAX_HEAD_BYTES = 1 << 16  # request line and headers together
 _LINGER = 1.0  # seconds in which a client that is still sending can read why it was refused
 
 
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What all clients together and each of them may take.
-
-    Args:
-        max_connections: at the same time.
-        client_timeout: seconds in which a request has to arrive in full, and what was sent has to be taken.
-    """
-
-    max_connections: int
-    client_timeout: float
-
-
 class Connection(H11Protocol):
     """Uvicorn's protocol, which itself waits forever for the rest of a request and for a client that does not read.
 
     Args:
-        limits: see `ConnectionLimits`.
+        max_connections: at the same time, of all clients.
+        client_timeout: seconds in which a request has to arrive in full, and what was sent has to be taken.
         arguments: uvicorn's own.
     """
 
-    def __init__(self, limits: ConnectionLimits, **arguments: Any) -> None:
+    def __init__(self, max_connections: int, client_timeout: float, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._limits = limits
+        self._max_connections = max_connections
+        self._client_timeout = client_timeout
         self._is_refused = False
         self._arriving = _Timer(self.loop)
         self._taking = _Timer(self.loop)
@@ -53,13 +41,13 @@ class Connection(H11Protocol):
         tcp = cast(asyncio.Transport, transport)
         super().connection_made(tcp)
         tcp.set_write_buffer_limits(high=0)  # writing is paused as soon as the system takes no more
-        most, count = self._limits.max_connections, len(self.connections)
+        most, count = self._max_connections, len(self.connections)
         if count > 2 * most:
             tcp.abort()
         elif count > most:
             self._refuse(_too_many(most))
         else:
-            self._arriving.start(self._limits.client_timeout, self._give_up)
+            self._arriving.start(self._client_timeout, self._give_up)
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
@@ -75,12 +63,12 @@ class Connection(H11Protocol):
         if is_between or self.conn.their_state in (h11.DONE, h11.MUST_CLOSE):
             self._arriving.stop()
         else:
-            self._arriving.start(self._limits.client_timeout, self._give_up)
+            self._arriving.start(self._client_timeout, self._give_up)
 
     def pause_writing(self) -> None:
         """What was sent waits for the client to read."""
         super().pause_writing()
-        self._taking.start(self._limits.client_timeout, self._cut)
+        self._taking.start(self._client_timeout, self._cut)
 
     def resume_writing(self) -> None:
         """All of it has been taken."""
@@ -99,15 +87,15 @@ class Connection(H11Protocol):
         self._refuse(_no_http(getattr(sys.exc_info()[1], "error_status_hint", 400)))
 
     def _give_up(self) -> None:
-        self._refuse(_too_slow(self._limits.client_timeout))
+        self._refuse(_too_slow(self._client_timeout))
 
     def _cut(self) -> None:
-        logger.info("A connection is cut: its client took nothing for %g s.", self._limits.client_timeout)
+        logger.info("A connection is cut: its client took nothing for %g s.", self._client_timeout)
         self.transport.abort()
 
     def _refuse(self, error: RequestError) -> None:
         """Answer without the application, and close."""
-        logger.info("A connection is refused: %d.", error.status)
+        logger.info("A connection is refused: %d.", error.status_code)
         self._is_refused = True
         self._arriving.stop()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun, or was given early
@@ -117,7 +105,7 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         response = error.response()
-        head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
+        head = [f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}".encode()]
         head += [name + b": " + value for name, value in [*response.raw_headers, (b"connection", b"close")]]
         self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
         # Closing at once would make the system throw away the answer while bytes of the client are unread.

@@ -1,6 +1,5 @@
 """Errors a client sees: OpenAI's JSON form, with the HTTP status that fits."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,12 @@ from starlette.exceptions import HTTPException
 
 from mola.errors import MolaError
 
-logger = logging.getLogger(__name__)
-
 _LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
 _TEXT_OF_PEOPLE = ("prompt", "messages")  # fields that no message repeats
 _NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
 
 
-class RequestError(Exception):
+class RequestError(HTTPException):
     """A request that is refused, or an answer that ends early.
 
     Args:
@@ -37,18 +34,16 @@ class RequestError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message, headers)
         self.code = code
         self.param = param
-        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's servers write it."""
         return {
             "error": {
-                "message": _encodable(str(self)),
-                "type": _kind(self.status),
+                "message": _encodable(self.detail),
+                "type": _kind(self.status_code),
                 "param": self.param and _encodable(self.param),
                 "code": self.code,
             }
@@ -56,7 +51,7 @@ class RequestError(Exception):
 
     def response(self) -> JSONResponse:
         """The error as a response."""
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+        return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def _encodable(text: str) -> str:
@@ -73,26 +68,21 @@ def _kind(status: int) -> str:
 def add_handlers(app: FastAPI) -> None:
     """Let every error of an application leave it in this form."""
 
-    async def refused(_: Request, error: Any) -> JSONResponse:
-        return error.response()
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return _as_request_error(error).response()
 
-    async def wrong_input(_: Request, error: Any) -> JSONResponse:
-        return RequestError(400, str(error)).response()
+    for kind in (HTTPException, MolaError, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)
 
-    async def invalid(_: Request, error: Any) -> JSONResponse:
-        return from_validation(error).response()
 
-    async def http(_: Request, error: Any) -> JSONResponse:
-        return RequestError(error.status_code, str(error.detail), headers=error.headers).response()
-
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return internal().response()
-
-    app.add_exception_handler(RequestError, refused)
-    app.add_exception_handler(MolaError, wrong_input)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
+def _as_request_error(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, HTTPException):
+        return RequestError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        return from_validation(error)
+    return RequestError(400, str(error)) if isinstance(error, MolaError) else internal()
 
 
 def internal() -> RequestError:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mola.serving.errors import RequestError
@@ -138,8 +137,7 @@ class Guard:
             if size > self._max_body_bytes:
                 if message.get("more_body", False):  # else the next message is the client's leaving
                     await _drain(receive, _DRAINED * self._max_body_bytes)
-                # The one exception that FastAPI lets through while it reads a body.
-                raise HTTPException(413, str(self._too_large()))
+                raise self._too_large()
             return message
 
         return counted

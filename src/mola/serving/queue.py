@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mola.files.failures import lack_of_memory
 from mola.generation import predicting
+from mola.generation.decoding import seeded
 from mola.serving.errors import RequestError, internal
 from mola.serving.jobs import Job
 from mola.serving.writing import AnswerEndedError, Writer
@@ -180,7 +180,7 @@ class AnswerQueue:
 
         writer = Writer(self._tokenizer, send if ticket.streams else None, job.stops, ticket.unwanted.is_set)
         try:
-            with self._using(job.adapter), _random_state(job.seed), predicting.inference_state(self._model):
+            with self._using(job.adapter), seeded(job.seed), predicting.inference_state(self._model):
                 predicting.generate_batch(self._model, self._tokenizer, [job.prompt], streamer=writer, **job.decoding)
         except AnswerEndedError:
             if ticket.unwanted.is_set():
@@ -205,13 +205,3 @@ class AnswerQueue:
 
 def _stopping() -> RequestError:
     return RequestError(503, "the server is being stopped.", code="stopping", headers={"Retry-After": "5"})
-
-
-@contextmanager
-def _random_state(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -5,19 +5,20 @@
 """
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import option
+from mola.options.fields import START, Group, option
 from mola.serving.addresses import is_loopback
 
 if TYPE_CHECKING:
@@ -34,13 +35,12 @@ _LEAST = {"max_tokens": 1, "max_choices": 1, "max_waiting": 0, "max_body_bytes":
 class ServeOptions(ModelOptions):
     """Options of `mola serve`."""
 
-    adapter: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Adapters, each NAME=FOLDER or FOLDER, which is then named after its last part; those of several "
-            "flags and of a recipe add up.",
-            "action": "extend",
-        },
+    _start: ClassVar = START
+    adapter: list[str] | None = option(
+        None,
+        "Adapters, each NAME=FOLDER or FOLDER, which is then named after its last part; those of several flags and of "
+        "a recipe add up.",
+        action="extend",
     )
     base_name: str | None = option(None, "Name of the base model in requests; by default the last part of a folder.")
     host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
@@ -50,6 +50,8 @@ class ServeOptions(ModelOptions):
         repr=False,
         metadata={"help": "Token that clients must send; better in the environment, as MOLA_API_KEY."},
     )
+
+    _limits: ClassVar = Group("limits")
     max_tokens: int = option(1024, "Longest answer a request may ask for, in tokens.")
     max_choices: int = option(16, "Most answers of one request: prompts times n.")
     max_waiting: int = option(128, "Requests that may wait; further ones are sent away with status 429.")
@@ -112,7 +114,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     if not (is_fastapi_available() and is_uvicorn_available()):
         raise MolaError("`mola serve` needs fastapi and uvicorn. Run: pip install 'mola-peft[serve]'")
     from mola.serving.app import build_app
-    from mola.serving.connections import ConnectionLimits
+    from mola.serving.connections import Connection
     from mola.serving.guard import Checks
     from mola.serving.jobs import JobMaker, Limits
     from mola.serving.queue import AnswerQueue
@@ -144,8 +146,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
             )
         url = url_of(bound)
         greeting = f"Serving {', '.join(names)} on {url}"
-        connections = ConnectionLimits(options.max_connections, options.client_timeout)
-        yield Server(app, queue, connections, options.shutdown_timeout, greeting), bound, url
+        protocol = functools.partial(Connection, options.max_connections, options.client_timeout)
+        yield Server(app, queue, protocol, options.shutdown_timeout, greeting), bound, url
 
 
 def base_name(options: ServeOptions) -> str:

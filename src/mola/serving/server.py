@@ -1,7 +1,6 @@
 """The process side: socket, signals, the end."""
 
 import asyncio
-import functools
 import logging
 import math
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from mola.errors import MolaError
-from mola.serving.connections import MAX_HEAD_BYTES, Connection, ConnectionLimits
+from mola.serving.connections import MAX_HEAD_BYTES
 from mola.serving.queue import AnswerQueue
 
 logger = logging.getLogger(__name__)
@@ -55,19 +54,17 @@ class Server(uvicorn.Server):
     Args:
         app: ASGI application.
         queue: of the application.
-        limits: of connections.
+        protocol: makes a connection's `Connection` of uvicorn's arguments.
         shutdown_timeout: seconds that the running answer gets.
         greeting: logged when the server listens.
     """
 
-    def __init__(
-        self, app: Any, queue: AnswerQueue, limits: ConnectionLimits, shutdown_timeout: float, greeting: str
-    ) -> None:
+    def __init__(self, app: Any, queue: AnswerQueue, protocol: Any, shutdown_timeout: float, greeting: str) -> None:
         config = uvicorn.Config(
             app,
             # These two whatever else is installed: the limits are made for them.
             loop="asyncio",
-            http=functools.partial(Connection, limits),  # type: ignore[arg-type]
+            http=protocol,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_config=None,  # as the program has it
             log_level="warning",

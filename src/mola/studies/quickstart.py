@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mola.evaluation.evaluate import EvaluateOptions, EvaluateResult, evaluate
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.models.smollm2 import prepare_smollm2
+from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.reporting.inspect import InspectOptions, inspect
 from mola.reporting.report import ReportOptions, report
@@ -39,12 +40,10 @@ _NUM_INSPECTED = 20
 class QuickstartOptions:
     """Options of `mola quickstart`."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Run folder."})
-    recipe: str = field(default="recipes/quickstart.yaml", metadata={"help": "Recipe of `mola train`."})
-    model_dir: str = field(
-        default=".cache/SmolLM2-135M-Instruct", metadata={"help": "Where the converted base model is kept."}
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed of questions and training."})
+    output_dir: str = option("runs/quickstart", "Run folder.")
+    recipe: str = option("recipes/quickstart.yaml", "Recipe of `mola train`.")
+    model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Where the converted base model is kept.")
+    seed: int = option(0, "Random seed of questions and training.")
 
 
 def main(options: QuickstartOptions) -> int:
@@ -76,7 +75,7 @@ def main(options: QuickstartOptions) -> int:
     summary = _summary(before, after, seconds, time.perf_counter() - start)
     atomic_write_json(folder / "summary.json", summary)
     _show(console, folder, summary, before, after)
-    console.print(f"Open {page} in a browser", highlight=False, markup=False, soft_wrap=True)
+    print(f"Open {page} in a browser")
     return 0
 
 
@@ -186,11 +185,8 @@ def _show(
         words = f"{sample['predicted'] or 'no answer'} ({'right' if sample['correct'] else 'wrong'})"
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
-    console.print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:", highlight=False)
-    console.print(
+    print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:")
+    print(
         f"mola generate --base_model {model} --adapter {folder} --template alpaca_short "
-        f'--instruction "{question} {options}"',
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f'--instruction "{question} {options}"'
     )

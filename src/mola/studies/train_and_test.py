@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,7 @@ from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.files.reading import read_json
 from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import first_difference, option
+from mola.options.fields import Group, first_difference, option
 from mola.training.checkpoints import find_checkpoint
 from mola.training.train import TrainOptions, train
 
@@ -63,6 +63,7 @@ class TrainAndTestOptions(TrainOptions):
         MolaError: as `TrainOptions`.
     """
 
+    _test: ClassVar = Group("test")
     test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
     test_split: str = option("test", "Split to test on where the data has several.")
     test_limit: int | None = option(None, "Test on the first so many samples only.")

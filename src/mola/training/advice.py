@@ -1,9 +1,12 @@
-"""What to do when a run needs more memory, or more room on the disk, than there is."""
+"""What to do when a run needs more memory, or more room on the disk, than there is, or ends with poor weights."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from statistics import fmean
+
+from transformers import SchedulerType, TrainerState
 
 from mola.files.failures import within_memory, writing
 from mola.training.options import TrainOptions
@@ -40,3 +43,36 @@ def memory_advice(options: TrainOptions) -> str:
     if options.eval_strategy != "no":
         ways.append(f"for the evaluation a lower --per_device_eval_batch_size ({options.per_device_eval_batch_size})")
     return f"Pass {'; or '.join(ways)}."
+
+
+def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping[str, float]) -> str | None:
+    """One line if the saved weights' evaluation loss is more than twice the training loss and more than 0.5 above it.
+
+    The training loss is the mean of the log entries in the last tenth of the steps up to these weights: the last
+    entry alone can be one lucky batch.
+
+    Args:
+        options: of the run.
+        state: of the trainer when the run has ended.
+        metrics: of the run, with the `eval_loss` of the saved weights unless it was not measured.
+
+    Returns:
+        The line, or None if the losses are close or one of them is missing.
+    """
+    step = state.global_step
+    if options.load_best_model_at_end and state.best_model_checkpoint is not None:
+        step = state.best_global_step or step
+    logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    logged = [entry for entry in logged if entry[0] <= step]
+    if not logged or "eval_loss" not in metrics:
+        return None
+    eval_loss = metrics["eval_loss"]
+    train_loss = fmean(loss for at, loss in logged if at > 0.9 * logged[-1][0])
+    if eval_loss <= max(2 * train_loss, train_loss + 0.5):
+        return None
+    schedule = SchedulerType(options.lr_scheduler_type).value
+    return (
+        f"The evaluation loss ({eval_loss:.4f}) is far above the training loss ({train_loss:.4f}) at step {step}. "
+        f"Lower `learning_rate` ({options.learning_rate:g}), let it decay with `lr_scheduler_type` cosine or linear "
+        f"(now {schedule}), or end with an earlier checkpoint: evaluate more often with `load_best_model_at_end`."
+    )

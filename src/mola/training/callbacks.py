@@ -219,12 +219,7 @@ class FiniteLoss(TrainerCallback):
         if control.should_save:
             _check_weights(args, state, kwargs["model"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """As `on_step_end`."""
-        if control.should_save:
-            _check_weights(args, state, kwargs["model"])
+    on_epoch_end = on_step_end
 
     def on_log(
         self,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from mola.data.encode import TRUNCATIONS
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
-from mola.options.fields import mapping, option
+from mola.options.fields import START, Group, mapping, option
 from mola.training.compiling import check_compiler
 from mola.training.trackers import check_trackers
 
@@ -64,58 +64,50 @@ class TrainOptions(TrainingArguments):
         MolaError: a value is outside its range, or options contradict each other.
     """
 
+    _start: ClassVar = START
     base_model: str | None = option(None, "Folder or hub id of the base model.")
-    adapter: str | None = option(
-        None, "Adapter to start from; its experts are trained on. Dropout and router losses may be changed."
-    )
-    task: str | None = option(None, "Name of a task, or a task file (YAML); not needed for prepared data.")
-    data: str | None = option(None, "Training data: a JSON, JSON lines, CSV or parquet file, or a saved dataset.")
-    train_split: str = option("train", "Split to train on where the data has several.")
-    eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")
-    eval_split: str = option("validation", "Split to evaluate on; without one the run has no evaluation.")
-    validation_size: float = option(
-        0.0,
-        "Samples (or a share below 1) to take from the training data and evaluate on; 0 = use `eval_data` or "
-        "`eval_split`.",
-    )
-    filters: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the rows of all data whose columns have these values (or one of a list): a mapping, JSON."
-        },
-    )
-    limit: int | None = option(None, "Train on the first so many samples only.")
-    eval_limit: int | None = option(None, "Evaluate on the first so many samples only.")
-    template: str | None = option(None, "Prompt template; default: the task's own, else alpaca.")
-    cutoff_len: int = option(512, "Most tokens of a sample.")
-    truncation: str = option("error", "What to do with longer samples: error, drop, left or right.")
-    train_on_inputs: bool = option(False, "Train on the prompt's tokens as well.")
-    add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
-
+    task: str | None = option(None, "Task: its name or a YAML file; not needed for prepared data.")
+    data: str | None = option(None, "Training data: JSON, JSONL, CSV, parquet or a saved dataset.")
+    output_dir: str | None = option(None, "Folder for the adapter and the run's files.")
     num_experts: str | None = option(
         None,
-        "Experts per module: digits over equal groups of layers (2468), a shape, a list, a JSON file. "
-        f"Default {ADAPTER_DEFAULTS['num_experts']}.",
+        "Experts per module: digits over equal groups of layers (2468), a shape, a list, a JSON file. Default 2468.",
     )
     r: str | None = option(None, "Rank of each expert, one or a list. Default 8.")
     top_k: str | None = option(None, "Experts used per token, one or a list. Default 2.")
+    cutoff_len: int = option(512, "Most tokens of a sample.")
+    num_train_epochs: float = option(3.0, "Passes over the training data.")
+    learning_rate: float = option(3e-4, "Learning rate after warm-up.")
+    per_device_train_batch_size: int = option(8, "Samples that one device computes at once.")
+    gradient_accumulation_steps: int = option(1, "Batches that make up one step of the optimiser.")
+
+    _adapter: ClassVar = Group("adapter")
+    adapter: str | None = option(None, "Adapter to train on; dropout and router losses may be changed.")
+    target_modules: str | None = option(
+        None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
+    )
+    modules_to_save: str | None = option(None, "Modules to train in full, names between commas.")
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / r. Default 16.")
     lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
-    target_modules: str | None = option(
-        None,
-        "Linears to adapt: names separated by commas, or all-linear. Default: the seven of LLaMA, where they "
-        "exist, else PEFT's choice for the architecture.",
-    )
-    modules_to_save: str | None = option(None, "Modules to train in full, names separated by commas.")
     router_aux_loss_coef: float | None = option(None, "Weight of the balance loss; default 0 = off.")
     router_aux_loss_reduction: str | None = option(None, "Balance loss per 'module' (default) or per 'layer'.")
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss; default 0 = off.")
     router_jitter_noise: float | None = option(None, "Relative noise on the routers' input; default 0 = off.")
 
-    expert_telemetry: bool = option(
-        True, "Record the use of experts during training: routing.jsonl, and `experts/...` in every log entry."
-    )
+    _data: ClassVar = Group("data")
+    train_split: str = option("train", "Split to train on where the data has several.")
+    eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")
+    eval_split: str = option("validation", "Split to evaluate on, if there is one.")
+    validation_size: float = option(0.0, "Take so many training samples, or a share, to evaluate on.")
+    filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
+    limit: int | None = option(None, "Train on the first so many samples only.")
+    eval_limit: int | None = option(None, "Evaluate on the first so many samples only.")
+    template: str | None = option(None, "Prompt template; default: the task's own, else alpaca.")
+    truncation: str = option("error", "For longer samples: error, drop, left or right.")
+    train_on_inputs: bool = option(False, "Train on the prompt's tokens as well.")
+    add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 
+    _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
     load_in_8bit: bool = quantization_option("load_in_8bit")
     load_in_4bit: bool = quantization_option("load_in_4bit")
@@ -123,26 +115,37 @@ class TrainOptions(TrainingArguments):
     bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
     bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
     gguf_file: str | None = quantization_option("gguf_file")
-    overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
-    torch_compile: bool = option(
-        False,
-        "Compile the training step, after a wait of minutes. On a CPU it needs a C++ compiler, and steps with dropout "
-        "became slower rather than faster (docs/performance.md); on a GPU it was not measured.",
+    _run: ClassVar = Group("run")
+    max_steps: int = option(-1, "Steps in all; -1: as `num_train_epochs` says.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 the share of all.")
+    lr_scheduler_type: SchedulerType | str = option("linear", "After warm-up: linear, cosine, constant, ...")
+    weight_decay: float = option(0.0, "Weight decay of the optimiser.")
+    bf16: bool = option(False, "Mixed precision in bfloat16; on if the base is in it.")
+    fp16: bool = option(False, "Mixed precision in float16; on if the base is in it.")
+    activation_checkpointing: bool | None = option(
+        None, "Less memory, more time; formerly named gradient_checkpointing.", nargs="?", const=True
     )
-
-    # Other defaults than TrainingArguments.
-    output_dir: str | None = option(None, "Folder for the adapter and the run's files.")
-    learning_rate: float = option(3e-4, "Learning rate after warm-up.")
-    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 the share of all steps.")
-    logging_steps: float = option(10, "Log every so many steps, or below 1 this share of all steps.")
+    torch_compile: bool = option(False, "Compile the step, after minutes; see docs/performance.md.")
+    use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
+    seed: int = option(42, "Seed of all random numbers.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
+    resume_from_checkpoint: str | None = option(None, "Go on with a stopped run: last, or a folder checkpoint-N.")
+    logging_strategy: IntervalStrategy | str = option("steps", "When to log: no, steps or epoch.")
+    logging_steps: float = option(10, "Steps between logs, or below 1 the share of all.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses. Off: they stop the run.")
+    expert_telemetry: bool = option(True, "Record experts' use: routing.jsonl and the log.")
+    report_to: None | str | list[str] = option("none", "Trackers between commas, such as tensorboard.")  # noqa: RUF036
     eval_strategy: str = option("epoch", "When to evaluate the loss: no, steps or epoch.")
-    save_strategy: str = option("epoch", "When to write checkpoints: no, steps, epoch or best.")
+    eval_steps: float | None = option(None, "Evaluate every so many steps. Default: `logging_steps`.")
+    per_device_eval_batch_size: int = option(8, "As `per_device_train_batch_size`, in evaluations.")
+    save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
+    save_steps: float = option(500, "Save every so many steps.")
     save_total_limit: int | None = option(3, "Checkpoints to keep, besides the best one.")
-    load_best_model_at_end: bool = option(True, "End with the checkpoint of the lowest evaluation loss.")
-    hub_strategy: str = option("end", "With `push_to_hub`: the finished run is uploaded, once. There is no other.")
+    load_best_model_at_end: bool = option(True, "Keep the weights of the lowest evaluation loss.")
+    push_to_hub: bool = option(False, "Upload the finished run to the Hub.")
+    hub_strategy: str = option("end", "Only end: the finished run is uploaded, once.")
 
     def __post_init__(self) -> None:
         self._check_choices()

@@ -16,18 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
-from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.insight import ROUTING_FILE
+from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
-from mola.training.advice import failures_explained
+from mola.training.advice import failures_explained, loss_gap_advice
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import (
     RUN_FILE,
@@ -41,7 +42,6 @@ from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.processes import let_main_process_speak, main_process_first, wait_for_all
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.setup import (
     TrainingData,
@@ -55,6 +55,7 @@ from mola.training.setup import (
     training_changes,
 )
 from mola.training.sharding import check_sharding, keep_number_formats
+from mola.tuner.kernels.dispatch import forced_backend
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
@@ -75,6 +76,7 @@ class TrainResult:
         trainable_parameters: number of trained values, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
         seconds: wall time of training, without loading.
+        warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
     output_dir: str
@@ -84,6 +86,7 @@ class TrainResult:
     trainable_parameters: int
     best_checkpoint: str | None
     seconds: float
+    warning: str | None = None
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -122,8 +125,11 @@ def _train(options: TrainOptions) -> TrainResult:
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
     model = build_model(options)
+    if options.process_index == 0:
+        for choice in kernels_report(model):
+            logger.info("Kernels, %s", choice)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    wait_for_all(options)
+    PartialState().wait_for_everyone()
     if options.process_index == 0:
         start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
@@ -138,7 +144,10 @@ def _train(options: TrainOptions) -> TrainResult:
         trainable_parameters=model.get_nb_trainable_parameters()[0],
         best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
         seconds=seconds,
+        warning=loss_gap_advice(options, trainer.state, metrics),
     )
+    if result.warning is not None:
+        logger.warning(result.warning)
     _save(options, trainer, run, result)
     return result
 
@@ -148,13 +157,15 @@ def _checked_run(options: TrainOptions) -> _Run:
     check_hub_options(options)
     if options.adapter is not None:
         check_start_is_kept(options.adapter, options.output_dir)
-    with main_process_first(options):  # it tries to write, which others would take for an earlier run's file
+    # It tries to write, which others would take for an earlier run's file.
+    with options.main_process_first(local=False):
         folder = check_output_dir(
             options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
         )
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
     check_sharding(options, checkpoint)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    forced_backend()  # raises for a name that there is not
     allocation = check_model_options(options)
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
@@ -223,27 +234,24 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    let_main_process_speak(options)
+    if options.process_index != 0:  # what all of them would say is said once; errors of every process are shown
+        logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
     if options.process_index != 0:
         return exit_code
-    console = Console(stderr=True)
     losses = [
         f", {label} loss {result.metrics[name]:.4f}"
         for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
         if name in result.metrics
     ]
-    console.print(
+    print(
         f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
         f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,  # a path in two lines can not be copied
+        file=sys.stderr,
     )
     if result.status == "interrupted":
-        advice = "Go on with the same command and --resume_from_checkpoint last"
-        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+        print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
     return exit_code
 
 

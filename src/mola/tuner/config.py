@@ -6,16 +6,16 @@ import copy
 import functools
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from mola.architecture.notation import check_notation
 from mola.errors import MolaError
 from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
-from mola.tuner.allocation import check_notation
 
 REDUCTIONS = ("module", "layer")
 _BELOW_0 = math.nextafter(0.0, -1.0)
@@ -71,59 +71,24 @@ class MolaConfig(PeftConfig):
         MolaError: a value is out of range, contradicts another one, or a saved file lacks a field.
     """
 
-    r: int | list[int] | str | None = field(
-        default=None,
-        metadata={"help": "Rank of each expert: an integer, or one per decoder layer. Default 8."},
-    )
-    num_experts: int | list[int] | str | None = field(
-        default=None,
-        metadata={"help": "Experts per module: an integer, a list, digits such as '2468', or a shape's name."},
-    )
-    top_k: int | list[int] | str | None = field(
-        default=None, metadata={"help": "Experts used per token: an integer or one per layer. Default 2."}
-    )
-    lora_alpha: float = field(
-        default=None,  # type: ignore[assignment] # None only on the way in, see __post_init__
-        metadata={"help": "The update is scaled by lora_alpha / r. Default 16."},
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the linears to adapt, a regular expression, or 'all-linear'."},
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Adapt these decoder layers only."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, for `layers_to_transform`."}
-    )
-    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'mola_only'."})
-    init_lora_weights: bool = field(
-        default=True, metadata={"help": "True starts as the base model; False draws B at random too."}
-    )
-    router_aux_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the balance loss; 0 = off. The paper's code uses 1e-3."}
-    )
-    router_aux_loss_reduction: str = field(
-        default="module",
-        metadata={"help": "'module' (per router, averaged) or 'layer' (as the paper's code)."},
-    )
-    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss; 0 = off."})
-    router_jitter_noise: float = field(
-        default=0.0, metadata={"help": "Relative noise on the router's input in training; 0 = off."}
-    )
-    base_model_type: str | None = field(
-        default=None, metadata={"help": "`model_type` of the base model; filled in, another one is refused."}
-    )
-    weights_sha256: str | None = field(
-        default=None, metadata={"help": "sha256 of the weights file; filled in and checked by saving and loading."}
-    )
+    r: int | list[int] | str | None = None
+    num_experts: int | list[int] | str | None = None
+    top_k: int | list[int] | str | None = None
+    lora_alpha: float = None  # type: ignore[assignment] # None only on the way in, see __post_init__
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    init_lora_weights: bool = True
+    router_aux_loss_coef: float = 0.0
+    router_aux_loss_reduction: str = "module"
+    router_z_loss_coef: float = 0.0
+    router_jitter_noise: float = 0.0
+    base_model_type: str | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         from_checkpoint = self.peft_type is not None

@@ -12,7 +12,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import decode_compiled, mixture, register
+from mola.tuner.kernels.dispatch import decode_layer, mixture, register
 from mola.tuner.kernels.tensors import has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
@@ -151,11 +151,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            if torch.compiler.is_compiling():
-                output = decode_compiled(self, names[0], x)
-                if output is not None:
-                    return output
-            elif (base := self._frozen_linear(x)) is not None:
+            output = decode_layer(self, names[0], x)
+            if output is not None:
+                return output
+            if not torch.compiler.is_compiling() and (base := self.frozen_linear(x)) is not None:
                 return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
@@ -163,7 +162,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             result = self.add_experts(name, x, result)
         return result.to(dtype)
 
-    def _frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
+    def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
         """The base layer, if it is nothing but a frozen linear map in the dtype of `x`: backends then compute it."""
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from mola.errors import MolaError
+from mola.files.finite import check_finite
 from mola.tuner.layer import MolaLinear
 
 
@@ -27,39 +26,6 @@ def check_model_type(trained_on: str | None, found: str | None) -> None:
             f"`base_model_type` in adapter_config.json is {trained_on!r}. Pass its own base model; if this one has the "
             "same weights in another form, remove `base_model_type`."
         )
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuse weights that are NaN or infinite: every output would be.
-
-    Args:
-        tensors: weights by name.
-        where: what to call their file in the message.
-
-    Raises:
-        MolaError: a value is not finite.
-    """
-    for name, tensor in tensors.items():
-        count = _count_not_finite(tensor, name, where)
-        if count:
-            raise MolaError(
-                f"{where} must hold finite numbers: {count} of {tensor.numel()} values of {name!r} are not finite. The "
-                "training has diverged, or the file is damaged: use an earlier checkpoint, or train again with a "
-                "lower `learning_rate`."
-            )
-
-
-def _count_not_finite(tensor: torch.Tensor, name: str, where: str) -> int:
-    if not tensor.is_floating_point():
-        return 0
-    try:
-        # Of the formats of 8 bits only some can be asked.
-        values = tensor.float() if tensor.element_size() == 1 else tensor
-    except NotImplementedError as error:
-        raise MolaError(
-            f"{where} must hold numbers to compute with: {name!r} is {tensor.dtype}. Save the adapter in float32."
-        ) from error
-    return values.numel() - int(torch.isfinite(values).sum())
 
 
 def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

@@ -41,7 +41,7 @@ class SingleExpertMerging:
         layer: Any = self
         names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in self.mola_A]
         for name in names:
-            self._check_single_expert(name)
+            self.check_mergeable(name)
         for name in names:
             weight = self._float_base_weight()
             merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
@@ -70,11 +70,18 @@ class SingleExpertMerging:
             )
         return weight
 
-    def _check_single_expert(self, adapter_name: str) -> None:
-        if self.num_experts[adapter_name] > 1:
+    def check_mergeable(self, adapter_name: str, where: str = "this module") -> None:
+        """Raise MolaError for an adapter with several experts here, or for a quantised base layer."""
+        self._check_single_expert(adapter_name, where)
+        if adapter_name in self.mola_A:
+            self._float_base_weight()
+
+    def _check_single_expert(self, adapter_name: str, where: str = "this module") -> None:
+        if self.num_experts.get(adapter_name, 1) > 1:
             raise MolaError(
-                f"Adapter {adapter_name!r} has {self.num_experts[adapter_name]} experts in this module and can "
-                "not be merged: its gates depend on the input. Keep it as an adapter; only `num_experts=1` merges."
+                f"Adapter {adapter_name!r} cannot be merged: {where} has {self.num_experts[adapter_name]} experts and "
+                "its gates depend on the input, so no single weight equals the mixture. Keep it as an adapter; only "
+                "`num_experts=1` merges."
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +11,21 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import adaptable, resolve_target_modules
 from mola.errors import MolaError
-from mola.tuner.allocation import effective_top_k, resolve_per_layer
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.loading import check_adapter_tensors, check_model_type
-from mola.tuner.reference import copy_experts, original_of
+from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
-from mola.tuner.targets import adaptable, resolve_target_modules
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-@dataclass(frozen=True)
-class _PerLayer:
-    """The resolved lists, one entry per decoder layer; `uniform` when every layer has the same."""
-
-    num_experts: list[int]
-    top_k: list[int]
-    r: list[int]
-
-    @property
-    def uniform(self) -> bool:
-        return all(len(set(values)) == 1 for values in (self.num_experts, self.top_k, self.r))
+_PerLayer = dict[str, list[int]]  # num_experts, top_k and r: one entry per decoder layer
 
 
 class MolaModel(BaseTuner):
@@ -107,7 +97,7 @@ class MolaModel(BaseTuner):
         # From here on the numbers themselves are kept: a notation may be a file that is gone tomorrow.
         for name, values in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
-        return _PerLayer(num_experts, used_top_k, r)
+        return {"num_experts": num_experts, "top_k": used_top_k, "r": r}
 
     def _check_places(self, config: MolaConfig, names: list[str]) -> None:
         # All modules before the first one is replaced, so that a refused model is left as it was.
@@ -147,20 +137,19 @@ class MolaModel(BaseTuner):
 
     def _settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:
         lists = self._per_layer
-        if lists.uniform:
+        num_layers = len(lists["num_experts"])
+        if all(len(set(values)) == 1 for values in lists.values()):
             position = 0
-        elif index is None or index >= len(lists.num_experts):
+        elif index is None or index >= num_layers:
             raise MolaError(
-                f"`target_modules` matches {key!r}, which lies in none of the {len(lists.num_experts)} decoder "
+                f"`target_modules` matches {key!r}, which lies in none of the {num_layers} decoder "
                 "layers, while `num_experts`, `top_k` or `r` differ from layer to layer. Leave it out with "
                 "`exclude_modules`, train it in full with `modules_to_save`, or give one value for all layers."
             )
         else:
             position = index
         return ExpertSettings(
-            r=lists.r[position],
-            num_experts=lists.num_experts[position],
-            top_k=lists.top_k[position],
+            **{name: values[position] for name, values in lists.items()},
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             router_jitter_noise=config.router_jitter_noise,
@@ -183,14 +172,7 @@ class MolaModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, MolaLinear):
                 for adapter_name in module.active_adapters if adapter_names is None else adapter_names:
-                    if module.num_experts.get(adapter_name, 1) > 1:
-                        raise MolaError(
-                            f"Adapter {adapter_name!r} can not be merged: {name!r} has "
-                            f"{module.num_experts[adapter_name]} experts and its gates depend on the input, so no "
-                            "single weight equals the mixture. Keep it as an adapter; only `num_experts=1` merges."
-                        )
-                    if adapter_name in module.mola_A:
-                        module._float_base_weight()  # raises on a quantised layer
+                    module.check_mergeable(adapter_name, repr(name))
 
     def _unload_and_optionally_merge(
         self,

@@ -1,9 +1,9 @@
 """Adds the routers' balance loss and z-loss to whatever the wrapped model returns as its loss.
 
-Layers leave logits behind while the model runs forward in training mode (`MolaLinear.route`); hooks on
-the wrapped model clear them before, and turn them into a loss after. The weight of that loss follows
-the task loss: with `num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch
-weighs in by its share of the tokens, otherwise by 1.
+Layers record their router's output while the model runs forward in training mode; hooks on the wrapped model clear
+what was recorded before, and turn it into a loss after. The weight of that loss follows the task loss: with
+`num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch weighs in by its share of the tokens,
+otherwise by 1.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.layer_stacks import LayerStacks
 from mola.tuner.router_statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
 
 Groups = dict[int | None, list[RouterStatistics]]
@@ -31,16 +31,16 @@ class RouterLosses:
     """Collects what routers gave in a model's training forward passes and adds their losses.
 
     Attributes:
-        collecting: whether layers should leave their router's output behind in the current forward pass.
+        collecting: whether layers record their router's output in the current forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.collecting = False
-        self._left_behind = False  # whether the last forward passes in training mode left outputs in the layers
+        self._has_outputs = False  # whether layers hold outputs of the last forward passes in training mode
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
         self._handles = [
@@ -75,13 +75,13 @@ class RouterLosses:
         if not module.training:
             # Without a look at every layer: this runs for each generated token, and a compiler guards what it looks at.
             self.collecting = False
-            if self._left_behind:
+            if self._has_outputs:
                 self._clear()
             return
         self._clear()
         adapters = self._active_adapters()
         configs = [self._config(name) for name in adapters]
-        self.collecting = self._left_behind = any(_wants_loss(config) for config in configs)
+        self.collecting = self._has_outputs = any(_wants_loss(config) for config in configs)
         self._warn_about_untrained_routers(adapters)
         if self.collecting:
             if module is not self.model:
@@ -112,7 +112,7 @@ class RouterLosses:
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
         self._attention_mask = self._label_mask = None
-        self._left_behind = False
+        self._has_outputs = False
 
     # ------------------------------------------------------------------ the loss
 
@@ -134,7 +134,8 @@ class RouterLosses:
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             per_layer = [balance_loss(pool(statistics)) for statistics in groups.values()]
             # A layer with one expert has no router here; in the paper's code it adds exactly 1.
-            return torch.stack(per_layer).sum() + self._num_single_expert_layers(adapter_name)
+            single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
+            return torch.stack(per_layer).sum() + len(single)
         return torch.stack([balance_loss(s) for statistics in groups.values() for s in statistics]).mean()
 
     def _weighted_loss(self, adapter_name: str) -> torch.Tensor | None:
@@ -158,10 +159,6 @@ class RouterLosses:
                 mask = self._token_mask(adapter_name, output.logits.shape[0], layer.layer_index)
                 groups[layer.layer_index].append(router_statistics(output, mask))
         return groups
-
-    def _num_single_expert_layers(self, adapter_name: str) -> int:
-        single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
-        return len(single)
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str, groups: Groups) -> None:
         if not torch.is_grad_enabled() or not any(
@@ -188,7 +185,7 @@ class RouterLosses:
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
             output = (output[0] + weighted.to(output[0].device), *output[1:])
         elif not torch.is_tensor(log_probs):
-            self._say(
+            self._warn_once(
                 "no loss",
                 "The model returned no loss, so the router losses were not added to it. Add them yourself: "
                 "`loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.",
@@ -231,31 +228,28 @@ class RouterLosses:
 
     # ------------------------------------------------------------------ small things
 
-    def _config(self, adapter_name: str) -> MolaConfig:
-        return self._configs()[adapter_name]
-
-    def _configs(self) -> dict[str, Any]:
-        return cast(Any, self.model).peft_config
+    def _config(self, adapter_name: str) -> Any:
+        return cast(Any, self.model).peft_config.get(adapter_name)
 
     def _active_adapters(self) -> list[str]:
         for layer in self._layers:
             if not layer.disable_adapters:
-                return [name for name in layer.active_adapters if isinstance(self._configs().get(name), MolaConfig)]
+                return [name for name in layer.active_adapters if isinstance(self._config(name), MolaConfig)]
         return []
 
     def _warn_about_untrained_routers(self, adapters: list[str]) -> None:
         for name in adapters:
             routed = [layer for layer in self._layers if layer.num_experts.get(name, 1) > 1]
             if not _wants_loss(self._config(name)) and any(layer.top_k[name] == 1 for layer in routed):
-                self._say(
+                self._warn_once(
                     f"top_k {name}",
                     f"Adapter {name!r} has `top_k=1`: the only gate is always 1, so the task loss gives the "
                     "router no gradient and it never learns. Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`.",
                 )
 
-    def _say(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(message, stacklevel=2)
 
 

@@ -6,7 +6,6 @@ out, and native backends compute this router only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -151,12 +150,6 @@ def _largest(logits: torch.Tensor, count: int, dim: int) -> torch.Tensor:
             logits = logits.scatter(dim, indices[-1], float("-inf"))
         indices.append(logits.max(dim, keepdim=True).indices)
     return torch.cat(indices, dim)
-
-
-def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entropy of the softmax along `dim` over its largest value `log E`: one dimension less than `logits`."""
-    log_probabilities = torch.log_softmax(logits, dim)
-    return -(log_probabilities.exp() * log_probabilities).sum(dim) / math.log(logits.shape[dim])
 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -93,15 +94,16 @@ def test_every_row_is_equally_likely():
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_hash_seed_of_python_changes_nothing(hash_seed):
     code = (
-        "import numpy as np; from mola.data.draw.sampling import draw; from mola.data.draw.candidates import hash_text;"
+        "import numpy as np; from mola.data.draw.sampling import draw; from mola.data.hashing import hash_text;"
         "print([r.tolist() for r in draw(np.arange(40) % 3, [9, 4], 7)], hash_text('a'))"
     )
     # Called like the command: this way torch is not imported, which takes long.
     program = f"import sys; sys.argv[0] = 'mola'; {code}"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     process = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    from mola.data.draw.candidates import hash_text
+    from mola.data.hashing import hash_text
 
     here = [rows.tolist() for rows in draw(np.arange(40) % 3, [9, 4], 7)]
     assert process.stdout.strip() == f"{here} {hash_text('a')}"

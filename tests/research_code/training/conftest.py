@@ -1,5 +1,7 @@
 """A training script run for a few steps, in a working folder of its own and without a tracker."""
 
+import shutil
+
 import pytest
 
 from tests.research_code.scripts import run_script, write_dataset
@@ -36,3 +38,20 @@ def command(tmp_path, tiny_model_dir, monkeypatch):
         return run_script(script, monkeypatch, *words)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def made():
+    """Where `finished` is kept, once it is made."""
+    return []
+
+
+@pytest.fixture
+def finished(command, tmp_path, made, tmp_path_factory):
+    """`tmp_path/run` as `command()` leaves it: trained once, copied for every test."""
+    folder = tmp_path / "run"
+    if made:
+        return shutil.copytree(made[0], folder)
+    assert command() == 0
+    made.append(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
+    return folder

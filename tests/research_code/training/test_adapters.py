@@ -21,32 +21,28 @@ def test_empty_path_means_new_experts(command, tmp_path):
     assert record(tmp_path / "run")["settings"]["adapter"] is None
 
 
-def test_private_default_folder_is_not_loaded(command, tmp_path):
+def test_private_default_folder_is_not_loaded(finished, command, tmp_path):
     """The research code silently continued from a folder of this name, if there was one."""
-    assert command() == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "step2_biology256r_8mbs_no8bit_scale10")
+    shutil.copytree(finished, tmp_path / "step2_biology256r_8mbs_no8bit_scale10")
     assert command(output_dir=tmp_path / "second") == 0
     assert record(tmp_path / "second")["settings"]["adapter"] is None
 
 
-def test_new_run_from_the_experts_of_an_adapter(command, tmp_path, tiny_model_dir):
-    assert command() == 0
-    first = tmp_path / "run"
-    assert command(resume_from_checkpoint=first, output_dir=tmp_path / "next", obalance=True, lora_dropout=0.1) == 0
-    assert record(tmp_path / "next")["settings"]["adapter"] == str(first)
+def test_new_run_from_the_experts_of_an_adapter(finished, command, tmp_path, tiny_model_dir):
+    assert command(resume_from_checkpoint=finished, output_dir=tmp_path / "next", obalance=True, lora_dropout=0.1) == 0
+    assert record(tmp_path / "next")["settings"]["adapter"] == str(finished)
     config = adapter_config(tmp_path / "next")
     assert (config["router_aux_loss_coef"], config["lora_dropout"]) == (1e-3, 0.1)
     assert (config["num_experts"], config["lora_alpha"]) == ([2, 2, 3, 3], 16)
     # It starts where the first ended: its first loss is lower than that of new experts.
     assert loss_on(tmp_path / "next", tiny_model_dir, tmp_path / "science_qa.hf") < loss_on(
-        first, tiny_model_dir, tmp_path / "science_qa.hf"
+        finished, tiny_model_dir, tmp_path / "science_qa.hf"
     )
 
 
-def test_adapter_that_contradicts_a_list_is_refused(command, tmp_path, capsys):
-    assert command() == 0
+def test_adapter_that_contradicts_a_list_is_refused(finished, command, tmp_path, capsys):
     capsys.readouterr()
-    flags = {"number_experts": "2,2,2,2", "output_dir": tmp_path / "next", "resume_from_checkpoint": tmp_path / "run"}
+    flags = {"number_experts": "2,2,2,2", "output_dir": tmp_path / "next", "resume_from_checkpoint": finished}
     assert command(**flags) == 2
     line = error_line(TRAIN, capsys)
     assert "2,2,2,2" in line
@@ -54,20 +50,19 @@ def test_adapter_that_contradicts_a_list_is_refused(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("start", ["run", "run/checkpoint-3-copy", "other/../run"])
-def test_adapter_in_the_output_folder_is_refused_and_stays(start, command, tmp_path, capsys):
+def test_adapter_in_the_output_folder_is_refused_and_stays(start, finished, command, tmp_path, capsys):
     """Its experts would be removed, and there may be no other copy."""
-    assert command() == 0
     (tmp_path / "other").mkdir()
-    shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
-    shutil.move(tmp_path / "copy", tmp_path / "run" / "checkpoint-3-copy")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.move(tmp_path / "copy", finished / "checkpoint-3-copy")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert command(resume_from_checkpoint=start, overwrite_output_dir=True) == 2
     line = error_line(TRAIN, capsys)
     assert [
         part for part in ("`resume_from_checkpoint`", start, "`output_dir`", str(tmp_path)) if part not in line
     ] == []
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_adapter_of_the_research_code_in_the_output_folder_is_refused(command, tmp_path, golden_base, capsys):
@@ -101,11 +96,10 @@ def test_run_goes_on_from_its_checkpoint_to_the_same_weights(command, tmp_path):
     assert [entry["step"] for entry in log_entries(tmp_path / "cut") if "eval_loss" in entry][:3] == [2, 4, 6]
 
 
-def test_continued_run_goes_on_too(command, tmp_path, capsys):
+def test_continued_run_goes_on_too(finished, command, tmp_path, capsys):
     """A run that started from an adapter is resumed with its checkpoint as the only thing to name."""
-    assert command() == 0
     flags = {"output_dir": tmp_path / "next", "num_epochs": 2, "save_steps": 2}
-    assert command(resume_from_checkpoint=tmp_path / "run", **flags) == 0
+    assert command(resume_from_checkpoint=finished, **flags) == 0
     final = load_file(tmp_path / "next" / "adapter_model.safetensors")
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(tmp_path / "next" / name)
@@ -113,9 +107,7 @@ def test_continued_run_goes_on_too(command, tmp_path, capsys):
     # Its lists are those of the adapter that it began with.
     assert command(resume_from_checkpoint="last", **flags, number_experts="2,2,2,2") == 2
     line = error_line(TRAIN, capsys)
-    assert [
-        part for part in ("`number_experts`", "2,2,2,2", "2,2,3,3", str(tmp_path / "run")) if part not in line
-    ] == []
+    assert [part for part in ("`number_experts`", "2,2,2,2", "2,2,3,3", str(finished)) if part not in line] == []
     assert command(resume_from_checkpoint=tmp_path / "next" / "checkpoint-2", **flags, lora_r=4) == 2
     assert "`lora_r`" in error_line(TRAIN, capsys)
     assert command(resume_from_checkpoint="last", **flags) == 0

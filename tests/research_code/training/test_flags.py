@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from mola.research_code.training import train_settings
 from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
+from tests.grids import slow
 from tests.research_code.scripts import SEVEN, error_line, run_script
 from tests.research_code.training.runs import INSTRUCTION, TRAIN, adapter_config, log_entries, record
 
@@ -70,7 +71,7 @@ def test_defaults_of_the_experts(command, tmp_path):
     assert set(config["target_modules"]) == set(SEVEN.split(","))
 
 
-@pytest.mark.parametrize("word", ["--train_on_inputs=False", "--train_on_inputs=false", "--notrain_on_inputs"])
+@pytest.mark.parametrize("word", ["--train_on_inputs=False", *slow("--train_on_inputs=false", "--notrain_on_inputs")])
 def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
     words = [
         "--base_model",
@@ -86,7 +87,7 @@ def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
     assert data["trained_tokens"] < data["tokens"] / 2
 
 
-@pytest.mark.parametrize("form", ["2,2,3,3", "[2,2,3,3]", "(2, 2, 3, 3)"])
+@pytest.mark.parametrize("form", [*slow("2,2,3,3", "[2,2,3,3]"), "(2, 2, 3, 3)"])
 def test_lists_in_any_form(form, command, tmp_path):
     assert command(number_experts=form, lora_r="4", top_k="2,2,3,2") == 0
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
@@ -156,8 +157,7 @@ def test_without_validation_rows_there_is_no_evaluation(command, tmp_path):
     assert run["data"]["train"]["kept"] == 13
 
 
-def test_same_flags_give_the_same_weights(command, tmp_path):
-    assert command() == 0
+def test_same_flags_give_the_same_weights(finished, command, tmp_path):
     assert command(output_dir=tmp_path / "again") == 0
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -176,7 +176,7 @@ def test_long_run_keeps_the_hundred_steps_of_warmup(command, tmp_path, caplog):
     assert "Warm-up" not in caplog.text
 
 
-@pytest.mark.parametrize(("flag", "coefficient"), [(True, 1e-3), (False, 0.0)])
+@pytest.mark.parametrize(("flag", "coefficient"), [(True, 1e-3), *slow((False, 0.0))])
 def test_balance_loss(flag, coefficient, command, tmp_path):
     assert command(obalance=flag) == 0
     config = adapter_config(tmp_path / "run")

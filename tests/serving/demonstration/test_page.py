@@ -19,6 +19,7 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.serving.demonstration.demo import DemoOptions, running_demo
 from tests.browser import browser, complaints, requested_addresses
+from tests.waiting import PATIENCE
 
 gradio = pytest.importorskip("gradio", reason="needs gradio")
 
@@ -131,9 +132,9 @@ def test_a_port_that_is_taken(options):
 @pytest.mark.slow
 def test_command_ends_when_told(options):
     with command(options) as process:
-        assert b"mola" in urllib.request.urlopen(address(process), timeout=30).read()
+        assert b"mola" in urllib.request.urlopen(address(process), timeout=PATIENCE).read()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def box(window, label):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,16 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
+from mola.studies.comparison.page import page
 from mola.studies.comparison.record import BASE, read_results
-from mola.studies.comparison.statistics import mean_accuracy, paired_differences
-from mola.studies.comparison.summary import ALL_TASKS, budget_groups
+from mola.studies.comparison.statistics import Difference, Mean, mean_accuracy, paired_differences
+from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
 from mola.studies.comparison.tables import comma_separated, markdown
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
+from tests.grids import slow
+from tests.reporting.pages import Page
+from tests.waiting import PATIENCE, wait_until
 
 SETTINGS = {
     "task": "sample",
@@ -151,6 +154,12 @@ def test_the_record_alone_is_enough_to_go_on(whole, run, tmp_path):
     assert not (tmp_path / "out" / "physics").exists()
     assert numbers(again.results) == numbers(result.results)
     assert read(record)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_more_seeds_join_a_record(whole, run, tmp_path):
+    folder, result = whole
+    record = Path(shutil.copy(folder / "compare.json", tmp_path / "record.json"))
     more = run(record=str(record), seeds=[0, 1, 2])
     assert len(more.results) == len(result.results) + 4
     assert {row.mean.seeds for row in more.rows if row.recipe in RECIPES} == {3}
@@ -171,10 +180,28 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert rows[1]["num_experts"] == "2-4-6-8"
     assert names[0].read_text() == comma_separated(result.rows)
     assert names[1].read_text() == markdown(result.rows, "lora")
-    page = names[2].read_text()
-    assert page.count("<table") == 3
-    assert "http:" not in page
-    assert "https:" not in page
+    text = names[2].read_text()
+    assert text.count("<table") == 3
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_names_are_text_on_the_page():
+    def tree(task, reference, other):
+        difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), 0.01, 0.02, "better", 2)
+        means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
+        rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
+        return Page(page(rows, reference))
+
+    def looks(tree):
+        return {(node.tag, *sorted(node.attributes)) for node in tree.root}
+
+    hostile = '</script><script>alert(1)</script><img src=x onerror="alert(1)">&amp;\'{{ 1 }}'
+    found = tree(hostile, f"a{hostile}", f"b{hostile}")
+    assert looks(found) == looks(tree("task", "a", "b"))
+    assert found.root.one("h2").text == hostile
+    assert [row[0] for row in found.root.one("table").rows[1:]] == [f"a{hostile}", f"b{hostile}"]
+    assert f"1 of 1 differences to a{hostile} can be told apart." in found.root.one("header").text
 
 
 # ---------------------------------------------------------------------- stopping and going on
@@ -188,14 +215,11 @@ def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path)
     command = [sys.executable, "-m", "mola.cli", "compare", "--config", str(recipe)]
     record = tmp_path / "out" / "compare.json"
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
-    deadline = time.monotonic() + 300
     try:
-        while time.monotonic() < deadline and not (record.exists() and len(read(record)["runs"]) >= 4):
-            time.sleep(0.02)
-        assert both[0].poll() is None
+        wait_until(lambda: record.exists() and len(read(record)["runs"]) >= 4, *both)
         os.kill(both[0].pid, signal.SIGKILL)
         assert len(read_results(record)) < len(result.results)
-        assert both[1].wait(timeout=300) == 0
+        assert both[1].wait(timeout=PATIENCE) == 0
     finally:
         for process in both:
             process.kill()
@@ -204,22 +228,26 @@ def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path)
     assert read(record)["status"] == "finished"
 
 
-def test_interrupted_and_gone_on_gives_the_same(whole, values, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tasks", "seeds", "number"), [(["physics"], [0], 2), *slow(([*TASKS], [0, 1], 3))])
+def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run, monkeypatch):
     _, result = whole
+    expected = [each for each in result.results if each.task in tasks and (each.recipe == BASE or each.seed in seeds)]
+    chosen = {"tasks": {name: TASKS[name] for name in tasks}, "seeds": seeds}
     seen = []
 
-    def stop_at_the_third(self, *args, **kwargs):
+    def stop_at_one(self, *args, **kwargs):
         seen.append(self)
-        if len(seen) == 3:
+        if len(seen) == number:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_third)
-    first = run()
-    assert (first.status, first.open) == ("interrupted", 6)
+    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_one)
+    first = run(**chosen)
+    num_runs = len(tasks) * len(seeds) * len(RECIPES)
+    assert (first.status, first.open) == ("interrupted", num_runs - number + 1)
     monkeypatch.undo()
-    again = run()
+    again = run(**chosen)
     assert (again.status, again.open) == ("finished", 0)
-    assert numbers(again.results) == numbers(result.results)
+    assert numbers(again.results) == numbers(expected)
 
 
 def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
@@ -248,18 +276,18 @@ def test_without_adapters_the_results_stay(run, tmp_path):
 # ---------------------------------------------------------------------- allocations
 
 
-def test_experts_from_mola_allocate(run, tmp_path):
+@pytest.mark.parametrize("seeds", [[1], *slow([0, 1])], ids=str)
+def test_experts_from_mola_allocate(seeds, run, tmp_path):
     recipes = {
         "probe": {"num_experts": "3,", "r": "4"},
         "shape": {"allocate": {"method": "triangle", "budget": 12}, "r": "4"},
         "redundancy": {"allocate": {"method": "redundancy", "budget": 12, "probe": "probe"}, "r": "4"},
     }
-    result = run(tasks={"physics": TASKS["physics"]}, recipes=recipes, keep_adapters=False)
+    result = run(tasks={"physics": TASKS["physics"]}, recipes=recipes, keep_adapters=False, seeds=seeds)
     experts = {(each.recipe, each.seed): each.num_experts for each in result.results}
-    assert experts["shape", 0] == experts["shape", 1]
-    assert sorted(experts["shape", 0], reverse=True) == experts["shape", 0]
-    for name in ("shape", "redundancy"):
-        assert [sum(experts[name, seed]) for seed in (0, 1)] == [12, 12]
+    assert experts["shape", seeds[0]] == experts["shape", 1]
+    assert sorted(experts["shape", 1], reverse=True) == experts["shape", 1]
+    assert {sum(experts[name, seed]) for name in ("shape", "redundancy") for seed in seeds} == {12}
     assert (tmp_path / "out" / "physics" / "redundancy-seed-1.json").is_file()
     assert result.rows[0].recipe == "probe"
     assert all(row.budget_group == 0 for row in result.rows if row.recipe in recipes)

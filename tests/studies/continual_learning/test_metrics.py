@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola import MolaError
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 
 
@@ -35,10 +34,3 @@ def test_metrics_stay_in_their_ranges(matrix):
 @given(st.lists(accuracies, min_size=2, max_size=6))
 def test_nothing_is_dropped_where_accuracies_stay(row):
     assert performance_drop([row[: t + 1] for t in range(len(row))]) == 0
-
-
-@pytest.mark.parametrize("matrix", [[], [[]], [[0.5], [0.5]], [[0.5, 0.5]]])
-def test_metrics_refuse_another_shape(matrix):
-    for metric in (overall_performance, performance_drop):
-        with pytest.raises(MolaError, match="`matrix`"):
-            metric(matrix)

@@ -20,6 +20,7 @@ from tests.studies.continual_learning.sequences import (
     flags,
     read,
 )
+from tests.waiting import wait_until
 
 
 def send(name):
@@ -90,11 +91,7 @@ def start_and_kill(arguments, record, seconds):
         env=environment,
     )
     try:
-        deadline = time.monotonic() + 120
-        while not record.exists() or record.stat().st_mtime_ns == before:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: record.exists() and record.stat().st_mtime_ns != before, process)
         time.sleep(seconds)
     finally:
         process.kill()

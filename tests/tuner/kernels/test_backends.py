@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from mola import MolaError
-from mola.tuner.kernels import gemm
-from mola.tuner.kernels.api import Wanted
+from mola.tuner.kernels.api import Grads
 from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu import onednn as library
 from mola.tuner.kernels.dispatch import BACKENDS
 from mola.tuner.kernels.reference import Reference
 
@@ -62,7 +62,7 @@ def assert_exact(found, inputs):
 @with_and_without_base
 @pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=needs_onednn)], ids=["", "oneDNN"])
 def test_output_is_nobody_elses_and_may_be_changed_in_place(name, fused, onednn, monkeypatch):
-    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(library, "onednn_is_faster", lambda: onednn)
     inputs = make(fused=fused)
     before = [tensor.detach().clone() for tensor in leaves(inputs)]
     expected = run(name, inputs).output
@@ -254,7 +254,7 @@ def test_a_mixture_without_gradients_asks_for_none(name):
     with torch.no_grad():
         mixture, saved = BY_NAME[name].forward(make())
     inputs = make()._replace(x=saved.x)
-    nothing = BY_NAME[name].backward(inputs, saved.tensors, torch.ones(6, 7, OUT), None, Wanted(*[False] * 4))
+    nothing = BY_NAME[name].backward(inputs, saved.tensors, torch.ones(6, 7, OUT), None, Grads(*[False] * 4))
     assert [grad is None for grad in nothing] == [True] * 4
     assert not mixture.output.requires_grad
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mola import MolaError
-from mola.tuner.kernels import gemm
+from mola.tuner.kernels.cpu import onednn as library
 from mola.tuner.kernels.gemm import addmm_, base_output, linear, linear_add, mm, onednn_is_faster, wants_onednn
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
@@ -16,16 +16,16 @@ from .native import needs_onednn
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["oneDNN", "torch"])
 def onednn(request, monkeypatch):
-    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(library, "onednn_is_faster", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def fresh():
     """What was decided about the processor is forgotten, before and after."""
-    gemm._is_chosen.cache_clear()
+    library._is_chosen.cache_clear()
     yield
-    gemm._is_chosen.cache_clear()
+    library._is_chosen.cache_clear()
 
 
 def draw(*shape, dtype=torch.float32):
@@ -85,7 +85,7 @@ def test_base_output(shape, onednn):
 
 @needs_onednn
 def test_only_for_plain_numbers_in_the_cpus_memory(monkeypatch):
-    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(library, "onednn_is_faster", lambda: True)
     a = draw(4, 4)
     assert wants_onednn(a, nn.Parameter(a))
     assert not wants_onednn(a, a.double())
@@ -100,7 +100,7 @@ def test_a_layer_computes_the_same(monkeypatch):
     layer.base_layer.requires_grad_(False)
     results = []
     for choice in (True, False):
-        monkeypatch.setattr(gemm, "onednn_is_faster", lambda choice=choice: choice)
+        monkeypatch.setattr(library, "onednn_is_faster", lambda choice=choice: choice)
         x = draw(2, 50, 16).requires_grad_()
         layer.train()
         output = layer(x)
@@ -133,7 +133,7 @@ ZEN_5 = "processor : 0\nvendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\n"
 def test_on_which_processors(facts, capability, expected, tmp_path, monkeypatch, fresh):
     (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.delenv("MOLA_ONEDNN", raising=False)
-    monkeypatch.setattr(gemm, "_CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(library, "_CPU_FACTS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert onednn_is_faster() == expected
 
@@ -141,9 +141,9 @@ def test_on_which_processors(facts, capability, expected, tmp_path, monkeypatch,
 @needs_onednn
 def test_where_there_is_no_such_file(tmp_path, monkeypatch, fresh):
     monkeypatch.delenv("MOLA_ONEDNN", raising=False)
-    monkeypatch.setattr(gemm, "_CPU_FACTS", tmp_path / "missing")
+    monkeypatch.setattr(library, "_CPU_FACTS", tmp_path / "missing")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(gemm.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
+    monkeypatch.setattr(library.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
     assert onednn_is_faster()
 
 
@@ -156,10 +156,10 @@ def test_the_environment_decides(monkeypatch, fresh):
         assert not onednn_is_faster()
     finally:
         torch._C._set_mkldnn_enabled(True)
-    gemm._is_chosen.cache_clear()
+    library._is_chosen.cache_clear()
     monkeypatch.setenv("MOLA_ONEDNN", "0")
     assert not onednn_is_faster()
-    gemm._is_chosen.cache_clear()
+    library._is_chosen.cache_clear()
     monkeypatch.setenv("MOLA_ONEDNN", "yes")
     with pytest.raises(MolaError, match=r"MOLA_ONEDNN must be 0 or 1, or not be set: got 'yes'"):
         onednn_is_faster()

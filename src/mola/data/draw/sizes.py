@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mola.data.output import complete_folder
 from mola.data.source import single_source
 from mola.data.tasks import Task
 from mola.data.write import PROMPT_COLUMNS, merged_row, write_spooled
 from mola.errors import MolaError
+from mola.files.folders import complete_folder
 
 HELD_OUT_SIZE = 1000  # validation and test rows, if nothing else is said
 

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.options.fields import option
+from mola.options.fields import START, option
 from mola.serving.addresses import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 class DemoOptions(ModelOptions):
     """Options of `mola demo`."""
 
+    _start: ClassVar = START
     adapter: str = field(metadata={"help": "Folder of an adapter."})
     host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
     port: int = option(7860, "Port to listen on.")

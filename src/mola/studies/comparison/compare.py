@@ -93,12 +93,9 @@ def main(options: CompareOptions) -> int:
     console = Console()
     for table in terminal_tables(result.rows, str(options.reference)):
         console.print(table)
-    err = Console(stderr=True)
-    lines = [f"{result.status}, {result.open} runs left; all numbers are in {result.record}"]
+    print(f"{result.status}, {result.open} runs left; all numbers are in {result.record}", file=sys.stderr)
     if result.status == "interrupted":
-        lines.append("Go on with the same command.")
-    for line in lines:
-        err.print(line, highlight=False, markup=False, soft_wrap=True)
+        print("Go on with the same command.", file=sys.stderr)
     return 0 if result.status == "finished" else 130
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mola.errors import MolaError
-from mola.options.fields import mapping, named_mappings, option
+from mola.options.fields import START, Group, mapping, named_mappings, option
 from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 
@@ -46,20 +46,20 @@ class CompareOptions(TrainAndTestOptions):
         MolaError: a value is outside its range, options contradict each other, or a recipe or task is wrong.
     """
 
-    tasks: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "What is learnt and tested: name -> options of `mola train` and of the test; a mapping."},
+    _start: ClassVar = START
+    tasks: dict[str, Any] | str | None = option(
+        None, "What is learnt and tested: name -> options of `mola train` and of the test; a mapping."
     )
-    recipes: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "What is compared: name -> options of `mola train`, or `allocate: {method, budget, ...}` for the "
-            "experts that `mola allocate` suggests; a mapping."
-        },
+    recipes: dict[str, Any] | str | None = option(
+        None,
+        "What is compared: name -> options of `mola train`, or `allocate: {method, budget, ...}` for the experts that "
+        "`mola allocate` suggests; a mapping.",
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; each recipe is trained once with each."}
     )
+
+    _comparison: ClassVar = Group("comparison")
     reference: str | None = option(None, "Recipe that the others are compared with; default: the first one.")
     record: str | None = option(
         None,

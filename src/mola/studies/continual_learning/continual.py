@@ -87,14 +87,12 @@ def main(options: ContinualOptions) -> int:
     result = continual(options)
     if result.results or result.base is not None:
         Console().print(result_table(result))
-    console = Console(stderr=True)
-    lines = [f"{result.status} after {len(result.results)} of {len(result.stages)} stages; all numbers are in "]
-    lines[0] += str(Path(result.output_dir) / RECORD_FILE)
+    record = Path(result.output_dir) / RECORD_FILE
+    done = f"{len(result.results)} of {len(result.stages)} stages"
+    print(f"{result.status} after {done}; all numbers are in {record}", file=sys.stderr)
     if result.status == "interrupted":
         again = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
-        lines.append(f"Go on with the same command{again}.")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print(f"Go on with the same command{again}.", file=sys.stderr)
     return 0 if result.status == "finished" else 130
 
 

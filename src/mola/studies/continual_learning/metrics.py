@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mola.errors import MolaError
-
 
 def overall_performance(matrix: Sequence[Sequence[float]]) -> float:
     """Mean accuracy on the tasks seen so far, after the last stage of `matrix`.
@@ -21,12 +19,8 @@ def overall_performance(matrix: Sequence[Sequence[float]]) -> float:
     Returns:
         OP_t, a fraction of 1.
 
-    Raises:
-        MolaError: the matrix is empty or a row has another length.
-
     Source: the average accuracy of Chaudhry et al. 2018.
     """
-    _check(matrix)
     return sum(matrix[-1]) / len(matrix)
 
 
@@ -43,24 +37,10 @@ def performance_drop(matrix: Sequence[Sequence[float]]) -> float | None:
     Returns:
         PD_t, between -1 and 1; None for t = 1, where there is no earlier task.
 
-    Raises:
-        MolaError: the matrix is empty or a row has another length.
-
     Source: after the forgetting measure of Chaudhry et al. 2018, which subtracts from the best accuracy of any
     earlier stage instead of the one right after the task's own.
     """
-    _check(matrix)
     earlier = len(matrix) - 1
     if earlier == 0:
         return None
     return sum(matrix[-1][i] - matrix[i][i] for i in range(earlier)) / earlier
-
-
-def _check(matrix: Sequence[Sequence[float]]) -> None:
-    if not matrix:
-        raise MolaError("`matrix` must have a row for at least one stage: it is empty.")
-    for number, row in enumerate(matrix, start=1):
-        if len(row) != number:
-            raise MolaError(
-                f"`matrix` must have one accuracy per task seen: row {number} needs {number}, it has {len(row)}."
-            )

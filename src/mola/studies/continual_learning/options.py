@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mola.errors import MolaError
 from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import named_mappings, option
+from mola.options.fields import START, Group, named_mappings, option
 from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
@@ -52,10 +52,12 @@ class ContinualOptions(StageOptions):
         MolaError: a value is outside its range, options contradict each other, or a stage is wrong.
     """
 
-    stages: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "The tasks in the order of training: name -> options of that stage; a mapping, JSON."},
+    _start: ClassVar = START
+    stages: dict[str, Any] | str | None = option(
+        None, "The tasks in the order of training: name -> options of that stage; a mapping, JSON."
     )
+
+    _test: ClassVar = Group("test")
     evaluate_base: bool = option(
         False, "Also test all tasks before the first stage: the base model, or `adapter` where given."
     )

@@ -5,14 +5,15 @@ Shapes: `N` tokens, `E` experts of rank `r`, `K = top_k`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 
 DEFAULT_ROUTER = "top_k_softmax"
 # Reasons that several backends give.
 NO_ROUTER = "a layer with one expert has no router"
-OTHER_ROUTER = f"computes the router {DEFAULT_ROUTER!r} only, in float32"
+OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 
@@ -69,7 +70,7 @@ class MixtureInputs(NamedTuple):
     bias: torch.Tensor | None
     experts_A: torch.Tensor
     experts_B: torch.Tensor
-    router: torch.Tensor | None
+    router: Any  # torch.Tensor | None
     dropout_mask: torch.Tensor | None
     settings: MixtureSettings
 
@@ -95,45 +96,39 @@ class Saved(NamedTuple):
     tensors: tuple[torch.Tensor | None, ...]
 
 
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    experts_A: bool
-    experts_B: bool
-    router: bool
-
-
 class Grads(NamedTuple):
-    """Gradients, each in any dtype; None where it was not asked for."""
+    """Gradients, each in any dtype, None where not asked for; or which are asked for, as True and False."""
 
-    x: torch.Tensor | None = None
-    experts_A: torch.Tensor | None = None
-    experts_B: torch.Tensor | None = None
-    router: torch.Tensor | None = None
+    x: Any = None
+    experts_A: Any = None
+    experts_B: Any = None
+    router: Any = None
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """A way to compute a mixture.
 
     Attributes:
         name: what `MOLA_KERNEL` and reports call it.
-        has_backward: whether it writes its backward pass out; else autograd records what `forward` does.
+        is_recorded: whether autograd records what `forward` does; else `backward` is the gradient.
         casts_inputs: whether it takes `x` and `weight` in other dtypes than the products'.
     """
 
     name: str
-    has_backward: bool
-    casts_inputs: bool
+    is_recorded = False
+    casts_inputs = False
 
+    @abstractmethod
     def supports(self, inputs: MixtureInputs) -> str | None:
         """None, or why this backend cannot compute such inputs here."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
         """None, or why a later backend of the table is expected to be faster; asked where `supports` gives None."""
+        return None
 
+    @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
-        """The mixture, and what `backward` needs; nothing is recorded by autograd if `has_backward`."""
+        """The mixture, and what `backward` needs; None where there is nothing to save."""
 
     def backward(
         self,
@@ -141,6 +136,7 @@ class Backend(Protocol):
         saved: tuple[torch.Tensor | None, ...],
         grad_output: torch.Tensor,
         grad_logits: torch.Tensor | None,
-        wanted: Wanted,
+        wanted: Grads,
     ) -> Grads:
         """Gradients; `inputs.x` is `Saved.x`, `grad_logits: (E, N)` comes from losses of the router."""
+        raise NotImplementedError(f"{self.name} computes no gradients")

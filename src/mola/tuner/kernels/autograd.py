@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from mola.errors import MolaError
-from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs, Wanted
+from mola.tuner.kernels.api import Backend, Grads, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import sample_dropout_mask
 
 _FIELDS = MixtureInputs._fields
-_GRADIENTS = [1 + _FIELDS.index(name) for name in Wanted._fields]  # after the backend
+_GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]  # after the backend
 
 
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
-    """The mixture by one backend, with its gradient; first-order gradients only where it has a backward pass."""
-    if not backend.has_backward:
+    """The mixture by one backend, with its gradient; first-order gradients only where autograd does not record it."""
+    if backend.is_recorded:
         return backend.forward(inputs)[0]
     settings = inputs.settings
     if settings.dropout and inputs.dropout_mask is None:
@@ -54,7 +54,7 @@ class _MixtureFunction(torch.autograd.Function):
         inputs = MixtureInputs(x, None, weight, None, *parameters, mask, ctx.settings)
         if grad_output is None:
             grad_output = x.new_zeros(*x.shape[:-1], inputs.experts_B.shape[2])
-        wanted = Wanted(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
+        wanted = Grads(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
         grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)
         grad_x = None if grads.x is None else grads.x.view(x.shape).to(ctx.x_dtype)
         of_parameters = [

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.gemm import base_output
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, dense_gates
 
 MAX_TOKENS = 32
+MANY_TOKENS = f"slower than others for more than {MAX_TOKENS} tokens, or not on a CPU"
 
 
 def is_decode(x: torch.Tensor) -> bool:
@@ -36,29 +37,21 @@ def why_not_decode(inputs: MixtureInputs) -> str | None:
     return "dropout is on" if inputs.settings.dropout or inputs.dropout_mask is not None else None
 
 
-def is_slow_decode(inputs: MixtureInputs) -> str | None:
-    """Why a decode backend is expected to be slower than others; None if it is not."""
-    return None if is_decode(inputs.x) else f"for at most {MAX_TOKENS} tokens on a CPU"
-
-
-class Decode:
+class Decode(Backend):
     """See the module."""
 
     name = "decode"
-    has_backward = True  # there is nothing for autograd to record
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Whatever is without gradients and dropout."""
         return why_not_decode(inputs) or why_not_written_out(inputs)
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """See `is_slow_decode`."""
-        return is_slow_decode(inputs)
+        """For many tokens, and not on a CPU."""
+        return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
-        assert inputs.router is not None
         settings, (num_experts, r, _) = inputs.settings, inputs.experts_A.shape
         dtype = torch.promote_types(settings.dtype, torch.float32)
         rows = as_rows(inputs.x).to(dtype)
@@ -75,7 +68,3 @@ class Decode:
         else:
             total.add_(torch.mm(hidden, matrix_B.to(dtype)), alpha=settings.scaling)
         return Mixture(output, logits.t(), routing.expert_indices.t()), None
-
-    def backward(self, *arguments):
-        """There are no gradients."""
-        raise NotImplementedError

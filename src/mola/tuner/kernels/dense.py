@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
@@ -27,24 +27,17 @@ def why_not_written_out(inputs: MixtureInputs) -> str | None:
     return "the router's input is jittered" if inputs.settings.jitter else None
 
 
-class Dense:
+class Dense(Backend):
     """See the module."""
 
     name = "dense"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """See `why_not_written_out`."""
         return why_not_written_out(inputs)
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """It stands before the reference only."""
-        return None
-
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""
-        assert inputs.router is not None
         settings, weight = inputs.settings, inputs.weight
         x = inputs.x.to(settings.dtype)
         joined = None if inputs.experts_A.dtype == settings.dtype else _join(inputs, settings.dtype)
@@ -63,9 +56,8 @@ class Dense:
         logits = None if settings.router == DEFAULT_ROUTER else gates.logits
         return Mixture(output, gates.logits, gates.expert_indices), Saved(x, (gated, gates.weights, logits, *copies))
 
-    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
         """With `a` what the gates gave: `dB = a dy^T`; through the gates from `B dy`, see `gates_backward`."""
-        assert inputs.router is not None
         gated, weights, logits, joined, matrix_B = saved
         weight, dropout_mask, num_experts = inputs.weight, inputs.dropout_mask, len(inputs.router)
         rows = as_rows(grad_output).to(inputs.settings.dtype)
@@ -89,7 +81,6 @@ class Dense:
 
 def _join(inputs: MixtureInputs, dtype: torch.dtype) -> torch.Tensor:
     """A and router, one below the other, in the dtype of the products: `(E*r + E, in)`."""
-    assert inputs.router is not None
     matrix_A = inputs.experts_A.flatten(0, 1)
     shape = len(matrix_A) + len(inputs.router), matrix_A.shape[1]
     return torch.cat((matrix_A, inputs.router), out=torch.empty(shape, dtype=dtype, device=inputs.router.device))

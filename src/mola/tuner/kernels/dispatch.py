@@ -36,11 +36,11 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def decode_compiled(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """A layer's output by an operator for compiled graphs; None where there is none for it, or a backend is forced."""
+def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """A layer's output for few tokens, on a short way; None where there is none, or `MOLA_KERNEL` is set."""
     if _cpu_decode is None or _choice():
         return None
-    return _cpu_decode.decode_compiled(layer, adapter_name, x)
+    return _cpu_decode.decode_layer(layer, adapter_name, x)
 
 
 def register(layer) -> None:

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 
 _STEPS = 1 << 16  # of a probability that 16 bits decide
-_WORDS = 1 << 32
+_native = native.load("dropout")  # without numba as yet
 
 
 def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -28,12 +25,8 @@ def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]
         What `drop` needs, and the probability with which an element is kept: `1 - p`, to the nearest of as many steps
         as the drawn bits decide between.
     """
-    if are_plain_cpu_tensors(x) and _kernel(x.element_size()) is not None:
-        threshold = min(round(p * _WORDS), _WORDS - 1)
-        seed = torch.empty(3, dtype=torch.int32).random_(-(_WORDS // 2), _WORDS // 2)
-        seed[2] = threshold - _WORDS if threshold >= _WORDS // 2 else threshold  # the same 32 bits
-        return seed, 1.0 - threshold / _WORDS
-    return _sample_booleans(x, p), keep_probability(x, p)
+    sampled = None if _native is None else _native.sample_seed(x, p)
+    return sampled or (_sample_booleans(x, p), keep_probability(x, p))
 
 
 def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
@@ -47,15 +40,7 @@ def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
         return rows
     if dropout_mask.dtype == torch.bool:
         return torch.where(dropout_mask.reshape(rows.shape), rows, 0.0)
-    rows = rows.contiguous()
-    dropped = torch.empty_like(rows)
-    _kernel(rows.element_size())(rows.data_ptr(), dropout_mask.data_ptr(), dropped.data_ptr(), rows.numel())
-    return dropped
-
-
-def _kernel(itemsize: int) -> Any:
-    functions = native.load("jit_dropout")
-    return None if functions is None else functions.kernel(itemsize)
+    return _native.drop(rows, dropout_mask)
 
 
 def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:

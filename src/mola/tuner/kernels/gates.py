@@ -5,17 +5,15 @@ Tensors of rank size have tokens last, see `mola.tuner.kernels.dense`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import DEFAULT_ROUTER, MixtureSettings
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 from mola.tuner.routing import ROUTERS, dense_gates, router_backward, router_logits_by_expert, top_k_softmax_backward
 
-# The native functions use one thread. With more of them torch's router product, which shares its work, catches up.
-_MAX_THREADS = 2
+_native = native.load("gates")  # without numba as yet
 
 
 class Gates(NamedTuple):
@@ -41,24 +39,17 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
         hidden: `(E*r, N)`, contiguous.
         settings: top_k, scaling and router are read.
     """
-    kernel = _native_gates(tokens, router, hidden, settings)
-    if kernel is None:
-        logits = router_logits_by_expert(tokens, router)
-        routing = ROUTERS[settings.router](logits, settings.top_k, 0)
-        # Where all are chosen, they are in their own order.
-        all_chosen = settings.top_k == len(router) and settings.router == DEFAULT_ROUTER
-        gates = routing.routing_weights if all_chosen else dense_gates(routing, len(router), 0)
-        weights = gates.mul_(settings.scaling)
-        hidden.view(len(router), len(hidden) // len(router), -1).mul_(weights.to(hidden.dtype).unsqueeze(1))
-        return Gates(logits, weights, routing.expert_indices)
-    (num_experts, in_features), num_tokens, top_k = router.shape, len(tokens), settings.top_k
-    tokens, router = tokens.contiguous(), router.contiguous()
-    logits, weights = (torch.empty((num_experts, num_tokens), dtype=torch.float32) for _ in range(2))
-    expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)
-    tensors = tokens, router, hidden, logits, weights, expert_indices
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    kernel(*addresses, num_tokens, in_features, num_experts, len(hidden) // num_experts, top_k, settings.scaling)
-    return Gates(logits, weights, expert_indices)
+    found = None if _native is None else _native.apply_gates(tokens, router, hidden, settings)
+    if found is not None:
+        return Gates(*found)
+    logits = router_logits_by_expert(tokens, router)
+    routing = ROUTERS[settings.router](logits, settings.top_k, 0)
+    # Where all are chosen, they are in their own order.
+    all_chosen = settings.top_k == len(router) and settings.router == DEFAULT_ROUTER
+    gates = routing.routing_weights if all_chosen else dense_gates(routing, len(router), 0)
+    weights = gates.mul_(settings.scaling)
+    hidden.view(len(router), len(hidden) // len(router), -1).mul_(weights.to(hidden.dtype).unsqueeze(1))
+    return Gates(logits, weights, routing.expert_indices)
 
 
 def gates_backward(
@@ -84,48 +75,15 @@ def gates_backward(
     """
     (size, num_tokens), num_experts = gated.shape, len(weights)
     both = gated.new_empty(size + num_experts, num_tokens)
-    kernel = _native_gradient(grad_gated, gated, weights, settings)
-    if kernel is None:
-        by_expert = num_experts, size // num_experts, -1
-        agreement = (grad_gated * gated).view(by_expert).sum(1, dtype=weights.dtype)
-        if settings.router == DEFAULT_ROUTER:
-            top_k_softmax_backward(agreement, weights, settings.scaling, grad_logits, out=both[size:])
-        else:
-            assert logits is not None
-            through = router_backward(settings.router, logits, settings.top_k, agreement)
-            both[size:] = through if grad_logits is None else through + grad_logits
-        torch.mul(grad_gated.view(by_expert), weights.to(gated.dtype).unsqueeze(1), out=both[:size].view(by_expert))
+    if _native is not None and _native.gates_backward(grad_gated, gated, weights, grad_logits, both, settings):
         return both
-    if grad_logits is not None:
-        grad_logits = grad_logits.to(torch.float32).contiguous()
-    grad_gated, gated, weights = grad_gated.contiguous(), gated.contiguous(), weights.contiguous()
-    extra = 0 if grad_logits is None else grad_logits.data_ptr()
-    addresses = grad_gated.data_ptr(), gated.data_ptr(), weights.data_ptr(), extra, both.data_ptr()
-    kernel(*addresses, num_tokens, num_experts, size // num_experts, settings.scaling)
+    by_expert = num_experts, size // num_experts, -1
+    agreement = (grad_gated * gated).view(by_expert).sum(1, dtype=weights.dtype)
+    if settings.router == DEFAULT_ROUTER:
+        top_k_softmax_backward(agreement, weights, settings.scaling, grad_logits, out=both[size:])
+    else:
+        assert logits is not None
+        through = router_backward(settings.router, logits, settings.top_k, agreement)
+        both[size:] = through if grad_logits is None else through + grad_logits
+    torch.mul(grad_gated.view(by_expert), weights.to(gated.dtype).unsqueeze(1), out=both[:size].view(by_expert))
     return both
-
-
-def _native_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor, settings: MixtureSettings) -> Any:
-    if router.dtype != torch.float32 or not _is_native(settings, tokens, router, hidden):
-        return None
-    if router.shape[1] != tokens.shape[1] or len(hidden) % len(router):
-        return None  # operators of torch say what does not fit
-    functions = native.load("jit_gates")
-    return None if functions is None else functions.gates_kernel(tokens.dtype, hidden.dtype)
-
-
-def _native_gradient(
-    grad_gated: torch.Tensor, gated: torch.Tensor, weights: torch.Tensor, settings: MixtureSettings
-) -> Any:
-    if weights.dtype != torch.float32 or not _is_native(settings, grad_gated, gated, weights):
-        return None
-    functions = native.load("jit_gates")
-    return None if functions is None else functions.gradient_kernel(gated.dtype)
-
-
-def _is_native(settings: MixtureSettings, *tensors: torch.Tensor) -> bool:
-    return (
-        settings.router == DEFAULT_ROUTER
-        and are_plain_cpu_tensors(*tensors)
-        and torch.get_num_threads() <= _MAX_THREADS
-    )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Grads, Mixture, MixtureInputs, Saved, Wanted
+from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
@@ -49,12 +49,10 @@ class ExpertSort(NamedTuple):
         return cls(permutation % max(expert_indices.shape[1], 1), permutation, ends, expert_indices)
 
 
-class Grouped:
+class Grouped(Backend):
     """See the module."""
 
     name = "grouped"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """What is recorded by no compiler, in sizes that grouped products take."""
@@ -81,7 +79,6 @@ class Grouped:
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""
-        assert inputs.router is not None
         settings = inputs.settings
         x = inputs.x.to(settings.dtype)
         logits = router_logits_by_expert(as_rows(inputs.x), inputs.router)
@@ -95,9 +92,8 @@ class Grouped:
         _add_products(output.view(-1, output.shape[-1]), gated, inputs.experts_B.to(settings.dtype), sort)
         return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, *sort))
 
-    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
         """As `Dense.backward`, with one row for every assignment in place of zeros for other experts."""
-        assert inputs.router is not None
         gated, weights, *fields = saved
         sort, dtype = ExpertSort(*fields), inputs.settings.dtype
         x, dropout_mask = as_rows(inputs.x), inputs.dropout_mask

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import NO_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
@@ -16,20 +16,15 @@ from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_log
 _GATHERED_TOKENS = 8  # up to which reading matrices token by token is faster, where a compiler writes a CPU's loops
 
 
-class Reference:
+class Reference(Backend):
     """All experts for all tokens, with gates of zero for those that were not chosen."""
 
     name = "reference"
-    has_backward = False
-    casts_inputs = False
+    is_recorded = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Everything with a router."""
         return NO_ROUTER if inputs.router is None else None
-
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """The last one of the table."""
-        return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
@@ -40,10 +35,6 @@ class Reference:
         hidden = F.linear(as_rows(_dropped(inputs)), experts_A.flatten(0, 1))  # (N, E*r)
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
         return _add(result, hidden.flatten(1) @ experts_B.flatten(0, 1), logits, routing)
-
-    def backward(self, *arguments):
-        """Left to autograd."""
-        raise NotImplementedError
 
 
 class Gathered(Reference):
@@ -95,19 +86,15 @@ class Lora(Reference):
 
 
 def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
-    assert inputs.router is not None
     settings = inputs.settings
     logits = router_logits(jitter(inputs.x, settings.jitter) if settings.jitter else inputs.x, inputs.router)
     return logits, ROUTERS[settings.router](logits, settings.top_k, -1)
 
 
 def _dropped(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input: by a mask that was drawn, scaling included, or by torch's dropout."""
-    mask = inputs.dropout_mask
-    if mask is not None:
-        if mask.dtype is not torch.bool:  # a seed, whose native function autograd does not see
-            mask = drop(torch.ones_like(inputs.x), mask).bool()
-        return drop(inputs.x, mask)
+    """The experts' input: by a mask that was sampled, whose share is in `scaling`, or by torch's dropout."""
+    if inputs.dropout_mask is not None:  # not dropped by a native function, which autograd does not see
+        return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mola.tuner.kernels import gemm, native
-from mola.tuner.kernels.gemm import _native_linear, fast_linear
+from mola.tuner.kernels import native
+from mola.tuner.kernels.cpu import onednn
+from mola.tuner.kernels.cpu.onednn import _native_linear, fast_linear
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 from ..native import needs_vectors
@@ -91,9 +92,9 @@ def test_a_layer_uses_it_and_computes_the_same(bias, monkeypatch):
     layer = MolaLinear(base, "default", ExpertSettings(4, 3, 2, 8.0, init_lora_weights=False)).eval()
     x, used = draw(2, 3, 32), []
     results = []
-    monkeypatch.setattr(gemm, "_native_linear", lambda *tensors: used.append(tensors) or _native_linear(*tensors))
+    monkeypatch.setattr(onednn, "_native_linear", lambda *tensors: used.append(tensors) or _native_linear(*tensors))
     for choice in (True, False):
-        monkeypatch.setattr(gemm, "onednn_is_faster", lambda choice=choice: choice)
+        monkeypatch.setattr(onednn, "onednn_is_faster", lambda choice=choice: choice)
         with torch.no_grad():
             results.append(layer(x))
     assert len(used) == 1

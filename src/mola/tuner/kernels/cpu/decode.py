@@ -11,19 +11,20 @@ import torch
 from torch import nn
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
+from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Backend, Mixture, MixtureInputs
+from mola.tuner.kernels.cpu.onednn import fast_linear
 from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.kernels.cpu.registry import register as register
-from mola.tuner.kernels.decode import is_decode, is_slow_decode, why_not_decode
-from mola.tuner.kernels.gemm import fast_linear, linear, wants_onednn
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
+from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
+from mola.tuner.kernels.decode import MANY_TOKENS, is_decode, why_not_decode
+from mola.tuner.kernels.gemm import linear, wants_onednn
+from mola.tuner.kernels.tensors import has_hooks
 
 
-class CpuDecode:
+class CpuDecode(Backend):
     """See the module."""
 
     name = "cpu_decode"
-    has_backward = True  # there is nothing for autograd to record
     casts_inputs = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
@@ -32,7 +33,6 @@ class CpuDecode:
         if reason is not None:
             return reason
         x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
-        assert router is not None
         if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
             return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
@@ -46,8 +46,8 @@ class CpuDecode:
         return None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """See `is_slow_decode`."""
-        return is_slow_decode(inputs)
+        """For many tokens."""
+        return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
@@ -62,36 +62,67 @@ class CpuDecode:
         )
         return Mixture(output), None
 
-    def backward(self, *arguments):
-        """There are no gradients."""
-        raise NotImplementedError
 
+def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a layer for few tokens; None where there is no native function for it.
 
-def decode_compiled(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The output of a layer for few tokens in a compiled graph; None where there is no native function for it.
+    What `CpuDecode` computes, on a short way: for every token and linear, building `MixtureInputs` can be measured.
 
     Args:
         layer: a `MolaLinear`.
         adapter_name: its only active adapter.
         x: `(..., in)`.
     """
-    if layer.training or not is_decode(x) or torch.compiler.is_exporting():
+    if layer.training or not is_decode(x):
         return None
     parts = layer._modules
-    experts_B = parts["mola_B"]._parameters.get(adapter_name)  # and nothing else: compiled code compares what it reads
-    if experts_B is None or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
+    experts_B = parts["mola_B"]._parameters.get(adapter_name)
+    if experts_B is None:
+        return None
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling:  # then B alone is looked at: compiled code compares what it reads, before every call
+        if torch.compiler.is_exporting() or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
+            return None
+    elif not _reads(layer, adapter_name, x, experts_B):
         return None
     base = parts["base_layer"]
-    if type(base) is nn.Linear and not has_hooks(base):
-        if wants_onednn(x, base.weight):
-            return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
-        output = linear(x, base.weight, base.bias)
-    else:
+    if type(base) is not nn.Linear or has_hooks(base):
         output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+    elif is_compiling and wants_onednn(x, base.weight):
+        return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
+    else:
+        output = linear(x, base.weight, base.bias)
     if type(output) is not torch.Tensor or output.dtype != x.dtype:
         return layer.add_experts(adapter_name, x, output).to(output.dtype)
-    torch.ops.mola.decode(output, x, experts_B)
+    if is_compiling:
+        torch.ops.mola.decode(output, x, experts_B)
+    else:
+        _add_layers_update(output, layer, adapter_name, x, experts_B)
     return output
+
+
+def _reads(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> bool:
+    """Whether the native function computes these tensors of a layer as they are."""
+    parts = layer._modules
+    experts_A, router = (
+        parts["mola_A"]._parameters.get(adapter_name),
+        parts["mola_router"]._parameters.get(adapter_name),
+    )
+    return (
+        experts_A is not None
+        and router is not None
+        and router.dtype is torch.float32
+        and experts_A.dtype is experts_B.dtype
+        and not parts["mola_dropout"]._modules[adapter_name].training
+        and _kernel(x.dtype, experts_A.dtype) is not None
+        and are_plain_cpu_tensors(x, experts_A, experts_B, router)
+    )
+
+
+def _add_layers_update(output: torch.Tensor, layer: Any, name: str, x: torch.Tensor, experts_B: torch.Tensor) -> None:
+    parts = layer._modules
+    experts_A, router = parts["mola_A"]._parameters[name], parts["mola_router"]._parameters[name]
+    _add_update(output, x, experts_A, experts_B, router, layer.scaling[name], layer.top_k[name])
 
 
 def _add_update(
@@ -145,12 +176,10 @@ def _add_update(
 def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
     owner = owner_of(experts_B)
     layer, name = owner.layer(), owner.adapter_name
-    assert layer is not None
-    inputs = layer.mixture_inputs(name, x, output)
-    if CPU_DECODE.supports(inputs) is None:
-        settings = inputs.settings
-        _add_update(output, x, inputs.experts_A, experts_B, inputs.router, settings.scaling, settings.top_k)
+    if _reads(layer, name, x, experts_B):
+        _add_layers_update(output, layer, name, x, experts_B)
     else:  # as without a compiler, with dropout too
+        assert layer is not None
         output.copy_(layer.add_experts(name, x, output))
 
 

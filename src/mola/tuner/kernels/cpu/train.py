@@ -16,17 +16,18 @@ from mola.tuner.kernels.api import (
     DEFAULT_ROUTER,
     NOT_PLAIN,
     OTHER_ROUTER,
+    Backend,
     Grads,
     Mixture,
     MixtureInputs,
     MixtureSettings,
     Saved,
-    Wanted,
 )
+from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
-from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
+from mola.tuner.kernels.tensors import as_rows
 
 _FUNCTIONS = "jit_train"
 _COLUMNS = 32  # of which the native functions want multiples
@@ -40,12 +41,10 @@ class _Tensors(NamedTuple):
     expert_indices: torch.Tensor  # (top_k, N)
 
 
-class CpuTrain:
+class CpuTrain(Backend):
     """See the module."""
 
     name = "cpu_train"
-    has_backward = True
-    casts_inputs = False
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""
@@ -54,7 +53,6 @@ class CpuTrain:
             return reason
         x, router, settings = inputs.x, inputs.router, inputs.settings
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
-        assert router is not None
         if (experts_A.shape[2] | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
@@ -75,7 +73,6 @@ class CpuTrain:
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""
-        assert inputs.router is not None
         settings, top_k, dtype = inputs.settings, inputs.settings.top_k, inputs.settings.dtype
         num_experts, r, in_features = inputs.experts_A.shape
         out_features = inputs.experts_B.shape[2]
@@ -98,9 +95,8 @@ class CpuTrain:
             output.add_(total)
         return Mixture(output, logits, expert_indices), Saved(x, _Tensors(gated, weights, expert_indices))
 
-    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Wanted) -> Grads:
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
         """As `Dense.backward`, from the rows of chosen experts."""
-        assert inputs.router is not None
         x, weight, dropout_mask = as_rows(inputs.x), inputs.weight, inputs.dropout_mask
         dy = as_rows(grad_output).to(inputs.settings.dtype).contiguous()
         base = mm(dy, weight) if wanted.x and weight is not None else None
@@ -134,13 +130,12 @@ def _kernel(inputs: MixtureInputs) -> Any:
     return functions.forward_kernel(inputs.x.dtype, inputs.settings.dtype, inputs.experts_A.dtype, r)
 
 
-def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, total, wanted: Wanted):
+def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, total, wanted: Grads):
     """Gradients of A, B and router, in float32, and of the logits, in the dtype of the products; add to `total`.
 
     The gradient of the logits is None where that of the router and its part of `total` were made with A's: without
     dropout both read the same input.
     """
-    assert inputs.router is not None
     settings: MixtureSettings = inputs.settings
     (num_experts, r, in_features), out_features = inputs.experts_A.shape, inputs.experts_B.shape[2]
     rows = drop(as_rows(inputs.x), inputs.dropout_mask).contiguous()

@@ -1,6 +1,5 @@
 """What an allocation of experts to layers means and costs. Pure functions, no torch.
 
-- `resolve_per_layer`, `check_notation`, `SHAPES`: one integer per layer from any notation (`notation.py`).
 - `check_top_k`, `effective_top_k`: experts used against experts there are.
 - `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
 """
@@ -12,20 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mola.errors import MolaError
-from mola.tuner.notation import SHAPES, Notation, check_notation, resolve_per_layer
-
-__all__ = [
-    "SHAPES",
-    "AllocationPlan",
-    "LayerPlan",
-    "LinearShape",
-    "Notation",
-    "check_notation",
-    "check_top_k",
-    "effective_top_k",
-    "plan_allocation",
-    "resolve_per_layer",
-]
 
 
 def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
@@ -91,6 +76,7 @@ class LayerPlan:
     expert_parameters: int
     router_parameters: int
     flops_per_token: int
+    active_flops_per_token: int
     adapter_bytes: int
 
 
@@ -101,10 +87,12 @@ class AllocationPlan:
     Attributes:
         layers: one `LayerPlan` per decoder layer, lowest first.
         base_parameters: parameters of the model without the adapter; None if not counted.
+        kernels: which backends would compute it on this machine, a line each; empty if that was not asked.
     """
 
     layers: tuple[LayerPlan, ...]
     base_parameters: int | None = None
+    kernels: tuple[str, ...] = ()
 
     @property
     def expert_parameters(self) -> int:
@@ -123,8 +111,13 @@ class AllocationPlan:
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs that the adapter adds to the forward pass of one token."""
+        """FLOPs that the adapter adds to the forward pass of one token where all experts are computed."""
         return sum(layer.flops_per_token for layer in self.layers)
+
+    @property
+    def active_flops_per_token(self) -> int:
+        """The same where chosen experts are computed only."""
+        return sum(layer.active_flops_per_token for layer in self.layers)
 
     @property
     def adapter_bytes(self) -> int:
@@ -140,6 +133,7 @@ class AllocationPlan:
         """Plain values for JSON: `layers` (a list) and `totals`."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
+            "kernels": list(self.kernels),
             "totals": {
                 "num_layers": len(self.layers),
                 "num_experts": sum(layer.num_experts for layer in self.layers),
@@ -149,6 +143,7 @@ class AllocationPlan:
                 "base_parameters": self.base_parameters,
                 "trainable_share": self.trainable_share,
                 "flops_per_token": self.flops_per_token,
+                "active_flops_per_token": self.active_flops_per_token,
                 "adapter_bytes": self.adapter_bytes,
             },
         }
@@ -167,9 +162,11 @@ def plan_allocation(
 
         experts  E * r * (in + out)  parameters
         routers  E * in              parameters; 0 if E = 1, such a layer has no router
-        forward  2*E*r*in + 2*E*r*out + 2*E*in  FLOPs per token (the last term only with a router)
+        forward  2*E*r*(in + out) + 2*E*in  FLOPs per token (the last term only with a router)
+        active   2*K*r*(in + out) + 2*E*in  FLOPs per token, with K = top_k
 
-    All experts are computed for every token, as the layer does it, so FLOPs do not depend on `top_k`.
+    Backends that compute all experts for every token need the former (`dense`), those that compute chosen experts only
+    the latter (`cpu_train`, `cpu_decode`, `grouped`).
 
     Args:
         linears: the adapted linears.
@@ -212,6 +209,7 @@ def plan_allocation(
                 expert_parameters=expert_parameters,
                 router_parameters=router_parameters,
                 flops_per_token=2 * parameters,  # one multiply and one add per weight
+                active_flops_per_token=2 * (expert_parameters // experts * chosen[index] + router_parameters),
                 adapter_bytes=bytes_per_parameter * parameters,
             )
         )

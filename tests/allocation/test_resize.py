@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mola.allocation.resize import GROW, SHRINK, Experts, low_rank_mean, resize
 from mola.errors import MolaError
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.resize import GROW, SHRINK, Experts, low_rank_mean, resize
 
 IN, OUT, R = 7, 6, 2
 

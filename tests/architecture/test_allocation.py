@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mola.architecture.allocation import LinearShape, check_top_k, effective_top_k, plan_allocation
+from mola.architecture.notation import SHAPES, check_notation, resolve_per_layer
 from mola.errors import MolaError
-from mola.tuner.allocation import (
-    SHAPES,
-    LinearShape,
-    check_notation,
-    check_top_k,
-    effective_top_k,
-    plan_allocation,
-    resolve_per_layer,
-)
 
 FIELDS = ("num_experts", "r", "top_k")
 QUARTERS = [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8

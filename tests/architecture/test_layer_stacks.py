@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from mola.tuner.layer_stacks import LayerStacks
+from mola.architecture.layer_stacks import LayerStacks
 
 SIDES = {"encoder": 2, "decoder": 3}
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mola.errors import MolaError
-from mola.tuner.factors import inner_products
+from mola.insight.factors import inner_products
 
 SHRINK = ("drop", "merge")
 GROW = ("copy", "fresh")

@@ -7,8 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from mola.errors import MolaError
-from mola.tuner.targets import (
+from mola.architecture.targets import (
     LLAMA_LINEARS,
     adaptable,
     check_target_modules,
@@ -17,6 +16,7 @@ from mola.tuner.targets import (
     layer_index,
     linear_shapes,
 )
+from mola.errors import MolaError
 
 
 def tiny_llama():

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from mola.architecture.allocation import LinearShape
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.layer_stacks import count_layers as count_layers
+from mola.architecture.layer_stacks import layer_index as layer_index
 from mola.errors import MolaError
-from mola.tuner.allocation import LinearShape
-from mola.tuner.layer_stacks import LayerStacks
-from mola.tuner.layer_stacks import count_layers as count_layers
-from mola.tuner.layer_stacks import layer_index as layer_index
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Where these are one linear, as in Phi-3, its name is another.

@@ -1,0 +1,145 @@
+"""Which backend computes each adapted linear, and why no faster one does: `mola.kernels_report`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mola.errors import MolaError
+from mola.tuner.kernels.api import Backend, FrozenLinear, MixtureInputs, MixtureSettings
+from mola.tuner.kernels.dispatch import BACKENDS, explain, forced_backend, select
+from mola.tuner.layer import MolaLinear
+
+TOKENS = {"training": 512, "decode": 1}
+
+
+class KernelChoice(NamedTuple):
+    """The backend for modules that are alike.
+
+    Attributes:
+        mode: "training" (512 tokens, with gradients) or "decode" (one token, without).
+        backend: its name; "none" if `MOLA_KERNEL` names one that cannot compute these modules.
+        num_modules: how many modules.
+        num_experts: their numbers of experts, in rising order.
+        reasons: why each backend that stands before it in the table is not used.
+    """
+
+    mode: str
+    backend: str
+    num_modules: int
+    num_experts: list[int]
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        experts = ", ".join(map(str, self.num_experts))
+        line = f"{self.mode}: {self.backend} for {self.num_modules} modules (experts: {experts})"
+        return line + "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
+
+
+def kernels_report(model: nn.Module, adapter_name: str | None = None) -> list[KernelChoice]:
+    """Which backend computes the modules of a model here, for training and for one generated token.
+
+    Args:
+        model: a model with MoLA layers; it is not run and not changed.
+        adapter_name: an adapter; default: the first active one.
+
+    Returns:
+        One entry per mode and backend, and for different reasons.
+
+    Raises:
+        MolaError: the model has no MoLA layer with that adapter.
+    """
+    calls = []
+    for layer in model.modules():
+        if isinstance(layer, MolaLinear):
+            name = adapter_name or layer.active_adapters[0]
+            if name in layer.mola_A:
+                calls += [(mode, _inputs_of(layer, name, mode)) for mode in TOKENS]
+    if not calls:
+        wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
+        raise MolaError(f"`model` must have {wanted} to tell which kernels compute it: no module has.")
+    return report(calls)
+
+
+def report(calls: Iterable[tuple[str, MixtureInputs]]) -> list[KernelChoice]:
+    """The choices for calls, each a mode and inputs whose numbers do not matter."""
+    found: dict[tuple, list[int]] = defaultdict(list)
+    known: dict[tuple, tuple] = {}
+    for mode, inputs in calls:
+        key = mode, *(_kind(each) for each in inputs)
+        if key not in known:
+            known[key] = mode, *_choice(mode, inputs)
+        found[known[key]].append(len(inputs.experts_A))
+    return [
+        KernelChoice(mode, backend, len(experts), sorted(set(experts)), dict(reasons))
+        for (mode, backend, reasons), experts in sorted(found.items(), key=lambda item: item[0][0], reverse=True)
+    ]
+
+
+def inputs_for_shapes(
+    mode: str, in_features: int, out_features: int, num_experts: int, r: int, settings: MixtureSettings
+) -> MixtureInputs:
+    """Inputs of a frozen linear with float32 experts, in the CPU's memory, without numbers.
+
+    Args:
+        mode: "training" or "decode".
+        in_features: of the linear.
+        out_features: of the linear.
+        num_experts: of the mixture.
+        r: rank.
+        settings: `dtype` is that of the products and of the base layer.
+    """
+    x = torch.empty(1, TOKENS[mode], in_features, dtype=settings.dtype)
+    weight = torch.empty(out_features, in_features, dtype=settings.dtype)
+    experts_A, experts_B = (torch.empty(num_experts, r, size) for size in (in_features, out_features))
+    router = torch.empty(num_experts, in_features) if num_experts > 1 else None
+    return MixtureInputs(x, None, weight, None, experts_A, experts_B, router, None, settings)
+
+
+def _inputs_of(layer: MolaLinear, adapter_name: str, mode: str) -> MixtureInputs:
+    experts_A, weight = layer.mola_A[adapter_name], getattr(layer.get_base_layer(), "weight", None)
+    # Packed weights of a quantised layer say nothing about its input.
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else experts_A.dtype
+    x = torch.empty(1, TOKENS[mode], layer.in_features, dtype=dtype, device=experts_A.device)
+    with torch.set_grad_enabled(mode == "training"):
+        base: FrozenLinear | torch.Tensor | None = layer.frozen_linear(x)
+    if base is None:
+        base = x.new_empty(*x.shape[:-1], layer.out_features)
+    inputs = layer.mixture_inputs(adapter_name, x, base)
+    settings, own = inputs.settings, layer.settings[adapter_name]
+    if mode == "training":
+        settings = settings._replace(dropout=own.lora_dropout, jitter=own.router_jitter_noise)
+    else:
+        settings = settings._replace(dropout=0.0, jitter=0.0, needs_router_output=False)
+    return inputs._replace(settings=settings)
+
+
+def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str], ...]]:
+    forced = None if inputs.router is None else forced_backend()
+    with torch.set_grad_enabled(mode == "training"):
+        if forced is not None:
+            reason = forced.supports(inputs)
+            told = "MOLA_KERNEL", "is set" if reason is None else f"{forced.name}: {reason}"
+            return forced.name if reason is None else "none", (told,)
+        name = select(inputs).name
+        reasons = []
+        for backend, (each, reason) in zip(BACKENDS, explain(inputs), strict=True):
+            if each == name:
+                break
+            if reason is not None and _is_for(backend, mode) and inputs.router is not None:
+                reasons.append((each, reason))
+    return name, tuple(reasons)
+
+
+def _is_for(backend: Backend, mode: str) -> bool:
+    """Whether it is worth telling why this backend is not used: those with a backward pass train, others decode."""
+    trains = type(backend).backward is not Backend.backward
+    return not backend.is_recorded and trains == (mode == "training")
+
+
+def _kind(value: Any) -> Any:
+    return (value.shape, value.dtype, type(value)) if isinstance(value, torch.Tensor) else value

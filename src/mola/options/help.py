@@ -1,0 +1,63 @@
+"""The help text of a command: its options under the headings of their groups, as wide as the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from argparse import Action
+from typing import Any, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from mola.options.fields import options_by_group
+
+_INDENT = " " * 37  # of the texts
+_VALUES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
+
+
+class ShowHelp(Action):
+    """`--help` prints the options that stand in a group; `--help all` also those of `TrainingArguments` that do not."""
+
+    def __call__(self, parser: Any, namespace: object, values: object, option_string: str | None = None) -> None:
+        """Print, and end the program, whatever options are missing."""
+        print(_help_text(parser, is_complete=values is not None))
+        parser.exit()
+
+
+def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
+    (options_class,) = parser.dataclass_types
+    kinds: dict[str, Any] = {"config": str, "help": str, **get_type_hints(options_class)}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --no_x follows --x, whose dest it has
+    groups = {heading: [each.name for each in group] for heading, group in options_by_group(options_class).items()}
+    rest = groups.pop("", []) if len(groups) > 1 else []
+    next(iter(groups.values())).extend(["config", "help"])
+    if rest and is_complete:
+        groups["the rest of TrainingArguments"] = rest
+    lines = [f"usage: {parser.prog} [--config RECIPE.yaml] [--flag value ...]", "", f"{parser.description}"]
+    for heading, names in groups.items():
+        lines += ["", f"{heading or 'options'}:", *(_entry(actions[name], kinds[name], is_complete) for name in names)]
+    if rest and not is_complete:
+        lines += [
+            "",
+            f"`{parser.prog} --help all` lists every option of TrainingArguments too; tables: docs/options.md.",
+        ]
+    return "\n".join(lines)
+
+
+def _entry(action: Action, kind: Any, with_choices: bool) -> str:
+    """An option: one spelling of its flag, what it takes, its text, its default."""
+    head = "  " + ", ".join(flag for flag in action.option_strings if "-" not in flag[2:])
+    if action.const is not True or action.default is True:  # else the flag alone says it
+        types = {get_origin(part) or part for part in get_args(kind) or [kind]}
+        head += f" {action.metavar or next((_VALUES[each] for each in _VALUES if each in types), 'TEXT')}"
+    head += " ..." * (action.nargs == "+")
+    text = (action.help or "").replace("%%", "%").removesuffix(".")
+    if action.choices and with_choices and not action.metavar:
+        text += f". One of {', '.join(action.choices)}"
+    if action.required:
+        text += ". Required"
+    elif action.default not in (None, "", []) and action.default is not False:
+        text += f". Default {'true' if action.default is True else action.default}"
+    width = max(shutil.get_terminal_size().columns, 2 * len(_INDENT)) - 1
+    lead = f"{head}  ".ljust(len(_INDENT))
+    return textwrap.fill(f"{text}.", width, initial_indent=lead, subsequent_indent=_INDENT, break_on_hyphens=False)

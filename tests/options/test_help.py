@@ -1,0 +1,161 @@
+"""`--help` of the commands: groups, what a newcomer sets first, nothing of mola's own left out, `--help all`."""
+
+import importlib
+import inspect
+import re
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+from transformers import TrainingArguments
+
+from mola import TrainOptions
+from mola.cli import COMMANDS, main
+from mola.options.fields import options_by_group
+
+FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "convert", "report", "quickstart")
+OF_THE_TRAINER = ("train", "continual", "compare")
+FIRST = (
+    *("base_model", "task", "data", "output_dir", "num_experts", "r", "top_k", "cutoff_len", "num_train_epochs"),
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "config", "help"),
+)
+KNOWN_FROM_TRAINER = (
+    *("max_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "bf16", "fp16", "activation_checkpointing"),
+    *("seed", "logging_strategy", "logging_steps", "report_to", "eval_strategy", "eval_steps", "save_strategy"),
+    *("per_device_eval_batch_size", "save_steps", "save_total_limit", "load_best_model_at_end", "push_to_hub"),
+    "resume_from_checkpoint",
+)
+# docs/training.md says why the first of these have other defaults.
+OTHER_DEFAULTS = {"learning_rate", "warmup_steps", "logging_steps", "logging_nan_inf_filter", "hub_strategy"}
+OTHER_DEFAULTS |= {"eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end"}
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    def printed(*words, columns=100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+def options_class(command):
+    return getattr(importlib.import_module(COMMANDS[command].module), COMMANDS[command].options)
+
+
+def own_options(cls):
+    """Names of the options that mola declares."""
+    ours = [parent for parent in cls.__mro__ if parent.__module__.startswith("mola.")]
+    names = {each.name for each in fields(cls) if each.init}
+    return {name for parent in ours for name in inspect.get_annotations(parent)} & names
+
+
+def flags(text):
+    """Heading -> names of the flags below it."""
+    parts = re.split(r"^(\S.*):\n", text, flags=re.M)[1:]
+    return {
+        heading: re.findall(r"^  (?:-h, )?--(\w+)", body, re.M)
+        for heading, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def listed(text):
+    return [name for names in flags(text).values() for name in names]
+
+
+def test_train_fits_two_screens_and_begins_with_what_a_newcomer_sets(help_of):
+    text = help_of("train", "--help")
+    lines = text.splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 100
+    groups = flags(text)
+    assert list(groups) == ["start with these", "adapter", "data", "base model", "run"]
+    assert tuple(groups["start with these"]) == FIRST
+    assert set(KNOWN_FROM_TRAINER) <= set(groups["run"])
+    assert "mola train --help all" in lines[-1]
+    assert "docs/options.md" in lines[-1]
+    assert help_of("train", "-h") == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_mola_is_listed_once(command, help_of):
+    assert sorted(listed(help_of(command, "--help"))) == sorted(
+        {*own_options(options_class(command)), "config", "help"}
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_all_lists_every_option_in_the_same_order(command, help_of):
+    short, everything = listed(help_of(command, "--help")), listed(help_of(command, "--help", "all"))
+    assert everything[: len(short)] == short
+    names = {each.name for each in fields(options_class(command)) if each.init}
+    assert sorted(everything) == sorted({*names, "config", "help"})
+    assert (everything != short) == (command in OF_THE_TRAINER)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_have_a_group_where_a_command_has_groups(command):
+    groups = options_by_group(options_class(command))
+    if command in FEW:
+        assert list(groups) == [""]
+    else:
+        without = {each.name for each in groups.get("", [])}
+        assert not without & own_options(options_class(command))
+        assert next(iter(groups)) == "start with these"
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in OF_THE_TRAINER])
+def test_required_options_come_first(command):
+    first, *others = options_by_group(options_class(command)).values()
+    required = [each.default is each.default_factory for each in first]
+    assert required == sorted(required, reverse=True)
+    assert not any(each.default is each.default_factory for group in others for each in group)
+
+
+def test_what_a_line_says(help_of):
+    def said(command, flag, *words):
+        text = help_of(command, "--help", *words, columns=1000)
+        return re.search(rf"^  ({flag}\b.*?) {{2,}}(.*)$", text, re.M).groups()
+
+    assert said("evaluate", "--task") == ("--task TEXT", "Name of a task, or a task file (YAML). Required.")
+    assert said("train", "--learning_rate") == ("--learning_rate FLOAT", "Learning rate after warm-up. Default 0.0003.")
+    assert said("train", "--push_to_hub")[0] == "--push_to_hub"
+    assert said("train", "--add_eos_token")[0] == "--add_eos_token BOOL"
+    assert said("train", "--add_eos_token")[1].endswith("Default true.")
+    assert said("train", "--filters")[0] == "--filters JSON"
+    assert said("train", "--limit") == ("--limit INT", "Train on the first so many samples only.")
+    assert said("serve", "--adapter")[0] == "--adapter TEXT ..."
+    assert said("convert", "--source_format")[0] == "--source_format, --from TEXT"
+    assert "One of adamw_torch, " in said("train", "--optim", "all")[1]
+    assert "~20%" in said("train", "--use_liger_kernel", "all")[1]
+
+
+@pytest.mark.parametrize("columns", [80, 0, 1])
+def test_narrow_terminals(columns, help_of):
+    assert listed(help_of("train", "--help", columns=columns)) == listed(help_of("train", "--help"))
+
+
+@pytest.mark.parametrize("words", [["--help", "al"], ["--help=al"], ["-h", "everything"]])
+def test_an_unknown_word_is_refused_with_the_choices(words, capsys):
+    assert main(["train", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("mola train: error: ")
+    assert words[-1].removeprefix("--help=") in line
+    assert "choose from" in line
+    assert "all" in line.partition("choose from")[2]
+
+
+def test_a_help_text_of_mola_changes_nothing_else_of_an_option():
+    kinds, expected = get_type_hints(TrainOptions), get_type_hints(TrainingArguments)
+    own, base = TrainOptions.__dataclass_fields__, TrainingArguments.__dataclass_fields__
+    shared = own_options(TrainOptions) & set(base)
+    assert set(KNOWN_FROM_TRAINER) <= shared
+    assert {name for name in shared if own[name].default != base[name].default} == OTHER_DEFAULTS
+    for name in shared - OTHER_DEFAULTS:
+        assert (name, kinds[name]) == (name, expected[name])
+        assert {**own[name].metadata, "help": ""} == {**base[name].metadata, "help": ""}
