@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mola import MolaLinear
-from mola.tuner.kernels.cpu import decode
+from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import router_logits
 
@@ -191,7 +191,7 @@ def test_compiles_to_one_graph(num_experts, top_k):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
 def test_compiled_without_gradients(tokens, top_k, dtype, monkeypatch):
     """Without the native function: for up to 8 tokens chosen experts only are read, for more all of them."""
-    monkeypatch.setattr(decode, "_kernel", lambda *dtypes: None)
+    monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)
     torch._dynamo.reset()
     layer = make(8, top_k, dtype=dtype).eval()
     x = torch.randn(1, tokens, 16).to(dtype)

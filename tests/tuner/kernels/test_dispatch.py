@@ -147,7 +147,7 @@ def test_a_forced_backend_computes_a_layer(force, monkeypatch):
         for name in ("", *names):
             force(name)
             outputs.append(layer.eval()(x))
-    assert used[-4:] == names  # the first may go the short way
+    assert used[-len(names) :] == names  # by itself a layer may take a short way
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
 

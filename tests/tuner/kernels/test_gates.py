@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.tuner.kernels import gates
+from mola.tuner.kernels import gates, native
 from mola.tuner.kernels.api import MixtureSettings
 from mola.tuner.kernels.cpu import gates as cpu_gates
 from mola.tuner.kernels.gates import apply_gates, gates_backward
@@ -18,10 +18,17 @@ NORM = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 3e-2, "rtol": 1e-2}}
 
 
+def take(patch, is_native):
+    if is_native:
+        patch.setattr(cpu_gates, "_is_native", lambda *arguments: True)
+    else:
+        patch.setattr(gates, "_native", None)
+
+
 @pytest.fixture(params=[pytest.param("native", marks=needs_numba), "torch"])
 def way(request, monkeypatch):
     """Both ways, whatever the number of threads."""
-    monkeypatch.setattr(cpu_gates, "_is_native", lambda *arguments: request.param == "native")
+    take(monkeypatch, request.param == "native")
     return request.param
 
 
@@ -50,7 +57,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
     hidden = draw(num_experts * r, num_tokens, dtype=products, seed=2)
     gated, exact = hidden.clone(), hidden.double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_gates, "_is_native", lambda *arguments: is_native)
+        take(patch, is_native)
         found = apply_gates(tokens, router, gated, asked)
     torch.testing.assert_close(found.logits, (tokens.float() @ router.t()).t(), atol=1e-4, rtol=1e-5)
     logits = found.logits.double().requires_grad_()
@@ -65,7 +72,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
     total = (expected * grad_gated.double()).sum() + (0 if grad_logits is None else (logits * grad_logits).sum())
     expected_gradient = torch.cat(torch.autograd.grad(total, (exact, logits)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_gates, "_is_native", lambda *arguments: is_native)
+        take(patch, is_native)
         gradient = gates_backward(grad_gated, expected.detach().to(products), found.weights, None, grad_logits, asked)
     assert gradient.dtype == products
     for part in (slice(None, len(hidden)), slice(len(hidden), None)):
@@ -76,7 +83,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
 @needs_numba
 @pytest.mark.parametrize("values", DTYPES)
 def test_a_token_does_not_depend_on_its_neighbours(values, monkeypatch):
-    monkeypatch.setattr(cpu_gates, "_is_native", lambda *arguments: True)
+    take(monkeypatch, is_native=True)
     tokens, router = draw(37, 1000, dtype=values), draw(5, 1000, seed=1)
     together = apply_gates(tokens, router, torch.ones(5, 37), settings())
     for n in (0, 7, 8, 35, 36):
@@ -131,7 +138,7 @@ def test_input_with_gaps(way):
 @needs_numba
 def test_where_the_native_functions_are_used(monkeypatch):
     called = []
-    monkeypatch.setattr(gates.native, "load", called.append)
+    monkeypatch.setattr(native, "load", called.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     ones = torch.ones(6, 4)
     apply_gates(draw(4, 6), draw(3, 6), ones.clone(), settings())
@@ -154,7 +161,7 @@ def test_where_the_native_functions_are_used(monkeypatch):
 
 @needs_numba
 def test_other_routers_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(gates.native, "load", lambda name: pytest.fail(name))
+    monkeypatch.setattr(native, "load", lambda name: pytest.fail(name))
     monkeypatch.setitem(gates.ROUTERS, "first", lambda logits, top_k, dim: top_k_softmax(logits, top_k, dim))
     other = settings()._replace(router="first")
     found = apply_gates(draw(4, 6), draw(3, 6), torch.ones(6, 4), other)
