@@ -282,7 +282,7 @@ def test_an_inspected_adapter_with_one_router(run_dir):
 
 
 def test_an_adapter_of_another_method(run_dir):
-    change(run_dir / "adapter_config.json", lambda config: config.update(peft_type="LORA"))
+    change(run_dir / "adapter_config.json", lambda config: config.update(peft_type="LORA", target_modules=[[]]))
     found = page_of(run_dir)
     assert "The adapter is of type LORA" in found.section("allocation").text
     assert "No module has several experts." in found.section("redundancy").text

@@ -24,7 +24,8 @@ _LOOKS = "cba"  # lower layers faint, upper layers strong
 def allocation_section(run: Run) -> dict[str, Any]:
     """Experts and trained values by layer."""
     rows = run.adapter.layers if run.adapter else []
-    modules = run.adapter.config.get("target_modules") or [] if run.adapter else []
+    # The configuration of another method may hold anything.
+    modules = run.adapter.config.get("target_modules") or [] if run.adapter and rows else []
     return {
         "adapter": run.adapter,
         "status": run.record.get("status"),
