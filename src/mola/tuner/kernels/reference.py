@@ -79,10 +79,11 @@ class Lora(Reference):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
+        result = _base(inputs)
         # The copy has LoRA's memory layout, and with it LoRA's last bits.
         weight_B = inputs.experts_B[0].t().contiguous()
         hidden = F.linear(_dropped(inputs), inputs.experts_A[0])
-        return Mixture(_base(inputs) + F.linear(hidden, weight_B) * inputs.settings.scaling), None
+        return Mixture(result + F.linear(hidden, weight_B) * inputs.settings.scaling), None
 
 
 def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
