@@ -34,7 +34,7 @@ fuzz: $(VENV)/.dev
 	MOLA_FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),10000) $(RUN_TESTS) tests/fuzz
 
 # Only with the tests of these two packages: what others run by the way, they need not check. Folders, not names of
-# packages: coverage imports those to find them, and PyTorch can not be imported twice.
+# packages: coverage imports those to find them, and PyTorch cannot be imported twice.
 coverage: $(VENV)/.mutation
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" tests/tuner tests/checkpoints \
 		--cov=src/mola/tuner --cov=src/mola/checkpoints --cov-branch --cov-report=term-missing --cov-fail-under=95

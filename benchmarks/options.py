@@ -40,7 +40,7 @@ class BenchmarkOptions:
         "smollm2, random12 (random weights, 12 layers), or folders of causal language models.",
     )
     dtype: list[str] = _several(
-        DTYPES, "Number formats of the frozen base. Adapters train in float32. contention uses the first."
+        DTYPES, "Dtypes of the frozen base. Adapters train in float32. contention uses the first."
     )
     dropout: list[float] = _several(
         [0.0, 0.05], "Dropout on the adapters' input. growth, contention, outliers, compile use the first."

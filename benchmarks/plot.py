@@ -119,7 +119,7 @@ def run(options: PlotOptions) -> Path:
         The SVG file.
 
     Raises:
-        MolaError: matplotlib is missing, a file can not be read or written, or results do not go together.
+        MolaError: matplotlib is missing, a file cannot be read or written, or results do not go together.
     """
     if Path(options.output).exists() and not options.overwrite:
         raise MolaError(

@@ -100,7 +100,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise MolaError(f"`results` can not be read: {path!r} ({error.strerror or error}). Check the path.") from error
+        raise MolaError(f"`results` cannot be read: {path!r} ({error.strerror or error}). Check the path.") from error
     except ValueError as error:
         raise MolaError(
             f"`results` must be JSON files of `python -m benchmarks`: {path!r} is no JSON ({error})."

@@ -166,7 +166,7 @@ def _questions(options: ReallocateBenchmarkOptions, folder: Path) -> tuple[Path,
 
 
 def _train(options: ReallocateBenchmarkOptions, data: Path, output: Path, **more: str) -> None:
-    """One epoch with the settings of the quickstart's recipe, which suit a run of few steps."""
+    """One epoch with the settings of the quickstart's recipe, but a constant rate; they suit a run of few steps."""
     settings = {
         "base_model": options.base_model,
         "data": data,

@@ -53,7 +53,7 @@ class LoadOptions:
     )
     requests: int = option(100, "Requests of one row.")
     max_tokens: int = option(16, "Tokens of each answer.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     batching: bool = option(False, "Also measure continuous batching, offline, with the first adapter.")
     output: str | None = option(None, "Result file (JSON).")

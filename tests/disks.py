@@ -1,4 +1,4 @@
-"""Small file systems in memory, for tests of full disks and of disks that can not be written."""
+"""Small file systems in memory, for tests of full disks and of disks that cannot be written."""
 
 import subprocess
 from collections.abc import Iterator

@@ -99,7 +99,7 @@ WRONG = [
     ({"learning_rat": 1}, ["--learning_rat", "--learning_rate"]),
     ({"config": "{files}/typo.yaml"}, ["`learning_rat`", "typo.yaml", "`learning_rate`"]),
     ({"config": "{files}/nosuch.yaml"}, ["`config`", "nosuch.yaml"]),
-    ({"config": "{files}"}, ["`config`", "can not be read"]),
+    ({"config": "{files}"}, ["`config`", "cannot be read"]),
     ({"config": "{files}/broken.yaml"}, ["broken.yaml", "line 1"]),
     ({"config": "{files}/list.yaml"}, ["must be a mapping", "learning_rate"]),
     ({"config": "{files}/empty.yaml"}, ["must be a mapping", "None"]),

@@ -55,7 +55,7 @@ COMMANDS = {
     "compare": Command(
         "mola.studies.comparison.compare",
         "CompareOptions",
-        "recipes on tasks with several seeds: what can be told apart",
+        "recipes on tasks with several seeds: which differences are significant",
     ),
     "allocate": Command(
         "mola.allocation.allocate", "AllocateOptions", "how many experts each layer gets, at exactly a budget"

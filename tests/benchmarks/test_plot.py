@@ -255,7 +255,7 @@ def test_files_of_different_conditions_are_refused(name, changes, row_changes, w
     ("arguments", "message"),
     [
         ([], "`results` must name at least one JSON file"),
-        (["missing.json"], "`results` can not be read: 'missing.json' (No such file or directory). Check the path."),
+        (["missing.json"], "`results` cannot be read: 'missing.json' (No such file or directory). Check the path."),
         (["a.json", "a.json"], "`results` names a file twice"),
         (
             ["a.json", "--output", "growth.png"],

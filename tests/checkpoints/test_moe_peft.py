@@ -241,7 +241,7 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
         ({"lora_alpha": -1}, "`lora_alpha` must be a number above 0, got -1"),
         ({"lora_dropout": 1.0}, "`lora_dropout` must be a number at least 0 and below 1"),
         ({"use_dora": "no"}, "`use_dora` .* must be true or false, got 'no'"),
-        ({"task_type": "SEQ_CLS"}, "`task_type` .* got 'SEQ_CLS'. .* classifier can not be converted"),
+        ({"task_type": "SEQ_CLS"}, "`task_type` .* got 'SEQ_CLS'. .* classifier cannot be converted"),
         ({"target_modules": {"q_proj": True}}, "`target_modules` .* must be a list of names"),
         ({"target_modules": ["q_proj"]}, "experts that it does not name"),
     ],
@@ -287,7 +287,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return (tmp_path.joinpath("ran").write_text, ("yes",))
 
     folder = write(tmp_path / "a", make_settings(), {Q: Harmful()})
-    with pytest.raises(MolaError, match="can not be read as tensors"):
+    with pytest.raises(MolaError, match="cannot be read as tensors"):
         read_moe_peft(folder, LINEARS, 4)
     assert not (tmp_path / "ran").exists()
 

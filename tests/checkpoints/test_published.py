@@ -118,10 +118,10 @@ def test_one_number_for_all_layers_is_written_as_a_list():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": "all"}, "`bias` can not be expressed"),
-        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` can not be expressed"),
-        ({"layers_to_transform": 0}, "`layers_to_transform` can not be expressed"),
-        ({"exclude_modules": ["lm_head"]}, "`exclude_modules` can not be expressed"),
+        ({"bias": "all"}, "`bias` cannot be expressed"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` cannot be expressed"),
+        ({"layers_to_transform": 0}, "`layers_to_transform` cannot be expressed"),
+        ({"exclude_modules": ["lm_head"]}, "`exclude_modules` cannot be expressed"),
         ({"target_modules": r".*\.(q|v)_proj"}, "`target_modules` must be a list"),
         ({"target_modules": ["q_proj"]}, r"plain names, \['q_proj', 'v_proj'\]"),
         ({"num_experts": [2, 2]}, r"`num_experts` 2 .*need \(2, 2, 'features'\)"),
@@ -142,8 +142,8 @@ def test_what_the_format_can_not_express_is_refused(options, message):
     [
         ({"model.layers.1.self_attn.v_proj": None}, r"layer 1 has \['q_proj'\]"),
         ({"model.layers.0.": None}, "layer 0 has"),
-        ({"lm_head.weight": torch.zeros(2)}, "'lm_head.weight' can not be expressed"),
-        ({"base_model.model.model.layers.0.attn.q_proj.mola_A": torch.zeros(2)}, "attn.q_proj.mola_A' can not be"),
+        ({"lm_head.weight": torch.zeros(2)}, "'lm_head.weight' cannot be expressed"),
+        ({"base_model.model.model.layers.0.attn.q_proj.mola_A": torch.zeros(2)}, "attn.q_proj.mola_A' cannot be"),
     ],
 )
 def test_tensors_the_format_has_no_place_for_are_refused(change, message):
@@ -246,7 +246,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can not be read"), ("{", "can not be read"), ("[1]", r"must hold an object, got \[1\]")],
+    [(None, "cannot be read"), ("{", "cannot be read"), ("[1]", r"must hold an object, got \[1\]")],
 )
 def test_settings_that_are_no_object_are_refused(tmp_path, content, message):
     if content is not None:
@@ -262,7 +262,7 @@ def test_settings_that_are_no_object_are_refused(tmp_path, content, message):
 )
 def test_tensors_that_do_not_hold_their_values_are_refused(tmp_path, tensor):
     torch.save({"whole": torch.zeros(2), "odd": tensor}, tmp_path / "adapter_model.bin")
-    with pytest.raises(MolaError, match="'odd' is none|can not be read"):
+    with pytest.raises(MolaError, match="'odd' is none|cannot be read"):
         read_tensors(tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_a_pickle_that_would_run_code_is_refused(case, tmp_path):
 
     values, tensors, save = case
     folder = save(values, {**tensors, "more": Harmful()})
-    with pytest.raises(MolaError, match="can not be read as tensors"):
+    with pytest.raises(MolaError, match="cannot be read as tensors"):
         read_published(folder, 2)
     assert not (tmp_path / "ran").exists()
 

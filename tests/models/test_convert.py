@@ -198,7 +198,7 @@ def test_adapter_of_another_base_model_is_refused_before_writing(tmp_path, chang
 def test_adapter_the_format_can_not_express_is_refused_before_writing(tmp_path, mixture):
     path = mixture / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all"}))
-    with pytest.raises(MolaError, match="`bias` can not be expressed"):
+    with pytest.raises(MolaError, match="`bias` cannot be expressed"):
         convert(ConvertOptions(str(mixture), str(tmp_path / "out"), target_format="published"))
     assert files(tmp_path) == ["mixture"]
 

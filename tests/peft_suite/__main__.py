@@ -75,7 +75,7 @@ def run(options: SuiteOptions) -> int:
     """Fetch, run, judge.
 
     Raises:
-        MolaError: a needed package is missing, or PEFT's tests can not be had.
+        MolaError: a needed package is missing, or PEFT's tests cannot be had.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -12,7 +12,7 @@ from mola.errors import MolaError
 from tests.peft_suite.cases import KINDS
 
 REASONS = {
-    "mixture": "a mixture can not do it",
+    "mixture": "a mixture cannot do it",
     "design": "mola does otherwise on purpose",
     "test": "the test takes something for granted",
     "hub": "the test downloads",

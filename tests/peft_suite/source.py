@@ -43,7 +43,7 @@ def _download(folder: Path, version: str) -> Path:
     archive = folder / f"peft-{version}.tar.gz"
     if done.returncode != 0 or not archive.is_file():
         raise MolaError(
-            f"The source distribution of peft {version}, the installed version, can not be downloaded: "
+            f"The source distribution of peft {version}, the installed version, cannot be downloaded: "
             f"{done.stderr.strip() or 'pip gave another file'}. Install a released version of PEFT."
         )
     return archive

@@ -201,9 +201,9 @@ def test_other_commands_refuse(name, flags, parts, no_weights, sample, capsys):
 @pytest.mark.parametrize(
     ("stored", "parts"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ["is quantised with gptq", "can not be loaded here"]),
-        ({"quant_method": "awq", "bits": 4}, ["is quantised with awq", "can not be loaded here"]),
-        ({"quant_method": "nosuch"}, ["is quantised with nosuch", "can not be loaded here"]),
+        ({"quant_method": "gptq", "bits": 4}, ["is quantised with gptq", "cannot be loaded here"]),
+        ({"quant_method": "awq", "bits": 4}, ["is quantised with awq", "cannot be loaded here"]),
+        ({"quant_method": "nosuch"}, ["is quantised with nosuch", "cannot be loaded here"]),
     ],
 )
 def test_stored_methods_without_their_package_are_refused(stored, parts, no_weights, tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_stored_methods_without_their_package_are_refused(stored, parts, no_weig
 
 def test_torch_compile_is_refused(bitsandbytes, no_weights, sample, tmp_path, capsys):
     assert train(no_weights, sample, tmp_path / "run", "--load_in_4bit", "--torch_compile") == 2
-    assert "`torch_compile` can not be combined with a quantised base" in capsys.readouterr().err
+    assert "`torch_compile` cannot be combined with a quantised base" in capsys.readouterr().err
 
 
 def test_all_stages_of_continual_learning_and_their_tests_are_quantised(bitsandbytes, blocks_dir, sample):

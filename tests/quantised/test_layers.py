@@ -1,4 +1,4 @@
-"""One adapted linear on a packed weight: base plus experts, number formats, gradients, merging."""
+"""One adapted linear on a packed weight: base plus experts, dtypes, gradients, merging."""
 
 import pytest
 import torch
@@ -160,7 +160,7 @@ def test_packed_weights_stored_as_floats_are_not_merged(bitsandbytes):
 
 
 def test_linears_without_whole_blocks_work_without_gradients(tiny_model_dir):
-    """32 wide: the CPU kernel of bitsandbytes can not repack that."""
+    """32 wide: the CPU kernel of bitsandbytes cannot repack that."""
     model = adapted(quantised(tiny_model_dir, "nf4", torch.bfloat16)).eval()
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=IDS).logits).all()

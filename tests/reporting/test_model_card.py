@@ -361,7 +361,7 @@ def test_refused_repository_ends_before_the_model_loads(flags, local_hub, use_hu
     use_hub(local_hub.address)
     assert main(flags(tmp_path / "run", push_to_hub="true", hub_model_id="me/adapter")) == 2
     line = error_of(capsys)
-    assert "`push_to_hub` can not make or use the repository 'me/adapter'" in line
+    assert "`push_to_hub` cannot make or use the repository 'me/adapter'" in line
     assert "403" in line
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -372,7 +372,7 @@ def test_no_network_ends_before_the_model_loads(flags, use_hub, no_model, tmp_pa
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         use_hub(address)
         assert main(flags(tmp_path / "run", push_to_hub="true")) == 2
-    assert f"`push_to_hub` can not make or use the repository 'run' at {address}" in error_of(capsys)
+    assert f"`push_to_hub` cannot make or use the repository 'run' at {address}" in error_of(capsys)
 
 
 def test_failed_upload_keeps_the_run(flags, local_hub, use_hub, tmp_path, capsys):

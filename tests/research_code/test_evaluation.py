@@ -140,7 +140,7 @@ def test_existing_result_is_kept(command, capsys):
     assert command() == 0
     before = read("results/mola_test_sciqa_seed_10.json")
     assert command() == 2
-    assert "--overwrite" in error_line(SCRIPT, capsys)
+    assert "`overwrite`" in error_line(SCRIPT, capsys)
     assert read("results/mola_test_sciqa_seed_10.json") == before
     assert command(overwrite=True) == 0
 

@@ -1,22 +1,26 @@
 """The quickstart: its recipe, and the whole of it on the real model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mola import MolaError
+from mola.models.smollm2 import MARKER
 from mola.options.parsing import parse
 from mola.studies.quickstart import QuickstartOptions, main
 from mola.training.train import TrainOptions
 
 ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
 
 def test_recipe_leaves_enough_steps_to_learn(tmp_path):
     options = parse(
         TrainOptions,
-        ["--config", str(ROOT / "recipes" / "quickstart.yaml"), "--output_dir", str(tmp_path)],
+        ["--config", RECIPE, "--output_dir", str(tmp_path)],
         prog="mola train",
     )
     assert options.num_experts == "2468"
@@ -24,24 +28,46 @@ def test_recipe_leaves_enough_steps_to_learn(tmp_path):
 
 
 def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
-    from mola import MolaError
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MolaError, match=r"`recipe`"):
         main(QuickstartOptions())
     assert not (tmp_path / "runs").exists()
 
 
+def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys):
+    """The whole way in two steps on the tiny model, which counts as converted."""
+    model, run, recipe = tmp_path / "model", tmp_path / "run", tmp_path / "recipe.yaml"
+    shutil.copytree(tiny_model_dir, model)
+    (model / MARKER).write_text("{}", encoding="utf-8")
+    recipe.write_text("{task: sample, cutoff_len: 1024, num_experts: 1224, max_steps: 2, warmup_steps: 0}", "utf-8")
+    options = QuickstartOptions(str(run), str(recipe), str(model), seed=3, dtype="float32")
+    assert main(options) == 0
+    files = ("summary.json", "before.json", "run.json", "after.json", "inspect.json")
+    summary, before, record, after, experts = (json.loads((run / name).read_text("utf-8")) for name in files)
+    assert (summary["accuracy_before"], summary["accuracy_after"]) == (before["accuracy"], after["accuracy"])
+    assert summary["eval_loss"] == record["metrics"]["eval_loss"] > 0
+    assert 0 < record["seconds"] < summary["seconds"]
+    assert f"Evaluation loss after training: {summary['eval_loss']:.3f}" in capsys.readouterr().out.splitlines()
+    assert {each["settings"]["dtype"] for each in (before, record, after, experts)} == {"float32"}
+    assert record["settings"]["seed"] == 3
+
+
+def test_wrong_number_format_is_said_before_any_work(tmp_path):
+    with pytest.raises(MolaError, match="`dtype` must be one of"):
+        main(QuickstartOptions(str(tmp_path / "run"), RECIPE, str(tmp_path / "model"), dtype="float8"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs the model that `make quickstart` converts")
-def test_quickstart_learns(tmp_path, capsys):
-    options = QuickstartOptions(
-        output_dir=str(tmp_path / "run"), recipe=str(ROOT / "recipes" / "quickstart.yaml"), model_dir=str(MODEL)
-    )
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_quickstart_learns(tmp_path, capsys, dtype):
+    options = QuickstartOptions(output_dir=str(tmp_path / "run"), recipe=RECIPE, model_dir=str(MODEL), dtype=dtype)
     assert main(options) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.3
+    assert summary["eval_loss"] < 0.5  # the weights do not end in a jump of the loss, which accuracy hides
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().out.splitlines()[-1] == f"Open {tmp_path / 'run' / 'report.html'} in a browser"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

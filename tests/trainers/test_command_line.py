@@ -1,4 +1,4 @@
-"""What `trl sft` can and can not do with mola."""
+"""What `trl sft` can and cannot do with mola."""
 
 from peft import LoraConfig
 

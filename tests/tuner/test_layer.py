@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mola import MolaLinear
-from mola.tuner.kernels.cpu import decode as cpu_decode
+from mola.tuner.kernels.cpu import decode
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import router_logits
 
@@ -81,6 +81,44 @@ def test_a_plain_frozen_base_is_computed_together_with_its_experts(is_fused, mon
     assert len(calls) == (0 if is_fused else 1)
 
 
+@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_the_base_layer_are_called(hook):
+    layer, called = make(), []
+    layer.base_layer.requires_grad_(False)
+    getattr(layer.base_layer, f"register_{hook}")(lambda *arguments: called.append(hook))
+    layer(torch.randn(1, 2, 16, requires_grad=True)).sum().backward()
+    assert called == [hook]
+
+
+def test_hooks_for_all_modules_are_called():
+    layer, called = make(), []
+    layer.base_layer.requires_grad_(False)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    layer(torch.randn(1, 2, 16))
+    handle.remove()
+    assert layer.base_layer in called
+
+
+def test_another_forward_in_place_of_the_base_layers_is_called():
+    """As libraries that move weights between devices put it there."""
+    layer, called = make(), []
+    layer.base_layer.requires_grad_(False)
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: called.append(x) or forward(x)
+    layer(torch.randn(1, 2, 16))
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)], ids=str)
+def test_its_output_may_be_changed_in_place(shape, dtype):
+    layer = make(dtype=dtype)
+    layer.base_layer.requires_grad_(False)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    (expected,) = torch.autograd.grad((layer(x) * 2).float().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).mul_(2).float().sum(), x)[0], expected)
+
+
 def test_gradcheck():
     layer = make(dtype=torch.float64).double()
     x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
@@ -121,7 +159,7 @@ def test_autocast_keeps_the_output_dtype_and_routes_in_float32(dtype, is_plain):
     noise = 1e-30 if is_plain else 0.0  # too little to change a number, but jitter takes the plain way
     layer = make(dtype=dtype, router_jitter_noise=noise)
     layer.base_layer.requires_grad_(False)
-    layer.router_losses = SimpleNamespace(collecting=True)  # what asks a layer to leave its logits behind
+    layer.router_losses = SimpleNamespace(collecting=True)  # what asks a layer to record its logits
     x = torch.randn(50, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(x)
@@ -153,7 +191,7 @@ def test_compiles_to_one_graph(num_experts, top_k):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
 def test_compiled_without_gradients(tokens, top_k, dtype, monkeypatch):
     """Without the native function: for up to 8 tokens chosen experts only are read, for more all of them."""
-    monkeypatch.setattr(cpu_decode, "_kernel", lambda *formats: None)
+    monkeypatch.setattr(decode, "_kernel", lambda *dtypes: None)
     torch._dynamo.reset()
     layer = make(8, top_k, dtype=dtype).eval()
     x = torch.randn(1, tokens, 16).to(dtype)

@@ -1,4 +1,4 @@
-"""Weights and base models that an adapter can not be used with."""
+"""Weights and base models that an adapter cannot be used with."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ def test_the_kind_of_model_stays_where_the_model_does_not_say_it():
     assert get_peft_model(tiny_llama(), random_config()).peft_config["default"].base_model_type == "llama"
 
 
-# ---------------------------------------------------------------------- number formats
+# ---------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 2)])

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mola.insight.entropy import router_entropies
-from mola.tuner.routing import dense_gates, jitter, router_logits, top_k_softmax
+from mola.tuner.routing import (
+    _FEW_TOKENS,
+    ROUTERS,
+    Routing,
+    dense_gates,
+    jitter,
+    router_backward,
+    router_logits,
+    router_logits_by_expert,
+    top_k_softmax,
+    top_k_softmax_backward,
+)
 
 
 def reference_gates(logits, top_k):
@@ -43,6 +54,45 @@ def test_ties_go_to_the_lower_index():
     assert top_k_softmax(logits, 2).expert_indices.tolist() == [[1, 2], [0, 1], [0, 2]]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_many_tokens_are_given_the_experts_that_few_are(top_k, dim):
+    """Few are sorted; many are passed over `top_k` times."""
+    rows = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, 3.0], [-1.0, 4.0, 4.0, 5.0]])
+    logits = rows.repeat(_FEW_TOKENS, 1)
+    few, many = (
+        top_k_softmax(each if dim == 1 else each.t().contiguous(), top_k, dim) for each in (logits[:4], logits)
+    )
+    for one, all_of_them in zip(few, many, strict=True):
+        parts = all_of_them.split(4, 1 - dim)
+        assert len(parts) == _FEW_TOKENS
+        assert all(torch.equal(part, one) for part in parts)
+
+
+def sigmoid_router(logits, top_k, dim):
+    """The largest experts, each with a gate of its own between 0 and 1."""
+    chosen = top_k_softmax(logits, top_k, dim).expert_indices
+    return Routing(chosen, logits.gather(dim, chosen).sigmoid())
+
+
+@pytest.mark.parametrize("router", [top_k_softmax, sigmoid_router])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_gradients_of_routers(router, top_k, monkeypatch):
+    """By autograd for any router, written out for that of the paper: `<t_e, a_e>` is what both are given."""
+    monkeypatch.setitem(ROUTERS, "tested", router)
+    generator = torch.Generator().manual_seed(0)
+    logits, hidden, grad = (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    weights = 1.5 * dense_gates(router(logits, top_k, 0), 4, 0)
+    (expected,) = torch.autograd.grad((weights * hidden * grad).sum(), logits)
+    agreement = (weights * hidden * grad).detach()
+    torch.testing.assert_close(router_backward("tested", logits, top_k, agreement), expected)
+    if router is top_k_softmax:
+        extra = torch.ones(4, 9, dtype=torch.float64)
+        found = top_k_softmax_backward(agreement, weights.detach(), 1.5, extra, out=torch.empty_like(extra))
+        torch.testing.assert_close(found, expected + 1)
+
+
 def test_one_choice_has_gate_one_and_no_gradient():
     logits = torch.randn(5, 3, requires_grad=True)
     routing = top_k_softmax(logits, 1)
@@ -57,8 +107,10 @@ def test_logits_are_float32_under_autocast(dtype):
     expected = x.reshape(-1, 16).float() @ weight.t()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = router_logits(x, weight)
-    assert logits.dtype == torch.float32
+        by_expert = router_logits_by_expert(x.view(-1, 16), weight)
+    assert logits.dtype == by_expert.dtype == torch.float32
     torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(by_expert, expected.t())
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -63,7 +63,7 @@ def resize(
         grow: one of `GROW`.
 
     Returns:
-        Tensors of the same number formats; the router is float32.
+        Tensors of the same dtypes; the router is float32.
 
     Raises:
         MolaError: fewer than one expert, or `use` of another number of experts.

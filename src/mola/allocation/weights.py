@@ -54,7 +54,7 @@ def _from_files(base: Base, files: dict[str, tuple[Path, str]]) -> Iterator[tupl
 
 
 def _from_model(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
-    # float32, so that a score does not depend on the number format that suits the machine.
+    # float32, so that a score does not depend on the dtype that suits the machine.
     model = load_model(
         base.name,
         dtype="float32",

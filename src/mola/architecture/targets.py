@@ -195,7 +195,7 @@ def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
         if parameter.dim() == 3 and any(_matches(name, [target]) for target in missing):
             raise MolaError(
                 f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
-                "of a mixture-of-experts base model in one parameter, which can not be adapted. Name the linears of "
+                "of a mixture-of-experts base model in one parameter, which cannot be adapted. Name the linears of "
                 "its attention, or of its shared experts."
             )
 

@@ -161,7 +161,7 @@ def _check_no_head(settings: Mapping[str, Any], tensors: Collection[str], path: 
         holds = " and its weights hold a classifier" if _HEAD in tensors else ""
         raise MolaError(
             f"`task_type` in {path} must be one of {[name for name in _TASKS if name]}, got {task!r}{holds}. mola "
-            "adapts causal language models with their own head; an adapter of a classifier can not be converted."
+            "adapts causal language models with their own head; an adapter of a classifier cannot be converted."
         )
 
 
@@ -184,7 +184,7 @@ def _locate(module: str, linears: Iterable[str]) -> str:
         raise MolaError(
             f"`base_model` must have one linear {module!r}, as the adapter does: it has {count}. The adapter belongs "
             "to another base model, or to an architecture that MoE-PEFT names in its own way, such as ChatGLM; the "
-            "latter can not be converted."
+            "latter cannot be converted."
         )
     return found[0]
 

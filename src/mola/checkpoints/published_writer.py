@@ -91,7 +91,7 @@ def _check_expressible(config: MolaConfig) -> None:
     for name, value in refused.items():
         if value:
             raise MolaError(
-                f"`{name}` can not be expressed in the research code's format, got {getattr(config, name)!r}. "
+                f"`{name}` cannot be expressed in the research code's format, got {getattr(config, name)!r}. "
                 "Only adapters of the same linears in every decoder layer can be written."
             )
 
@@ -102,7 +102,7 @@ def _own_modules(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tor
         match = _OWN_KEY.fullmatch(key)
         if match is None or not _DECODER_LINEAR.fullmatch(match["module"]):
             raise MolaError(
-                f"{key!r} can not be expressed in the research code's format: it has experts and routers of the "
+                f"{key!r} cannot be expressed in the research code's format: it has experts and routers of the "
                 "seven linears of LLaMA's decoder layers and nothing else."
             )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -121,7 +121,7 @@ def _same_in_every_layer(modules: Iterable[str]) -> tuple[int, list[str]]:
         if not names or names != layers[0]:
             raise MolaError(
                 "The research code's format has the same linears in every decoder layer: layer 0 has "
-                f"{sorted(layers[0])}, layer {index} has {sorted(names)}. This adapter can not be expressed in it."
+                f"{sorted(layers[0])}, layer {index} has {sorted(names)}. This adapter cannot be expressed in it."
             )
     return len(layers), sorted(layers[0])
 

@@ -25,7 +25,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = read_json(path)
     except (OSError, ValueError) as error:
-        raise MolaError(f"{path} can not be read: {error}. Point to the folder of the saved adapter.") from error
+        raise MolaError(f"{path} cannot be read: {error}. Point to the folder of the saved adapter.") from error
     if not isinstance(settings, dict):
         raise MolaError(f"{path} must hold an object, got {settings!r}. Point to the folder of the saved adapter.")
     return settings
@@ -51,7 +51,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:
         raise MolaError(
-            f"{path} can not be read as tensors: {error}. Copy it again if it was cut off or damaged, or use a "
+            f"{path} cannot be read as tensors: {error}. Copy it again if it was cut off or damaged, or use a "
             "checkpoint of the run."
         ) from error
     check_digest(folder)

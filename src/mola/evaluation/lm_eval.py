@@ -53,7 +53,7 @@ class LmEvalOptions:
     include_path: str | None = option(None, "Folder with further task files.")
     output: str | None = option(None, "Result file (JSON); with --log_samples the samples are written beside it.")
     overwrite: bool = option(False, "Replace an existing result.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model or a data set.")
     lm_eval_args: str = option(
@@ -148,7 +148,7 @@ def _harness_arguments(text: str) -> Namespace:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise MolaError(f"`lm_eval_args` can not be split into words: {text!r} ({error}).") from error
+        raise MolaError(f"`lm_eval_args` cannot be split into words: {text!r} ({error}).") from error
     untouched, given = _parse([]), _parse(words)
     if given.config is not None:
         raise MolaError("`lm_eval_args` must not hold --config: write its flags out, or use --config of this command.")
@@ -184,7 +184,7 @@ def _check_tasks(options: LmEvalOptions, arguments: Namespace) -> None:
     """Load the tasks with their data once; the harness itself would do it after loading the model.
 
     Raises:
-        MolaError: a task is unknown, or its data can not be read or downloaded.
+        MolaError: a task is unknown, or its data cannot be read or downloaded.
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 

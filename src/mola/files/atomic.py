@@ -29,9 +29,10 @@ def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -
     Raises:
         MolaError: it exists, or its folder or itself cannot be written.
     """
-    if os.path.exists(path) and not overwrite:
+    target = check_writable(path)
+    if target.exists() and not overwrite:
         raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
-    return check_writable(path)
+    return target
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -119,13 +119,13 @@ def _inputs_of(layer: MolaLinear, adapter_name: str, mode: str) -> MixtureInputs
 
 
 def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str], ...]]:
+    forced = None if inputs.router is None else forced_backend()
     with torch.set_grad_enabled(mode == "training"):
-        try:
-            name = select(inputs).name
-        except MolaError as error:
-            return "none", (("MOLA_KERNEL", str(error)),)
-        if forced_backend() is not None and inputs.router is not None:
-            return name, (("any other", "MOLA_KERNEL is set"),)
+        if forced is not None:
+            reason = forced.supports(inputs)
+            told = "MOLA_KERNEL", "is set" if reason is None else f"{forced.name}: {reason}"
+            return forced.name if reason is None else "none", (told,)
+        name = select(inputs).name
         reasons = []
         for backend, (each, reason) in zip(BACKENDS, explain(inputs), strict=True):
             if each == name:

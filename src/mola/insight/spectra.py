@@ -13,7 +13,7 @@ def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
     Taken from the smaller of `W W^T` and `W^T W`: they share all eigenvalues but zeros.
 
     Args:
-        weight: a matrix, `(out, in)`, in any number format.
+        weight: a matrix, `(out, in)`, in any dtype.
 
     Returns:
         float64 `(min(out, in),)`, in ascending order, at least 0.

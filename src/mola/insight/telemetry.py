@@ -170,7 +170,7 @@ class ExpertTelemetry(TrainerCallback):
             self._said_nothing_seen = True
             logger.warning(
                 "The use of experts is not recorded: no training forward pass of the model was seen. A model that was "
-                "compiled before can not be watched: train it in a process of its own, or leave the telemetry out."
+                "compiled before cannot be watched: train it in a process of its own, or leave the telemetry out."
             )
 
     # ------------------------------------------------------------------ going on

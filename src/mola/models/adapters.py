@@ -91,7 +91,7 @@ def as_mapping(
     """Adapters as name -> folder, whatever way they were given.
 
     Raises:
-        MolaError: a name that PyTorch can not use.
+        MolaError: a name that PyTorch cannot use.
     """
     if adapter is None:
         return {}

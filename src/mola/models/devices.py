@@ -1,4 +1,4 @@
-"""Where to compute and in which number format."""
+"""Where to compute and in which dtype."""
 
 import re
 from pathlib import Path

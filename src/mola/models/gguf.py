@@ -38,7 +38,7 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
             f"GGUF files there: {found}."
         )
     if not _begins_as_gguf(folder / gguf_file):
-        raise MolaError(f"`gguf_file` must be a file in GGUF format: {gguf_file!r} is none, or can not be read.")
+        raise MolaError(f"`gguf_file` must be a file in GGUF format: {gguf_file!r} is none, or cannot be read.")
 
 
 def _begins_as_gguf(path: Path) -> bool:

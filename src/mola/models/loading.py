@@ -239,7 +239,7 @@ def _report_own_adapter(base_model: str | os.PathLike[str], adapters: Mapping[st
         return
     if adapters:
         raise MolaError(
-            f"`adapter` can not be added to a base model that has one already: {os.fspath(base_model)!r} holds an "
+            f"`adapter` cannot be added to a base model that has one already: {os.fspath(base_model)!r} holds an "
             "adapter_config.json. Pass a folder with the base model alone."
         )
     logger.warning("%s holds an adapter too, which is loaded with the base model.", os.fspath(base_model))

@@ -22,7 +22,7 @@ class ModelOptions:
 
     _: KW_ONLY
     _base: ClassVar = Group("base model")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     load_in_8bit: bool = quantization_option("load_in_8bit")
     load_in_4bit: bool = quantization_option("load_in_4bit")
     bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
@@ -40,7 +40,7 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
         Its configuration.
 
     Raises:
-        MolaError: a device, number format, quantisation or model that is not there or does not fit.
+        MolaError: a device, dtype, quantisation or model that is not there or does not fit.
     """
     device, quantization = resolve_device(options.device), quantization_of(options)
     check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])

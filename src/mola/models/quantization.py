@@ -83,7 +83,7 @@ def quantization_of(options: Any) -> Quantization:
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse options that contradict each other, or that can not be done on this machine.
+    """Refuse options that contradict each other, or that cannot be done on this machine.
 
     Args:
         quantization: what was asked for.
@@ -99,7 +99,7 @@ def check_quantization(quantization: Quantization, device: torch.device, dtype: 
         if quantization.on_loading:
             asked = "load_in_8bit" if quantization.load_in_8bit else "load_in_4bit"
             raise MolaError(
-                f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and can not be combined with "
+                f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
                 f"`{asked}`. Load it once, write it with save_pretrained, and pass that folder with `{asked}`."
             )
         if importlib.util.find_spec("gguf") is None:
@@ -122,7 +122,7 @@ def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
         raise MolaError(f"`bnb_4bit_compute_dtype` must be one of {', '.join(DTYPES)}: got {compute!r}.")
     if compute == "float16" and dtype == torch.bfloat16:
         raise MolaError(
-            "`bnb_4bit_compute_dtype` float16 can not hold the range of a bfloat16 base: large values would become "
+            "`bnb_4bit_compute_dtype` float16 cannot hold the range of a bfloat16 base: large values would become "
             "infinite. Pass --bnb_4bit_compute_dtype bfloat16, or --dtype float16."
         )
 
@@ -180,7 +180,7 @@ def check_quantized_base(
         training: whether experts are trained on it.
 
     Raises:
-        MolaError: quantised twice, a package is missing, or the method can not run or be trained here.
+        MolaError: quantised twice, a package is missing, or the method cannot run or be trained here.
     """
     stored = stored_quantization(config)
     if stored is None:
@@ -189,7 +189,7 @@ def check_quantized_base(
     if quantization.on_loading:
         asked = "load_in_8bit" if quantization.load_in_8bit else "load_in_4bit"
         raise MolaError(
-            f"`{asked}` can not quantise {base_model!r} again: its files are quantised already ({method}). "
+            f"`{asked}` cannot quantise {base_model!r} again: its files are quantised already ({method}). "
             f"Leave `{asked}` and its options out."
         )
     if method == "bitsandbytes":
@@ -199,7 +199,7 @@ def check_quantized_base(
         quantizer.validate_environment(device_map={"": device}, dtype=None)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         raise MolaError(
-            f"`base_model` {base_model!r} is quantised with {method}, which can not be loaded here: "
+            f"`base_model` {base_model!r} is quantised with {method}, which cannot be loaded here: "
             f"{' '.join(str(error).split())}"
         ) from error
     if training and not quantizer.is_trainable:

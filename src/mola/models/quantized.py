@@ -27,7 +27,7 @@ def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[st
         dtype: of the base, in which 4-bit layers compute unless told otherwise.
     """
     if quantization.gguf_file is not None:
-        # Unpacked: packed GGUF weights are slow to train on and can not be saved.
+        # Unpacked: packed GGUF weights are slow to train on and cannot be saved.
         config = GgufConfig(gguf_file=quantization.gguf_file, dequantize=True)
         return {"gguf_file": quantization.gguf_file, "quantization_config": config}
     if quantization.load_in_8bit:
@@ -65,13 +65,13 @@ def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] =
     names = packed_names(model)
     if not names:
         raise MolaError(
-            f"`base_model` {base_model!r} can not be quantised: all linears of its {type(model).__name__} are of a "
+            f"`base_model` {base_model!r} cannot be quantised: all linears of its {type(model).__name__} are of a "
             "class of their own, which Transformers leaves as they are. Load it without."
         )
     for wanted in modules_to_save:
         if any(f".{name}".endswith(f".{wanted}") for name in names):
             raise MolaError(
-                f"`modules_to_save` {wanted!r} can not be trained in full: its weights are quantised. Leave it out, or "
+                f"`modules_to_save` {wanted!r} cannot be trained in full: its weights are quantised. Leave it out, or "
                 "pass unquantised weights without `load_in_8bit` and `load_in_4bit`."
             )
 

@@ -236,7 +236,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise MolaError(f"`config` can not be read: {path!r} ({error}).") from error
+        raise MolaError(f"`config` cannot be read: {path!r} ({error}).") from error
     try:
         recipe = parse_yaml(text, _RecipeLoader)
     except ValueError as error:

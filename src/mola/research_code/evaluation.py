@@ -49,7 +49,7 @@ class ResearchEvaluateOptions:
     max_new_tokens: int = option(128, "Tokens to generate per sample.")
     limit: int | None = option(None, "Evaluate only the first so many samples.")
     overwrite: bool = option(False, "Replace an existing result file.")
-    dtype: str = option("auto", "Number format: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 

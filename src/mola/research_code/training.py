@@ -51,7 +51,7 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
         Arguments of `TrainOptions`.
 
     Raises:
-        MolaError: flags that contradict each other, or that can not be done.
+        MolaError: flags that contradict each other, or that cannot be done.
     """
     _check_numbers(options)
     accumulation = _accumulation(options)

@@ -78,7 +78,7 @@ class SharedOptions:
     )
     save_steps: int = option(200, "Evaluate and write a checkpoint every so many steps; the last 3 are kept.")
     seed: int = option(42, "Random seed of everything.")
-    dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 

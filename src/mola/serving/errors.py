@@ -55,7 +55,7 @@ class RequestError(HTTPException):
 
 
 def _encodable(text: str) -> str:
-    """JSON can hold half a surrogate pair, UTF-8 can not."""
+    """JSON can hold half a surrogate pair, UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -37,7 +37,7 @@ def bind(host: str, port: int) -> socket.socket:
         if opened is not None:
             opened.close()
         raise MolaError(
-            f"`host` {host!r} and `port` {port} can not be listened on: {error.strerror or error}. Choose another "
+            f"`host` {host!r} and `port` {port} cannot be listened on: {error.strerror or error}. Choose another "
             "port, or end the program that uses it."
         ) from error
 

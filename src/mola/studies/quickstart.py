@@ -28,7 +28,7 @@ from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.reporting.inspect import InspectOptions, inspect
 from mola.reporting.report import ReportOptions, report
-from mola.training.train import TrainOptions, TrainResult, train
+from mola.training.train import TrainOptions, train
 
 logger = logging.getLogger(__name__)
 
@@ -44,35 +44,35 @@ class QuickstartOptions:
     recipe: str = option("recipes/quickstart.yaml", "Recipe of `mola train`.")
     model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Where the converted base model is kept.")
     seed: int = option(0, "Random seed of questions and training.")
+    dtype: str = option("auto", "Dtype of the base: auto, float32 or bfloat16.")
 
 
 def main(options: QuickstartOptions) -> int:
     """Run all steps and print what came out; `summary.json` in the run folder holds the numbers."""
     if not Path(options.recipe).is_file():
-        raise MolaError(
-            f"`recipe` can not be found: {options.recipe!r}. Run this in the project's folder, or name one."
-        )
+        raise MolaError(f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or name one.")
     start = time.perf_counter()
     console = Console()
     seconds: dict[str, float] = {}
     folder = Path(options.output_dir)
+    train_options = _train_options(options, folder / "data")
     with _timed(console, seconds, "base model"):
         base_model = prepare_smollm2(options.model_dir)
     with _timed(console, seconds, "questions"):
-        data = _prepare_questions(folder, options.seed)
+        data = _prepare_questions(folder / "data", options.seed)
     with _timed(console, seconds, "accuracy before"):
-        before = _measure(folder, "before", base_model, None, data)
+        before = _measure(folder / "before.json", base_model, None, data, options.dtype)
     with _timed(console, seconds, "fine-tuning"):
-        result = _train(options, base_model, data)
+        result = train(train_options)
     if result.status != "finished":
         return 130
     with _timed(console, seconds, "accuracy after"):
-        after = _measure(folder, "after", base_model, folder, data)
+        after = _measure(folder / "after.json", base_model, folder, data, options.dtype)
     with _timed(console, seconds, "experts"):
-        _look_at_experts(folder, base_model, data)
+        _look_at_experts(folder, base_model, data, options.dtype)
     with _timed(console, seconds, "report"):
         page = report(ReportOptions(str(folder)))
-    summary = _summary(before, after, seconds, time.perf_counter() - start)
+    summary = _summary(before, after, result.metrics.get("eval_loss"), seconds, time.perf_counter() - start)
     atomic_write_json(folder / "summary.json", summary)
     _show(console, folder, summary, before, after)
     print(f"Open {page} in a browser")
@@ -87,9 +87,8 @@ def _timed(console: Console, seconds: dict[str, float], name: str) -> Iterator[N
     seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def _prepare_questions(folder: Path, seed: int) -> Path:
-    data = folder / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+def _prepare_questions(data: Path, seed: int) -> Path:
+    data.parent.mkdir(parents=True, exist_ok=True)
     prepare(
         PrepareOptions(
             task="sample",
@@ -104,21 +103,22 @@ def _prepare_questions(folder: Path, seed: int) -> Path:
     return data
 
 
-def _measure(folder: Path, name: str, base_model: Path, adapter: Path | None, data: Path) -> EvaluateResult:
+def _measure(output: Path, base_model: Path, adapter: Path | None, data: Path, dtype: str) -> EvaluateResult:
     return evaluate(
         EvaluateOptions(
             base_model=str(base_model),
             adapter=None if adapter is None else str(adapter),
             task="sample",
             data=str(data / "test.json"),
-            output=str(folder / f"{name}.json"),
+            output=str(output),
             overwrite=True,
             batch_size=16,
+            dtype=dtype,
         )
     )
 
 
-def _look_at_experts(folder: Path, base_model: Path, data: Path) -> None:
+def _look_at_experts(folder: Path, base_model: Path, data: Path, dtype: str) -> None:
     inspect(
         InspectOptions(
             base_model=str(base_model),
@@ -128,30 +128,39 @@ def _look_at_experts(folder: Path, base_model: Path, data: Path) -> None:
             limit=_NUM_INSPECTED,
             json=str(folder / "inspect.json"),
             overwrite=True,
+            dtype=dtype,
         )
     )
 
 
-def _train(options: QuickstartOptions, base_model: Path, data: Path) -> TrainResult:
+def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:
     arguments = {
         "config": options.recipe,
-        "base_model": base_model,
+        "base_model": options.model_dir,
         "data": data / "dataset.hf",
         "output_dir": options.output_dir,
         "seed": options.seed,
         "overwrite_output_dir": "true",
     }
+    if options.dtype != "auto":  # else the recipe may name one
+        arguments["dtype"] = options.dtype
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     # The recipe goes the way of the command line, so it is checked as a user's recipe is.
-    return train(parse(TrainOptions, flags, prog="mola train"))
+    train_options: TrainOptions = parse(TrainOptions, flags, prog="mola train")
+    return train_options
 
 
 def _summary(
-    before: EvaluateResult, after: EvaluateResult, seconds: Mapping[str, float], total: float
+    before: EvaluateResult,
+    after: EvaluateResult,
+    eval_loss: float | None,
+    seconds: Mapping[str, float],
+    total: float,
 ) -> dict[str, Any]:
     return {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
+        "eval_loss": eval_loss,
         "interval_95_before": before.interval_95,
         "interval_95_after": after.interval_95,
         "unanswered_before": before.unanswered,
@@ -174,6 +183,8 @@ def _show(
         low, high = result.interval_95
         table.add_row(name, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", str(result.unanswered))
     console.print(table)
+    if summary["eval_loss"] is not None:
+        console.print(f"Evaluation loss after training: {summary['eval_loss']:.3f}", highlight=False)
     pairs = list(zip(before.samples, after.samples, strict=True))
     learnt = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
     old, new = (learnt or pairs)[0]

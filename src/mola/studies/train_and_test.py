@@ -136,7 +136,7 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
         Content of the result file.
 
     Raises:
-        MolaError: the file is a result of something else, or the test can not be done.
+        MolaError: the file is a result of something else, or the test cannot be done.
     """
     path = Path(options.output or "")
     if not path.exists():

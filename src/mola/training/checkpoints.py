@@ -94,7 +94,7 @@ def step_in_name(path: Path) -> int:
 
 
 def _problem(path: Path) -> str:
-    """Why a checkpoint can not be used; empty if it can.
+    """Why a checkpoint cannot be used; empty if it can.
 
     The trainer writes its state file last, but deletes an old checkpoint in any order: every file is looked for.
     """
@@ -165,7 +165,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     _warn_of_other_random_numbers(checkpoint, record.get("processes", 1))
     before = read_json_object(checkpoint.parent / RUN_FILE)
     if not before:
-        logger.warning("There is no readable %s beside %s: can not tell if data are the same.", RUN_FILE, checkpoint)
+        logger.warning("There is no readable %s beside %s: cannot tell if data are the same.", RUN_FILE, checkpoint)
         return
     form = {f"{name}?": ({str: ANYTHING}, None) for name in _SAME_WHEN_RESUMED}
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")

@@ -47,7 +47,7 @@ def check_hub_options(options: TrainingArguments) -> None:
     if strategy != "end" or options.hub_always_push:
         name, value = ("hub_strategy", strategy) if strategy != "end" else ("hub_always_push", True)
         raise MolaError(
-            f"`{name}` can not be {value}: a run is uploaded once, when it is finished (`hub_strategy` end). Leave it "
+            f"`{name}` cannot be {value}: a run is uploaded once, when it is finished (`hub_strategy` end). Leave it "
             "out."
         )
     if constants.HF_HUB_OFFLINE:
@@ -81,14 +81,14 @@ def create_repository(options: TrainingArguments) -> str:
         Its full name.
 
     Raises:
-        MolaError: the hub can not be reached, or refuses.
+        MolaError: the hub cannot be reached, or refuses.
     """
     name = wanted_repository(options)
     try:
         url = HfApi(token=_token(options)).create_repo(name, private=options.hub_private_repo, exist_ok=True)
     except Exception as error:  # the client's network library differs between its versions
         raise MolaError(
-            f"`push_to_hub` can not make or use the repository {name!r} at {constants.ENDPOINT}: {_reason(error)}. "
+            f"`push_to_hub` cannot make or use the repository {name!r} at {constants.ENDPOINT}: {_reason(error)}. "
             "Check the network, the name and the token's permissions, or leave `push_to_hub` out."
         ) from error
     return url.repo_id
@@ -107,7 +107,7 @@ def upload(folder: Path, names: Sequence[str], repository: str, options: Trainin
         Address of the commit.
 
     Raises:
-        MolaError: the hub can not be reached, or refuses; the run folder is complete.
+        MolaError: the hub cannot be reached, or refuses; the run folder is complete.
     """
     try:
         commit: Any = HfApi(token=_token(options)).upload_folder(

@@ -108,7 +108,7 @@ class TrainOptions(TrainingArguments):
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 
     _base: ClassVar = Group("base model")
-    dtype: str = option("auto", "Number format of the frozen base: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
     load_in_8bit: bool = quantization_option("load_in_8bit")
     load_in_4bit: bool = quantization_option("load_in_4bit")
     bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
@@ -165,7 +165,7 @@ class TrainOptions(TrainingArguments):
             self.fp16 = self.base_dtype == "float16"
         if self.fp16 and device.type == "cpu":
             raise MolaError(
-                "`dtype` float16 (or `fp16`) can not be trained on a CPU: its gradients underflow. "
+                "`dtype` float16 (or `fp16`) cannot be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
         self._check_quantization(device, torch_dtype)
@@ -222,7 +222,7 @@ class TrainOptions(TrainingArguments):
         check_mixed_precision(quantization, DTYPES[mixed] if mixed else None)
         if quantization.on_loading and self.torch_compile:
             raise MolaError(
-                "`torch_compile` can not be combined with a quantised base: Transformers does not train one compiled. "
+                "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
                 "Leave it out."
             )
 

@@ -69,7 +69,7 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
 
 
 def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None) -> Path:
-    """Refuse a folder that can not be written or that holds something else's files; deletes nothing.
+    """Refuse a folder that cannot be written or that holds something else's files; deletes nothing.
 
     Args:
         folder: the run folder.

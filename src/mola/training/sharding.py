@@ -1,4 +1,4 @@
-"""A model sharded over processes (FSDP, DeepSpeed): what a run needs for that, in which number format it computes.
+"""A model sharded over processes (FSDP, DeepSpeed): what a run needs for that, in which dtype it computes.
 
 Asked for by options (`fsdp`, `fsdp_config`, `deepspeed`), or by `accelerate launch` through environment variables.
 """
@@ -59,7 +59,7 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
     version = _setting(options, "fsdp_version", default="1")
     if version != "2":
         raise MolaError(
-            "`fsdp_config` must have version 2: FSDP1 needs all weights of a layer in one number format, and routers "
+            "`fsdp_config` must have version 2: FSDP1 needs all weights of a layer in one dtype, and routers "
             f"stay in float32. Got version {version}; with accelerate launch set fsdp_version: 2."
         )
     saved = _setting(options, "state_dict_type", default="SHARDED_STATE_DICT")

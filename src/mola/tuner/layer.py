@@ -16,7 +16,7 @@ from mola.tuner.kernels.dispatch import decode_layer, mixture, register
 from mola.tuner.kernels.tensors import has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
-from mola.tuner.routing import router_logits
+from mola.tuner.routing import Routing, router_logits, top_k_softmax
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             self.router_outputs[adapter_name] = output
         if self.observer is not None and self.observer.collecting:
             self.observer.see(adapter_name, output)
+
+    def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
+        """Chosen experts of `x: (..., in)` and their gates, without jitter."""
+        return top_k_softmax(self.router_logits(adapter_name, x), self.top_k[adapter_name])
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits of `x: (..., in)`: float32 `(N, E)`.

@@ -201,7 +201,7 @@ def test_names_are_text_on_the_page():
     assert looks(found) == looks(tree("task", "a", "b"))
     assert found.root.one("h2").text == hostile
     assert [row[0] for row in found.root.one("table").rows[1:]] == [f"a{hostile}", f"b{hostile}"]
-    assert f"1 of 1 differences to a{hostile} can be told apart." in found.root.one("header").text
+    assert f"1 of 1 differences to a{hostile} are significant." in found.root.one("header").text
 
 
 # ---------------------------------------------------------------------- stopping and going on
@@ -304,7 +304,7 @@ def test_experts_from_mola_allocate(seeds, run, tmp_path):
         ({"recipes": {"a b": {}}}, "`recipes` must have names made of"),
         ({"recipes": {"a": 5}}, "`recipes.a` must be a mapping"),
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
-        ({"recipes": {"a": {"seed": 3}}}, "`seed` can not be set in `recipes.a`"),
+        ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set by the task"),
         ({"recipes": {"a": {"learning_rate": -1}}}, "recipe `a`: `learning_rate`"),
         ({"recipes": {"a": {"allocate": {"method": "triangle"}}}}, "must have `method` and `budget`"),
@@ -349,7 +349,7 @@ def test_differences_worked_out_by_hand():
     found = paired_differences({"same": reference, "all": np.ones((2, 4))}, reference)
     assert found["same"].value == 0
     assert found["same"].p_questions == 1
-    assert found["same"].verdict == "not told apart"
+    assert found["same"].verdict == "no significant difference"
     assert found["all"].value == pytest.approx(0.625)
     assert found["all"].seeds_95[0] < 0.625 < found["all"].seeds_95[1]
 
@@ -369,13 +369,13 @@ def test_no_difference_is_rarely_told():
     for _ in range(200):
         chance = generator.random(100)  # some questions are easy, some are hard
         one, other = (np.float64(generator.random((3, 100)) < chance) for _ in range(2))
-        told += paired_differences({"other": other}, one)["other"].verdict != "not told apart"
+        told += paired_differences({"other": other}, one)["other"].verdict != "no significant difference"
     assert told <= 10
 
 
 def test_one_seed_tells_nothing_apart():
     found = paired_differences({"all": np.ones((1, 50))}, np.zeros((1, 50)))["all"]
-    assert (found.verdict, found.seeds_95, found.value) == ("not told apart", None, 1.0)
+    assert (found.verdict, found.seeds_95, found.value) == ("no significant difference", None, 1.0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))

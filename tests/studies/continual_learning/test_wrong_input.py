@@ -69,7 +69,7 @@ def test_folder_of_something_else_is_refused(run, tmp_path):
     with pytest.raises(MolaError, match=r"`output_dir`.*continual\.json"):
         run()
     (tmp_path / "run" / "continual.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(MolaError, match="can not be read"):
+    with pytest.raises(MolaError, match="cannot be read"):
         run()
 
 

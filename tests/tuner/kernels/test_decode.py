@@ -1,4 +1,4 @@
-"""Few tokens in evaluation mode: the same values as the usual way, whatever happens from one call to the next."""
+"""Few tokens without gradients: the same values as with them, whatever happens from one call to the next."""
 
 import copy
 
@@ -8,24 +8,24 @@ from peft import get_peft_model
 from torch import nn
 
 from mola import MolaLinear
+from mola.tuner.kernels.api import NO_ROUTER
 from mola.tuner.kernels.cpu import decode as cpu_decode
-from mola.tuner.kernels.decode import MAX_TOKENS, is_decode
+from mola.tuner.kernels.decode import MANY_TOKENS, MAX_TOKENS, Decode, is_decode
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.routing import top_k_softmax
 
 from ..models import clone, random_config, tiny_llama, token_batch
+from .inputs import make_inputs
+from .native import needs_numba
 
 IN, OUT = 16, 24
 IDS = token_batch(2, 5)["input_ids"]
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
+@pytest.fixture(autouse=True, params=[pytest.param("native", marks=needs_numba), "torch"])
 def way(request, monkeypatch):
     """With the native function, and as without numba."""
-    if request.param == "native":
-        pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
-    else:
-        monkeypatch.setattr(cpu_decode, "_kernel", lambda *formats: None)
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)
 
 
 def make_layer(dtype=torch.float32, *, bias=True, seed=0, **options):
@@ -96,24 +96,15 @@ def model(fresh):
 # ------------------------------------------------------------------ values
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, MAX_TOKENS, MAX_TOKENS + 1])
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_values(dtype, bias, top_k, num_tokens):
-    layer = make_layer(dtype, bias=bias, top_k=top_k)
-    assert_usual(draw(num_tokens, IN, dtype=dtype), layer)
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_formats_are_no_less_exact(dtype, bias, top_k):
+def test_narrow_dtypes_are_no_less_exact(dtype, bias, top_k):
     layer, x = make_layer(dtype, bias=bias, top_k=top_k), draw(MAX_TOKENS, IN, dtype=dtype)
     exact = usual(copy.deepcopy(layer).double(), x.double())
     output = few(layer, x)
     assert output.dtype == dtype
-    # Both round to the narrow format; by chance one of them may come out a little worse.
+    # Both round to the narrow dtype; by chance one of them may come out a little worse.
     assert (output - exact).norm() <= 1.5 * (usual(layer, x) - exact).norm()
 
 
@@ -204,7 +195,7 @@ def test_changed_weights_of_a_model_are_seen(model, tensor, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_another_number_format_and_back(model, dtype):
+def test_another_dtype_and_back(model, dtype):
     assert few(model.to(dtype), IDS).dtype == dtype
     if dtype == torch.float64:  # rounded to bfloat16, experts may be chosen differently
         assert_usual(IDS, model)
@@ -264,16 +255,7 @@ def test_a_merged_adapter(model):
     torch.testing.assert_close(few(model, IDS), before)
 
 
-# ------------------------------------------------------------------ where it does not apply
-
-
-@pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, 3.0]])
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_few_tokens_choose_by_a_sort_what_many_choose_without(logits, top_k):
-    rows = torch.tensor([logits])
-    few, many = top_k_softmax(rows, top_k), top_k_softmax(rows.expand(MAX_TOKENS + 1, -1), top_k)
-    for one, other in zip(few, many, strict=True):
-        assert torch.equal(one, other[:1])
+# ------------------------------------------------------------------ where it is used
 
 
 @pytest.mark.parametrize("other_way", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
@@ -286,10 +268,29 @@ def test_other_modes(other_way):
     torch.testing.assert_close(few(layer, x), usual(layer, x))
 
 
-@torch.no_grad()
-def test_which_input_is_decode():
-    assert is_decode(torch.zeros(MAX_TOKENS, IN))
-    assert not is_decode(torch.zeros(MAX_TOKENS + 1, IN))
-    assert not is_decode(torch.zeros(0, IN))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_decode(torch.zeros(1, IN))
+def test_which_input_is_few():
+    assert not is_decode(torch.zeros(1, IN))
+    with torch.no_grad():
+        assert is_decode(torch.zeros(MAX_TOKENS, IN))
+        assert is_decode(torch.zeros(2, MAX_TOKENS // 2, IN))
+        assert not is_decode(torch.zeros(MAX_TOKENS + 1, IN))
+        assert not is_decode(torch.zeros(0, IN))
+        assert not is_decode(torch.zeros(1, IN, device="meta"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not is_decode(torch.zeros(1, IN))
+
+
+def test_where_it_is_used():
+    inputs = make_inputs((3, IN), 4, torch.float32)
+    assert Decode().supports(inputs) == "only without gradients and without autocast"
+    with torch.no_grad():
+        assert Decode().supports(inputs) is Decode().is_slower(inputs) is None
+        many = make_inputs((MAX_TOKENS + 1, IN), 4, torch.float32)
+        assert Decode().supports(many) is None
+        assert Decode().is_slower(many) == MANY_TOKENS
+        assert Decode().supports(inputs._replace(router=None)) == NO_ROUTER
+        for change, reason in (
+            ({"dropout": 0.1}, "dropout is on"),
+            ({"jitter": 0.1}, "the router's input is jittered"),
+        ):
+            assert Decode().supports(inputs._replace(settings=inputs.settings._replace(**change))) == reason

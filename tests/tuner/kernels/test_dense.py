@@ -9,10 +9,11 @@ from mola.tuner.kernels.api import NO_ROUTER
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.reference import Reference
-from mola.tuner.routing import ROUTERS, Routing, top_k_softmax
+from mola.tuner.routing import ROUTERS
 
 from ..counting import CountOperators
 from ..models import clone, random_config, tiny_llama, token_batch
+from ..test_routing import sigmoid_router
 from .inputs import in_float64, leaves, make_inputs
 
 
@@ -75,12 +76,6 @@ def test_what_is_cast_is_kept_for_the_backward_pass(dtype):
     sizes = sorted(tensor.numel() for tensor in kept if tensor.dtype == dtype and tensor.dim() == 2 and len(tensor) > 7)
     gated, matrix_B, joined = 12 * 5, 12 * 7, (12 + 4) * 8
     assert sizes == sorted([gated] if dtype == torch.float32 else [gated, matrix_B, joined])
-
-
-def sigmoid_router(logits, top_k, dim):
-    """The largest experts, each with a gate of its own between 0 and 1."""
-    chosen = top_k_softmax(logits, top_k, dim).expert_indices
-    return Routing(chosen, logits.gather(dim, chosen).sigmoid())
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

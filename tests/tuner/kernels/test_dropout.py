@@ -5,8 +5,8 @@ import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mola.tuner.kernels import dropout
 from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu import dropout as cpu_dropout
 from mola.tuner.kernels.dispatch import BACKENDS
 from mola.tuner.kernels.dropout import drop, keep_probability, sample_dropout_mask
 
@@ -93,14 +93,14 @@ def test_one_seed_keeps_the_same_in_every_dtype_and_shape(dtype):
 def kind(request, monkeypatch):
     """Either kind of mask."""
     if not request.param:
-        monkeypatch.setattr(dropout, "_kernel", lambda itemsize: None)
+        monkeypatch.setattr(cpu_dropout, "_kernel", lambda itemsize: None)
     return torch.int32 if request.param else torch.bool
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1 / 3])
 @pytest.mark.parametrize("shape", [SIZE, (3,), (7, 5)])
 def test_booleans_keep_the_share_they_say(p, shape, monkeypatch):
-    monkeypatch.setattr(dropout, "_kernel", lambda itemsize: None)
+    monkeypatch.setattr(cpu_dropout, "_kernel", lambda itemsize: None)
     torch.manual_seed(0)
     x = torch.empty(shape)
     mask, probability = sample_dropout_mask(x, p)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mola.tuner.kernels import gates
 from mola.tuner.kernels.api import MixtureSettings
+from mola.tuner.kernels.cpu import gates as cpu_gates
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.routing import dense_gates, top_k_softmax
 
@@ -20,7 +21,7 @@ TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol
 @pytest.fixture(params=[pytest.param("native", marks=needs_numba), "torch"])
 def way(request, monkeypatch):
     """Both ways, whatever the number of threads."""
-    monkeypatch.setattr(gates, "_is_native", lambda *arguments: request.param == "native")
+    monkeypatch.setattr(cpu_gates, "_is_native", lambda *arguments: request.param == "native")
     return request.param
 
 
@@ -49,7 +50,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
     hidden = draw(num_experts * r, num_tokens, dtype=products, seed=2)
     gated, exact = hidden.clone(), hidden.double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "_is_native", lambda *arguments: is_native)
+        patch.setattr(cpu_gates, "_is_native", lambda *arguments: is_native)
         found = apply_gates(tokens, router, gated, asked)
     torch.testing.assert_close(found.logits, (tokens.float() @ router.t()).t(), atol=1e-4, rtol=1e-5)
     logits = found.logits.double().requires_grad_()
@@ -64,7 +65,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
     total = (expected * grad_gated.double()).sum() + (0 if grad_logits is None else (logits * grad_logits).sum())
     expected_gradient = torch.cat(torch.autograd.grad(total, (exact, logits)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "_is_native", lambda *arguments: is_native)
+        patch.setattr(cpu_gates, "_is_native", lambda *arguments: is_native)
         gradient = gates_backward(grad_gated, expected.detach().to(products), found.weights, None, grad_logits, asked)
     assert gradient.dtype == products
     for part in (slice(None, len(hidden)), slice(len(hidden), None)):
@@ -75,7 +76,7 @@ def test_any_size(is_native, num_tokens, in_features, num_experts, r, data):
 @needs_numba
 @pytest.mark.parametrize("values", DTYPES)
 def test_a_token_does_not_depend_on_its_neighbours(values, monkeypatch):
-    monkeypatch.setattr(gates, "_is_native", lambda *arguments: True)
+    monkeypatch.setattr(cpu_gates, "_is_native", lambda *arguments: True)
     tokens, router = draw(37, 1000, dtype=values), draw(5, 1000, seed=1)
     together = apply_gates(tokens, router, torch.ones(5, 37), settings())
     for n in (0, 7, 8, 35, 36):

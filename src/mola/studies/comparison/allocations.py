@@ -32,7 +32,7 @@ class Allocations:
         """Make those that need no probe, and check what can be checked of the others.
 
         Raises:
-            MolaError: an allocation can not be made; the message names the recipe.
+            MolaError: an allocation cannot be made; the message names the recipe.
         """
         for run in runs:
             if run.allocation is None:

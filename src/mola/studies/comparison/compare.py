@@ -3,7 +3,7 @@
 - Every run is one of `mola train` followed by one of `mola evaluate`.
 - Each finished run is in the record at once. Stopped at any moment, the same command goes on; nothing is repeated.
 - Several processes with the same command share the work: a run belongs to the process that holds its lock.
-- The table has intervals over seeds and over questions, and says what can be told apart.
+- The table has intervals over seeds and over questions, and says which differences are significant.
 """
 
 from __future__ import annotations

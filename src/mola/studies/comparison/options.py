@@ -122,7 +122,7 @@ class CompareOptions(TrainAndTestOptions):
             for option_name in own:
                 if option_name in _SET_HERE:
                     raise MolaError(
-                        f"`{option_name}` can not be set in `{kind}.{name}`: it follows from the comparison."
+                        f"`{option_name}` cannot be set in `{kind}.{name}`: it follows from the comparison."
                     )
                 if option_name in changes:
                     raise MolaError(

@@ -22,7 +22,7 @@ def check_tables(tables: str | None) -> list[Path]:
     """Paths of the files asked for.
 
     Raises:
-        MolaError: an ending that says no form, or a file that can not be written.
+        MolaError: an ending that says no form, or a file that cannot be written.
     """
     paths = [Path(name.strip()) for name in (tables or "").split(",") if name.strip()]
     for path in paths:

@@ -28,7 +28,7 @@ def page(rows: Sequence[Row], reference: str) -> str:
         "comparison.html",
         "Recipes compared: mola",
         sections,
-        told_apart=sum(verdict != "not told apart" for verdict in verdicts),
+        significant=sum(verdict != "no significant difference" for verdict in verdicts),
         compared=len(verdicts),
         reference=reference,
         note=NOTE.format(reference=reference),
@@ -45,5 +45,5 @@ def _task(rows: Sequence[Row], reference: str) -> dict[str, Any]:
     return {
         "strips": strips,
         "has_interval": any(row.mean.interval_95 for row in rows),
-        "differences": Table(COLUMNS, differences, "Differences and what can be told apart"),
+        "differences": Table(COLUMNS, differences, "Differences and their significance"),
     }

@@ -86,7 +86,7 @@ def read_results(path: Path) -> list[Result]:
     """Results that an earlier call has written; none if there is no file.
 
     Raises:
-        MolaError: the file can not be written, or is no record of a comparison.
+        MolaError: the file cannot be written, or is no record of a comparison.
     """
     check_writable(path)
     if not path.exists():
@@ -102,7 +102,7 @@ def read_results(path: Path) -> list[Result]:
                 raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(
-            f"`record` must be a new file or the record of a comparison: {str(path)!r} can not be read ({error}). "
+            f"`record` must be a new file or the record of a comparison: {str(path)!r} cannot be read ({error}). "
             "Pass another name."
         ) from error
     return results

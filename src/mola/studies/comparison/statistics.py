@@ -38,7 +38,7 @@ class Difference:
         p_questions: paired t test over questions, two-sided; 1 if no answer differs.
         p_adjusted: the same, adjusted for the number of recipes compared (Benjamini and Hochberg).
         verdict: `better` or `worse` if both intervals exclude 0 on the same side and `p_adjusted` is below 0.05;
-            `not told apart` otherwise, also with one seed.
+            `no significant difference` otherwise, also with one seed.
         seeds: number of seeds.
     """
 
@@ -85,7 +85,7 @@ def _difference(difference: np.ndarray, p: float, p_adjusted: float) -> Differen
     over_questions = _t_interval(by_question)
     value = float(difference.mean())
     is_clear = over_seeds is not None and p_adjusted < 1 - LEVEL and _same_side(over_seeds, over_questions)
-    verdict = ("better" if value > 0 else "worse") if is_clear else "not told apart"
+    verdict = ("better" if value > 0 else "worse") if is_clear else "no significant difference"
     return Difference(value, over_seeds, over_questions, p, p_adjusted, verdict, len(by_seed))
 
 

@@ -14,7 +14,7 @@ from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
 
-# The stages hand one adapter on, and are evaluated with one base model in one number format.
+# The stages hand one adapter on, and are evaluated with one base model in one dtype.
 _SAME_IN_ALL_STAGES = (
     "base_model",
     *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
@@ -97,7 +97,7 @@ class ContinualOptions(StageOptions):
             if key in _SAME_IN_ALL_STAGES:
                 raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")
             if key in _SET_HERE:
-                raise MolaError(f"`{key}` can not be set for one stage: it follows from the order of the stages.")
+                raise MolaError(f"`{key}` cannot be set for one stage: it follows from the order of the stages.")
             if key in TRAINING_ONLY and self.adapter is not None and getattr(self, key) is None:
                 raise MolaError(
                     f"`{key}` of one stage needs a value for the others as well, since with `adapter` the default is "

@@ -36,7 +36,7 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     """The record of an earlier call in this folder; None for a new folder.
 
     Raises:
-        MolaError: the folder can not be written, holds something else, or the record is unreadable.
+        MolaError: the folder cannot be written, holds something else, or the record is unreadable.
     """
     if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass another name.")
@@ -52,7 +52,7 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         record = read_json(path)
         _check_entries(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MolaError(f"{str(path)!r} can not be read ({error}). Pass another `output_dir`.") from error
+        raise MolaError(f"{str(path)!r} cannot be read ({error}). Pass another `output_dir`.") from error
     return record
 
 

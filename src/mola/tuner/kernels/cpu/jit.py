@@ -1,4 +1,4 @@
-"""What native functions share: compiling and keeping them, number formats as bits, the choice of experts."""
+"""What native functions share: compiling and keeping them, dtypes as bits, the choice of experts."""
 
 from __future__ import annotations
 

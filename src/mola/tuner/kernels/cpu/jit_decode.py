@@ -99,7 +99,7 @@ def _specialize(values: Any, weights: Any) -> Any:
 
 @functools.cache
 def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
-    """The native function for number formats; None if there is none.
+    """The native function for dtypes; None if there is none.
 
     Args:
         values: of input and output.

@@ -1,0 +1,86 @@
+"""Which kernel computes which layers: for real models, for shapes, and when one is forced."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import mola
+from mola import MolaError
+from mola.insight.kernels import TOKENS, inputs_for_shapes, report
+from mola.tuner.kernels import dispatch
+from mola.tuner.kernels.api import MixtureSettings
+from tests.tuner.models import random_config, tiny_llama
+
+
+@pytest.fixture
+def model():
+    return get_peft_model(tiny_llama(), random_config(num_experts="1248", lora_dropout=0.1))
+
+
+@pytest.fixture
+def force(monkeypatch):
+    def choose(name):
+        monkeypatch.setenv("MOLA_KERNEL", name)
+        dispatch._read_choice.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    dispatch._read_choice.cache_clear()
+
+
+def test_every_module_is_told_for_both_modes(model):
+    choices = mola.kernels_report(model)
+    for mode in TOKENS:
+        of_mode = [choice for choice in choices if choice.mode == mode]
+        assert sum(choice.num_modules for choice in of_mode) == 28
+        assert sorted({n for choice in of_mode for n in choice.num_experts}) == [1, 2, 4, 8]
+        (lora,) = (choice for choice in of_mode if choice.backend == "lora")
+        assert (lora.num_modules, lora.num_experts, lora.reasons) == (7, [1], {})
+
+
+def test_what_is_told_is_what_computes(model, monkeypatch):
+    select, used = dispatch.select, []
+    monkeypatch.setattr(dispatch, "select", lambda inputs: used.append(select(inputs)) or used[-1])
+    model.train()(input_ids=torch.randint(3, 60, (8, 64)))
+    told = {choice.backend for choice in mola.kernels_report(model) if choice.mode == "training"}
+    assert told == {backend.name for backend in used}
+
+
+def test_a_reason_for_each_faster_kernel(model, monkeypatch):
+    monkeypatch.setattr("mola.tuner.kernels.native.load", lambda name: None)
+    training = [choice for choice in mola.kernels_report(model) if choice.mode == "training"]
+    dense = [choice for choice in training if choice.backend == "dense"]
+    assert {choice.backend for choice in training} == {"lora", "dense"}
+    assert all(set(choice.reasons) == {"cpu_train", "grouped"} for choice in dense)
+    assert any("not grouped: slower than dense for so few experts or tokens" in str(choice) for choice in dense)
+
+
+def test_a_forced_kernel(model, force):
+    force("reference")
+    assert {choice.backend for choice in mola.kernels_report(model)} == {"lora", "reference"}
+    force("decode")
+    training = [choice for choice in mola.kernels_report(model) if choice.mode == "training"]
+    (other,) = (choice for choice in training if choice.backend != "lora")
+    assert (other.backend, other.num_experts) == ("none", [2, 4, 8])
+    assert other.reasons == {"MOLA_KERNEL": "decode: only without gradients and without autocast"}
+    force("tensor cores")
+    with pytest.raises(MolaError, match="must be one of cpu_decode, lora, .*, got 'tensor cores'"):
+        mola.kernels_report(model)
+
+
+def test_another_adapter_and_none(model):
+    model.add_adapter("other", random_config(num_experts=3))
+    choices = mola.kernels_report(model, "other")
+    assert sum(choice.num_modules for choice in choices) == 2 * 28
+    assert {tuple(choice.num_experts) for choice in choices} == {(3,)}
+    with pytest.raises(MolaError, match="the adapter 'third'"):
+        mola.kernels_report(model, "third")
+    with pytest.raises(MolaError, match="an adapter of mola"):
+        mola.kernels_report(tiny_llama())
+
+
+def test_shapes_without_a_model():
+    settings = MixtureSettings(2, 1.0, torch.float32, needs_router_output=False)
+    calls = [("training", inputs_for_shapes("training", 64, 96, experts, 8, settings)) for experts in (1, 4, 4)]
+    assert sum(choice.num_modules for choice in report(calls)) == 3
+    assert {choice.backend for choice in report(calls)} > {"lora"}

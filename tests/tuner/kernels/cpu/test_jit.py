@@ -1,0 +1,109 @@
+"""What is compiled is kept on disk, used as long as its sources stay, and the same as what was just compiled."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mola
+from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu.decode import CPU_DECODE
+from mola.tuner.kernels.reference import Reference
+
+from ..inputs import make_inputs
+from ..native import TRAINED
+
+numba = pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
+
+COMPUTE = """
+import hashlib, torch
+from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu.decode import CPU_DECODE
+from mola.tuner.kernels.cpu.train import CpuTrain
+from mola.tuner.kernels.dense import Dense
+from mola.tuner.kernels.dropout import sample_dropout_mask
+from tests.tuner.kernels.inputs import leaves, make_inputs
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+def show(*tensors):
+    for tensor in tensors:
+        print(hashlib.sha256(tensor.detach().view(torch.uint8).numpy().tobytes()).hexdigest())
+
+
+for shape, num_experts in (((40, 32), 4), ((2, 3, 64), 3), ((9, 576), 8)):
+    inputs = make_inputs(shape, num_experts, torch.float32, out=96)
+    with torch.no_grad():
+        quiet = inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
+        show(compute(CPU_DECODE, quiet).output)
+    for dtype in (torch.float32, torch.bfloat16):
+        for backend in (Dense(), CpuTrain()):
+            for mask in (None, sample_dropout_mask(inputs.x, 0.3)[0]):
+                each = make_inputs(shape, num_experts, dtype, out=96)._replace(dropout_mask=mask)
+                if backend.supports(each) is None:
+                    mixture = compute(backend, each)
+                    show(*mixture, *torch.autograd.grad(mixture.output.float().sin().sum(), leaves(each)))
+"""
+
+
+def run(script, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
+    first, second = (run(COMPUTE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert len(first.split()) == 3 * (1 + (2 + len(TRAINED)) * 2 * 7)
+    assert first == second
+    assert any(tmp_path.rglob("*.nbc"))
+
+
+def test_code_on_the_disk_is_not_used_when_a_source_changes_that_it_was_compiled_from(tmp_path):
+    """numba alone compares the source of the outermost function, here in `jit_gates.py`."""
+    shutil.copytree(Path(mola.__file__).parent, tmp_path / "mola", ignore=shutil.ignore_patterns("__pycache__"))
+    script = """
+import torch
+from mola.tuner.kernels.api import MixtureSettings
+from mola.tuner.kernels.gates import apply_gates
+torch.set_num_threads(1)
+settings = MixtureSettings(2, 1.0, torch.float32)
+print(apply_gates(torch.ones(1, 8), torch.ones(2, 8), torch.ones(2, 1), settings).weights.sum().item())
+"""
+    weights = []
+    for factor in ("scaling", "scaling * 3"):
+        source = tmp_path / "mola" / "tuner" / "kernels" / "cpu" / "jit.py"
+        text = source.read_text(encoding="utf-8")
+        assert "/ total * scaling" in text
+        source.write_text(text.replace("/ total * scaling", f"/ total * {factor}"), encoding="utf-8")
+        weights.append(float(run(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path))))
+    assert weights == [1.0, 3.0]
+
+
+@torch.no_grad()
+def test_code_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
+    jit_decode = importlib.import_module("mola.tuner.kernels.cpu.jit_decode")
+    real = numba.njit
+
+    def without_a_folder(*arguments, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", without_a_folder)
+    jit_decode.kernel.cache_clear()
+    try:
+        inputs = make_inputs((3, 16), 4, torch.float32)
+        inputs = inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
+        torch.testing.assert_close(compute(CPU_DECODE, inputs).output, compute(Reference(), inputs).output)
+        assert "no locator available" in caplog.text
+    finally:
+        jit_decode.kernel.cache_clear()
