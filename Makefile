@@ -1,5 +1,6 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
-# make test         set up, run the tests (several minutes on two cores)
+# make test         set up, run the tests: what a change is likely to break (five minutes on two cores)
+# make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
 # make test-min     the same with the lowest versions that pyproject.toml allows
 # make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
@@ -12,7 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
-RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2)
+# Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
 .PHONY: quickstart test test-min test-all test-peft dist fuzz coverage mutation bench check style setup clean
 
@@ -27,7 +29,7 @@ test-min: .venv-min/.test
 	$(RUN_TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
-	$(RUN_TESTS)
+	MOLA_FUZZ_EXAMPLES=100 $(RUN_TESTS) --hypothesis-profile many
 
 # Another number: make fuzz FUZZ_EXAMPLES=1000
 fuzz: $(VENV)/.dev

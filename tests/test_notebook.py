@@ -71,6 +71,7 @@ def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.slow
 def test_notebook_in_a_kernel_prints_what_generate_text_returns(work):
     content = notebook()
     NotebookClient(

@@ -22,6 +22,7 @@ from mola.insight.recording import recorded_gates
 from mola.insight.router_recorder import RouterWatch
 from mola.insight.telemetry import ExpertTelemetry
 from mola.insight.usage import UsageCounter
+from tests.grids import slow
 
 # One layer has top_k 1, whose router learns nothing without router losses; it is not to learn here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*top_k=1:UserWarning")
@@ -198,20 +199,19 @@ def test_experts_that_can_not_be_chosen_are_dead(make, model, tmp_path):
     assert all(entry["experts/dead"] >= 14 for entry in trainer.state.log_history if "loss" in entry)
 
 
-def test_a_resumed_run_records_what_a_whole_one_does(make, tmp_path, model):
+@pytest.mark.parametrize("step", [*slow(1, 2), 3])
+def test_a_resumed_run_records_what_a_whole_one_does(step, make, tmp_path, model):
     """Stopped in the middle of an interval, and at its end."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = {"learning_rate": 1e-2, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(folder=whole, **options).train()
-    for step in (1, 2, 3):
-        model.load_state_dict(start)
-        (part / ROUTING_FILE).unlink(missing_ok=True)
-        make(folder=part, **options).train()
-        with (part / ROUTING_FILE).open("a", encoding="utf-8") as file:
-            file.write('{"step": 9, "mod')  # killed while it wrote
-        make(folder=part, **options).train(resume_from_checkpoint=str(part / f"checkpoint-{step}"))
-        assert lines(part) == lines(whole)
+    model.load_state_dict(start)
+    make(folder=part, **options).train()
+    with (part / ROUTING_FILE).open("a", encoding="utf-8") as file:
+        file.write('{"step": 9, "mod')  # killed while it wrote
+    make(folder=part, **options).train(resume_from_checkpoint=str(part / f"checkpoint-{step}"))
+    assert lines(part) == lines(whole)
 
 
 def test_a_checkpoint_without_sums_is_named(make, tmp_path, caplog):

@@ -104,6 +104,7 @@ def run(**settings):
     return train(TrainOptions(**settings))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_as_an_eager_one_and_saves_a_plain_adapter(options, tmp_path, small_model_dir):
     settings = {"lora_dropout": 0.0, "eval_strategy": "epoch", "save_strategy": "epoch", "validation_size": 2}
     run(**options("eager", **settings))

@@ -12,10 +12,11 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.training.advice import loss_gap_advice
 from mola.training.callbacks import FiniteLoss
+from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, losses, read_metrics, read_record
 
 
-@pytest.mark.parametrize("logging_steps", [1, 50])
+@pytest.mark.parametrize("logging_steps", [*slow(1), 50])
 def test_divergence_stops_with_one_line_and_leaves_good_checkpoints(flags, tmp_path, error_line, logging_steps):
     """The loss is finite until the second step; without a log entry the weights tell."""
     line = error_line(
@@ -58,9 +59,11 @@ def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("said", "options"),
     [
-        pytest.param(True, {"load_best_model_at_end": "false"}, id="last weights, other answers"),
-        pytest.param(False, {"load_best_model_at_end": "true"}, id="best weights, other answers"),
-        pytest.param(False, {"load_best_model_at_end": "false", "eval_data": None}, id="last weights, same answers"),
+        (True, {"load_best_model_at_end": "false"}),
+        *slow(
+            (False, {"load_best_model_at_end": "true"}),  # best weights
+            (False, {"load_best_model_at_end": "false", "eval_data": None}),  # same answers
+        ),
     ],
 )
 def test_evaluation_far_above_training_is_said_with_both_losses(flags, rows_file, tmp_path, caplog, said, options):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from mola.cli import main
 from mola.errors import MolaError
 from mola.training.checkpoints import find_checkpoint
+from tests.grids import slow
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(
@@ -213,7 +214,7 @@ def go_on(folder: Path) -> list[str]:
     return ["--overwrite_output_dir"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ["steps", *slow("best", "mixed")])
 def test_run_killed_again_and_again_ends_as_one_that_was_not(driver, flags, whole, tmp_path, name):
     expected, _ = whole(name)
     folder = tmp_path / "run"

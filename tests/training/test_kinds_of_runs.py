@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mola.cli import main
+from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
 
 
@@ -70,7 +71,7 @@ def test_adapter_of_another_model_is_refused(flags, tmp_path, error_line):
     assert "adapter" in error_line(flags(tmp_path / "second", adapter=tmp_path / "first"))
 
 
-@pytest.mark.parametrize("reduction", ["module", "layer"])
+@pytest.mark.parametrize("reduction", [*slow("module"), "layer"])
 def test_balance_loss_is_the_same_with_gradient_checkpointing_and_accumulation(flags, tmp_path, reduction):
     """10 samples in batches of 2 and 2 batches per step: the fifth batch is a step of its own."""
     settings = {

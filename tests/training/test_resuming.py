@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,6 @@ INTERRUPTIBLE = {
     "lora_dropout": 0.1,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 20,
     "validation_size": 1,
     "learning_rate": 1e-3,
 }
@@ -61,34 +61,35 @@ def num_lines(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Folder of the run that nobody stopped, made once."""
+    """Folders of the runs that nobody stopped, each made once, by epochs."""
     return {}
 
 
-@pytest.mark.parametrize("in_own_process", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "process"])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("in_own_process", "epochs"), [(False, 4), pytest.param(True, 20, marks=pytest.mark.slow)], ids=["", "process"]
+)
 def test_interrupted_run_resumes_to_the_very_same_weights(
-    flags, tmp_path, tmp_path_factory, uninterrupted, run_and_signal, name, in_own_process
+    flags, tmp_path, tmp_path_factory, uninterrupted, run_and_signal, in_own_process, epochs, name
 ):
-    if not uninterrupted:
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        assert main(flags(folder, **INTERRUPTIBLE)) == 0
-        uninterrupted["folder"] = folder
-    folder = tmp_path / "run"
+    options = {**INTERRUPTIBLE, "num_train_epochs": epochs}  # of three steps
+    if epochs not in uninterrupted:
+        uninterrupted[epochs] = tmp_path_factory.mktemp("whole") / "run"
+        assert main(flags(uninterrupted[epochs], **options)) == 0
+    whole, folder = uninterrupted[epochs], tmp_path / "run"
     run = start_and_signal if in_own_process else run_and_signal
-    code, errors = run(flags(**INTERRUPTIBLE), folder, getattr(signal, name))
+    code, errors = run(flags(**options), folder, getattr(signal, name))
     assert code == 130, errors
     assert "--resume_from_checkpoint last" in errors
     assert "Traceback" not in errors
     record = read_record(folder)
     assert record["status"] == "interrupted"
-    assert 0 < record["steps"] < 60
+    assert 0 < record["steps"] < 3 * epochs
     assert (folder / f"checkpoint-{record['steps']}" / "trainer_state.json").is_file()
     assert (folder / WEIGHTS).is_file()
     assert max(losses(folder)) == record["steps"]
 
-    assert main([*flags(**INTERRUPTIBLE), "--resume_from_checkpoint", "last"]) == 0
-    whole = uninterrupted["folder"]
+    assert main([*flags(**options), "--resume_from_checkpoint", "last"]) == 0
     assert read_record(folder)["status"] == "finished"
     assert_same_weights(folder, whole)
     assert losses(folder) == losses(whole)
@@ -97,12 +98,18 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
         for run in (folder, whole)
     ]
     assert evaluations[0] == evaluations[1]
-    assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [60]
+    assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [3 * epochs]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Where `finished_run` is kept, once it is made."""
+    return []
 
 
 @pytest.fixture
-def finished_run(flags, tmp_path):
-    """A run of 6 steps with a checkpoint after every second one; returns (folder, flags)."""
+def finished_run(flags, tmp_path, made, tmp_path_factory):
+    """A run of 6 steps with a checkpoint after every second one, copied for every test; returns (folder, flags)."""
     options = {
         "save_strategy": "steps",
         "save_steps": 2,
@@ -111,9 +118,13 @@ def finished_run(flags, tmp_path):
         "lora_dropout": 0.1,
         "num_train_epochs": None,
     }
-    arguments = flags(**options)
-    assert main(arguments) == 0
-    return tmp_path / "run", arguments
+    folder, arguments = tmp_path / "run", flags(**options)
+    if made:
+        shutil.copytree(made[0], folder)
+    else:
+        assert main(arguments) == 0
+        made.append(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
+    return folder, arguments
 
 
 def test_resume_from_a_named_checkpoint_in_another_folder(finished_run, tmp_path, flags):

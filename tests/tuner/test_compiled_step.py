@@ -6,6 +6,7 @@ from peft import get_peft_model
 
 from mola import MolaLinear
 
+from ..grids import slow
 from .models import clone, random_config, tiny_llama, token_batch
 
 BACKEND = "aot_eager"  # graphs are made as for any backend, without waiting for a C++ compiler
@@ -51,8 +52,14 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("losses", [{}, LOSSES, LAYER_LOSS], ids=["task loss", "router losses", "layer loss"])
+@pytest.mark.parametrize(
+    ("losses", "checkpointing"),
+    [
+        ({}, False),
+        (LOSSES, True),
+        *slow(({}, True), (LOSSES, False), *((LAYER_LOSS, checkpointing) for checkpointing in (False, True))),
+    ],
+)
 def test_one_graph_with_the_eager_gradients(losses, checkpointing):
     model, batch = make(checkpointing=checkpointing, **losses), token_batch(padding=2)
     again = clone(model)
@@ -73,7 +80,7 @@ def test_one_graph_with_the_eager_gradients(losses, checkpointing):
     assert step(again, again, batch)[0] == expected_loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [*slow(torch.float32), torch.bfloat16], ids=str)
 def test_one_graph_under_autocast(dtype):
     # As many experts as are used: where there is a choice, bfloat16 may make another one.
     model, batch = make(dtype=dtype, num_experts="2", top_k=2, **LOSSES), token_batch(padding=2)
@@ -97,8 +104,9 @@ def test_dropout_is_drawn_anew_in_one_graph():
 
 @pytest.mark.parametrize(
     ("dynamic", "expected"),
-    [pytest.param(None, 2, marks=pytest.mark.slow, id="automatic"), pytest.param(True, 1, id="dynamic")],
+    [pytest.param(None, 2, id="automatic"), pytest.param(True, 1, id="dynamic")],
 )
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_the_lengths_of_batches(dynamic, expected):
     """By itself torch makes one graph for the first length and one for all others."""
     model = make(lora_dropout=0.05)

@@ -15,6 +15,7 @@ from mola import MolaError, MolaLinear
 from mola.tuner.router_losses import RouterLosses, _AddLoss
 from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
+from ..waiting import PATIENCE
 from .counting import CountOperators
 from .models import clone, random_config, tiny_llama, token_batch
 
@@ -323,7 +324,7 @@ def ddp_worker(rank, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
     )
     keep = KeepGradients()
     options = training_arguments(folder, gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
@@ -340,12 +341,14 @@ def ddp_worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
     ours = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert_same_gradients(ours, expected_gradients(make(num_experts=4, top_k=1), micro_batches()))
 
 
+@pytest.mark.slow
 def test_whole_model_compiles_to_one_graph():
     torch._dynamo.reset()
     batch = token_batch(padding=2)

@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import datasets
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ EXPERTS = ["--val_set_size", 1, "--lora_r", "8,8,8,8", "--lora_alpha", 16, "--lo
 EXPERTS += ["--lora_target_modules", SEVEN, "--number_experts", "2,4,6,8", "--top_k", "2,2,2,2"]
 
 
+@pytest.mark.slow
 def test_sample_command_trains(tmp_path, tiny_model_dir, monkeypatch, caplog):
     """Its flags as they are, except paths and lists of the model's depth: 199 rows, 2 steps."""
     data = write_dataset(tmp_path / "sampled.hf", {"train": 200, "validation": 20, "test": 20})
