@@ -9,6 +9,8 @@ from mola.errors import MolaError
 from mola.files.finite import check_finite
 from mola.tuner.layer import MolaLinear
 
+_PREFIX = "base_model.model."  # of names in a PeftModel
+
 
 def check_model_type(trained_on: str | None, found: str | None) -> None:
     """Refuse another kind of base model, whose linears may have the same names and shapes.
@@ -35,7 +37,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
         MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
     """
     # The model may sit inside a PeftModel or be the bare model; both forms of a key name one tensor.
-    found = {_bare(key): value for key, value in state_dict.items() if ".mola_" in key}
+    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if ".mola_" in key}
     expected = _expected_shapes(model, adapter_name)
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
@@ -62,12 +64,9 @@ def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
             for part in module.adapter_layer_names:
                 parameters = getattr(module, part)
                 if adapter_name in parameters:
-                    shapes[_bare(f"{name}.{part}.{adapter_name}")] = tuple(parameters[adapter_name].shape)
+                    key = f"{name}.{part}.{adapter_name}".removeprefix(_PREFIX)
+                    shapes[key] = tuple(parameters[adapter_name].shape)
     return shapes
-
-
-def _bare(key: str) -> str:
-    return key.removeprefix("base_model.model.")
 
 
 def _some(keys: list[str]) -> str:

@@ -60,7 +60,9 @@ class MolaModel(BaseTuner):
             )
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
-        self._check_model_type(config, model)
+        found = getattr(getattr(model, "config", None), "model_type", None)
+        check_model_type(config.base_model_type, found)
+        config.base_model_type = found or config.base_model_type
         self._add_head(config)
         names = [name for name, _ in model.named_modules()]
         self._stacks = LayerStacks.of(model)
@@ -73,12 +75,6 @@ class MolaModel(BaseTuner):
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
-
-    @staticmethod
-    def _check_model_type(config: MolaConfig, model: nn.Module) -> None:
-        found = getattr(getattr(model, "config", None), "model_type", None)
-        check_model_type(config.base_model_type, found)
-        config.base_model_type = found or config.base_model_type
 
     @staticmethod
     def _add_head(config: MolaConfig) -> None:

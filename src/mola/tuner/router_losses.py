@@ -179,7 +179,9 @@ class RouterLosses:
         if torch.is_tensor(log_probs):
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
             output.log_probs = _AddLoss.apply(log_probs, loss, getattr(output, "label_mask", None))
-        weighted = loss * self._weight(inputs)
+        num_items = inputs.get("num_items_in_batch")
+        share = 1.0 if num_items is None or self._label_mask is None else self._label_mask.sum() / num_items
+        weighted = loss * share
         if torch.is_tensor(getattr(output, "loss", None)):
             output.loss = output.loss + weighted.to(output.loss.device)
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
@@ -191,12 +193,6 @@ class RouterLosses:
                 "`loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.",
             )
         return output
-
-    def _weight(self, inputs: dict[str, Any]) -> torch.Tensor | float:
-        num_items = inputs.get("num_items_in_batch")
-        if num_items is None or self._label_mask is None:
-            return 1.0
-        return self._label_mask.sum() / num_items
 
     def _set_masks(self, inputs: dict[str, Any], *, unshifted: bool) -> None:
         attention_mask, labels = inputs.get("attention_mask"), inputs.get("labels")

@@ -5,8 +5,8 @@ import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mola.tuner.kernels import dropout
 from mola.tuner.kernels.autograd import compute
-from mola.tuner.kernels.cpu import dropout as cpu_dropout
 from mola.tuner.kernels.dispatch import BACKENDS
 from mola.tuner.kernels.dropout import drop, keep_probability, sample_dropout_mask
 

@@ -70,8 +70,8 @@ def select(inputs: MixtureInputs) -> Backend:
         reason = forced.supports(inputs)
         if reason is not None:
             raise MolaError(
-                f"{_CHOICE}={forced.name} cannot compute {_described(inputs)}: {reason}. Unset {_CHOICE} to let mola "
-                "choose, or set it to 'reference' or 'dense'."
+                f"{_CHOICE}={forced.name} cannot compute input {tuple(inputs.x.shape)} with experts "
+                f"{tuple(inputs.experts_A.shape)}: {reason}. Unset {_CHOICE} to let mola choose."
             )
         return forced
     for backend in BACKENDS:
@@ -119,8 +119,3 @@ def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
     if x.dtype is not dtype and not torch.is_autocast_enabled(x.device.type):
         inputs = inputs._replace(x=x.to(dtype))
     return inputs
-
-
-def _described(inputs: MixtureInputs) -> str:
-    experts, settings = tuple(inputs.experts_A.shape), inputs.settings
-    return f"{settings.dtype} input {tuple(inputs.x.shape)} with experts {experts} and top_k {settings.top_k}"

@@ -7,9 +7,8 @@ import importlib
 import logging
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
 _FOLDER = "mola.tuner.kernels.cpu"
+_log_once = functools.cache(logging.getLogger(__name__).log)
 
 
 @functools.cache
@@ -25,8 +24,3 @@ def load(name: str) -> Any:
     except ImportError as error:  # numba refuses versions of numpy that it does not know
         _log_once(logging.WARNING, f"numba cannot be used, so mola is slower on this CPU: {error}")
     return None
-
-
-@functools.cache
-def _log_once(level: int, message: str) -> None:
-    logger.log(level, message)
