@@ -1,7 +1,11 @@
 """Fixtures every test may use: a tiny random LLaMA and a byte-level tokenizer, made once per session."""
 
 import gc
+import os
 import shutil
+
+# No test asks a hub; where none can be reached, each question would take half a minute of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
@@ -9,6 +13,8 @@ import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mola.tuner.kernels import dispatch
 
 # A busy machine is no failure. `make test-all` takes the second.
 hypothesis.settings.register_profile("few", deadline=None, max_examples=25)
@@ -95,6 +101,29 @@ def no_weights_dir(tiny_model_dir, tmp_path_factory):
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with one layer, since the time to compile grows with their number."""
+    folder = tmp_path_factory.mktemp("one-layer") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """A function that sets `MOLA_KERNEL`; forgotten after the test."""
+
+    def set_name(name):
+        monkeypatch.setenv("MOLA_KERNEL", name)
+        dispatch._read_choice.cache_clear()
+
+    yield set_name
+    monkeypatch.undo()
+    dispatch._read_choice.cache_clear()
 
 
 def save_adapter(base, folder, config):

@@ -13,29 +13,11 @@ from benchmarks.contestants import CONTESTANTS, build, make_forward, make_step, 
 from benchmarks.counting import OperatorCounter, count_operators, saved_bytes
 from benchmarks.experts import copy_experts
 from benchmarks.measure import Times, ratio, summarize, time_interleaved
-from benchmarks.models import Case, growth_base, load_base, training_batch
+from benchmarks.models import growth_base, load_base, training_batch
 from torch import nn
 
 from benchmarks import models
 from tests.grids import slow
-
-
-@pytest.fixture(scope="module")
-def case(tiny_model_dir):
-    return Case(
-        model="tiny",
-        folder=str(tiny_model_dir),
-        dtype="float32",
-        device="cpu",
-        dropout=0.0,
-        batch_size=2,
-        seq_len=12,
-        num_experts="1248",
-        r=4,
-        top_k=2,
-        optimizer=False,
-        seed=0,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,6 @@ from benchmarks.contestants import build, make_step
 from benchmarks.counting import count_operators
 from benchmarks.models import Case, load_base, training_batch
 from benchmarks.options import BenchmarkOptions
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-@pytest.fixture(scope="module")
-def small_model_dir(tiny_model_dir, tmp_path_factory):
-    """One layer, since the time to compile grows with their number."""
-    folder = tmp_path_factory.mktemp("one-layer") / "model"
-    shutil.copytree(tiny_model_dir, folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import pytest
 from benchmarks.command import main
 from benchmarks.contended import FreshProcess
 from benchmarks.contention import Setting, measure, settings
-from benchmarks.models import Case
 from benchmarks.neighbours import busy_neighbours, busy_seconds, usable_cores
 from benchmarks.options import BenchmarkOptions
 from benchmarks.tables import tables
@@ -23,24 +22,6 @@ from tests.grids import slow
 from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def case(tiny_model_dir):
-    return Case(
-        model="tiny",
-        folder=str(tiny_model_dir),
-        dtype="float32",
-        device="cpu",
-        dropout=0.0,
-        batch_size=2,
-        seq_len=12,
-        num_experts="1248",
-        r=4,
-        top_k=2,
-        optimizer=False,
-        seed=0,
-    )
 
 
 def running(pid):

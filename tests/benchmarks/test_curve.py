@@ -8,7 +8,7 @@ import torch
 from benchmarks.command import main
 from benchmarks.contestants import build, make_forward
 from benchmarks.curve import LAST, compare
-from benchmarks.models import Case, load_base
+from benchmarks.models import load_base
 from benchmarks.outliers import channel_ratios, count_small, error_left
 from benchmarks.subnormal import Numbers
 from benchmarks.text import text_batches, text_blocks
@@ -19,21 +19,8 @@ from mola.tuner.layer import ExpertSettings, MolaLinear
 
 
 @pytest.fixture(scope="module")
-def case(tiny_model_dir):
-    return Case(
-        model="tiny",
-        folder=str(tiny_model_dir),
-        dtype="float32",
-        device="cpu",
-        dropout=0.0,
-        batch_size=4,
-        seq_len=32,
-        num_experts="2248",
-        r=4,
-        top_k=2,
-        optimizer=True,
-        seed=0,
-    )
+def case(case):
+    return replace(case, batch_size=4, seq_len=32, num_experts="2248", optimizer=True)
 
 
 def run(folder, output, *arguments):

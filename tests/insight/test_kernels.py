@@ -17,17 +17,6 @@ def model():
     return get_peft_model(tiny_llama(), random_config(num_experts="1248", lora_dropout=0.1))
 
 
-@pytest.fixture
-def force(monkeypatch):
-    def choose(name):
-        monkeypatch.setenv("MOLA_KERNEL", name)
-        dispatch._read_choice.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    dispatch._read_choice.cache_clear()
-
-
 def test_every_module_is_told_for_both_modes(model):
     choices = mola.kernels_report(model)
     for mode in TOKENS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mola import TrainOptions, train
 from mola.cli import main
@@ -16,16 +16,6 @@ from mola.models.loading import load_model
 
 BACKEND = "aot_eager"  # graphs are made as for any backend, without waiting for a C++ compiler
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def small_model_dir(tiny_model_dir, tmp_path_factory):
-    """One layer, since the time to compile grows with their number."""
-    folder = tmp_path_factory.mktemp("one-layer") / "model"
-    shutil.copytree(tiny_model_dir, folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, num_hidden_layers=1)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

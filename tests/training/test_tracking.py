@@ -4,6 +4,7 @@ import contextlib
 import json
 import sqlite3
 import struct
+import sys
 
 import pytest
 from transformers import TrainerCallback
@@ -148,6 +149,8 @@ def wandb_values(content):
 
 
 def test_trackio(flags, own_value, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio", reason="needs the extra trackio: pip install 'mola-peft[trackio]'")
     assert main(flags(report_to="trackio", project="test")) == 0
