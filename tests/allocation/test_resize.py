@@ -207,7 +207,7 @@ def test_untrained_experts_can_still_learn():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_number_formats_stay(dtype):
+def test_dtypes_stay(dtype):
     experts = random_experts(3)
     experts = Experts(experts.A.to(dtype), experts.B.to(dtype), experts.router)
     for count in (1, 2, 5):

@@ -52,7 +52,7 @@ def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys)
     assert record["settings"]["seed"] == 3
 
 
-def test_wrong_number_format_is_said_before_any_work(tmp_path):
+def test_wrong_dtype_is_said_before_any_work(tmp_path):
     with pytest.raises(MolaError, match="`dtype` must be one of"):
         main(QuickstartOptions(str(tmp_path / "run"), RECIPE, str(tmp_path / "model"), dtype="float8"))
     assert not list(tmp_path.iterdir())

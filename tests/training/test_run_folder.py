@@ -62,7 +62,7 @@ def test_use_of_experts_is_recorded_unless_it_is_switched_off(flags, tmp_path, t
     assert_same_weights(tmp_path / "on", tmp_path / "off")
 
 
-def test_base_keeps_its_number_format_and_its_values(flags, tiny_model_dir, monkeypatch):
+def test_base_keeps_its_dtype_and_its_values(flags, tiny_model_dir, monkeypatch):
     """The very model that was trained, looked at after training."""
     built = []
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_building_draws_the_experts_and_routers_alone(tiny_model_dir, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_and_evaluation_choose_the_same_number_format(tmp_path):
+def test_training_and_evaluation_choose_the_same_dtype(tmp_path):
     assert TrainOptions.dtype == EvaluateOptions.dtype == "auto"
     options = TrainOptions(base_model="x", output_dir=str(tmp_path))
     chosen, _ = resolve_dtype("auto", resolve_device(None))

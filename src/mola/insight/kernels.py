@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.kernels.api import Backend, FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import BACKENDS, explain, forced_backend, select
+from mola.tuner.kernels.dispatch import BACKENDS, explain, forced_backend
 from mola.tuner.layer import MolaLinear
 
 TOKENS = {"training": 512, "decode": 1}
@@ -40,12 +40,15 @@ class KernelChoice(NamedTuple):
         return line + "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
 
 
-def kernels_report(model: nn.Module, adapter_name: str | None = None) -> list[KernelChoice]:
+def kernels_report(
+    model: nn.Module, adapter_name: str | None = None, modes: Sequence[str] = tuple(TOKENS)
+) -> list[KernelChoice]:
     """Which backend computes the modules of a model here, for training and for one generated token.
 
     Args:
         model: a model with MoLA layers; it is not run and not changed.
         adapter_name: an adapter; default: the first active one.
+        modes: "training" and "decode", or one of them. Native functions for "decode" are compiled when first asked for.
 
     Returns:
         One entry per mode and backend, and for different reasons.
@@ -58,7 +61,7 @@ def kernels_report(model: nn.Module, adapter_name: str | None = None) -> list[Ke
         if isinstance(layer, MolaLinear):
             name = adapter_name or layer.active_adapters[0]
             if name in layer.mola_A:
-                calls += [(mode, _inputs_of(layer, name, mode)) for mode in TOKENS]
+                calls += [(mode, _inputs_of(layer, name, mode)) for mode in modes]
     if not calls:
         wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise MolaError(f"`model` must have {wanted} to tell which kernels compute it: no module has.")
@@ -123,15 +126,16 @@ def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str
     with torch.set_grad_enabled(mode == "training"):
         if forced is not None:
             reason = forced.supports(inputs)
-            told = "MOLA_KERNEL", "is set" if reason is None else f"{forced.name}: {reason}"
-            return forced.name if reason is None else "none", (told,)
-        name = select(inputs).name
-        reasons = []
-        for backend, (each, reason) in zip(BACKENDS, explain(inputs), strict=True):
-            if each == name:
-                break
-            if reason is not None and _is_for(backend, mode) and inputs.router is not None:
-                reasons.append((each, reason))
+            why = "is set" if reason is None else f"{forced.name}: {reason}"
+            return forced.name if reason is None else "none", (("MOLA_KERNEL", why),)
+        told = explain(inputs)
+    name = next(each for each, reason in told if reason is None)
+    reasons = []
+    for backend, (each, reason) in zip(BACKENDS, told, strict=True):
+        if each == name:
+            break
+        if reason is not None and _is_for(backend, mode) and inputs.router is not None:
+            reasons.append((each, reason))
     return name, tuple(reasons)
 
 

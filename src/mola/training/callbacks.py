@@ -43,12 +43,7 @@ class MetricsFile(TrainerCallback):
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Write one line at once, so that an interrupted run has its curve."""
         if state.is_world_process_zero and logs:
@@ -222,12 +217,7 @@ class FiniteLoss(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Look at the losses of a log entry.
 

@@ -99,7 +99,7 @@ def _check_checkpoint(checkpoint: Path, sharded: bool) -> None:
         )
 
 
-def keep_number_formats(trainer: Trainer) -> None:
+def keep_dtypes(trainer: Trainer) -> None:
     """Every weight is computed in its own format: mixed precision is left to autocast, as in one process.
 
     The trainer would have FSDP cast all weights to the format of the base, and so round the routers.

@@ -30,13 +30,7 @@ from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
 from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
-from mola.training.checkpoints import (
-    RUN_FILE,
-    check_best_checkpoint,
-    check_same_run,
-    checkpoint_step,
-    find_checkpoint,
-)
+from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
@@ -54,7 +48,7 @@ from mola.training.setup import (
     recorded_quantization,
     training_changes,
 )
-from mola.training.sharding import check_sharding, keep_number_formats
+from mola.training.sharding import check_sharding, keep_dtypes
 from mola.tuner.kernels.dispatch import forced_backend
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -126,7 +120,7 @@ def _train(options: TrainOptions) -> TrainResult:
         run.record["repository"] = create_repository(options)
     model = build_model(options)
     if options.process_index == 0:
-        for choice in kernels_report(model):
+        for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels, %s", choice)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
     PartialState().wait_for_everyone()
@@ -278,7 +272,7 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     )
     if run.checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
-    keep_number_formats(trainer)
+    keep_dtypes(trainer)
     return trainer
 
 

@@ -83,8 +83,9 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
     return Routing(expert_indices, torch.softmax(logits.gather(dim, expert_indices), dim))
 
 
+DEFAULT_ROUTER = "top_k_softmax"
 Router = Callable[[torch.Tensor, int, int], Routing]
-ROUTERS: dict[str, Router] = {"top_k_softmax": top_k_softmax}  # the first one is that of the paper, and the default
+ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax}
 
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
@@ -92,6 +93,15 @@ def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tens
     indices, weights = routing
     shape = [num_experts if size == dim % 2 else weights.shape[size] for size in range(2)]
     return weights.new_zeros(shape).scatter(dim, indices, weights)
+
+
+def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates of all experts, as `dense_gates`, and the chosen ones, by a router of `ROUTERS`."""
+    expert_indices, weights = routing = ROUTERS[router](logits, top_k, dim)
+    num_experts = logits.shape[dim]
+    # Where the default router chooses all, they are in their own order.
+    in_order = router == DEFAULT_ROUTER and top_k == num_experts
+    return weights if in_order else dense_gates(routing, num_experts, dim), expert_indices
 
 
 def top_k_softmax_backward(

@@ -17,8 +17,8 @@ def has_vectors(dtype):
     """Whether the processor has the vectors that products in a dtype are made of."""
     if not HAS_NUMBA:
         return False
-    jit_vectors = importlib.import_module("mola.tuner.kernels.cpu.jit_vectors")
-    return jit_vectors.has_vectors(in_pairs=dtype == torch.bfloat16)
+    jit_instructions = importlib.import_module("mola.tuner.kernels.cpu.jit_instructions")
+    return jit_instructions.has_vectors(in_pairs=dtype == torch.bfloat16)
 
 
 def needs_vectors(dtype):

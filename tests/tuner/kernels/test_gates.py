@@ -9,7 +9,7 @@ from mola.tuner.kernels import gates, native
 from mola.tuner.kernels.api import MixtureSettings
 from mola.tuner.kernels.cpu import gates as cpu_gates
 from mola.tuner.kernels.gates import apply_gates, gates_backward
-from mola.tuner.routing import dense_gates, top_k_softmax
+from mola.tuner.routing import ROUTERS, dense_gates, top_k_softmax
 
 from .native import needs_numba
 
@@ -162,7 +162,7 @@ def test_where_the_native_functions_are_used(monkeypatch):
 @needs_numba
 def test_other_routers_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: pytest.fail(name))
-    monkeypatch.setitem(gates.ROUTERS, "first", lambda logits, top_k, dim: top_k_softmax(logits, top_k, dim))
+    monkeypatch.setitem(ROUTERS, "first", lambda logits, top_k, dim: top_k_softmax(logits, top_k, dim))
     other = settings()._replace(router="first")
     found = apply_gates(draw(4, 6), draw(3, 6), torch.ones(6, 4), other)
     gates_backward(torch.ones(6, 4), torch.ones(6, 4), found.weights, found.logits, None, other)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-DEFAULT_ROUTER = "top_k_softmax"
+from mola.tuner.routing import DEFAULT_ROUTER
+
 # Reasons that several backends give.
 NO_ROUTER = "a layer with one expert has no router"
 OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Mixture, MixtureInputs
+from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.gemm import base_output
 from mola.tuner.kernels.tensors import as_rows
-from mola.tuner.routing import ROUTERS, dense_gates
+from mola.tuner.routing import route_all
 
 MAX_TOKENS = 32
 MANY_TOKENS = f"slower than others for more than {MAX_TOKENS} tokens, or not on a CPU"
@@ -57,9 +57,7 @@ class Decode(Backend):
         rows = as_rows(inputs.x).to(dtype)
         logits = torch.mm(rows, inputs.router.to(dtype).t())  # (N, E)
         hidden = torch.mm(rows, inputs.experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
-        routing = ROUTERS[settings.router](logits, settings.top_k, -1)
-        all_chosen = settings.top_k == num_experts and settings.router == DEFAULT_ROUTER
-        gates = routing.routing_weights if all_chosen else dense_gates(routing, num_experts)
+        gates, expert_indices = route_all(settings.router, logits, settings.top_k, -1)
         hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
         output = base_output(inputs, inputs.x.to(settings.dtype))
         total, matrix_B = output.view(-1, output.shape[-1]), inputs.experts_B.flatten(0, 1)
@@ -67,4 +65,4 @@ class Decode(Backend):
             total.addmm_(hidden, matrix_B, alpha=settings.scaling)
         else:
             total.add_(torch.mm(hidden, matrix_B.to(dtype)), alpha=settings.scaling)
-        return Mixture(output, logits.t(), routing.expert_indices.t()), None
+        return Mixture(output, logits.t(), expert_indices.t()), None

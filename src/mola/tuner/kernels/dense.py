@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NO_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import NO_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
 from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import DEFAULT_ROUTER
 
 
 def why_not_written_out(inputs: MixtureInputs) -> str | None:

@@ -34,6 +34,9 @@ BACKENDS: tuple[Backend, ...] = (
     Dense(),
     Reference(),
 )
+# Lets compiled graphs find a layer by its B.
+register = (lambda layer: None) if _cpu_decode is None else _cpu_decode.register
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
@@ -41,12 +44,6 @@ def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | No
     if _cpu_decode is None or _choice():
         return None
     return _cpu_decode.decode_layer(layer, adapter_name, x)
-
-
-def register(layer) -> None:
-    """Let compiled graphs find a layer by its B."""
-    if _cpu_decode is not None:
-        _cpu_decode.register(layer)
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:
@@ -92,13 +89,9 @@ def forced_backend() -> Backend | None:
         MolaError: there is no such backend.
     """
     name = _choice()
-    if not name:
-        return None
-    for backend in BACKENDS:
-        if backend.name == name:
-            return backend
-    names = ", ".join(backend.name for backend in BACKENDS)
-    raise MolaError(f"The environment variable {_CHOICE} must be one of {names}, got {name!r}.")
+    if name and name not in _BY_NAME:
+        raise MolaError(f"The environment variable {_CHOICE} must be one of {', '.join(_BY_NAME)}, got {name!r}.")
+    return _BY_NAME.get(name)
 
 
 @torch.compiler.assume_constant_result

@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, MixtureSettings
-from mola.tuner.routing import ROUTERS, dense_gates, router_backward, router_logits_by_expert, top_k_softmax_backward
+from mola.tuner.kernels.api import MixtureSettings
+from mola.tuner.routing import (
+    DEFAULT_ROUTER,
+    route_all,
+    router_backward,
+    router_logits_by_expert,
+    top_k_softmax_backward,
+)
 
 _native = native.load("gates")  # without numba as yet
 
@@ -43,13 +49,10 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
     if found is not None:
         return Gates(*found)
     logits = router_logits_by_expert(tokens, router)
-    routing = ROUTERS[settings.router](logits, settings.top_k, 0)
-    # Where all are chosen, they are in their own order.
-    all_chosen = settings.top_k == len(router) and settings.router == DEFAULT_ROUTER
-    gates = routing.routing_weights if all_chosen else dense_gates(routing, len(router), 0)
+    gates, expert_indices = route_all(settings.router, logits, settings.top_k, 0)
     weights = gates.mul_(settings.scaling)
     hidden.view(len(router), len(hidden) // len(router), -1).mul_(weights.to(hidden.dtype).unsqueeze(1))
-    return Gates(logits, weights, routing.expert_indices)
+    return Gates(logits, weights, expert_indices)
 
 
 def gates_backward(

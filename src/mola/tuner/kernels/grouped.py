@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import DEFAULT_ROUTER, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
 from mola.tuner.kernels.tensors import as_rows
-from mola.tuner.routing import router_logits_by_expert, top_k_softmax, top_k_softmax_backward
+from mola.tuner.routing import DEFAULT_ROUTER, router_logits_by_expert, top_k_softmax, top_k_softmax_backward
 
 # Of 2 per token, with SmolLM2's shapes and 512 tokens: by MKL 16 take less time this way than all do, and 8 more. Where
 # oneDNN makes the products of all, in half the time, that is so for 24 and 16.

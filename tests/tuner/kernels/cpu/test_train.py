@@ -297,6 +297,12 @@ def test_what_torch_func_looks_at_it_does_not_compute():
     assert reasons == [NOT_PLAIN]
 
 
+@dtypes
+def test_asking_compiles_nothing(dtype, monkeypatch):
+    monkeypatch.setattr(native.load("jit_train"), "_specialize_forward", lambda *formats: pytest.fail("compiled"))
+    assert BACKEND.supports(make((40, 64), 4, dtype, r=5)) is None
+
+
 def test_without_numba_it_computes_nothing(monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: None)
     assert "or no numba" in BACKEND.supports(make((40, 64), 4, torch.float32))

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, NOT_PLAIN, OTHER_ROUTER, Backend, Mixture, MixtureInputs
+from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
 from mola.tuner.kernels.cpu.onednn import fast_linear
 from mola.tuner.kernels.cpu.registry import owner_of
 from mola.tuner.kernels.cpu.registry import register as register
 from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
-from mola.tuner.kernels.decode import MANY_TOKENS, is_decode, why_not_decode
+from mola.tuner.kernels.decode import Decode, is_decode, why_not_decode
 from mola.tuner.kernels.gemm import linear, wants_onednn
 from mola.tuner.kernels.tensors import has_hooks
+from mola.tuner.routing import DEFAULT_ROUTER
 
 
-class CpuDecode(Backend):
+class CpuDecode(Decode):
     """See the module."""
 
     name = "cpu_decode"
@@ -35,19 +36,12 @@ class CpuDecode(Backend):
         x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
         if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
             return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
-        if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
+        if settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
-        if experts_A.dtype is not inputs.experts_B.dtype or not has_kernel(x.dtype, experts_A.dtype):
-            return f"no native function for {x.dtype} with experts in {experts_A.dtype}, or no numba here"
-        if inputs.result is not None and inputs.result.dtype is not x.dtype:
+        reason = _why_unreadable(x, experts_A, inputs.experts_B, router)
+        if reason is None and inputs.result is not None and inputs.result.dtype is not x.dtype:
             return "the base output has another dtype than the input"
-        if not are_plain_cpu_tensors(x, experts_A, inputs.experts_B, router):
-            return NOT_PLAIN
-        return None
-
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """For many tokens."""
-        return None if is_decode(inputs.x) else MANY_TOKENS
+        return reason
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
@@ -104,19 +98,24 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
 def _reads(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> bool:
     """Whether the native function computes these tensors of a layer as they are."""
     parts = layer._modules
-    experts_A, router = (
-        parts["mola_A"]._parameters.get(adapter_name),
-        parts["mola_router"]._parameters.get(adapter_name),
-    )
+    experts_A = parts["mola_A"]._parameters.get(adapter_name)
+    router = parts["mola_router"]._parameters.get(adapter_name)
     return (
         experts_A is not None
         and router is not None
-        and router.dtype is torch.float32
-        and experts_A.dtype is experts_B.dtype
+        and layer.settings[adapter_name].router == DEFAULT_ROUTER
         and not parts["mola_dropout"]._modules[adapter_name].training
-        and _kernel(x.dtype, experts_A.dtype) is not None
-        and are_plain_cpu_tensors(x, experts_A, experts_B, router)
+        and _why_unreadable(x, experts_A, experts_B, router) is None
     )
+
+
+def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: Any) -> str | None:
+    """Why the native function cannot read some tensors; None if it can."""
+    if router.dtype is not torch.float32:
+        return OTHER_ROUTER
+    if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None:
+        return f"no native function for {x.dtype} with experts in {experts_A.dtype}, or no numba here"
+    return None if are_plain_cpu_tensors(x, experts_A, experts_B, router) else NOT_PLAIN
 
 
 def _add_layers_update(output: torch.Tensor, layer: Any, name: str, x: torch.Tensor, experts_B: torch.Tensor) -> None:

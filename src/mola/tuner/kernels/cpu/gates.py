@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import DEFAULT_ROUTER, MixtureSettings
+from mola.tuner.kernels.api import MixtureSettings
 from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
+from mola.tuner.routing import DEFAULT_ROUTER
 
 _MAX_THREADS = 2  # with more of them torch's router product, which shares its work, catches up
 

@@ -14,7 +14,8 @@ import numpy as np
 from numba import types
 
 from mola.tuner.kernels.cpu.jit import compiled, pointer
-from mola.tuner.kernels.cpu.jit_vectors import dot_rows, has_vectors, hold
+from mola.tuner.kernels.cpu.jit_instructions import has_vectors
+from mola.tuner.kernels.cpu.jit_vectors import dot_rows, hold
 
 _TOKENS, _ROWS = 8, 3  # multiplied at once: as many sums as there are registers for; a single token takes no less time
 _AHEAD = 16384  # bytes, chosen with rows of 2 and of 6 KB

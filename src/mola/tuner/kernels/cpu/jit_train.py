@@ -20,6 +20,7 @@ from numba import types
 
 from mola.tuner.kernels.cpu.jit import FORMATS, MATH, compiled, narrow, pointer, widen
 from mola.tuner.kernels.cpu.jit_gates import choose_all, router_logits
+from mola.tuner.kernels.cpu.jit_instructions import has_vectors
 from mola.tuner.kernels.cpu.jit_products import (
     WIDE,
     add_to_tokens,
@@ -32,7 +33,7 @@ from mola.tuner.kernels.cpu.jit_products import (
     split,
     sum_outer,
 )
-from mola.tuner.kernels.cpu.jit_vectors import has_vectors, hold
+from mola.tuner.kernels.cpu.jit_vectors import hold
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
@@ -186,8 +187,15 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
 
 
 @functools.cache
+def has_kernels(values: torch.dtype, products: torch.dtype, params: torch.dtype) -> bool:
+    """Whether there are functions for these dtypes on this processor; asked without compiling them."""
+    known = None not in (FORMATS.get(values), FORMATS.get(products), FORMATS.get(params))
+    return known and params in (torch.float32, products) and has_vectors(in_pairs=products is torch.bfloat16)
+
+
+@functools.cache
 def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dtype, r: int) -> Any:
-    """Router, experts and their update as one function; None for formats or a processor there is none for.
+    """Router, experts and their update as one function, where `has_kernels`.
 
     Args:
         values: of what the router sees; the router is in float32.
@@ -202,14 +210,7 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
         N)`) and `gated` (in the format of products, `(N, top_k, r)`, r made even in bfloat16), and adds the update to
         `output`. `in` and `out` are multiples of `BLOCK`.
     """
-    formats = FORMATS.get(values), FORMATS.get(products), FORMATS.get(params)
-    if (
-        None in formats
-        or params not in (torch.float32, products)
-        or not has_vectors(in_pairs=products is torch.bfloat16)
-    ):
-        return None
-    return _specialize_forward(*formats, r)
+    return _specialize_forward(FORMATS[values], FORMATS[products], FORMATS[params], r)
 
 
 @functools.cache

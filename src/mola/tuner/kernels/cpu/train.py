@@ -7,13 +7,12 @@ processor, dtypes and sizes must be what they were written for.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import (
-    DEFAULT_ROUTER,
     NOT_PLAIN,
     OTHER_ROUTER,
     Backend,
@@ -28,6 +27,7 @@ from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
 from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import DEFAULT_ROUTER
 
 _FUNCTIONS = "jit_train"
 _COLUMNS = 32  # of which the native functions want multiples
@@ -61,7 +61,8 @@ class CpuTrain(Backend):
             return "shapes or dtypes of x, A, B and router do not fit"  # operators of torch say what does not
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
             return NOT_PLAIN
-        if _kernel(inputs) is None:
+        functions = native.load(_FUNCTIONS)
+        if functions is None or not functions.has_kernels(x.dtype, settings.dtype, experts_A.dtype):
             return f"no native function for {settings.dtype}, or no numba or no AVX-512 (for bfloat16 its BF16) here"
         return None
 
@@ -90,7 +91,8 @@ class CpuTrain(Backend):
         matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
         tensors = tokens, rows, *matrices, total, logits, weights, expert_indices, gated
         addresses = [tensor.data_ptr() for tensor in tensors]
-        _kernel(inputs)(*addresses, num_tokens, in_features, out_features, num_experts, top_k, settings.scaling)
+        kernel = native.load(_FUNCTIONS).forward_kernel(inputs.x.dtype, dtype, inputs.experts_A.dtype, r)
+        kernel(*addresses, num_tokens, in_features, out_features, num_experts, top_k, settings.scaling)
         if total is not output:
             output.add_(total)
         return Mixture(output, logits, expert_indices), Saved(x, _Tensors(gated, weights, expert_indices))
@@ -120,14 +122,6 @@ def _fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, rout
         and experts_B.shape[:2] == (num_experts, r)
         and router.shape == (num_experts, in_features)
     )
-
-
-def _kernel(inputs: MixtureInputs) -> Any:
-    functions = native.load(_FUNCTIONS)
-    if functions is None:
-        return None
-    r = inputs.experts_A.shape[1]
-    return functions.forward_kernel(inputs.x.dtype, inputs.settings.dtype, inputs.experts_A.dtype, r)
 
 
 def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, total, wanted: Grads):

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
-jit_vectors = importlib.import_module("mola.tuner.kernels.cpu.jit_vectors")
+jit_instructions = importlib.import_module("mola.tuner.kernels.cpu.jit_instructions")
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ jit_vectors = importlib.import_module("mola.tuner.kernels.cpu.jit_vectors")
     ],
 )
 def test_processors(features, llvm, single, half, monkeypatch):
-    monkeypatch.setattr(jit_vectors, "_features", lambda: features.split(","))
-    monkeypatch.setattr(jit_vectors.llvm, "llvm_version_info", (llvm, 0, 0))
-    assert jit_vectors.has_vectors(in_pairs=False) == single
-    assert jit_vectors.has_vectors(in_pairs=True) == half
+    monkeypatch.setattr(jit_instructions, "_features", lambda: features.split(","))
+    monkeypatch.setattr(jit_instructions.llvm, "llvm_version_info", (llvm, 0, 0))
+    assert jit_instructions.has_vectors(in_pairs=False) == single
+    assert jit_instructions.has_vectors(in_pairs=True) == half
