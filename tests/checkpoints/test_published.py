@@ -127,11 +127,13 @@ def test_one_number_for_all_layers_is_written_as_a_list():
         ({"num_experts": [2, 2]}, r"`num_experts` 2 .*need \(2, 2, 'features'\)"),
         ({"r": [2, 3]}, r"`r` 3 need"),
         ({"num_experts": [2, 1]}, "`num_experts` 1 needs the tensors"),
+        ({"router": "soft"}, "`router` cannot be expressed.*got 'soft'"),
     ],
 )
-def test_what_the_format_can_not_express_is_refused(options, message):
-    config, tensors = adapter([2, 3], **{name: v for name, v in options.items() if name not in ("num_experts", "r")})
-    for name in options.keys() & {"num_experts", "r"}:
+def test_what_the_format_cannot_express_is_refused(options, message):
+    afterwards = {"num_experts", "r", "router"}
+    config, tensors = adapter([2, 3], **{name: v for name, v in options.items() if name not in afterwards})
+    for name in options.keys() & afterwards:
         setattr(config, name, options[name])
     with pytest.raises(MolaError, match=message):
         to_published(config, tensors)

@@ -10,9 +10,10 @@ from torch import nn
 from mola import MolaLinear
 from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.routing import router_logits
+from mola.tuner.routing import ROUTERS, dense_gates, router_logits
 
 from .counting import CountOperators
+from .test_routing import sigmoid_router
 
 GRID = [(1, 1), (2, 1), (2, 2), (5, 1), (5, 2), (5, 5)]
 TOLERANCES = [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)]
@@ -43,6 +44,22 @@ def loop_over_experts(layer, x):
             update = update + gate * settings.scaling * (layer.mola_B["default"][e].t() @ hidden)
         updates.append(update)
     return layer.base_layer(x) + torch.stack(updates).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 64])
+@pytest.mark.parametrize("training", [True, False])
+def test_another_router_of_the_table(num_tokens, training, monkeypatch):
+    """Named in the settings: every way through the layer uses it."""
+    monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
+    layer = make(router="sigmoid").train(training)
+    x = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(1))
+    with torch.set_grad_enabled(training):
+        output = layer(x)
+    gates = dense_gates(sigmoid_router(router_logits(x, layer.mola_router["default"]), 2, -1), 3)
+    hidden = torch.einsum("erd,nd->ner", layer.mola_A["default"], x)
+    update = torch.einsum("ne,ner,ero->no", gates, hidden, layer.mola_B["default"])
+    torch.testing.assert_close(output, layer.base_layer(x) + 4.0 * update, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense_gates(layer.route("default", x), 3), gates)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), GRID)

@@ -313,6 +313,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"router_aux_loss_coef": -1e-3}, "router_aux_loss_coef"),
         ({"router_aux_loss_reduction": "sum"}, "router_aux_loss_reduction"),
+        ({"router": "soft"}, r"`router` must be one of \['top_k_softmax'\], got 'soft'"),
         ({"target_modules": [" q_proj"]}, "spaces"),
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "gaussian"}, "`init_lora_weights` must be True or False"),

@@ -13,6 +13,7 @@ from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import layer_index
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
+from mola.tuner.routing import DEFAULT_ROUTER
 
 _DECODER_LINEAR = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
@@ -83,6 +84,7 @@ def to_published(
 def _check_expressible(config: MolaConfig) -> None:
     refused = {
         "bias": config.bias != "none" and config.bias,
+        "router": config.router != DEFAULT_ROUTER,
         "modules_to_save": config.modules_to_save,
         # Layer 0 is a choice too.
         "layers_to_transform": None if config.layers_to_transform is None else [config.layers_to_transform],

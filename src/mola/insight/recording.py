@@ -13,7 +13,7 @@ import torch
 
 from mola.insight.entropy import router_entropies
 from mola.tuner.layer import MolaLinear
-from mola.tuner.routing import dense_gates, top_k_softmax
+from mola.tuner.routing import dense_gates
 
 
 class ModuleGates(NamedTuple):
@@ -67,9 +67,8 @@ def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
         for adapter in layer.active_adapters:
             if adapter in layer.mola_router:
                 with torch.no_grad():
-                    logits = layer.router_logits(adapter, inputs[0])
-                    gates = dense_gates(top_k_softmax(logits, layer.top_k[adapter]), layer.num_experts[adapter])
-                    entropies = router_entropies(logits, dim=1)
+                    gates = dense_gates(layer.route(adapter, inputs[0]), layer.num_experts[adapter])
+                    entropies = router_entropies(layer.router_logits(adapter, inputs[0]), dim=1)
                 recorded.append(ModuleGates(name, layer.layer_index, gates.cpu(), entropies.cpu()))
 
     return record

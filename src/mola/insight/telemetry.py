@@ -95,12 +95,7 @@ class ExpertTelemetry(TrainerCallback):
             self._take_up(args, state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Write a line, and add to an entry with a training loss."""
         if self._watch is None or not logs or "loss" not in logs:

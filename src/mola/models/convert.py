@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.notation import resolve_per_layer
@@ -138,7 +137,8 @@ def _to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
             f"`--from` must be the format of the source, got {options.source_format!r}: {options.source!r} is in the "
             f"format {found!r}. Pass --from {found}."
         )
-    model, num_layers = _meta_model(base_model, options.trust_remote_code)
+    model = model_on_meta(base_model, options.trust_remote_code)
+    num_layers = count_decoder_layers(model, base_model)
     not_saved: dict[str, Any] = {}
     notes: list[str] = []
     if options.source_format == "published":
@@ -196,13 +196,6 @@ def _read_published(
                 "model."
             )
     return config, tensors
-
-
-def _meta_model(base_model: str, trust_remote_code: bool) -> tuple[PreTrainedModel, int]:
-    """The base model without weights, and its number of decoder layers."""
-    model = model_on_meta(base_model, trust_remote_code)
-    num_layers = count_decoder_layers(model, base_model)
-    return model, num_layers
 
 
 def _to_published(options: ConvertOptions, output: Path) -> ConvertReport:

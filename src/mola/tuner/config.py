@@ -16,6 +16,7 @@ from peft.utils import PeftType
 from mola.architecture.notation import check_notation
 from mola.errors import MolaError
 from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
+from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 
 REDUCTIONS = ("module", "layer")
 _BELOW_0 = math.nextafter(0.0, -1.0)
@@ -54,6 +55,7 @@ class MolaConfig(PeftConfig):
         bias (`str`): "none", "all" or "mola_only", as in PEFT.
         init_lora_weights (`bool`): True starts as the base model (`B` zero); False draws `B` at random
             too, for tests.
+        router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
         router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3
             together with the "layer" reduction.
         router_aux_loss_reduction (`str`): "module" = one loss per router, averaged, padding and ignored
@@ -83,6 +85,7 @@ class MolaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
     init_lora_weights: bool = True
+    router: str = DEFAULT_ROUTER
     router_aux_loss_coef: float = 0.0
     router_aux_loss_reduction: str = "module"
     router_z_loss_coef: float = 0.0
@@ -133,13 +136,10 @@ class MolaConfig(PeftConfig):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and low < value < high):
                 raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
-        if self.router_aux_loss_reduction not in REDUCTIONS:
-            raise MolaError(
-                f"`router_aux_loss_reduction` must be one of {list(REDUCTIONS)}, "
-                f"got {self.router_aux_loss_reduction!r}."
-            )
-        if self.bias not in ("none", "all", "mola_only"):
-            raise MolaError(f"`bias` must be 'none', 'all' or 'mola_only', got {self.bias!r}.")
+        choices = {"router": ROUTERS, "router_aux_loss_reduction": REDUCTIONS, "bias": ("none", "all", "mola_only")}
+        for name, known in choices.items():
+            if getattr(self, name) not in tuple(known):
+                raise MolaError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
         if not isinstance(self.init_lora_weights, bool):
             raise MolaError(f"`init_lora_weights` must be True or False, got {self.init_lora_weights!r}.")
 

@@ -16,7 +16,7 @@ from mola.tuner.kernels.dispatch import decode_layer, mixture, register
 from mola.tuner.kernels.tensors import has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
-from mola.tuner.routing import Routing, router_logits, top_k_softmax
+from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ExpertSettings:
     top_k: int
     lora_alpha: float
     lora_dropout: float = 0.0
+    router: str = DEFAULT_ROUTER
     router_jitter_noise: float = 0.0
     init_lora_weights: bool = True
 
@@ -137,9 +138,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         if router is not None:
             # The router stays float32 on a half-precision base: put back the values from before the cast.
             moved = self.mola_router[adapter_name]
-            self.mola_router[adapter_name] = nn.Parameter(
-                router.detach().to(moved.device), requires_grad=moved.requires_grad
-            )
+            self.mola_router[adapter_name] = nn.Parameter(router.detach().to(moved.device), moved.requires_grad)
 
     # ------------------------------------------------------------------ forward
 
@@ -203,12 +202,14 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = experts_A.dtype if self.cast_input_dtype_enabled else x.dtype
+        own = self.settings[adapter_name]
         settings = MixtureSettings(
             self.top_k[adapter_name],
             self.scaling[adapter_name],
             dtype,
             dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-            self.settings[adapter_name].router_jitter_noise if self.training else 0.0,
+            own.router_jitter_noise if self.training else 0.0,
+            own.router,
             needs_router_output=self._records(),
         )
         result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
@@ -217,9 +218,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def _records(self) -> bool:
         """Whether somebody wants what the router gives in this forward pass."""
-        if not self.training:
-            return False
-        return any(recorder is not None and recorder.collecting for recorder in (self.router_losses, self.observer))
+        return self.training and any(
+            each is not None and each.collecting for each in (self.router_losses, self.observer)
+        )
 
     def _record(self, adapter_name: str, output: RouterOutput) -> None:
         # Recorded as it is: sums are taken outside, where gradient checkpointing does not recompute.
@@ -230,7 +231,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
         """Chosen experts of `x: (..., in)` and their gates, without jitter."""
-        return top_k_softmax(self.router_logits(adapter_name, x), self.top_k[adapter_name])
+        choose = ROUTERS[self.settings[adapter_name].router]
+        return choose(self.router_logits(adapter_name, x), self.top_k[adapter_name], -1)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits of `x: (..., in)`: float32 `(N, E)`.

@@ -148,6 +148,7 @@ class MolaModel(BaseTuner):
             **{name: values[position] for name, values in lists.items()},
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
+            router=config.router,
             router_jitter_noise=config.router_jitter_noise,
             init_lora_weights=config.init_lora_weights,
         )

@@ -27,9 +27,7 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    hashable_values = getattr(PeftType, "_hashable_values_", None)
-    if hashable_values is not None:
-        hashable_values.append(name)
+    getattr(PeftType, "_hashable_values_", []).append(name)
     return member
 
 

@@ -17,13 +17,10 @@ class RouterOutput(NamedTuple):
 
 
 class RouterCollector(Protocol):
-    """Reads `MolaLinear.router_outputs` after a forward pass of `model`: `RouterLosses`."""
+    """Reads `MolaLinear.router_outputs` after a forward pass of `model` if it is `collecting`: `RouterLosses`."""
 
     model: nn.Module
-
-    @property
-    def collecting(self) -> bool:
-        """Whether router outputs are wanted in this forward pass."""
+    collecting: bool
 
 
 class RouterObserver(Protocol):
