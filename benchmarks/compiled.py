@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from benchmarks.cases import make_case
-from benchmarks.contestants import TAKES_PART, Contestant, build, make_step
 from benchmarks.measure import Times, ratio, ratios, time_interleaved
 from benchmarks.models import Case, load_base, training_batch
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import TAKES_PART, Provider, build, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +41,19 @@ class Graphs(NamedTuple):
 
 
 class TokensIn(nn.Module):
-    """A contestant, or its compiled forward, behind the look-up of its embeddings.
+    """A provider, or its compiled forward, behind the look-up of its embeddings.
 
     Their output asks for a gradient here as in every suite. The hook that does it elsewhere changes a tensor in
-    place, which no graph can hold: every contestant would be cut in pieces.
+    place, which no graph can hold: every provider would be cut in pieces.
     """
 
-    def __init__(self, contestant: Any, forward_of: Callable[..., Any]) -> None:
+    def __init__(self, provider: Any, forward_of: Callable[..., Any]) -> None:
         super().__init__()
-        self.contestant: Any = contestant
+        self.provider: Any = provider
         self._forward_of = [forward_of]  # in a list: a second name for the same parameters is no second module
 
     def forward(self, input_ids: torch.Tensor, **batch: Any) -> Any:
-        embedded = self.contestant.get_input_embeddings()(input_ids)
+        embedded = self.provider.get_input_embeddings()(input_ids)
         return self._forward_of[0](inputs_embeds=embedded.requires_grad_(), **batch)
 
 
@@ -62,18 +62,18 @@ def compile_steps(options: BenchmarkOptions, model: str, folder: Path) -> Iterat
     for dtype in options.dtype:
         case = make_case(options, model, folder, dtype, options.dropout[0])
         base = load_base(case)
-        names = [name for name in TAKES_PART["compile"] if name in options.contestants]
-        contestants = [build(name, base, case) for name in names]
-        for each in contestants:
+        names = [name for name in TAKES_PART["compile"] if name in options.providers]
+        providers = [build(name, base, case) for name in names]
+        for each in providers:
             each.model.disable_input_require_grads()
-        yield from _measure(options, case, contestants)
+        yield from _measure(options, case, providers)
 
 
-def _measure(options: BenchmarkOptions, case: Case, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    batch = training_batch(case, contestants[0].model.config.vocab_size)
+def _measure(options: BenchmarkOptions, case: Case, providers: list[Provider]) -> list[dict[str, Any]]:
+    batch = training_batch(case, providers[0].model.config.vocab_size)
     torch._dynamo.reset()  # graphs of other shapes would make these dynamic
     eager, compiled, built = {}, {}, {}
-    for each in contestants:
+    for each in providers:
         logger.info("compile: %s, %s, dropout %g: %s", case.model, case.dtype, case.dropout, each.name)
         eager[each.name], compiled[each.name] = (make_step(one, batch, case) for one in both(each.model, options, None))
         built[each.name] = _first_step(compiled[each.name])
@@ -94,12 +94,12 @@ def _measure(options: BenchmarkOptions, case: Case, contestants: list[Contestant
         | built[each.name]
         | {"graphs_while_measured": recompiled}
         | _over_lengths(options, case, each)
-        for each in contestants
+        for each in providers
     ]
 
 
 def both(model: nn.Module, options: BenchmarkOptions, dynamic: bool | None) -> tuple[TokensIn, TokensIn]:
-    """A contestant as it is, and with its forward compiled: in a wrapper, the model itself stays eager."""
+    """A provider as it is, and with its forward compiled: in a wrapper, the model itself stays eager."""
     compiled = torch.compile(model, backend=options.compile_backend, dynamic=dynamic)
     return TokensIn(model, model), TokensIn(model, compiled)
 
@@ -123,14 +123,14 @@ def _clocks(kind: str, times: Times) -> dict[str, Any]:
     return {f"{kind}_{clock}": summary for clock, summary in times.row().items()}
 
 
-def _over_lengths(options: BenchmarkOptions, case: Case, contestant: Contestant) -> dict[str, Any]:
+def _over_lengths(options: BenchmarkOptions, case: Case, provider: Provider) -> dict[str, Any]:
     """Graphs over padded batches of several lengths, and the time of a pass over them once they are compiled."""
     torch._dynamo.reset()
     case = replace(case, optimizer=False)  # every length would have one of its own
-    logger.info("compile: %s: batches of %s tokens", contestant.name, options.compile_lengths)
-    vocabulary = contestant.model.config.vocab_size
+    logger.info("compile: %s: batches of %s tokens", provider.name, options.compile_lengths)
+    vocabulary = provider.model.config.vocab_size
     batches = [padded_batch(case, vocabulary, length) for length in options.compile_lengths]
-    models = both(contestant.model, options, True if options.compile_dynamic else None)
+    models = both(provider.model, options, True if options.compile_dynamic else None)
     eager, compiled = ([make_step(one, batch, case) for batch in batches] for one in models)
     shuffled, graphs = random.Random(case.seed), []
     start, before = time.perf_counter(), Graphs.now()

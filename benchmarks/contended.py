@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases import PROMPT_TOKENS, prepare_torch
-from benchmarks.contestants import build, make_step
 from benchmarks.measure import time_interleaved
 from benchmarks.models import PROJECT, Case, load_base, training_batch
 from benchmarks.neighbours import busy_seconds
+from benchmarks.providers import build, make_step
 
 ACTIONS = ("step", "generate")
 NEW_TOKENS = 8  # few, so that even a crawling one ends

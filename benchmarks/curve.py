@@ -24,10 +24,10 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.cases import make_case
-from benchmarks.contestants import Contestant, build, make_forward, trainable_parameters
 from benchmarks.experts import copy_experts
 from benchmarks.models import Case, load_base
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import Provider, build, make_forward, trainable_parameters
 from benchmarks.text import has_text, text_batches
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ class Curves:
 
     Attributes:
         name: who it is and what differs.
-        contestant: the model after the last seed.
+        provider: the model after the last seed.
         losses: `(seeds, steps)`.
         idle_experts: share of matrices A without a gradient, over all steps: of experts that no token chose. None are
             in mola, where an expert is a part of one parameter.
     """
 
     name: str
-    contestant: Contestant
+    provider: Provider
     losses: list[list[float]]
     idle_experts: float
 
@@ -80,15 +80,15 @@ def curve(options: BenchmarkOptions, model: str, folder: Path) -> list[Row]:
 def _measure(options: BenchmarkOptions, base: PreTrainedModel, case: Case, seeds: Sequence[int]) -> list[Row]:
     """Rows of one case."""
     batches = text_batches(case, options.curve_steps)
-    variants = ["mola"] + ["loop"] * ("loop" in options.contestants)
+    variants = ["mola"] + ["loop"] * ("loop" in options.providers)
     variants += [] if case.dropout else ["mola, rounded", "mola, other weights"]
     curves = [_train_seeds(name, base, case, seeds, batches) for name in variants]
     rows = []
     for each in curves:
-        shared = {"contestant": each.name, "steps": options.curve_steps, "learning_rate": LEARNING_RATE}
+        shared = {"provider": each.name, "steps": options.curve_steps, "learning_rate": LEARNING_RATE}
         seen = {"seeds": list(seeds), "losses": each.losses, "idle_experts": each.idle_experts}
         reference = None if each is curves[0] else curves[0].losses
-        rows.append(case.row() | each.contestant.row() | shared | seen | compare(each.losses, reference))
+        rows.append(case.row() | each.provider.row() | shared | seen | compare(each.losses, reference))
     return rows
 
 
@@ -121,45 +121,45 @@ def _train_seeds(name: str, base: PreTrainedModel, case: Case, seeds: Sequence[i
     losses, idle = [], []
     for seed in seeds:
         said = f"curve: {case.model}, {case.dtype}, dropout {case.dropout:g}, {name}, seed {seed}"
-        contestant = _build_variant(name, base, replace(case, seed=seed))
+        provider = _build_variant(name, base, replace(case, seed=seed))
         torch.manual_seed(seed)  # of the masks
-        one, unused = _train(contestant, case, batches, said)
+        one, unused = _train(provider, case, batches, said)
         losses.append(one)
         idle.append(unused)
-    return Curves(name, contestant, losses, float(np.mean(idle)))
+    return Curves(name, provider, losses, float(np.mean(idle)))
 
 
-def _build_variant(name: str, base: PreTrainedModel, case: Case) -> Contestant:
+def _build_variant(name: str, base: PreTrainedModel, case: Case) -> Provider:
     if name == "mola, other weights":
         return build("mola", base, replace(case, seed=case.seed + _OTHER), fresh=True)
-    contestant = build("mola", base, case, fresh=True)
+    provider = build("mola", base, case, fresh=True)
     if name == "mola, rounded":
-        _round_otherwise(contestant, case.dtype)
+        _round_otherwise(provider, case.dtype)
     if name != "loop":
-        return contestant
+        return provider
     loop = build("loop", base, case, fresh=True)
-    copy_experts(contestant.model, loop.model)
+    copy_experts(provider.model, loop.model)
     return loop
 
 
 @torch.no_grad()
-def _round_otherwise(contestant: Contestant, dtype: str) -> None:
+def _round_otherwise(provider: Provider, dtype: str) -> None:
     """Change every weight by up to half the distance to the next number of the format."""
     half = torch.finfo(getattr(torch, dtype)).eps / 2
-    for parameter in trainable_parameters(contestant.model):
+    for parameter in trainable_parameters(provider.model):
         parameter.mul_(1 + half * (2 * torch.rand_like(parameter) - 1))
 
 
-def _train(contestant: Contestant, case: Case, batches: list[Batch], said: str) -> tuple[list[float], float]:
+def _train(provider: Provider, case: Case, batches: list[Batch], said: str) -> tuple[list[float], float]:
     """Losses before every step, and the share of expert matrices that had no gradient."""
-    parameters = trainable_parameters(contestant.model)
-    experts = [each for name, each in contestant.model.named_parameters() if "_A." in name]
+    parameters = trainable_parameters(provider.model)
+    experts = [each for name, each in provider.model.named_parameters() if "_A." in name]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     losses: list[float] = []
     idle, start = 0, time.perf_counter()
     for index, batch in enumerate(batches, 1):
         optimizer.zero_grad()
-        loss = make_forward(contestant.model, batch, case)()
+        loss = make_forward(provider.model, batch, case)()
         loss.backward()
         idle += sum(each.grad is None for each in experts)
         optimizer.step()

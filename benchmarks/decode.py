@@ -13,10 +13,10 @@ import torch
 from transformers import CompileConfig
 
 from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, make_case
-from benchmarks.contestants import TAKES_PART, Contestant, build
 from benchmarks.measure import ratios, time_interleaved
 from benchmarks.models import Case, load_base
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import TAKES_PART, Provider, build
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +28,21 @@ def decode(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict
         base = load_base(case)
         for mode, batch_size in itertools.product(options.decode_modes, options.decode_batch_sizes):
             logger.info("decode: %s, %s, %s, batch %s", model, dtype, mode, batch_size)
-            names = [name for name in TAKES_PART["decode"] if name in options.contestants]
-            contestants = [build(name, base, case, inference=True) for name in names]
-            yield from _measure(options, case, contestants, mode, batch_size)
+            names = [name for name in TAKES_PART["decode"] if name in options.providers]
+            providers = [build(name, base, case, inference=True) for name in names]
+            yield from _measure(options, case, providers, mode, batch_size)
 
 
 def _measure(
-    options: BenchmarkOptions, case: Case, contestants: list[Contestant], mode: str, batch_size: int
+    options: BenchmarkOptions, case: Case, providers: list[Provider], mode: str, batch_size: int
 ) -> list[dict[str, Any]]:
     torch._dynamo.reset()  # graphs of another batch size would make these dynamic
-    vocabulary = contestants[0].model.config.vocab_size
+    vocabulary = providers[0].model.config.vocab_size
     generator = torch.Generator().manual_seed(case.seed)
     prompt = torch.randint(3, vocabulary, (batch_size, PROMPT_TOKENS), generator=generator).to(case.device)
     arguments = _arguments(mode, case.device)
     actions, graphs = {}, {}
-    for each in contestants:
+    for each in providers:
         action = functools.partial(_generate, each.model, prompt, arguments)
         before = _graphs()
         action()
@@ -52,13 +52,13 @@ def _measure(
     times = time_interleaved(actions, options.repeats, options.warmup, case.device)
     recompiled = _graphs() - before
     rows = []
-    for each in contestants:
+    for each in providers:
         name = _name(each)
         measured = times[name].row()
         rows.append(
             case.row()
             | each.row()
-            | {"contestant": name, "mode": mode, "batch_size": batch_size, "seq_len": PROMPT_TOKENS + NEW_TOKENS}
+            | {"provider": name, "mode": mode, "batch_size": batch_size, "seq_len": PROMPT_TOKENS + NEW_TOKENS}
             | {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
             | {"graphs": graphs[each.name], "graphs_while_measured": recompiled}
             | measured
@@ -69,8 +69,8 @@ def _measure(
     return rows
 
 
-def _name(contestant: Contestant) -> str:
-    return "base" if contestant.name == "floor" else contestant.name  # without gradients it is nothing special
+def _name(provider: Provider) -> str:
+    return "base" if provider.name == "frozen" else provider.name  # without gradients it is nothing special
 
 
 def _arguments(mode: str, device: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import make_case
-from benchmarks.contestants import TAKES_PART, build, make_step
 from benchmarks.measure import Times, ratios, time_interleaved
 from benchmarks.models import Case, growth_base, training_batch
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import TAKES_PART, build, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str,
     listed = replace(case, num_experts=[case.num_experts] * options.growth_layers)
     base = growth_base(listed, options.growth_layers)
     batch = training_batch(listed, base.config.vocab_size)
-    contestants = [build(name, base, listed) for name in options.contestants if name in TAKES_PART["growth"]]
-    actions = {each.name: make_step(each.model, batch, listed) for each in contestants}
+    providers = [build(name, base, listed) for name in options.providers if name in TAKES_PART["growth"]]
+    actions = {each.name: make_step(each.model, batch, listed) for each in providers}
     times = time_interleaved(actions, options.repeats, options.warmup, case.device)
     shared = {"over": over, "tokens": tokens, "num_layers": options.growth_layers}
     return [
@@ -50,13 +50,13 @@ def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str,
         | times[each.name].row()
         | ratios(times, each.name)
         | _overhead(times, each.name)
-        for each in contestants
+        for each in providers
     ]
 
 
 def _overhead(times: dict[str, Times], name: str) -> dict[str, float | None]:
-    """Median time above the floor, in units of what LoRA adds; None where LoRA's own is lost in the noise."""
-    if not {"floor", "lora_8"} <= set(times):
+    """Median time above the frozen base, in units of what LoRA adds; None where LoRA's own is lost in the noise."""
+    if not {"frozen", "lora_8"} <= set(times):
         return {}
-    floor, lora, own = (times[each].row()["seconds"]["median"] for each in ("floor", "lora_8", name))
-    return {"overhead_in_lora_8": (own - floor) / (lora - floor) if lora > floor else None}
+    frozen, lora, own = (times[each].row()["seconds"]["median"] for each in ("frozen", "lora_8", name))
+    return {"overhead_in_lora_8": (own - frozen) / (lora - frozen) if lora > frozen else None}

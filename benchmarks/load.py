@@ -13,10 +13,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.cases import make_case
-from benchmarks.contestants import TAKES_PART, build
 from benchmarks.measure import ratios, time_interleaved
 from benchmarks.models import Case, load_base
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import TAKES_PART, build
 from mola.models.loading import load_model
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,13 @@ def _save(options: BenchmarkOptions, case: Case, parent: Path) -> dict[str, dict
     base = load_base(case)
     sizes = {}
     for name in TAKES_PART["load"]:
-        if name in options.contestants and name != "floor":
-            contestant = build(name, base, case)
-            contestant.model.save_pretrained(parent / name)
+        if name in options.providers and name != "frozen":
+            provider = build(name, base, case)
+            provider.model.save_pretrained(parent / name)
             files = {file.name: file.stat().st_size for file in (parent / name).iterdir()}
             weights = files["adapter_model.safetensors"]
             size = {"adapter_bytes": weights, "folder_bytes": sum(files.values())}
-            sizes[name] = contestant.row() | size
+            sizes[name] = provider.row() | size
     return sizes
 
 
@@ -58,7 +58,7 @@ def _measure(
         actions[f"{name} by mola.load_model"] = functools.partial(_with_mola, case, parent / name)
     times = time_interleaved(actions, options.repeats, options.warmup, case.device)
     return [
-        case.row() | sizes.get(_adapter(name), {}) | {"contestant": name} | measured.row() | ratios(times, name)
+        case.row() | sizes.get(_adapter(name), {}) | {"provider": name} | measured.row() | ratios(times, name)
         for name, measured in times.items()
     ]
 

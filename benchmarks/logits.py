@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import cases
-from benchmarks.contestants import build, make_step
 from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import build, make_step
 from benchmarks.text import has_text, question_batch
 from mola.training.needed_logits import needed_logits
 

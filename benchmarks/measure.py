@@ -1,4 +1,4 @@
-"""Timing that holds on a shared machine: contestants take turns, and the processor's own seconds are counted."""
+"""Timing that holds on a shared machine: providers take turns, and the processor's own seconds are counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass
 class Times:
-    """Seconds of one contestant, one entry per measured round.
+    """Seconds of one provider, one entry per measured round.
 
     Attributes:
         cpu_seconds: of this process, all threads together.
@@ -54,10 +54,10 @@ def ratio(times: Times, reference: Times) -> dict[str, Any]:
 
 
 def ratios(all_times: Mapping[str, Times], name: str) -> dict[str, Any]:
-    """Ratios of one contestant to `floor` (or `base`) and `lora_8`, as far as these took part."""
+    """Ratios of one provider to `frozen` (or `base`) and `lora_8`, as far as these took part."""
     return {
         f"ratio_to_{reference}": ratio(all_times[name], all_times[reference])
-        for reference in ("floor", "base", "lora_8")
+        for reference in ("frozen", "base", "lora_8")
         if reference in all_times
     }
 

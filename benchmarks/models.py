@@ -1,4 +1,4 @@
-"""Base models and batches that every contestant gets alike."""
+"""Base models and batches that every provider gets alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROWTH_VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One combination in which contestants are compared; plain values, so it travels as JSON."""
+    """One combination in which providers are compared; plain values, so it travels as JSON."""
 
     model: str
     folder: str

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.contestants import CONTESTANTS, TAKES_PART
+from benchmarks.providers import PROVIDERS, TAKES_PART
 from mola.errors import MolaError
 from mola.options.fields import option
 
@@ -45,8 +45,8 @@ class BenchmarkOptions:
     dropout: list[float] = _several(
         [0.0, 0.05], "Dropout on the adapters' input. growth, contention, outliers, compile use the first."
     )
-    contestants: list[str] = _several(
-        CONTESTANTS,
+    providers: list[str] = _several(
+        PROVIDERS,
         "Who takes part; lora_equal is in none of decode, load, growth, compile, the loop in growth only; contention, "
         "outliers, telemetry, logits, redundancy have mola; curve compares the loop with mola.",
     )
@@ -55,7 +55,7 @@ class BenchmarkOptions:
     num_experts: str = option("2468", "Experts of mola and the loop, in any notation of MolaConfig.")
     r: int = option(8, "Rank of each expert.")
     top_k: int = option(2, "Experts used per token.")
-    repeats: int = option(5, "Measured rounds; every round runs each contestant once.")
+    repeats: int = option(5, "Measured rounds; every round runs each provider once.")
     warmup: int = option(1, "Rounds before them that do not count.")
     optimizer: bool = option(False, "Make AdamW part of the step.")
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes CUDA if there is one.")
@@ -83,7 +83,7 @@ class BenchmarkOptions:
         for name, known in (
             ("suite", SUITES),
             ("dtype", DTYPES),
-            ("contestants", CONTESTANTS),
+            ("providers", PROVIDERS),
             ("decode_modes", DECODE_MODES),
         ):
             _check_names(name, getattr(self, name), known)
@@ -109,11 +109,11 @@ class BenchmarkOptions:
         if min(self.compile_lengths) < 2:
             raise MolaError(f"`compile_lengths` must be at least 2: got {min(self.compile_lengths)}.")
         for suite in self.suite:
-            known = TAKES_PART.get(suite, CONTESTANTS)
-            if not set(known) & set(self.contestants):
+            known = TAKES_PART.get(suite, PROVIDERS)
+            if not set(known) & set(self.providers):
                 raise MolaError(
-                    f"`contestants` must hold one of {', '.join(known)} for the suite {suite}: got "
-                    f"{' '.join(self.contestants)}. Add one, or leave {suite} out of `suite`."
+                    f"`providers` must hold one of {', '.join(known)} for the suite {suite}: got "
+                    f"{' '.join(self.providers)}. Add one, or leave {suite} out of `suite`."
                 )
         uneven = [tokens for tokens in self.growth_tokens if tokens % self.seq_len]
         if uneven and "growth" in self.suite:

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from benchmarks.cases import make_case
-from benchmarks.contestants import build, make_forward, trainable_parameters
 from benchmarks.curve import LEARNING_RATE
 from benchmarks.measure import Times, ratio, time_interleaved
 from benchmarks.models import Case, load_base
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import build, make_forward, trainable_parameters
 from benchmarks.subnormal import Numbers, RankSpace
 from benchmarks.text import has_text, text_batches
 from mola.tuner.layer import MolaLinear

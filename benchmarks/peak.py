@@ -1,4 +1,4 @@
-"""Peak memory of training steps, each contestant in a process of its own: `python -m benchmarks.peak < JOB.json`."""
+"""Peak memory of training steps, each provider in a process of its own: `python -m benchmarks.peak < JOB.json`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import prepare_torch
-from benchmarks.contestants import build, make_step, trainable_parameters
 from benchmarks.models import PROJECT, Case, load_base, training_batch
+from benchmarks.providers import build, make_step, trainable_parameters
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -24,7 +24,7 @@ STEPS = 2  # after one that fills the caches of libraries
 
 
 def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, Any]:
-    """Peak memory of a contestant's steps above what it holds when loaded; gradients and AdamW's state count.
+    """Peak memory of a provider's steps above what it holds when loaded; gradients and AdamW's state count.
 
     Returns:
         `peak_bytes` and `loaded_bytes`, and `method`, how they were read.
@@ -32,7 +32,7 @@ def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, A
     Raises:
         RuntimeError: the process failed; its error output is in the message.
     """
-    job = json.dumps({"contestant": name, "case": asdict(case), "threads": threads})
+    job = json.dumps({"provider": name, "case": asdict(case), "threads": threads})
     command = [sys.executable, "-m", "benchmarks.peak"]
     done = subprocess.run(command, input=job, capture_output=True, text=True, cwd=PROJECT, check=False)
     if done.returncode != 0:
@@ -43,13 +43,13 @@ def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, A
 def measure(name: str, case: Case) -> dict[str, Any]:
     """As `measure_in_fresh_process`, in this process, which should have done nothing else before."""
     base = load_base(case)
-    contestant = build(name, base, case)
+    provider = build(name, base, case)
     batch = training_batch(case, base.config.vocab_size)
-    step = make_step(contestant.model, batch, case)
-    for parameter in contestant.model.parameters():
+    step = make_step(provider.model, batch, case)
+    for parameter in provider.model.parameters():
         parameter.sum()  # weights that are mapped from their file come into memory when they are first read
-    make_step(contestant.model, batch, replace(case, optimizer=False))()
-    for parameter in trainable_parameters(contestant.model):
+    make_step(provider.model, batch, replace(case, optimizer=False))()
+    for parameter in trainable_parameters(provider.model):
         parameter.grad = None
     gc.collect()
     if torch.device(case.device).type == "cuda":
@@ -119,7 +119,7 @@ def main() -> int:
     job = json.load(sys.stdin)
     case = Case(**job["case"])
     prepare_torch(case.device, job["threads"])
-    print(json.dumps(measure(job["contestant"], case)))
+    print(json.dumps(measure(job["provider"], case)))
     return 0
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Style(NamedTuple):
-    """How a contestant is drawn; markers differ too, for readers who see few colours."""
+    """How a provider is drawn; markers differ too, for readers who see few colours."""
 
     label: str
     color: str
@@ -37,7 +37,7 @@ STYLES = {
     "loop": Style("loop over experts", "#D55E00", "s"),
     "mola": Style("mola", "#009E73", "^"),
 }
-_FLOOR_LABEL = "frozen layers"
+_FROZEN_LABEL = "frozen layers"
 _SPARE = [("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P")]
 _AXIS = {"experts": "experts per module", "tokens": "tokens per step"}
 _INK = "#333333"
@@ -165,7 +165,7 @@ def draw(growth: Growth) -> Figure:
         for panel in growth.panels:
             _draw_panel(all_axes[rows.index(panel.over), columns.index(panel.dtype)], panel, styles)
         lines = {line.get_label(): line for axes in all_axes.flat for line in axes.get_lines()}
-        labels = [*(style.label for style in styles.values()), _FLOOR_LABEL]
+        labels = [*(style.label for style in styles.values()), _FROZEN_LABEL]
         handles = [lines[label] for label in labels]
         figure.legend(handles, labels, loc="outside upper center", ncols=_LABELS_PER_PANEL * len(columns))
         figure.supylabel("step time / step time of the frozen layers", fontsize=9)
@@ -175,7 +175,7 @@ def draw(growth: Growth) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
     axes.set_visible(True)
-    axes.axhline(1, color=_INK, linewidth=0.8, linestyle="--", label=_FLOOR_LABEL)
+    axes.axhline(1, color=_INK, linewidth=0.8, linestyle="--", label=_FROZEN_LABEL)
     for name, points in panel.curves.items():
         style, (x, median, low, high) = styles[name], zip(*points, strict=True)
         axes.fill_between(x, low, high, color=style.color, alpha=0.2, linewidth=0)
@@ -197,7 +197,7 @@ def _panel_title(panel: Panel) -> str:
 
 
 def _styles(growth: Growth) -> dict[str, Style]:
-    """Of the contestants that are there; one this file does not know goes by its own name."""
+    """Of the providers that are there; one this file does not know goes by its own name."""
     names = list(dict.fromkeys(name for panel in growth.panels for name in panel.curves))
     spare = itertools.cycle(_SPARE)
     unknown = {name: Style(name, *next(spare)) for name in names if name not in STYLES}

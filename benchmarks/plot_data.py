@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from mola.errors import MolaError
 
 OVER = {"experts": "num_experts", "tokens": "tokens"}  # what grows -> the key of its number
-FLOOR = "floor"  # 1 by definition, so it is no curve
+FROZEN = "frozen"  # 1 by definition, so it is no curve
 # Curves of different conditions would not be comparable.
 _SAME_IN_ROWS = ("model", "num_layers", "dropout", "r", "optimizer")
 _SAME_IN_RECORDS = ("cpu", "gpu", "device", "threads", "versions", "top_k")
 
 
 class Point(NamedTuple):
-    """A measured time over that of the floor, at a number of experts or tokens."""
+    """A measured time over that of the frozen base, at a number of experts or tokens."""
 
     x: int
     median: float
@@ -34,7 +34,7 @@ class Panel:
         over: what grows: experts or tokens.
         dtype: of the frozen base.
         fixed: tokens of a step where experts grow, experts per module where tokens grow.
-        curves: contestant -> points in the order of x.
+        curves: provider -> points in the order of x.
     """
 
     over: str
@@ -119,10 +119,10 @@ def _rows(path: str, record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             "growth`."
         )
     for row in rows:
-        if "ratio_to_floor" not in row:
+        if "ratio_to_frozen" not in row:
             raise MolaError(
                 f"`results` must hold times over those of the frozen layers: {path!r} has none for "
-                f"{row.get('contestant')!r}. Measure again with {FLOOR} among --contestants."
+                f"{row.get('provider')!r}. Measure again with {FROZEN} among --providers."
             )
         yield row
 
@@ -165,7 +165,7 @@ def _check_same(names: Sequence[str], sources: Sequence[tuple[str, Mapping[str, 
 def _panels(sources: Sequence[_Source]) -> list[Panel]:
     panels: dict[tuple[str, str], Panel] = {}
     for path, row in sources:
-        over, dtype, name = row["over"], row["dtype"], row["contestant"]
+        over, dtype, name = row["over"], row["dtype"], row["provider"]
         fixed = row["tokens" if over == "experts" else "num_experts"]
         panel = panels.setdefault((over, dtype), Panel(over, dtype, fixed))
         if fixed != panel.fixed:
@@ -173,10 +173,10 @@ def _panels(sources: Sequence[_Source]) -> list[Panel]:
                 f"`results` that grow over {over} in {dtype} must agree in the rest: {path!r} has {fixed} where others "
                 f"have {panel.fixed}. Draw them separately."
             )
-        if name == FLOOR:
+        if name == FROZEN:
             continue
         points = panel.curves.setdefault(name, [])
-        point = Point(row[OVER[over]], *(float(row["ratio_to_floor"][key]) for key in ("median", "p20", "p80")))
+        point = Point(row[OVER[over]], *(float(row["ratio_to_frozen"][key]) for key in ("median", "p20", "p80")))
         if point.x in {other.x for other in points}:
             raise MolaError(
                 f"`results` must hold every point once: {name} in {dtype} with {point.x} {over} comes twice, the "
@@ -185,7 +185,7 @@ def _panels(sources: Sequence[_Source]) -> list[Panel]:
         points.append(point)
     drawn = [panel for panel in panels.values() if panel.curves]
     if not drawn:
-        raise MolaError(f"`results` must hold another contestant than {FLOOR}. Measure again with mola.")
+        raise MolaError(f"`results` must hold another provider than {FROZEN}. Measure again with mola.")
     for panel in drawn:
         for points in panel.curves.values():
             points.sort()

@@ -45,22 +45,22 @@ def _text(key: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(key, "-"))
 
 
-NAME = Column("contestant", _text("contestant"))
+NAME = Column("provider", _text("provider"))
 SIZE = [
     Column("rank", _number("rank")),
     Column("trainable", _number("trainable_parameters")),
 ]
-FLOOR = Column("x floor", _spread("ratio_to_floor", "{:.3f}"))
+FROZEN = Column("x frozen", _spread("ratio_to_frozen", "{:.3f}"))
 LORA = Column("x lora_8", _spread("ratio_to_lora_8", "{:.3f}"))
 SECONDS = [Column("seconds", _spread("seconds", "{:.3f}")), Column("on the clock", _spread("wall_seconds", "{:.3f}"))]
 
 COLUMNS: dict[str, list[Column]] = {
-    "step": [NAME, *SIZE, *SECONDS, Column("tokens/s", _number("tokens_per_second", "{:,.0f}")), FLOOR, LORA],
+    "step": [NAME, *SIZE, *SECONDS, Column("tokens/s", _number("tokens_per_second", "{:,.0f}")), FROZEN, LORA],
     "memory": [
         NAME,
         *SIZE,
         Column("peak MiB", _mebibytes("peak_bytes")),
-        Column("above floor", _mebibytes("peak_bytes_above_floor")),
+        Column("above frozen", _mebibytes("peak_bytes_above_frozen")),
         Column("kept MiB", _mebibytes("saved_bytes")),
         Column("kept B/token/linear", _number("saved_bytes_per_token_and_linear", "{:,.0f}")),
         Column("each save counted", _number("saved_bytes_repeated_per_token_and_linear", "{:,.0f}")),
@@ -95,7 +95,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("experts", _number("num_experts")),
         Column("tokens", _number("tokens")),
         Column("seconds", _spread("seconds", "{:.4f}")),
-        FLOOR,
+        FROZEN,
         Column("overhead / lora_8's", _number("overhead_in_lora_8", "{:.2f}")),
     ],
     "compile": [
@@ -103,7 +103,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("eager", _spread("eager_seconds", "{:.3f}")),
         Column("compiled", _spread("compiled_seconds", "{:.3f}")),
         Column("x eager", _spread("compiled_over_eager", "{:.3f}")),
-        FLOOR,
+        FROZEN,
         LORA,
         Column("first step", _number("first_step_seconds", "{:.0f} s")),
         Column("graphs", _number("graphs")),

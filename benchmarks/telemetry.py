@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import cases
-from benchmarks.contestants import build, make_step
 from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import build, make_step
 from mola.insight.router_recorder import RouterWatch
 
 logger = logging.getLogger(__name__)

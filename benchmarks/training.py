@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import cases
-from benchmarks.contestants import Contestant, build, make_forward, make_step, trainable_parameters
 from benchmarks.counting import count_operators, saved_bytes
 from benchmarks.measure import ratios, time_interleaved
 from benchmarks.models import Case, load_base, training_batch
 from benchmarks.options import BenchmarkOptions
 from benchmarks.peak import measure_in_fresh_process
+from benchmarks.providers import Provider, build, make_forward, make_step, trainable_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -21,84 +21,84 @@ Rows = list[dict[str, Any]]
 
 
 def step(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Seconds of a training step, and ratios to the floor and to LoRA."""
+    """Seconds of a training step, and ratios to the frozen base and to LoRA."""
     for case in cases(options, model, folder):
         logger.info("step: %s, %s, dropout %g", model, case.dtype, case.dropout)
-        contestants, batch = _build_all(options.contestants, case)
-        actions = {each.name: make_step(each.model, batch, case) for each in contestants}
+        providers, batch = _build_all(options.providers, case)
+        actions = {each.name: make_step(each.model, batch, case) for each in providers}
         times = time_interleaved(actions, options.repeats, options.warmup, case.device)
         tokens = case.batch_size * case.seq_len
-        for each in contestants:
+        for each in providers:
             measured = times[each.name].row()
             speed = tokens / measured["seconds"]["median"]
             yield case.row() | each.row() | measured | {"tokens_per_second": speed} | ratios(times, each.name)
 
 
 def memory(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
-    """Peak memory of steps, and bytes kept for the backward pass above those of the floor."""
+    """Peak memory of steps, and bytes kept for the backward pass above those of the frozen base."""
     rows = []
     for case in cases(options, model, folder):
         logger.info("memory: %s, %s, dropout %g", model, case.dtype, case.dropout)
-        contestants, batch = _build_all(_with_floor(options.contestants), case)
-        saved = {each.name: saved_bytes(each.model, make_forward(each.model, batch, case)) for each in contestants}
-        own = [each.row() for each in contestants]
-        del contestants  # before other processes need the memory
+        providers, batch = _build_all(_with_floor(options.providers), case)
+        saved = {each.name: saved_bytes(each.model, make_forward(each.model, batch, case)) for each in providers}
+        own = [each.row() for each in providers]
+        del providers  # before other processes need the memory
         for row in own:
-            name = row["contestant"]
-            if name in options.contestants:
+            name = row["provider"]
+            if name in options.providers:
                 peak = measure_in_fresh_process(name, case, options.threads)
                 rows.append(case.row() | row | peak | saved[name] | _per_linear(saved, row, case))
     for row in rows:
-        row |= _above_floor(row, rows)
+        row |= _above_frozen(row, rows)
     return rows
 
 
 def _per_linear(saved: dict[str, dict[str, int]], row: dict[str, Any], case: Case) -> dict[str, float]:
-    """Bytes per token and adapted linear above the floor."""
+    """Bytes per token and adapted linear above the frozen base."""
     share = case.batch_size * case.seq_len * row["adapted_linears"]
     return {
-        f"{kind}_per_token_and_linear": (saved[row["contestant"]][kind] - saved["floor"][kind]) / share
+        f"{kind}_per_token_and_linear": (saved[row["provider"]][kind] - saved["frozen"][kind]) / share
         for kind in ("saved_bytes", "saved_bytes_repeated")
     }
 
 
-def _above_floor(row: dict[str, Any], rows: Rows) -> dict[str, int]:
+def _above_frozen(row: dict[str, Any], rows: Rows) -> dict[str, int]:
     for other in rows:
-        if other["contestant"] == "floor" and (other["dtype"], other["dropout"]) == (row["dtype"], row["dropout"]):
-            return {"peak_bytes_above_floor": row["peak_bytes"] - other["peak_bytes"]}
+        if other["provider"] == "frozen" and (other["dtype"], other["dropout"]) == (row["dtype"], row["dropout"]):
+            return {"peak_bytes_above_frozen": row["peak_bytes"] - other["peak_bytes"]}
     return {}
 
 
 def counts(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
-    """Operators and host syncs of a step, per adapted linear above those of the floor."""
+    """Operators and host syncs of a step, per adapted linear above those of the frozen base."""
     rows = []
     for case in cases(options, model, folder):
         logger.info("counts: %s, %s, dropout %g", model, case.dtype, case.dropout)
-        contestants, batch = _build_all(_with_floor(options.contestants), case)
-        counted = {each.name: _count(each, batch, case) for each in contestants}
-        for each in contestants:
-            if each.name in options.contestants:
+        providers, batch = _build_all(_with_floor(options.providers), case)
+        counted = {each.name: _count(each, batch, case) for each in providers}
+        for each in providers:
+            if each.name in options.providers:
                 own = counted[each.name]
                 per_linear = {
-                    f"{kind}_per_linear": (own[kind] - counted["floor"][kind]) / each.num_linears
+                    f"{kind}_per_linear": (own[kind] - counted["frozen"][kind]) / each.num_linears
                     for kind in ("forward_operators", "backward_operators", "host_syncs")
                 }
                 rows.append(case.row() | each.row() | own | per_linear)
     return rows
 
 
-def _count(contestant: Contestant, batch: dict[str, Any], case: Case) -> dict[str, Any]:
-    forward = make_forward(contestant.model, batch, case)
+def _count(provider: Provider, batch: dict[str, Any], case: Case) -> dict[str, Any]:
+    forward = make_forward(provider.model, batch, case)
     forward().backward()  # what happens only once, such as building caches, does not count
-    for parameter in trainable_parameters(contestant.model):
+    for parameter in trainable_parameters(provider.model):
         parameter.grad = None
     return count_operators(forward)
 
 
 def _with_floor(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(["floor", *names]))
+    return list(dict.fromkeys(["frozen", *names]))
 
 
-def _build_all(names: Sequence[str], case: Case) -> tuple[list[Contestant], dict[str, Any]]:
+def _build_all(names: Sequence[str], case: Case) -> tuple[list[Provider], dict[str, Any]]:
     base = load_base(case)
     return [build(name, base, case) for name in names], training_batch(case, base.config.vocab_size)

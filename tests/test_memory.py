@@ -98,7 +98,7 @@ print(subprocess.run([sys.executable, "-c", {ALLOCATE!r}], capture_output=True, 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_benchmarks_keep_freed_memory_if_asked_to(tiny_model_dir, tmp_path, keeps):
     words = ["--suite", "counts", "--model", str(tiny_model_dir), "--seq_len", "12", "--dropout", "0", "--r", "4"]
-    words += ["--contestants", "mola", "--dtype", "float32", "--output", str(tmp_path / "results.json")]
+    words += ["--providers", "mola", "--dtype", "float32", "--output", str(tmp_path / "results.json")]
     program = BENCHMARKS + ALLOCATE + CHILD
     counted = printed(tmp_path, "bench.py", program, *words, "--keep_memory", str(keeps).lower())
     own, started = (int(line) for line in counted if line.isdecimal())

@@ -1,4 +1,4 @@
-"""The benchmarks: equal contestants, counts that count, and the command line from end to end on a tiny model."""
+"""The benchmarks: equal providers, counts that count, and the command line from end to end on a tiny model."""
 
 import json
 import re
@@ -9,11 +9,11 @@ import pytest
 import torch
 from benchmarks.cases import COMPILERS
 from benchmarks.command import main
-from benchmarks.contestants import CONTESTANTS, build, make_forward, make_step, trainable_parameters
 from benchmarks.counting import OperatorCounter, count_operators, saved_bytes
 from benchmarks.experts import copy_experts
 from benchmarks.measure import Times, ratio, summarize, time_interleaved
 from benchmarks.models import growth_base, load_base, training_batch
+from benchmarks.providers import PROVIDERS, build, make_forward, make_step, trainable_parameters
 from torch import nn
 
 from benchmarks import models
@@ -30,7 +30,7 @@ def batch(case, base):
     return training_batch(case, base.config.vocab_size)
 
 
-# ------------------------------------------------------------------ contestants
+# ------------------------------------------------------------------ providers
 
 
 def test_the_loop_computes_the_same_function_and_gradients_as_mola(case, base, batch):
@@ -49,12 +49,12 @@ def test_the_loop_computes_the_same_function_and_gradients_as_mola(case, base, b
         gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad  # nobody chose this expert
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        difference = (logits[0] - build("floor", base, case).model(**batch).logits).abs().max()
+        difference = (logits[0] - build("frozen", base, case).model(**batch).logits).abs().max()
     assert difference > 0.1  # the experts are not zero, so equality says something
 
 
 def test_the_floor_runs_backward_through_all_layers_and_trains_nothing(case, base, batch):
-    floor = build("floor", base, case).model
+    frozen = build("frozen", base, case).model
     reached = {}
 
     def watch(index):
@@ -63,49 +63,49 @@ def test_the_floor_runs_backward_through_all_layers_and_trains_nothing(case, bas
 
         return before
 
-    for index, layer in enumerate(floor.model.layers):
+    for index, layer in enumerate(frozen.model.layers):
         layer.register_forward_pre_hook(watch(index))
-    make_step(floor, batch, case)()
+    make_step(frozen, batch, case)()
     assert reached == dict.fromkeys(range(4), True)
-    assert trainable_parameters(floor) == []
+    assert trainable_parameters(frozen) == []
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
-def test_contestants_share_the_weights_and_leave_the_base_alone(name, case, base, batch):
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_providers_share_the_weights_and_leave_the_base_alone(name, case, base, batch):
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    contestant = build(name, base, replace(case, optimizer=True))
-    own = {parameter.data_ptr() for parameter in contestant.model.parameters() if not parameter.requires_grad}
+    provider = build(name, base, replace(case, optimizer=True))
+    own = {parameter.data_ptr() for parameter in provider.model.parameters() if not parameter.requires_grad}
     assert own == {parameter.data_ptr() for parameter in base.parameters()}
-    trained = [parameter.clone() for parameter in trainable_parameters(contestant.model)]
-    make_step(contestant.model, batch, replace(case, optimizer=True))()
+    trained = [parameter.clone() for parameter in trainable_parameters(provider.model)]
+    make_step(provider.model, batch, replace(case, optimizer=True))()
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
-    after = trainable_parameters(contestant.model)
-    assert any(not torch.equal(a, b) for a, b in zip(trained, after, strict=True)) is (name != "floor")
+    after = trainable_parameters(provider.model)
+    assert any(not torch.equal(a, b) for a, b in zip(trained, after, strict=True)) is (name != "frozen")
 
 
 def test_equal_lora_has_the_nearest_number_of_parameters(case, base):
-    contestants = {name: build(name, base, case) for name in ("lora_8", "lora_equal", "mola", "loop")}
-    per_rank = contestants["lora_8"].trainable_parameters / 8
-    difference = contestants["lora_equal"].trainable_parameters - contestants["mola"].trainable_parameters
+    providers = {name: build(name, base, case) for name in ("lora_8", "lora_equal", "mola", "loop")}
+    per_rank = providers["lora_8"].trainable_parameters / 8
+    difference = providers["lora_equal"].trainable_parameters - providers["mola"].trainable_parameters
     assert abs(difference) <= per_rank / 2
-    assert {each.num_linears for each in contestants.values()} == {28}
+    assert {each.num_linears for each in providers.values()} == {28}
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
-def test_dropout_acts_in_every_contestant_but_the_floor(name, case, base, batch):
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_dropout_acts_in_every_provider_but_the_floor(name, case, base, batch):
     forward = make_forward(build(name, base, replace(case, dropout=0.5)).model, batch, case)
-    assert (forward().item() == forward().item()) is (name == "floor")
+    assert (forward().item() == forward().item()) is (name == "frozen")
 
 
-@pytest.mark.parametrize("name", ["mola", *slow(*(name for name in CONTESTANTS if name != "mola"))])
+@pytest.mark.parametrize("name", ["mola", *slow(*(name for name in PROVIDERS if name != "mola"))])
 def test_a_bfloat16_base_keeps_float32_adapters(name, case):
     half = replace(case, dtype="bfloat16")
     base = load_base(half)
-    contestant = build(name, base, half)
-    assert {parameter.dtype for parameter in trainable_parameters(contestant.model)} <= {torch.float32}
-    make_step(contestant.model, training_batch(half, base.config.vocab_size), half)()
-    gradients = [parameter.grad for parameter in trainable_parameters(contestant.model)]
+    provider = build(name, base, half)
+    assert {parameter.dtype for parameter in trainable_parameters(provider.model)} <= {torch.float32}
+    make_step(provider.model, training_batch(half, base.config.vocab_size), half)()
+    gradients = [parameter.grad for parameter in trainable_parameters(provider.model)]
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
@@ -121,16 +121,16 @@ def test_the_growth_model_has_the_shapes_but_few_layers(case, base):
 
 def test_only_the_loop_waits_for_the_device(case, base, batch):
     counted = {}
-    for name in CONTESTANTS:
+    for name in PROVIDERS:
         forward = make_forward(build(name, base, case).model, batch, case)
         forward().backward()
         counted[name] = count_operators(forward)
-    syncs = {name: counts["host_syncs"] - counted["floor"]["host_syncs"] for name, counts in counted.items()}
+    syncs = {name: counts["host_syncs"] - counted["frozen"]["host_syncs"] for name, counts in counted.items()}
     # One look-up per expert: seven linears in layers of 1, 2, 4 and 8 experts.
-    assert syncs == {"floor": 0, "lora_8": 0, "lora_equal": 0, "loop": 7 * 15, "mola": 0}
+    assert syncs == {"frozen": 0, "lora_8": 0, "lora_equal": 0, "loop": 7 * 15, "mola": 0}
     for kind in ("forward_operators", "backward_operators"):
-        assert counted["floor"][kind] < counted["lora_8"][kind] == counted["lora_equal"][kind]
-        assert counted["floor"][kind] < counted["mola"][kind] < counted["loop"][kind]
+        assert counted["frozen"][kind] < counted["lora_8"][kind] == counted["lora_equal"][kind]
+        assert counted["frozen"][kind] < counted["mola"][kind] < counted["loop"][kind]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_saved_bytes_counts_a_storage_once_and_no_weights():
 
 def test_more_experts_keep_more_for_the_backward_pass(case, base, batch):
     kept = {}
-    for name in ("floor", "lora_8", "mola", "loop"):
+    for name in ("frozen", "lora_8", "mola", "loop"):
         model = build(name, base, case).model
         kept[name] = saved_bytes(model, make_forward(model, batch, case))["saved_bytes"]
-    assert kept["floor"] < kept["lora_8"] < kept["mola"] < kept["loop"]
+    assert kept["frozen"] < kept["lora_8"] < kept["mola"] < kept["loop"]
 
 
-def test_contestants_take_turns_and_warm_up_rounds_do_not_count():
+def test_providers_take_turns_and_warm_up_rounds_do_not_count():
     calls = []
     actions = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = time_interleaved(actions, repeats=3, warmup=1, device="cpu")
@@ -219,18 +219,18 @@ def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     assert torch.__version__.startswith(record["versions"]["torch"])  # which may have no "+cu126" at its end
     results = record["results"]
     lengths = {suite: len(rows) for suite, rows in results.items()}
-    # step and counts: 5 contestants, 2 dropouts; load: base and two ways for two adapters.
+    # step and counts: 5 providers, 2 dropouts; load: base and two ways for two adapters.
     assert lengths == {"step": 10, "counts": 10, "decode": 3, "load": 5, "growth": 4 * 3}
     for suite in ("step", "decode", "load", "growth"):
         for row in results[suite]:
             assert row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
             assert row["seconds"]["median"] > 0
             assert f"{suite}: model" in printed.out
-    step = {(row["contestant"], row["dtype"], row["dropout"]): row for row in results["step"]}
+    step = {(row["provider"], row["dtype"], row["dropout"]): row for row in results["step"]}
     mola, lora = step["mola", "bfloat16", 0.05], step["lora_8", "bfloat16", 0.05]
     assert mola["ratio_to_lora_8"]["median"] == mola["seconds"]["median"] / lora["seconds"]["median"]
-    assert mola["ratio_to_floor"]["median"] > 0
-    adapters = {row["contestant"]: row for row in results["load"]}
+    assert mola["ratio_to_frozen"]["median"] > 0
+    adapters = {row["provider"]: row for row in results["load"]}
     assert adapters["mola"]["adapter_bytes"] >= 4 * adapters["mola"]["trainable_parameters"]
     assert [row["num_experts"] for row in results["growth"][::4]] == [1, 4, 8]
     assert results["growth"][0]["top_k"] == 1
@@ -247,11 +247,11 @@ def test_an_interruption_keeps_what_was_measured(tiny_model_dir, tmp_path, capsy
 
     monkeypatch.setattr("benchmarks.training.time_interleaved", interrupted)
     output = tmp_path / "results.json"
-    both = ("--suite", "step", "--dtype", "float32", "--dropout", "0", "0.05", "--contestants", "floor", "mola")
+    both = ("--suite", "step", "--dtype", "float32", "--dropout", "0", "0.05", "--providers", "frozen", "mola")
     assert run(tiny_model_dir, output, *both) == 130
     assert "what was finished is in the JSON file" in capsys.readouterr().err
     rows = json.loads(output.read_text())["results"]["step"]
-    assert [(row["contestant"], row["dropout"]) for row in rows] == [("floor", 0.0), ("mola", 0.0)]
+    assert [(row["provider"], row["dropout"]) for row in rows] == [("frozen", 0.0), ("mola", 0.0)]
 
 
 @pytest.mark.slow
@@ -260,16 +260,16 @@ def test_memory_and_compiled_decoding_from_end_to_end(tiny_model_dir, tmp_path, 
     output = tmp_path / "results.json"
     code = run(
         *(tiny_model_dir, output, "--suite", "memory", "decode", "--dtype", "float32", "--dropout", "0"),
-        *("--contestants", "floor", "mola", "--decode_modes", "compiled", "--decode_batch_sizes", "1"),
+        *("--providers", "frozen", "mola", "--decode_modes", "compiled", "--decode_batch_sizes", "1"),
         *("--batch_size", "64", "--seq_len", "128"),
     )
     assert code == 0, capsys.readouterr().err
     results = json.loads(output.read_text())["results"]
-    floor, mola = results["memory"]
+    frozen, mola = results["memory"]
     # What is kept for the backward pass must fit into the peak.
-    assert mola["peak_bytes"] > mola["saved_bytes"] > floor["saved_bytes"] > 2**20
-    assert mola["peak_bytes_above_floor"] > 0
-    assert mola["saved_bytes_per_token_and_linear"] > floor["saved_bytes_per_token_and_linear"] == 0
+    assert mola["peak_bytes"] > mola["saved_bytes"] > frozen["saved_bytes"] > 2**20
+    assert mola["peak_bytes_above_frozen"] > 0
+    assert mola["saved_bytes_per_token_and_linear"] > frozen["saved_bytes_per_token_and_linear"] == 0
     assert [(row["graphs"], row["graphs_while_measured"]) for row in results["decode"]] == [(1, 0)] * 2
 
 
@@ -277,8 +277,8 @@ def test_memory_and_compiled_decoding_from_end_to_end(tiny_model_dir, tmp_path, 
     ("arguments", "message"),
     [
         (["--suite", "speed"], r"`suite` must be some of step, .*: got 'speed'"),
-        (["--contestants", "mola", "mola"], "`contestants` names something twice"),
-        (["--contestants", "lora_equal", "--suite", "step", "decode"], "`contestants` must hold one of floor, lora_8"),
+        (["--providers", "mola", "mola"], "`providers` names something twice"),
+        (["--providers", "lora_equal", "--suite", "step", "decode"], "`providers` must hold one of frozen, lora_8"),
         (["--repeats", "0"], "`repeats` must be at least 1: got 0"),
         (["--warmup", "-1"], "`warmup` must be at least 0: got -1"),
         (["--dropout", "1"], "`dropout` must be at least 0 and below 1: got 1.0"),

@@ -8,10 +8,10 @@ import torch
 from benchmarks.cases import COMPILERS
 from benchmarks.command import main
 from benchmarks.compiled import Graphs, both, padded_batch
-from benchmarks.contestants import build, make_step
 from benchmarks.counting import count_operators
 from benchmarks.models import Case, load_base, training_batch
 from benchmarks.options import BenchmarkOptions
+from benchmarks.providers import build, make_step
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_compiling_leaves_the_contestant_as_it_was(case):
+def test_compiling_leaves_the_provider_as_it_was(case):
     """The same operators, gradients to the last bit, and the embeddings' output still asks for a gradient."""
     base = load_base(case)
     model = build("mola", base, case).model
@@ -83,11 +83,11 @@ def test_batches_of_a_length_are_padded_to_it(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["floor", "mola"])
+@pytest.mark.parametrize("name", ["frozen", "mola"])
 def test_graphs_are_counted_for_one_length_and_for_several(name, small_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     code = run(
-        *(small_model_dir, output, "--compile_backend", "aot_eager", "--contestants", name),
+        *(small_model_dir, output, "--compile_backend", "aot_eager", "--providers", name),
         *("--compile_lengths", "16", "8", "24"),
     )
     printed = capsys.readouterr()
@@ -105,18 +105,18 @@ def test_graphs_are_counted_for_one_length_and_for_several(name, small_model_dir
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler")
-def test_all_contestants_with_dynamic_lengths(small_model_dir, tmp_path, capsys):
+def test_all_providers_with_dynamic_lengths(small_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     lengths = ("--compile_lengths", "16", "8", "--compile_dynamic")
     assert run(small_model_dir, output, *lengths) == 0, capsys.readouterr().err
-    rows = {row["contestant"]: row for row in json.loads(output.read_text())["results"]["compile"]}
-    assert list(rows) == ["floor", "lora_8", "mola"]
+    rows = {row["provider"]: row for row in json.loads(output.read_text())["results"]["compile"]}
+    assert list(rows) == ["frozen", "lora_8", "mola"]
     for row in rows.values():
         assert (row["backend"], row["graphs"], row["lengths_graphs"]) == ("inductor", 1, 1)
     # Ratios compare compiled steps with compiled steps.
     seconds = {name: row["compiled_seconds"]["median"] for name, row in rows.items()}
     assert rows["mola"]["ratio_to_lora_8"]["median"] == pytest.approx(seconds["mola"] / seconds["lora_8"])
-    assert rows["mola"]["ratio_to_floor"]["median"] == pytest.approx(seconds["mola"] / seconds["floor"])
+    assert rows["mola"]["ratio_to_frozen"]["median"] == pytest.approx(seconds["mola"] / seconds["frozen"])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_all_contestants_with_dynamic_lengths(small_model_dir, tmp_path, capsys)
         (["--compile_lengths", "1", "8"], "`compile_lengths` must be at least 2: got 1"),
         (["--compile_lengths", "8", "2048"], "`compile_lengths` must fit the model: got 2048"),
         (["--compile_backend", "magic"], "`compile_backend` must be some of inductor, aot_eager: got 'magic'"),
-        (["--contestants", "loop"], "`contestants` must hold one of floor, lora_8, mola for the suite compile"),
+        (["--providers", "loop"], "`providers` must hold one of frozen, lora_8, mola for the suite compile"),
     ],
 )
 def test_wrong_input_ends_in_one_line_before_the_work(arguments, message, small_model_dir, tmp_path, capsys):

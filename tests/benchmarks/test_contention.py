@@ -199,8 +199,8 @@ def test_a_limit_below_one_second_is_refused(tiny_model_dir, tmp_path, capsys):
     words = ["--suite", "contention", "--model", str(tiny_model_dir), "--output", str(tmp_path / "results.json")]
     assert main([*words, "--contention_limit", "0"]) == 2
     assert "`contention_limit` must be at least 1: got 0" in capsys.readouterr().err
-    assert main([*words, "--contestants", "lora_8"]) == 2
-    assert "`contestants` must hold one of mola for the suite contention" in capsys.readouterr().err
+    assert main([*words, "--providers", "lora_8"]) == 2
+    assert "`providers` must hold one of mola for the suite contention" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarks.command import main
-from benchmarks.contestants import build, make_forward
 from benchmarks.curve import LAST, compare
 from benchmarks.models import load_base
 from benchmarks.outliers import channel_ratios, count_small, error_left
+from benchmarks.providers import build, make_forward
 from benchmarks.subnormal import Numbers
 from benchmarks.text import text_batches, text_blocks
 from transformers import AutoTokenizer
@@ -60,11 +60,11 @@ def test_blocks_come_again_when_all_were_used(case):
 @pytest.mark.slow
 def test_mola_and_the_loop_have_the_same_curve(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
-    small = ("--curve_steps", "5", "--curve_seq_len", "48", "--curve_seeds", "2", "--contestants", "loop", "mola")
+    small = ("--curve_steps", "5", "--curve_seq_len", "48", "--curve_seeds", "2", "--providers", "loop", "mola")
     assert run(tiny_model_dir, output, "--suite", "curve", "--dropout", "0", "0.2", *small) == 0
     printed = capsys.readouterr().out
     rows = json.loads(output.read_text())["results"]["curve"]
-    by_case = {(row["dtype"], row["dropout"], row["contestant"]): row for row in rows}
+    by_case = {(row["dtype"], row["dropout"], row["provider"]): row for row in rows}
     exact = ("mola", "loop", "mola, rounded", "mola, other weights")
     assert list(by_case) == (
         [("float32", 0.0, name) for name in exact]
@@ -185,12 +185,12 @@ def test_experts_learn_beside_a_channel_a_hundred_times_as_large():
         (["--suite", "curve", "--curve_seq_len", "1"], "`curve_seq_len` must be at least 2"),
         (["--suite", "curve", "--curve_seq_len", "2048"], "`curve_seq_len` must fit the model: got 2048"),
         (
-            ["--suite", "curve", "--contestants", "floor"],
-            "`contestants` must hold one of loop, mola for the suite curve",
+            ["--suite", "curve", "--providers", "frozen"],
+            "`providers` must hold one of loop, mola for the suite curve",
         ),
         (
-            ["--suite", "outliers", "--contestants", "loop"],
-            "`contestants` must hold one of mola for the suite outliers",
+            ["--suite", "outliers", "--providers", "loop"],
+            "`providers` must hold one of mola for the suite outliers",
         ),
     ],
 )

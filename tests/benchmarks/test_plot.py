@@ -22,19 +22,19 @@ SHARED = {
 }
 
 
-def row(over, dtype, contestant, num_experts, tokens, median):
+def row(over, dtype, provider, num_experts, tokens, median):
     ratio = {"median": median, "p20": median - 0.1, "p80": median + 0.2, "samples": [median]}
-    own = {"over": over, "dtype": dtype, "contestant": contestant, "num_experts": num_experts, "tokens": tokens}
-    return SHARED | own | {"ratio_to_floor": ratio}
+    own = {"over": over, "dtype": dtype, "provider": provider, "num_experts": num_experts, "tokens": tokens}
+    return SHARED | own | {"ratio_to_frozen": ratio}
 
 
-def growth_rows(dtypes=("float32", "bfloat16"), contestants=("floor", "lora_8", "loop", "mola")):
-    """Medians that say where they belong: contestant + experts / 100 + tokens / 100,000."""
+def growth_rows(dtypes=("float32", "bfloat16"), providers=("frozen", "lora_8", "loop", "mola")):
+    """Medians that say where they belong: provider + experts / 100 + tokens / 100,000."""
     rows = []
     for dtype in dtypes:
         for over, points in (("experts", ((1, 512), (8, 512), (64, 512))), ("tokens", ((8, 128), (8, 2048)))):
             for experts, tokens in points:
-                for place, name in enumerate(contestants):
+                for place, name in enumerate(providers):
                     rows.append(row(over, dtype, name, experts, tokens, 1 + place + experts / 100 + tokens / 1e5))
     return rows
 
@@ -119,8 +119,8 @@ def test_lines_and_bands_are_where_the_results_are(results):
         "bfloat16, 8 experts per module",
     ]
     for axes, x, step in zip(figure.axes, [[1, 8, 64]] * 2 + [[128, 2048]] * 2, [1e-2] * 2 + [1e-5] * 2, strict=True):
-        floor, *lines = axes.get_lines()
-        assert set(floor.get_ydata()) == {1}
+        frozen, *lines = axes.get_lines()
+        assert set(frozen.get_ydata()) == {1}
         assert (axes.get_xscale(), [tick.get_text() for tick in axes.get_xticklabels()]) == (
             "log",
             [f"{each:,}" for each in x],
@@ -135,9 +135,9 @@ def test_lines_and_bands_are_where_the_results_are(results):
             assert (edges.y0, edges.y1) == pytest.approx((median[0] - 0.1, median[-1] + 0.2))
 
 
-def test_contestants_differ_in_colour_and_marker_the_same_in_all_panels(write):
-    names = ("floor", "lora_8", "loop", "mola", "mixed", "other")
-    figure = draw(read_growth([write("results.json", record(growth_rows(contestants=names)))]))
+def test_providers_differ_in_colour_and_marker_the_same_in_all_panels(write):
+    names = ("frozen", "lora_8", "loop", "mola", "mixed", "other")
+    figure = draw(read_growth([write("results.json", record(growth_rows(providers=names)))]))
     looks = [
         {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.get_lines()} for axes in figure.axes
     ]
@@ -166,7 +166,7 @@ def test_the_same_results_give_the_same_bytes(results, tmp_path, write):
         assert main([results, "--output", str(outputs[1])]) == 0
         assert matplotlib.rcParams["axes.labelpad"] == 20
     rows = growth_rows()
-    rows[-1]["ratio_to_floor"]["median"] += 0.5
+    rows[-1]["ratio_to_frozen"]["median"] += 0.5
     assert main([write("other.json", record(rows)), "--output", str(outputs[2])]) == 0
     first, second, other = (output.read_bytes() for output in outputs)
     assert first == second
@@ -214,8 +214,8 @@ def test_a_gpu_is_named_with_its_own_seconds(write):
         ("[1, 2]", "holds no results"),
         (json.dumps(record([])), "`results` must hold the suite growth: '.*' has no rows. Measure with"),
         (json.dumps(record([], results={"step": [{}]})), "must hold the suite growth: '.*' has step. Measure with"),
-        (json.dumps(record([SHARED | {"contestant": "mola"}])), "has none for 'mola'. Measure again with floor among"),
-        (json.dumps(record(growth_rows(contestants=["floor"]))), "must hold another contestant than floor"),
+        (json.dumps(record([SHARED | {"provider": "mola"}])), "has none for 'mola'. Measure again with frozen among"),
+        (json.dumps(record(growth_rows(providers=["frozen"]))), "must hold another provider than frozen"),
         (json.dumps(record(growth_rows() + growth_rows()[1:2])), "lora_8 in float32 with 1 experts comes twice"),
         (json.dumps(record([3])), r"something is missing or of another kind \(TypeError"),
         (json.dumps(record(growth_rows(), machine={})), r"something is missing .* \(KeyError: 'cpu'\)"),

@@ -1,4 +1,4 @@
-"""What is no bug: a disk that is full or cannot be written, a machine without enough memory; as libraries say it.
+"""Failures of the machine, not of the code: a full or read-only disk, too little memory; how libraries report them.
 
 - `why_not_written`, `lack_of_memory`: what an error says about it, or None.
 - `writing`, `within_memory`: such an error in a block becomes a `MolaError` that says what to do.

@@ -131,9 +131,9 @@ def _through_gates(hidden, gated, weights, grad_logits, inner_hidden, inner_logi
         for n in range(num_tokens):
             sums[n] -= gates[n] * per_gate * mean[n]
         if len(grad_logits) > 0:
-            asked = grad_logits[expert]
+            from_losses = grad_logits[expert]
             for n in range(num_tokens):
-                sums[n] += asked[n]
+                sums[n] += from_losses[n]
         for n in range(num_tokens):
             target[n] = narrow(sums[n], target[n])
 

@@ -48,7 +48,7 @@ def _apply_weights(sums, weights, places, gated):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def _through_weights(sums, gated, weights, expert_indices, places, grad_logits, inner, inner_logits, scaling):
+def _gates_backward(sums, gated, weights, expert_indices, places, grad_logits, inner, inner_logits, scaling):
     """Gradients of what A gives and of the router logits: see `mola.tuner.routing.top_k_softmax_backward`."""
     top_k, num_tokens = weights.shape
     r = sums.shape[1]
@@ -71,19 +71,19 @@ def _through_weights(sums, gated, weights, expert_indices, places, grad_logits, 
             value = agreement[k] - weights[k, n] * per_gate * mean
             if len(inner_logits) > 0:
                 expert = expert_indices[k, n]
-                asked = grad_logits[expert, n] if len(grad_logits) > 0 else np.float32(0)
-                inner_logits[expert, n] = narrow(value + asked, inner_logits[expert, n])
+                from_losses = grad_logits[expert, n] if len(grad_logits) > 0 else np.float32(0)
+                inner_logits[expert, n] = narrow(value + from_losses, inner_logits[expert, n])
             else:
                 slot = n * top_k + k
                 inner[slot, r] = narrow(value, inner[slot, r])
 
 
 @numba.njit(forceinline=True)
-def _ask(asked, inner_logits):
-    """What losses of the router ask of all experts, or nothing."""
+def _start_logits(from_losses, inner_logits):
+    """Begin with the gradients that router losses give, or with zeros."""
     for expert in range(len(inner_logits)):
         for n in range(inner_logits.shape[1]):
-            value = asked[expert, n] if len(asked) > 0 else np.float32(0)
+            value = from_losses[expert, n] if len(from_losses) > 0 else np.float32(0)
             inner_logits[expert, n] = narrow(value, inner_logits[expert, n])
 
 
@@ -143,12 +143,12 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
     (whole_B, rest_B), (whole_A, rest_A) = split(r), split(rows_A)
     rounds = params is not products
 
-    def backward(dy, inputs, gated, weights, indices, asked, experts_A, experts_B, router,
+    def backward(dy, inputs, gated, weights, indices, from_losses, experts_A, experts_B, router,
                  total, grad_A, grad_B, grad_router, grad_logits, n, i, o, e, top_k, s):  # fmt: skip
         all_weights = numba.carray(pointer(weights), (top_k, n), np.float32)
         expert_indices = numba.carray(pointer(indices), (top_k, n), np.int64)
         all_gated = numba.carray(pointer(gated), (n * top_k, lanes_B * group), products)
-        all_asked = numba.carray(pointer(asked), (e if asked else 0, n), np.float32)
+        of_losses = numba.carray(pointer(from_losses), (e if from_losses else 0, n), np.float32)
         order = sort_by_expert(expert_indices, e, group)
         memory = np.empty(e * r * o * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_B
@@ -162,9 +162,9 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
         hold(memory)
         inner = np.empty((n * top_k, lanes_A * group), products)
         inner_logits = numba.carray(pointer(grad_logits), (0 if joint else e, n), products)
-        _ask(all_asked, inner_logits)
-        _through_weights(
-            sums, all_gated, all_weights, expert_indices, order.places, all_asked, inner, inner_logits, np.float32(s)
+        _start_logits(of_losses, inner_logits)
+        _gates_backward(
+            sums, all_gated, all_weights, expert_indices, order.places, of_losses, inner, inner_logits, np.float32(s)
         )
         if grad_B:
             targets = _targets(grad_B, 0, e, r, r, 4 * o)
@@ -224,10 +224,10 @@ def backward_kernel(products: torch.dtype, params: torch.dtype, r: int, joint: b
         joint: whether the router's part is made here too: it reads the same input, and no loss asks for more.
 
     Returns:
-        A function of addresses and sizes, without a check: `(dy, inputs, gated, weights, expert_indices, asked, A, B,
-        router, total, grad_A, grad_B, grad_router, grad_logits, num_tokens, in, out, num_experts, top_k, scaling)`.
-        It fills `grad_A`, `grad_B` and, if `joint`, `grad_router` (float32), adds the input's gradient to `total`,
-        and leaves out what has the address 0. Unless `joint`, it fills `grad_logits` (in the format of products,
-        `(E, N)`), with `asked`, what losses of the router ask for (float32 `(E, N)`; 0 if none do).
+        A function of addresses and sizes, without a check: `(dy, inputs, gated, weights, expert_indices, from_losses,
+        A, B, router, total, grad_A, grad_B, grad_router, grad_logits, num_tokens, in, out, num_experts, top_k,
+        scaling)`. It fills `grad_A`, `grad_B` and, if `joint`, `grad_router` (float32), adds the input's gradient to
+        `total`, and leaves out what has the address 0. Unless `joint`, it fills `grad_logits` (in the dtype of
+        products, `(E, N)`), with `from_losses`, what router losses add (float32 `(E, N)`; 0 if none do).
     """
     return _specialize_backward(FORMATS[products], FORMATS[params], r, joint)

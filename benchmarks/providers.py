@@ -1,6 +1,6 @@
 """Who is compared: the frozen base, PEFT's LoRA, a plain loop over experts, mola; all on the same weights.
 
-- `floor`: the frozen base. `lora_8`: LoRA of rank 8. `lora_equal`: LoRA of the rank whose number of trainable
+- `frozen`: the frozen base. `lora_8`: LoRA of rank 8. `lora_equal`: LoRA of the rank whose number of trainable
   parameters is nearest to mola's. `loop`: see `benchmarks.loop`. `mola`: `get_peft_model` with a `MolaConfig`.
 - All share the tensors of one base model, so memory caches treat them alike.
 - In training steps the embeddings' output asks for a gradient in all of them. Without that the frozen base would have
@@ -27,13 +27,13 @@ from mola.architecture.allocation import LinearShape, effective_top_k, plan_allo
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import default_target_modules, linear_shapes
 
-CONTESTANTS = ("floor", "lora_8", "lora_equal", "loop", "mola")
+PROVIDERS = ("frozen", "lora_8", "lora_equal", "loop", "mola")
 # Suites that only some of them are in.
 TAKES_PART = {
-    "decode": ("floor", "lora_8", "mola"),
-    "load": ("floor", "lora_8", "mola"),
-    "growth": ("floor", "lora_8", "loop", "mola"),
-    "compile": ("floor", "lora_8", "mola"),
+    "decode": ("frozen", "lora_8", "mola"),
+    "load": ("frozen", "lora_8", "mola"),
+    "growth": ("frozen", "lora_8", "loop", "mola"),
+    "compile": ("frozen", "lora_8", "mola"),
     "contention": ("mola",),
     "curve": ("loop", "mola"),
     "outliers": ("mola",),
@@ -41,17 +41,17 @@ TAKES_PART = {
     "logits": ("mola",),
     "redundancy": ("mola",),
 }
-_SCALING = 2.0  # lora_alpha / r, for every contestant
+_SCALING = 2.0  # lora_alpha / r, for every provider
 
 
-class Contestant(NamedTuple):
+class Provider(NamedTuple):
     """One model that takes part.
 
     Attributes:
         model: ready for steps.
-        trainable_parameters: 0 for the floor.
-        num_linears: adapted linears; for the floor those the others adapt.
-        rank: of LoRA, or of each expert; 0 for the floor.
+        trainable_parameters: 0 for the frozen base.
+        num_linears: adapted linears; for the frozen base those the others adapt.
+        rank: of LoRA, or of each expert; 0 for the frozen base.
     """
 
     name: str
@@ -61,20 +61,20 @@ class Contestant(NamedTuple):
     rank: int
 
     def row(self) -> dict[str, Any]:
-        """What every row of the results says about its contestant."""
+        """What every row of the results says about its provider."""
         return {
-            "contestant": self.name,
+            "provider": self.name,
             "trainable_parameters": self.trainable_parameters,
             "adapted_linears": self.num_linears,
             "rank": self.rank,
         }
 
 
-def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = False, fresh: bool = False) -> Contestant:
-    """One contestant on a base model that is left as it is.
+def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = False, fresh: bool = False) -> Provider:
+    """One provider on a base model that is left as it is.
 
     Args:
-        name: one of `CONTESTANTS`.
+        name: one of `PROVIDERS`.
         base: the frozen model.
         case: adapter settings.
         inference: adapters in the base's dtype, as `mola.load_model` has them, no gradients.
@@ -83,7 +83,7 @@ def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = Fal
     model: Any = share_weights(base)
     linears = _linears(model)
     torch.manual_seed(case.seed)
-    rank = {"floor": 0, "lora_8": 8}.get(name, case.r)
+    rank = {"frozen": 0, "lora_8": 8}.get(name, case.r)
     if name == "lora_equal":
         rank = _equal_rank(linears, model, case)
     if name.startswith("lora"):
@@ -115,7 +115,7 @@ def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = Fal
     else:
         _transformer(model).enable_input_require_grads()
     trainable = sum(parameter.numel() for parameter in trainable_parameters(model))
-    return Contestant(name, model, trainable, len(linears), rank)
+    return Provider(name, model, trainable, len(linears), rank)
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
