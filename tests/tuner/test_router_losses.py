@@ -1,5 +1,6 @@
 """The balance loss: its value, its gradient, and its weight in every kind of training loop."""
 
+import copy
 import os
 import warnings
 from datetime import timedelta
@@ -12,7 +13,8 @@ from peft import get_peft_model, inject_adapter_in_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaError, MolaLinear
-from mola.tuner.router_losses import RouterLosses, _AddLoss
+from mola.tuner.added_loss import LossSigns, add_loss
+from mola.tuner.router_losses import RouterLosses
 from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
 from ..waiting import PATIENCE
@@ -141,7 +143,7 @@ def test_a_loss_that_lowers_some_likelihoods_is_refused():
     mask = torch.tensor([[True, True, False]])
     for signs, fails in (([[-1.0, -3.0, 5.0]], False), ([[-1.0, 2.0, 0.0]], True)):
         log_probs, extra = torch.zeros(1, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-        total = (_AddLoss.apply(log_probs, extra, mask) * torch.tensor(signs)).sum()
+        total = (add_loss(log_probs, extra, mask, LossSigns()) * torch.tensor(signs)).sum()
         if fails:
             with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
                 total.backward()
@@ -149,6 +151,42 @@ def test_a_loss_that_lowers_some_likelihoods_is_refused():
             total.backward()
             assert log_probs.grad.tolist() == signs
             assert extra.grad == 4.0  # the weight of the real tokens
+
+
+def test_routers_of_equal_shape_are_one_stack():
+    """On a GPU every operator is a launch: there must not be dozens for each router."""
+    counted = []
+    for num_layers in (2, 4):
+        config = random_config(num_experts=4, router_aux_loss_coef=COEF, router_z_loss_coef=COEF)
+        model = get_peft_model(tiny_llama(num_layers=num_layers), config).train()
+        model(**token_batch())
+        with CountOperators() as operators:
+            model.get_balance_loss()
+        counted.append(operators.operators)
+        assert operators.syncs == []
+    # Logits are views that have to be taken of each router.
+    assert counted[1] - counted[0] <= 2 * 14
+    assert counted[0] <= 40 + 2 * 14
+
+
+class Event:
+    """As CUDA's: done when it is told so."""
+
+    done = False
+
+    def query(self):
+        return self.done
+
+
+def test_on_a_gpu_such_a_loss_is_refused_when_it_is_known():
+    signs, event = LossSigns(), Event()
+    signs._copies = [(torch.tensor(False), event), (torch.tensor(True), event)]
+    signs.check()
+    assert copy.deepcopy(signs)._copies == []
+    event.done = True
+    with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
+        signs.check()
+    assert signs._copies == []
 
 
 def test_evaluation_does_not_count_it():

@@ -18,11 +18,19 @@ from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
+from mola.tuner.added_loss import LossSigns, add_loss
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.router_statistics import RouterStatistics, balance_loss, pool, router_statistics, z_loss
+from mola.tuner.router_statistics import (
+    RouterOutput,
+    RouterStatistics,
+    balance_loss,
+    pool,
+    router_statistics,
+    z_loss,
+)
 
-Groups = dict[int | None, list[RouterStatistics]]
+Stacks = list[tuple[list[int | None], RouterStatistics]]  # of routers: their decoder layers, and what they gave
 _ATTRIBUTE = "_mola_router_losses"
 _UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -41,6 +49,7 @@ class RouterLosses:
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
         self._warned: set[str] = set()
+        self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
         self._handles = [
@@ -84,6 +93,7 @@ class RouterLosses:
         self.collecting = self._has_outputs = any(_wants_loss(config) for config in configs)
         self._warn_about_untrained_routers(adapters)
         if self.collecting:
+            self._signs.check()
             if module is not self.model:
                 raise MolaError(
                     "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
@@ -122,50 +132,58 @@ class RouterLosses:
         Raises:
             MolaError: no training forward pass with a router loss switched on has run yet.
         """
-        groups = self._statistics(adapter_name)
-        if not groups:
+        stacks = self._statistics(adapter_name)
+        if not stacks:
             raise MolaError(
                 "No router has run: run a forward pass in training mode first, with "
                 "`router_aux_loss_coef` or `router_z_loss_coef` above 0 and more than one expert somewhere."
             )
-        return self._reduce(adapter_name, groups)
+        return self._reduce(adapter_name, stacks)
 
-    def _reduce(self, adapter_name: str, groups: Groups) -> torch.Tensor:
+    def _reduce(self, adapter_name: str, stacks: Stacks) -> torch.Tensor:
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
-            per_layer = [balance_loss(pool(statistics)) for statistics in groups.values()]
+            layers = defaultdict(list)
+            for indices, statistics in stacks:
+                for row, index in enumerate(indices):
+                    layers[index].append(RouterStatistics(*(each[row] for each in statistics)))
+            per_layer = [balance_loss(pool(routers)) for routers in layers.values()]
             # A layer with one expert has no router here; in the paper's code it adds exactly 1.
             single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
             return torch.stack(per_layer).sum() + len(single)
-        return torch.stack([balance_loss(s) for statistics in groups.values() for s in statistics]).mean()
+        return _mean([balance_loss(statistics) for _, statistics in stacks])
 
     def _weighted_loss(self, adapter_name: str) -> torch.Tensor | None:
         config = self._config(adapter_name)
-        groups = self._statistics(adapter_name)
-        if not groups or not _wants_loss(config):
+        stacks = self._statistics(adapter_name)
+        if not stacks or not _wants_loss(config):
             return None
-        self._refuse_reentrant_checkpointing(adapter_name, groups)
-        loss = config.router_aux_loss_coef * self._reduce(adapter_name, groups)
+        self._refuse_reentrant_checkpointing(adapter_name)
+        loss = config.router_aux_loss_coef * self._reduce(adapter_name, stacks)
         if config.router_z_loss_coef > 0:
-            per_router = [z_loss(s) for statistics in groups.values() for s in statistics]
-            loss = loss + config.router_z_loss_coef * torch.stack(per_router).mean()
+            loss = loss + config.router_z_loss_coef * _mean([z_loss(statistics) for _, statistics in stacks])
         return loss
 
-    def _statistics(self, adapter_name: str) -> Groups:
-        """Statistics of the routers that ran, grouped by decoder layer."""
-        groups: Groups = defaultdict(list)
+    def _statistics(self, adapter_name: str) -> Stacks:
+        """Statistics of the routers that ran; those that saw as many tokens and have as many experts are one stack."""
+        alike = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
             if output is not None:
-                mask = self._token_mask(adapter_name, output.logits.shape[0], layer.layer_index)
-                groups[layer.layer_index].append(router_statistics(output, mask))
-        return groups
+                shapes = output.logits.shape, output.expert_indices.shape, output.logits.device
+                alike[*shapes, self._stacks.is_encoder(layer.layer_index)].append((layer.layer_index, output))
+        stacks = []
+        for routers in alike.values():
+            indices, outputs = zip(*routers, strict=True)
+            stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
+            mask = self._token_mask(adapter_name, stacked.logits.shape[1], indices[0])
+            stacks.append((list(indices), router_statistics(stacked, mask)))
+        return stacks
 
-    def _refuse_reentrant_checkpointing(self, adapter_name: str, groups: Groups) -> None:
-        if not torch.is_grad_enabled() or not any(
-            layer.mola_router[adapter_name].requires_grad for layer in self._layers if adapter_name in layer.mola_router
-        ):
+    def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
+        routed = [layer for layer in self._layers if adapter_name in layer.router_outputs]
+        if not torch.is_grad_enabled() or not any(layer.mola_router[adapter_name].requires_grad for layer in routed):
             return
-        if any(not s.probability_sum.requires_grad for statistics in groups.values() for s in statistics):
+        if any(not layer.router_outputs[adapter_name].logits.requires_grad for layer in routed):
             raise MolaError(
                 "`router_aux_loss_coef` and `router_z_loss_coef` do not work with re-entrant gradient "
                 "checkpointing: the routers' losses get no gradient there. Pass "
@@ -178,7 +196,7 @@ class RouterLosses:
         log_probs = getattr(output, "log_probs", None)
         if torch.is_tensor(log_probs):
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
-            output.log_probs = _AddLoss.apply(log_probs, loss, getattr(output, "label_mask", None))
+            output.log_probs = add_loss(log_probs, loss, getattr(output, "label_mask", None), self._signs)
         num_items = inputs.get("num_items_in_batch")
         share = 1.0 if num_items is None or self._label_mask is None else self._label_mask.sum() / num_items
         weighted = loss * share
@@ -256,34 +274,9 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
     return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
 
 
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([each.to(values[0].device) for each in values]).mean()
+
+
 def _wants_loss(config: MolaConfig) -> bool:
     return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-
-
-class _AddLoss(torch.autograd.Function):
-    """Identity on log-probabilities that also backpropagates a loss, weighted as the tokens are.
-
-    A mean or sum over tokens gives each log-probability the gradient `-w`; the added loss gets the sum
-    of those `w` over real tokens, which is this batch's share of the total. A loss of preferences gives some
-    tokens `+w`, and its size says nothing about that share: it is refused.
-    """
-
-    @staticmethod
-    def forward(ctx, log_probs, loss, label_mask):
-        ctx.save_for_backward(label_mask if label_mask is not None else torch.ones_like(log_probs))
-        ctx.loss_like = loss.dtype, loss.device
-        return log_probs.view_as(log_probs)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (mask,) = ctx.saved_tensors
-        dtype, device = ctx.loss_like
-        weights = -grad_output * mask
-        if not torch.compiler.is_compiling() and bool((weights < 0).any()):
-            raise MolaError(
-                "`router_aux_loss_coef` and `router_z_loss_coef` must be 0 where the trainer's loss is not a mean of "
-                "negative log-likelihoods: this one also lowers the likelihood of some tokens, as DPO, KTO and GRPO "
-                "do, so the weight of the routers' losses does not follow from it. Set them to 0 in the MolaConfig, "
-                "or for a loaded adapter in `model.peft_config[name]`."
-            )
-        return grad_output, weights.sum().to(device, dtype), None

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class RouterOutput(NamedTuple):
-    """What one router gave for `N` tokens: logits `(N, E)` and chosen experts `(N, top_k)`."""
+    """What a router gave for `N` tokens: logits `(N, E)` and chosen experts `(N, top_k)`; of several `(R, N, ...)`."""
 
     logits: torch.Tensor
     expert_indices: torch.Tensor
@@ -38,10 +38,10 @@ class RouterStatistics(NamedTuple):
     """Sums over the counted tokens of one router; sums of several routers with equal `E` may be added.
 
     Attributes:
-        expert_counts: how often each expert was chosen, float32 `(E,)`, without gradient.
-        probability_sum: softmax over all experts, summed over tokens, float32 `(E,)`.
-        z_sum: squared log-sum-exp of the logits, summed over tokens, float32 scalar.
-        num_tokens: counted tokens, float32 scalar.
+        expert_counts: how often each expert was chosen, float32 `(E,)`, without gradient; of `R` routers `(R, E)`.
+        probability_sum: softmax over all experts, summed over tokens, float32 `(E,)`, or `(R, E)`.
+        z_sum: squared log-sum-exp of the logits, summed over tokens, float32 scalar, or `(R,)`.
+        num_tokens: counted tokens, float32 scalar, or `(R,)`.
     """
 
     expert_counts: torch.Tensor
@@ -51,23 +51,24 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = None) -> RouterStatistics:
-    """Reduce one router's output to sums over its tokens.
+    """Reduce the output of one router, or of several, to sums over the tokens.
 
     Args:
-        output: logits `(N, E)` and choices.
+        output: logits and choices.
         token_mask: `(N,)`, 1 for tokens that count; None counts all.
     """
     logits = output.logits
-    chosen = torch.zeros_like(logits).scatter(1, output.expert_indices, 1.0)  # (N, E)
+    chosen = torch.zeros_like(logits).scatter(-1, output.expert_indices, 1.0)
     probabilities = torch.softmax(logits, dim=-1)
     z = torch.logsumexp(logits, dim=-1).square()
+    routers = logits.shape[:-2]
     if token_mask is None:
-        num_tokens = torch.full((), float(logits.shape[0]), device=logits.device)
+        num_tokens = torch.full(routers, float(logits.shape[-2]), device=logits.device)
     else:
         mask = token_mask.to(logits.device, logits.dtype)
         chosen, probabilities, z = chosen * mask.unsqueeze(-1), probabilities * mask.unsqueeze(-1), z * mask
-        num_tokens = mask.sum()
-    return RouterStatistics(chosen.sum(0), probabilities.sum(0), z.sum(), num_tokens)
+        num_tokens = mask.sum().expand(routers)
+    return RouterStatistics(chosen.sum(-2), probabilities.sum(-2), z.sum(-1), num_tokens)
 
 
 def pool(statistics: Iterable[RouterStatistics]) -> RouterStatistics:
@@ -76,7 +77,7 @@ def pool(statistics: Iterable[RouterStatistics]) -> RouterStatistics:
 
 
 def balance_loss(statistics: RouterStatistics) -> torch.Tensor:
-    r"""Switch load-balancing loss of one router (or of several pooled ones).
+    r"""Switch load-balancing loss of each router (or of several pooled ones).
 
         loss = E * sum_e f_e P_e
 
@@ -85,10 +86,10 @@ def balance_loss(statistics: RouterStatistics) -> torch.Tensor:
 
     Source: Fedus et al. 2021, equations 4 to 6, with top_k assignments per token.
     """
-    num_experts = statistics.expert_counts.shape[0]
-    share = statistics.expert_counts / statistics.expert_counts.sum().clamp(min=1.0)
-    mean_probability = statistics.probability_sum / statistics.num_tokens.clamp(min=1.0)
-    return num_experts * (share * mean_probability).sum()
+    num_experts = statistics.expert_counts.shape[-1]
+    share = statistics.expert_counts / statistics.expert_counts.sum(-1, keepdim=True).clamp(min=1.0)
+    mean_probability = statistics.probability_sum / statistics.num_tokens.clamp(min=1.0).unsqueeze(-1)
+    return num_experts * (share * mean_probability).sum(-1)
 
 
 def z_loss(statistics: RouterStatistics) -> torch.Tensor:

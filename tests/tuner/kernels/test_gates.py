@@ -166,3 +166,15 @@ def test_other_routers_are_left_to_torch(monkeypatch):
     other = settings()._replace(router="first")
     found = apply_gates(draw(4, 6), draw(3, 6), torch.ones(6, 4), other)
     gates_backward(torch.ones(6, 4), torch.ones(6, 4), found.weights, found.logits, None, other)
+
+
+def test_products_of_float16_numbers_may_be_larger_than_float16_holds(monkeypatch):
+    """As under a gradient scaler: 300 * 300 is above 65,504."""
+    take(monkeypatch, False)
+    large = torch.full((2, 5), 300.0, dtype=torch.float16)
+    weights = torch.tensor([[0.75] * 5, [0.25] * 5])
+    found = gates_backward(large, large, weights, None, None, MixtureSettings(2, 1.0, torch.float16))
+    agreement = torch.full((2, 5), 90_000.0)
+    expected = agreement - weights * agreement.sum(0)
+    assert torch.equal(found[2:], expected.half())
+    assert found.isfinite().all()

@@ -81,7 +81,9 @@ def gates_backward(
     if _native is not None and _native.gates_backward(grad_gated, gated, weights, grad_logits, both, settings):
         return both
     by_expert = num_experts, size // num_experts, -1
-    agreement = (grad_gated * gated).view(by_expert).sum(1, dtype=weights.dtype)
+    # Products of float16 may be too large for it.
+    first = grad_gated.float() if gated.dtype is torch.float16 else grad_gated
+    agreement = (first * gated).view(by_expert).sum(1, dtype=weights.dtype)
     if settings.router == DEFAULT_ROUTER:
         top_k_softmax_backward(agreement, weights, settings.scaling, grad_logits, out=both[size:])
     else:
