@@ -8,6 +8,7 @@
 # make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
+# make bench-gpu    is mola right and fast on the GPU of this machine? in a quarter of an hour (see docs/gpu.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ BIN = $(VENV)/bin
 # Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
-.PHONY: quickstart test test-min test-all test-peft dist fuzz coverage mutation bench check style setup clean
+.PHONY: quickstart test test-min test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -55,6 +56,11 @@ SMOLLM2 = .cache/SmolLM2-135M-Instruct
 bench: $(VENV)/.quickstart
 	$(BIN)/python -m mola.models.smollm2 $(SMOLLM2)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# On a machine with a GPU: results/gpu.json and results/gpu.md. Without one: make bench-gpu BENCH=--dry_run
+bench-gpu: $(VENV)/.dev $(VENV)/.quickstart
+	$(BIN)/python -m mola.models.smollm2 $(SMOLLM2)
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 dist: $(VENV)/.dev
 	rm -rf dist

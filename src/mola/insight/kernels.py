@@ -134,15 +134,16 @@ def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str
     for backend, (each, reason) in zip(BACKENDS, told, strict=True):
         if each == name:
             break
-        if reason is not None and _is_for(backend, mode) and inputs.router is not None:
+        if reason is not None and _is_for(backend, mode, inputs.x.device.type) and inputs.router is not None:
             reasons.append((each, reason))
     return name, tuple(reasons)
 
 
-def _is_for(backend: Backend, mode: str) -> bool:
+def _is_for(backend: Backend, mode: str, device_type: str) -> bool:
     """Whether it is worth telling why this backend is not used: those with a backward pass train, others decode."""
     trains = type(backend).backward is not Backend.backward
-    return not backend.is_recorded and trains == (mode == "training")
+    fits = backend.device_type in (None, device_type)
+    return fits and not backend.is_recorded and trains == (mode == "training")
 
 
 def _kind(value: Any) -> Any:

@@ -21,7 +21,7 @@ from mola.tuner.layer import ExpertSettings
 from .inputs import make_inputs
 from .native import HAS_NUMBA, has_vectors
 
-ORDER = ["cpu_decode", "lora", "gathered", "decode", "cpu_train", "grouped", "dense", "reference"]
+ORDER = ["cpu_decode", "lora", "gathered", "decode", "triton", "cpu_train", "grouped", "dense", "reference"]
 TRAIN = "cpu_train" if has_vectors(torch.float32) else "dense"
 
 
@@ -99,6 +99,7 @@ def test_a_reason_for_each_that_is_not_chosen():
         "lora": "there are several experts",
         "gathered": "gradients are recorded",
         "decode": "only without gradients and without autocast",
+        "triton": "needs a GPU and Triton",
         "cpu_train": "needs features in multiples of 32, and at least one token",
         "grouped": "slower than dense for so few experts or tokens",
         "dense": None,
@@ -173,12 +174,10 @@ def test_a_forced_backend_that_cannot_compute_is_an_error(force):
 
 
 def test_a_name_that_no_backend_has_is_an_error(force):
-    force("triton")
+    force("cuda")
     with pytest.raises(MolaError) as error:
         select(make())
-    assert str(error.value) == (
-        f"The environment variable MOLA_KERNEL must be one of {', '.join(ORDER)}, got 'triton'."
-    )
+    assert str(error.value) == (f"The environment variable MOLA_KERNEL must be one of {', '.join(ORDER)}, got 'cuda'.")
 
 
 def test_nothing_is_forced_by_an_empty_name(force):

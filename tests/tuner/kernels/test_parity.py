@@ -45,6 +45,7 @@ DTYPES = {
     "cpu_train": (torch.float32, torch.bfloat16),
     "cpu_decode": (torch.float32, torch.bfloat16),
     "grouped": (torch.float32, torch.bfloat16),
+    "triton": (torch.bfloat16, torch.float16),
 }
 WITH_GRADIENTS = ("reference", "dense", "grouped", "cpu_train")
 WITHOUT = ("gathered", "decode", "cpu_decode")

@@ -113,11 +113,13 @@ class Backend(ABC):
         name: what `MOLA_KERNEL` and reports call it.
         is_recorded: whether autograd records what `forward` does; else `backward` is the gradient.
         casts_inputs: whether it takes `x` and `weight` in other dtypes than the products'.
+        device_type: the kind of device it is written for; None for all.
     """
 
     name: str
     is_recorded = False
     casts_inputs = False
+    device_type: str | None = None
 
     @abstractmethod
     def supports(self, inputs: MixtureInputs) -> str | None:
@@ -130,6 +132,10 @@ class Backend(ABC):
     @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
         """The mixture, and what `backward` needs; None where there is nothing to save."""
+
+    def infer(self, inputs: MixtureInputs) -> Mixture:
+        """The mixture where no gradient is recorded."""
+        return self.forward(inputs)[0]
 
     def backward(
         self,

@@ -25,7 +25,7 @@ def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
         inputs = inputs._replace(dropout_mask=mask, settings=settings)
     if torch.is_grad_enabled():
         return Mixture(*_MixtureFunction.apply(backend, *inputs))
-    return backend.forward(inputs)[0]
+    return backend.infer(inputs)
 
 
 class _MixtureFunction(torch.autograd.Function):

@@ -41,6 +41,7 @@ class Decode(Backend):
     """See the module."""
 
     name = "decode"
+    device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Whatever is without gradients and dropout."""

@@ -22,13 +22,15 @@ from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
 
 _CHOICE = "MOLA_KERNEL"
-_cpu_decode, _cpu_train = native.load("decode"), native.load("train")  # without numba as yet
+# Without numba and Triton as yet.
+_cpu_decode, _cpu_train, _gpu = native.load("decode"), native.load("train"), native.load("backend", "gpu")
 
 BACKENDS: tuple[Backend, ...] = (
     *(() if _cpu_decode is None else (_cpu_decode.CPU_DECODE,)),
     Lora(),
     Gathered(),
     Decode(),
+    *(() if _gpu is None else (_gpu.Triton(),)),
     *(() if _cpu_train is None else (_cpu_train.CpuTrain(),)),
     Grouped(),
     Dense(),

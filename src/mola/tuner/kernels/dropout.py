@@ -1,6 +1,7 @@
 """Which elements of an input dropout keeps: a tensor that forward and backward pass share.
 
-- On the CPU with numba (the extra `cpu`): a seed, from which the mask is drawn again wherever it is needed.
+- On the CPU with numba (the extra `cpu`), and on GPUs with Triton: a seed, from which the mask is drawn again wherever
+  it is needed.
 - Else: the mask, booleans.
 """
 
@@ -25,7 +26,8 @@ def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]
         What `drop` needs, and the probability with which an element is kept: `1 - p`, to the nearest of as many steps
         as the drawn bits decide between.
     """
-    sampled = None if _native is None else _native.sample_seed(x, p)
+    compiled = native.load("launch", "gpu") if x.is_cuda or native.is_interpreting() else _native
+    sampled = None if compiled is None else compiled.sample_seed(x, p)
     return sampled or (_sample_booleans(x, p), keep_probability(x, p))
 
 
@@ -40,7 +42,14 @@ def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
         return rows
     if dropout_mask.dtype == torch.bool:
         return torch.where(dropout_mask.reshape(rows.shape), rows, 0.0)
+    if is_gpu_seed(dropout_mask):
+        return native.load("launch", "gpu").drop(rows, dropout_mask)
     return _native.drop(rows, dropout_mask)
+
+
+def is_gpu_seed(dropout_mask: torch.Tensor) -> bool:
+    """Whether it is a seed that Triton draws from: one of 64 bits; those of the CPU are words of 32."""
+    return dropout_mask.dtype is torch.int64
 
 
 def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:

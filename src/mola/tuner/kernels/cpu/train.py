@@ -45,6 +45,7 @@ class CpuTrain(Backend):
     """See the module."""
 
     name = "cpu_train"
+    device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""

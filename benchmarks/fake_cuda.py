@@ -1,0 +1,50 @@
+"""Fake tensors of device cuda on a machine without a GPU: whole training steps, whose operators can be counted.
+
+PyTorch's fake tensors have shapes and dtypes and no numbers. A build of torch without CUDA lacks what says that such
+devices exist; `fake_cuda.cpp` does, and must be loaded before torch is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_CACHE = Path(__file__).parents[1] / ".cache"
+
+
+@functools.cache
+def load() -> None:
+    """Make devices of type cuda exist in this process; compiled once, in some seconds.
+
+    Raises:
+        RuntimeError: torch was imported before, or there is no C++ compiler.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("`load` must be called before torch is imported: run this in a process of its own.")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise RuntimeError("fake CUDA devices need a C++ compiler: install g++, or name one in CXX.")
+    spec = importlib.util.find_spec("torch")
+    folder = Path(str(spec and spec.origin)).parent
+    key = _SOURCE.read_bytes() + importlib.metadata.version("torch").encode() + str(folder).encode()
+    library = _CACHE / f"fake_cuda-{hashlib.sha256(key).hexdigest()[:12]}.so"
+    if not library.exists():
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        include, libraries = folder / "include", folder / "lib"
+        command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{include}", str(_SOURCE), "-o", str(partial)]
+        command += [f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"fake CUDA devices cannot be compiled by {compiler}: {done.stderr.strip()[:500]}")
+        partial.replace(library)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

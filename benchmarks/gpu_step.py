@@ -1,0 +1,61 @@
+"""One training step and one decoding step of a small mixture in which nothing may wait for the GPU.
+
+`python -m benchmarks.gpu_step`: PyTorch raises where an operator waits, and the profiler tells how many kernels ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mola import MolaConfig, kernels_report
+
+
+def build(device: str) -> Any:
+    """Four layers with 8 experts in each linear, bfloat16 base, on a device."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
+    base = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256, pad_token_id=0)).bfloat16()
+    config = MolaConfig(num_experts=8, r=8, lora_dropout=0.05, router_aux_loss_coef=1e-3, task_type="CAUSAL_LM")
+    return get_peft_model(base, config).to(device).train()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what ran as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_step", description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command")
+    options = parser.parse_args(arguments)
+    is_gpu = options.device.startswith("cuda")
+    model = build(options.device)
+    ids = torch.randint(3, 256, (2, 32), device=options.device)
+
+    def step() -> None:
+        with torch.autocast(options.device, torch.bfloat16):
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+
+    step()  # compiles, and compares with the reference
+    if is_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        if is_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as profiled:
+        step()
+    events = [event for event in profiled.events() if not is_gpu or event.device_type.name == "CUDA"]
+    kernels = [str(choice) for choice in kernels_report(model)]
+    print(json.dumps({"kernels": kernels, "events": len(events), "linears": 28}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

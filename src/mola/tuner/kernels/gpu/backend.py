@@ -1,0 +1,169 @@
+"""All experts at once on a GPU: products by cuBLAS, what lies between them by Triton, one launch each way.
+
+- The router's weight joins A's product as three parts of 16 bits, whose sum has the bits of float32: no float32 copy
+  of `x` is made, TF32 has no say, and the experts are those that float32 chooses.
+- Dropout is drawn from a seed on the device; no mask is stored.
+- Without gradients packed weights are used again, see `_packed`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dropout import drop, is_gpu_seed
+from mola.tuner.kernels.gemm import base_output
+from mola.tuner.kernels.gpu import first_use
+from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.routing import DEFAULT_ROUTER
+
+_CAPABILITY = (8, 0)  # the first one with bfloat16
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_EXPERTS = 64
+_PLAIN = (nn.Parameter, torch.Tensor)
+
+
+class Triton(Backend):
+    """See the module."""
+
+    name = "triton"
+    device_type = "cuda"
+
+    def supports(self, inputs: MixtureInputs) -> str | None:
+        """In 16 bits, on NVIDIA's GPUs since Ampere, if its first results here were right."""
+        settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
+        reason = _why_not_on(x.device) or why_not_written_out(inputs)
+        if reason is not None:
+            return reason
+        if settings.router != DEFAULT_ROUTER or inputs.router.dtype is not torch.float32:
+            return OTHER_ROUTER
+        if settings.dtype not in _DTYPES or x.dtype is not settings.dtype:
+            return f"needs input and products in bfloat16 or float16, here {x.dtype} and {settings.dtype}"
+        if len(experts_A) > _MAX_EXPERTS:
+            return f"at most {_MAX_EXPERTS} experts"
+        tensors = x, experts_A, inputs.experts_B, inputs.router
+        if any(type(each) not in _PLAIN or each.device != x.device for each in tensors) or not x.numel():
+            return "needs plain tensors on one device, and at least one token"
+        return first_use.why_wrong(self, inputs)
+
+    def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
+        """See `Backend`."""
+        _packed_of.pop(inputs.experts_A, None)
+        return _forward(inputs, *_pack(inputs))
+
+    def infer(self, inputs: MixtureInputs) -> Mixture:
+        """See `Backend`; weights are packed once."""
+        return _forward(inputs, *_packed(inputs))[0]
+
+    def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
+        """As that of `Dense`."""
+        launch, mask, settings = native.load("launch", "gpu"), inputs.dropout_mask, inputs.settings
+        gated, weights, packed, matrix_B = saved
+        x, rows = as_rows(inputs.x), as_rows(grad_output).to(settings.dtype)
+        matrix_B = inputs.experts_B.flatten(0, 1) if matrix_B is None else matrix_B
+        grad_both = launch.gates_backward(torch.mm(matrix_B, rows.t()), gated, weights, grad_logits, settings.scaling)
+        size, params = len(gated), inputs.experts_A.dtype
+        joined = packed[: len(grad_both)]  # with the router's first part, which is its weight in 16 bits
+        grad_x = grad_A = grad_B = grad_router = None
+        if wanted.experts_B:
+            grad_B = _mm(gated, rows, inputs.experts_B.dtype)
+        if mask is None and (wanted.experts_A or wanted.router):
+            both = _mm(grad_both, x, params)
+            grad_A, grad_router = both[:size], both[size:]
+        elif mask is not None:
+            grad_A = _mm(grad_both[:size], drop(x, mask), params) if wanted.experts_A else None
+            grad_router = _mm(grad_both[size:], x, torch.float32) if wanted.router else None
+        if wanted.x:
+            grad_x = None if inputs.weight is None else rows @ inputs.weight
+            if mask is None:
+                grad_x = _mm_add(grad_x, grad_both.t(), joined)
+            else:
+                grad_x = _drop_add(torch.mm(grad_both[:size].t(), joined[:size]), mask, grad_x)
+                grad_x = _mm_add(grad_x, grad_both[size:].t(), joined[size:])
+        return Grads(grad_x, grad_A, grad_B, grad_router)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    launch = native.load("launch", "gpu") if device.type == "cuda" or native.is_interpreting() else None
+    if launch is None:
+        return "needs a GPU and Triton"
+    if launch.IS_INTERPRETED or torch.cuda.get_device_capability(device) >= _CAPABILITY:
+        return None
+    return "needs a GPU of compute capability 8.0 or newer"
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b` of matrices in 16 bits, in their dtype or in float32, in which sums are made in any case."""
+    if a.dtype is dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))  # CPUs have no such product
+
+
+def _mm_add(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Add `a @ b` to `total` in place, where there is one."""
+    if total is None:
+        return torch.mm(a, b)
+    return total.addmm_(a, b) if total.dtype is a.dtype else total.add_(torch.mm(a, b))
+
+
+def _drop_add(rows: torch.Tensor, mask: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    """`rows` with zeros for what dropout drops, added to `total` in place where there is one."""
+    if total is None or not is_gpu_seed(mask):
+        dropped = drop(rows, mask)
+        return dropped if total is None else total.add_(dropped)
+    return native.load("launch", "gpu").drop(rows, mask, total)
+
+
+def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor) -> tuple[Mixture, Saved]:
+    settings, rows, mask = inputs.settings, as_rows(inputs.x), inputs.dropout_mask
+    num_experts, size = len(inputs.experts_A), len(matrix_B)
+    if mask is None:
+        products = _mm(packed, rows.t(), torch.float32)
+        hidden, of_router = products[:size], products[size:]
+    else:
+        hidden = torch.mm(packed[:size], drop(rows, mask).t())
+        of_router = _mm(packed[size:], rows.t(), torch.float32)
+    launch = native.load("launch", "gpu")
+    gates = launch.gates_forward(of_router, hidden, num_experts, settings.top_k, settings.scaling, settings.dtype)
+    output = base_output(inputs, inputs.x)
+    _mm_add(output.view(-1, output.shape[-1]), gates.gated.t(), matrix_B)
+    saved = gates.gated, gates.weights, packed, None if matrix_B.dtype is inputs.experts_B.dtype else matrix_B
+    return Mixture(output, gates.logits, gates.expert_indices), Saved(inputs.x, saved)
+
+
+def _pack(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """A with the router's parts, and B as a matrix, in the dtype of the products."""
+    dtype = inputs.settings.dtype
+    packed = native.load("launch", "gpu").pack(inputs.experts_A, inputs.router, dtype)
+    return packed, inputs.experts_B.flatten(0, 1).to(dtype)
+
+
+_packed_of: Any = WeakTensorKeyDictionary()
+
+
+def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, packed once and used until a weight changes; a CUDA graph packs in every replay.
+
+    A weight's version tells of a change, but not of writing to `.data`, as some optimisers do. So a forward pass with
+    gradients, which such a change follows, forgets what was packed.
+    """
+    weights = inputs.experts_A, inputs.experts_B, inputs.router
+    if _is_capturing(inputs.x) or any(each.is_inference() for each in weights):
+        return _pack(inputs)
+    state = inputs.settings.dtype, *((each.data_ptr(), each._version) for each in weights)
+    found = _packed_of.get(inputs.experts_A)
+    if found is None or found[0] != state:
+        found = _packed_of[inputs.experts_A] = state, _pack(inputs)
+    return found[1]
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,98 @@
+"""Before a kernel is trusted on a device: its results there beside the reference in float64, once per kind of call.
+
+A driver, a compiler or a card that nobody has tried costs a line in the log then, not a wrong training.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from mola.tuner.kernels import native
+from mola.tuner.kernels.api import Backend, Grads, MixtureInputs
+from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.dropout import drop, sample_dropout_mask
+from mola.tuner.kernels.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+_TOKENS, _FEATURES, _OUT = 67, 96, 80  # of what is tried: small, and no multiples of a kernel's tiles
+_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest error to the largest value
+_LEAVES = "x", *Grads._fields[1:]
+_found: dict[tuple[Any, ...], str | None] = {}
+
+
+def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
+    """Why a backend is not used for such inputs: what went wrong when it was tried; None if nothing did.
+
+    Not tried while a CUDA graph is captured, which could not hold it.
+    """
+    (num_experts, r, _), settings = inputs.experts_A.shape, inputs.settings
+    key = inputs.x.device, settings.dtype, inputs.experts_A.dtype, num_experts, r, settings.top_k
+    if key not in _found:
+        if inputs.x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "was not tried before a CUDA graph was captured"
+        _found[key] = None  # for the trial itself
+        reason = _try(backend, inputs)
+        if reason is not None:
+            logger.warning("The kernel %s is not used on %s: %s.", backend.name, inputs.x.device, reason)
+        _found[key] = reason
+    return _found[key]
+
+
+def _try(backend: Backend, inputs: MixtureInputs) -> str | None:
+    try:
+        device = inputs.x.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            torch.manual_seed(0)
+            for dropout in (0.0, 0.3):
+                like = _like(inputs, dropout)
+                with native.load("launch", "gpu").poisoned():
+                    found = _results(backend, like)
+                expected = _results(Reference(), _in_float64(like))
+                for name, one, other in zip(("output", "logits", *_LEAVES), found, expected, strict=True):
+                    error = (one.double() - other).abs().max() / other.abs().max()
+                    if not error <= _TOLERANCE[inputs.settings.dtype]:
+                        return f"its {name} differs from the reference by {error:.2g} of the largest value"
+    except Exception as error:  # of a compiler or driver: whatever it is, torch's operators do not need it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _like(inputs: MixtureInputs, dropout: float) -> MixtureInputs:
+    """Random inputs of the same dtypes, experts and rank, in leaves that ask for gradients."""
+    num_experts, r, _ = inputs.experts_A.shape
+    dtype, device, settings = inputs.settings.dtype, inputs.x.device, inputs.settings
+
+    def draw(*shape: int, dtype: torch.dtype = inputs.experts_A.dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device).mul_(shape[-1] ** -0.5).to(dtype).requires_grad_()
+
+    x = draw(_TOKENS, _FEATURES, dtype=dtype)
+    weight = draw(_OUT, _FEATURES, dtype=dtype).detach()
+    experts_A, experts_B = draw(num_experts, r, _FEATURES), draw(num_experts, r, _OUT)
+    router = draw(num_experts, _FEATURES, dtype=torch.float32)
+    mask = sample_dropout_mask(x, dropout)[0] if dropout else None
+    settings = settings._replace(scaling=6.0, dropout=0.0, jitter=0.0, needs_router_output=True)
+    return MixtureInputs(x, None, weight, None, experts_A, experts_B, router, mask, settings)
+
+
+def _in_float64(inputs: MixtureInputs) -> MixtureInputs:
+    """The same numbers in float64, in leaves of their own, and the same mask as booleans."""
+    changed = {name: getattr(inputs, name).detach().double().requires_grad_() for name in _LEAVES}
+    changed["weight"] = inputs.weight.double() if inputs.weight is not None else None
+    if inputs.dropout_mask is not None:
+        changed["dropout_mask"] = drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool()
+    settings = inputs.settings._replace(dtype=torch.float64)
+    return inputs._replace(**changed, settings=settings)
+
+
+def _results(backend: Backend, inputs: MixtureInputs) -> list[torch.Tensor]:
+    """Output, logits and all gradients; a loss reads both."""
+    output, logits, _ = compute(backend, inputs)
+    assert logits is not None
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float64).view(output.shape)
+    loss = (output.double() * weights).sum() + 0.1 * logits.double().square().sum()
+    gradients = torch.autograd.grad(loss, [getattr(inputs, name) for name in _LEAVES])
+    return [output.detach(), logits.detach(), *gradients]

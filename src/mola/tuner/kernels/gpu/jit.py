@@ -1,0 +1,212 @@
+"""Triton kernels of a mixture: packing A and router, gates and their gradient, dropout from a seed.
+
+Tensors of rank size have tokens last, see `mola.tuner.kernels.dense`; all are contiguous. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PARTS = 3  # of a router's weight in a dtype of 16 bits: their sum has the bits of float32
+
+
+@triton.jit
+def _split(value, dtype: tl.constexpr, STEP: tl.constexpr):
+    """A float32 number as three of 16 bits, `p0 + p1 / STEP + p2 / STEP^2`: what each leaves over is in the next."""
+    p0 = value.to(dtype)
+    rest = (value - p0.to(tl.float32)) * STEP
+    p1 = rest.to(dtype)
+    p2 = ((rest - p1.to(tl.float32)) * STEP).to(dtype)
+    return p0, p1, p2
+
+
+@triton.jit
+def pack(
+    experts_A, router, packed, in_features, num_rows: tl.constexpr, num_experts: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A `(E*r, in)` and three parts of the router `(E, in)` below it, in the dtype of `packed: (E*r + 3E, in)`.
+
+    One program per row of A and router, and block of columns.
+    """
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < in_features
+    dtype: tl.constexpr = packed.dtype.element_ty
+    place = row.to(tl.int64) * in_features + columns
+    if row < num_rows:
+        value = tl.load(experts_A + place, mask=inside)
+        tl.store(packed + place, value.to(dtype), mask=inside)
+    else:
+        value = tl.load(router + place - num_rows * in_features, mask=inside).to(tl.float32)
+        p0, p1, p2 = _split(value, dtype, STEP)
+        tl.store(packed + place, p0, mask=inside)
+        tl.store(packed + place + num_experts * in_features, p1, mask=inside)
+        tl.store(packed + place + 2 * num_experts * in_features, p2, mask=inside)
+
+
+@triton.jit
+def _largest(keys, experts, free, BLOCK_E: tl.constexpr):
+    """The first expert of the largest key among those that are free, per token; NaN is the largest, as in torch."""
+    is_nan = (keys != keys) & free
+    numbers = tl.where(free & (keys == keys), keys, float("-inf"))
+    largest = tl.max(numbers, 0)
+    any_nan = tl.max(is_nan.to(tl.int32), 0) > 0
+    at_largest = free & (keys == keys) & (numbers == largest[None, :])
+    candidates = tl.where(any_nan[None, :], is_nan, at_largest)
+    return tl.min(tl.where(candidates, experts, BLOCK_E), 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gates_forward(
+    products, hidden, logits, weights, indices, gated, num_tokens, scaling,
+    E: tl.constexpr, R: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Choose experts and multiply what A gives by gates and scaling.
+
+    Args:
+        products: of the router's parts, float32 `(3E, N)`.
+        hidden: what A gives, `(E*r, N)`.
+        logits: written, float32 `(E, N)`.
+        weights: written, gates times scaling, float32 `(E, N)`.
+        indices: written, int64 `(TOP_K, N)`.
+        gated: written, `(E*r, N)`.
+        num_tokens: `N`.
+        scaling: what gates are multiplied by.
+        E: experts.
+        R: rank.
+        TOP_K: experts per token.
+        STEP: see `_split`.
+        BLOCK_E: E or the next power of 2.
+        BLOCK_R: R or the next power of 2.
+        BLOCK_N: tokens of a program.
+    """
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tokens < num_tokens
+    experts = tl.arange(0, BLOCK_E)[:, None]
+    places = experts * num_tokens + tokens[None, :]
+    valid = (experts < E) & inside[None, :]
+    shift = num_tokens.to(tl.int64) * E
+    z = tl.load(products + 2 * shift + places, mask=valid, other=0.0) / STEP
+    z = (z + tl.load(products + shift + places, mask=valid, other=0.0)) / STEP
+    z += tl.load(products + places, mask=valid, other=0.0)
+    tl.store(logits + places, z, mask=valid)
+
+    free = experts < E
+    free = free & (tokens[None, :] >= 0)
+    if TOP_K == E:
+        # All of them, in their own order.
+        largest = tl.max(tl.where(free, z, float("-inf")), 0)
+        powers = tl.where(free, tl.exp(z - largest[None, :]), 0.0)
+        gates = powers / tl.sum(powers, 0)[None, :]
+        tl.store(indices + places, (experts + tokens[None, :] * 0).to(tl.int64), mask=valid)
+    else:
+        gates = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        largest = tl.zeros((BLOCK_N,), tl.float32)
+        for k in tl.static_range(TOP_K):
+            chosen = _largest(z, experts, free, BLOCK_E)
+            is_chosen = experts == chosen[None, :]
+            value = tl.sum(tl.where(is_chosen, z, 0.0), 0)
+            if k == 0:
+                largest = value
+            power = tl.exp(value - largest)
+            total += power
+            gates += tl.where(is_chosen, power[None, :], 0.0)
+            free = free & (experts != chosen[None, :])
+            tl.store(indices + k * num_tokens + tokens, chosen.to(tl.int64), mask=inside)
+        gates = gates / total[None, :]
+        # What was not chosen is 0 whatever the sum is.
+        gates = tl.where(free, 0.0, gates)
+    w = gates * scaling
+    tl.store(weights + places, w, mask=valid)
+
+    ranks = tl.arange(0, BLOCK_R)[:, None]
+    some = (ranks < R) & inside[None, :]
+    for e in range(E):
+        weight = tl.sum(tl.where(experts == e, w, 0.0), 0)
+        at = (e * R + ranks) * num_tokens.to(tl.int64) + tokens[None, :]
+        row = tl.load(hidden + at, mask=some, other=0.0).to(tl.float32)
+        tl.store(gated + at, (row * weight[None, :]).to(gated.dtype.element_ty), mask=some)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gates_backward(
+    grad_gated, gated, weights, grad_logits, both, num_tokens, scaling,
+    E: tl.constexpr, R: tl.constexpr, HAS_GRAD_LOGITS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what A gives and of the logits: see `mola.tuner.kernels.gates.gates_backward`.
+
+    Args:
+        grad_gated: `(E*r, N)`.
+        gated: `(E*r, N)`.
+        weights: gates times scaling, float32 `(E, N)`.
+        grad_logits: what router losses add, float32 `(E, N)`; read where HAS_GRAD_LOGITS.
+        both: written, `(E*r + E, N)`.
+        num_tokens: `N`.
+        scaling: what gates were multiplied by.
+        E: experts.
+        R: rank.
+        HAS_GRAD_LOGITS: whether `grad_logits` is a tensor.
+        BLOCK_E: E or the next power of 2.
+        BLOCK_R: R or the next power of 2.
+        BLOCK_N: tokens of a program.
+    """
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tokens < num_tokens
+    experts = tl.arange(0, BLOCK_E)[:, None]
+    ranks = tl.arange(0, BLOCK_R)[:, None]
+    some = (ranks < R) & inside[None, :]
+    dtype: tl.constexpr = both.dtype.element_ty
+    agreement = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
+    for e in range(E):
+        at = (e * R + ranks) * num_tokens.to(tl.int64) + tokens[None, :]
+        through = tl.load(grad_gated + at, mask=some, other=0.0).to(tl.float32)
+        forward = tl.load(gated + at, mask=some, other=0.0).to(tl.float32)
+        weight = tl.load(weights + e * num_tokens.to(tl.int64) + tokens, mask=inside, other=0.0)
+        tl.store(both + at, (through * weight[None, :]).to(dtype), mask=some)
+        agreement = tl.where(experts == e, tl.sum(through * forward, 0)[None, :], agreement)
+    places = experts * num_tokens.to(tl.int64) + tokens[None, :]
+    valid = (experts < E) & inside[None, :]
+    w = tl.load(weights + places, mask=valid, other=0.0)
+    dz = agreement - w * (tl.sum(agreement, 0) / scaling)[None, :]
+    if HAS_GRAD_LOGITS:
+        dz += tl.load(grad_logits + places, mask=valid, other=0.0)
+    tl.store(both + E * R * num_tokens.to(tl.int64) + places, dz.to(dtype), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_elements"])
+def drop(
+    source, seed, target, num_elements,
+    SEEDS: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`source` with zeros where Philox numbers of the seed are below its probability; added to `target` if ADD.
+
+    Four numbers come from one call: for element `i` of a program's quarter `q`, the `q`-th.
+
+    Args:
+        source: read.
+        seed: address of an int64: the steps of the probability, times SEEDS, plus a seed.
+        target: written.
+        num_elements: of source and target, below 2^32.
+        SEEDS: see `seed`, a power of 2.
+        STEPS: of a probability.
+        ADD: whether to add to what the target holds.
+        BLOCK: a quarter of the elements of a program.
+    """
+    start = tl.program_id(0).to(tl.int64) * (4 * BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    both = tl.load(seed)
+    probability = (both // SEEDS).to(tl.float32) / STEPS
+    draws = tl.rand4x(both % SEEDS, tl.program_id(0) * BLOCK + lanes)
+    for quarter in tl.static_range(4):
+        at = start + quarter * BLOCK + lanes
+        inside = at < num_elements
+        value = tl.load(source + at, mask=inside, other=0.0)
+        value = tl.where(draws[quarter] >= probability, value, 0.0)
+        if ADD:
+            value = tl.load(target + at, mask=inside, other=0.0).to(tl.float32) + value.to(tl.float32)
+        tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)

@@ -1,0 +1,151 @@
+"""Calls of the Triton kernels in `jit`: shapes, outputs, grids."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+from mola.tuner.kernels.gpu import jit
+
+IS_INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test
+_COLUMNS, _QUARTER = 1024, 256  # of a program that packs, and a quarter of one that drops
+_TILE = 1024  # numbers of a program's tile of experts and tokens
+_MAX_DROPPED = 2**32  # elements, which Philox counts in 32 bits
+_SEEDS, _STEPS = 2**40, 2**16  # a number of 64 bits: one of so many seeds, and above it a probability in steps
+_poison = [False]
+
+
+class Gates(NamedTuple):
+    """As `mola.tuner.kernels.gates.Gates`, and what the gates give: `(E*r, N)`."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    expert_indices: torch.Tensor
+    gated: torch.Tensor
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill outputs before kernels write them, so that what they leave out shows."""
+    _poison[0] = True
+    try:
+        yield
+    finally:
+        _poison[0] = False
+
+
+def step_of(dtype: torch.dtype) -> float:
+    """What each further part of a router's weight is multiplied by: float16 has no exponents for such small numbers."""
+    return 2048.0 if dtype is torch.float16 else 1.0
+
+
+def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A, and the router in three parts below it: `(E*r + 3E, in)` in `dtype`.
+
+    Args:
+        experts_A: `(E, r, in)`.
+        router: `(E, in)`, float32.
+        dtype: bfloat16 or float16.
+    """
+    num_experts, r, in_features = experts_A.shape
+    packed = _empty(num_experts * (r + jit.PARTS), in_features, like=router, dtype=dtype)
+    grid = num_experts * (r + 1), triton.cdiv(in_features, _COLUMNS)
+    experts_A, router = experts_A.contiguous(), router.contiguous()
+    with torch.cuda.device_of(packed):
+        jit.pack[grid](
+            experts_A, router, packed, in_features, num_rows=num_experts * r, num_experts=num_experts,
+            STEP=step_of(dtype), BLOCK=_COLUMNS,
+        )  # fmt: skip
+    return packed
+
+
+def gates_forward(
+    products: torch.Tensor, hidden: torch.Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
+) -> Gates:
+    """Choose experts and multiply what A gives by gates and scaling.
+
+    Args:
+        products: of the router's parts, float32 `(3E, N)`.
+        hidden: what A gives, `(E*r, N)`.
+        num_experts: `E`.
+        top_k: experts per token.
+        scaling: what gates are multiplied by.
+        dtype: of what the gates give, and of the parts.
+    """
+    size, num_tokens = hidden.shape
+    logits, weights = (_empty(num_experts, num_tokens, like=products, dtype=torch.float32) for _ in range(2))
+    indices = _empty(top_k, num_tokens, like=products, dtype=torch.int64)
+    gated = _empty(size, num_tokens, like=products, dtype=dtype)
+    block, grid = _tiles(num_experts, size // num_experts, num_tokens)
+    with torch.cuda.device_of(gated):
+        jit.gates_forward[grid](
+            products, hidden, logits, weights, indices, gated, num_tokens, scaling,
+            E=num_experts, R=size // num_experts, TOP_K=top_k, STEP=step_of(dtype), **block,
+        )  # fmt: skip
+    return Gates(logits, weights, indices, gated)
+
+
+def gates_backward(
+    grad_gated: torch.Tensor,
+    gated: torch.Tensor,
+    weights: torch.Tensor,
+    grad_logits: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Gradients of what A gives and, below them, of the router logits: `(E*r + E, N)` in the dtype of `gated`.
+
+    Arguments as those of `mola.tuner.kernels.gates.gates_backward`.
+    """
+    (size, num_tokens), num_experts = gated.shape, len(weights)
+    both = _empty(size + num_experts, num_tokens, like=gated, dtype=gated.dtype)
+    block, grid = _tiles(num_experts, size // num_experts, num_tokens)
+    from_losses = weights if grad_logits is None else grad_logits.float().contiguous()
+    grad_gated = grad_gated.contiguous()
+    with torch.cuda.device_of(both):
+        jit.gates_backward[grid](
+            grad_gated, gated, weights, from_losses, both, num_tokens, scaling,
+            E=num_experts, R=size // num_experts, HAS_GRAD_LOGITS=grad_logits is not None, **block,
+        )  # fmt: skip
+    return both
+
+
+def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
+    """A seed on the device, which holds the probability too, and that of keeping; None for too many elements."""
+    if x.numel() >= _MAX_DROPPED:
+        return None
+    steps = min(round(p * _STEPS), _STEPS - 1)
+    seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(steps * _SEEDS, (steps + 1) * _SEEDS)
+    return seed, 1.0 - steps / _STEPS
+
+
+def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` with zeros for what the seed drops; added to `total` in place where there is one.
+
+    Args:
+        rows: in any dtype.
+        seed: from `sample_seed`.
+        total: of the shape of `rows`, contiguous.
+    """
+    rows = rows.contiguous()
+    target = _empty(*rows.shape, like=rows, dtype=rows.dtype) if total is None else total
+    grid = (triton.cdiv(rows.numel(), 4 * _QUARTER),)
+    with torch.cuda.device_of(target):
+        jit.drop[grid](
+            rows, seed, target, rows.numel(), SEEDS=_SEEDS, STEPS=_STEPS, ADD=total is not None, BLOCK=_QUARTER
+        )
+    return target
+
+
+def _tiles(num_experts: int, r: int, num_tokens: int) -> tuple[dict[str, int], tuple[int]]:
+    experts, ranks = triton.next_power_of_2(num_experts), triton.next_power_of_2(r)
+    tokens = max(16, min(128, _TILE // max(experts, ranks)))
+    return {"BLOCK_E": experts, "BLOCK_R": ranks, "BLOCK_N": tokens}, (triton.cdiv(num_tokens, tokens),)
+
+
+def _empty(*shape: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device=like.device)
+    return tensor.fill_(float("nan") if dtype.is_floating_point else -1) if _poison[0] else tensor

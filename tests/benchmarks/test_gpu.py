@@ -1,0 +1,53 @@
+"""`make bench-gpu`: all of it on a CPU, and what it says where there is no GPU."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line(tmp_path, capsys):
+    assert gpu.main(["--output", str(tmp_path / "new" / "gpu.json")]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks.gpu: error: PyTorch finds no GPU here")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
+def test_a_dry_run_from_end_to_end(tmp_path):
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=gpu.PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(output.read_text())
+    assert record["dry_run"]
+    parts = ["kernels", "waits", "launches", "step", "decode", "layers_0.05", "layers_0.05_torch"]
+    assert list(record["parts"]) == parts
+    assert all(part["ok"] for part in record["parts"].values())
+    page = output.with_suffix(".md").read_text()
+    assert page == done.stdout[: len(page)]
+    assert "no time here means anything" in page
+    assert page.count("| mola |") == 3
+    assert "| 0.05 | 8 | 8 |" in page
+
+
+def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path):
+    job = gpu._Job(tmp_path / "gpu.json", dry_run=True, folder=tmp_path)
+    assert job.run("wrong", "benchmarks.launches", "--nosuch") is None
+    assert job.run("right", "platform") is not None
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["ok"] for part in record["parts"].values()] == [False, True]
+    assert "nosuch" in record["parts"]["wrong"]["error"]
+    assert "- wrong: FAILED" in gpu.markdown({**record, "rates": None})
