@@ -38,7 +38,7 @@ class Triton(Backend):
     def supports(self, inputs: MixtureInputs) -> str | None:
         """In 16 bits, on NVIDIA's GPUs since Ampere, if its first results here were right."""
         settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
-        reason = _why_not_on(x.device) or why_not_written_out(inputs)
+        reason = why_not_written_out(inputs) or _why_not_on(x.device)
         if reason is not None:
             return reason
         if settings.router != DEFAULT_ROUTER or inputs.router.dtype is not torch.float32:
