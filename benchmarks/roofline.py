@@ -151,15 +151,20 @@ def main(arguments: list[str] | None = None) -> int:
         dropout = "yes" if row["dropout"] else "no"
         table.add_row(row["device"], f"{row['tokens']:,}", dropout, f"{1e3 * row['seconds']['lora']:.2f}", *ratios)
     Console().print(table)
-    size = {"frozen": frozen(4096, 4096, 4096), "LoRA": lora(4096, 4096, 4096, dropout=False)}
-    size["mola, 8 experts"] = mola(4096, 4096, 4096, 8, dropout=False)
-    table = Table("4,096 tokens, 4,096 x 4,096", "GFLOP", "MB", "kernels")
-    for name, kernels in size.items():
-        listed = list(kernels)
-        sums = sum(each.operations for each in listed) / 1e9, sum(each.bytes for each in listed) / 1e6
-        table.add_row(name, f"{sums[0]:.0f}", f"{sums[1]:.0f}", str(len(listed)))
+    table = Table("linear, 4,096 tokens", "frozen", "LoRA", "mola 2468")
+    for i, o in dict.fromkeys(LINEARS):
+        mixtures = [work(mola(4096, i, o, num_experts, dropout=False)) for num_experts in ALLOCATION]
+        mean = (sum(column) / len(ALLOCATION) for column in zip(*mixtures, strict=True))
+        cells = work(frozen(4096, i, o)), work(lora(4096, i, o, dropout=False)), mean
+        table.add_row(f"{i:,} to {o:,}", *("{:.0f} GFLOP, {:.0f} MB".format(*each) for each in cells))
     Console().print(table)
     return 0
+
+
+def work(kernels: Iterator[Kernel]) -> tuple[float, float]:
+    """Billions of operations, and millions of bytes."""
+    listed = list(kernels)
+    return sum(each.operations for each in listed) / 1e9, sum(each.bytes for each in listed) / 1e6
 
 
 if __name__ == "__main__":

@@ -186,6 +186,12 @@ def test_it_is_tried_once_and_then_used():
     assert select(inputs).name == "triton"
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_it_may_be_tried_first_where_nothing_is_recorded(mode):
+    with mode(), torch.autocast(DEVICE, torch.bfloat16):
+        assert TRITON.supports(make()) is None
+
+
 def wrong_gates(original):
     """Gates that are right but for the last token."""
 

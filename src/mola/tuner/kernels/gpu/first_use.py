@@ -45,7 +45,12 @@ def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
 def _try(backend: Backend, inputs: MixtureInputs) -> str | None:
     try:
         device = inputs.x.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             torch.manual_seed(0)
             for dropout in (0.0, 0.3):
                 like = _like(inputs, dropout)
