@@ -16,9 +16,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _CACHE = Path(__file__).parents[1] / ".cache"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: what PyTorch tears down at the end of one is not there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @functools.cache

@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args(arguments)
-    rows = measure()
+    try:
+        rows = measure()
+    except MolaError as error:
+        print(f"benchmarks.resources: error: {error}", file=sys.stderr)
+        return 2
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0

@@ -4,7 +4,6 @@ process of its own, for devices of type cuda must exist before torch is imported
 # ruff: noqa: E402
 
 import contextlib
-import sys
 
 from benchmarks import fake_cuda
 
@@ -107,4 +106,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    fake_cuda.leave(0)
