@@ -28,7 +28,7 @@ def make(dtype=torch.float32, checkpointing=False, **options):
     config = random_config(**{"num_experts": "4", "target_modules": ["q_proj", "down_proj"], **options})
     model = get_peft_model(tiny_llama(num_layers=1).to(dtype), config).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         # Transformers makes the embeddings ask for a gradient in place: no graph can hold that, nobody needs it.
         model.disable_input_require_grads()
     return model

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 import mola
 from mola import MolaConfig, MolaError, MolaLinear
 from tests.damage import change_tensors
+from tests.versions import needs
 
 from .models import clone, random_config, tiny_llama, token_batch
 
@@ -167,6 +168,7 @@ def test_modules_to_save(base, inputs, tmp_path):
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
+@needs("peft", "0.21", "it does not save trained biases")
 def test_bias_is_saved_together_with_the_routers(tmp_path, inputs):
     base = tiny_llama(attention_bias=True)
     model = get_peft_model(clone(base), random_config(bias="mola_only"))

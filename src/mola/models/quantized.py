@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, GgufConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from mola._compat import gguf_arguments
 from mola.errors import MolaError
 from mola.models.devices import DTYPES
 from mola.models.quantization import Quantization, method_of, stored_quantization
@@ -28,8 +29,7 @@ def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[st
     """
     if quantization.gguf_file is not None:
         # Unpacked: packed GGUF weights are slow to train on and cannot be saved.
-        config = GgufConfig(gguf_file=quantization.gguf_file, dequantize=True)
-        return {"gguf_file": quantization.gguf_file, "quantization_config": config}
+        return gguf_arguments(quantization.gguf_file)
     if quantization.load_in_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if not quantization.load_in_4bit:

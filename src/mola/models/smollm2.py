@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mola._compat import gguf_arguments
 from mola.errors import MolaError
 
 if TYPE_CHECKING:
@@ -115,14 +116,10 @@ def _convert(source: Path, folder: Path) -> None:
 
 def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        # Without `dequantize` the weights stay packed: slow, and impossible to save.
-        quantization_config=GgufConfig(dequantize=True, gguf_file=source.name),
-    )
+    # Packed weights would be slow, and impossible to save.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The reader knows only byte-level BPE; SmolLM2 was trained with every digit a word of its own.

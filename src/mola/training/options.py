@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
+from mola._compat import share_checkpointing
 from mola.data.encode import TRUNCATIONS
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
@@ -176,11 +177,12 @@ class TrainOptions(TrainingArguments):
         if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         super().__post_init__()
+        share_checkpointing(self)
         if self.torch_compile:
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
         check_trackers(self.report_to or ())
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
-            if getattr(self, name, None) and getattr(self, f"{name}_kwargs") is None:
+            if getattr(self, name, None) and getattr(self, f"{name}_kwargs", None) is None:
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False})
 
     def _check_choices(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,6 +13,8 @@ from mola.files.finite import check_finite
 from mola.tuner.layer import MolaLinear
 
 _PREFIX = "base_model.model."  # of names in a PeftModel
+_OWN = re.compile(r"\.mola_(?:A|B|router)\.[^.]+$")
+_CHECKED = "_mola_checked_when_loaded"
 
 
 def check_model_type(trained_on: str | None, found: str | None) -> None:
@@ -55,6 +60,19 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
                 "`num_experts` or `r` in adapter_config.json was changed."
             )
     check_finite(found, "The adapter file")
+
+
+def check_when_loaded(model: nn.Module) -> None:
+    """Compare what is loaded into the model later, for versions of PEFT that ask nobody; only once for a model."""
+
+    def check(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
+        # PEFT before 0.20 saves the tensors of other adapters too, whose names then stand before this one's.
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if _OWN.search(key)}
+        for name in {key.rpartition(".")[2] for key in own}:
+            check_adapter_tensors(module, name, {key: each for key, each in own.items() if key.endswith(f".{name}")})
+
+    if not hasattr(model, _CHECKED):
+        setattr(model, _CHECKED, model.register_load_state_dict_pre_hook(check))
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

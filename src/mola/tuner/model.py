@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from mola._compat import asks_before_loading, saves_bias_of_any_method
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
@@ -18,7 +19,7 @@ from mola.architecture.targets import adaptable, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
-from mola.tuner.loading import check_adapter_tensors, check_model_type
+from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 
@@ -58,6 +59,11 @@ class MolaModel(BaseTuner):
                 f"Adapter {adapter_name!r} has peft_type {config.peft_type}; all adapters of a model must be of "
                 "one kind, here MOLA."
             )
+        if config.bias != "none" and not saves_bias_of_any_method(BaseTuner):
+            raise MolaError(
+                f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
+                "upgrade peft, or pass 'none'."
+            )
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
         found = getattr(getattr(model, "config", None), "model_type", None)
@@ -75,6 +81,8 @@ class MolaModel(BaseTuner):
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
+        if not asks_before_loading(BaseTuner):
+            check_when_loaded(model)
 
     @staticmethod
     def _add_head(config: MolaConfig) -> None:
@@ -211,6 +219,10 @@ class MolaModel(BaseTuner):
             MolaError: no training forward pass with a router loss switched on has run.
         """
         return RouterLosses.install(self.model).balance_loss(adapter_name or self.active_adapters[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, not its `forward` as PEFT before 0.21 does: hooks add the routers' losses."""
+        return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ loading
 

@@ -1,0 +1,40 @@
+"""What older versions of the libraries lack. Each entry names the first version that needs it no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def gguf_arguments(file: str) -> dict[str, Any]:
+    """For `from_pretrained` to unpack a GGUF file while it loads; before Transformers 5.17 without being asked."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"gguf_file": file} | ({"quantization_config": config(gguf_file=file, dequantize=True)} if config else {})
+
+
+def has_activation_checkpointing() -> bool:
+    """Whether `TrainingArguments` names it so: since Transformers 5.21, before it was `gradient_checkpointing`."""
+    from transformers import TrainingArguments
+
+    return hasattr(TrainingArguments, "activation_checkpointing_kwargs")
+
+
+def share_checkpointing(arguments: Any) -> None:
+    """Give both names of activation checkpointing one value, and those of its settings; see above."""
+    if not has_activation_checkpointing():
+        is_on = bool(arguments.activation_checkpointing or arguments.gradient_checkpointing)
+        arguments.activation_checkpointing = arguments.gradient_checkpointing = is_on
+        arguments.activation_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs
+
+
+def asks_before_loading(tuner: type[nn.Module]) -> bool:
+    """Whether PEFT lets a method look at an adapter's tensors before it loads them: since 0.21."""
+    return hasattr(tuner, "_remap_adapter_state_dict_for_load")
+
+
+def saves_bias_of_any_method(tuner: type[nn.Module]) -> bool:
+    """Whether PEFT saves trained biases of methods it does not know: since 0.21."""
+    return asks_before_loading(tuner)
