@@ -136,7 +136,7 @@ def test_wrong_options(llama_7b, options, message):
         ("{}", "model_type"),
         ("[]", "no readable configuration"),
         ('{"model_type": "unheard_of"}', "does not recognize"),
-        ('{"model_type": "llama", "hidden_size": "a"}', "hidden_size"),
+        ('{"model_type": "llama", "hidden_size": "a"}', "hidden_size|unsupported operand"),
         ('{"model_type": "llama", "num_hidden_layers": 0}', "must have decoder layers: found none"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}', "custom code"),
     ],

