@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,15 @@ def share_checkpointing(arguments: Any) -> None:
         is_on = bool(arguments.activation_checkpointing or arguments.gradient_checkpointing)
         arguments.activation_checkpointing = arguments.gradient_checkpointing = is_on
         arguments.activation_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs
+
+
+def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
+    """Make an adapter of a `PeftModel` the active one, without gradients: PEFT has a word for it since 0.19."""
+    if "inference_mode" in inspect.signature(model.set_adapter).parameters:
+        model.set_adapter(adapter_name, inference_mode=True)
+    else:
+        model.set_adapter(adapter_name)
+        model.requires_grad_(False)
 
 
 def asks_before_loading(tuner: type[nn.Module]) -> bool:

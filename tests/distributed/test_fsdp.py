@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from mola import MolaLinear
 from mola.cli import main
+from tests.versions import needs
 
 from .conftest import assert_same_run, curve, record, weights_of
 from .test_ddp import ROUTER_LOSSES, routing
 
+pytestmark = needs("accelerate", "1.15", "its checkpoints of sharded adapters are not whole, and mola refuses it")
 TOLERANCE = 1e-3  # as for DDP, and norms of gradients are summed in another order too
 SHARDED = {"fsdp": "true"}
 

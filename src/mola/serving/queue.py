@@ -18,6 +18,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from mola._compat import set_adapter_to_infer
 from mola.files.failures import lack_of_memory
 from mola.generation import predicting
 from mola.generation.decoding import seeded
@@ -199,7 +200,7 @@ class AnswerQueue:
                 yield
             return
         if self._model.active_adapter != adapter:
-            self._model.set_adapter(adapter, inference_mode=True)
+            set_adapter_to_infer(self._model, adapter)
         yield
 
 

@@ -80,8 +80,8 @@ class ResumedCheckpoints(TrainerCallback):
     ) -> None:
         """Find the best one, if the folder was moved; end a rotation in which the run was killed."""
         path = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if state.best_global_step and state.best_model_checkpoint is None and path.is_dir():
-            state.best_model_checkpoint = str(path)  # the trainer forgets a path that is not there
+        if state.best_global_step and path.is_dir() and not os.path.isdir(state.best_model_checkpoint or ""):
+            state.best_model_checkpoint = str(path)
         if args.train_sampling_strategy == "group_by_length" and not _is_whole(state.epoch):
             logger.warning(
                 "With `train_sampling_strategy` group_by_length the order within an epoch is drawn anew when a run is "

@@ -5,17 +5,20 @@ Asked for by options (`fsdp`, `fsdp_config`, `deepspeed`), or by `accelerate lau
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
 
 from mola.errors import MolaError
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+_FSDP_ACCELERATE = "1.15"
 _FULL = "FULL_STATE_DICT"
 _SHARDED_WEIGHTS = "pytorch_model_fsdp*"
 
@@ -56,6 +59,12 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
             "launch, or leave `fsdp` out."
         )
     check_device(options.device)
+    accelerate = importlib.metadata.version("accelerate")
+    if Version(accelerate) < Version(_FSDP_ACCELERATE):
+        raise MolaError(
+            f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: here is "
+            f"{accelerate}. Upgrade it, or leave `fsdp` out."
+        )
     version = _setting(options, "fsdp_version", default="1")
     if version != "2":
         raise MolaError(
