@@ -190,6 +190,33 @@ def test_on_a_gpu_such_a_loss_is_refused_when_it_is_known():
     assert signs._copies == []
 
 
+def test_losses_of_two_active_adapters_are_added():
+    model = make()
+    model.add_adapter("second", random_config(router_aux_loss_coef=2 * COEF))
+    model.base_model.set_adapter(["default", "second"])
+    batch = token_batch()
+    with_losses = model(**batch).loss
+    expected = COEF * model.get_balance_loss("default") + 2 * COEF * model.get_balance_loss("second")
+    for config in model.peft_config.values():
+        config.router_aux_loss_coef = 0.0
+    torch.testing.assert_close(with_losses - model(**batch).loss, expected)
+
+
+def test_labels_that_are_shifted_already_say_which_tokens_count():
+    """As trainers give them that split sequences over devices; where they are beside labels, labels count."""
+    model, batch = make(), token_batch(prompt=3)
+    labels = batch["labels"]
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    model(**batch)
+    expected = model.get_balance_loss()
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], shift_labels=shifted, labels=labels)
+    torch.testing.assert_close(model.get_balance_loss(), expected)
+    losses = RouterLosses.install(model.base_model.model)
+    losses._set_masks({"shift_labels": shifted}, unshifted=False)
+    losses._label_mask, found = None, losses._label_mask
+    assert torch.equal(found, shifted != -100)
+
+
 def test_evaluation_does_not_count_it():
     model = make()
     batch = token_batch()

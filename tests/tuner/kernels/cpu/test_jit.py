@@ -107,3 +107,23 @@ def test_code_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, 
         assert "no locator available" in caplog.text
     finally:
         jit_decode.kernel.cache_clear()
+
+
+def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them():
+    """To the nearest, ties to the even one; infinities and NaN stay."""
+    jit = importlib.import_module("mola.tuner.kernels.cpu.jit")
+
+    @numba.njit
+    def rounded(values, target):
+        for i in range(len(values)):
+            target[i] = jit.narrow(values[i], target[i])
+
+    random = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 3.0
+    ties = (torch.arange(1, 513, dtype=torch.int32) << 15 | 0x3F800000).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, 1e-40])
+    values = torch.cat([random, ties, -ties, special])
+    found = torch.empty(len(values), dtype=torch.int16)
+    rounded(values.numpy(), found.numpy().view("uint16"))
+    expected = values.bfloat16()
+    torch.testing.assert_close(found.view(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.view(torch.bfloat16).signbit()[~values.isnan()], expected.signbit()[~values.isnan()])
