@@ -34,15 +34,20 @@ def load() -> None:
     """Make devices of type cuda exist in this process; compiled once, in some seconds.
 
     Raises:
-        RuntimeError: torch was imported before, or there is no C++ compiler.
+        RuntimeError: torch was imported before, there is no C++ compiler, or a build with CUDA has no GPU.
     """
     if "torch" in sys.modules:
         raise RuntimeError("`load` must be called before torch is imported: run this in a process of its own.")
+    folder = Path(str((spec := importlib.util.find_spec("torch")) and spec.origin)).parent
+    if list((folder / "lib").glob("*torch_cuda*")):
+        import torch
+
+        if torch.cuda.is_available():
+            return
+        raise RuntimeError("fake CUDA devices need a GPU, or a build of PyTorch without CUDA: this is one with it.")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise RuntimeError("fake CUDA devices need a C++ compiler: install g++, or name one in CXX.")
-    spec = importlib.util.find_spec("torch")
-    folder = Path(str(spec and spec.origin)).parent
     key = _SOURCE.read_bytes() + importlib.metadata.version("torch").encode() + str(folder).encode()
     library = _CACHE / f"fake_cuda-{hashlib.sha256(key).hexdigest()[:12]}.so"
     if not library.exists():

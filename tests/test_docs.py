@@ -24,6 +24,8 @@ import mola
 from mola import cli
 from mola.data.prepare import PrepareOptions, prepare
 
+from .versions import has
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING_OFTEN = ("continual.md", "from-the-research-code.md", "report.md", "training.md")
@@ -102,6 +104,8 @@ def write_files(page, folder):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", pages_with("run", slow=TRAINING_OFTEN))
 def test_code_runs(page, work, monkeypatch):
+    if page.name == "trainers.md" and importlib.util.find_spec("trl") and not has("trl", "0.27"):
+        pytest.skip("needs TRL 0.27: its DPO reads `warnings_issued`, which models of Transformers 5 do not have")
     write_files(page, work)
     names = {"__name__": "__main__"}
     for block in blocks(page):

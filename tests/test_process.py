@@ -12,6 +12,8 @@ import pytest
 
 from mola._process import is_own_program
 
+from .versions import needs
+
 MOLA = Path(sys.executable).with_name("mola")
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +26,7 @@ def run(*words, flags=(), code=0, **variables):
     return process
 
 
+@needs("datasets", "4.7", "it imports torch for itself while data is prepared")
 def test_preparing_needs_no_torch(tmp_path):
     words = ["prepare", "sample", "--output_dir", tmp_path / "out", "--train_size", 8]
     imported = run(MOLA, *words, flags=["-X", "importtime"]).stderr

@@ -25,6 +25,7 @@ from mola.research_code.preparation import (
 from tests.data.orca import files_of, orca_rows, write_orca
 from tests.grids import slow
 from tests.research_code.scripts import COLUMNS, SCRIPTS, error_line, run_script
+from tests.versions import needs
 
 SCIENCEQA, INSTRUCTION = "preparation_scienceqa_data.py", "preparation_instruction_data.py"
 ROW = {
@@ -369,6 +370,7 @@ def script_command(data, out, num_samples, seed):
     return [sys.executable, SCRIPTS / INSTRUCTION, *words]
 
 
+@needs("datasets", "4.7", "it imports torch for itself while data is prepared")
 @pytest.mark.parametrize("command", [prepare_command, *slow(script_command)])
 def test_memory_does_not_grow_with_the_source(tmp_path, command):
     few, many = (write_orca(tmp_path / f"{count}.jsonl", count) for count in (5_000, 20_000))

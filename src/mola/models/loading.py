@@ -156,7 +156,7 @@ def load_tokenizer(
     folder = Path(name)
     # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
     if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
-        raise MolaError(f"`base_model` has no tokenizer: {name!r} holds none of {', '.join(_TOKENIZERS)}.")
+        raise MolaError(f"`base_model` has no tokenizer that loads: {name!r} holds none of {', '.join(_TOKENIZERS)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, padding_side=padding_side, trust_remote_code=trust_remote_code, **arguments

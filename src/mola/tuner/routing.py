@@ -79,8 +79,8 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
         shape = (-1, 1) if dim == 0 else (1, -1)
         everyone = torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
         return Routing(everyone, torch.softmax(logits, dim))
-    expert_indices = _largest(logits.detach(), top_k, dim)
-    return Routing(expert_indices, torch.softmax(logits.gather(dim, expert_indices), dim))
+    largest, expert_indices = _largest(logits, top_k, dim)
+    return Routing(expert_indices, torch.softmax(largest, dim))
 
 
 DEFAULT_ROUTER = "top_k_softmax"
@@ -92,7 +92,7 @@ def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tens
     """Gates of all experts, zero where not chosen: float32, `num_experts` of them along `dim`."""
     indices, weights = routing
     shape = [num_experts if size == dim % 2 else weights.shape[size] for size in range(2)]
-    return weights.new_zeros(shape).scatter(dim, indices, weights)
+    return weights.new_zeros(shape).scatter_(dim, indices, weights)
 
 
 def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,19 +147,22 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: to
     return torch.autograd.grad(log_gates, logits, agreement.gather(0, routing.expert_indices))[0]
 
 
-def _largest(logits: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """Where the `count` largest logits along `dim` are, the largest first; of equal ones the first.
+def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits along `dim` and where they are, the largest first; of equal ones the first.
 
     Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
     """
     if not torch.compiler.is_compiling() and logits.shape[1 - dim % 2] <= _FEW_TOKENS:
-        return torch.sort(logits, dim=dim, descending=True, stable=True).indices.narrow(dim, 0, count)
+        values, places = torch.sort(logits, dim=dim, descending=True, stable=True)
+        return values.narrow(dim, 0, count), places.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
+    rest = logits.detach()
     for _ in range(count):
         if indices:
-            logits = logits.scatter(dim, indices[-1], float("-inf"))
-        indices.append(logits.max(dim, keepdim=True).indices)
-    return torch.cat(indices, dim)
+            rest = rest.scatter(dim, indices[-1], float("-inf"))
+        indices.append(rest.max(dim, keepdim=True).indices)
+    expert_indices = torch.cat(indices, dim)
+    return logits.gather(dim, expert_indices), expert_indices
 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:

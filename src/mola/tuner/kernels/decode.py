@@ -10,7 +10,7 @@ import torch
 
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
-from mola.tuner.kernels.gemm import base_output
+from mola.tuner.kernels.gemm import base_output, linear
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import route_all
 
@@ -60,7 +60,8 @@ class Decode(Backend):
         hidden = torch.mm(rows, inputs.experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
         gates, expert_indices = route_all(settings.router, logits, settings.top_k, -1)
         hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
-        output = base_output(inputs, inputs.x.to(settings.dtype))
+        x, weight = inputs.x.to(settings.dtype), inputs.weight
+        output = base_output(inputs, x) if weight is None else linear(x, weight, inputs.bias)
         total, matrix_B = output.view(-1, output.shape[-1]), inputs.experts_B.flatten(0, 1)
         if total.dtype == matrix_B.dtype == dtype:
             total.addmm_(hidden, matrix_B, alpha=settings.scaling)

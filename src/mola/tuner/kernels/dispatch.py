@@ -43,7 +43,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
     """A layer's output for few tokens, on a short way; None where there is none, or `MOLA_KERNEL` is set."""
-    if _cpu_decode is None or _choice():
+    if _cpu_decode is None or not _cpu_decode.is_available() or _choice():
         return None
     return _cpu_decode.decode_layer(layer, adapter_name, x)
 

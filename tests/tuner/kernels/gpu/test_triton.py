@@ -19,6 +19,12 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 
 
+needs_fake_devices = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a build of PyTorch with CUDA has no fake CUDA devices where there is no GPU",
+)
+
+
 def run(*arguments, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", *arguments]
@@ -47,6 +53,7 @@ def test_on_a_gpu():
 
 @needs_triton
 @needs_compiler
+@needs_fake_devices
 def test_whole_steps_on_fake_cuda_tensors_never_wait_for_the_device():
     output = run("tests.tuner.kernels.gpu.fake")
     assert output.count("no sync") == 10
@@ -54,6 +61,7 @@ def test_whole_steps_on_fake_cuda_tensors_never_wait_for_the_device():
 
 @needs_triton
 @needs_compiler
+@needs_fake_devices
 def test_launches_per_linear():
     """At most as many as LoRA asks for without dropout and when it decodes; docs/performance.md has them all."""
     rows = json.loads(run("benchmarks.launches", "--json"))

@@ -21,6 +21,8 @@ from mola.tuner.kernels.gemm import linear, wants_onednn
 from mola.tuner.kernels.tensors import has_hooks
 from mola.tuner.routing import DEFAULT_ROUTER
 
+_NO_FUNCTION = "no native function for these dtypes, or no numba here"
+
 
 class CpuDecode(Decode):
     """See the module."""
@@ -30,12 +32,16 @@ class CpuDecode(Decode):
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """No gradients, no logits wanted, plain tensors in float32 or bfloat16."""
+        x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
+        if torch.compiler.is_compiling():
+            return "a compiler has an operator for this"
+        if not is_available():  # first, since without numba every token and linear would ask all the rest
+            return _NO_FUNCTION
         reason = why_not_decode(inputs)
         if reason is not None:
             return reason
-        x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
-        if settings.needs_router_output or settings.jitter or torch.compiler.is_compiling():
-            return "router outputs or jitter are wanted, or a compiler, which has an operator for this"
+        if settings.needs_router_output or settings.jitter:
+            return "router outputs or jitter are wanted"
         if settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
         reason = _why_unreadable(x, experts_A, inputs.experts_B, router)
@@ -114,7 +120,7 @@ def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.T
     if router.dtype is not torch.float32:
         return OTHER_ROUTER
     if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None:
-        return f"no native function for {x.dtype} with experts in {experts_A.dtype}, or no numba here"
+        return _NO_FUNCTION
     return None if are_plain_cpu_tensors(x, experts_A, experts_B, router) else NOT_PLAIN
 
 
@@ -198,6 +204,12 @@ _LIBRARY.impl("decode", lambda *arguments: None, "Meta")
 _LIBRARY.define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor experts_B) -> Tensor", tags=_TAGS)
 _LIBRARY.impl("linear_decode", _linear_decode, "CPU")
 _LIBRARY.impl("linear_decode", lambda x, weight, *others: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether there are native functions at all; a compiler may ask."""
+    return native.load("jit_decode") is not None
 
 
 @torch.compiler.assume_constant_result
