@@ -1,11 +1,16 @@
 """Weights and base models that an adapter cannot be used with."""
 
+import pickle
+
 import pytest
 import torch
+from peft import get_peft_model
 
 from mola import MolaError
 from mola.files.finite import check_finite
-from mola.tuner.loading import check_model_type
+from mola.tuner.loading import check_model_type, check_when_loaded
+
+from .models import random_config, tiny_llama
 
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -29,7 +34,7 @@ def test_whole_numbers_are_always_finite(dtype):
     check_finite({"a": torch.ones(3, dtype=dtype)}, "the file")
 
 
-def test_a_format_that_can_not_be_computed_with():
+def test_a_format_that_cannot_be_computed_with():
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(MolaError, match=r"'a' is torch\.float4_e2m1fn_x2\. Save the adapter in float32"):
         check_finite({"a": packed}, "the file")
@@ -40,3 +45,24 @@ def test_another_kind_of_base_model():
         check_model_type(trained_on, found)
     with pytest.raises(MolaError, match="is of type 'mistral', `base_model_type` in adapter_config.json is 'llama'"):
         check_model_type("llama", "mistral")
+
+
+def test_what_is_loaded_later_is_compared_where_peft_asks_nobody():
+    """As with PEFT before 0.21, whose files of a model with two adapters hold both."""
+    model = get_peft_model(tiny_llama(), random_config())
+    inner = model.base_model.model
+    check_when_loaded(inner)
+    check_when_loaded(inner)
+    assert len(inner._load_state_dict_pre_hooks) == 1
+    tensors = {key: value.clone() for key, value in model.state_dict().items() if ".mola_" in key}
+    key = next(iter(tensors))
+    model.load_state_dict({**tensors, key.replace(".default", ".second.default"): torch.zeros(1)}, strict=False)
+    with pytest.raises(MolaError, match="1 of .* tensors are missing"):
+        model.load_state_dict({name: each for name, each in tensors.items() if name != key}, strict=False)
+    with pytest.raises(MolaError, match="1 are unknown"):
+        model.load_state_dict({**tensors, key.replace("layers.0", "layers.9"): torch.zeros(1)}, strict=False)
+    with pytest.raises(MolaError, match="not finite"):
+        model.load_state_dict({**tensors, key: tensors[key] * float("nan")}, strict=False)
+    copied = pickle.loads(pickle.dumps(model))
+    with pytest.raises(MolaError, match="missing"):
+        copied.load_state_dict({name: each for name, each in tensors.items() if name != key}, strict=False)

@@ -64,15 +64,15 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
 
 def check_when_loaded(model: nn.Module) -> None:
     """Compare what is loaded into the model later, for versions of PEFT that ask nobody; only once for a model."""
-
-    def check(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
-        # PEFT before 0.20 saves the tensors of other adapters too, whose names then stand before this one's.
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if _OWN.search(key)}
-        for name in {key.rpartition(".")[2] for key in own}:
-            check_adapter_tensors(module, name, {key: each for key, each in own.items() if key.endswith(f".{name}")})
-
     if not hasattr(model, _CHECKED):
-        setattr(model, _CHECKED, model.register_load_state_dict_pre_hook(check))
+        setattr(model, _CHECKED, model.register_load_state_dict_pre_hook(_check_loaded))
+
+
+def _check_loaded(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
+    # PEFT before 0.20 saves the tensors of other adapters too, whose names then stand before this one's.
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if _OWN.search(key)}
+    for name in {key.rpartition(".")[2] for key in own}:
+        check_adapter_tensors(model, name, {key: each for key, each in own.items() if key.endswith(f".{name}")})
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,6 @@ def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
     if key not in _found:
         if inputs.x.is_cuda and torch.cuda.is_current_stream_capturing():
             return "was not tried before a CUDA graph was captured"
-        _found[key] = None  # for the trial itself
         reason = _try(backend, inputs)
         if reason is not None:
             logger.warning("The kernel %s is not used on %s: %s.", backend.name, inputs.x.device, reason)
