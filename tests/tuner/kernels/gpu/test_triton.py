@@ -26,7 +26,8 @@ needs_fake_devices = pytest.mark.skipif(
 
 
 def run(*arguments, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    own = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(PROJECT / ".cache" / "triton")}
+    environment = {**os.environ, **own, **environment}
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
