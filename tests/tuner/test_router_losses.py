@@ -170,6 +170,18 @@ def test_routers_of_equal_shape_are_one_stack():
     assert counted[0] <= 40 + 2 * 14
 
 
+def test_as_many_experts_but_another_top_k_is_another_stack():
+    config = random_config(num_experts=4, top_k=[1, 2, 3, 4], router_aux_loss_coef=COEF)
+    model = get_peft_model(tiny_llama(), config).train()
+    batch = token_batch()
+    counted = torch.ones_like(batch["labels"], dtype=torch.bool)
+    counted[:, -1] = False
+    terms = reference_terms(model, batch, counted)
+    expected = [reference_balance(logits, module.top_k["default"]) for module, logits in terms]
+    model(**batch)
+    torch.testing.assert_close(model.get_balance_loss(), torch.stack(expected).mean())
+
+
 class Event:
     """As CUDA's: done when it is told so."""
 

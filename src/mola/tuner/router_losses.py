@@ -165,14 +165,21 @@ class RouterLosses:
 
     def _statistics(self, adapter_name: str) -> Stacks:
         """Statistics of the routers that ran; those that saw as many tokens and have as many experts are one stack."""
-        alike = defaultdict(list)
+        alike: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
-            if output is not None:
-                shapes = output.logits.shape, output.expert_indices.shape, output.logits.device
-                alike[*shapes, self._stacks.is_encoder(layer.layer_index)].append((layer.layer_index, output))
+            if output is None:
+                continue
+            shape = layer.num_experts[adapter_name], layer.top_k[adapter_name]
+            key = *shape, output.logits.device, self._stacks.is_encoder(layer.layer_index)
+            # Numbers of tokens are compared, not looked up: compiled code would be made anew for each of them.
+            same = [each for each in alike[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
+            if not same:
+                same = [[]]
+                alike[key] += same
+            same[0].append((layer.layer_index, output))
         stacks = []
-        for routers in alike.values():
+        for routers in (each for found in alike.values() for each in found):
             indices, outputs = zip(*routers, strict=True)
             stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
             mask = self._token_mask(adapter_name, stacked.logits.shape[1], indices[0])
