@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,7 +37,7 @@ def load() -> None:
     """
     if "torch" in sys.modules:
         raise RuntimeError("`load` must be called before torch is imported: run this in a process of its own.")
-    folder = Path(str((spec := importlib.util.find_spec("torch")) and spec.origin)).parent
+    folder = Path(str(importlib.metadata.distribution("torch").locate_file("torch")))
     if list((folder / "lib").glob("*torch_cuda*")):
         import torch
 

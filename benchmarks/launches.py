@@ -82,11 +82,11 @@ def count(provider: str, num_experts: int, adapters: torch.dtype, dropout: float
         dropout: on the experts' input.
         decode: one token, without gradients.
     """
-    with FakeTensorMode(), torch.random.fork_rng([]), _autocast(adapters):
+    with FakeTensorMode(), torch.random.fork_rng([]), autocast(adapters):
         x = torch.empty(1 if decode else 512, IN, device="cuda", dtype=torch.bfloat16, requires_grad=not decode)
         forward, parameters = _build(provider, num_experts, adapters, 0.0 if decode else dropout)
         passes: list[list[str]] = [[]]
-        with torch.set_grad_enabled(not decode), _triton_counted(lambda: passes[-1]):
+        with torch.set_grad_enabled(not decode), triton_counted(lambda: passes[-1]):
             for _ in range(2 if decode else 1):
                 with _Launches() as ahead:
                     passes[-1] = ahead.names
@@ -126,12 +126,20 @@ def _lora(adapters: torch.dtype, dropout: float) -> nn.Module:
         base = nn.Sequential(OrderedDict(linear=nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)))
         config = LoraConfig(r=R, lora_dropout=dropout, target_modules=["linear"])
         model = get_peft_model(base, config, autocast_adapter_dtype=adapters is torch.float32).train()
+    make_fake(model)
+    return model
+
+
+def make_fake(model: nn.Module) -> None:
+    """Put fake CUDA tensors in the place of a model's parameters and buffers."""
     for module in model.modules():
         for name, each in module._parameters.items():
             if each is not None:
                 fake = torch.empty(each.shape, device="cuda", dtype=each.dtype)
                 module._parameters[name] = nn.Parameter(fake, each.requires_grad)
-    return model
+        for name, each in module._buffers.items():
+            if each is not None:
+                module._buffers[name] = torch.empty(each.shape, device="cuda", dtype=each.dtype)
 
 
 def _triton() -> Backend:
@@ -142,7 +150,7 @@ def _triton() -> Backend:
 
 
 @contextlib.contextmanager
-def _triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
+def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
     """Kernels that are counted in place of Triton's, and no questions to a driver."""
     launch = native.load("launch", "gpu")
     names = () if launch is None else ("pack", "gates_forward", "gates_backward", "drop")
@@ -155,7 +163,8 @@ def _triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _autocast(adapters: torch.dtype) -> Iterator[None]:
+def autocast(adapters: torch.dtype) -> Iterator[None]:
+    """Of fake CUDA tensors to bfloat16, where adapters are in float32."""
     # Not `torch.autocast`, which asks a driver whether it can.
     torch.set_autocast_enabled("cuda", adapters is torch.float32)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,27 +10,14 @@ from benchmarks.cases import COMPILERS
 from benchmarks.command import main
 from benchmarks.compiled import Graphs, both, padded_batch
 from benchmarks.counting import count_operators
-from benchmarks.models import Case, load_base, training_batch
+from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
 from benchmarks.providers import build, make_step
 
 
 @pytest.fixture(scope="module")
-def case(small_model_dir):
-    return Case(
-        model="small",
-        folder=str(small_model_dir),
-        dtype="float32",
-        device="cpu",
-        dropout=0.0,
-        batch_size=3,
-        seq_len=12,
-        num_experts="4,",
-        r=4,
-        top_k=2,
-        optimizer=False,
-        seed=0,
-    )
+def case(case, small_model_dir):
+    return replace(case, model="small", folder=str(small_model_dir), batch_size=3, num_experts="4,")
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,7 @@
 """`make bench-gpu`: all of it on a CPU, and what it says where there is no GPU."""
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+from tests.tuner.kernels.native import needs_compiler, needs_fake_devices, needs_triton
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -24,11 +21,8 @@ def test_without_a_gpu_it_is_one_line(tmp_path, capsys):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
-@pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="a build of PyTorch with CUDA has no fake CUDA devices where there is no GPU",
-)
+@needs_compiler
+@needs_fake_devices
 def test_a_dry_run_from_end_to_end(tmp_path):
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--output", str(output)]

@@ -13,7 +13,7 @@ import torch
 
 from mola.insight.entropy import router_entropies
 from mola.tuner.layer import MolaLinear
-from mola.tuner.routing import dense_gates
+from mola.tuner.routing import route_all
 
 
 class ModuleGates(NamedTuple):
@@ -67,8 +67,9 @@ def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
         for adapter in layer.active_adapters:
             if adapter in layer.mola_router:
                 with torch.no_grad():
-                    gates = dense_gates(layer.route(adapter, inputs[0]), layer.num_experts[adapter])
-                    entropies = router_entropies(layer.router_logits(adapter, inputs[0]), dim=1)
+                    logits = layer.router_logits(adapter, inputs[0])
+                    gates, _ = route_all(layer.settings[adapter].router, logits, layer.top_k[adapter], 1)
+                    entropies = router_entropies(logits, dim=1)
                 recorded.append(ModuleGates(name, layer.layer_index, gates.cpu(), entropies.cpu()))
 
     return record

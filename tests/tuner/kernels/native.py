@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba (the extra `cpu`)")
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"
+)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
+needs_fake_devices = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a build of PyTorch with CUDA has no fake CUDA devices where there is no GPU",
 )
 
 

@@ -13,9 +13,8 @@ from unittest.mock import patch
 
 import torch
 from benchmarks.counting import OperatorCounter
-from benchmarks.launches import _autocast, _triton_counted
+from benchmarks.launches import autocast, make_fake, triton_counted
 from peft import get_peft_model
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,14 +40,7 @@ def fake_model(**options):
     with unset_fake_temporarily():
         base = LlamaForCausalLM(SHAPE).to(torch.bfloat16)
         model = get_peft_model(base, MolaConfig(num_experts="1248", task_type="CAUSAL_LM", **options)).train()
-    for module in model.modules():
-        for name, each in module._parameters.items():
-            if each is not None:
-                fake = torch.empty(each.shape, device="cuda", dtype=each.dtype)
-                module._parameters[name] = nn.Parameter(fake, each.requires_grad)
-        for name, each in module._buffers.items():
-            if each is not None:
-                module._buffers[name] = torch.empty(each.shape, device="cuda", dtype=each.dtype)
+    make_fake(model)
     return model
 
 
@@ -69,7 +61,7 @@ def backends(*, use_triton):
         patch.object(first_use, "why_wrong", lambda *_: None),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
         patch("mola.tuner.layer.mixture", counted),
-        _triton_counted(list),
+        triton_counted(list),
     ):
         yield used
 
@@ -91,7 +83,7 @@ def main():
         {"router_jitter_noise": 0.1},
     ):
         for use_triton in (False, True):
-            with FakeTensorMode(), _autocast(torch.float32), backends(use_triton=use_triton) as used:
+            with FakeTensorMode(), autocast(torch.float32), backends(use_triton=use_triton) as used:
                 model = fake_model(**options)
                 ids = torch.zeros(2, 12, dtype=torch.int64, device="cuda")
                 syncs = step(model, ids)

@@ -1,9 +1,7 @@
 """Runs `cases` in a process of its own: in Triton's interpreter on any machine, and compiled where there is a GPU."""
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +11,10 @@ import torch
 
 from benchmarks import roofline
 
+from ..native import needs_compiler, needs_fake_devices, needs_triton
+
 CASES = Path(__file__).with_name("cases.py")
 PROJECT = Path(__file__).parents[4]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
-
-
-needs_fake_devices = pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="a build of PyTorch with CUDA has no fake CUDA devices where there is no GPU",
-)
 
 
 def run(*arguments, **environment):

@@ -18,7 +18,7 @@ from mola.tuner.kernels import native
 from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop, is_gpu_seed
-from mola.tuner.kernels.gemm import base_output
+from mola.tuner.kernels.gemm import addmm_, base_output
 from mola.tuner.kernels.gpu import first_use
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import DEFAULT_ROUTER
@@ -109,9 +109,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _mm_add(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add `a @ b` to `total` in place, where there is one."""
-    if total is None:
-        return torch.mm(a, b)
-    return total.addmm_(a, b) if total.dtype is a.dtype else total.add_(torch.mm(a, b))
+    return torch.mm(a, b) if total is None else addmm_(total, a, b)
 
 
 def _drop_add(rows: torch.Tensor, mask: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +132,7 @@ def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor
     launch = native.load("launch", "gpu")
     gates = launch.gates_forward(of_router, hidden, num_experts, settings.top_k, settings.scaling, settings.dtype)
     output = base_output(inputs, inputs.x)
-    _mm_add(output.view(-1, output.shape[-1]), gates.gated.t(), matrix_B)
+    addmm_(output.view(-1, output.shape[-1]), gates.gated.t(), matrix_B)
     saved = gates.gated, gates.weights, packed, None if matrix_B.dtype is inputs.experts_B.dtype else matrix_B
     return Mixture(output, gates.logits, gates.expert_indices), Saved(inputs.x, saved)
 
