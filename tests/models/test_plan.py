@@ -42,6 +42,8 @@ def text_of(table, width=120):
         ({"num_experts": "1", "r": "64"}, 159_907_840),
         ({"num_experts": ",".join(["2"] * 8 + ["4"] * 8 + ["6"] * 8 + ["8"] * 8)}, 105_635_840),
         ({"target_modules": "all-linear"}, 105_635_840),
+        ({"num_experts": "8,", "num_experts_pattern": '{"self_attn.*": 2, "mlp.*": 3}'}, 54_468_608),
+        ({"num_experts": "1", "rank_pattern": '{".*": 64}'}, 159_907_840),
         ({"target_modules": "q_proj, v_proj"}, 160 * 2 * (8 * 2 * 4096 + 4096)),
     ],
 )

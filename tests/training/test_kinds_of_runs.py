@@ -137,3 +137,40 @@ def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):
         assert main(flags(tmp_path / name, train_on_inputs=value, max_steps=2, **NO_EVALUATION)) == 0
     trained = {name: read_record(tmp_path / name)["data"]["train"] for name in ("no", "yes")}
     assert trained["no"]["trained_tokens"] < trained["yes"]["trained_tokens"] == trained["yes"]["tokens"]
+
+
+def test_numbers_by_module_starts_and_loraplus(flags, tmp_path, tiny_model_dir):
+    patterns = {"num_experts_pattern": {"self_attn.*": 1, "up_proj": 3}, "rank_pattern": {"down_proj": 2}}
+    settings = {**patterns, "alpha_pattern": {"q_proj": 4.0}, "init_lora_weights": "orthogonal", "use_rslora": True}
+    given = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    options = {"num_experts": "1224", "r": 4, "loraplus_lr_ratio": 4, "num_train_epochs": 1, "eval_strategy": "no"}
+    run = tmp_path / "run"
+    assert main(flags(**options, save_strategy="steps", save_steps=1, **given)) == 0
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in settings} == settings
+    record = read_record(run)
+    weights = load_file(run / WEIGHTS)
+    assert record["trainable_parameters"] == sum(each.numel() for each in weights.values())
+    assert record["allocation"]["trainable_parameters"] == record["trainable_parameters"]
+    shapes = {
+        name.split("layers.")[1].rpartition(".")[0]: each.shape[:2] for name, each in weights.items() if "A" in name
+    }
+    assert shapes["3.self_attn.q_proj"] == (1, 4)
+    assert shapes["0.mlp.up_proj"] == (3, 4)
+    assert shapes["3.mlp.down_proj"] == (4, 2)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), run)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 2.0
+    rates = {}
+    states = torch.load(next(run.glob("checkpoint-*")) / "optimizer.pt", weights_only=True)
+    for group in states["param_groups"]:
+        rates[group["initial_lr"]] = rates.get(group["initial_lr"], 0) + len(group["params"])
+    rate = min(rates)
+    count = sum(".mola_B" in name for name in weights)
+    assert rates == {rate: len(weights) - count, 4 * rate: count}
+
+
+def test_wrong_pattern_stops_before_weights_are_loaded(flags, capsys):
+    assert main(flags(num_experts_pattern='{"k": 2}')) == 2
+    assert "`num_experts_pattern`" in capsys.readouterr().err
+    assert main(flags(loraplus_lr_ratio=0)) == 2
+    assert "`loraplus_lr_ratio` must be above 0: got 0" in capsys.readouterr().err

@@ -318,7 +318,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"router": "soft"}, r"`router` must be one of \['top_k_softmax'\], got 'soft'"),
         ({"target_modules": [" q_proj"]}, "spaces"),
         ({"bias": "lora_only"}, "bias"),
-        ({"init_lora_weights": "gaussian"}, "`init_lora_weights` must be True or False"),
+        ({"init_lora_weights": "zero"}, "`init_lora_weights` must be one of"),
         ({"target_modules": 7}, "`target_modules` must be names in a list, or text: got 7"),
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),

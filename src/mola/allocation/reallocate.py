@@ -89,6 +89,11 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     check_mixture(options.adapter)
     output = check_new_folder("output_dir", options.output_dir)
     config: Any = MolaConfig.from_pretrained(options.adapter)
+    if config.num_experts_pattern:
+        raise MolaError(
+            f"`adapter` must have one number of experts per layer: {options.adapter!r} has `num_experts_pattern` "
+            f"{config.num_experts_pattern!r}. Train one without."
+        )
     tensors = read_tensors(Path(options.adapter))
     layers = _layers(tensors, options.adapter)
     num_layers = _depth(config, options, layers.values())

@@ -1,15 +1,16 @@
 """What an allocation of experts to layers means and costs. Pure functions, no torch.
 
-- `check_top_k`, `effective_top_k`: experts used against experts there are.
+- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts used against experts there are.
 - `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mola.architecture.patterns import by_pattern, check_matches
 from mola.errors import MolaError
 
 
@@ -55,6 +56,20 @@ def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[in
     return [1 if experts == 1 else chosen for experts, chosen in zip(num_experts, top_k, strict=True)]
 
 
+def top_k_of_module(num_experts: int, top_k: int, module: str) -> int:
+    """The layer's `top_k` where a module has a number of experts of its own; 1 for one expert.
+
+    Raises:
+        MolaError: more are used than there are.
+    """
+    if top_k > num_experts > 1:
+        raise MolaError(
+            f"`top_k` must not be above `num_experts`: {module!r} has {num_experts} experts (`num_experts_pattern`) "
+            f"and top_k {top_k}. Give it at least {top_k} experts, or lower `top_k`."
+        )
+    return min(num_experts, top_k)
+
+
 @dataclass(frozen=True)
 class LinearShape:
     """One adapted linear: module name, decoder layer (None outside the decoder) and its two sizes."""
@@ -67,7 +82,10 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one decoder layer gets and costs; the formulas are in `plan_allocation`."""
+    """What one decoder layer gets and costs; the formulas are in `plan_allocation`.
+
+    `num_experts`, `top_k` and `r` are those of its modules that no pattern names.
+    """
 
     layer_index: int
     num_experts: int
@@ -155,6 +173,9 @@ def plan_allocation(
     top_k: Sequence[int],
     r: Sequence[int],
     bytes_per_parameter: int = 4,
+    *,
+    num_experts_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> AllocationPlan:
     """Parameters, FLOPs and bytes of an adapter.
 
@@ -174,6 +195,8 @@ def plan_allocation(
         top_k: experts used per token, per decoder layer.
         r: rank per decoder layer.
         bytes_per_parameter: size of one saved number; 4 = float32.
+        num_experts_pattern: experts of modules by their names, where they differ from their layer's.
+        rank_pattern: the same for the rank.
 
     Returns:
         The plan, one entry per decoder layer; layers without adapted linears cost nothing.
@@ -184,35 +207,38 @@ def plan_allocation(
     """
     _check_same_length(num_experts, r, "r")
     chosen = effective_top_k(num_experts, top_k)
-    by_layer: list[list[LinearShape]] = [[] for _ in num_experts]
+    linears = list(linears)
+    for name, pattern in (("num_experts_pattern", num_experts_pattern), ("rank_pattern", rank_pattern)):
+        check_matches(pattern, [linear.name for linear in linears], name)
+    # Per layer: parameters of experts, of them in experts that a token uses, parameters of routers.
+    counts = [[0, 0, 0] for _ in num_experts]
     for linear in linears:
-        if linear.layer_index is None or linear.layer_index >= len(by_layer):
+        index = linear.layer_index
+        if index is None or index >= len(counts):
             raise MolaError(
-                f"`target_modules` must be inside the {len(by_layer)} decoder layers, each with its own "
+                f"`target_modules` must be inside the {len(counts)} decoder layers, each with its own "
                 f"number of experts: {linear.name!r} is not. Leave it out of `target_modules` or exclude it."
             )
-        by_layer[linear.layer_index].append(linear)
-    layers = []
-    for index, members in enumerate(by_layer):
-        experts, rank = num_experts[index], r[index]
-        total_in = sum(linear.in_features for linear in members)
-        total_out = sum(linear.out_features for linear in members)
-        expert_parameters = experts * rank * (total_in + total_out)
-        router_parameters = experts * total_in if experts > 1 else 0
-        parameters = expert_parameters + router_parameters
-        layers.append(
-            LayerPlan(
-                layer_index=index,
-                num_experts=experts,
-                top_k=chosen[index],
-                r=rank,
-                expert_parameters=expert_parameters,
-                router_parameters=router_parameters,
-                flops_per_token=2 * parameters,  # one multiply and one add per weight
-                active_flops_per_token=2 * (expert_parameters // experts * chosen[index] + router_parameters),
-                adapter_bytes=bytes_per_parameter * parameters,
-            )
+        experts = by_pattern(num_experts_pattern, linear.name, num_experts[index])
+        rank = by_pattern(rank_pattern, linear.name, r[index])
+        one = rank * (linear.in_features + linear.out_features)
+        used = top_k_of_module(experts, top_k[index], linear.name)
+        router = experts * linear.in_features if experts > 1 else 0
+        counts[index] = [a + b for a, b in zip(counts[index], (experts * one, used * one, router), strict=True)]
+    layers = [
+        LayerPlan(
+            layer_index=index,
+            num_experts=num_experts[index],
+            top_k=chosen[index],
+            r=r[index],
+            expert_parameters=experts,
+            router_parameters=routers,
+            flops_per_token=2 * (experts + routers),  # one multiply and one add per weight
+            active_flops_per_token=2 * (active + routers),
+            adapter_bytes=bytes_per_parameter * (experts + routers),
         )
+        for index, (experts, active, routers) in enumerate(counts)
+    ]
     return AllocationPlan(tuple(layers))
 
 

@@ -84,7 +84,7 @@ def adaptable(module: nn.Module) -> bool:
     Returns:
         False for embeddings, convolutions, norms and modules that only contain linears.
     """
-    base = _base_layer(module)
+    base = base_layer_of(module)
     if isinstance(base, _NOT_ADAPTABLE):
         return False
     if isinstance(base, (nn.Linear, Conv1D)):
@@ -134,7 +134,7 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
         if not adaptable(module):
             raise MolaError(
                 f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
-                f"({type(_base_layer(module)).__name__}). Linears of this model: "
+                f"({type(base_layer_of(module)).__name__}). Linears of this model: "
                 f"{', '.join(_linear_names(modules))}; or use `exclude_modules`."
             )
 
@@ -201,14 +201,15 @@ def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    base: Any = _base_layer(module)
+    base: Any = base_layer_of(module)
     if isinstance(base, Conv1D):
         return base.weight.shape[0], base.weight.shape[1]
     # Not from the weight: quantised ones are packed.
     return base.in_features, base.out_features
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The module that a PEFT method wrapped, or the module itself."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module

@@ -89,6 +89,12 @@ def _check_expressible(config: MolaConfig) -> None:
         # Layer 0 is a choice too.
         "layers_to_transform": None if config.layers_to_transform is None else [config.layers_to_transform],
         "exclude_modules": config.exclude_modules,
+        "use_rslora": config.use_rslora,
+        "num_experts_pattern": config.num_experts_pattern,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "trainable_token_indices": config.trainable_token_indices,
+        "layer_replication": config.layer_replication,
     }
     for name, value in refused.items():
         if value:

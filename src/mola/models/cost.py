@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
+from mola.architecture.patterns import by_pattern, check_pattern
 from mola.architecture.targets import linear_shapes, resolve_target_modules
 from mola.insight.kernels import TOKENS, inputs_for_shapes, report
 from mola.models.devices import resolve_dtype
@@ -24,6 +26,9 @@ def cost_of_allocation(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
     with_kernels: bool = False,
+    *,
+    num_experts_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> AllocationPlan:
     """Cost of an allocation for a model, without its weights. The arguments are options of `mola plan`.
 
@@ -35,6 +40,8 @@ def cost_of_allocation(
     Raises:
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
     """
+    check_pattern(num_experts_pattern, "num_experts_pattern")
+    check_pattern(rank_pattern, "rank_pattern")
     model = model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
     targets = names_between_commas(target_modules)
@@ -44,21 +51,29 @@ def cost_of_allocation(
         resolve_per_layer(num_experts, num_layers, "num_experts"),
         resolve_per_layer(top_k, num_layers, "top_k"),
         resolve_per_layer(r, num_layers, "r"),
+        num_experts_pattern=num_experts_pattern,
+        rank_pattern=rank_pattern,
     )
     if with_kernels:
-        result = replace(result, kernels=_kernels(linears, result))
+        result = replace(result, kernels=_kernels(linears, result, num_experts_pattern, rank_pattern))
     # `parameters()` yields a tied embedding once.
     return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _kernels(linears: list[LinearShape], plan: AllocationPlan) -> tuple[str, ...]:
+def _kernels(
+    linears: list[LinearShape],
+    plan: AllocationPlan,
+    num_experts: Mapping[str, int] | None,
+    rank: Mapping[str, int] | None,
+) -> tuple[str, ...]:
     dtype, _ = resolve_dtype("auto", "cpu")
     calls = []
     for linear in linears:
         layer = plan.layers[linear.layer_index or 0]
+        experts = by_pattern(num_experts, linear.name, layer.num_experts)
         # The scale does not decide which backend is used.
-        settings = MixtureSettings(layer.top_k, 1.0, dtype, needs_router_output=False)
+        settings = MixtureSettings(min(layer.top_k, experts), 1.0, dtype, needs_router_output=False)
         for mode in TOKENS:
-            shape = linear.in_features, linear.out_features, layer.num_experts, layer.r
+            shape = linear.in_features, linear.out_features, experts, by_pattern(rank, linear.name, layer.r)
             calls.append((mode, inputs_for_shapes(mode, *shape, settings)))
     return tuple(f"CPU, {str(dtype).removeprefix('torch.')}, {choice}" for choice in report(calls))

@@ -19,7 +19,7 @@ from rich.table import Table
 from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import quantization_option
-from mola.options.fields import option
+from mola.options.fields import mapping, option
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
@@ -43,6 +43,10 @@ class PlanOptions:
         "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
         "else PEFT's choice for the architecture.",
     )
+    num_experts_pattern: str | None = option(
+        None, "Experts of modules by name, as JSON: {'mlp.*': 8}; others as in `num_experts`."
+    )
+    rank_pattern: str | None = option(None, "The same for `r`.")
     gguf_file: str | None = quantization_option("gguf_file")
     json: bool = option(False, "Print JSON instead of the table.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
@@ -69,6 +73,8 @@ def plan(options: PlanOptions) -> AllocationPlan:
         options.gguf_file,
         options.trust_remote_code,
         with_kernels=True,
+        num_experts_pattern=mapping("num_experts_pattern", options.num_experts_pattern),
+        rank_pattern=mapping("rank_pattern", options.rank_pattern),
     )
 
 

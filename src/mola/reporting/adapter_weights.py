@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
+from mola.architecture.patterns import by_pattern
 from mola.errors import MolaError
 from mola.files.digests import check_digest
 from mola.files.finite import check_finite
@@ -26,11 +27,11 @@ from mola.reporting.schema import PER_LAYER
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One decoder layer of an adapter; its modules have the same settings.
+    """One decoder layer of an adapter; its modules have the same settings, unless `own_numbers` says otherwise.
 
     Attributes:
         layer_index: the layer.
-        num_experts: experts of each module.
+        num_experts: experts of each module; the most, if some have a number of their own.
         top_k: of them chosen for a token.
         r: rank of each.
         expert_values: trained values of the experts of all modules.
@@ -90,7 +91,7 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
             if "mola_" in name:
                 shape = file.get_slice(name).get_shape()
                 values[layer_index(name)]["mola_router" in name] += math.prod(shape)
-                experts[layer_index(name)] = shape[0]
+                experts[layer_index(name)] = max(shape[0], experts.get(layer_index(name), 0))
         for name in sorted(names, key=_place):
             if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
                 redundancy.append(_redundancy(file, path, name, config))
@@ -105,7 +106,17 @@ def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> 
     module, layer = name.removesuffix(".mola_A"), layer_index(name)
     experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
     check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
-    return module_redundancy(module, layer, experts_A, experts_B, config["lora_alpha"] / experts_A.shape[1])
+    r = experts_A.shape[1]
+    alpha = by_pattern(config.get("alpha_pattern"), module.removeprefix("base_model.model."), config["lora_alpha"])
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return module_redundancy(module, layer, experts_A, experts_B, scaling)
+
+
+def own_numbers(config: Mapping[str, Any]) -> str:
+    """A sentence about modules with numbers of their own, in front of it a space; empty if there are none."""
+    names = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
+    found = [f"`{name}` {config[name]}" for name in names if config.get(name)]
+    return f" Some modules have numbers of their own: {', '.join(found)}." if found else ""
 
 
 def _of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:

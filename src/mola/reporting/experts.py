@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from mola.insight import ROUTING_FILE
-from mola.reporting.adapter_weights import LayerExperts
+from mola.reporting.adapter_weights import LayerExperts, own_numbers
 from mola.reporting.charts import Axis, Column, Line, Range, thinned, value_axis
 from mola.reporting.commands import inspect_command
 from mola.reporting.document import Table
@@ -30,6 +30,7 @@ def allocation_section(run: Run) -> dict[str, Any]:
         "adapter": run.adapter,
         "status": run.record.get("status"),
         "modules": modules if isinstance(modules, str) else ", ".join(sorted(modules)),
+        "own_numbers": own_numbers(run.adapter.config) if run.adapter and rows else "",
         "experts": [Column(layer_name(row.layer_index), [row.num_experts], _said(row)) for row in rows],
         "trained": [
             Column(layer_name(row.layer_index), [row.expert_values, row.router_values], _said(row)) for row in rows

@@ -21,6 +21,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
+from mola.reporting.adapter_weights import own_numbers
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses, read_curves
 
 CARD_FILE = "README.md"
@@ -190,7 +191,7 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
         grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
     header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
     modules = ", ".join(f"`{name}`" for name in sorted(config.get("target_modules") or []))
-    return f"{_table(header, grouped)}\n\nAdapted modules: {modules}."
+    return f"{_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
 
 
 def _values_per_layer(weights: Path) -> dict[int, tuple[int, int]]:

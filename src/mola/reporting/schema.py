@@ -60,4 +60,10 @@ INSPECTION = {
     ),
     "leave_one_out_baseline?": ({"loss?": (NUMBER, None)}, None),
 }
-PER_LAYER = {"num_experts": ANYTHING, "top_k": ANYTHING, "r": ANYTHING, "lora_alpha": NUMBER}
+PER_LAYER = {
+    "num_experts": ANYTHING,
+    "top_k": ANYTHING,
+    "r": ANYTHING,
+    "lora_alpha": NUMBER,
+    "alpha_pattern?": ({str: NUMBER}, None),
+}

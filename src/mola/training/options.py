@@ -31,6 +31,11 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "router_aux_loss_reduction": "module",
     "router_z_loss_coef": 0.0,
     "router_jitter_noise": 0.0,
+    "use_rslora": None,
+    "init_lora_weights": None,
+    "num_experts_pattern": None,
+    "rank_pattern": None,
+    "alpha_pattern": None,
 }
 
 # These change how the experts are trained, not what they compute: an adapter that is trained on may get others.
@@ -51,6 +56,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "num_train_epochs": (1e-9, math.inf, "above 0"),
     "learning_rate": (1e-30, math.inf, "above 0"),
     "weight_decay": (0, math.inf, "at least 0"),
+    "loraplus_lr_ratio": (1e-30, math.inf, "above 0"),
     "warmup_steps": (0, math.inf, "at least 0"),
     "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
     "validation_size": (0, math.inf, "at least 0"),
@@ -94,6 +100,11 @@ class TrainOptions(TrainingArguments):
     router_aux_loss_reduction: str | None = option(None, "Balance loss per 'module' (default) or per 'layer'.")
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss; default 0 = off.")
     router_jitter_noise: float | None = option(None, "Relative noise on the routers' input; default 0 = off.")
+    num_experts_pattern: dict[str, Any] | str | None = option(None, "Experts by name of module: {'mlp.*': 8}.")
+    rank_pattern: dict[str, Any] | str | None = option(None, "Rank by name of module.")
+    alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
+    use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
+    init_lora_weights: str | None = option(None, "How experts start: true (default), gaussian, orthogonal, principal.")
 
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
@@ -123,6 +134,7 @@ class TrainOptions(TrainingArguments):
     warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 the share of all.")
     lr_scheduler_type: SchedulerType | str = option("linear", "After warm-up: linear, cosine, constant, ...")
     weight_decay: float = option(0.0, "Weight decay of the optimiser.")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: how many times the learning rate B has.")
     bf16: bool = option(False, "Mixed precision in bfloat16; on if the base is in it.")
     fp16: bool = option(False, "Mixed precision in float16; on if the base is in it.")
     activation_checkpointing: bool | None = option(
@@ -190,7 +202,8 @@ class TrainOptions(TrainingArguments):
             raise MolaError(
                 "`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR."
             )
-        self.filters = mapping("filters", self.filters) or None
+        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            setattr(self, name, mapping(name, getattr(self, name)) or None)
         if self.truncation not in TRUNCATIONS:
             raise MolaError(f"`truncation` must be one of {', '.join(TRUNCATIONS)}: got {self.truncation!r}.")
         if self.validation_size > 1 and self.validation_size % 1:
@@ -231,7 +244,7 @@ class TrainOptions(TrainingArguments):
     def _check_ranges(self) -> None:
         for name, (low, high, rule) in _RANGES.items():
             value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
                 raise MolaError(f"`{name}` must be {rule}: got {value}.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {self.max_steps}.")

@@ -84,6 +84,8 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         options.target_modules,
         options.gguf_file,
         options.trust_remote_code,
+        num_experts_pattern=wanted.num_experts_pattern,
+        rank_pattern=wanted.rank_pattern,
     )
     if wanted.modules_to_save:
         _check_modules_to_save(wanted.modules_to_save, options)
@@ -110,9 +112,13 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     """
     setting = options.adapter_setting
     plain = ("num_experts", "r", "top_k", "lora_alpha", "lora_dropout")
+    patterns = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
+    start = setting("init_lora_weights") or "true"
     router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
     return MolaConfig(
-        **{name: setting(name) for name in (*plain, *router)},
+        **{name: setting(name) for name in (*plain, *router, *patterns)},
+        use_rslora=bool(setting("use_rslora")),
+        init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
         target_modules=names_between_commas(setting("target_modules")),
         modules_to_save=_module_list(setting("modules_to_save")),
         task_type=TaskType.CAUSAL_LM,

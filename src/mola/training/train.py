@@ -34,6 +34,7 @@ from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_sam
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
+from mola.training.loraplus import LoraPlusTrainer
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
@@ -253,7 +254,7 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
-    trainer = Trainer(
+    trainer = (LoraPlusTrainer if options.loraplus_lr_ratio is not None else Trainer)(
         model=model,
         args=options,
         train_dataset=run.data.train,

@@ -14,8 +14,11 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from mola.architecture.notation import check_notation
+from mola.architecture.patterns import check_pattern
 from mola.errors import MolaError
 from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
+from mola.tuner.initialization import check_initialization
+from mola.tuner.lora_fields import LORA_ONLY
 from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 
 REDUCTIONS = ("module", "layer")
@@ -53,8 +56,17 @@ class MolaConfig(PeftConfig):
             have one entry for every layer of the model.
         layers_pattern (`list[str] | str`): name of the layer list, for `layers_to_transform`.
         bias (`str`): "none", "all" or "mola_only", as in PEFT.
-        init_lora_weights (`bool`): True starts as the base model (`B` zero); False draws `B` at random
-            too, for tests.
+        init_lora_weights (`bool | str`): how experts start, see `mola.tuner.initialization`. All but False start as
+            the base model: True (`B` zero), "gaussian", "orthogonal" and "principal". False draws `B` at random too,
+            for tests.
+        use_rslora (`bool`): multiply the update by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+        num_experts_pattern (`dict[str, int]`): experts of modules whose name ends with, or matches as a regular
+            expression, a key: `{"mlp.*": 8}`; the first key that does counts. Others have their layer's number.
+        rank_pattern (`dict[str, int]`), alpha_pattern (`dict[str, float]`): the same for `r` and `lora_alpha`.
+        trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
+        ensure_weight_tying (`bool`): keep tied what `modules_to_save` or `trainable_token_indices` train, as in PEFT.
+        layer_replication (`list[tuple[int, int]]`): build a deeper model of ranges of layers, as in PEFT. Per-layer
+            settings then count the layers of that model.
         router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
         router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3
             together with the "layer" reduction.
@@ -84,7 +96,14 @@ class MolaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+    num_experts_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[tuple[int, int]] | None = None
     router: str = DEFAULT_ROUTER
     router_aux_loss_coef: float = 0.0
     router_aux_loss_reduction: str = "module"
@@ -108,6 +127,8 @@ class MolaConfig(PeftConfig):
         for name in ("r", "num_experts", "top_k"):
             check_notation(getattr(self, name), name)
         self._check_numbers()
+        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
         self._check_targets()
         for name in ("base_model_type", DIGEST_FIELD):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -140,8 +161,10 @@ class MolaConfig(PeftConfig):
         for name, known in choices.items():
             if getattr(self, name) not in tuple(known):
                 raise MolaError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
-        if not isinstance(self.init_lora_weights, bool):
-            raise MolaError(f"`init_lora_weights` must be True or False, got {self.init_lora_weights!r}.")
+        check_initialization(self.init_lora_weights)
+        for name in ("use_rslora", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise MolaError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -196,6 +219,9 @@ _dataclass_init = MolaConfig.__init__
 def _init(self: MolaConfig, *args, **kwargs) -> None:
     """Refuse unknown fields: PEFT's loader would drop them with a warning and go on with another model."""
     unknown = sorted(set(kwargs) - {f.name for f in fields(MolaConfig)})
+    for name in unknown:
+        if name in LORA_ONLY:
+            raise MolaError(f"MolaConfig has no field `{name}` of LoraConfig: {LORA_ONLY[name]}")
     if unknown:
         raise MolaError(
             f"MolaConfig has no field {unknown}. The known ones are {[f.name for f in fields(MolaConfig)]}. "

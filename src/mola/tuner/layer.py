@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from mola.errors import MolaError
+from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import decode_layer, mixture, register
 from mola.tuner.kernels.tensors import has_hooks
@@ -30,12 +31,13 @@ class ExpertSettings:
     lora_dropout: float = 0.0
     router: str = DEFAULT_ROUTER
     router_jitter_noise: float = 0.0
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
 
     @property
     def scaling(self) -> float:
-        """`lora_alpha / r`."""
-        return self.lora_alpha / self.r
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
@@ -118,19 +120,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    @torch.no_grad()
     def reset_parameters(self, adapter_name: str) -> None:
-        """`A_e` and router uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5), `B_e` zero."""
-        # Written out, because kaiming_uniform_ on the stack would take r * in for the fan-in.
-        bound = 1.0 / math.sqrt(self.in_features)
-        self.mola_A[adapter_name].uniform_(-bound, bound)
-        if adapter_name in self.mola_router:
-            self.mola_router[adapter_name].uniform_(-bound, bound)
-        if self.settings[adapter_name].init_lora_weights:
-            self.mola_B[adapter_name].zero_()
-        else:
-            bound = 1.0 / math.sqrt(self.r[adapter_name])
-            self.mola_B[adapter_name].uniform_(-bound, bound)
+        """Draw experts and router anew, as `init_lora_weights` says; see `mola.tuner.initialization`."""
+        start = self.settings[adapter_name].init_lora_weights
+        parts = self.mola_A[adapter_name], self.mola_B[adapter_name], self.mola_router.get(adapter_name)
+        initialize(start, *parts, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         router = self.mola_router.get(adapter_name)

@@ -8,22 +8,36 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, replicate_layers
 from torch import nn
 
 from mola._compat import asks_before_loading, saves_bias_of_any_method
-from mola.architecture.allocation import effective_top_k
+from mola.architecture.allocation import check_top_k, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
-from mola.architecture.targets import adaptable, resolve_target_modules
+from mola.architecture.patterns import by_pattern, check_matches
+from mola.architecture.targets import adaptable, base_layer_of, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
+from mola.tuner.initialization import check_shapes
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:
+    num_layers = LayerStacks.of(model).num_layers or 0
+    if any(isinstance(module, MolaLinear) for module in model.modules()):
+        raise MolaError("`layer_replication` must be that of the model's first adapter: its layers are replaced by it.")
+    if not all(len(pair) == 2 and 0 <= pair[0] < pair[1] <= num_layers for pair in ranges):
+        raise MolaError(
+            f"`layer_replication` must be ranges [first, end) of the model's {num_layers} layers, such as [[0, 2], "
+            f"[1, {num_layers}]]: got {ranges!r}."
+        )
+    replicate_layers(model, ranges)
 
 
 _PerLayer = dict[str, list[int]]  # num_experts, top_k and r: one entry per decoder layer
@@ -53,6 +67,7 @@ class MolaModel(BaseTuner):
             MolaError: a target matches nothing, or the per-layer numbers do not fit the model.
         """
         original = original_of(adapter_name, self.peft_config)
+        self._passed_config = self.peft_config[adapter_name]
         config = copy.deepcopy(self.peft_config[adapter_name])
         if not isinstance(config, MolaConfig):
             raise MolaError(
@@ -70,13 +85,14 @@ class MolaModel(BaseTuner):
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
         self._add_head(config)
-        names = [name for name, _ in model.named_modules()]
+        if config.layer_replication:
+            _replicate_layers(model, config.layer_replication)
         self._stacks = LayerStacks.of(model)
         config.target_modules, config.exclude_modules = resolve_target_modules(
             model, self._stacks, config.target_modules, config.exclude_modules
         )
         self._per_layer = self._resolve_per_layer(config)
-        self._check_places(config, names)
+        self._check_places(config, dict(model.named_modules()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if original is not None:
             copy_experts(model, original, adapter_name)
@@ -97,17 +113,33 @@ class MolaModel(BaseTuner):
         num_experts, top_k, r = (
             resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "top_k", "r")
         )
-        used_top_k = effective_top_k(num_experts, top_k)
+        check_top_k(num_experts, top_k)
         # From here on the numbers themselves are kept: a notation may be a file that is gone tomorrow.
         for name, values in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
-        return {"num_experts": num_experts, "top_k": used_top_k, "r": r}
+        return {"num_experts": num_experts, "top_k": top_k, "r": r}
 
-    def _check_places(self, config: MolaConfig, names: list[str]) -> None:
+    def _check_places(self, config: MolaConfig, modules: dict[str, nn.Module]) -> None:
         # All modules before the first one is replaced, so that a refused model is left as it was.
-        for name in names:
-            if name and self._check_target_module_exists(config, name):
-                self._settings(config, name, self._stacks.index(name))
+        adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
+        for name in adapted:
+            settings = self._settings(config, name, self._stacks.index(name))
+            if adaptable(modules[name]):
+                features: Any = _get_in_out_features(base_layer_of(modules[name]))
+                check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
+        for field in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            check_matches(getattr(config, field), adapted, field)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
+        # For `ensure_weight_tying`. PEFT goes on with the user's object, so it is told there, too.
+        embedding = self.model.get_input_embeddings()
+        source = next(name for name, module in self.model.named_modules() if module is embedding)
+        configs: Any = (peft_config, self._passed_config)
+        for config in configs:
+            saved = config.modules_to_save
+            tied = [name for name in saved if any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
+            config.modules_to_save = [*(name for name in config.modules_to_save if name not in tied), source]
+            config.modules_to_tie = set(tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # done before, in inject_adapter, where the model's modules are known
@@ -152,10 +184,14 @@ class MolaModel(BaseTuner):
             )
         else:
             position = index
+        num_experts = by_pattern(config.num_experts_pattern, key, lists["num_experts"][position])
         return ExpertSettings(
-            **{name: values[position] for name, values in lists.items()},
-            lora_alpha=config.lora_alpha,
+            r=by_pattern(config.rank_pattern, key, lists["r"][position]),
+            num_experts=num_experts,
+            top_k=top_k_of_module(num_experts, lists["top_k"][position], key),
+            lora_alpha=by_pattern(config.alpha_pattern, key, config.lora_alpha),
             lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
             router=config.router,
             router_jitter_noise=config.router_jitter_noise,
             init_lora_weights=config.init_lora_weights,

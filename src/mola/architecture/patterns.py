@@ -1,0 +1,62 @@
+"""Numbers for single modules, by patterns of their names as in PEFT's `rank_pattern`. Pure functions, no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from mola.errors import MolaError
+
+Number = TypeVar("Number")
+
+
+def check_pattern(pattern: Any, name: str, whole: bool = True) -> None:
+    """Check what can be checked without a model.
+
+    Args:
+        pattern: the value of the field, None for none.
+        name: the field.
+        whole: whether numbers must be integers.
+
+    Raises:
+        MolaError: no mapping from regular expressions to positive numbers.
+    """
+    if pattern is None:
+        return
+    if not isinstance(pattern, Mapping):
+        raise MolaError(f"`{name}` must map names of modules to numbers, such as {{'mlp.*': 8}}: got {pattern!r}.")
+    for key, value in pattern.items():
+        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
+            kind = "an integer of at least 1" if whole else "a number above 0"
+            raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}.")
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise MolaError(f"`{name}` has a key that is no regular expression: {key!r}: {error}.") from error
+
+
+def by_pattern(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
+    """The number of the first key that the end of a module's name matches, from a dot on; else the default."""
+    return next((value for key, value in (pattern or {}).items() if _matches(key, module)), default)
+
+
+def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], name: str) -> None:
+    """Check that every key is for some adapted module.
+
+    Raises:
+        MolaError: one is for none.
+    """
+    modules = list(modules)
+    for key in pattern or {}:
+        if not any(_matches(key, module) for module in modules):
+            known = sorted({module.rpartition(".")[2] for module in modules})
+            raise MolaError(
+                f"`{name}` has a key that matches no adapted module: {key!r}. There are {', '.join(known)}."
+            )
+
+
+def _matches(key: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", module) is not None

@@ -1,0 +1,230 @@
+"""Fields of PEFT's LoraConfig: each works as in LoRA, or is refused with its reason; docs/lora-fields.md lists all."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from mola import MolaConfig, MolaError, MolaLinear
+from mola.tuner.initialization import initialize
+from mola.tuner.lora_fields import LORA_ONLY
+from mola.tuner.loraplus import create_loraplus_optimizer
+from tests.tuner.models import clone, random_config, tiny_llama, token_batch
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora-fields.md"
+OWN = {field.name for field in dataclasses.fields(LoraConfig)} - {
+    field.name for field in dataclasses.fields(LoraConfig.__mro__[1])
+}
+TIED = "ignore:Model has `tie_word_embeddings=True`"
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, MolaLinear)}
+
+
+def randomize(model):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_every_field_of_lora_is_a_field_of_ours_or_refused_and_in_the_table():
+    ours = {field.name for field in dataclasses.fields(MolaConfig)}
+    assert OWN - ours - set(LORA_ONLY) == set()
+    assert ours & set(LORA_ONLY) == set()
+    rows = re.findall(r"^\| (`.*?) \|", PAGE.read_text(encoding="utf-8"), re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert OWN - named == set()
+
+
+@pytest.mark.parametrize("name", LORA_ONLY)
+def test_fields_of_lora_alone_are_refused_with_their_reason(name):
+    with pytest.raises(MolaError, match=f"`{name}` of LoraConfig: {re.escape(LORA_ONLY[name])}"):
+        MolaConfig(**{name: None})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "r": 8},
+        {"rank_pattern": {"mlp.*": 2, "layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+        {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"layer_replication": [[0, 3], [1, 4]]},
+        {"trainable_token_indices": [3, 5]},
+        {"trainable_token_indices": {"embed_tokens": [7]}},
+        {"modules_to_save": ["lm_head"]},
+        pytest.param(
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, marks=pytest.mark.filterwarnings(TIED)
+        ),
+        pytest.param(
+            {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, marks=pytest.mark.filterwarnings(TIED)
+        ),
+    ],
+    ids=str,
+)
+def test_with_one_expert_it_is_lora(settings, tmp_path):
+    base = tiny_llama(tie_word_embeddings="ensure_weight_tying" in settings)
+    common = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], "lora_alpha": 16, "r": 4, **settings}
+    lora = get_peft_model(clone(base), LoraConfig(**common))
+    ours = get_peft_model(clone(base), MolaConfig(num_experts=1, top_k=1, **common))
+    randomize(lora)
+    theirs = {name: module for name, module in lora.named_modules() if hasattr(module, "lora_A")}
+    assert {name: layer.scaling for name, layer in layers(ours).items()} == {
+        name: layer.scaling for name, layer in theirs.items()
+    }
+    trained = {name: each for name, each in lora.named_parameters() if each.requires_grad and "lora_" not in name}
+    with torch.no_grad():
+        for name, layer in layers(ours).items():
+            layer.mola_A["default"][0].copy_(theirs[name].lora_A["default"].weight)
+            layer.mola_B["default"][0].copy_(theirs[name].lora_B["default"].weight.t())
+        same = {name: each for name, each in ours.named_parameters() if each.requires_grad and "mola_" not in name}
+        assert same.keys() == trained.keys()
+        for name, parameter in same.items():
+            parameter.copy_(trained[name])
+    batch = token_batch()
+    ours.eval(), lora.eval()
+    assert torch.equal(ours(**batch).logits, lora(**batch).logits)
+    ours.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(clone(base), tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, ours(**batch).logits)
+
+
+def test_patterns_of_experts_by_name(tmp_path):
+    config = random_config(
+        num_experts=[1, 2, 4, 4], num_experts_pattern={"self_attn.*": 1, "layers.0.mlp.up_proj": 8, "up_proj": 3}
+    )
+    model = get_peft_model(tiny_llama(), config).eval()
+    found = {name.split("layers.")[1]: layer for name, layer in layers(model).items()}
+    numbers = {name: (layer.num_experts["default"], layer.top_k["default"]) for name, layer in found.items()}
+    assert {numbers[f"{index}.self_attn.q_proj"] for index in range(4)} == {(1, 1)}
+    assert [numbers[f"{index}.mlp.up_proj"] for index in range(4)] == [(8, 2), (3, 2), (3, 2), (3, 2)]
+    assert [numbers[f"{index}.mlp.down_proj"] for index in range(4)] == [(1, 1), (2, 2), (4, 2), (4, 2)]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    batch = token_batch()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts_pattern": {"up_proj": 2}, "num_experts": 4, "top_k": 3}, "has 2 experts .* and top_k 3"),
+        ({"rank_pattern": {"foo": 2}}, "`rank_pattern` .* matches no adapted module: 'foo'. There are down_proj"),
+        ({"alpha_pattern": {"lm_head": 2}}, "`alpha_pattern` .* matches no adapted module: 'lm_head'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even rank: .* has 3. Take 4"),
+        ({"init_lora_weights": "principal", "num_experts": 8}, "16 for .*: 8 experts of rank 4 are 32"),
+        ({"layer_replication": [[0, 9]]}, r"4 layers, .*: got \[\[0, 9\]\]"),
+        ({"layer_replication": [[2, 2]]}, r"got \[\[2, 2\]\]"),
+    ],
+)
+def test_what_does_not_fit_the_model_leaves_it_as_it_was(settings, message):
+    base = tiny_llama()
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(MolaError, match=message):
+        get_peft_model(base, random_config(**settings))
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+
+
+def test_layers_are_not_replicated_for_a_second_adapter():
+    model = get_peft_model(tiny_llama(), random_config())
+    with pytest.raises(MolaError, match="`layer_replication` must be that of the model's first adapter"):
+        model.add_adapter("second", random_config(layer_replication=[[0, 4], [0, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"a(": 3}}, r"no regular expression: 'a\('"),
+        ({"rank_pattern": {"mlp": 0}}, "an integer of at least 1 for every key: got 0 for 'mlp'"),
+        ({"num_experts_pattern": {"mlp": 2.0}}, "an integer of at least 1"),
+        ({"alpha_pattern": {"mlp": -1}}, "a number above 0 for every key: got -1"),
+        ({"rank_pattern": [3]}, r"must map names of modules to numbers, .*: got \[3\]"),
+        ({"init_lora_weights": "pissa_niter_4"}, "got 'pissa_niter_4': PiSSA changes the base weight"),
+        ({"init_lora_weights": "eva"}, "got 'eva': EVA needs data"),
+        ({"init_lora_weights": "loftq"}, "got 'loftq': LoftQ makes up for"),
+        ({"init_lora_weights": 1}, "got 1"),
+        ({"use_rslora": 1}, "`use_rslora` must be True or False, got 1"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(settings, message):
+    with pytest.raises(MolaError, match=message):
+        MolaConfig(**settings)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "principal"])
+def test_a_start_is_the_base_model_with_experts_that_differ(start):
+    base = tiny_llama()
+    config = random_config(init_lora_weights=start, num_experts=4, r=4)
+    model = get_peft_model(clone(base), config)
+    batch = token_batch()
+    torch.testing.assert_close(model(**batch).logits, base(**batch).logits, rtol=0, atol=2e-6)
+    for layer in layers(model).values():
+        A, B = layer.mola_A["default"], layer.mola_B["default"]
+        torch.testing.assert_close(torch.einsum("ero,eri->eoi", B, A), torch.zeros(4, *layer.weight.shape))
+        assert (B == 0).all() == (start != "orthogonal")
+        assert all(not torch.equal(A[0], A[expert]) for expert in range(1, 4))
+    model(**batch).loss.backward()
+    assert all(layer.mola_B["default"].grad.abs().sum() > 0 for layer in layers(model).values())
+    with_A = [bool((layer.mola_A["default"].grad != 0).any()) for layer in layers(model).values()]
+    assert set(with_A) == {start == "orthogonal"}
+
+
+def test_gaussian_is_as_wide_as_lora_s():
+    torch.manual_seed(0)
+    experts_A, experts_B = torch.empty(4, 8, 256), torch.empty(4, 8, 16)
+    initialize("gaussian", experts_A, experts_B, None, nn.Linear(256, 16))
+    assert experts_A.std().item() == pytest.approx(1 / 8, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "bfloat16"])
+def test_principal_deals_the_largest_directions_in_turn(kind):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 16)
+    with torch.no_grad():
+        U, V = torch.linalg.qr(torch.randn(16, 16)).Q, torch.linalg.qr(torch.randn(24, 24)).Q
+        linear.weight.copy_(U @ torch.diag(2.0 ** -torch.arange(16.0)) @ V[:, :16].t())
+    base = linear
+    if kind == "conv1d":
+        base = Conv1D(16, 24)
+        base.weight.data = linear.weight.t().contiguous()
+    elif kind == "bfloat16":
+        base = linear.bfloat16()
+    experts_A, experts_B, router = torch.empty(3, 2, 24), torch.empty(3, 2, 16), torch.empty(3, 24)
+    initialize("principal", experts_A, experts_B, router, base)
+    for expert in range(3):
+        for place in range(2):
+            cosine = torch.cosine_similarity(experts_A[expert, place], V[:, place * 3 + expert], dim=0)
+            assert abs(cosine.item()) == pytest.approx(1, abs=0.03 if kind == "bfloat16" else 1e-3)
+    assert experts_A.norm(dim=-1).flatten().tolist() == pytest.approx([3**-0.5] * 6, rel=1e-4)
+    assert router.abs().max() > 0
+
+
+def test_loraplus_gives_b_its_own_rate():
+    model = get_peft_model(tiny_llama(), random_config())
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, weight_decay=0.1)
+    rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates.pop(id(parameter)) == pytest.approx(1e-3 * (16 if "mola_B" in name else 1))
+    assert not rates
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+
+
+def test_loraplus_refuses_what_it_would_pass_over():
+    with pytest.raises(MolaError, match="`loraplus_lr_ratio` must be a number above 0, got 0"):
+        create_loraplus_optimizer(
+            get_peft_model(tiny_llama(), random_config()), torch.optim.SGD, lr=1.0, loraplus_lr_ratio=0
+        )
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(MolaError, match="no trained `mola_B`"):
+        create_loraplus_optimizer(lora, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=2.0)
