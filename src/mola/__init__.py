@@ -40,15 +40,20 @@ __all__ = [
     "train",
 ]
 
-if TYPE_CHECKING or not _process.OWN_PROGRAM:
+if TYPE_CHECKING:
     from mola._names import *
 else:
+    if not _process.OWN_PROGRAM:
+        from mola.tuner import MolaConfig, MolaLinear, MolaModel  # registers the method
 
     def __getattr__(name):
-        """The names after all, for someone else's program that is called like one of ours."""
+        """The other names when they are wanted: whoever only loads an adapter need not wait for the trainer's."""
         if name not in __all__:
             raise AttributeError(f"module 'mola' has no attribute {name!r}")
         from mola import _names
 
         globals().update({each: getattr(_names, each) for each in __all__ if hasattr(_names, each)})
         return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -24,6 +24,8 @@ CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_
 """Variables by which a user sets glibc's malloc."""
 KEPT = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 """The same as `keep_freed_memory`, for the environment of a process that is yet to be started."""
+SET: list[str] = []
+"""Variables of the environment that were set here, by name."""
 _MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no block outside the heap
 _COMMAND = ("mola", "mola.exe", "mola-script.py")
 _MODULES = ("mola", "mola.cli")
@@ -50,7 +52,9 @@ def is_own_program(program: str) -> bool:
 
 def prefer_passive_waiting() -> None:
     """Set `OMP_WAIT_POLICY=PASSIVE` if the user has not chosen."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        SET.append("OMP_WAIT_POLICY")
 
 
 def hush_recommendations() -> None:

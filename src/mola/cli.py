@@ -95,10 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mola {__version__}")
         return 0
     name, *rest = arguments
+    if name == "with":
+        return _with_program(rest)
     if name not in COMMANDS:
         print(f"mola: error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(name, rest)
+
+
+def _with_program(arguments: Sequence[str]) -> int:
+    from mola.integrations import with_program
+
+    try:
+        return with_program.main(arguments)
+    except MolaError as error:
+        print(f"mola with: error: {error}", file=sys.stderr)
+        return 2
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -158,6 +170,9 @@ def _one_line(message: str) -> str:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines.append(
+        f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered"
+    )
     return "\n".join(
         ["usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines, "", "mola COMMAND --help"]
     )

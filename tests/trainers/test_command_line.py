@@ -1,8 +1,51 @@
-"""What `trl sft` can and cannot do with mola."""
+"""TRL's commands: alone they make LoRA, through `mola.integrations.trl_command` mixtures."""
 
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
 from peft import LoraConfig
+from safetensors.torch import load_file
+
+from mola import MolaError
+
+FLAGS = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "up_proj"]}
 
 
 def test_flags_of_trl_make_a_lora(trl):
-    """`--use_peft` has no other method to choose; with mola one writes the few lines of docs/trainers.md."""
     assert type(trl.get_peft_config(trl.ModelConfig(use_peft=True))) is LoraConfig
+
+
+def test_recipe_of_trl_trains_a_mixture(trl, tiny_model_dir, tmp_path):
+    rows = [json.dumps({"text": f"{i} plus {i} is {2 * i}"}) for i in range(8)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    recipe = {
+        **{"model_name_or_path": str(tiny_model_dir), "dataset_name": str(tmp_path / "data")},
+        **{"output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 2, "max_length": 32},
+        **{"report_to": "none", "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "save_strategy": "no", **FLAGS},
+        **{"mola_num_experts": "2468", "mola_router_aux_loss_coef": 0.01},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    words = ["-m", "mola.integrations.trl_command", "sft", "--config", str(tmp_path / "recipe.yaml")]
+    process = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["peft_type"], config["r"], config["num_experts"]) == ("MOLA", 4, [2, 4, 6, 8])
+    assert (config["lora_alpha"], config["router_aux_loss_coef"]) == (8, 0.01)
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.rsplit(".", 2)[1] for name in weights} == {"q_proj", "up_proj"}
+    assert all(weights[name].abs().sum() > 0 for name in weights)
+
+
+def test_what_mixtures_do_not_have_is_refused(trl):
+    from mola.integrations.trl_command import MixtureArguments, main, mixture_config
+
+    with pytest.raises(MolaError, match="`use_dora` is for LoRA and not for mixtures, got True"):
+        mixture_config(trl.ModelConfig(use_peft=True, use_dora=True), MixtureArguments())
+    with pytest.raises(MolaError, match="`num_experts`"):
+        mixture_config(trl.ModelConfig(use_peft=True), MixtureArguments(mola_num_experts="2,x"))
+    with pytest.raises(MolaError, match="script of TRL, such as sft or dpo: got 'nosuch'"):
+        main(["nosuch"])

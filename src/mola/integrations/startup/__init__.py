@@ -1,0 +1,1 @@
+"""The folder that `mola with` puts on the path of a program."""

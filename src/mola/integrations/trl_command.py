@@ -1,0 +1,86 @@
+"""TRL's commands with a mixture in place of LoRA: `python -m mola.integrations.trl_command sft --config recipe.yaml`.
+
+They are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are its `lora_*`;
+what a mixture has besides is in `MixtureArguments`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import trl
+
+from mola.errors import MolaError
+from mola.tuner import MolaConfig
+
+_REFUSED = {"use_dora": False, "lora_target_parameters": None}
+
+
+@dataclass
+class MixtureArguments:
+    """Settings of a mixture; each is the field of `MolaConfig` without `mola_`."""
+
+    mola_num_experts: str = field(default="2468", metadata={"help": "Experts per module, see docs/allocation.md."})
+    mola_top_k: str = field(default="2", metadata={"help": "Experts used per token, one number or a list."})
+    mola_router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
+    mola_router_aux_loss_reduction: str = field(default="module", metadata={"help": "Its mean: module or layer."})
+    mola_router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+    mola_router_jitter_noise: float = field(default=0.0, metadata={"help": "Noise on the routers' input."})
+
+
+def mixture_config(model_args: Any, mixture: MixtureArguments) -> MolaConfig:
+    """The configuration that TRL's `ModelConfig` and `MixtureArguments` describe.
+
+    Raises:
+        MolaError: a value is wrong, or one of LoRA's that mixtures do not have.
+    """
+    for name, default in _REFUSED.items():
+        if (value := getattr(model_args, name, default)) != default:
+            raise MolaError(f"`{name}` is for LoRA and not for mixtures, got {value!r}. Leave it out.")
+    return MolaConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        modules_to_save=model_args.lora_modules_to_save,
+        task_type=model_args.lora_task_type,
+        use_rslora=model_args.use_rslora,
+        **{name.removeprefix("mola_"): value for name, value in asdict(mixture).items()},
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a script of TRL.
+
+    Args:
+        arguments: its name, such as sft, and its flags.
+
+    Raises:
+        MolaError: TRL has no such script, or a setting of the mixture is wrong.
+    """
+    name = arguments[0] if arguments else ""
+    try:
+        script: Any = importlib.import_module(f"trl.scripts.{name}")
+        types = script.make_parser().dataclass_types
+    except (ImportError, ValueError, AttributeError) as error:
+        raise MolaError(f"The first word must name a script of TRL, such as sft or dpo: got {name!r}.") from error
+    parser = trl.TrlParser((*types, MixtureArguments), prog=f"trl_command {name}")
+    *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
+    config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
+    # Wherever the script looks for it: at the top of its module, or inside its function.
+    places: Any = (trl, script)
+    for module in places:
+        if hasattr(module, "get_peft_config"):
+            module.get_peft_config = lambda model_args: config
+    script.main(*parsed)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except MolaError as error:
+        sys.exit(f"trl_command: error: {error}")

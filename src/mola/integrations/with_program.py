@@ -1,0 +1,53 @@
+"""`mola with PROGRAM ...`: a program that knows PEFT and not mola, with the method registered in all its processes.
+
+    mola with transformers serve
+    mola with accelerate launch --num_processes 2 train.py
+    mola with python -m lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks my_task
+
+Without it such a program ends in `KeyError: 'MOLA'` when it meets an adapter: nothing tells PEFT to import mola.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from mola._process import SET
+from mola.errors import MolaError
+from mola.integrations import startup
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a program in place of this process.
+
+    Args:
+        arguments: its name, and its own arguments.
+
+    Returns:
+        The exit code, where the process cannot be replaced.
+
+    Raises:
+        MolaError: there is no such program.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    # Programs of this environment first, as if it were activated.
+    own = os.path.dirname(sys.executable)
+    program = shutil.which(arguments[0], path=os.pathsep.join([own, os.environ.get("PATH", os.defpath)]))
+    if program is None:
+        raise MolaError(
+            f"`mola with` needs the name of a program: there is no {arguments[0]!r} in {own} or on the PATH. "
+            "For a file write `mola with python FILE`."
+        )
+    environment = {name: value for name, value in os.environ.items() if name not in SET}
+    path = [os.path.dirname(os.path.abspath(startup.__file__)), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    command = [program, *arguments[1:]]
+    if os.name == "nt":  # where exec starts another process and ends this one
+        return subprocess.call(command, env=environment)
+    sys.stdout.flush()
+    os.execve(program, command, environment)
