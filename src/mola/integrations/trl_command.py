@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         types = script.make_parser().dataclass_types
     except (ImportError, ValueError, AttributeError) as error:
         raise MolaError(f"The first word must name a script of TRL, such as sft or dpo: got {name!r}.") from error
-    parser = trl.TrlParser((*types, MixtureArguments), prog=f"trl_command {name}")
+    dataclasses: Any = (*types, MixtureArguments)
+    parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
     *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
     # Wherever the script looks for it: at the top of its module, or inside its function.
