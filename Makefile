@@ -2,6 +2,7 @@
 # make test         set up, run the tests: what a change is likely to break (five minutes on two cores)
 # make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
 # make test-min     the same with the lowest versions that pyproject.toml allows
+# make test-mid     the same with versions in between
 # make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
 # make coverage     which lines and branches of the layer and the checkpoints the tests run
@@ -17,7 +18,7 @@ BIN = $(VENV)/bin
 # Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
-.PHONY: quickstart test test-min test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean
+.PHONY: quickstart test test-min test-mid test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -27,6 +28,10 @@ test: $(VENV)/.dev
 
 test-min: override VENV = .venv-min
 test-min: .venv-min/.test
+	$(RUN_TESTS) -m "not slow"
+
+test-mid: override VENV = .venv-mid
+test-mid: .venv-mid/.test
 	$(RUN_TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
@@ -93,6 +98,14 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 	.venv-min/bin/uv pip install --quiet --python .venv-min/bin/python --resolution lowest-direct --editable ".[test]"
 	@touch $@
 
+# Below what changed last in each: see docs/compatibility.md.
+MID = "torch==2.12.*" "transformers==5.16.*" "peft==0.20.*" "trl==0.29.*" "accelerate==1.13.*" "datasets==4.6.*" "numpy==2.3.*"
+.venv-mid/.test: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-mid
+	.venv-mid/bin/python -m pip install --quiet uv
+	.venv-mid/bin/uv pip install --quiet --python .venv-mid/bin/python --editable ".[test]" $(MID)
+	@touch $@
+
 # What PEFT's tests import; mola itself does not need it.
 $(VENV)/.peft-suite: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet diffusers parameterized
@@ -114,4 +127,4 @@ $(VENV)/.extras: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-min .cache runs build dist *.egg-info
+	rm -rf $(VENV) .venv-min .venv-mid .cache runs build dist *.egg-info
