@@ -28,6 +28,7 @@ ENTRIES = [
     ("set_adapter_to_infer", "peft", "0.19"),
     ("asks_before_loading", "peft", "0.21"),
     ("saves_bias_of_any_method", "peft", "0.21"),
+    ("ties_saved_modules", "peft", "0.19"),
 ]
 
 
@@ -52,6 +53,7 @@ def test_what_this_version_is_taken_for():
     assert ("quantization_config" in _compat.gguf_arguments("x.gguf")) == hasattr(transformers, "GgufConfig")
     assert _compat.asks_before_loading(BaseTuner) == has("peft", "0.21")
     assert _compat.saves_bias_of_any_method(BaseTuner) == has("peft", "0.21")
+    assert _compat.ties_saved_modules(BaseTuner) == has("peft", "0.19")
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])

@@ -48,3 +48,8 @@ def asks_before_loading(tuner: type[nn.Module]) -> bool:
 def saves_bias_of_any_method(tuner: type[nn.Module]) -> bool:
     """Whether PEFT saves trained biases of methods it does not know: since 0.21."""
     return asks_before_loading(tuner)
+
+
+def ties_saved_modules(tuner: type[nn.Module]) -> bool:
+    """Whether PEFT lets a method tie what `modules_to_save` trains: since 0.19."""
+    return hasattr(tuner, "_add_modules_to_save_to_tie")

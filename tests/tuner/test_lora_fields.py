@@ -14,12 +14,16 @@ from mola.tuner.initialization import initialize
 from mola.tuner.lora_fields import LORA_ONLY
 from mola.tuner.loraplus import create_loraplus_optimizer
 from tests.tuner.models import clone, random_config, tiny_llama, token_batch
+from tests.versions import has, needs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora-fields.md"
 OWN = {field.name for field in dataclasses.fields(LoraConfig)} - {
     field.name for field in dataclasses.fields(LoraConfig.__mro__[1])
 }
-TIED = "ignore:Model has `tie_word_embeddings=True`"
+TIED = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    needs("peft", "0.19", "it ties nothing for other methods"),
+]
 
 
 def layers(model):
@@ -59,12 +63,8 @@ def test_fields_of_lora_alone_are_refused_with_their_reason(name):
         {"trainable_token_indices": [3, 5]},
         {"trainable_token_indices": {"embed_tokens": [7]}},
         {"modules_to_save": ["lm_head"]},
-        pytest.param(
-            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, marks=pytest.mark.filterwarnings(TIED)
-        ),
-        pytest.param(
-            {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, marks=pytest.mark.filterwarnings(TIED)
-        ),
+        pytest.param({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, marks=TIED),
+        pytest.param({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, marks=TIED),
     ],
     ids=str,
 )
@@ -129,6 +129,13 @@ def test_what_does_not_fit_the_model_leaves_it_as_it_was(settings, message):
     with pytest.raises(MolaError, match=message):
         get_peft_model(base, random_config(**settings))
     assert [(name, type(module)) for name, module in base.named_modules()] == before
+
+
+@pytest.mark.skipif(has("peft", "0.19"), reason="this PEFT ties saved modules")
+def test_a_peft_that_ties_nothing_is_refused():
+    config = random_config(modules_to_save=["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(MolaError, match="`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19"):
+        get_peft_model(tiny_llama(tie_word_embeddings=True), config)
 
 
 def test_layers_are_not_replicated_for_a_second_adapter():

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, replicate_layers
 from torch import nn
 
-from mola._compat import asks_before_loading, saves_bias_of_any_method
+from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
 from mola.architecture.allocation import check_top_k, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
@@ -79,6 +79,8 @@ class MolaModel(BaseTuner):
                 f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
                 "upgrade peft, or pass 'none'."
             )
+        if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
+            raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
         found = getattr(getattr(model, "config", None), "model_type", None)
