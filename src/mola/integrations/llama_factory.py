@@ -1,0 +1,170 @@
+"""Lets LLaMA-Factory train mixtures: `python -m mola.integrations.llama_factory train recipe.yaml`.
+
+LLaMA-Factory has no plug-ins: this program puts `finetuning_type: mola` beside LoRA's code in its own process and hands
+over to its command line. Outside of this file a mixture is `lora` to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import make_dataclass
+from typing import Any, Literal
+
+from llamafactory import launcher
+from llamafactory.extras.env import VERSION
+from llamafactory.extras.misc import is_env_enabled
+from llamafactory.hparams import parser
+from llamafactory.hparams.finetuning_args import FinetuningArguments, LoraArguments
+from llamafactory.model import adapter
+from peft import PeftConfig, PeftModel
+
+from mola.errors import MolaError
+from mola.integrations.mixture_settings import (
+    FIELDS,
+    PREFIX,
+    check_version,
+    continue_mixture,
+    has_router_losses,
+    keep_router_losses,
+    read_settings,
+    refuse_others,
+)
+from mola.tuner import MolaConfig
+
+_COMMANDS = ("train", "chat", "api", "webchat", "export", "env", "version", "help")
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
+_OTHER_WAYS = ("use_llama_pro", "use_mca", "use_hyper_parallel", "use_muon", "use_asft_loss")
+_OTHER_MODELS = ("use_unsloth", "use_unsloth_gc", "use_kt", "mixture_of_depths")
+_STAGES = ("pt", "sft")
+
+
+def _check_arguments(self: Any) -> None:
+    self.is_mixture = self.finetuning_type == "mola"
+    given = {f"{PREFIX}{name}": getattr(self, f"{PREFIX}{name}") for name in FIELDS}
+    self.mixture_settings = read_settings(given)
+    if self.mixture_settings and not self.is_mixture:
+        raise MolaError(f"{[f'{PREFIX}{name}' for name in self.mixture_settings]} need `finetuning_type: mola`.")
+    if self.is_mixture:
+        refuse_others("LLaMA-Factory", self, LoraArguments, _LORA)
+        for name in _OTHER_WAYS:
+            if getattr(self, name):
+                raise MolaError(f"`{name}` is not for mixtures: leave it out.")
+        if self.stage not in _STAGES:
+            raise MolaError(f"`stage` must be one of {list(_STAGES)} for a mixture, got {self.stage!r}.")
+        self.finetuning_type = "lora"
+    FinetuningArguments.__post_init__(self)
+
+
+MixtureArguments = make_dataclass(
+    "MixtureArguments",
+    [
+        ("finetuning_type", Literal["lora", "oft", "freeze", "full", "mola"], "lora"),
+        *((f"{PREFIX}{name}", str | None, None) for name in FIELDS),
+    ],
+    bases=(FinetuningArguments,),
+    namespace={"__post_init__": _check_arguments},
+)
+
+
+def _set_up(
+    original: Callable, config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool, cast: bool
+) -> Any:
+    """In the place of `_setup_lora_tuning`, which gets whatever has nothing to do with a mixture."""
+    folders = model_args.adapter_name_or_path or []
+    init_kwargs = {
+        "subfolder": model_args.adapter_folder,
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.hf_hub_token,
+    }
+    kinds = [PeftConfig.from_pretrained(folder, **init_kwargs).peft_type == "MOLA" for folder in folders]
+    if not (getattr(finetuning_args, "is_mixture", False) or any(kinds)):
+        return original(config, model, model_args, finetuning_args, is_trainable, cast)
+    _check_use(model_args, finetuning_args, folders, kinds, is_trainable)
+    if folders and not is_trainable:
+        return PeftModel.from_pretrained(model, folders[0], **init_kwargs)
+    adapter.logger.info_rank0("Fine-tuning method: a mixture of LoRA experts (mola)")
+    settings = finetuning_args.mixture_settings
+    if folders:
+        model = continue_mixture(model, folders[0], settings, **init_kwargs)
+    else:
+        with _config_of_mixture(settings):
+            model = original(config, model, model_args, finetuning_args, is_trainable, cast)
+        keep_router_losses(model)
+    base, checkpointing = model.get_base_model(), not model_args.disable_gradient_checkpointing
+    if has_router_losses(vars(model.peft_config["default"])) and checkpointing and base.supports_gradient_checkpointing:
+        adapter.logger.info_rank0("Router losses: gradient checkpointing is not re-entrant.")
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _check_use(model_args: Any, finetuning_args: Any, folders: list, kinds: list[bool], is_trainable: bool) -> None:
+    for name in _OTHER_MODELS:
+        if getattr(model_args, name):
+            raise MolaError(f"`{name}` is not for mixtures: leave it out.")
+    if model_args.export_dir is not None:
+        raise MolaError(
+            "`export_dir`: a mixture cannot be exported. Its gates depend on the input, so no weights of the base "
+            "model's shapes equal it: load it as an adapter."
+        )
+    if len(folders) > 1 or not all(kinds) or finetuning_args.create_new_adapter:
+        raise MolaError(f"`adapter_name_or_path` must be one mixture, which cannot be merged: got {folders}.")
+    if is_trainable and not finetuning_args.is_mixture:
+        raise MolaError(f"{folders[0]!r} is a mixture: `finetuning_type: mola` trains it on.")
+    if not is_trainable and not folders:
+        raise MolaError("`finetuning_type: mola` needs `adapter_name_or_path` where nothing is trained.")
+
+
+@contextlib.contextmanager
+def _config_of_mixture(settings: dict[str, Any]) -> Iterator[None]:
+    """What LLaMA-Factory says of LoRA becomes a mixture's configuration; variants of LoRA were refused before."""
+
+    def make(use_rslora: bool, use_dora: bool, modules_to_save: Any, **lora: Any) -> MolaConfig:
+        return MolaConfig(modules_to_save=modules_to_save and list(modules_to_save), **lora, **settings)
+
+    before, adapter.LoraConfig = adapter.LoraConfig, make
+    try:
+        yield
+    finally:
+        adapter.LoraConfig = before
+
+
+def register() -> None:
+    """Make `finetuning_type: mola` known to LLaMA-Factory in this process."""
+    check_version("LLaMA-Factory", VERSION, "0.9.5")
+    for group in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        group[group.index(FinetuningArguments)] = MixtureArguments
+    original = adapter._setup_lora_tuning
+    adapter._setup_lora_tuning = lambda *args, **kwargs: _set_up(original, *args, **kwargs)
+
+
+def main() -> int:
+    """Run a command of LLaMA-Factory; in processes of torchrun, train."""
+    in_torchrun = "LOCAL_RANK" in os.environ
+    try:
+        command = sys.argv[1] if len(sys.argv) > 1 else "help"
+        if command not in _COMMANDS and not in_torchrun:
+            raise MolaError(f"The command {command!r} does not work with mixtures. Those that do: {list(_COMMANDS)}.")
+        for name in ("USE_V1", "USE_RAY", "USE_MCA"):
+            if is_env_enabled(name):
+                raise MolaError(f"The environment variable {name} selects code without mixtures: unset it.")
+        register()
+        if not in_torchrun:
+            launcher.__file__ = __file__  # the program that it starts again for several devices
+            launcher.launch()
+        else:
+            from llamafactory.train.tuner import run_exp
+
+            sys.argv[1:2] = [] if command == "train" else sys.argv[1:2]
+            run_exp()
+    except MolaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

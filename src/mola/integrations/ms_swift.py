@@ -1,0 +1,119 @@
+"""Lets ms-swift train mixtures: `swift sft --external_plugins <this file> --tuner_type mola`; see docs/trainers.md.
+
+ms-swift runs this file by its path while it checks its arguments. It refuses arguments that it does not know, so a
+mixture's settings travel in `model_kwargs`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import swift
+from peft import PeftConfig, PeftModel, get_peft_model
+from swift.arguments import ExportArguments
+from swift.arguments.tuner_args import TunerArguments
+from swift.tuner_plugin import PeftTuner, tuners_map
+from swift.utils import json_parse_to_dict
+
+from mola.errors import MolaError
+from mola.integrations.mixture_settings import (
+    check_version,
+    continue_mixture,
+    has_router_losses,
+    keep_router_losses,
+    read_settings,
+    refuse_others,
+)
+from mola.tuner import MolaConfig
+
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "init_weights", "modules_to_save", "lora_dtype")
+_TARGETS = ("target_modules", "target_regex", "freeze_llm", "freeze_vit", "freeze_aligner")
+_TRIED = {
+    "rlhf_type": (),
+    "task_type": ("causal_lm",),
+    "tuner_backend": ("peft",),
+    "optimizer": ("default",),
+    "init_weights": ("true", "false"),
+    "lora_dtype": ("float32",),
+}
+_EXPORTS = ("merge_lora", "quant_method", "to_ollama", "to_mcore", "to_hf")
+
+
+class MolaTuner(PeftTuner):
+    """The tuner type `mola`; saving is PEFT's."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012 # of this process, which trains once
+
+    @staticmethod
+    def prepare_model(args: Any, model: Any) -> PeftModel:
+        """A new mixture, from the LoRA fields of ms-swift and the settings."""
+        from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+
+        config = MolaConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            bias=args.lora_bias,
+            init_lora_weights=args.init_weights,
+            target_modules=get_target_modules(args, model),
+            modules_to_save=get_modules_to_save(args, model) or None,
+            task_type="CAUSAL_LM",
+            **MolaTuner.settings,
+        )
+        return keep_router_losses(get_peft_model(model, config))
+
+    @staticmethod
+    def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+        """A saved mixture, to train on or to ask."""
+        if is_trainable:
+            return continue_mixture(model, model_id, MolaTuner.settings, **kwargs)
+        return PeftModel.from_pretrained(model, model_id, **kwargs)
+
+
+def _check_training(args: Any) -> None:
+    """Refuse what a mixture cannot do, before anything is loaded; choose what router losses need."""
+    MolaTuner.settings = read_settings(args.model_kwargs)
+    refuse_others("ms-swift", args, TunerArguments, (*_LORA, *_TARGETS))
+    for name, tried in _TRIED.items():
+        value = getattr(args, name, None)
+        if value is not None and str(value).lower() not in tried:
+            raise MolaError(f"`{name}` must be {' or '.join(tried) or 'left out'} for a mixture, got {value!r}.")
+    if args.use_swift_lora or args.use_galore:
+        raise MolaError("`use_swift_lora` and `use_galore` are not for mixtures: leave them out.")
+    folder = args.resume_from_checkpoint or next(iter(args.adapters), None)  # its router losses go on
+    own = vars(PeftConfig.from_pretrained(folder)) if folder else {}
+    if has_router_losses({**own, **MolaTuner.settings}):
+        checkpointing = args.gradient_checkpointing_kwargs = json_parse_to_dict(args.gradient_checkpointing_kwargs)
+        if checkpointing.setdefault("use_reentrant", False) or args.use_logits_to_keep:
+            raise MolaError(
+                "Router losses need `gradient_checkpointing_kwargs` with `use_reentrant` false, and "
+                "`use_logits_to_keep` false, which hides the trained tokens from them: leave both out."
+            )
+        args.use_logits_to_keep = False
+
+
+def _check_export(args: Any) -> None:
+    given = [f"`{name}`" for name in _EXPORTS if getattr(args, name)]
+    if given:
+        raise MolaError(
+            f"{', '.join(given)}: a mixture cannot be exported. Its gates depend on the input, so no weights of the "
+            "base model's shapes equal it: load it as an adapter."
+        )
+
+
+def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:
+    @functools.wraps(method)
+    def run(self: Any) -> None:
+        if self.tuner_type == "mola":
+            check(self)
+        method(self)
+
+    return run
+
+
+check_version("ms-swift", swift.__version__, "4.6")
+tuners_map["mola"] = MolaTuner
+TunerArguments.__post_init__ = _checked(TunerArguments.__post_init__, _check_training)
+ExportArguments._init_output_dir = _checked(ExportArguments._init_output_dir, _check_export)
