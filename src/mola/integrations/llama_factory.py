@@ -35,7 +35,7 @@ from mola.integrations.mixture_settings import (
 from mola.tuner import MolaConfig
 
 _COMMANDS = ("train", "chat", "api", "webchat", "export", "env", "version", "help")
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora")
 _OTHER_WAYS = ("use_llama_pro", "use_mca", "use_hyper_parallel", "use_muon", "use_asft_loss")
 _OTHER_MODELS = ("use_unsloth", "use_unsloth_gc", "use_kt", "mixture_of_depths")
 _STAGES = ("pt", "sft")
@@ -123,7 +123,8 @@ def _config_of_mixture(settings: dict[str, Any]) -> Iterator[None]:
     """What LLaMA-Factory says of LoRA becomes a mixture's configuration; variants of LoRA were refused before."""
 
     def make(use_rslora: bool, use_dora: bool, modules_to_save: Any, **lora: Any) -> MolaConfig:
-        return MolaConfig(modules_to_save=modules_to_save and list(modules_to_save), **lora, **settings)
+        saved = modules_to_save and list(modules_to_save)
+        return MolaConfig(use_rslora=use_rslora, modules_to_save=saved, **lora, **settings)
 
     before, adapter.LoraConfig = adapter.LoraConfig, make
     try:

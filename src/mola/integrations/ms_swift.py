@@ -28,7 +28,16 @@ from mola.integrations.mixture_settings import (
 )
 from mola.tuner import MolaConfig
 
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "init_weights", "modules_to_save", "lora_dtype")
+_LORA = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_bias",
+    "init_weights",
+    "modules_to_save",
+    "lora_dtype",
+    "use_rslora",
+)
 _TARGETS = ("target_modules", "target_regex", "freeze_llm", "freeze_vit", "freeze_aligner")
 _TRIED = {
     "rlhf_type": (),
@@ -56,6 +65,7 @@ class MolaTuner(PeftTuner):
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             bias=args.lora_bias,
+            use_rslora=args.use_rslora,
             init_lora_weights=args.init_weights,
             target_modules=get_target_modules(args, model),
             modules_to_save=get_modules_to_save(args, model) or None,

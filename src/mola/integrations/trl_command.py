@@ -1,7 +1,7 @@
 """TRL's commands with a mixture in place of LoRA: `python -m mola.integrations.trl_command sft --config recipe.yaml`.
 
 They are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are its `lora_*`;
-what a mixture has besides is in `MixtureArguments`.
+what a mixture has besides is `mola_num_experts` and so on.
 """
 
 from __future__ import annotations
@@ -9,30 +9,26 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import field, make_dataclass
 from typing import Any
 
 import trl
 
 from mola.errors import MolaError
+from mola.integrations.mixture_settings import FIELDS, PREFIX, read_settings
 from mola.tuner import MolaConfig
 
 _REFUSED = {"use_dora": False, "lora_target_parameters": None}
+MixtureArguments = make_dataclass(
+    "MixtureArguments",
+    [
+        (f"{PREFIX}{name}", str | None, field(default=None, metadata={"help": f"`{name}` of MolaConfig."}))
+        for name in FIELDS
+    ],
+)
 
 
-@dataclass
-class MixtureArguments:
-    """Settings of a mixture; each is the field of `MolaConfig` without `mola_`."""
-
-    mola_num_experts: str = field(default="2468", metadata={"help": "Experts per module, see docs/allocation.md."})
-    mola_top_k: str = field(default="2", metadata={"help": "Experts used per token, one number or a list."})
-    mola_router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
-    mola_router_aux_loss_reduction: str = field(default="module", metadata={"help": "Its mean: module or layer."})
-    mola_router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
-    mola_router_jitter_noise: float = field(default=0.0, metadata={"help": "Noise on the routers' input."})
-
-
-def mixture_config(model_args: Any, mixture: MixtureArguments) -> MolaConfig:
+def mixture_config(model_args: Any, mixture: Any) -> MolaConfig:
     """The configuration that TRL's `ModelConfig` and `MixtureArguments` describe.
 
     Raises:
@@ -49,7 +45,7 @@ def mixture_config(model_args: Any, mixture: MixtureArguments) -> MolaConfig:
         modules_to_save=model_args.lora_modules_to_save,
         task_type=model_args.lora_task_type,
         use_rslora=model_args.use_rslora,
-        **{name.removeprefix("mola_"): value for name, value in asdict(mixture).items()},
+        **read_settings(vars(mixture)),
     )
 
 
