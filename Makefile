@@ -123,7 +123,7 @@ $(VENV)/.mutation: $(VENV)/.dev
 
 # What the tests of some optional parts need and `make test` does without.
 $(VENV)/.extras: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable ".[dev,lm-eval,wandb,trackio]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,deepspeed,lm-eval,wandb,trackio]"
 	@touch $@
 
 clean:

@@ -48,7 +48,8 @@ class Processes:
         job = {"processes": processes, "port": free_port(), "log": str(self.log), **job}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        codes = self._answer()["codes"]
+        answer = self._answer()
+        codes, self.seconds, self.lasted = answer["codes"], answer["seconds"], answer["lasted"]
         self.output = [Path(f"{self.log}.{index}").read_text(encoding="utf-8") for index in range(processes)]
         return codes
 
@@ -69,6 +70,16 @@ class Processes:
         self.process.wait(timeout=PATIENCE)
 
 
+def write_rows(path: Path) -> Path:
+    """18 samples of different length."""
+    rows = [
+        {"id": str(i), "instruction": "Count " * (1 + i % 3) + str(i), "input": "", "output": f"It is {'ABC'[i % 3]}."}
+        for i in range(18)
+    ]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     if not hasattr(os, "fork") or not torch.distributed.is_gloo_available():
@@ -81,12 +92,7 @@ def processes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flags(tiny_model_dir, tmp_path_factory):
     """Command line of a short run: 16 training samples of different length, batches of 2 per process."""
-    data = tmp_path_factory.mktemp("data") / "rows.json"
-    rows = [
-        {"id": str(i), "instruction": "Count " * (1 + i % 3) + str(i), "input": "", "output": f"It is {'ABC'[i % 3]}."}
-        for i in range(18)
-    ]
-    data.write_text(json.dumps(rows), encoding="utf-8")
+    data = write_rows(tmp_path_factory.mktemp("data") / "rows.json")
 
     def build(output_dir: Path, **options) -> list[str]:
         settings = {

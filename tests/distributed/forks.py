@@ -10,6 +10,8 @@ Reads one JSON job per line from standard input and answers each with one line, 
     environment variables that are set in them
     shard       let accelerate shard on the CPU, see `shard_on_cpu`
     terminate   null, or {"file", "lines"}: once the file has so many lines, SIGTERM to the last process
+    kill        null, or {"process", "seconds"}: SIGKILL to a process so long after the start
+    patience    seconds that the others have when one has failed, before SIGTERM, and again before SIGKILL; 60
 """
 
 import gc
@@ -84,26 +86,38 @@ def number_of_lines(path: str) -> int:
     return len(Path(path).read_text(encoding="utf-8").splitlines()) if Path(path).exists() else 0
 
 
-def wait(processes: list[int], terminate: dict | None) -> list[int]:
-    """Exit codes; when one has failed, the others, which would wait for it, are killed."""
+def wait(processes: list[int], job: dict) -> dict:
+    """Exit codes, seconds from the end of the first to that of the last, and seconds in all.
+
+    When one has failed, the others, which would wait for it, are ended.
+    """
+    terminate, kill, patience = job.get("terminate"), job.get("kill"), job.get("patience", 60)
     codes: dict[int, int] = {}
-    end = time.monotonic() + _TIMEOUT
+    ends = []
+    start = time.monotonic()
+    end, number = start + _TIMEOUT, signal.SIGKILL
     while len(codes) < len(processes):
         for process in processes:
             if process not in codes and (status := os.waitpid(process, os.WNOHANG))[0]:
                 codes[process] = os.waitstatus_to_exitcode(status[1])
+                ends.append(time.monotonic())
+                # Those that fail of themselves, with the same error, have a moment for it.
+                if codes[process] not in (0, 130):
+                    end, number = min(end, time.monotonic() + patience), signal.SIGTERM
         if terminate and number_of_lines(terminate["file"]) >= terminate["lines"]:
             os.kill(processes[-1], signal.SIGTERM)
             terminate = None
-        # Those that fail of themselves, with the same error, have a moment for it.
-        if any(code not in (0, 130) for code in codes.values()):
-            end = min(end, time.monotonic() + 60)
+        if kill and time.monotonic() - start >= kill["seconds"]:
+            if (victim := processes[kill["process"]]) not in codes:
+                os.kill(victim, signal.SIGKILL)
+            kill = None
         if time.monotonic() > end:
             for process in set(processes) - codes.keys():
-                os.kill(process, signal.SIGKILL)
-            end = float("inf")
+                os.kill(process, number)
+            end, number = time.monotonic() + patience, signal.SIGKILL
         time.sleep(0.005)
-    return [codes[process] for process in processes]
+    seconds = {"seconds": max(ends) - min(ends), "lasted": max(ends) - start}
+    return {"codes": [codes[process] for process in processes], **seconds}
 
 
 def main() -> None:
@@ -120,7 +134,7 @@ def main() -> None:
             if process == 0:
                 child(job, index)
             processes.append(process)
-        print(json.dumps({"codes": wait(processes, job.get("terminate"))}), flush=True)
+        print(json.dumps(wait(processes, job)), flush=True)
 
 
 if __name__ == "__main__":

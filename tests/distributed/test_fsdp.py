@@ -76,7 +76,7 @@ def test_checkpoint_of_the_other_kind_is_refused(processes, flags, whole, tmp_pa
     processes.mola([word.replace(str(folder), str(other)) for word in plain])
     arguments = [word.replace(str(folder), str(other)) for word in arguments]
     assert processes.run(arguments=[*arguments, "--resume_from_checkpoint=last"], shard=True) == [2, 2]
-    assert "was written without FSDP" in processes.output[0]
+    assert "was written with one model per process" in processes.output[0]
 
 
 @pytest.mark.slow

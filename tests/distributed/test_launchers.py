@@ -4,16 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
+import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from mola import MolaError
 from mola._process import is_own_module
-from mola.training.sharding import check_sharding
 from tests.waiting import PATIENCE, wait_until
 
 from .conftest import ROOT, assert_same_run, free_port, record
@@ -66,6 +65,34 @@ def test_stopped_through_the_launcher_and_resumed(processes, flags, tmp_path, la
     assert_same_run(folder, tmp_path / "whole", 0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_early", [True, False], ids=["while it starts", "while it trains"])
+def test_killed_process_ends_the_launcher_and_the_run_goes_on(processes, flags, tmp_path, is_early):
+    options = {**ROUTER_LOSSES, "num_train_epochs": 15}
+    processes.mola(flags(tmp_path / "whole", **options))
+    folder = tmp_path / "part"
+    arguments = [word for word in flags(folder, **options) if not word.startswith("--r=")]
+    (tmp_path / "recipe.yaml").write_text("r: 4\n", encoding="utf-8")
+    arguments.append(f"--config={tmp_path / 'recipe.yaml'}")
+    process = start(TORCHRUN, arguments)
+    try:
+        of_launcher = psutil.Process(process.pid)
+        workers = wait_until(lambda: len(found := of_launcher.children()) == 2 and found, process)
+        if not is_early:
+            wait_until((folder / "checkpoint-8" / "trainer_state.json").exists, process)
+        workers[1].kill()
+        killed = time.monotonic()
+        code, output = finish(process)
+    finally:
+        process.kill()
+    assert code != 0
+    assert time.monotonic() - killed < 60, output
+    more = "--overwrite_output_dir" if is_early else "--resume_from_checkpoint=last"
+    code, output = finish(start(TORCHRUN, [*arguments, more]))
+    assert code == 0, output
+    assert_same_run(folder, tmp_path / "whole", 0.0)
+
+
 def test_a_process_of_a_launcher_is_known_as_the_command():
     """So it waits passively and keeps its memory, as `mola` does."""
     assert is_own_module([sys.executable, "-u", "-m", "mola.cli", "train"])
@@ -75,36 +102,23 @@ def test_a_process_of_a_launcher_is_known_as_the_command():
 def environment_of(name):
     """What `accelerate launch` sets for a configuration."""
     arguments = launch_command_parser().parse_args(["--config_file", str(RECIPES / name), "-m", "mola.cli", "train"])
-    arguments, *_ = _validate_launch_command(arguments)
-    environment = prepare_multi_gpu_env(arguments)
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
     return arguments, {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(RECIPES.glob("*.yaml"))])
 def test_configurations_are_read_by_accelerate(name):
     config = load_config_from_file(str(RECIPES / name))
-    kind = {"fsdp2.yaml": "FSDP", "zero3.yaml": "DEEPSPEED"}.get(name, "MULTI_GPU")
+    kind = {"fsdp2.yaml": "FSDP", "zero2.yaml": "DEEPSPEED", "zero3.yaml": "DEEPSPEED"}.get(name, "MULTI_GPU")
     assert str(config.distributed_type.value) == kind
     assert config.num_processes == 2
     first, *_ = (RECIPES / name).read_text(encoding="utf-8").splitlines()
     assert first.startswith(f"# accelerate launch --config_file recipes/accelerate/{name} -m mola.cli train")
-
-
-def test_zero3_configuration_is_the_one_meant():
-    arguments, *_ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(RECIPES / "zero3.yaml"), "-m", "mola.cli", "train"])
-    )
-    assert arguments.use_deepspeed
-    assert (arguments.zero_stage, arguments.zero3_save_16bit_model) == (3, True)
-
-
-def test_deepspeed_does_not_round_routers(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    options = SimpleNamespace(fsdp=None, deepspeed=None, bf16=True, fp16=False)
-    with pytest.raises(MolaError, match="`dtype` must be float32 with DeepSpeed"):
-        check_sharding(options, None)
-    options.bf16 = False
-    check_sharding(options, None)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Failures of the machine, not of the code: a full or read-only disk, too little memory; how libraries report them.
+"""Failures of the machine, not of the code: a full or read-only disk, too little memory, a process that was killed.
 
-- `why_not_written`, `lack_of_memory`: what an error says about it, or None.
+- `why_not_written`, `lack_of_memory`, `lost_process`: what an error says about it, or None.
 - `writing`, `within_memory`: such an error in a block becomes a `MolaError` that says what to do.
 """
 
@@ -70,6 +70,18 @@ def lack_of_memory(error: BaseException) -> str | None:
     if found.group(1):
         return f"{int(found.group(1)) / _GIB:.1f} GiB could not be allocated"
     return ". ".join(text.split(". ")[:2]) if text.startswith("CUDA") else "no memory left"
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What an error of torch says about another process of a run that has ended or does not answer.
+
+    Returns:
+        The first line of the error; None for any other error.
+    """
+    # No import, as above: every error of torch's own communication is a DistError, those of gloo only name its files.
+    is_of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    is_of_gloo = isinstance(error, RuntimeError) and ("gloo/" in str(error) or "by peer" in str(error))
+    return (str(error).strip() or "no answer").splitlines()[0] if is_of_torch or is_of_gloo else None
 
 
 @contextlib.contextmanager

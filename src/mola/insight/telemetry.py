@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
+from mola.errors import MolaError
 from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text
 from mola.files.reading import kept_lines, read_json_object
 from mola.insight.router_recorder import RouterWatch
@@ -110,6 +111,11 @@ class ExpertTelemetry(TrainerCallback):
         if self._watch is None:
             return
         sums = self._pooled(args)
+        if not bool(sums.isfinite().all()):  # DeepSpeed leaves weights as they are when gradients are not finite
+            raise MolaError(
+                f"what routers decide is no longer finite at step {state.global_step}: training has diverged. Lower "
+                "`learning_rate` or raise `warmup_steps`, and start again in another `output_dir`."
+            )
         folder = _checkpoint_folder(args, state.global_step)
         if state.is_world_process_zero and bool(sums.any()) and folder.is_dir():
             routers = [router.module for router in self._watch.routers]

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from transformers import SchedulerType, TrainerState
 
-from mola.files.failures import within_memory, writing
+from mola.errors import MolaError
+from mola.files.failures import lost_process, within_memory, writing
 from mola.training.options import TrainOptions
 
 
@@ -17,12 +18,22 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
     """Turn errors of the block that are no bugs into ones that say what to do.
 
     Raises:
-        MolaError: the memory or the disk did not suffice.
+        MolaError: the memory or the disk did not suffice, or another process of the run has ended.
     """
     going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
     with within_memory(f"{memory_advice(options)} {going_on}"), writing("`output_dir`", f"{room} {going_on}"):
-        yield
+        try:
+            yield
+        except Exception as error:
+            reason = lost_process(error)
+            if reason is None:
+                raise
+            raise MolaError(
+                f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
+                "log, may say why. Start all of them again with the same command: go on from the last complete "
+                "checkpoint with --resume_from_checkpoint last, or without one begin anew with --overwrite_output_dir."
+            ) from error
 
 
 def memory_advice(options: TrainOptions) -> str:

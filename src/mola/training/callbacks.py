@@ -21,6 +21,7 @@ from mola.errors import MolaError
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines
 from mola.training.checkpoints import newest_complete
+from mola.training.zero import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -232,8 +233,11 @@ class FiniteLoss(TrainerCallback):
 
 def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise _diverged(f"weight {name} is no longer finite", args, state)
+        if parameter.requires_grad:
+            with gathered(parameter):
+                is_finite = bool(torch.isfinite(parameter).all())
+            if not is_finite:
+                raise _diverged(f"weight {name} is no longer finite", args, state)
 
 
 def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> MolaError:

@@ -106,7 +106,7 @@ def _problem(path: Path) -> str:
         if not (path / name).is_file():
             return f"has no {name}"
     # optimizer.pt, or the names of FSDP and DeepSpeed.
-    if not _has(path, "optimizer*") and not _has(path, "global_step*"):
+    if not _has(path, "optimizer*") and not _has(path, "global_step*/*optim_states.pt"):
         return "has no optimiser state (`save_only_model` leaves it out)"
     if not _has(path, "scheduler.pt") and not _has(path, "global_step*"):
         return "has no scheduler.pt"
@@ -126,7 +126,7 @@ def _broken_file(path: Path) -> str:
     if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
     # torch.save writes zip files, whose directory is at their end.
-    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin")])
+    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin"), *path.glob("global_step*/*.pt")])
     broken = [file.name for file in files if file.is_file() and not _is_whole(file)]
     if broken:
         return f"has a broken {broken[0]}"

@@ -24,9 +24,9 @@ class CheckpointDigests(TrainerCallback):
     """Writes the digests when all else of a checkpoint is there: killed before, it has none and is taken as it is."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """With several processes some files may still be on their way: nothing is written then."""
+        """Once, by the main process."""
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.world_size == 1 and folder.is_dir():
+        if state.is_world_process_zero and folder.is_dir():
             files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _NOT_READ)
             digests = {path.name: file_sha256(path) for path in files}
             atomic_write_json(folder / DIGESTS_FILE, {**digests, DIGESTS_FILE: _sum(digests)})

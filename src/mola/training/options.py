@@ -17,6 +17,7 @@ from mola.models.quantization import check_mixed_precision, check_quantization, 
 from mola.options.fields import START, Group, mapping, option
 from mola.training.compiling import check_compiler
 from mola.training.trackers import check_trackers
+from mola.training.zero import settle_backend
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -188,6 +189,7 @@ class TrainOptions(TrainingArguments):
             self.fsdp: Any = str(self.fsdp).lower() == "true"  # a text on the command line and in a recipe
         if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
             self.report_to = [name.strip() for name in self.report_to.split(",")]
+        settle_backend(self, device)
         super().__post_init__()
         share_checkpointing(self)
         if self.torch_compile:

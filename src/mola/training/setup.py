@@ -262,6 +262,11 @@ def recorded_quantization(options: TrainOptions) -> dict[str, Any] | None:
     return quantization_record(config, quantization_of(options), DTYPES[options.base_dtype])
 
 
+def stores_packed(options: TrainOptions) -> bool:
+    """Whether the base model is quantised in memory, which one from a GGUF file is not."""
+    return (recorded_quantization(options) or {}).get("quant_method", "gguf") != "gguf"
+
+
 def load_tokenizer_for(options: TrainOptions) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, padding on the right: no padded position predicts a real token then."""
     return load_tokenizer(options.base_model or "", "right", options.trust_remote_code, options.gguf_file)

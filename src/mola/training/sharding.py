@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 
 from mola.errors import MolaError
+from mola.training.zero import launched_with, stage_of_checkpoint, uses_deepspeed, zero_stage
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
 _FSDP_ACCELERATE = "1.15"
 _FULL = "FULL_STATE_DICT"
 _SHARDED_WEIGHTS = "pytorch_model_fsdp*"
+# What a checkpoint was written with.
+_FSDP, _ZERO, _ONE_EACH = "FSDP", "DeepSpeed ZeRO-{} in {} processes", "one model per process"
 
 
 def is_sharded(options: TrainingArguments) -> bool:
     """Whether the run was asked to shard the model with FSDP."""
-    return bool(options.fsdp) or _launched_with("FSDP")
-
-
-def _launched_with(name: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+    return bool(options.fsdp) or launched_with("FSDP")
 
 
 def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
@@ -40,18 +39,11 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
         checkpoint: where the run goes on from, or None.
 
     Raises:
-        MolaError: one process, a CPU, FSDP1, sharded state dicts, a checkpoint of the other kind, or half precision
-            with DeepSpeed.
+        MolaError: one process, a CPU, FSDP1, sharded state dicts, or a checkpoint of another kind.
     """
-    if (options.deepspeed or _launched_with("DEEPSPEED")) and (options.bf16 or options.fp16):
-        raise MolaError(
-            "`dtype` must be float32 with DeepSpeed: in half precision it casts every weight, and routers stay in "
-            "float32. Pass --dtype float32, or use FSDP, which keeps each weight's own format."
-        )
-    sharded = is_sharded(options)
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, sharded)
-    if not sharded:
+        _check_checkpoint(options, checkpoint)
+    if not is_sharded(options):
         return
     if options.world_size == 1:
         raise MolaError(
@@ -98,13 +90,20 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _check_checkpoint(checkpoint: Path, sharded: bool) -> None:
-    was_sharded = next(checkpoint.glob(_SHARDED_WEIGHTS), None) is not None
-    if was_sharded != sharded:
-        before, now = ("with", "without") if was_sharded else ("without", "with")
+def _check_checkpoint(options: TrainingArguments, checkpoint: Path) -> None:
+    before = stage_of_checkpoint(checkpoint)
+    if next(checkpoint.glob(_SHARDED_WEIGHTS), None) is not None:
+        written = _FSDP
+    else:
+        written = _ONE_EACH if before is None else _ZERO.format(*before)
+    if is_sharded(options):
+        now = _FSDP
+    else:
+        now = _ZERO.format(zero_stage(options), options.world_size) if uses_deepspeed(options) else _ONE_EACH
+    if written != now:
         raise MolaError(
-            f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written {before} FSDP, and "
-            f"this run is {now} it. Start it in the same way, or start a new run with --adapter {checkpoint}."
+            f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written with {written}, "
+            f"and this run is one with {now}. Start it in the same way, or start a new run with --adapter {checkpoint}."
         )
 
 

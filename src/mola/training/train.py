@@ -34,7 +34,6 @@ from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_sam
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload, without_token
-from mola.training.loraplus import LoraPlusTrainer
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
@@ -47,9 +46,12 @@ from mola.training.setup import (
     load_tokenizer_for,
     prepare_data,
     recorded_quantization,
+    stores_packed,
     training_changes,
 )
 from mola.training.sharding import check_sharding, keep_dtypes
+from mola.training.trainer import MolaTrainer
+from mola.training.zero import check_deepspeed, name_experts, uses_deepspeed, whole_weights
 from mola.tuner.kernels.dispatch import forced_backend
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -115,11 +117,13 @@ class _Run:
 
 
 def _train(options: TrainOptions) -> TrainResult:
-    run = _checked_run(options)
+    with whole_weights():
+        run = _checked_run(options)
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
-    model = build_model(options)
+    with whole_weights():
+        model = build_model(options)
     if options.process_index == 0:
         for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels, %s", choice)
@@ -159,6 +163,8 @@ def _checked_run(options: TrainOptions) -> _Run:
         )
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
     check_sharding(options, checkpoint)
+    if uses_deepspeed(options):
+        check_deepspeed(options, is_quantized=stores_packed(options))
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     forced_backend()  # raises for a name that there is not
     allocation = check_model_options(options)
@@ -254,7 +260,7 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
-    trainer = (LoraPlusTrainer if options.loraplus_lr_ratio is not None else Trainer)(
+    trainer = MolaTrainer(
         model=model,
         args=options,
         train_dataset=run.data.train,
@@ -274,6 +280,7 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     if run.checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
     keep_dtypes(trainer)
+    name_experts(trainer)
     return trainer
 
 
