@@ -115,6 +115,16 @@ def test_the_adapters_that_are_merged_decide_whether_it_is_possible():
     assert all(layer.merged_adapters == ["lora"] for layer in layers(model))
 
 
+@pytest.mark.parametrize("name", ["save_pretrained_merged", "push_to_hub_merged", "save_pretrained_gguf"])
+def test_merged_files_of_other_programs_are_refused(name, tmp_path):
+    """They hang on the base model, and PEFT passes calls on to it."""
+    base = tiny_llama(num_layers=2)
+    setattr(base, name, lambda folder: folder.mkdir())
+    with pytest.raises(MolaError, match="cannot hold a mixture"):
+        getattr(get_peft_model(base, random_config(num_experts=2)), name)(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_modules_without_the_adapter_are_passed_over_in_merging():
     model = get_peft_model(tiny_llama(num_layers=2), random_config(num_experts=1))
     model.add_adapter("narrow", random_config(num_experts=1, target_modules=["q_proj"]))

@@ -230,6 +230,19 @@ class MolaModel(BaseTuner):
         RouterLosses.remove(model)
         return model
 
+    def save_pretrained_merged(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what unsloth hangs on a base model, where PEFT would find it: no program reads what it would save.
+
+        Raises:
+            MolaError: always.
+        """
+        raise MolaError(
+            "A merged or GGUF file cannot hold a mixture, whose gates depend on the input: save the adapter with "
+            "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first."
+        )
+
+    push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
         # Without this method PEFT would drop `adapter_names` in silence.

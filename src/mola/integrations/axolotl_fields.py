@@ -1,0 +1,138 @@
+"""What the YAML of axolotl says of a mixture: as fields of `MolaConfig`, or refused. Needs no axolotl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import linear_shapes
+from mola.errors import MolaError
+from mola.files.reading import read_json
+from mola.integrations.mixture_settings import FIELDS
+from mola.training.options import TRAINING_ONLY
+from mola.tuner import MolaConfig
+
+BLOCK = FIELDS
+"""Settings in the block `mola:`; the others have names in axolotl already."""
+
+_FIELDS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+}
+_ALSO_READ = ("lora_model_dir", "lora_target_linear", "peft_autocast_adapter_dtype")
+_FOREIGN = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # how fields begin that are about adapters
+_QUANTISED = "axolotl quantises the base for its own adapters only, and `mola train` does for a mixture"
+_SHARDED = "axolotl saves a sharded adapter by LoRA's names"
+_UNTRIED = "supervised fine-tuning has been tried alone"
+_REFUSED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs"), _QUANTISED),
+    **dict.fromkeys(("fsdp", "fsdp_config"), _SHARDED),
+    **dict.fromkeys(("flash_attn_fuse_qkv", "flash_attn_fuse_mlp"), "it replaces the linears that get experts"),
+    **dict.fromkeys(("rl", "reward_model", "process_reward_model", "use_ray", "orpo_alpha"), _UNTRIED),
+}
+_SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size")
+_NUMBERS = {field.name for field in fields(MolaConfig) if field.type == "float"}
+
+
+def is_mixture(folder: str | Path | None) -> bool:
+    """Whether a folder holds a saved mixture."""
+    path = Path(folder or "", "adapter_config.json")
+    return bool(folder) and path.is_file() and read_json(path).get("peft_type") == "MOLA"
+
+
+def check_merge(cfg: Mapping[str, Any]) -> None:
+    """Refuse `axolotl merge-lora` for a mixture, whatever the YAML calls it: it would save the base model alone.
+
+    Raises:
+        MolaError: the adapter is a mixture.
+    """
+    folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
+    if cfg.get("merge_lora") and (cfg.get("adapter") == "mola" or is_mixture(folder)):
+        raise MolaError(
+            "`merge-lora` cannot merge a mixture: which experts work depends on the token. "
+            f"Load the adapter in {str(folder)!r} beside its base model, with PeftModel.from_pretrained or `mola`."
+        )
+
+
+def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `MolaConfig` that the YAML sets.
+
+    Args:
+        cfg: the YAML with `adapter: mola`.
+
+    Raises:
+        MolaError: a setting that a mixture does not have or that cannot be honoured, or a wrong value.
+    """
+    block = cfg.get("mola") or {}
+    unknown = sorted(set(block) - set(BLOCK)) if isinstance(block, Mapping) else [block]
+    if unknown:
+        raise MolaError(f"`mola` must be a block with settings among {', '.join(BLOCK)}: got {unknown}.")
+    for name, value in cfg.items():
+        why = _REFUSED.get(name, "it is not for a mixture" if str(name).startswith(_FOREIGN) else None)
+        if value and why and name not in (*_FIELDS, *_ALSO_READ):
+            raise MolaError(f"`{name}` must be left out with `adapter: mola`: got {value!r}, but {why}.")
+        if name in _SIZES and value not in (None, 1):
+            raise MolaError(f"`{name}` must be 1 with `adapter: mola`, {_SHARDED}: got {value!r}.")
+    named = {ours: cfg.get(theirs) for theirs, ours in _FIELDS.items()} | {name: block.get(name) for name in BLOCK}
+    given: dict[str, Any] = {
+        name: _number(value) if name in _NUMBERS else value for name, value in named.items() if value is not None
+    }
+    if cfg.get("lora_target_linear"):
+        if "target_modules" in given:
+            raise MolaError(
+                f"`lora_target_linear` means all linears, `lora_target_modules` names {given['target_modules']!r}: "
+                "leave one of the two out."
+            )
+        given["target_modules"] = "all-linear"
+    MolaConfig(**given)
+    return given
+
+
+def new_config(given: Mapping[str, Any]) -> MolaConfig:
+    """The configuration of a new mixture."""
+    return MolaConfig(**given, task_type="CAUSAL_LM")
+
+
+def continued_config(folder: str, given: Mapping[str, Any], model: nn.Module) -> MolaConfig:
+    """The configuration of a saved mixture that is trained on, with the dropout and router settings that are given.
+
+    Raises:
+        MolaError: no mixture, or a given setting would make another one of it.
+    """
+    saved = MolaConfig.from_pretrained(folder)
+    if not isinstance(saved, MolaConfig):
+        raise MolaError(f"`lora_model_dir` must hold a mixture: {folder!r} is of type {saved.peft_type}.")
+    wanted, num_layers = MolaConfig(**given), LayerStacks.of(model).num_layers or 1
+    for name in sorted(set(given) - set(TRAINING_ONLY)):
+        was, now = getattr(saved, name), getattr(wanted, name)
+        if name in ("num_experts", "top_k", "r"):
+            was, now = (resolve_per_layer(value, num_layers, name) for value in (was, now))
+        elif name == "target_modules" and linear_shapes(model, was, saved.exclude_modules) == linear_shapes(model, now):
+            continue  # in other words
+        if was != now:
+            raise MolaError(
+                f"`{name}` is {now!r} in the YAML and {was!r} in the adapter of `lora_model_dir`, which keeps its own: "
+                "leave it out, or leave `lora_model_dir` out to start with new experts."
+            )
+    for name in set(given) & set(TRAINING_ONLY):
+        setattr(saved, name, getattr(wanted, name))
+    return saved
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

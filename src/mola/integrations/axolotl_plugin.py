@@ -1,0 +1,79 @@
+"""axolotl trains a mixture: `adapter: mola` in its YAML, see docs/trainers.md.
+
+axolotl finds it by the entry point in pyproject.toml and imports it at every start, whatever is trained.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel, Field
+from transformers import set_seed
+
+from mola.errors import MolaError
+from mola.integrations import axolotl_fields as yaml
+
+TRIED = "0.21.0"
+
+
+class MolaArgs(BaseModel):
+    """What axolotl's YAML gets in addition; `MolaPlugin.register` checks it."""
+
+    mola: dict[str, Any] | None = Field(None, description=f"Settings of a mixture: {', '.join(yaml.BLOCK)}")
+
+
+class MolaPlugin(BasePlugin):
+    """Adds `adapter: mola`."""
+
+    _given: dict[str, Any] | None = None
+
+    def register(self, cfg: dict) -> None:
+        """Check the YAML as the user wrote it, before anything is loaded.
+
+        Raises:
+            MolaError: a field that a mixture cannot honour, a wrong value, or an attempt to merge one.
+        """
+        yaml.check_merge(cfg)
+        if cfg.get("adapter") == "mola":
+            if version("axolotl") != TRIED:
+                warnings.warn(f"mola was tried with axolotl {TRIED}, this is {version('axolotl')}.", stacklevel=1)
+            self._given = yaml.given_settings(cfg)
+        elif cfg.get("mola"):
+            raise MolaError(f"The block `mola` needs `adapter: mola`, got {cfg.get('adapter')!r}.")
+
+    def get_input_args(self) -> str:
+        """The class with the fields that the YAML gets."""
+        return f"{__name__}.MolaArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """The name, without being like LoRA: axolotl would build a `LoraConfig`."""
+        return [AdapterCapabilities(name="mola")]
+
+    def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
+        """Put a new mixture into the model, or the one in `lora_model_dir`.
+
+        Raises:
+            MolaError: the mixture does not fit the model or the YAML.
+        """
+        if cfg.adapter != "mola":
+            return None
+        given = yaml.given_settings(cfg) if self._given is None else self._given
+        folder, dtype = cfg.lora_model_dir, cfg.peft_autocast_adapter_dtype
+        options = {} if dtype is None else {"autocast_adapter_dtype": dtype}
+        config = yaml.continued_config(folder, given, model) if folder else yaml.new_config(given)
+        if config_only:
+            return None, config
+        if folder:
+            adapted: Any = PeftModel.from_pretrained(
+                model, folder, is_trainable=not inference, config=config, **options
+            )
+        else:
+            if cfg.seed is not None:
+                set_seed(cfg.seed)
+            adapted = get_peft_model(model, config, **options)
+        adapted.print_trainable_parameters()
+        return adapted, config
