@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.integrations.conftest import ROOT
+from tests.integrations.environments import ROOT
 from tests.integrations.host_runs import (
     ROWS,
     STEPS,
