@@ -25,8 +25,7 @@ from mola.models.adapters import check_adapter
 from mola.models.loading import load_config
 from mola.models.plan import PlanOptions
 from mola.options.parsing import parse, read_recipe
-from mola.reporting.load_run import gather
-from mola.reporting.loss_plot import read_curves
+from mola.reporting.load_run import gather, read_losses
 from mola.studies.comparison.record import read_results
 from mola.studies.continual_learning.record import RECORD_FILE, read_record
 from mola.studies.train_and_test import evaluate_once
@@ -82,7 +81,7 @@ READERS = {
     "result of a test": ("test.json", _test_result),
     "inspection": ("inspect.json", lambda path: routing_records(None, str(path))),
     "telemetry": ("routing.jsonl", lambda path: routing_records(str(path.parent), None)),
-    "loss curve": ("metrics.jsonl", read_curves),
+    "loss curve": ("metrics.jsonl", read_losses),
     "run record": ("run.json", _run),
     "result in a report": ("after.json", _run),
     "inspection in a report": ("inspect.json", _run),

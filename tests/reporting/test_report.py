@@ -9,7 +9,7 @@ import pytest
 from mola.cli import COMMANDS, main
 from mola.errors import MolaError
 from mola.options.parsing import parse
-from mola.reporting.inspection_page import render_inspection
+from mola.reporting.page import render_inspection
 from mola.reporting.report import ReportOptions, report
 from mola.training.run_folder import clear_run
 from tests.damage import change_tensors, flip_bit

@@ -1,13 +1,14 @@
 """The study in docs/study.md is what its record in studies/ says, and the record is of the whole recipe."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mola.studies.comparison.record import BASE, read_results
-from mola.studies.comparison.summary import summarize, to_records
+from mola.studies.comparison.summary import summarize
 from mola.studies.comparison.tables import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def test_every_run_of_the_recipe_is_in_the_record(recipe):
 def test_the_summary_follows_from_the_marks(rows):
     content = json.loads(RECORD.read_text(encoding="utf-8"))
     assert content["status"] == "finished"
-    assert rounded(content["summary"]["rows"]) == rounded(json.loads(json.dumps(to_records(rows))))
+    assert rounded(content["summary"]["rows"]) == rounded(json.loads(json.dumps([asdict(row) for row in rows])))
 
 
 def rounded(value):

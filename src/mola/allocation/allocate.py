@@ -6,8 +6,6 @@
 The file is a value of `num_experts`, for `mola plan`, `mola train` and in Python.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -28,8 +26,6 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.models.quantization import quantization_option
 from mola.options.fields import option
-
-__all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0}
 _UNIFORM = "uniform"
@@ -157,11 +153,7 @@ def allocate(options: AllocateOptions) -> AllocateResult:
 
 
 def main(options: AllocateOptions) -> int:
-    """Run the command, print a row per layer and how to use the result.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command, print a row per layer and how to use the result."""
     result = allocate(options)
     console = Console()
     if not console.is_terminal:

@@ -1,7 +1,5 @@
 """The base model of an allocation: its depth and its linears, from the configuration alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,23 +13,14 @@ from mola.options.fields import names_between_commas
 
 @dataclass(frozen=True)
 class Base:
-    """What an allocation needs to know of a model.
+    """What an allocation needs to know of a model."""
 
-    Attributes:
-        name: folder or hub id.
-        num_layers: decoder layers.
-        linears: the linears to adapt.
-        layer_of: from the name of any module to its layer, None outside the layers.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in the folder, if it is one.
-    """
-
-    name: str
-    num_layers: int
-    linears: tuple[LinearShape, ...]
-    layer_of: Mapping[str, int | None]
-    trust_remote_code: bool = False
-    gguf_file: str | None = None
+    name: str  # folder or hub id
+    num_layers: int  # decoder layers
+    linears: tuple[LinearShape, ...]  # the linears to adapt
+    layer_of: Mapping[str, int | None]  # from the name of any module to its layer, None outside the layers
+    trust_remote_code: bool = False  # run code shipped with the model
+    gguf_file: str | None = None  # GGUF file in the folder, if it is one
 
     @property
     def is_adapted(self) -> list[bool]:
@@ -47,13 +36,7 @@ class Base:
 def read_base(
     base_model: str, target_modules: str | None = None, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> Base:
-    """Read a model's depth and linears; loads no weights.
-
-    Args:
-        base_model: folder or hub id.
-        target_modules: linears to adapt, as in `mola train`; None for the default.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in the folder, if it is one.
+    """Read a model's depth and the linears to adapt, as `mola train` chooses them; loads no weights.
 
     Raises:
         MolaError: the model has no readable configuration, or `target_modules` does not fit it.

@@ -1,7 +1,5 @@
 """Scores of decoder layers that are measured: on the base model's weights, or on a probe adapter."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +24,7 @@ CheckLayers = Callable[[int], None]
 def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
     """Power-law exponents of the weights (arXiv 2410.10054), mean over a layer's linears; see `power_law_exponent`.
 
-    Args:
-        base: the model; its weights are read one matrix at a time.
-        device: where to compute; it needs float64.
+    Weights are read one matrix at a time, and computed with in float64 on `device`.
 
     Raises:
         MolaError: weights are missing or quantised, or a matrix has no power law.
@@ -55,18 +51,13 @@ def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
 
 
 def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Scores:
-    r"""How different the experts of a probe are, compared with the same linears of other layers.
+    """How different the experts of a probe are, compared with the same linears of other layers.
 
         d_m = mean over pairs of experts of (1 / r) * ||B_i A_i - B_j A_j||_F        of a module m
         score_l = mean over the modules m of layer l of d_m / (mean of d over all modules of that name)
 
-    Args:
-        base: the model, without weights.
-        adapter: folder of the probe.
-        check_layers: called with the number of adapted layers before anything is computed.
-
-    Returns:
-        One per layer, 1 in the mean where all layers adapt the same linears.
+    `check_layers` is called with the number of adapted layers before anything is computed. Scores are 1 in the mean
+    where all layers adapt the same linears.
 
     Raises:
         MolaError: the probe does not fit, has a layer with one expert, or has learnt nothing.
@@ -96,11 +87,7 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Sc
 def usage_scores(base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers) -> Scores:
     """Effective number of experts that a probe uses, `effective_experts`, mean over a layer's linears.
 
-    Args:
-        base: the model, without weights.
-        adapter: folder of the probe; the last line of its `routing.jsonl` is read unless `inspection` is given.
-        inspection: file of `mola inspect --json`; its use over all tokens is read.
-        check_layers: called with the number of adapted layers before anything is computed.
+    Read are the records of `routing_records`; `check_layers` as in `redundancy_scores`.
 
     Raises:
         MolaError: a file is missing or broken, or does not fit the model.
@@ -127,11 +114,7 @@ def usage_scores(base: Base, adapter: str | None, inspection: str | None, check_
 
 
 def effective_experts(mean_gates: Sequence[float]) -> float:
-    """`exp` of the entropy of the mean gates: 1 if one expert does all, `E` if all weigh the same.
-
-    Args:
-        mean_gates: one per expert, at least 0, in any unit.
-    """
+    """`exp` of the entropy of the mean gates, in any unit: 1 if one expert does all, `E` if all weigh the same."""
     gates = torch.tensor(mean_gates, dtype=torch.float64)
     return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 

@@ -1,7 +1,5 @@
 """A probe: an adapter from a short run, of which an allocation is made. Its folder is read, no base weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,15 +22,10 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Probe:
-    """The experts of a probe.
+    """The experts of a probe."""
 
-    Attributes:
-        layers: from module name in the base model to its decoder layer.
-        tensors: as in the file, on the CPU.
-    """
-
-    layers: Mapping[str, int]
-    tensors: Mapping[str, torch.Tensor]
+    layers: Mapping[str, int]  # from module name in the base model to its decoder layer
+    tensors: Mapping[str, torch.Tensor]  # as in the file, on the CPU
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `(E, r, in)` and B `(E, r, out)` of a module."""
@@ -41,11 +34,7 @@ class Probe:
 
 
 def read_probe(adapter: str, base: Base) -> Probe:
-    """Read a probe and check that an allocation can be made of it.
-
-    Args:
-        adapter: its folder.
-        base: the model it must belong to.
+    """Read the probe in a folder and check that an allocation can be made of it.
 
     Raises:
         MolaError: no adapter of this method, made for another model, or with one expert in some module.
@@ -71,13 +60,10 @@ def read_probe(adapter: str, base: Base) -> Probe:
 
 
 def check_mixture(adapter: str) -> dict[str, Any]:
-    """Read the configuration of an adapter of this method.
-
-    Args:
-        adapter: its folder.
+    """The configuration of an adapter of this method.
 
     Raises:
-        MolaError: there is none, or it is of another method.
+        MolaError: there is none in the folder, or it is of another method.
     """
     config = check_adapter(adapter)
     if config["peft_type"] != "MOLA":

@@ -6,8 +6,6 @@
 Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.allocation.resize`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -29,8 +27,6 @@ from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.options.fields import option
 from mola.tuner import MolaConfig
-
-__all__ = ["ReallocateOptions", "ReallocateResult", "main", "reallocate"]
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -120,11 +116,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
 
 
 def main(options: ReallocateOptions) -> int:
-    """Run the command and print a row per run of layers with the same numbers.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command and print a row per run of layers with the same numbers."""
     result = reallocate(options)
     table = Table(title="Experts per decoder layer")
     for column in ("layers", "before", "now", "top_k"):

@@ -3,15 +3,13 @@
 Works on the tensors of a module alone. No update `B A` is formed: nothing grows with `out * in`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
 import torch
 
 from mola.errors import MolaError
-from mola.insight.factors import inner_products
+from mola.insight.redundancy import inner_products
 
 SHRINK = ("drop", "merge")
 GROW = ("copy", "fresh")
@@ -19,17 +17,11 @@ _ROW_NOISE = 0.05  # of a copied router row, in units of its norm
 
 
 class Experts(NamedTuple):
-    """The tensors of one module.
+    """The tensors of one module."""
 
-    Attributes:
-        A: `(E, r, in)`.
-        B: `(E, r, out)`.
-        router: `(E, in)`; None with one expert.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    router: torch.Tensor | None
+    A: torch.Tensor  # `(E, r, in)`
+    B: torch.Tensor  # `(E, r, out)`
+    router: torch.Tensor | None  # `(E, in)`; None with one expert
 
 
 def resize(

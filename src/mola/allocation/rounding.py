@@ -1,7 +1,5 @@
 """Whole numbers of experts from scores, at exactly a budget. Pure functions, no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -47,13 +45,7 @@ def experts_from_scores(
 
 
 def check_budget(num_layers: int, budget: int, min_experts: int, max_experts: int | None) -> None:
-    """Check that a budget can be spent exactly.
-
-    Args:
-        num_layers: layers that get experts.
-        budget: experts in all.
-        min_experts: fewest experts of a layer.
-        max_experts: most experts of a layer; None for no bound.
+    """Check that a budget can be spent exactly on so many layers.
 
     Raises:
         MolaError: a bound is out of range, or they exclude the budget; says which budgets they allow.

@@ -1,7 +1,5 @@
 """The weight matrices of a base model, one at a time."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -26,9 +24,6 @@ def weights_of(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     Read from the safetensors files, so that one matrix is in memory at a time. Where the files do not hold them under
     their names in the model (GGUF, other formats, architectures that Transformers converts while loading) the model is
     loaded, in float32, which is said.
-
-    Args:
-        base: the model.
 
     Raises:
         MolaError: the weights are missing or quantised, found before the first one is read.

@@ -1,7 +1,5 @@
 """What `mola convert` did, as a value and as text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Experts that a file holds one by one: grouped by module, checked, stacked into mola's tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,17 +12,11 @@ from mola.errors import MolaError
 
 @dataclass(frozen=True)
 class ModuleExperts:
-    """Experts and router of one module.
+    """Experts and router of one module."""
 
-    Attributes:
-        lora_A: one `(r, in)` per expert.
-        lora_B: one `(out, r)` per expert.
-        router: `(E, in)`.
-    """
-
-    lora_A: list[torch.Tensor]
-    lora_B: list[torch.Tensor]
-    router: torch.Tensor
+    lora_A: list[torch.Tensor]  # one `(r, in)` per expert
+    lora_B: list[torch.Tensor]  # one `(out, r)` per expert
+    router: torch.Tensor  # `(E, in)`
 
     @property
     def num_experts(self) -> int:

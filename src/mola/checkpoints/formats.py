@@ -1,7 +1,5 @@
 """Tells from `adapter_config.json` alone which program wrote an adapter."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +13,7 @@ _SOMETIMES = {"use_dora", "use_rslora"}
 
 
 def foreign_format(settings: Mapping[str, Any]) -> str | None:
-    """The format of an adapter that PEFT cannot load, as `mola convert --from` names it.
-
-    Args:
-        settings: the content of its `adapter_config.json`.
+    """The format of an adapter that PEFT cannot load, by its `adapter_config.json`, as `mola convert --from` names it.
 
     Returns:
         "published" (`r` is a list in an adapter that calls itself LORA), "moe_peft" (MoE-PEFT calls its

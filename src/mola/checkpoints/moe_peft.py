@@ -13,8 +13,6 @@ One folder with `adapter_config.json` (peft_type MOLA, a name it shares with thi
 - Classification heads and MoE-PEFT's other methods are refused.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict
@@ -52,31 +50,18 @@ _OTHER_METHODS = {
 
 
 class MoePeftAdapter(NamedTuple):
-    """An adapter of MoE-PEFT in mola's terms.
+    """An adapter of MoE-PEFT in mola's terms."""
 
-    Attributes:
-        config: for `get_peft_model`.
-        tensors: a state dict in mola's layout.
-        training_only: settings of the file that are not kept, since they only concern its training.
-        notes: what was understood in a way that the reader of a report should know.
-    """
-
-    config: MolaConfig
-    tensors: dict[str, torch.Tensor]
-    training_only: dict[str, Any]
-    notes: list[str]
+    config: MolaConfig  # for `get_peft_model`
+    tensors: dict[str, torch.Tensor]  # a state dict in mola's layout
+    training_only: dict[str, Any]  # settings of the file that are not kept, since they only concern its training
+    notes: list[str]  # what was understood in a way that the reader of a report should know
 
 
 def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -> MoePeftAdapter:
-    """Read an adapter of MoE-PEFT.
+    """Read the adapter of MoE-PEFT in a folder; only names were compared to the base model, not shapes.
 
-    Args:
-        folder: holds `adapter_config.json` and the weights.
-        linears: names of all linears of the base model, as in `named_modules()`.
-        num_layers: decoder layers of the base model.
-
-    Returns:
-        See `MoePeftAdapter`. Only the names were compared to the base model, not the shapes.
+    `linears` are the names of all linears of the base model, as in `named_modules()`.
 
     Raises:
         MolaError: a file is missing or unreadable, belongs to another method or a classifier, is incomplete,

@@ -13,8 +13,6 @@ expert has a router there, which decides nothing, and none here.
 The other direction is in `published_writer`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -66,7 +64,7 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
     for module, found in experts.items():
         state_dict.update(found.stacked(module))
     config = MolaConfig(
-        r=_list(settings, "r", folder),
+        r=settings["r"],
         num_experts=counts,
         top_k=top_k if isinstance(top_k, int) else list(top_k),
         lora_alpha=settings["lora_alpha"],
@@ -96,15 +94,6 @@ def _experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
     return [counts[index].pop() for index in sorted(counts)]
 
 
-def _list(settings: dict[str, Any], name: str, folder: Path) -> list[int]:
-    if not isinstance(settings.get(name), list):
-        raise MolaError(
-            f"`{name}` in {folder / 'adapter_config.json'} must be a list with one number per layer, "
-            f"got {settings.get(name)!r}. This is not an adapter of the research code."
-        )
-    return settings[name]
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings, path = read_settings(folder), folder / "adapter_config.json"
     missing = [name for name in ("lora_alpha", "target_modules", "r") if name not in settings]
@@ -116,4 +105,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
                 f"`{name}` in {path} must be {allowed[0]!r}, got {settings[name]!r}. "
                 "No other adapters of the research code are supported."
             )
+    if not isinstance(settings["r"], list):
+        raise MolaError(
+            f"`r` in {path} must be a list with one number per layer, got {settings['r']!r}. This is not an adapter of "
+            "the research code."
+        )
     return settings

@@ -1,7 +1,5 @@
 """Writes adapters in the format of the paper's research code, which `published` describes and reads."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

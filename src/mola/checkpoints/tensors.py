@@ -1,7 +1,5 @@
 """Reads the two files of an adapter folder, whoever wrote them: settings and tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

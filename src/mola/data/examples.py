@@ -1,7 +1,5 @@
 """Rows become examples in memory: `load_examples`, and the checks of columns and ids."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -129,18 +127,9 @@ def check_columns(
     strata: StrataRule | None = None,
     columns: Callable[[], Iterable[str]] | None = None,
 ) -> None:
-    """Refuse a row that lacks a column.
+    """Refuse a row that the task keeps and that lacks a column, also that by which `strata` draws samples.
 
-    Args:
-        row: a row that the task keeps.
-        number: its position in the source.
-        task: says which columns are needed.
-        source: where it comes from, for the message.
-        strata: how samples are drawn; its column is needed too.
-        columns: names of the first row's columns, where `row` holds a part of its own.
-
-    Raises:
-        MolaError: a column is missing.
+    Where `row` holds a part of its columns only, `columns` names those of the first row, for the message.
     """
     missing = task.missing_columns(row)
     if strata is not None and strata.column not in row:
@@ -157,11 +146,7 @@ def check_columns(
 
 
 def check_ids(ids: Iterable[str], source: str) -> None:
-    """Refuse an id that occurs twice.
-
-    Raises:
-        MolaError: the message names the id.
-    """
+    """Refuse an id that occurs twice."""
     seen: set[str] = set()
     for row_id in ids:
         if row_id in seen:

@@ -1,7 +1,5 @@
 """Rows of one file, by its ending: JSON, JSON lines, CSV, Parquet. All but JSON are read piece by piece."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
@@ -35,12 +33,9 @@ def unreadable(place: Path, error: BaseException) -> MolaError:
 
 
 def iterate_file(place: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
-    """The rows of a file; what a row is, is not checked.
+    """The rows of a file, read as its ending says; what a row is, is not checked.
 
-    Args:
-        place: the file; its ending says how it is read.
-        columns: columns to read of a Parquet file, as far as it has them; all if it has none. Other formats
-            ignore it.
+    `columns` are read of a Parquet file, as far as it has them, or all if it has none; other formats ignore it.
 
     Raises:
         MolaError: the ending is none of `FILE_ENDINGS`, or the file is damaged.

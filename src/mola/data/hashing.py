@@ -1,7 +1,5 @@
 """Eight bytes for a text, an example or its instruction: enough to find equal ones among millions of rows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """`mola prepare`: rows become examples, as files for later runs."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,20 +110,12 @@ def _drawn_sizes(options: PrepareOptions) -> dict[str, int] | None:
         return None
     if options.task == "sample":
         raise MolaError("`num_samples` has no use with the task `sample`, which makes its questions. Use `train_size`.")
-    for name in SAMPLE_SIZES:
-        _refuse_size(options, name)
+    _refuse_sizes(options)
     return drawn_sizes(options.num_samples, options.num_validation, options.num_test)
 
 
 def main(options: PrepareOptions) -> int:
-    """Run the command.
-
-    Returns:
-        0, the exit code.
-
-    Raises:
-        MolaError: as `prepare`.
-    """
+    """Run the command."""
     prepare(options)
     return 0
 
@@ -142,15 +132,15 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             {name: SAMPLE_SIZES[name] if size is None else size for name, size in sizes.items()},
             seed=options.seed,
         )
-    for name in SAMPLE_SIZES:
-        _refuse_size(options, name)
+    _refuse_sizes(options)
     return {name: read_rows(source.path, source.split) for name, source in source_splits(_data(options, task)).items()}
 
 
-def _refuse_size(options: PrepareOptions, split: str) -> None:
-    size = getattr(options, f"{split}_size")
-    if size is not None:
-        raise MolaError(f"`{split}_size` is for the task `sample` only: got {size}. Leave it out.")
+def _refuse_sizes(options: PrepareOptions) -> None:
+    for split in SAMPLE_SIZES:
+        size = getattr(options, f"{split}_size")
+        if size is not None:
+            raise MolaError(f"`{split}_size` is for the task `sample` only: got {size}. Leave it out.")
 
 
 def _data(options: PrepareOptions, task: Task) -> str:
@@ -167,7 +157,5 @@ def _prepared_rows(rows: list[dict[str, Any]], task: Task, split: str) -> tuple[
         check_columns(row, index, task, split)
     examples = [task.example(row, index, split) for index, row in kept]
     check_ids((example["id"] for example in examples), split)
-    result = []
-    for (_, row), example in zip(kept, examples, strict=True):
-        result.append(merged_row(row, example))
-    return result, len(rows) - len(kept)
+    merged = [merged_row(row, example) for (_, row), example in zip(kept, examples, strict=True)]
+    return merged, len(rows) - len(kept)

@@ -3,11 +3,9 @@
 Values stay as the source has them; nothing is written next to the source.
 """
 
-from __future__ import annotations
-
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
         MolaError: the source is missing, unreadable or empty, a row is not a mapping, or the split does
             not exist or has to be chosen.
     """
-    rows = list(_iterate(path, split, None, _load_hub))
+    rows = list(_iterate(path, split, None))
     if not rows:
         raise MolaError(f"`data` must have at least one row: `{path}` has none. Choose another one.")
     return rows
@@ -42,30 +40,19 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
 def stream_rows(
     path: str | Path, split: str | None = None, columns: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a data source one after the other, without having all of them in memory.
+    """The rows of `read_rows` one after the other, possibly none, without having all of them in memory.
 
-    A ``.json`` array is the exception: it is read as a whole. A Hub dataset is streamed, not stored.
-
-    Args:
-        path: as for `read_rows`.
-        split: as for `read_rows`.
-        columns: what is needed of the rows; Parquet files, saved datasets and the Hub leave out the rest, others
-            ignore it. A column that the source does not have is missing from the rows.
-
-    Yields:
-        The rows as dicts, in their order; possibly none.
+    A ``.json`` array is the exception: it is read as a whole. A Hub dataset is streamed, not stored. `columns` are what
+    is needed: Parquet files, saved datasets and the Hub leave out the rest. One that there is not is not in the rows.
 
     Raises:
         MolaError: as `read_rows`, except for a source without rows.
     """
-    return _iterate(path, split, columns, _stream_hub)
+    return _iterate(path, split, columns, is_stream=True)
 
 
 def _iterate(
-    path: str | Path,
-    split: str | None,
-    columns: Collection[str] | None,
-    hub: Callable[[str, str | None, Collection[str] | None], Iterator[Any]],
+    path: str | Path, split: str | None, columns: Collection[str] | None, is_stream: bool = False
 ) -> Iterator[dict[str, Any]]:
     source, place = str(path), Path(os.path.expanduser(path))
     if os.path.isdir(place):
@@ -73,7 +60,7 @@ def _iterate(
     elif os.path.exists(place):
         rows = iterate_file(place, columns)
     elif is_hub_name(source):
-        rows = hub(source, split, columns)
+        rows = _read_hub(source, split, columns, is_stream)
     else:
         raise _not_there(source)
     for index, row in enumerate(rows):
@@ -164,25 +151,16 @@ def _read_folder(place: Path, split: str | None, columns: Collection[str] | None
         raise unreadable(place, error) from error
 
 
-def _load_hub(source: str, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
+def _read_hub(source: str, split: str | None, columns: Collection[str] | None, is_stream: bool) -> Iterator[Any]:
     import datasets
 
+    more: dict[str, Any] = {"streaming": True} if is_stream else {}
     try:
-        loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the Hub client has no common base class
-        raise _hub_error(source, error) from error
-    return _batches(_select(loaded, split, source), columns)
-
-
-def _stream_hub(source: str, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source, split=split, streaming=True)
+        loaded = datasets.load_dataset(source, split=split, **more)
         yield from _batches(_select(loaded, split, source), columns)
     except MolaError:
         raise
-    except Exception as error:  # also a connection that breaks later
+    except Exception as error:  # the Hub client has no common base class; also a connection that breaks later
         raise _hub_error(source, error) from error
 
 

@@ -6,8 +6,6 @@ for a class. That is what a very small model can learn from a few hundred sample
 shuffled options takes many more. Held-out questions are made of the same words in other sentences.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,29 +20,17 @@ _TRIES = 200  # draws without a new question before a topic counts as used up
 
 @dataclass(frozen=True)
 class Topic:
-    """One kind of question.
+    """One kind of question."""
 
-    Attributes:
-        subject: column of that name, as are `topic`, `category` and `skill`.
-        topic: see `subject`.
-        category: see `subject`.
-        skill: see `subject`.
-        grades: school years to choose from.
-        question: what is asked about the sentence.
-        options: the classes, in the order in which they are always offered.
-        hint: the rule, given as a hint now and then.
-        sentence: draws a sentence that belongs to the class with this index.
-    """
-
-    subject: str
+    subject: str  # these four are columns of the rows
     topic: str
     category: str
     skill: str
-    grades: tuple[int, ...]
-    question: str
-    options: tuple[str, ...]
-    hint: str
-    sentence: Callable[[random.Random, int], str]
+    grades: tuple[int, ...]  # school years to choose from
+    question: str  # what is asked about the sentence
+    options: tuple[str, ...]  # the classes, in the order in which they are always offered
+    hint: str  # the rule, given as a hint now and then
+    sentence: Callable[[random.Random, int], str]  # draws a sentence that belongs to the class with this index
 
 
 def _words(text: str) -> tuple[str, ...]:

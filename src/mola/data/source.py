@@ -1,7 +1,5 @@
 """What `data` of a preparation names: one table of rows, or a table for every split."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -40,9 +38,7 @@ def source_splits(data: str) -> dict[str, Source]:
 def single_source(data: str, *, may_take_all: bool = True) -> Source:
     """The table that samples are drawn from: a file, the split `train`, or the only split.
 
-    Args:
-        data: see `source_splits`.
-        may_take_all: whether the command could also take all splits, without `num_samples`; for the message.
+    `may_take_all` says whether the command could also take all splits, without `num_samples`; for the message.
 
     Raises:
         MolaError: there are several files, or several splits without a `train`.

@@ -1,12 +1,10 @@
 """Rows on disk: put in one after the other, read in any order. In memory are 8 bytes per row and the types."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from mola.errors import MolaError
 _BATCH_SIZE = 1000
 
 
-class Spool:
+class Spool(AbstractContextManager):
     """Rows as JSON lines in a scratch file, and the columns and types that fit all of them.
 
     Args:
@@ -84,11 +82,7 @@ class Spool:
         )
 
     def rows(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Rows by their numbers, counted from 0, with all columns of the schema.
-
-        Args:
-            numbers: which rows, in which order.
-        """
+        """Rows by their numbers, counted from 0, with all columns of the schema."""
         names = self.schema().names
         self._file.flush()
         for number in numbers:
@@ -107,15 +101,8 @@ class Spool:
                     columns.append(pyarrow.array([row[field.name] for row in batch], field.type))
             yield pyarrow.Table.from_arrays(columns, schema=schema)
 
-    def close(self) -> None:
-        """Close the scratch file."""
-        self._file.close()
-
-    def __enter__(self) -> Spool:
-        return self
-
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file.close()
 
 
 @contextmanager

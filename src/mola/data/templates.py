@@ -1,7 +1,5 @@
 """Prompt templates: how an instruction and an optional input become the text before the answer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mola.errors import MolaError

@@ -21,21 +21,13 @@ _BATCH = 512  # texts per tokenizer call
 
 @dataclass(frozen=True)
 class Sample:
-    """One example as tokens.
+    """One example as tokens."""
 
-    Attributes:
-        row_id: the example's id, for messages.
-        ids: its token ids.
-        prefix: how many of them are special tokens in front.
-        start: position of the first token of the answer.
-        text_end: position after the last token of the answer's text; EOS may follow.
-    """
-
-    row_id: str
-    ids: list[int]
-    prefix: int
-    start: int
-    text_end: int
+    row_id: str  # the example's id, for messages
+    ids: list[int]  # its token ids
+    prefix: int  # how many of them are special tokens in front
+    start: int  # position of the first token of the answer
+    text_end: int  # position after the last token of the answer's text; EOS may follow
 
     def labels(self, train_on_inputs: bool) -> list[int]:
         """Ids with the prompt masked."""
@@ -48,13 +40,9 @@ def tokenized(
     template: Template,
     eos: int | None,
 ) -> Iterator[Sample]:
-    """Samples at full length, EOS included.
+    """Samples at full length, ended by the token `eos` where that is one; `examples` as `load_examples` returns them.
 
-    Args:
-        examples: as `load_examples` returns them.
-        tokenizer: fast or slow; a slow one tokenises prompt and output separately.
-        template: prompt template.
-        eos: id of the token that ends a sample; None for no such token.
+    A slow tokenizer tokenises prompt and output separately.
 
     Raises:
         MolaError: an example lacks a field, or its output is no text.

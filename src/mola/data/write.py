@@ -41,11 +41,9 @@ def is_prepared_folder(folder: Path) -> bool:
 
 
 def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -> None:
-    """Write ``<split>.json`` and `DATASET_FOLDER`; the folder appears complete or not at all.
+    """Write ``<split>.json`` and `DATASET_FOLDER`; the folder appears complete or not at all, replacing an earlier one.
 
-    Args:
-        splits: rows by split; a column that a row lacks is written as None.
-        output_dir: folder to create; an existing one is replaced as a whole.
+    A column that a row lacks is written as None.
 
     Raises:
         MolaError: the folder cannot be written, or a column mixes kinds of values.
@@ -62,14 +60,7 @@ def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -
 
 
 def write_spooled(spool: Spool, numbers: Mapping[str, Iterable[int]], folder: Path, scratch: Path) -> None:
-    """Write ``<split>.json`` and `DATASET_FOLDER` of rows in a spool.
-
-    Args:
-        spool: the rows.
-        numbers: rows of every split, in their order.
-        folder: an existing folder that receives the files.
-        scratch: folder for temporary files.
-    """
+    """Write ``<split>.json`` and `DATASET_FOLDER` of rows in a spool, by their numbers, into an existing folder."""
     for split, chosen in numbers.items():
         write_json(spool.rows(chosen), folder / f"{split}.json")
     save_dataset(spool, numbers, folder / DATASET_FOLDER, scratch)
@@ -85,13 +76,9 @@ def write_json(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def save_dataset(spool: Spool, numbers: Mapping[str, Iterable[int]], path: Path, scratch: Path) -> None:
-    """Save rows of a spool as a DatasetDict; the same rows give the same bytes.
+    """Save rows of a spool, given by their numbers, as a DatasetDict; the same rows give the same bytes.
 
-    Args:
-        spool: the rows; types come from all of them, so that splits cannot differ.
-        numbers: rows of every split, in their order.
-        path: folder to create.
-        scratch: folder for temporary files.
+    Types come from all rows of the spool, so that splits cannot differ; `scratch` is for temporary files.
     """
     import datasets
     import pyarrow

@@ -18,19 +18,12 @@ SCORINGS = ("generate", "likelihood")
 
 @dataclass(frozen=True)
 class Question:
-    """An example made ready to be asked.
+    """An example made ready to be asked."""
 
-    Attributes:
-        example: the example as loaded.
-        prompt: text before the answer.
-        prefix: likelihood only: text of the output before its answer.
-        options: likelihood only: the possible answers.
-    """
-
-    example: Mapping[str, Any]
-    prompt: str
-    prefix: str = ""
-    options: tuple[str, ...] = ()
+    example: Mapping[str, Any]  # the example as loaded
+    prompt: str  # text before the answer
+    prefix: str = ""  # likelihood only: text of the output before its answer
+    options: tuple[str, ...] = ()  # likelihood only: the possible answers
 
     @property
     def option_texts(self) -> list[str]:
@@ -43,14 +36,7 @@ def make_questions(
 ) -> list[Question]:
     """Prompts of all examples; everything that can be wrong with them shows here, before a model is loaded.
 
-    Args:
-        task: says how an answer is extracted.
-        examples: with id, instruction, input, output, answer, num_choices; the task's groups.
-        template: name of a prompt template; None for the task's own.
-        scoring: `"generate"` or `"likelihood"`.
-
-    Returns:
-        One question per example.
+    Without a name of a prompt template it is the task's own; `scoring` is one of `SCORINGS`.
 
     Raises:
         MolaError: no examples, an unknown `scoring` or template, an example without an answer, or
@@ -86,15 +72,7 @@ def question_lengths(
 ) -> list[int]:
     """Tokens of each question as the model will see it.
 
-    Args:
-        tokenizer: of the model.
-        questions: what will be asked.
-        scoring: `"generate"` or `"likelihood"`.
-        max_new_tokens: tokens to be generated; not counted for `"likelihood"`.
-        limit: positions the model has; None for no limit.
-
-    Returns:
-        One number per question.
+    New tokens do not count for `scoring` "likelihood"; `limit` is the number of the model's positions, if limited.
 
     Raises:
         MolaError: a question leaves no room for `max_new_tokens` within `limit`.
@@ -119,17 +97,9 @@ def answer_questions(
     max_new_tokens: int,
     on_batch: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Ask batch by batch and hand over the records of each batch as soon as it is done.
+    """Ask batch by batch, each of indices into `questions`, and hand over the records of each as soon as it is done.
 
-    Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
-        task: says how an answer is extracted.
-        questions: all questions.
-        batches: indices into `questions`.
-        max_new_tokens: tokens to generate per question (generation only).
-        on_batch: called with `[{"index", "seconds", "sample"}]`; `seconds` is the sample's share of the
-            batch's wall time.
+    `on_batch` gets `[{"index", "seconds", "sample"}]`; `seconds` is the sample's share of the batch's wall time.
     """
     with predicting.inference_state(model):
         for batch in batches:

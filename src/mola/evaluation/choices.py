@@ -29,14 +29,7 @@ def answer_prefix(example: Mapping[str, Any], task: Task) -> str:
     """Text of the expected output up to its answer, such as `"Answer: The answer is "`.
 
     The answer may also occur elsewhere in the output ("A cat ..."): the place meant is the last one where
-    putting any other option makes the task extract that option.
-
-    Args:
-        example: with `id`, `output`, `answer` and `num_choices`.
-        task: says how an answer is extracted.
-
-    Returns:
-        The prefix; the same text for every sample whose task has one output layout.
+    putting any other option makes the task extract that option. Samples of one output layout have one prefix.
 
     Raises:
         MolaError: no such place, or the possible answers are not known.

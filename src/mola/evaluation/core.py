@@ -103,7 +103,8 @@ def evaluate_examples(
         [open_indices[i] for i in batch]
         for batch in predicting.batches_by_length([lengths[i] for i in open_indices], batch_size)
     ]
-    with _progress_bar(show_progress) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         bar = progress.add_task(task.name, total=len(questions), completed=len(records))
 
         def collect(batch: list[dict[str, Any]]) -> None:
@@ -124,21 +125,13 @@ def evaluate_examples(
 
 
 def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse answers with which the task's `more_metrics` could not be computed.
-
-    Raises:
-        MolaError: an answer is not a word of the task.
-    """
+    """Refuse answers that are no word of the task, with which its `more_metrics` could not be computed."""
     if task.more_metrics and task.binary_labels is not None:
         check_labels((example["answer"] for example in examples), task.binary_labels)
 
 
 def check_positive(**values: int | None) -> None:
-    """Refuse counts below 1; None passes.
-
-    Raises:
-        MolaError: a value is below 1.
-    """
+    """Refuse counts below 1; None passes."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise MolaError(f"`{name}` must be at least 1: got {value}.")
@@ -171,8 +164,3 @@ def _more_metrics(task: Task, samples: Sequence[Mapping[str, Any]]) -> dict[str,
         return {}
     answers = [sample["answer"] for sample in samples]
     return binary_metrics(task.more_metrics, answers, [sample["predicted"] for sample in samples], task.binary_labels)
-
-
-def _progress_bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)

@@ -112,11 +112,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 
 def main(options: EvaluateOptions) -> int:
-    """Run the command and print the summary.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command and print the summary."""
     result = evaluate(options)
     Console().print(_table(result, options))
     if options.output is not None:
@@ -125,17 +121,7 @@ def main(options: EvaluateOptions) -> int:
 
 
 def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Check everything that can be wrong without a model, cheapest first.
-
-    Args:
-        options: what to evaluate.
-
-    Returns:
-        The task, the examples and the tokenizer.
-
-    Raises:
-        MolaError: anything wrong with the options or the data.
-    """
+    """Task, examples and tokenizer; refuses everything that can be wrong without a model, cheapest first."""
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     config = check_model(options)
     if options.adapter is not None:

@@ -5,8 +5,6 @@
 - Further flags of the harness are handed on in `lm_eval_args`.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -24,8 +22,6 @@ from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_fi
 from mola.files.environment import software_versions
 from mola.models.loading import check_adapter, load_config, resolve_device, resolve_dtype
 from mola.options.fields import option
-
-__all__ = ["LmEvalOptions", "lm_eval", "main"]
 
 # Flags of the harness that an option of this command sets, and that option.
 _OWN_FLAGS = {
@@ -84,11 +80,7 @@ def lm_eval(options: LmEvalOptions) -> dict[str, Any]:
 
 
 def main(options: LmEvalOptions) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command."""
     lm_eval(options)
     if options.output is not None:
         print(f"Results are in {options.output}")
@@ -139,12 +131,7 @@ def _place(name: str) -> str:
 
 
 def _harness_arguments(text: str) -> Namespace:
-    """`lm_eval_args` as the harness's own parser reads it.
-
-    Raises:
-        MolaError: a flag or a value that it does not know, or one that an option of this command sets.
-        SystemExit: after `--help`.
-    """
+    """`lm_eval_args` as the harness's own parser reads it, without flags that an option of this command sets."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -181,11 +168,7 @@ def _parse(words: list[str]) -> Namespace:
 
 
 def _check_tasks(options: LmEvalOptions, arguments: Namespace) -> None:
-    """Load the tasks with their data once; the harness itself would do it after loading the model.
-
-    Raises:
-        MolaError: a task is unknown, or its data cannot be read or downloaded.
-    """
+    """Load the tasks with their data once; the harness itself would do it after loading the model."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     try:

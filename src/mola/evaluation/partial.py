@@ -18,14 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class PartialResults:
-    """Journal `<output>.partial.jsonl` next to a result file.
+    """Journal `<output>.partial.jsonl` next to a result file, at `path`.
 
-    Args:
-        output: the result file.
-        identity: settings and fingerprints; records are only reused by a run with the same ones.
-
-    Attributes:
-        path: the journal.
+    `identity` are settings and fingerprints; records are only reused by a run with the same ones.
     """
 
     def __init__(self, output: str | os.PathLike[str], identity: Mapping[str, Any]):
@@ -34,10 +29,7 @@ class PartialResults:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     def read(self, discard_other: bool = False) -> list[dict[str, Any]]:
-        """Records of an earlier run; empty without one.
-
-        Args:
-            discard_other: delete the journal of a run with another identity instead of refusing it.
+        """Records of an earlier run; empty without one, or if that had another identity and `discard_other` says so.
 
         Raises:
             MolaError: the journal is from a run with another identity, or damaged.

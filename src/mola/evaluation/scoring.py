@@ -27,11 +27,7 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 def accuracy_summary(correct: int, total: int) -> dict[str, Any]:
-    """Accuracy with its 95 % interval as the result files write it.
-
-    Args:
-        correct: hits.
-        total: samples, at least 1.
+    """Accuracy over at least one sample with its 95 % interval, as the result files write it.
 
     Returns:
         `{"accuracy": fraction, "correct": int, "total": int, "interval_95": [low, high]}`.
@@ -70,19 +66,12 @@ def accuracy_by_group(
 
 
 class BinaryCounts(NamedTuple):
-    """How often each answer to a question with two labels occurs.
+    """How often each answer to a question with two labels occurs."""
 
-    Attributes:
-        true_positive: positive, and found to be.
-        false_positive: negative, but not found to be.
-        false_negative: positive, but not found to be.
-        true_negative: negative, and found to be.
-    """
-
-    true_positive: int
-    false_positive: int
-    false_negative: int
-    true_negative: int
+    true_positive: int  # positive, and found to be
+    false_positive: int  # negative, but not found to be
+    false_negative: int  # positive, but not found to be
+    true_negative: int  # negative, and found to be
 
 
 def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]) -> BinaryCounts:
@@ -107,11 +96,7 @@ def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], label
 
 
 def check_labels(answers: Iterable[str], labels: tuple[str, str]) -> None:
-    """Refuse an answer that is neither of the two labels.
-
-    Raises:
-        MolaError: an answer is no label; the message gives its position.
-    """
+    """Refuse an answer that is neither of the two labels; the message gives its position."""
     for index, value in enumerate(answers):
         if value not in labels:
             raise MolaError(
@@ -156,17 +141,7 @@ def matthews_correlation(counts: BinaryCounts) -> float:
 def binary_metrics(
     names: Iterable[str], answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]
 ) -> dict[str, float]:
-    """The named metrics of a task with two labels.
-
-    Args:
-        names: out of `f1` and `matthews`.
-        answers: right label of each sample.
-        predicted: predicted label of each sample; None, unanswered, counts as the wrong label.
-        labels: the negative and the positive label.
-
-    Returns:
-        Name -> value.
-    """
+    """The named metrics, out of `f1` and `matthews`, of a task with two labels; other arguments as `binary_counts`."""
     functions = {"f1": f1_score, "matthews": matthews_correlation}
     counts = binary_counts(answers, predicted, labels)
     return {name: functions[name](counts) for name in names}

@@ -19,12 +19,7 @@ from mola.files.failures import writing
 
 
 def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`check_writable` for a result that must not replace another one unasked.
-
-    Args:
-        option: name of the option that holds the path, for the message.
-        path: target file.
-        overwrite: whether it may exist.
+    """`check_writable` for a result that must not replace another one unasked; `option` is the path's, for the message.
 
     Raises:
         MolaError: it exists, or its folder or itself cannot be written.
@@ -41,14 +36,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write `content` to `path` in one step; parent folders are created.
-
-    Args:
-        path: target file; replaced when it exists.
-        content: the whole content.
-
-    Returns:
-        The path written.
+    """Write or replace the file `path` in one step; parent folders are created.
 
     Raises:
         MolaError: the folder or the file cannot be written.
@@ -71,11 +59,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
 
 
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Add lines to a text file in UTF-8.
-
-    Args:
-        path: the file; made where there is none.
-        lines: without their ends.
+    """Add lines, given without their ends, to a text file in UTF-8; it is made where there is none.
 
     Raises:
         MolaError: the file cannot be written; a part of the lines may be in it.
@@ -85,19 +69,11 @@ def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
 
 
 def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 2) -> Path:
-    """Write `data` as JSON to `path` in one step, UTF-8, with a final newline.
-
-    Args:
-        path: target file; replaced when it exists.
-        data: anything `json.dumps` takes; NaN and infinities are refused, JSON has none.
-        indent: spaces per level; None writes one line.
-
-    Returns:
-        The path written.
+    """Write `data` as JSON to `path` in one step, UTF-8, with a final newline; on one line if `indent` is None.
 
     Raises:
         MolaError: the folder or the file cannot be written.
-        ValueError: `data` holds NaN or an infinity.
+        ValueError: `data` holds NaN or an infinity, which JSON has not.
         TypeError: `data` holds something JSON has no form for.
     """
     text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -106,12 +82,6 @@ def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | Non
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """Make sure the file `path` can be written, creating its parent folders; its content is untouched.
-
-    Args:
-        path: a file to be written later.
-
-    Returns:
-        The path.
 
     Raises:
         MolaError: `path` is a folder, or its folder cannot be created or written to.

@@ -6,8 +6,6 @@
 - `damaged_record`: what `torch.save` wrote, by its own checksums.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zipfile
@@ -28,22 +26,15 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
-    """The sha256 of a folder's weights, in hexadecimal; None without weights.
-
-    Raises:
-        OSError: they cannot be read.
-    """
+    """The sha256 of a folder's weights, in hexadecimal; None without weights."""
     path = find_weights(folder)
     return None if path is None else file_sha256(check_regular(path))
 
 
 def check_digest(folder: str | os.PathLike[str]) -> None:
-    """Compare a folder's weights with what its configuration says about them.
+    """Compare the weights in an adapter's folder with what its configuration says about them.
 
     Without the field `weights_sha256` (an earlier version, another program) it says nothing.
-
-    Args:
-        folder: folder of the adapter.
 
     Raises:
         MolaError: they are not the weights that were saved, or cannot be read.
@@ -65,28 +56,16 @@ def check_digest(folder: str | os.PathLike[str]) -> None:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file's bytes, in hexadecimal.
-
-    Args:
-        path: the file; it is read piece by piece, whatever its size.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The sha256 of a file's bytes, in hexadecimal; it is read piece by piece, whatever its size."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damaged_record(path: str | os.PathLike[str]) -> str | None:
-    """The first part of a file of `torch.save` that has another checksum than it was written with.
+    """The name of the first part of a file of `torch.save` that has another checksum than it was written with, or None.
 
-    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them.
-
-    Returns:
-        Its name; None for a file without damage, or that is no zip archive.
+    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them. Other
+    files have none.
 
     Raises:
         OSError: the file cannot be read.

@@ -10,11 +10,7 @@ from mola._version import __version__
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of mola, torch, transformers, peft and Python; of numba where it is installed.
-
-    Returns:
-        `{"mola", "torch", "transformers", "peft", "python"}` and `"numba"`, each a version as text.
-    """
+    """Versions of mola, torch, transformers, peft and Python; of numba where it is installed."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     with suppress(metadata.PackageNotFoundError):  # with it other dropout masks are drawn
         libraries["numba"] = metadata.version("numba")
@@ -22,11 +18,7 @@ def software_versions() -> dict[str, str]:
 
 
 def machine_description() -> dict[str, Any]:
-    """Name of the processor and of the GPU (None without one), and the threads torch uses.
-
-    Returns:
-        `{"cpu": str, "gpu": str | None, "threads": int}`.
-    """
+    """Name of the processor (`cpu`) and of the GPU (`gpu`, None without one), and the `threads` torch uses."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -4,8 +4,6 @@
 - `writing`, `within_memory`: such an error in a block becomes a `MolaError` that says what to do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -25,11 +23,7 @@ _GIB = 1 << 30
 def why_not_written(error: BaseException) -> str | None:
     """Why a file could not be written, if that is what an error of Python, safetensors, tokenizers or torch says.
 
-    Args:
-        error: any error.
-
-    Returns:
-        The reason, with the file's name where it is known; None for any other error.
+    With the file's name where it is known; None for any other error.
     """
     if isinstance(error, OSError):
         if error.errno not in _NOT_WRITABLE:
@@ -54,11 +48,7 @@ def why_not_written(error: BaseException) -> str | None:
 
 
 def lack_of_memory(error: BaseException) -> str | None:
-    """What an error of Python or torch says about too little memory, of the machine or of a GPU.
-
-    Returns:
-        Few words; None for any other error.
-    """
+    """What an error of Python or torch says about too little memory, of the machine or of a GPU; None for any other."""
     if isinstance(error, MemoryError):
         return "no memory left"
     if not isinstance(error, RuntimeError):
@@ -86,15 +76,7 @@ def lost_process(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def writing(what: str, advice: str = "Free some space, or choose a folder you can write to.") -> Iterator[None]:
-    """Turn an error of writing in the block into one that says what to do; others pass.
-
-    Args:
-        what: what is written, for the message: an option, or a file.
-        advice: what to do.
-
-    Raises:
-        MolaError: a file could not be written.
-    """
+    """Turn an error of writing `what`, an option or a file, in the block into one with advice; others pass."""
     try:
         yield
     except Exception as error:
@@ -106,14 +88,7 @@ def writing(what: str, advice: str = "Free some space, or choose a folder you ca
 
 @contextlib.contextmanager
 def within_memory(advice: str) -> Iterator[None]:
-    """Turn an error about too little memory in the block into one that says what to do; others pass.
-
-    Args:
-        advice: what to do.
-
-    Raises:
-        MolaError: the memory did not suffice.
-    """
+    """Turn an error about too little memory in the block into a `MolaError` with advice; others pass."""
     try:
         yield
     except Exception as error:

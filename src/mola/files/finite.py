@@ -1,7 +1,5 @@
 """Weights that are read from a file must be numbers to compute with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -10,15 +8,7 @@ from mola.errors import MolaError
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuse weights that are NaN or infinite: every output would be.
-
-    Args:
-        tensors: weights by name.
-        where: what to call their file in the message.
-
-    Raises:
-        MolaError: a value is not finite.
-    """
+    """Refuse weights, by name, that are NaN or infinite: every output would be. `where` names their file."""
     for name, tensor in tensors.items():
         count = _count_not_finite(tensor, name, where)
         if count:

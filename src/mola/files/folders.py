@@ -1,7 +1,5 @@
 """Results that are folders: what they may replace, and that they appear complete or not at all."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
@@ -21,15 +19,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # raised without a file's name
 
 
 def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
-    """Refuse a folder with something in it, for a result that is a folder; creates nothing.
-
-    Args:
-        option: name of the option that holds the path, for the message.
-        path: target folder.
-
-    Raises:
-        MolaError: it is a file, or not empty.
-    """
+    """Refuse a file, or a folder with something in it, for a result that is a folder; creates nothing."""
     folder = Path(os.path.expanduser(path))
     if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
@@ -46,15 +36,7 @@ def check_output_folder(
     """Refuse a folder that holds something, unless it is to be replaced and holds only what we wrote.
 
     What a killed command left beside the folder is named in a warning; the result that it was about to replace is put
-    back first.
-
-    Args:
-        folder: where results will go.
-        option: name of the option that names it, for messages.
-        overwrite: whether an own folder is to be replaced.
-        overwrite_option: name of the option that says so, for messages.
-        writer: what writes such folders, for messages.
-        is_own: whether a folder looks like what `writer` writes.
+    back first. `is_own` tells whether a folder looks like what `writer` writes; all names are for messages.
 
     Raises:
         MolaError: `folder` is a file, or is not empty and cannot be replaced.
@@ -104,11 +86,7 @@ def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:
 
 @contextmanager
 def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[Path, Path]]:
-    """Write a folder under a temporary name; it takes its place when the block ends without an error.
-
-    Args:
-        folder: folder to create; an existing one is replaced as a whole.
-        option: name of the option that names it, for messages.
+    """Write or replace a folder under a temporary name; it takes its place when the block ends without an error.
 
     Yields:
         The folder to fill, and a second one for scratch files that goes away in any case.
@@ -137,15 +115,7 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
 
 @contextmanager
 def new_folder(option: str, folder: Path) -> Iterator[Path]:
-    """`complete_folder` without scratch files, for results that libraries write.
-
-    Args:
-        option: name of the option that holds the path, for the message.
-        folder: target folder, as `check_new_folder` returned it.
-
-    Raises:
-        MolaError: it cannot be written.
-    """
+    """`complete_folder` without scratch files, for results that libraries write; refuses one that cannot be written."""
     with writing(f"`{option}`"), complete_folder(folder, option) as (temporary, _):
         yield temporary
 

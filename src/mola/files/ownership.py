@@ -3,8 +3,6 @@
 A file that was changed by hand, or that somebody else wrote, has no such line or another sum.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

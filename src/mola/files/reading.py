@@ -6,8 +6,6 @@
 - `parse_yaml`: as well as references that would grow without end, and values that are not what their tag says.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -63,10 +61,7 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text.
 
-    Args:
-        text: the text.
-        object_pairs_hook: as in `json.loads`.
-        half_characters: accept half of a surrogate pair, which JSON can write and no encoding can.
+    `half_characters` accepts half of a surrogate pair, which JSON can write and no encoding can.
 
     Raises:
         ValueError: it is no JSON (then a `json.JSONDecodeError`), nested too deeply, or holds half a character.
@@ -84,11 +79,7 @@ def parse_json(
 
 
 def read_json(path: str | os.PathLike[str], *, half_characters: bool = False) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        OSError, ValueError: as `read_text` and `parse_json`.
-    """
+    """The value of a JSON file; errors are those of `read_text` and `parse_json`."""
     return parse_json(read_text(path), half_characters=half_characters)
 
 
@@ -125,13 +116,9 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[str]:
-    """Lines of a log whose entries are to stay when a run goes on; none of a file that is not there.
+    """Lines of a JSON lines log whose entries `keep` wants when a run goes on; none of a file that is not there.
 
     Half a line, as a killed run leaves it, does not stay, nor does one for which `keep` fails on a value or key.
-
-    Args:
-        path: a file with one JSON object in a line.
-        keep: whether an entry stays.
     """
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():

@@ -10,8 +10,6 @@ A form is one of
 - `(form, None)`: such a value or null.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -48,9 +48,6 @@ class GenerateOptions(ModelOptions):
 def main(options: GenerateOptions) -> int:
     """Run the command: one prompt, or lines from standard input until its end or `/exit`.
 
-    Returns:
-        The exit code, 0.
-
     Raises:
         MolaError: wrong options, before the model is loaded.
     """

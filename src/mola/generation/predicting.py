@@ -21,13 +21,6 @@ from mola.errors import MolaError
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt with the tokenizer's begin token, never with its end token.
 
-    Args:
-        tokenizer: any tokenizer.
-        prompts: texts.
-
-    Returns:
-        One list of ids per prompt.
-
     Raises:
         MolaError: a prompt has no token at all.
     """
@@ -49,16 +42,10 @@ def max_positions(config: Any) -> int | None:
 def check_lengths(
     names: Sequence[Any], prompts: Sequence[Sequence[int]], num_new_tokens: int, limit: int | None
 ) -> None:
-    """Refuse prompts that leave no room for the answer.
-
-    Args:
-        names: what to call each sample in the message.
-        prompts: token ids of each sample.
-        num_new_tokens: tokens to come after the prompt.
-        limit: `max_positions` of the model.
+    """Refuse prompts that leave no room for `num_new_tokens`; `names` is what to call each in the message.
 
     Raises:
-        MolaError: prompt and new tokens together are longer than `limit`.
+        MolaError: prompt and new tokens together are longer than `limit`, the `max_positions` of the model.
     """
     for name, ids in zip(names, prompts, strict=True):
         if limit is not None and len(ids) + num_new_tokens > limit:
@@ -70,15 +57,7 @@ def check_lengths(
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches, longest first; equal lengths keep their order.
-
-    Args:
-        lengths: one per sample.
-        batch_size: samples per batch, at least 1.
-
-    Returns:
-        Every index exactly once.
-    """
+    """Every index once, in batches of at most `batch_size`, longest first; equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -120,15 +99,7 @@ def generate_batch(
 ) -> list[str]:
     """New text after each prompt, special tokens left out; call it inside `inference_state`.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; its pad and end tokens are used.
-        prompts: token ids of each prompt.
-        streamer: passed to `generate`; one prompt only.
-        decoding: fields of `GenerationConfig`, such as `max_new_tokens` and `do_sample`.
-
-    Returns:
-        One text per prompt.
+    `decoding` are fields of `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only.
     """
     config = GenerationConfig(
         pad_token_id=_pad_token_id(tokenizer),
@@ -145,20 +116,12 @@ def generate_batch(
 def option_log_probabilities(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """Log-probability of the end of each text, given what all texts of its sample start with.
+    """Log-probability of the end of each text, given what all texts of its sample start with, one text per option.
 
     With the token ids `t_1 .. t_n` of one text, the first `c` shared by all texts of the sample:
         score = sum_{i > c} log p(t_i | t_1 .. t_{i-1})
     Texts are tokenised whole, so a letter gets the token it has in running text (" A", not "A").
     Call it inside `inference_state`.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        texts: for each sample one text per option.
-
-    Returns:
-        For each sample one score per option.
     """
     encoded = [encode_prompts(tokenizer, options) for options in texts]
     shared = [_shared_length(options) for options in encoded]

@@ -1,7 +1,5 @@
 """What an expert is worth: the loss on answers without it, less that of the whole model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,19 +19,12 @@ LEAVE_ONE_OUT = ("none", "layers", "modules")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The loss without one expert.
+    """The loss without one expert."""
 
-    Attributes:
-        layer_index: its decoder layer, None outside the layers.
-        module: its module; None where the expert of this number was taken out of all modules of the layer.
-        expert: its number.
-        loss_change: loss without it, less the loss of the whole model; above 0 if it helps.
-    """
-
-    layer_index: int | None
-    module: str | None
-    expert: int
-    loss_change: float
+    layer_index: int | None  # its decoder layer, None outside the layers
+    module: str | None  # its module; None where the expert of this number was taken out of all modules of the layer
+    expert: int  # its number
+    loss_change: float  # loss without it, less the loss of the whole model; above 0 if it helps
 
 
 @dataclass(frozen=True)
@@ -47,12 +38,7 @@ class Experiment:
 
 
 def experiments(model: nn.Module, by: str) -> list[Experiment]:
-    """Every expert of the modules with a router, once.
-
-    Args:
-        model: with an adapter.
-        by: "layers" or "modules".
-    """
+    """Every expert of the modules with a router, once; `by` is "layers" or "modules"."""
     groups: dict[tuple[int | None, str | None], list[MolaLinear]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, MolaLinear) and _adapter(module) is not None:
@@ -76,11 +62,8 @@ def _num_experts(layer: MolaLinear) -> int:
 def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]:
     """Compute without one expert, as if its logit were minus infinity, until the context ends.
 
-    The `top_k` largest of the other logits are chosen, or all of them where fewer are left; gates add up to 1.
-
-    Args:
-        layers: modules with routers, each with more than `expert` experts.
-        expert: which one.
+    The `top_k` largest of the other logits are chosen, or all of them where fewer are left; gates add up to 1. Each
+    of the modules has a router and more than `expert` experts.
     """
     kept: list[tuple[MolaLinear, str, list[nn.Parameter], Any]] = []
     try:
@@ -111,11 +94,7 @@ def losses_without(
 ) -> tuple[float, list[LeftOut]]:
     """The loss of the whole model, and its change without each expert; `(1 + experts) * samples` forward passes.
 
-    Args:
-        model: with an adapter, in eval mode.
-        samples: `input_ids` and `labels`.
-        wanted: from `experiments`.
-        show_progress: show a bar with the time left on standard error.
+    The model is in eval mode, samples have `input_ids` and `labels`, `wanted` is from `experiments`.
     """
     loss, found = 0.0, []
     steps: list[Experiment | None] = [None, *wanted]

@@ -1,7 +1,5 @@
 """Whether modules sort tokens in the same way, although each numbers its experts for itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A trained adapter on data: which experts work on which tokens, and how different they are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,21 +19,13 @@ from mola.tuner.layer import MolaLinear
 
 @dataclass(frozen=True)
 class ModuleRedundancy:
-    """How alike the experts of one module are; means over pairs of experts.
+    """How alike the experts of one module are; means over pairs of experts."""
 
-    Attributes:
-        module: its name in the model.
-        layer_index: its decoder layer, None outside the layers.
-        distance: Frobenius distance of the updates, see `mola.insight.redundancy.expert_distances`.
-        input_overlap: overlap of what experts read, from 0 to 1; NaN where a matrix is zero.
-        output_overlap: overlap of what experts write.
-    """
-
-    module: str
-    layer_index: int | None
-    distance: float
-    input_overlap: float
-    output_overlap: float
+    module: str  # its name in the model
+    layer_index: int | None  # its decoder layer, None outside the layers
+    distance: float  # Frobenius distance of the updates, see `mola.insight.redundancy.expert_distances`
+    input_overlap: float  # overlap of what experts read, from 0 to 1; NaN where a matrix is zero
+    output_overlap: float  # overlap of what experts write
 
 
 def redundancy_of(model: torch.nn.Module) -> list[ModuleRedundancy]:
@@ -53,15 +43,7 @@ def redundancy_of(model: torch.nn.Module) -> list[ModuleRedundancy]:
 def module_redundancy(
     module: str, layer_index: int | None, experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float
 ) -> ModuleRedundancy:
-    """Redundancy of one module with several experts.
-
-    Args:
-        module: its name.
-        layer_index: its decoder layer.
-        experts_A: `(E, r, in)`.
-        experts_B: `(E, r, out)`.
-        scaling: `lora_alpha / r`.
-    """
+    """Redundancy of one module with several experts, A `(E, r, in)` and B `(E, r, out)`."""
     distances = expert_distances(experts_A, experts_B, scaling)
     overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
     return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
@@ -69,18 +51,12 @@ def module_redundancy(
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of the routers.
+    """What was seen of the routers."""
 
-    Attributes:
-        usage: use of experts by module, over groups of tokens.
-        modules: names of the modules with a row and a column in `agreement`.
-        agreement: Cramér's V of every pair of them, see `mola.insight.agreement.AgreementCounter`.
-        gates: of some samples, by their number: `module`, `layer_index` and `mean_gates` over the answer's tokens.
-    """
-
-    usage: dict[str, list[ModuleUsage]]
-    modules: list[str]
-    agreement: list[list[float]]
+    usage: dict[str, list[ModuleUsage]]  # use of experts by module, over groups of tokens
+    modules: list[str]  # names of the modules with a row and a column in `agreement`
+    agreement: list[list[float]]  # Cramér's V of every pair of them, see `mola.insight.agreement.AgreementCounter`
+    # of some samples, by their number: `module`, `layer_index` and `mean_gates` over the answer's tokens
     gates: dict[int, list[dict[str, Any]]]
 
 

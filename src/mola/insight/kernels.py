@@ -1,7 +1,5 @@
 """Which backend computes each adapted linear, and why no faster one does: `mola.kernels_report`."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -88,13 +86,7 @@ def inputs_for_shapes(
 ) -> MixtureInputs:
     """Inputs of a frozen linear with float32 experts, in the CPU's memory, without numbers.
 
-    Args:
-        mode: "training" or "decode".
-        in_features: of the linear.
-        out_features: of the linear.
-        num_experts: of the mixture.
-        r: rank.
-        settings: `dtype` is that of the products and of the base layer.
+    `mode` is "training" or "decode"; `settings.dtype` that of the products and of the base layer.
     """
     x = torch.empty(1, TOKENS[mode], in_features, dtype=settings.dtype)
     weight = torch.empty(out_features, in_features, dtype=settings.dtype)

@@ -3,15 +3,13 @@
 Recording asks each router once more, in a hook before its layer: the layer itself computes as it always does.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from mola.insight.entropy import router_entropies
 from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 
@@ -77,14 +75,16 @@ def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
 
 @torch.no_grad()
 def gates_of_tokens(model: Any, token_ids: list[int]) -> list[ModuleGates]:
-    """Gates of every module for one text, from one forward pass.
+    """Gates of every module for one text, from one forward pass of a model in eval mode.
 
     For a text that the model has generated these are the gates that it had then, but for rounding.
-
-    Args:
-        model: causal language model with an adapter, in eval mode.
-        token_ids: of the text.
     """
     with recorded_gates(model) as recorded:
         model(input_ids=torch.tensor([token_ids], device=next(model.parameters()).device))
     return recorded
+
+
+def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """Entropy of the softmax along `dim` over its largest value `log E`: one dimension less than `logits`."""
+    log_probabilities = torch.log_softmax(logits, dim)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim) / math.log(logits.shape[dim])

@@ -5,8 +5,6 @@ equal shapes are stacked and reduced together: a few operators for the whole mod
 that is computed again in the backward pass (gradient checkpointing) is not seen twice, for by then the pass has ended.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
-from mola.insight.entropy import router_entropies
+from mola.insight.recording import router_entropies
 from mola.insight.usage import FURTHER, ModuleUsage, usage_of_sums
 from mola.tuner.layer import MolaLinear
 from mola.tuner.router_losses import call_arguments
@@ -22,17 +20,17 @@ from mola.tuner.router_statistics import RouterOutput
 
 
 class Watched(NamedTuple):
-    """One router that is watched.
+    """One router that is watched."""
 
-    Attributes:
-        module: name of its module; with the adapter's name in brackets where it is not the active one.
-        layer_index: its decoder layer, None outside the layers.
-        num_experts: how many it chooses from.
-    """
+    module: str  # name of its module; with the adapter's name in brackets where it is not the active one
+    layer_index: int | None  # its decoder layer, None outside the layers
+    num_experts: int  # how many it chooses from
 
-    module: str
+
+class _Seen(NamedTuple):
+    row: int
     layer_index: int | None
-    num_experts: int
+    output: RouterOutput
 
 
 class RouterWatch:
@@ -47,11 +45,7 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Watch a model until `close` is called.
-
-        Args:
-            model: holds `MolaLinear` modules; those with one expert have no router and are left out.
-        """
+        """Watch a model until `close` is called; modules with one expert have no router and are left out."""
         self.routers: list[Watched] = []
         self.collecting = False
         self._seen: list[_Seen] = []
@@ -167,12 +161,6 @@ class RouterWatch:
         return [usage_of_sums(r.module, r.layer_index, row, r.num_experts) for r, row in rows if row[-1] > 0]
 
 
-class _Seen(NamedTuple):
-    row: int
-    layer_index: int | None
-    output: RouterOutput
-
-
 class _Place:
     """What a layer knows of the watch."""
 
@@ -194,8 +182,7 @@ class _Place:
 class _TokenMasks:
     """Which tokens of a forward pass count: all but padding.
 
-    Attributes:
-        by_side: booleans `(N,)` of the attention mask and of the decoder's in an encoder-decoder, where given.
+    `by_side` has booleans `(N,)` of the attention mask and of the decoder's in an encoder-decoder, where given.
     """
 
     def __init__(self, inputs: dict[str, Any], stacks: LayerStacks) -> None:

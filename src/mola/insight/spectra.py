@@ -1,7 +1,5 @@
 """How the eigenvalues of weight matrices are distributed: their power-law exponent."""
 
-from __future__ import annotations
-
 import torch
 
 from mola.errors import MolaError

@@ -1,11 +1,7 @@
 """Gates as HTML tables: readable as text, shaded for the eye, without script or style sheet of their own."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
-
-import torch
 
 from mola.insight.recording import ModuleGates
 
@@ -15,12 +11,7 @@ _MOST_SHADE = 45  # per cent; the number stays legible on it
 
 
 def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
-    """Mean gate of each expert, one row per layer, in per cent.
-
-    Args:
-        modules: of one kind, one per layer.
-        tokens: which rows of the gates count.
-    """
+    """Mean gate of each expert over some tokens, one row per layer, in per cent; the modules are of one kind."""
     width = max((module.gates.shape[1] for module in modules), default=0)
     head = _row("th", ["layer", *(f"expert {expert}" for expert in range(width))])
     rows = []
@@ -34,23 +25,13 @@ def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
 
 
 def tokens_table(module: ModuleGates, tokens: Sequence[str], shown: slice) -> str:
-    """Gates of one module, one row per token, in per cent.
-
-    Args:
-        module: the gates.
-        tokens: text of every token.
-        shown: which of them get a row.
-    """
+    """Gates of one module, one row for each token shown, in per cent."""
     head = _row("th", ["token", *(f"expert {expert}" for expert in range(module.gates.shape[1]))])
     rows = []
     for text, gates in zip(tokens[shown], module.gates[shown], strict=True):
         name = f'<th scope="row" style="text-align:left"><code>{html.escape(text)}</code></th>'
-        rows.append(f"<tr>{name}{''.join(_cell(gate) for gate in _values(gates))}</tr>")
+        rows.append(f"<tr>{name}{''.join(_cell(gate) for gate in gates.tolist())}</tr>")
     return _table(f"Gates of {module.module}, by token, per cent", head, rows)
-
-
-def _values(gates: torch.Tensor) -> list[float]:
-    return gates.tolist()
 
 
 def _cell(gate: float) -> str:

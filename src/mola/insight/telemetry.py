@@ -8,8 +8,6 @@ What counts is in `mola.insight.router_recorder.RouterWatch`. Sums of several pr
 written.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -17,7 +15,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -63,7 +61,7 @@ class ExpertTelemetry(TrainerCallback):
         self._gates: dict[str, list[float]] = {}  # of the line before, by module
         self._said_nothing_seen = False
 
-    def add_to(self, trainer: Trainer) -> ExpertTelemetry:
+    def add_to(self, trainer: Trainer) -> Self:
         """Become the trainer's first callback: trackers then get the entries with what is added to them."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self

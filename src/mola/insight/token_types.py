@@ -1,33 +1,25 @@
 """What kind of text a token is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
-
-TOKEN_TYPES = ("word", "number", "punctuation", "space", "special")
 
 
 class TokenTypes:
-    """Kinds of tokens by their text; every token of a vocabulary is decoded once at most.
-
-    Args:
-        tokenizer: of the model.
-    """
+    """Kinds of tokens by their text; every token of a vocabulary is decoded once at most."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        self._known: dict[int, str] = {}
+        special = set(tokenizer.all_special_ids)
+
+        @cache
+        def type_of(token: int) -> str:
+            return "special" if token in special else type_of_text(tokenizer.decode([token]))
+
+        self._type_of = type_of
 
     def __call__(self, token_ids: Sequence[int]) -> list[str]:
-        """One of `TOKEN_TYPES` for each token."""
-        return [self._known.setdefault(token, self._type_of(token)) for token in map(int, token_ids)]
-
-    def _type_of(self, token: int) -> str:
-        if token in self._known:
-            return self._known[token]
-        return "special" if token in self._special else type_of_text(self._tokenizer.decode([token]))
+        """For each token `word`, `number`, `punctuation`, `space` or `special`."""
+        return [self._type_of(int(token)) for token in token_ids]
 
 
 def type_of_text(text: str) -> str:

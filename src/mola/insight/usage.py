@@ -1,7 +1,5 @@
 """How the experts of a module are used, over any number of forward passes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

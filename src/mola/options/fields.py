@@ -62,10 +62,8 @@ def names_between_commas(names: str | None) -> list[str] | str | None:
 def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
     """An option that gives names to several sets of options; each name becomes a part of a folder's name.
 
-    Args:
-        name: of the option, for messages.
-        value: what was given: a mapping from names to mappings, or to None for an empty one; text as in `mapping`.
-        example: a right value, for messages.
+    Its value is a mapping from names to mappings, or to None for an empty one; text as in `mapping`. `example` is a
+    right one, for messages.
 
     Raises:
         MolaError: it is empty, a name is none that every file system takes, or a value is no mapping.
@@ -89,10 +87,6 @@ def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: st
 
 def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """An option that holds a mapping: JSON text on the command line, a dict in Python; empty for None.
-
-    Args:
-        name: of the option, for messages.
-        value: what was given.
 
     Raises:
         MolaError: no mapping, or a key occurs twice.
@@ -124,12 +118,9 @@ def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
-    """The first name whose values differ; None if there is none.
+    """The first of `names` whose values differ; None if there is none. A missing value counts as None.
 
-    Args:
-        old: values by name; one that is missing counts as None.
-        new: values to compare with.
-        names: what is compared, in this order; by default all names of both, sorted.
+    By default all names of both are compared, sorted.
     """
     compared = sorted({*old, *new}) if names is None else names
     return next((name for name in compared if old.get(name) != new.get(name)), None)

@@ -1,7 +1,5 @@
 """The help text of a command: its options under the headings of their groups, as wide as the terminal."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from argparse import Action

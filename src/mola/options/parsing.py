@@ -4,14 +4,13 @@ Flags are those of the command's options dataclass, with underscores or dashes. 
 the same names; flags win. Unknown flags and keys are refused before anything else happens.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
+from argparse import Action, ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,9 +18,6 @@ from transformers import HfArgumentParser
 from mola.errors import MolaError
 from mola.files.reading import BoundedLoader, parse_yaml, read_text
 from mola.options.help import ShowHelp
-
-if TYPE_CHECKING:
-    from argparse import Action, ArgumentParser
 
 
 def parse(
@@ -132,21 +128,12 @@ def _unknown(word: str, flags: Mapping[str, Action]) -> str:
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    recipe, rest = None, []
-    position = 0
-    while position < len(arguments):
-        flag, equals, value = arguments[position].partition("=")
-        if flag != "--config":
-            rest.append(arguments[position])
-        elif equals:
-            recipe = value
-        elif position + 1 < len(arguments):
-            position += 1
-            recipe = arguments[position]
-        else:
-            raise MolaError("`--config` needs the name of a YAML file after it.")
-        position += 1
-    return rest, recipe
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    found, rest = parser.parse_known_args(arguments)
+    if found.config == "":
+        raise MolaError("`--config` needs the name of a YAML file after it.")
+    return rest, found.config
 
 
 def _recipe_flags(
@@ -196,11 +183,7 @@ class _RecipeLoader(BoundedLoader):
     """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node.
-
-        Raises:
-            yaml.YAMLError: a key occurs twice; only the last value would count.
-        """
+        """The mapping of a node; a key that occurs twice is an error, for only the last value would count."""
         mapping = super().construct_mapping(node, deep=deep)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         counts = Counter(keys)

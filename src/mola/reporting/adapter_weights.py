@@ -1,7 +1,5 @@
 """What the saved adapter says by itself: values by layer, and how alike its experts are."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,46 +25,27 @@ from mola.reporting.schema import PER_LAYER
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One decoder layer of an adapter; its modules have the same settings, unless `own_numbers` says otherwise.
+    """One decoder layer of an adapter; its modules have the same settings, unless `own_numbers` says otherwise."""
 
-    Attributes:
-        layer_index: the layer.
-        num_experts: experts of each module; the most, if some have a number of their own.
-        top_k: of them chosen for a token.
-        r: rank of each.
-        expert_values: trained values of the experts of all modules.
-        router_values: trained values of their routers.
-    """
-
-    layer_index: int | None
-    num_experts: int
-    top_k: int
-    r: int
-    expert_values: int
-    router_values: int
+    layer_index: int | None  # the layer
+    num_experts: int  # experts of each module; the most, if some have a number of their own
+    top_k: int  # of them chosen for a token
+    r: int  # rank of each
+    expert_values: int  # trained values of the experts of all modules
+    router_values: int  # trained values of their routers
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter on disk.
+    """An adapter on disk."""
 
-    Attributes:
-        config: its `adapter_config.json`.
-        layers: its layers, lowest first; empty for an adapter of another method.
-        redundancy: likeness of the experts of every module that has several.
-    """
-
-    config: Mapping[str, Any]
-    layers: Sequence[LayerExperts]
-    redundancy: Sequence[ModuleRedundancy]
+    config: Mapping[str, Any]  # its `adapter_config.json`
+    layers: Sequence[LayerExperts]  # its layers, lowest first; empty for an adapter of another method
+    redundancy: Sequence[ModuleRedundancy]  # likeness of the experts of every module that has several
 
 
 def read_adapter_weights(folder: Path) -> AdapterWeights | None:
-    """Read an adapter, one module at a time; None if the folder has none.
-
-    Args:
-        folder: a run folder.
-    """
+    """Read the adapter in a run folder, one module at a time; None if there is none."""
     config, path = read_json_object(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if not config or not path.is_file():
         return None
@@ -78,26 +57,22 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
             config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
         )
     check_digest(folder)
-    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[int | None, int] = {}
     redundancy = []
-    with _opened(path) as file:
-        names = list(file.keys())
-        dtypes = {file.get_slice(name).get_dtype() for name in names if "mola_" in name}
+    with opened(path) as file:
+        shapes = shapes_in(file)
+        dtypes = {file.get_slice(name).get_dtype() for name in shapes}
         if not dtypes <= {"F64", "F32", "F16", "BF16"}:
             raise MolaError(f"{str(path)!r} must hold floating-point numbers: got {sorted(dtypes)}. Restore the file.")
-        _check_shapes({name: file.get_slice(name).get_shape() for name in names if "mola_" in name}, path)
-        for name in names:
-            if "mola_" in name:
-                shape = file.get_slice(name).get_shape()
-                values[layer_index(name)]["mola_router" in name] += math.prod(shape)
-                experts[layer_index(name)] = max(shape[0], experts.get(layer_index(name), 0))
-        for name in sorted(names, key=_place):
-            if name.endswith("mola_A") and file.get_slice(name).get_shape()[0] > 1:
+        _check_shapes(shapes, path)
+        for name in sorted(shapes, key=_place):
+            if name.endswith("mola_A") and shapes[name][0] > 1:
                 redundancy.append(_redundancy(file, path, name, config))
+    for name, shape in shapes.items():
+        experts[layer_index(name)] = max(shape[0], experts.get(layer_index(name), 0))
     layers = [
-        LayerExperts(layer, experts[layer], *(_of_layer(config, name, layer) for name in ("top_k", "r")), *both)
-        for layer, both in sorted(values.items(), key=lambda item: layer_order(item[0]))
+        LayerExperts(layer, experts[layer], *(of_layer(config, name, layer) for name in ("top_k", "r")), *both)
+        for layer, both in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0]))
     ]
     return AdapterWeights(config, layers, redundancy)
 
@@ -119,15 +94,29 @@ def own_numbers(config: Mapping[str, Any]) -> str:
     return f" Some modules have numbers of their own: {', '.join(found)}." if found else ""
 
 
-def _of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
-    """One number for all layers, or one for each."""
+def shapes_in(file: Any) -> dict[str, list[int]]:
+    """Shapes of the experts and routers in a file of tensors."""
+    return {name: file.get_slice(name).get_shape() for name in file.keys() if "mola_" in name}  # noqa: SIM118
+
+
+def values_by_layer(shapes: Mapping[str, Sequence[int]]) -> dict[int | None, list[int]]:
+    """Number of values of the experts, and of the routers, of each layer."""
+    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
+    for name, shape in shapes.items():
+        values[layer_index(name)]["mola_router" in name] += math.prod(shape)
+    return values
+
+
+def of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
+    """A setting of one layer, where a configuration has one number for all layers, or one for each."""
     setting, index = config[name], layer or 0
     num_layers = max(index + 1, len(setting) if isinstance(setting, list) else 0)
     return resolve_per_layer(setting, num_layers, name)[index]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A file of tensors, read one by one; an unreadable one is refused."""
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -1,7 +1,5 @@
 """How routers agree with each other, and what each expert is worth."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -32,8 +30,8 @@ def agreement_section(run: Run) -> dict[str, Any]:
         return {"command": inspect_command(run)}
     names, values = (run.inspection["agreement"][key] for key in ("modules", "cramers_v"))
     kinds = kinds_of(names)
-    by_layer = _means(names, values, layer_index)
-    by_kind = _means(names, values, kinds.__getitem__, same_layer=True)
+    by_layer = pair_means(names, values, layer_index)
+    by_kind = pair_means(names, values, kinds.__getitem__, same_layer=True)
     layers = sorted({layer_index(name) for name in names}, key=layer_order)
     square = [[by_layer.get((row, column)) for column in layers] for row in layers]
     distances = [(distance, number(value)) for distance, value in _by_distance(by_layer)]
@@ -65,7 +63,7 @@ def leave_one_out_section(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _means(
+def pair_means(
     names: Sequence[str],
     values: Sequence[Sequence[float | None]],
     key: Callable[[str], Any],

@@ -4,8 +4,6 @@ Places are in per cent of the drawing and type is in pixels of the screen, so a 
 legible. Labels of the axes lie outside of the drawing: the style sheet leaves the space.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +16,11 @@ _LOG_FROM = 10.0  # largest over smallest value that a linear axis shows well
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places between 0 and 1.
+    """From values to places between 0 and 1."""
 
-    Attributes:
-        low: value at 0.
-        high: value at 1.
-        is_log: whether equal ratios, not equal differences, have equal lengths.
-    """
-
-    low: float
-    high: float
-    is_log: bool = False
+    low: float  # value at 0
+    high: float  # value at 1
+    is_log: bool = False  # whether equal ratios, not equal differences, have equal lengths
 
     def at(self, value: float) -> float:
         """Place of a value."""
@@ -80,17 +72,11 @@ def step_axis(lines: Sequence[Line]) -> Axis:
 
 @dataclass(frozen=True)
 class Column:
-    """One place of a horizontal axis.
+    """One place of a horizontal axis."""
 
-    Attributes:
-        name: below the axis.
-        parts: heights stacked on each other.
-        title: shown when pointed at.
-    """
-
-    name: str
-    parts: Sequence[float]
-    title: str
+    name: str  # below the axis
+    parts: Sequence[float]  # heights stacked on each other
+    title: str  # shown when pointed at
 
 
 @dataclass(frozen=True)
@@ -104,25 +90,12 @@ class Range:
 
 
 def shade(value: float, most: float = 1.0) -> str:
-    """Class of a heat map's cell.
-
-    Args:
-        value: what it shows, from 0.
-        most: the value of the strongest shade.
-    """
+    """Class of a heat map's cell that shows a value from 0; `most` has the strongest shade."""
     return f"s{round(SHADES * min(max(value / most, 0.0), 1.0)) if most > 0 else 0}"
 
 
 def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:
-    """Points few enough to draw: means over equal runs of neighbours.
-
-    Args:
-        points: in order.
-        most: how many may remain.
-
-    Returns:
-        The points, and how many of those given one stands for.
-    """
+    """At most `most` points, means over equal runs of neighbours, and how many of those given one stands for."""
     together = math.ceil(len(points) / most) if points else 1
     runs = [points[start : start + together] for start in range(0, len(points), together)]
     return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs], together

@@ -1,7 +1,5 @@
 """The commands that make what a report does not have yet."""
 
-from __future__ import annotations
-
 import shlex
 
 from mola.reporting.load_run import Run

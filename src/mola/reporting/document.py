@@ -1,7 +1,5 @@
 """Pages from their templates: one file with one style sheet and no script, which asks nobody for anything."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,19 +20,12 @@ _FUNCTIONS: Sequence[Callable[..., Any]] = (charts.every_so_often, charts.step_a
 
 
 class Section(NamedTuple):
-    """A section of a page.
+    """A section of a page."""
 
-    Attributes:
-        key: its id.
-        title: its heading.
-        data: what its template gets as `data`; None leaves the section out.
-        template: name of its template, the key if it is empty.
-    """
-
-    key: str
-    title: str
-    data: Mapping[str, Any] | None
-    template: str = ""
+    key: str  # its id
+    title: str  # its heading
+    data: Mapping[str, Any] | None  # what its template gets as `data`; None leaves the section out
+    template: str = ""  # name of its template, the key if it is empty
 
 
 class Table(NamedTuple):
@@ -48,12 +39,8 @@ class Table(NamedTuple):
 def render(template: str, title: str, sections: Sequence[Section], choices: Sequence[Any] = (), **values: Any) -> str:
     """A whole page; the same arguments always give the same text.
 
-    Args:
-        template: name of the page's template.
-        title: of the window.
-        sections: in their order.
-        choices: buttons that the style sheet makes work, see `mola.reporting.heat.Choice`.
-        values: what the template's header needs.
+    `title` is that of the window, `choices` are buttons that the style sheet makes work, see
+    `mola.reporting.heat.Choice`, and `values` what the template's header needs.
     """
     shown = [section for section in sections if section.data is not None]
     style = environment().get_template("page.css").render(choices=choices)

@@ -1,7 +1,5 @@
 """The experts: how many there are, which of them work, how they changed, how alike they are."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,7 +1,6 @@
 """Numbers as people read them, names of modules and layers."""
 
-from __future__ import annotations
-
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -62,17 +61,24 @@ def is_numeric(value: Any) -> bool:
     return str(value).lstrip("+-−")[:1].isdigit()
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown; lists and mappings as JSON."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_markdown_cell(value) for value in line) + " |" for line in lines)
+
+
+def _markdown_cell(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def rows_said(count: int) -> str:
     """What to add to the name of a table that may be too long to be shown in full."""
     return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"
 
 
 def kinds_of(modules: Iterable[str]) -> dict[str, str]:
-    """What modules of all layers have in common, by module: `q_proj`, or more of the name where that is ambiguous.
-
-    Args:
-        modules: full names; no two of one layer get the same kind.
-    """
+    """What modules of all layers have in common, by module: `q_proj`, or more of the name where that is ambiguous."""
     names = list(modules)
     inside = {name: _after_layer(name) for name in names}
     last = {kind: kind.rpartition(".")[2] for kind in inside.values()}

@@ -1,7 +1,5 @@
 """Heat maps as tables: layers side by side, experts below each other, every cell a number on a shade of it."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -60,27 +58,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class GateMaps:
-    """Mean gates of all experts; without style sheets, or in a browser that cannot choose, all maps are there.
+    """Mean gates of all experts; without style sheets, or in a browser that cannot choose, all maps are there."""
 
-    Attributes:
-        choices: of kinds of module and of kinds of token.
-        views: for each kind of token the maps, with the number of their kind of module.
-        most: the largest gate.
-        left_out: how many kinds of token have no map.
-    """
-
-    choices: tuple[Choice, Choice]
+    choices: tuple[Choice, Choice]  # of kinds of module and of kinds of token
+    # for each kind of token the maps, with the number of their kind of module
     views: Sequence[Sequence[tuple[int, HeatMap]]]
-    most: float
-    left_out: int
+    most: float  # the largest gate
+    left_out: int  # how many kinds of token have no map
 
 
 def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
-    """One map for each kind of module and each kind of token.
-
-    Args:
-        usage: kind of token -> the modules.
-    """
+    """One map for each kind of module and each kind of token; `usage` has the modules by kind of token."""
     shown = _shown(usage)
     most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
     kinds = list(_by_kind(usage[shown[0]]))
@@ -110,9 +98,7 @@ def answer_map(experts: Usage) -> HeatMap:
 def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> HeatMap:
     """Changes by layer and expert, in units that leave two digits, shaded by their size; the sign is written.
 
-    Args:
-        rows: layer, expert, change.
-        what: they are changes of.
+    `rows` are layer, expert and change of `what`.
     """
     most = max(abs(change) for _, _, change in rows)
     unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0

@@ -1,12 +1,9 @@
 """`mola inspect`: what the routers of an adapter do on data, and how different its experts are."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, product
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,9 +27,8 @@ from mola.insight.usage import ModuleUsage
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import START, Group, mapping, option
-from mola.reporting.inspection_page import render_inspection
-
-__all__ = ["InspectOptions", "InspectResult", "inspect", "main"]
+from mola.reporting.agreement import pair_means
+from mola.reporting.page import render_inspection
 
 _NO_LIMIT = 1 << 30
 
@@ -106,6 +102,16 @@ class InspectResult:
         }
 
 
+class _Samples(NamedTuple):
+    """What is looked at: rows, the same encoded, and what they were encoded with."""
+
+    examples: list[dict[str, Any]]
+    dataset: Any
+    task: Task
+    template: Any
+    tokenizer: Any
+
+
 def inspect(options: InspectOptions) -> InspectResult:
     """Look at an adapter's experts.
 
@@ -124,7 +130,8 @@ def inspect(options: InspectOptions) -> InspectResult:
             "nothing to look at."
         )
     is_terminal = Console(stderr=True).is_terminal
-    groups = [_groups(example, samples.task) for example in samples.examples]
+    columns = [samples.task.group_values(example) for example in samples.examples]
+    groups = [{name: str(value) for name, value in values.items()} for values in columns]
     chosen = spread(options.examples, len(groups))
     types = TokenTypes(samples.tokenizer)
     seen = look_at(model, samples.dataset, groups, types, chosen, show_progress=is_terminal)
@@ -166,11 +173,7 @@ def spread(count: int, total: int) -> list[int]:
 
 
 def main(options: InspectOptions) -> int:
-    """Run the command and print a table by layer.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command and print a table by layer."""
     result = inspect(options)
     console = Console()
     console.print(_table(result))
@@ -179,16 +182,6 @@ def main(options: InspectOptions) -> int:
     if options.html is not None:
         console.print(f"Open {options.html} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-class _Samples(NamedTuple):
-    """What is looked at: rows, the same encoded, and what they were encoded with."""
-
-    examples: list[dict[str, Any]]
-    dataset: Any
-    task: Task
-    template: Any
-    tokenizer: Any
 
 
 def _check(options: InspectOptions) -> _Samples:
@@ -214,10 +207,6 @@ def _check(options: InspectOptions) -> _Samples:
     cutoff = max_positions(config) or _NO_LIMIT
     dataset, _ = encode_examples(examples, tokenizer, template, cutoff_len=cutoff)
     return _Samples(examples, dataset, task, template, tokenizer)
-
-
-def _groups(example: dict[str, Any], task: Task) -> dict[str, str]:
-    return {name: str(example[name]) for name in task.groups if name in example}
 
 
 def _example(number: int, samples: _Samples, groups: dict[str, str]) -> dict[str, Any]:
@@ -247,9 +236,10 @@ def _table(result: InspectResult) -> Table:
     usage, redundancy, left_out = (
         _by_layer(rows) for rows in (result.usage["all"], result.redundancy, result.leave_one_out or ())
     )
-    agreement = _agreement_by_layer(result)
+    index_of = {row.module: row.layer_index for row in result.usage["all"]}
+    agreement = pair_means(result.agreement["modules"], result.agreement["cramers_v"], index_of.__getitem__)
     for layer, rows in usage.items():
-        others = redundancy[layer]
+        others, below = redundancy[layer], None if layer is None else layer - 1
         cells = [
             "-" if layer is None else str(layer),
             ", ".join(str(number) for number in sorted({len(row.shares) for row in rows})),
@@ -258,7 +248,8 @@ def _table(result: InspectResult) -> Table:
             f"{fmean(row.distance for row in others):.3g}",
             _two_digits(fmean(row.input_overlap for row in others)),
             _two_digits(fmean(row.output_overlap for row in others)),
-            *map(_two_digits, agreement.get(layer, (math.nan, math.nan))),
+            _two_digits(agreement.get((layer, layer), math.nan)),
+            _two_digits(math.nan if layer is None else agreement.get((layer, below), math.nan)),
         ]
         changes = [row.loss_change for row in left_out[layer]]
         table.add_row(*cells, *(f"{pick(changes):+.4f}" for pick in (min, max) if changes))
@@ -270,27 +261,6 @@ def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
     for row in rows:
         layers[row.layer_index].append(row)
     return layers
-
-
-def _agreement_by_layer(result: InspectResult) -> dict[int | None, tuple[float, float]]:
-    """Mean agreement of the modules of each layer with each other, and with those of the layer below."""
-    index_of = {row.module: row.layer_index for row in result.usage["all"]}
-    places = defaultdict(list)
-    for place, module in enumerate(result.agreement["modules"]):
-        places[index_of[module]].append(place)
-    values = result.agreement["cramers_v"]
-
-    def mean(pairs: Iterable[tuple[int, int]]) -> float:
-        found = [values[one][other] for one, other in pairs]
-        return fmean(found) if found else math.nan
-
-    return {
-        layer: (
-            mean(combinations(own, 2)),
-            mean(product(own, places.get(layer - 1, ()) if layer is not None else ())),
-        )
-        for layer, own in places.items()
-    }
 
 
 def _two_digits(value: float) -> str:

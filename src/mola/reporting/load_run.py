@@ -1,7 +1,5 @@
 """What a run folder holds. A file that is not there is None; one that is there and is something else is an error."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +14,24 @@ from mola.reporting.routing_log import RoutingLog, read_routing_log
 from mola.reporting.schema import EVALUATION, INSPECTION, INTERVAL, LOSS, RECORD
 
 _CURE = "Restore the file, or remove it."
+_RESULTS = {"before": "before.json", "after": "after.json", "inspection": "inspect.json"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what is known about it.
+    """A run and what is known about it."""
 
-    Attributes:
-        folder: the run folder, as the user named it.
-        record: its `run.json`.
-        curves: losses by step, `training` and `evaluation`; those without a value are left out.
-        adapter: its `adapter_config.json` and what its weights say; None before the run has saved any.
-        routing: the telemetry of the routers over training.
-        before: result of `mola evaluate` without the adapter.
-        after: the same with it.
-        inspection: result of `mola inspect`.
-        paths: where `before`, `after` and `inspection` are, or would be.
-    """
-
-    folder: Path
-    record: Mapping[str, Any]
+    folder: Path  # the run folder, as the user named it
+    record: Mapping[str, Any]  # its `run.json`
+    # losses by step, `training` and `evaluation`; those without a value are left out
     curves: Mapping[str, list[tuple[int, float]]]
+    # its `adapter_config.json` and what its weights say; None before the run has saved any
     adapter: AdapterWeights | None
-    routing: RoutingLog | None
-    before: Mapping[str, Any] | None
-    after: Mapping[str, Any] | None
-    inspection: Mapping[str, Any] | None
-    paths: Mapping[str, Path]
+    routing: RoutingLog | None  # the telemetry of the routers over training
+    before: Mapping[str, Any] | None  # result of `mola evaluate` without the adapter
+    after: Mapping[str, Any] | None  # the same with it
+    inspection: Mapping[str, Any] | None  # result of `mola inspect`
+    paths: Mapping[str, Path]  # where `before`, `after` and `inspection` are, or would be
 
     @property
     def name(self) -> str:
@@ -53,22 +42,15 @@ class Run:
 def gather(run_dir: str, before: str | None = None, after: str | None = None, inspection: str | None = None) -> Run:
     """Read a run folder.
 
-    Args:
-        run_dir: the folder.
-        before: result of `mola evaluate` without the adapter; None takes before.json of the folder, if there is one.
-        after: the same with the adapter; None takes after.json.
-        inspection: result of `mola inspect`; None takes inspect.json.
+    Results of `mola evaluate` without and with the adapter, and of `mola inspect`, are those in the folder, if any,
+    where no others are named.
 
     Raises:
         MolaError: no run in the folder, or a file that is not what it should be.
     """
     folder, record = Path(run_dir), read_record(run_dir)
-    paths = {
-        "before": Path(before or folder / "before.json"),
-        "after": Path(after or folder / "after.json"),
-        "inspection": Path(inspection or folder / "inspect.json"),
-    }
     given = {"before": before, "after": after, "inspection": inspection}
+    paths = {name: Path(value or folder / _RESULTS[name]) for name, value in given.items()}
     for name, value in given.items():
         if value is not None and not paths[name].is_file():
             raise MolaError(f"`{name}` must be a file: {value!r} is none. Pass another one, or leave the option out.")
@@ -102,11 +84,7 @@ def read_record(run_dir: str) -> dict[str, Any]:
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Training and evaluation loss by step, the last one where a step has several.
-
-    Args:
-        path: the `metrics.jsonl` of a run.
-    """
+    """Training and evaluation loss by step in a `metrics.jsonl`, the last one where a step has several."""
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     for entry in json_lines(path):
         if entry.get("loss") is not None or entry.get("eval_loss") is not None:

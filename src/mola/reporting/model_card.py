@@ -3,26 +3,23 @@
 A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.ownership`.
 """
 
-from __future__ import annotations
-
-import json
 import logging
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
 
-from mola.architecture.layer_stacks import layer_index
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
-from mola.reporting.adapter_weights import own_numbers
-from mola.reporting.loss_plot import PLOT_FILE, plot_losses, read_curves
+from mola.reporting.adapter_weights import of_layer, opened, own_numbers, shapes_in, values_by_layer
+from mola.reporting.formatting import markdown_table
+from mola.reporting.load_run import read_losses
+from mola.reporting.loss_plot import PLOT_FILE, plot_losses
 
 CARD_FILE = "README.md"
 
@@ -71,22 +68,15 @@ def write_model_card(folder: str | Path, results: Sequence[str | Path] = ()) -> 
 
 
 def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()) -> Path | None:
-    """Write the card and the picture of the loss.
+    """Write the card and the picture of the loss; arguments and result as of `write_model_card`.
 
-    Args:
-        folder: the run folder, with the adapter in it.
-        record: the content of its `run.json`.
-        evaluations: results of `mola evaluate`.
-
-    Returns:
-        As `write_model_card`.
+    `record` is the content of the folder's `run.json`, `evaluations` that of the result files.
     """
     path = folder / CARD_FILE
     if path.exists() and not is_own_file(path):
         logger.warning("%s was not written by mola, or was changed since: it is kept, no model card is written.", path)
         return None
-    curves = read_curves(folder / "metrics.jsonl")
-    has_plot = plot_losses(curves, folder / PLOT_FILE)
+    has_plot = plot_losses(read_losses(folder / "metrics.jsonl"), folder / PLOT_FILE)
     if not has_plot:
         (folder / PLOT_FILE).unlink(missing_ok=True)
     text = render_card(folder, record, evaluations, has_plot=has_plot)
@@ -96,14 +86,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
 def render_card(
     folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = (), *, has_plot: bool = False
 ) -> str:
-    """The card's text; arguments as `write_card`.
-
-    Args:
-        folder: the run folder.
-        record: the content of its `run.json`.
-        evaluations: results of `mola evaluate`.
-        has_plot: whether the picture of the loss is there.
-    """
+    """The card's text; arguments as `write_card`."""
     settings = record["settings"]
     config = read_json_object(folder / "adapter_config.json")
     place = record.get("repository") or str(folder)
@@ -116,7 +99,7 @@ def render_card(
         "## Data\n\n" + _data(record),
         "## Results\n\n" + _results(record, evaluations),
         "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else _NO_PLOT),
-        "## Versions\n\n" + _table(("software", "version"), record["versions"].items()),
+        "## Versions\n\n" + markdown_table(("software", "version"), record["versions"].items()),
     ]
     card = ModelCard(f"---\n{_front_matter(record).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return str(card)
@@ -178,10 +161,10 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
     """One row per run of equal layers; each figure is for one layer."""
     if config.get("peft_type") != "MOLA":
         return f"The adapter is of type {config.get('peft_type')}: it has none."
-    counts = _values_per_layer(folder / "adapter_model.safetensors")
-    settings = [config[name] for name in ("num_experts", "top_k", "r")]  # one number for all layers, or one for each
+    with opened(folder / "adapter_model.safetensors") as file:
+        counts = {layer: values for layer, values in values_by_layer(shapes_in(file)).items() if layer is not None}
     rows = {
-        layer: (*(value[layer] if isinstance(value, list) else value for value in settings), *counts[layer])
+        layer: (*(of_layer(config, name, layer) for name in ("num_experts", "top_k", "r")), *counts[layer])
         for layer in sorted(counts)
     }
     grouped = []
@@ -191,23 +174,7 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
         grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
     header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
     modules = ", ".join(f"`{name}`" for name in sorted(config.get("target_modules") or []))
-    return f"{_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
-
-
-def _values_per_layer(weights: Path) -> dict[int, tuple[int, int]]:
-    """Layer -> number of values of its experts and of its routers, by the saved tensors."""
-    counts: dict[int, tuple[int, int]] = {}
-    with safe_open(weights, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-            layer, size = layer_index(name), 1
-            if layer is None or "mola_" not in name:
-                continue
-            for extent in file.get_slice(name).get_shape():
-                size *= extent
-            experts, routers = counts.get(layer, (0, 0))
-            is_router = "mola_router" in name
-            counts[layer] = (experts + size * (not is_router), routers + size * is_router)
-    return counts
+    return f"{markdown_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
 
 
 def _training(record: Mapping[str, Any]) -> str:
@@ -218,7 +185,7 @@ def _training(record: Mapping[str, Any]) -> str:
         "effective_batch_size": record["effective_batch_size"],
         "quantization": record.get("quantization"),
     }
-    table = _table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
+    table = markdown_table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
     word, *rest = record["command"]
     if Path(word).name == "mola":
         command = f"```bash\n{shlex.join(['mola', *rest])}\n```"
@@ -234,7 +201,7 @@ def _data(record: Mapping[str, Any]) -> str:
         (part, report["kept"], report["tokens"], report["trained_tokens"], f"`{record['data_fingerprints'][part]}`")
         for part, report in record["data"].items()
     ]
-    table = _table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows)
+    table = markdown_table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows)
     task = record["settings"].get("task")
     return f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}.\n\n{table}"
 
@@ -248,15 +215,5 @@ def _results(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
         name = f"accuracy, {settings.get('task')}, {result['total']} samples of `{settings.get('data')}`"
         note = f"{low:.1%} to {high:.1%}, scoring {settings.get('scoring')}"
         rows.append((name, f"{result['accuracy']:.1%}", note))
-    table = _table(("metric", "value", "95 % interval"), rows)
+    table = markdown_table(("metric", "value", "95 % interval"), rows)
     return table if evaluations else f"{table}\n\nAccuracy was not measured in training."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")

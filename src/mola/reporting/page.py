@@ -1,22 +1,21 @@
-"""The page of a run: which sections it has, in which order."""
+"""The pages about a run and about an adapter: which sections they have, in which order."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from mola.reporting.agreement import agreement_section, leave_one_out_section
+from mola.reporting.adapter_weights import read_adapter_weights
+from mola.reporting.agreement import agreement_section, has_agreement, leave_one_out_section
 from mola.reporting.document import Section, render
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section, routing_section
 from mola.reporting.load_run import Run
 from mola.reporting.results import accuracy_section, loss_section
 from mola.reporting.run_summary import making_section, summary
-from mola.reporting.samples import samples_section
+from mola.reporting.samples import looked_at_samples, samples_section
 
 
 def render_page(run: Run) -> str:
-    """The whole page; the same run always gives the same text.
-
-    Args:
-        run: what is known about it.
-    """
+    """The whole page; the same run always gives the same text."""
     gates = gates_section(run)
     sections = [
         Section("accuracy", "Accuracy", accuracy_section(run)),
@@ -32,3 +31,20 @@ def render_page(run: Run) -> str:
     ]
     title = f"{run.name}: a run of mola"
     return render("run.html", title, sections, gates["choices"], run=run, summary=summary(run))
+
+
+def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
+    """The page of a folder and its `mola inspect` result; the same arguments always give the same text."""
+    folder = Path(adapter)
+    weights = read_adapter_weights(folder)
+    run = Run(folder, {}, {}, weights, None, None, None, inspection, {})
+    gates = gates_section(run)
+    sections = [
+        Section("allocation", "Experts by layer", allocation_section(run) if weights else None),
+        Section("gates", "Which experts work", gates),
+        Section("redundancy", "How alike experts are", redundancy_section(run) if weights else None),
+        Section("agreement", "How routers agree", agreement_section(run) if has_agreement(inspection) else None),
+        Section("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
+        Section("samples", "Samples", looked_at_samples(inspection)),
+    ]
+    return render("inspection.html", f"{run.name}: experts, by mola", sections, gates["choices"], run=run)

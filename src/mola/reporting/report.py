@@ -1,7 +1,5 @@
 """`mola report`: one HTML file about a run, from what its folder holds. No model is loaded."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +13,6 @@ from mola.options.fields import option
 from mola.reporting import REPORT_FILE
 from mola.reporting.load_run import Run, gather, read_record
 from mola.reporting.page import render_page
-
-__all__ = ["ReportOptions", "main", "report"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +56,7 @@ def report(options: ReportOptions) -> Path:
 
 
 def main(options: ReportOptions) -> int:
-    """Run the command and print where the page is.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Run the command and print where the page is."""
     path = report(options)
     Console().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -1,7 +1,5 @@
 """What came out: accuracy and loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

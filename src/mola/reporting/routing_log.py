@@ -1,7 +1,5 @@
 """What routers did over training: the telemetry of a run, summed up while it is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,31 +14,19 @@ _PARTS = 3  # lower, middle and upper layers
 
 @dataclass(frozen=True)
 class RoutingLog:
-    """The telemetry of a run.
+    """The telemetry of a run."""
 
-    Attributes:
-        parts: neighbouring layers whose modules are averaged, lowest first.
-        curves: name of a value -> for each part, its mean over the modules by step.
-        dead: by step, how many experts no token chose, over all modules.
-        num_experts: experts of all modules that have a router.
-        last: the records of the last interval, one per module.
-        step: the step at its end.
-    """
-
-    parts: Sequence[Sequence[int]]
+    parts: Sequence[Sequence[int]]  # neighbouring layers whose modules are averaged, lowest first
+    # name of a value -> for each part, its mean over the modules by step
     curves: Mapping[str, Sequence[list[tuple[int, float]]]]
-    dead: list[tuple[int, float]]
-    num_experts: int
-    last: Sequence[Mapping[str, Any]]
-    step: int
+    dead: list[tuple[int, float]]  # by step, how many experts no token chose, over all modules
+    num_experts: int  # experts of all modules that have a router
+    last: Sequence[Mapping[str, Any]]  # the records of the last interval, one per module
+    step: int  # the step at its end
 
 
 def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
-    """Sum up the lines of `routing.jsonl`; None without any.
-
-    Args:
-        entries: `step` and `modules` of each interval, in order.
-    """
+    """Sum up the lines of `routing.jsonl`, `step` and `modules` of each interval in order; None without any."""
     parts: list[list[int]] = []
     curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in VALUES}
     dead: list[tuple[int, float]] = []
@@ -68,11 +54,7 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
 
 
 def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:
-    """Three parts of neighbouring layers, as equal as can be; fewer with fewer layers.
-
-    Args:
-        indices: layers with routers, in any order, each any number of times.
-    """
+    """Three parts of neighbouring layers, as equal as can be, of the layers with routers; fewer with fewer layers."""
     layers: list[Any] = sorted(set(indices), key=layer_order)
     bounds = [round(len(layers) * part / _PARTS) for part in range(_PARTS + 1)]
     return [layers[start:end] for start, end in pairwise(bounds) if end > start]

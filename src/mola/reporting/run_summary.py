@@ -1,7 +1,5 @@
 """What a run was: the summary on top of the page, and how it was made at its end."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping

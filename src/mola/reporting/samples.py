@@ -1,7 +1,5 @@
 """Samples: questions, answers before and after, and the experts behind them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +36,7 @@ def samples_section(run: Run) -> dict[str, Any]:
 
 
 def looked_at_samples(inspection: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Samples of `mola inspect` with the experts behind the expected answers.
-
-    Args:
-        inspection: content of its result file.
-    """
+    """Samples in a result of `mola inspect`, with the experts behind the expected answers."""
     samples = [_content(example["id"], example, example["experts"]) for example in inspection.get("examples") or []]
     return {"counts": [], "samples": samples, "left_out": 0, "command": None} if samples else None
 

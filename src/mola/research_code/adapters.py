@@ -1,13 +1,11 @@
 """The adapter that a script is given: mola's own, checked against the lists, or the research code's, converted once."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +29,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lists:
-    """What the research code wants repeated for every adapter; None where the flag was not given.
+    """What the research code wants repeated for every adapter; None where the flag was not given."""
 
-    Attributes:
-        number_experts: experts per layer, in any notation.
-        top_k: experts used per token, in any notation.
-        lora_r: ranks, in any notation.
-        lora_alpha: numerator of the scale.
-        lora_target_modules: names between commas.
-    """
-
-    number_experts: str | None = None
-    top_k: str | None = None
-    lora_r: str | None = None
-    lora_alpha: float | None = None
-    lora_target_modules: str | None = None
+    number_experts: str | None = None  # experts per layer, in any notation
+    top_k: str | None = None  # experts used per token, in any notation
+    lora_r: str | None = None  # ranks, in any notation
+    lora_alpha: float | None = None  # numerator of the scale
+    lora_target_modules: str | None = None  # names between commas
 
 
-def plain_list(numbers: str | None) -> str | None:
+def _plain(numbers: str | None) -> str | None:
     """A list without the brackets in which the research code lets it stand."""
     return None if numbers is None else numbers.strip().strip("()[]")
 
 
-def process_count() -> int:
-    """Processes of this run, as their launcher says in `WORLD_SIZE`; 1 without one.
+def lists_of(options: Any) -> Lists:
+    """What the flags of a script say about its adapter."""
+    given = {item.name: getattr(options, item.name, None) for item in fields(Lists)}
+    return Lists(**given | {name: _plain(given[name]) for name in ("number_experts", "top_k", "lora_r")})
 
-    Raises:
-        MolaError: `WORLD_SIZE` is no number above 0.
-    """
+
+def process_count() -> int:
+    """Processes of this run, as their launcher says in `WORLD_SIZE`; 1 without one. Other text is refused."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise MolaError(f"`WORLD_SIZE` must be the number of processes: got {text!r}. Unset it to run one process.")
@@ -69,16 +61,8 @@ def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code
     """Folder of an adapter of mola, which may be `folder` itself.
 
     An adapter of the research code is converted to `<folder>.mola`, once: as long as the source and
-    `top_k` stay the same the folder is used again. Its files do not hold `top_k`, so `lists` must.
-
-    Args:
-        folder: the adapter.
-        base_model: its base model.
-        lists: what the command line says about the adapter; it must not contradict its files.
-        trust_remote_code: run code shipped with the model.
-
-    Returns:
-        The folder to load.
+    `top_k` stay the same the folder is used again. Its files do not hold `top_k`, so `lists` must, which are
+    what the command line says about the adapter.
 
     Raises:
         MolaError: no adapter there, it is not what the lists say, or they lack the `top_k` that it needs.
@@ -168,19 +152,15 @@ def _check_lists(
         return
     model = model_on_meta(base_model, trust_remote_code)
     num_layers = count_decoder_layers(model, base_model)
-    num_experts = resolve_per_layer(settings["num_experts"], num_layers, "num_experts")
-    saved: dict[str, Any] = {
-        "number_experts": num_experts,
-        "lora_r": resolve_per_layer(settings["r"], num_layers, "r"),
-    }
-    saved["top_k"] = effective_top_k(num_experts, resolve_per_layer(settings["top_k"], num_layers, "top_k"))
+    saved: dict[str, Any] = {}
     given: dict[str, Any] = {}
     for flag, name in (("number_experts", "num_experts"), ("lora_r", "r"), ("top_k", "top_k")):
-        notation = getattr(lists, flag)
-        if notation is not None:
-            given[flag] = _resolved(notation, num_layers, flag, name)
-    if "top_k" in given:
-        given["top_k"] = effective_top_k(num_experts, given["top_k"])
+        saved[flag] = resolve_per_layer(settings[name], num_layers, name)
+        if getattr(lists, flag) is not None:
+            given[flag] = _resolved(getattr(lists, flag), num_layers, flag, name)
+    for lengths in (saved, given):
+        if "top_k" in lengths:
+            lengths["top_k"] = effective_top_k(saved["number_experts"], lengths["top_k"])
     if lists.lora_alpha is not None:
         given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
     if lists.lora_target_modules is not None:

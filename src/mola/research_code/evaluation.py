@@ -1,7 +1,5 @@
 """The research code's evaluation script: its flags and its result file, on top of `mola evaluate`."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass
@@ -12,12 +10,17 @@ from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.evaluate import main as evaluate_main
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.options.fields import option
-from mola.research_code.adapters import Lists, plain_list, usable_adapter
+from mola.research_code.adapters import lists_of, usable_adapter
 
 logger = logging.getLogger(__name__)
 
 # The preparation script leaves a letter out; people correct it.
 _SPELLINGS = ("scienceq_", "scienceqa_")
+# Flags that `mola evaluate` has, too.
+_SAME_OPTIONS = (
+    *("base_model", "limit", "batch_size", "max_new_tokens", "overwrite"),
+    *("dtype", "device", "trust_remote_code"),
+)
 
 
 @dataclass
@@ -59,35 +62,14 @@ def main(options: ResearchEvaluateOptions) -> int:
 
     The file has the names of the research code (`acc` in percent, `correct`, `len`, `results`, `outputs`) and
     all those of a result of `mola evaluate`.
-
-    Returns:
-        0, the exit code.
-
-    Raises:
-        MolaError: as `usable_adapter` and `mola.evaluate`.
     """
     check_new_file("save_path", options.save_path, options.overwrite)
-    lists = Lists(
-        number_experts=plain_list(options.number_experts),
-        top_k=plain_list(options.top_k),
-        lora_target_modules=options.lora_target_modules,
-    )
+    lists = lists_of(options)
     adapter = usable_adapter(options.mola_weights, options.base_model, lists, options.trust_remote_code)
+    data = _either_spelling(options.test_dataset)
+    same = {name: getattr(options, name) for name in _SAME_OPTIONS}
     code = evaluate_main(
-        EvaluateOptions(
-            base_model=options.base_model,
-            task="scienceqa",
-            data=_either_spelling(options.test_dataset),
-            adapter=adapter,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            output=options.save_path,
-            overwrite=options.overwrite,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-        )
+        EvaluateOptions(**same, task="scienceqa", data=data, adapter=adapter, output=options.save_path)
     )
     result = json.loads(Path(options.save_path).read_text(encoding="utf-8"))
     atomic_write_json(options.save_path, {**research_result(result), **result})
@@ -95,10 +77,7 @@ def main(options: ResearchEvaluateOptions) -> int:
 
 
 def research_result(result: dict[str, Any]) -> dict[str, Any]:
-    """The research code's part of a result file.
-
-    Args:
-        result: content of a result file of `mola evaluate`.
+    """The research code's part of a result file of `mola evaluate`.
 
     Returns:
         `acc` (percent), `correct`, `len`, `results` (per sample a list with its answer, empty if there is none) and

@@ -1,7 +1,5 @@
 """The research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,14 +50,7 @@ class InstructionOptions:
 
 
 def main(options: ScienceQAOptions | InstructionOptions) -> int:
-    """Run the script that the options belong to.
-
-    Returns:
-        0, the exit code.
-
-    Raises:
-        MolaError: as the two functions.
-    """
+    """Run the script that the options belong to."""
     import datasets
 
     with _flag_names():
@@ -71,10 +62,7 @@ def main(options: ScienceQAOptions | InstructionOptions) -> int:
 
 
 def prepare_scienceqa(options: ScienceQAOptions) -> Path:
-    """Write the questions without an image, as prompts of the form CQM-A, to `save_path`.
-
-    Returns:
-        The folder.
+    """Write the questions without an image, as prompts of the form CQM-A, to the folder `save_path`.
 
     Raises:
         MolaError: a split is missing, a row is no question, no row is left, or the folder is in use.
@@ -138,10 +126,7 @@ def _scienceqa_types() -> dict[str, Any]:
 
 
 def prepare_instruction(options: InstructionOptions) -> Path:
-    """Draw samples of instruction data and save them at `save_path` as plain text, in `output`.
-
-    Returns:
-        The folder.
+    """Draw samples of instruction data and save them in the folder `save_path` as plain text, in `output`.
 
     Raises:
         MolaError: the source has too few rows or lacks a column, or the folder is in use.

@@ -1,7 +1,5 @@
 """The training scripts' flags for Weights & Biases."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os
@@ -17,12 +15,6 @@ def tracker_settings(options: SharedOptions) -> dict[str, Any]:
     """Options of `mola train`: Weights & Biases if a project is named, else none.
 
     Without the package it is a warning, since the run does not need it.
-
-    Args:
-        options: flags of one of the scripts.
-
-    Returns:
-        Arguments of `TrainOptions`.
 
     Raises:
         MolaError: another flag of the tracker without a project.
@@ -45,14 +37,7 @@ def tracker_settings(options: SharedOptions) -> dict[str, Any]:
 
 
 def tracker_environment(options: SharedOptions) -> dict[str, str]:
-    """Variables that the trainer's reporter reads and that have no option; none if nothing is reported.
-
-    Args:
-        options: flags of one of the scripts.
-
-    Returns:
-        Names and values for the environment.
-    """
+    """Variables that the trainer's reporter reads and that have no option; none if nothing is reported."""
     project = _tracker_project(options)
     if not project or not _has_wandb():
         return {}

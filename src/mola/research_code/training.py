@@ -4,8 +4,6 @@ Flags keep their names and their effective defaults. Where a flag did something 
 it says; where a default could not work on every model or run, the log says what is used instead.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -17,7 +15,7 @@ from typing import Any
 from mola.data.examples import load_examples
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
-from mola.research_code.adapters import Lists, plain_list, process_count, usable_adapter
+from mola.research_code.adapters import lists_of, process_count, usable_adapter
 from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (
     BALANCE_COEF,
@@ -37,22 +35,16 @@ __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "as_command", "
 logger = logging.getLogger(__name__)
 
 _NONE = ("", "none", "false", "no")
+_SAME_OPTIONS = (
+    *("learning_rate", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token"),
+    *("template", "seed", "dtype"),
+)
 # Weights of the whole model under the names of the running program; no adapter configuration beside them.
 _WHOLE_MODEL = "pytorch_model.bin"
 
 
 def train_settings(options: SharedOptions) -> dict[str, Any]:
-    """Options of `mola train` that do what these flags say.
-
-    Args:
-        options: flags of one of the scripts.
-
-    Returns:
-        Arguments of `TrainOptions`.
-
-    Raises:
-        MolaError: flags that contradict each other, or that cannot be done.
-    """
+    """Options of `mola train` that do what these flags say; contradictions are refused."""
     _check_numbers(options)
     accumulation = _accumulation(options)
     settings: dict[str, Any] = {
@@ -62,14 +54,7 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
         "per_device_train_batch_size": options.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": options.num_epochs,
-        "learning_rate": options.learning_rate,
-        "cutoff_len": options.cutoff_len,
-        "truncation": options.truncation,
-        "train_on_inputs": options.train_on_inputs,
-        "add_eos_token": options.add_eos_token,
-        "template": options.template,
-        "seed": options.seed,
-        "dtype": options.dtype,
+        **{name: getattr(options, name) for name in _SAME_OPTIONS},
         "logging_first_step": True,
         "save_strategy": "steps",
         "save_steps": options.save_steps,
@@ -95,14 +80,7 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
 
 
 def main(options: SharedOptions) -> int:
-    """Check the flags, show the same as a `mola train` command, train.
-
-    Returns:
-        The exit code of `mola train`.
-
-    Raises:
-        MolaError: as `train_settings` and `mola.train`.
-    """
+    """Check the flags, show the same as a `mola train` command, train."""
     settings = train_settings(options)
     environment = tracker_environment(options)
     if os.environ.get("RANK", "0") == "0":
@@ -112,15 +90,7 @@ def main(options: SharedOptions) -> int:
 
 
 def as_command(settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
-    """The `mola train` command with these options, for a POSIX shell.
-
-    Args:
-        settings: options of `mola train`.
-        environment: variables to set for it.
-
-    Returns:
-        One line.
-    """
+    """The `mola train` command with these options, for a POSIX shell; `environment` are variables to set for it."""
     flags = [f"--{name}={_flag_text(value)}" for name, value in settings.items() if value is not None]
     variables = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
     return " ".join([*variables, shlex.join(["mola", "train", *flags])])
@@ -195,37 +165,28 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
         "router_aux_loss_coef": BALANCE_COEF if options.obalance else 0.0,
         "router_aux_loss_reduction": "layer",
     }
+    lists = lists_of(options)
     start = (options.resume_from_checkpoint or "").strip()
     resume: dict[str, Any] = {}
     if start.lower() not in _NONE:
         resume = _resumed_run(start, options)
         if not resume:
             check_start_is_kept(start, options.output_dir, "resume_from_checkpoint")
-            adapter = usable_adapter(start, options.base_model, _lists(options), options.trust_remote_code)
+            adapter = usable_adapter(start, options.base_model, lists, options.trust_remote_code)
             return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
         if "adapter" in resume:
-            usable_adapter(resume["adapter"], options.base_model, _lists(options), options.trust_remote_code)
+            usable_adapter(resume["adapter"], options.base_model, lists, options.trust_remote_code)
             return {"lora_dropout": options.lora_dropout, **balance, **resume}
     return {
-        "num_experts": plain_list(options.number_experts),
-        "r": plain_list(options.lora_r),
-        "top_k": plain_list(options.top_k),
-        "lora_alpha": options.lora_alpha,
+        "num_experts": lists.number_experts,
+        "r": lists.lora_r,
+        "top_k": lists.top_k,
+        "lora_alpha": lists.lora_alpha,
         "lora_dropout": options.lora_dropout,
-        "target_modules": options.lora_target_modules,
+        "target_modules": lists.lora_target_modules,
         **balance,
         **resume,
     }
-
-
-def _lists(options: SharedOptions) -> Lists:
-    return Lists(
-        number_experts=plain_list(options.number_experts),
-        top_k=plain_list(options.top_k),
-        lora_r=plain_list(options.lora_r),
-        lora_alpha=options.lora_alpha,
-        lora_target_modules=options.lora_target_modules,
-    )
 
 
 def _resumed_run(start: str, options: SharedOptions) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 None stands for the default that the help text names; so "not given" is known where an adapter brings its own value.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mola.options.fields import option
 
@@ -17,6 +16,8 @@ BALANCE_COEF = 1e-3
 @dataclass
 class SharedOptions:
     """Flags that both training scripts have; the defaults are those of `mola_training.py`."""
+
+    template_flag: ClassVar[str]
 
     base_model: str = option("NousResearch/Llama-2-7b-hf", "Folder or hub id of the base model.")
     data_path: str = option(
@@ -85,25 +86,22 @@ class SharedOptions:
     @property
     def template(self) -> str:
         """Prompt template; the two scripts have different flags for it."""
-        raise NotImplementedError
+        return str(getattr(self, self.template_flag))
 
 
 @dataclass
 class ResearchTrainOptions(SharedOptions):
     """Flags of `mola_training.py`."""
 
+    template_flag = "prompt_template_name"
     prompt_template_name: str = option("alpaca", "Prompt template.")
-
-    @property
-    def template(self) -> str:
-        """Prompt template."""
-        return self.prompt_template_name
 
 
 @dataclass
 class ResearchInstructionOptions(SharedOptions):
     """Flags of `mola_training_instruction.py`."""
 
+    template_flag = "prompt_template_name_meta"
     data_path: str = option(
         "./meta_moe_50k.hf", "Prepared training data, as `preparation_instruction_data.py` writes it."
     )
@@ -118,8 +116,3 @@ class ResearchInstructionOptions(SharedOptions):
         True, f"Add {BALANCE_COEF:g} times the balance loss, pooled per layer and summed over layers, padding counted."
     )
     truncation: str = option("right", "What to do with texts longer than cutoff_len: error, drop, left or right.")
-
-    @property
-    def template(self) -> str:
-        """Prompt template."""
-        return self.prompt_template_name_meta

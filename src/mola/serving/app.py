@@ -20,16 +20,7 @@ from mola.serving.requests import ChatRequest, CompletionRequest
 
 
 def build_app(jobs: JobMaker, queue: AnswerQueue, checks: Checks) -> FastAPI:
-    """The application.
-
-    Args:
-        jobs: makes jobs of requests.
-        queue: generates.
-        checks: of every request, before its body is read.
-
-    Returns:
-        An ASGI application.
-    """
+    """The ASGI application; `checks` are those of every request, before its body is read."""
     # A redirect would lead to whatever the client wrote as `Host`.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(Guard, checks=checks)

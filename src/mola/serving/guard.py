@@ -25,26 +25,15 @@ GONE = 499  # in the log alone: the client left, or was cut off, before it was a
 
 @dataclass(frozen=True)
 class Checks:
-    """What a request has to pass.
+    """What a request has to pass."""
 
-    Args:
-        api_key: token that clients must send; None for no check.
-        max_body_bytes: longest body.
-        is_local: only programs of this machine are to be answered, and no token keeps others out.
-    """
-
-    api_key: str | None = field(repr=False)
+    api_key: str | None = field(repr=False)  # token that clients must send; None for no check
     max_body_bytes: int
-    is_local: bool
+    is_local: bool  # only programs of this machine are to be answered, and no token keeps others out
 
 
 class Guard:
-    """ASGI middleware.
-
-    Args:
-        app: what is guarded.
-        checks: see `Checks`.
-    """
+    """ASGI middleware that lets through to `app` what passes the checks."""
 
     def __init__(self, app: ASGIApp, checks: Checks) -> None:
         self._app = app

@@ -19,46 +19,26 @@ _SEEDS = 2**63
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """What one request may ask for."""
 
-    Args:
-        max_tokens: tokens of one answer.
-        max_choices: answers: prompts times `n`.
-        positions: longest sequence of the model; None for no limit.
-    """
-
-    max_tokens: int
-    max_choices: int
-    positions: int | None
+    max_tokens: int  # of one answer
+    max_choices: int  # answers: prompts times `n`
+    positions: int | None  # longest sequence of the model; None for no limit
 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to be generated.
+    """One answer to be generated."""
 
-    Args:
-        adapter: the model's name for the adapter; None for the base model alone.
-        prompt: token ids.
-        decoding: fields of `GenerationConfig`.
-        seed: of the random numbers; None for greedy decoding.
-        stops: texts that end the answer.
-    """
-
-    adapter: str | None
-    prompt: Sequence[int]
-    decoding: Mapping[str, Any]
-    seed: int | None
-    stops: Sequence[str]
+    adapter: str | None  # the model's name for it; None for the base model alone
+    prompt: Sequence[int]  # token ids
+    decoding: Mapping[str, Any]  # fields of `GenerationConfig`
+    seed: int | None  # of the random numbers; None for greedy decoding
+    stops: Sequence[str]  # texts that end the answer
 
 
 class JobMaker:
-    """Makes jobs for one loaded model.
-
-    Args:
-        tokenizer: of the base model.
-        adapters: name in requests -> the model's name for it; None for the base model.
-        limits: see `Limits`.
-    """
+    """Makes jobs for one loaded model; `adapters`: name in requests -> the model's name for it, None for the base."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, str | None], limits: Limits) -> None:
         self._tokenizer = tokenizer
@@ -71,11 +51,7 @@ class JobMaker:
         return list(self._adapters)
 
     def adapter(self, name: str) -> str | None:
-        """The model's name for the adapter of a request.
-
-        Raises:
-            RequestError: 404, there is none of this name.
-        """
+        """The model's name for the adapter of a request; a `RequestError` with 404 if there is none of this name."""
         if name not in self._adapters:
             raise RequestError(
                 404,

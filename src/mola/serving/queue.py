@@ -54,11 +54,7 @@ class Ticket:
         self.arrived: asyncio.Queue[Piece | RequestError] = asyncio.Queue()
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Every piece until all choices have ended.
-
-        Raises:
-            RequestError: the server stops or failed.
-        """
+        """Every piece until all choices have ended; a `RequestError` if the server stops or failed."""
         missing = len(self.jobs)
         while missing:
             piece = await self.arrived.get()
@@ -77,12 +73,9 @@ class Ticket:
 
 
 class AnswerQueue:
-    """Owns the model: nothing else may use it while the queue is open.
+    """Owns a model of `load_model`: nothing else may use it while the queue is open.
 
-    Args:
-        model: as `mola.models.loading.load_model` returns it.
-        tokenizer: of the base model.
-        max_waiting: requests that may wait while one runs.
+    At most `max_waiting` requests wait while one runs.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_waiting: int) -> None:
@@ -115,11 +108,7 @@ class AnswerQueue:
         return ticket
 
     def check_room(self) -> None:
-        """Refuse a request that could not be put in the queue.
-
-        Raises:
-            RequestError: as `submit`.
-        """
+        """Refuse a request that could not be put in the queue, as `submit` does."""
         if self._is_stopping:
             raise _stopping()
         if len(self._tickets) > self._max_waiting:

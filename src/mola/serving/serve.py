@@ -64,10 +64,7 @@ class ServeOptions(ModelOptions):
 
 
 def main(options: ServeOptions) -> int:
-    """Run the command until SIGINT or SIGTERM.
-
-    Returns:
-        The exit code: 0, or 1 if the server did not start.
+    """Run the command until SIGINT or SIGTERM; the exit code is 1 if the server did not start.
 
     Raises:
         MolaError: wrong options, before the model is loaded.

@@ -49,14 +49,9 @@ def url_of(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which at its end lets the running answer finish.
+    """Uvicorn, which at its end lets the running answer finish, for `shutdown_timeout` seconds at most.
 
-    Args:
-        app: ASGI application.
-        queue: of the application.
-        protocol: makes a connection's `Connection` of uvicorn's arguments.
-        shutdown_timeout: seconds that the running answer gets.
-        greeting: logged when the server listens.
+    `protocol` makes a connection's `Connection` of uvicorn's arguments; `greeting` is logged when the server listens.
     """
 
     def __init__(self, app: Any, queue: AnswerQueue, protocol: Any, shutdown_timeout: float, greeting: str) -> None:
@@ -95,11 +90,7 @@ class Server(uvicorn.Server):
             timer.cancel()
 
     def run_on(self, bound: socket.socket) -> bool:
-        """Serve until a signal; the model is free afterwards.
-
-        Returns:
-            Whether the server had started.
-        """
+        """Serve until a signal; the model is free afterwards. Whether the server had started."""
         try:
             self.run(sockets=[bound])
         finally:

@@ -72,11 +72,7 @@ class Writer:
         """Called by `generate` after the last token."""
 
     def finish(self) -> str:
-        """Send what is left.
-
-        Returns:
-            OpenAI's reason for the end: `"stop"` or `"length"`.
-        """
+        """Send what is left; OpenAI's reason for the end, `"stop"` or `"length"`."""
         ids = self.token_ids
         self._write(self._decoded(), is_final=True)
         return "stop" if self._stopped or (ids and ids[-1] == self._tokenizer.eos_token_id) else "length"

@@ -5,9 +5,6 @@ experts as `recipes/quickstart.yaml` says, measures again, looks at the experts,
 and writes a report of it all.
 """
 
-from __future__ import annotations
-
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +27,6 @@ from mola.reporting.inspect import InspectOptions, inspect
 from mola.reporting.report import ReportOptions, report
 from mola.training.train import TrainOptions, train
 
-logger = logging.getLogger(__name__)
-
-_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 640, 40, 100
 _NUM_INSPECTED = 20
 
 
@@ -59,17 +53,20 @@ def main(options: QuickstartOptions) -> int:
     with _timed(console, seconds, "base model"):
         base_model = prepare_smollm2(options.model_dir)
     with _timed(console, seconds, "questions"):
-        data = _prepare_questions(folder / "data", options.seed)
+        prepare(PrepareOptions("sample", str(folder / "data"), seed=options.seed, overwrite_output_dir=True))
+    test: dict[str, Any] = {"base_model": str(base_model), "task": "sample", "data": str(folder / "data" / "test.json")}
+    test |= {"dtype": options.dtype, "overwrite": True}
     with _timed(console, seconds, "accuracy before"):
-        before = _measure(folder / "before.json", base_model, None, data, options.dtype)
+        before = evaluate(EvaluateOptions(**test, output=str(folder / "before.json"), batch_size=16))
     with _timed(console, seconds, "fine-tuning"):
         result = train(train_options)
     if result.status != "finished":
         return 130
     with _timed(console, seconds, "accuracy after"):
-        after = _measure(folder / "after.json", base_model, folder, data, options.dtype)
+        adapter = str(folder)
+        after = evaluate(EvaluateOptions(**test, adapter=adapter, output=str(folder / "after.json"), batch_size=16))
     with _timed(console, seconds, "experts"):
-        _look_at_experts(folder, base_model, data, options.dtype)
+        inspect(InspectOptions(**test, adapter=adapter, limit=_NUM_INSPECTED, json=str(folder / "inspect.json")))
     with _timed(console, seconds, "report"):
         page = report(ReportOptions(str(folder)))
     summary = _summary(before, after, result.metrics.get("eval_loss"), seconds, time.perf_counter() - start)
@@ -85,52 +82,6 @@ def _timed(console: Console, seconds: dict[str, float], name: str) -> Iterator[N
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
-
-
-def _prepare_questions(data: Path, seed: int) -> Path:
-    data.parent.mkdir(parents=True, exist_ok=True)
-    prepare(
-        PrepareOptions(
-            task="sample",
-            output_dir=str(data),
-            seed=seed,
-            train_size=_NUM_TRAIN,
-            validation_size=_NUM_VALIDATION,
-            test_size=_NUM_TEST,
-            overwrite_output_dir=True,
-        )
-    )
-    return data
-
-
-def _measure(output: Path, base_model: Path, adapter: Path | None, data: Path, dtype: str) -> EvaluateResult:
-    return evaluate(
-        EvaluateOptions(
-            base_model=str(base_model),
-            adapter=None if adapter is None else str(adapter),
-            task="sample",
-            data=str(data / "test.json"),
-            output=str(output),
-            overwrite=True,
-            batch_size=16,
-            dtype=dtype,
-        )
-    )
-
-
-def _look_at_experts(folder: Path, base_model: Path, data: Path, dtype: str) -> None:
-    inspect(
-        InspectOptions(
-            base_model=str(base_model),
-            adapter=str(folder),
-            task="sample",
-            data=str(data / "test.json"),
-            limit=_NUM_INSPECTED,
-            json=str(folder / "inspect.json"),
-            overwrite=True,
-            dtype=dtype,
-        )
-    )
 
 
 def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:

@@ -1,14 +1,12 @@
 """A training and the test that follows it: their options, going on after a stop. For commands that do several."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,30 +36,20 @@ NOT_COMPARED = (
     "run_name",
     "save_total_limit",
 )
+_SAME_NAME = ("base_model", "task", "filters", "max_new_tokens", "template", "scoring", "trust_remote_code")
 # Options of the test, by the names that `mola evaluate` has for them.
 _TEST_OPTIONS = {
-    "base_model": "base_model",
-    "task": "task",
+    **{name: name for name in (*_SAME_NAME, *QUANTIZATION_OPTIONS)},
     "split": "test_split",
-    "filters": "filters",
     "limit": "test_limit",
     "batch_size": "test_batch_size",
-    "max_new_tokens": "max_new_tokens",
-    "template": "template",
-    "scoring": "scoring",
     "dtype": "base_dtype",
-    **{name: name for name in QUANTIZATION_OPTIONS},
-    "trust_remote_code": "trust_remote_code",
 }
 
 
 @dataclass
 class TrainAndTestOptions(TrainOptions):
-    """Options of one training: those of `mola train`, and how its task is tested.
-
-    Raises:
-        MolaError: as `TrainOptions`.
-    """
+    """Options of one training: those of `mola train`, and how its task is tested."""
 
     _test: ClassVar = Group("test")
     test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
@@ -72,6 +60,16 @@ class TrainAndTestOptions(TrainOptions):
         EvaluateOptions.scoring, "How an answer is found: generate or likelihood, as in `mola evaluate`."
     )
     max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
+
+    def check_one_process(self, command: str, cure: str) -> None:
+        """Refuse a launcher's processes, and to be told to resume: a study of several trainings does that by itself."""
+        if self.resume_from_checkpoint:
+            raise MolaError(
+                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no use here: the same command goes on "
+                "where it stopped. Leave it out."
+            )
+        if self.world_size > 1:
+            raise MolaError(f"`{command}` runs in one process: got {self.world_size}. Start it without torchrun{cure}.")
 
 
 def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
@@ -104,11 +102,7 @@ def _test_source(options: TrainAndTestOptions) -> str:
 
 
 def train_or_go_on(options: TrainAndTestOptions) -> bool:
-    """Train, from the last complete checkpoint in the folder if there is one.
-
-    Returns:
-        Whether it was finished; not after a signal.
-    """
+    """Train, from the last complete checkpoint in the folder if there is one; whether it finished without a signal."""
     options = copy.copy(options)
     folder = Path(options.output_dir or "")
     if folder.is_dir() and any(folder.iterdir()):
@@ -126,17 +120,11 @@ def train_or_go_on(options: TrainAndTestOptions) -> bool:
 
 
 def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
-    """Evaluate, or take the result file `options.output` if that was done before.
-
-    Args:
-        options: of the evaluation, `output` included.
-        fingerprint: sha256 of the examples, see `mola.data.encode.data_fingerprint`.
-
-    Returns:
-        Content of the result file.
+    """Content of the result file `options.output`, from an evaluation if there was none before.
 
     Raises:
-        MolaError: the file is a result of something else, or the test cannot be done.
+        MolaError: the file is a result of something else, such as examples of another `fingerprint`, or the test
+            cannot be done.
     """
     path = Path(options.output or "")
     if not path.exists():
@@ -158,6 +146,18 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
             "and data, or delete that file to test again."
         )
     return result
+
+
+def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
+    """Do the work of a study, with its status in the record; how it ended: "finished", or "interrupted" by a signal."""
+    write("running")
+    try:
+        return "finished" if work() else "interrupted"
+    except KeyboardInterrupt:
+        return "interrupted"
+    except BaseException as error:
+        write("failed", error=str(error) or type(error).__name__)
+        raise
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
-from mola.studies.comparison.page import page
+from mola.studies.comparison.outputs import page
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.statistics import Difference, Mean, mean_accuracy, paired_differences
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups

@@ -1,7 +1,5 @@
 """Rows of a data source that samples can be drawn from, of which a few dozen bytes are kept each."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,20 +23,13 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows that can be drawn, and why others cannot.
+    """Rows that can be drawn, and why others cannot."""
 
-    Attributes:
-        numbers: positions in the source.
-        texts: hash of instruction, input and output of each.
-        groups: number of the group of each, in the order in which groups first occur.
-        group_names: names of the groups, or nothing if there are many.
-        left_out: rows that are `filtered`, `blank`, `duplicates` of an earlier text, or have `repeated_ids`.
-    """
-
-    numbers: NDArray[np.int64]
-    texts: NDArray[np.uint64]
-    groups: NDArray[np.int64]
-    group_names: list[str]
+    numbers: NDArray[np.int64]  # positions in the source
+    texts: NDArray[np.uint64]  # hash of instruction, input and output of each
+    groups: NDArray[np.int64]  # number of the group of each, in the order in which groups first occur
+    group_names: list[str]  # names of the groups, or nothing if there are many
+    # rows that are `filtered`, `blank`, `duplicates` of an earlier text, or have `repeated_ids`
     left_out: dict[str, int]
 
     @property
@@ -54,11 +45,7 @@ class Candidates:
 def find_candidates(source: Source, task: Task, columns: Collection[str], unique_ids: bool) -> Candidates:
     """First pass: rows that the task keeps, that have their text, and whose text no earlier row has.
 
-    Args:
-        source: where rows come from.
-        task: turns a row into an example.
-        columns: what is needed of a row.
-        unique_ids: leave out rows with an `id` that an earlier row has.
+    `columns` is what is needed of a row; `unique_ids` also leaves out rows with an `id` that an earlier row has.
     """
     numbers, texts, groups, ids = (array(kind) for kind in "qQQQ")
     names: dict[int, str] = {}

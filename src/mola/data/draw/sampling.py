@@ -3,9 +3,7 @@
 `allocate` says how many rows each group gives to each split, `draw` says which. Both see numbers only.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +48,7 @@ def _round_together(table: NDArray[np.int64], remainders: NDArray[np.int64], tot
     """Controlled rounding of a table of which all rows and columns sum up to integers: the sums stay.
 
     Remainders are moved around a cycle of cells until one of these is whole; without a cycle all cells are.
-
-    Args:
-        table: shares, rounded down.
-        remainders: what rounding took away, in parts of `total`; used up.
-        total: parts of a whole.
-
-    Returns:
-        `table`, with ones added.
+    They are what rounding down took away, in parts of `total`, and are used up; `table` comes back with ones added.
     """
     open_rows: list[int] = []
     for row in np.flatnonzero(remainders.any(axis=1)).tolist():
@@ -127,16 +118,9 @@ def draw(groups: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDA
     generator = np.random.PCG64(seed)
     by_group = np.lexsort((generator.random_raw(len(groups)), groups))
     chosen: list[list[NDArray[np.int64]]] = [[] for _ in sizes]
-    for start, shares in zip(_starts(counts), allocate(counts.tolist(), sizes), strict=True):
+    for start, shares in zip((counts.cumsum() - counts).tolist(), allocate(counts.tolist(), sizes), strict=True):
         for split, share in enumerate(shares):
             chosen[split].append(by_group[start : start + share])
             start += share
     rows = [np.concatenate(parts) for parts in chosen]
     return [part[np.argsort(generator.random_raw(len(part)), kind="stable")] for part in rows]
-
-
-def _starts(counts: NDArray[np.int64]) -> Iterator[int]:
-    start = 0
-    for count in counts.tolist():
-        yield start
-        start += count

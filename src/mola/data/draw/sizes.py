@@ -1,7 +1,5 @@
 """`mola prepare --num_samples`: splits drawn from one source."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,16 +31,6 @@ def drawn_sizes(num_samples: int, num_validation: int | None, num_test: int | No
 
 def prepare_drawn(task: Task, data: str, sizes: Mapping[str, int], seed: int, output_dir: Path) -> dict[str, Any]:
     """Draw samples and write them as `prepare` does; an empty split is not written.
-
-    Args:
-        task: the task.
-        data: the source, see `single_source`.
-        sizes: rows by split.
-        seed: of the draw and of the order.
-        output_dir: folder to create; an existing one is replaced as a whole.
-
-    Returns:
-        As `prepare`.
 
     Raises:
         MolaError: the source has too few rows, or a row does not fit.

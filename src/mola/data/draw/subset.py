@@ -4,8 +4,6 @@ The first pass looks at what the task needs of every row, the second one fetches
 source may be larger than memory.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -27,21 +25,14 @@ _Build = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Subset:
-    """What was drawn.
+    """What was drawn."""
 
-    Attributes:
-        numbers: rows of the spool by split, in their order.
-        candidates: rows that were drawn from, and how many others there are.
-        groups: group -> candidates and rows of every split; None if there are many groups.
-        num_groups: how many groups there are.
-        shared_instructions: instructions (with their input) that occur in more than one split.
-    """
-
-    numbers: dict[str, NDArray[np.int64]]
-    candidates: Candidates
+    numbers: dict[str, NDArray[np.int64]]  # rows of the spool by split, in their order
+    candidates: Candidates  # rows that were drawn from, and how many others there are
+    # group -> candidates and rows of every split; None if there are many groups
     groups: dict[str, dict[str, int]] | None
-    num_groups: int
-    shared_instructions: int
+    num_groups: int  # how many groups there are
+    shared_instructions: int  # instructions (with their input) that occur in more than one split
 
     def summary(self) -> str:
         """Lines that say what was drawn from what."""

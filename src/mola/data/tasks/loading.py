@@ -1,7 +1,5 @@
 """Read a task from YAML and check every key before anything runs."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import MISSING, fields

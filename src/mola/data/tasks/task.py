@@ -1,7 +1,5 @@
 """What a task does: a row becomes an example, and generated text gives an answer."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Mapping

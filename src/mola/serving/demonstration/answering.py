@@ -1,7 +1,5 @@
 """One model that answers with and without its adapter, piece by piece, one answer at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,40 +17,42 @@ class StoppedError(Exception):
 
 
 class Answer(NamedTuple):
-    """An answer, or as much of it as there is yet.
+    """An answer, or as much of it as there is yet."""
 
-    Attributes:
-        text: new text.
-        token_ids: prompt and new tokens.
-        num_prompt_tokens: how many of them are the prompt.
-    """
-
-    text: str
-    token_ids: list[int]
-    num_prompt_tokens: int
+    text: str  # new text
+    token_ids: list[int]  # prompt and new tokens
+    num_prompt_tokens: int  # how many of them are the prompt
 
 
 class Experts(NamedTuple):
-    """Which experts worked on which token of an answer.
+    """Which experts worked on which token of an answer."""
 
-    Attributes:
-        modules: gates of every module that has a router.
-        tokens: text of each token.
-        num_prompt_tokens: how many of them are the prompt.
-    """
+    modules: list[ModuleGates]  # gates of every module that has a router
+    tokens: list[str]  # text of each token
+    num_prompt_tokens: int  # how many of them are the prompt
 
-    modules: list[ModuleGates]
-    tokens: list[str]
-    num_prompt_tokens: int
+
+class _Pieces(TextIteratorStreamer):
+    """Text for whoever iterates, and the tokens it is made of."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.wanted = True
+        self.token_ids: list[int] = []
+        self.num_prompt_tokens = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then token after token."""
+        if not self.wanted:
+            raise StoppedError
+        if not self.token_ids:
+            self.num_prompt_tokens = value.numel()
+        self.token_ids += value.flatten().tolist()
+        super().put(value)
 
 
 class Answerer:
-    """Answers of one model.
-
-    Args:
-        model: a `PeftModel`, or a model without adapters.
-        tokenizer: its tokenizer.
-    """
+    """Answers of one model, a `PeftModel` or one without adapters."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
@@ -64,13 +64,7 @@ class Answerer:
     def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
         """The answer to a prompt, growing; whoever stops to iterate stops the model.
 
-        Args:
-            prompt: text to continue.
-            with_adapter: use the adapter, or the base model alone.
-            decoding: of `mola.generate_text`.
-
-        Raises:
-            MolaError: see `mola.generate_text`.
+        `decoding` and what is raised are those of `mola.generate_text`; without the adapter the base model answers.
         """
         pieces = _Pieces(self.tokenizer)
         done = self._executor.submit(self._run, prompt, with_adapter, pieces, decoding)
@@ -106,22 +100,3 @@ class Answerer:
         if self._running is not None:
             self._running.wanted = False
         self._executor.shutdown(cancel_futures=True)
-
-
-class _Pieces(TextIteratorStreamer):
-    """Text for whoever iterates, and the tokens it is made of."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.wanted = True
-        self.token_ids: list[int] = []
-        self.num_prompt_tokens = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then token after token."""
-        if not self.wanted:
-            raise StoppedError
-        if not self.token_ids:
-            self.num_prompt_tokens = value.numel()
-        self.token_ids += value.flatten().tolist()
-        super().put(value)

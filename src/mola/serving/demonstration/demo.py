@@ -35,9 +35,6 @@ class DemoOptions(ModelOptions):
 def main(options: DemoOptions) -> int:
     """Run the command until SIGINT or SIGTERM.
 
-    Returns:
-        The exit code, 0.
-
     Raises:
         MolaError: wrong options, before the model is loaded; a port that is taken.
     """
@@ -55,13 +52,7 @@ def main(options: DemoOptions) -> int:
 
 @contextmanager
 def running_demo(options: DemoOptions) -> Iterator[str]:
-    """The page, served by threads of this program for the length of a `with` block.
-
-    Args:
-        options: as of the command.
-
-    Yields:
-        The address of the page.
+    """The address of the page, served by threads of this program for the length of a `with` block.
 
     Raises:
         MolaError: wrong options, before the model is loaded; a port that is taken.

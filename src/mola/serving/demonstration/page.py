@@ -1,7 +1,5 @@
 """The page of `mola demo`: prompt, sampling, both answers side by side, and the experts behind one of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,12 +31,7 @@ class PageText(NamedTuple):
 
 
 def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
-    """The page, to be launched.
-
-    Args:
-        answerer: gives the answers.
-        text: names, and the first values of the controls.
-    """
+    """The page, to be launched; `text` has its names and the first values of the controls."""
     with gr.Blocks(title="mola", analytics_enabled=False) as page:
         gr.Markdown(f"# mola\nBase model `{text.base_model}`, adapter `{text.adapter}`")
         prompt = gr.Textbox(label="Instruction", lines=3, autofocus=True)

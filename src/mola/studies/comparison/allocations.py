@@ -1,7 +1,5 @@
 """Experts by layer of recipes that leave it to `mola allocate`; kept as files, so that a stop costs nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +17,8 @@ _PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the expon
 class Allocations:
     """Makes allocations, or takes those that were made before.
 
-    Args:
-        folder: of the comparison; an allocation is `folder/TASK/RECIPE.json`, one that was made from a probe
-            `folder/TASK/RECIPE-seed-N.json`.
+    In the folder of the comparison an allocation is `TASK/RECIPE.json`, one that was made from a probe
+    `TASK/RECIPE-seed-N.json`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,11 +26,7 @@ class Allocations:
         self._made: dict[str, list[int]] = {}
 
     def make_and_check(self, runs: Sequence[Run]) -> None:
-        """Make those that need no probe, and check what can be checked of the others.
-
-        Raises:
-            MolaError: an allocation cannot be made; the message names the recipe.
-        """
+        """Make those that need no probe, and check what can be checked of the others; an error names the recipe."""
         for run in runs:
             if run.allocation is None:
                 continue
@@ -46,11 +39,7 @@ class Allocations:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
 
     def make(self, run: Run, adapter: str | None = None) -> list[int]:
-        """Experts by layer.
-
-        Args:
-            run: one that asks for an allocation.
-            adapter: of the probe.
+        """Experts by layer, of a run that asks for an allocation; `adapter` is that of its probe.
 
         Raises:
             MolaError: as `allocate`; there is a file of another allocation; a probe is needed and is not there.

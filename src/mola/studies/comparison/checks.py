@@ -1,7 +1,5 @@
 """Everything that can be wrong with any run of a comparison, before the first one is trained."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
@@ -29,38 +27,20 @@ _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 @dataclass
 class Run:
-    """One training with its test.
+    """One training with its test."""
 
-    Attributes:
-        key: its task, recipe and seed.
-        options: of the training; `output_dir` is its folder.
-        test: of the evaluation; adapter and output file are filled in later.
-        allocation: what `mola allocate` is asked for, if `num_experts` comes from there.
-        probe: recipe whose adapter (same task and seed) the allocation is made from.
-        settings: the options that are no defaults: what has to be equal for a result to be kept.
-        fingerprints: sha256 of training, evaluation and test examples, by part.
-        num_questions: how many test samples there are.
-    """
-
-    key: Key
-    options: TrainAndTestOptions
-    test: EvaluateOptions
-    allocation: AllocateOptions | None
-    probe: str | None
-    settings: dict[str, Any]
-    fingerprints: dict[str, str]
-    num_questions: int
+    key: Key  # its task, recipe and seed
+    options: TrainAndTestOptions  # of the training; `output_dir` is its folder
+    test: EvaluateOptions  # of the evaluation; adapter and output file are filled in later
+    allocation: AllocateOptions | None  # what `mola allocate` is asked for, if `num_experts` comes from there
+    probe: str | None  # recipe whose adapter (same task and seed) the allocation is made from
+    settings: dict[str, Any]  # the options that are no defaults: what has to be equal for a result to be kept
+    fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
+    num_questions: int  # how many test samples there are
 
 
 def check_runs(options: CompareOptions) -> list[Run]:
-    """Check all runs; loads no weights.
-
-    Returns:
-        The runs in their order.
-
-    Raises:
-        MolaError: anything wrong; the message names task and recipe.
-    """
+    """The runs in their order, all of them checked without loading weights; an error names task and recipe."""
     looked_at: dict[tuple[str, str], tuple[dict[str, str], int]] = {}
     tests: dict[tuple[str, str], tuple[EvaluateOptions, AllocateOptions | None, str | None]] = {}
     runs = []

@@ -6,14 +6,12 @@
 - The table has intervals over seeds and over questions, and says which differences are significant.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.checks import Run, check_runs
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import check_tables, write_tables
-from mola.studies.comparison.record import BASE, Result, check_same, read_results, to_content
+from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
-from mola.studies.comparison.summary import Row, summarize, to_records
+from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import terminal_tables
-from mola.studies.train_and_test import evaluate_once, sigterm_as_interrupt, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 
@@ -43,21 +41,13 @@ _WEIGHTS = ("adapter_model.safetensors", "tokenizer.json")
 
 @dataclass
 class CompareResult:
-    """What a comparison has so far.
+    """What a comparison has so far."""
 
-    Attributes:
-        status: "finished", or "interrupted" by a signal.
-        rows: the table, see `mola.studies.comparison.summary.Row`.
-        results: every finished run.
-        open: how many runs are left.
-        record: the file with everything.
-    """
-
-    status: str
-    rows: list[Row]
-    results: list[Result]
-    open: int
-    record: str
+    status: str  # "finished", or "interrupted" by a signal
+    rows: list[Row]  # the table, see `mola.studies.comparison.summary.Row`
+    results: list[Result]  # every finished run
+    open: int  # how many runs are left
+    record: str  # the file with everything
 
 
 def compare(options: CompareOptions) -> CompareResult:
@@ -84,11 +74,7 @@ def compare(options: CompareOptions) -> CompareResult:
 
 
 def main(options: CompareOptions) -> int:
-    """Run the command and print the tables.
-
-    Returns:
-        The exit code: 0, or 130 after an interruption.
-    """
+    """Run the command and print the tables; the exit code is 130 after an interruption."""
     result = compare(options)
     console = Console()
     for table in terminal_tables(result.rows, str(options.reference)):
@@ -114,14 +100,7 @@ class _Comparison:
         """Train and test until the end or a signal."""
         with self._lock("allocations"):
             self.allocations.make_and_check(self.open_runs())
-        self._write("running")
-        try:
-            status = "finished" if self._all_runs() else "interrupted"
-        except KeyboardInterrupt:
-            status = "interrupted"
-        except BaseException as error:
-            self._write("failed", error=str(error) or type(error).__name__)
-            raise
+        status = recorded(self._all_runs, self._write)
         rows = self._write(status)
         write_tables(self.options.tables, rows, str(self.options.reference))
         return CompareResult(status, rows, self.results, len(self.open_runs()), str(self.path))
@@ -215,22 +194,21 @@ class _Comparison:
         return self.open_runs()
 
     def _write(self, status: str, **more: Any) -> list[Row]:
+        recipes, tasks, reference = self.options.recipes, self.options.tasks, str(self.options.reference)
+        assert isinstance(recipes, dict)
+        assert isinstance(tasks, dict)
         with self._lock("record"):
             self._read_again()
-            return self._write_locked(status, **more)
-
-    def _write_locked(self, status: str, **more: Any) -> list[Row]:
-        assert isinstance(self.options.recipes, dict)
-        assert isinstance(self.options.tasks, dict)
-        rows = summarize(self.results, [*self.options.recipes], [*self.options.tasks], str(self.options.reference))
-        content = to_content(
-            self.results,
-            {"reference": self.options.reference, "rows": to_records(rows)},
-            status,
-            command=[Path(sys.argv[0]).name, *sys.argv[1:]],  # the record may be passed on: no folder of this machine
-            recipes=self.options.recipes,
-            tasks=self.options.tasks,
-            **more,
-        )
-        atomic_write_json(self.path, content)
+            rows = summarize(self.results, [*recipes], [*tasks], reference)
+            content = {
+                "format": FORMAT,
+                "status": status,
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # it may be passed on: no folder of this machine
+                "recipes": recipes,
+                "tasks": tasks,
+                **more,
+                "summary": {"reference": reference, "rows": [asdict(row) for row in rows]},
+                "runs": [asdict(each) for each in self.results],
+            }
+            atomic_write_json(self.path, content)
         return rows

@@ -1,7 +1,5 @@
 """`CompareOptions`: recipes, tasks and seeds, and the options of `mola train` as defaults of all runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -91,18 +89,12 @@ class CompareOptions(TrainAndTestOptions):
                     self.runs[key] = self._run_options(key, given, task_values, recipe_values)
 
     def _check(self) -> None:
-        if self.resume_from_checkpoint:
-            raise MolaError(
-                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no use here: the same command goes on "
-                "where it stopped. Leave it out."
-            )
+        self.check_one_process("mola compare", "")
         if self.overwrite_output_dir:
             raise MolaError(
                 "`overwrite_output_dir` has no use here, for finished runs are kept. To start again, pass another "
                 "`output_dir` (and `record`)."
             )
-        if self.world_size > 1:
-            raise MolaError(f"`mola compare` runs in one process: got {self.world_size}. Start it without torchrun.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MolaError(f"`seeds` must be different numbers, at least one: got {self.seeds}.")
         assert isinstance(self.recipes, dict)

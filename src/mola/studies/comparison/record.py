@@ -3,11 +3,9 @@
 The file alone is enough to go on: run folders may be gone, and a comparison can be continued on another machine.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,45 +34,25 @@ _RUN = {
 
 @dataclass
 class Result:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        task: name of the task.
-        recipe: name of the recipe.
-        seed: the seed.
-        accuracy: share of right answers.
-        correct: number of right answers.
-        total: number of questions.
-        unanswered: of these without an answer.
-        marks: a 1 for every right answer and a 0 for every other, in the order of the test data.
-        trainable_parameters: trained values.
-        num_experts: experts by layer.
-        eval_loss: loss on the evaluation data, if there were some.
-        seconds_training: wall time.
-        seconds_testing: wall time.
-        settings: see `mola.studies.comparison.checks.Run`.
-        fingerprints: of the data.
-        versions: of the software.
-        machine: cpu, gpu, threads.
-    """
-
-    task: str
-    recipe: str
-    seed: int
-    accuracy: float
-    correct: int
-    total: int
-    unanswered: int
-    marks: str
-    trainable_parameters: int
-    num_experts: list[int]
-    eval_loss: float | None
-    seconds_training: float
-    seconds_testing: float
-    settings: dict[str, Any]
-    fingerprints: dict[str, str]
-    versions: dict[str, str]
-    machine: dict[str, Any]
+    task: str  # name of the task
+    recipe: str  # name of the recipe
+    seed: int  # the seed
+    accuracy: float  # share of right answers
+    correct: int  # number of right answers
+    total: int  # number of questions
+    unanswered: int  # of these without an answer
+    marks: str  # a 1 for every right answer and a 0 for every other, in the order of the test data
+    trainable_parameters: int  # trained values
+    num_experts: list[int]  # experts by layer
+    eval_loss: float | None  # loss on the evaluation data, if there were some
+    seconds_training: float  # wall time
+    seconds_testing: float  # wall time
+    settings: dict[str, Any]  # see `mola.studies.comparison.checks.Run`
+    fingerprints: dict[str, str]  # of the data
+    versions: dict[str, str]  # of the software
+    machine: dict[str, Any]  # cpu, gpu, threads
 
     @property
     def key(self) -> Key:
@@ -109,11 +87,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
-    """Refuse to go on with results that other options or data have given.
-
-    Raises:
-        MolaError: the message names the run and what differs.
-    """
+    """Refuse to go on with results that other options or data have given; the message names run and difference."""
     wanted = {run.key: run for run in runs}
     for result in results:
         run = wanted.get(result.key)
@@ -131,8 +105,3 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
                     f"{new.get(name)!r}. Use the same, rename the recipe, take that entry out of the `record`, or "
                     "pass another one."
                 )
-
-
-def to_content(results: Sequence[Result], summary: Mapping[str, Any], status: str, **more: Any) -> dict[str, Any]:
-    """Content of the file."""
-    return {"format": FORMAT, "status": status, **more, "summary": summary, "runs": [asdict(each) for each in results]}

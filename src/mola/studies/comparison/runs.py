@@ -1,7 +1,5 @@
 """One run of a comparison: whether it is finished, and what goes into the record of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +42,7 @@ def is_finished(run: Run) -> bool:
 
 
 def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
-    """What the record keeps of a trained and tested run.
-
-    Args:
-        run: its folder holds the adapter.
-        tested: content of its result file.
-    """
+    """What the record keeps of a run whose folder holds the adapter; `tested` is the content of its result file."""
     folder = Path(run.options.output_dir or "")
     record, config = (read_json_object(folder / name) for name in (RUN_FILE, "adapter_config.json"))
     experts = config["num_experts"]

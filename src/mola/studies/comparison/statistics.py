@@ -1,7 +1,5 @@
 """What a comparison tells: means, intervals, paired differences. Statistics only, no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,42 +11,29 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean accuracy over seeds.
+    """Mean accuracy over seeds."""
 
-    Attributes:
-        value: the mean.
-        interval_95: Student's t interval over seeds, for these questions, as far as it lies between 0 and 1; None with
-            one seed.
-        seeds: number of seeds.
-    """
-
-    value: float
+    value: float  # the mean
+    # Student's t interval over seeds, for these questions, as far as it lies between 0 and 1; None with one seed
     interval_95: tuple[float, float] | None
-    seeds: int
+    seeds: int  # number of seeds
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A recipe minus the reference, on the same questions with the same seeds.
+    """A recipe minus the reference, on the same questions with the same seeds."""
 
-    Attributes:
-        value: mean difference of the accuracies. Intervals are given as far as they lie between -1 and 1.
-        seeds_95: t interval over seeds: would other seeds say the same, on these questions? None with one seed.
-        questions_95: t interval over questions, each the mean over seeds: would other questions say the same?
-        p_questions: paired t test over questions, two-sided; 1 if no answer differs.
-        p_adjusted: the same, adjusted for the number of recipes compared (Benjamini and Hochberg).
-        verdict: `better` or `worse` if both intervals exclude 0 on the same side and `p_adjusted` is below 0.05;
-            `no significant difference` otherwise, also with one seed.
-        seeds: number of seeds.
-    """
-
-    value: float
+    value: float  # mean difference of the accuracies. Intervals are given as far as they lie between -1 and 1.
+    # t interval over seeds: would other seeds say the same, on these questions? None with one seed
     seeds_95: tuple[float, float] | None
+    # t interval over questions, each the mean over seeds: would other questions say the same?
     questions_95: tuple[float, float]
-    p_questions: float
-    p_adjusted: float
+    p_questions: float  # paired t test over questions, two-sided; 1 if no answer differs
+    p_adjusted: float  # the same, adjusted for the number of recipes compared (Benjamini and Hochberg)
+    # `better` or `worse` if both intervals exclude 0 on the same side and `p_adjusted` is below 0.05; `no significant
+    # difference` otherwise, also with one seed
     verdict: str
-    seeds: int
+    seeds: int  # number of seeds
 
 
 def mean_accuracy(accuracies: Sequence[float]) -> Mean:

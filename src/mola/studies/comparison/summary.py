@@ -1,11 +1,8 @@
 """From finished runs to the rows of a table: by task, and over all tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -18,36 +15,23 @@ _SAME_BUDGET = 0.05  # trained values that differ by less are one group
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe on one task, or on all.
+    """One recipe on one task, or on all."""
 
-    Attributes:
-        task: name of the task, or `ALL_TASKS`.
-        recipe: name of the recipe, or `BASE`.
-        trainable_parameters: mean over seeds; 0 for the base model.
-        budget_group: 0, 1, ... by trained values; recipes of one group differ by less than 5 % from its smallest;
-            None for the base model.
-        num_experts: experts by layer of each seed's run, equal ones once.
-        mean: accuracy.
-        difference: to the reference; None for the reference itself, for the base model, and without a common seed.
-    """
-
-    task: str
-    recipe: str
-    trainable_parameters: int
+    task: str  # name of the task, or `ALL_TASKS`
+    recipe: str  # name of the recipe, or `BASE`
+    trainable_parameters: int  # mean over seeds; 0 for the base model
+    # 0, 1, ... by trained values, which differ by less than 5 % from the group's smallest; None for the base model
     budget_group: int | None
-    num_experts: list[list[int]]
-    mean: Mean
+    num_experts: list[list[int]]  # experts by layer of each seed's run, equal ones once
+    mean: Mean  # accuracy
+    # to the reference; None for the reference itself, for the base model, and without a common seed
     difference: Difference | None
 
 
 def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence[str], reference: str) -> list[Row]:
-    """Rows for all tasks and recipes with at least one finished run.
+    """Rows for all tasks and recipes with at least one finished run, in the order of these names.
 
-    Args:
-        results: finished runs; others than those named are left out.
-        recipes: names, in the order of the table.
-        tasks: names, in the order of the table.
-        reference: recipe that the others are compared with.
+    `reference` is the recipe that the others are compared with; results of recipes and tasks not named are left out.
     """
     groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)})
     rows = []
@@ -69,11 +53,6 @@ def budget_groups(parameters: dict[str, int]) -> dict[str, int]:
             number, smallest = number + 1, parameters[name]
         groups[name] = number
     return groups
-
-
-def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [asdict(row) for row in rows]
 
 
 def _rows(

@@ -1,7 +1,5 @@
 """The rows of a comparison as a table: in the terminal, as CSV and as Markdown."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence
@@ -10,6 +8,7 @@ from itertools import groupby
 from rich.markup import escape
 from rich.table import Table
 
+from mola.reporting.formatting import markdown_table
 from mola.studies.comparison.summary import Row
 
 COLUMNS = (
@@ -74,7 +73,7 @@ def cells(row: Row, reference: str) -> list[str]:
     """A row as text, in the order of `COLUMNS`."""
     parameters = f"{row.trainable_parameters:,}" if row.trainable_parameters else "-"
     seeds = str(row.mean.seeds) if row.budget_group is not None else "-"
-    start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", _accuracy_interval(row.mean.interval_95)]
+    start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", _interval(row.mean.interval_95, "")]
     other = row.difference
     if other is None:
         return [*start, *[""] * 4, "reference" if row.recipe == reference else ""]
@@ -86,9 +85,8 @@ def markdown(rows: Sequence[Row], reference: str) -> str:
     """A table per task under a heading."""
     parts = []
     for task, members in groupby(rows, key=lambda row: row.task):
-        lines = [f"### {_cell(task)}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
-        lines += [_line(cells(row, reference)) for row in by_budget(list(members))]
-        parts.append("\n".join(lines))
+        rows_of_task = [cells(row, reference) for row in by_budget(list(members))]
+        parts += [f"### {task}", markdown_table(COLUMNS, rows_of_task)]
     return "\n\n".join([*parts, NOTE.format(reference=f"`{reference}`")]) + "\n"
 
 
@@ -99,7 +97,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
     writer.writerow(_CSV_COLUMNS)
     for row in rows:
         low, high = row.mean.interval_95 or ("", "")
-        line = [row.task, row.recipe, row.trainable_parameters, _or_empty(row.budget_group), row.mean.seeds]
+        line = [row.task, row.recipe, row.trainable_parameters, row.budget_group, row.mean.seeds]
         line += [row.mean.value, low, high]
         other = row.difference
         if other is None:
@@ -111,25 +109,9 @@ def comma_separated(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _or_empty(value: int | None) -> int | str:
-    return "" if value is None else value
-
-
-def _accuracy_interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
+    return "" if interval is None else f"{100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f}"
 
 
 def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _line(values: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_cell, values)) + " |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -5,8 +5,6 @@
 - Stopped at any moment, the same command goes on; finished stages and tests are not repeated.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
@@ -18,9 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from mola.files.atomic import atomic_write_json
+from mola.files.digests import weights_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
-from mola.studies.continual_learning.options import ContinualOptions, StageOptions
+from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.continual_learning.record import (
     EVALUATION_FOLDER,
     RECORD_FILE,
@@ -34,13 +33,12 @@ from mola.studies.continual_learning.record import (
     is_finished,
     read_record,
     stage_entries,
-    start_sha256,
 )
 from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
-from mola.studies.train_and_test import evaluate_once, sigterm_as_interrupt, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 
-__all__ = ["ContinualOptions", "ContinualResult", "StageOptions", "continual", "main"]
+__all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
         record = None
     before: dict[str, Any] = record or {"stages": []}
     check_same_sequence(before, stages, folder)
-    start = start_sha256(options.adapter)
+    start = None if options.adapter is None else weights_sha256(options.adapter)
     check_same_start(before, stages[0], start)
     if before.get(START_KEY) != start:
         clear_tests(folder / START_FOLDER)  # of other weights
@@ -79,11 +77,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
 
 
 def main(options: ContinualOptions) -> int:
-    """Run the command and print the table.
-
-    Returns:
-        The exit code: 0, or 130 after an interruption.
-    """
+    """Run the command and print the table; the exit code is 130 after an interruption."""
     result = continual(options)
     if result.results or result.base is not None:
         Console().print(result_table(result))
@@ -116,15 +110,7 @@ class _Sequence:
 
     def run(self) -> ContinualResult:
         """Train and test until the end or a signal."""
-        self._write("running")
-        try:
-            is_complete = self._all_stages()
-        except KeyboardInterrupt:
-            is_complete = False
-        except BaseException as error:
-            self._write("failed", error=str(error) or type(error).__name__)
-            raise
-        self._write("finished" if is_complete else "interrupted")
+        self._write(recorded(self._all_stages, self._write))
         return self.result
 
     def _all_stages(self) -> bool:

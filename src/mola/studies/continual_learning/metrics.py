@@ -3,8 +3,6 @@
 R[t][i] is the accuracy on task i after training stage t, for i <= t; both count from 1 here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """`ContinualOptions`: the options of `mola train` as defaults of all stages, the stages, how each task is tested."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,16 +28,7 @@ _EXAMPLE = '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
 
 
 @dataclass
-class StageOptions(TrainAndTestOptions):
-    """Options of one stage: those of `mola train`, and how its task is tested.
-
-    Raises:
-        MolaError: as `TrainOptions`.
-    """
-
-
-@dataclass
-class ContinualOptions(StageOptions):
+class ContinualOptions(TrainAndTestOptions):
     """Options of `mola continual`: those below, and every option of `mola train` as the default of all stages.
 
     The options of the stages are made from the values given here; changing a field afterwards has no effect on
@@ -64,27 +53,18 @@ class ContinualOptions(StageOptions):
 
     def __post_init__(self) -> None:
         # Before TrainingArguments replaces some of them by what it makes of them.
-        given = {item.name: getattr(self, item.name) for item in fields(StageOptions) if item.init}
+        given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
-        if self.resume_from_checkpoint:
-            raise MolaError(
-                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no use here: the same command goes on "
-                "where it stopped. Leave it out."
-            )
-        if self.world_size > 1:
-            raise MolaError(
-                f"`mola continual` runs in one process: got {self.world_size}. Start it without torchrun, or run "
-                "`mola train --adapter` stage by stage."
-            )
+        self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
         self.stages = named_mappings("stages", self.stages, _EXAMPLE)
-        self.stage_options: dict[str, StageOptions] = {}
+        self.stage_options: dict[str, TrainAndTestOptions] = {}
         for number, (name, values) in enumerate(self.stages.items(), start=1):
             try:
                 before = [stage.output_dir for stage in self.stage_options.values()]
                 changes = self._changes(name, values)
                 chained = self._chained(before[-1] if before else None)
                 folder = Path(self.output_dir or "") / f"{number:02d}-{name}"
-                self.stage_options[name] = StageOptions(
+                self.stage_options[name] = TrainAndTestOptions(
                     **{**given, "overwrite_output_dir": False, **chained, **changes, "output_dir": str(folder)}
                 )
             except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
@@ -92,7 +72,7 @@ class ContinualOptions(StageOptions):
 
     def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a stage sets for itself."""
-        changes = convert(StageOptions, values, f"stages.{name}")
+        changes = convert(TrainAndTestOptions, values, f"stages.{name}")
         for key in changes:
             if key in _SAME_IN_ALL_STAGES:
                 raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")

@@ -5,8 +5,6 @@ continual.json      stages with their settings and fingerprints, R, OP, PD, vers
 01-NAME/            run folder of a stage; its tests are in `evaluation`
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -16,7 +14,7 @@ from typing import Any
 
 from mola.errors import MolaError
 from mola.files.atomic import check_writable
-from mola.files.digests import file_sha256, weights_sha256
+from mola.files.digests import file_sha256
 from mola.files.reading import read_json, read_json_object
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
@@ -80,11 +78,6 @@ def adapter_sha256(stage: Stage) -> str:
     return file_sha256(stage.folder / _ADAPTER_FILE)
 
 
-def start_sha256(adapter: str | None) -> str | None:
-    """Sha256 (hex) of the weights that the first stage starts from; None for new experts."""
-    return None if adapter is None else weights_sha256(adapter)
-
-
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What the record says of each stage; the weights' checksums of finished ones are kept."""
     before = {entry["folder"]: entry for entry in (record or {}).get("stages", ())}
@@ -130,11 +123,7 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
 
 
 def check_same_start(record: Mapping[str, Any], first: Stage, start: str | None) -> None:
-    """Refuse to go on if the first stage was begun from other weights than those at its `adapter` now.
-
-    Raises:
-        MolaError: they were exchanged.
-    """
+    """Refuse to go on if the first stage was begun from other weights than those at its `adapter` now."""
     if START_KEY in record and record[START_KEY] != start and not is_empty(first.folder):
         raise MolaError(
             f"stage `{first.name}` was begun from other weights than those in `adapter`, {first.options.adapter!r}, "

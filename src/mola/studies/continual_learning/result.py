@@ -1,7 +1,5 @@
 """What a sequence ended with, and the table of it that `mola continual` prints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The stages of a sequence, checked before any of them is trained: data, lengths, steps, allocation, tests."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 from mola.data.encode import data_fingerprint
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
-from mola.studies.continual_learning.options import ContinualOptions, StageOptions
-from mola.studies.train_and_test import NOT_COMPARED, evaluation_of
+from mola.studies.continual_learning.options import ContinualOptions
+from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
 
 logger = logging.getLogger(__name__)
@@ -19,21 +17,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Stage:
-    """One stage, ready to run.
+    """One stage, ready to run."""
 
-    Attributes:
-        name: as the user gave it.
-        options: of its training; `output_dir` is its run folder.
-        test: of its task's evaluation; adapter and output file are filled in per evaluation.
-        settings: what has to be equal for a stage to be gone on with.
-        fingerprints: sha256 of training, evaluation and test examples, by part.
-    """
-
-    name: str
-    options: StageOptions
-    test: EvaluateOptions
-    settings: dict[str, Any]
-    fingerprints: dict[str, str]
+    name: str  # as the user gave it
+    options: TrainAndTestOptions  # of its training; `output_dir` is its run folder
+    test: EvaluateOptions  # of its task's evaluation; adapter and output file are filled in per evaluation
+    settings: dict[str, Any]  # what has to be equal for a stage to be gone on with
+    fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
 
     @property
     def folder(self) -> Path:
@@ -42,14 +32,7 @@ class Stage:
 
 
 def check_stages(options: ContinualOptions) -> list[Stage]:
-    """Check everything that can be wrong with any stage; loads no weights.
-
-    Returns:
-        The stages in the order of training.
-
-    Raises:
-        MolaError: anything wrong; the message names the stage.
-    """
+    """The stages in the order of training, all of them checked without loading weights; an error names the stage."""
     first = next(iter(options.stage_options.values()))
     check_model_options(first)
     tokenizer = load_tokenizer_for(first)
@@ -68,7 +51,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     return stages
 
 
-def _compared(options: StageOptions, is_first: bool) -> dict[str, Any]:
+def _compared(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
     # Later stages start from the one before, wherever its folder is.
     return {**values, "adapter": options.adapter} if is_first else values
