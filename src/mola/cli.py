@@ -64,8 +64,12 @@ COMMANDS = {
         "mola.allocation.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"
     ),
     "convert": Command(
-        "mola.models.convert", "ConvertOptions", "adapters of other codes to mola's, and back", "source"
+        "mola.exporting.convert",
+        "ConvertOptions",
+        "a mixture to LoRA, LoRAs to a mixture, adapters of other codes to mola's, and back",
+        "source",
     ),
+    "merge": Command("mola.exporting.merge", "MergeOptions", "base model and LoRA as one model folder", "adapter"),
     "inspect": Command(
         "mola.reporting.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"
     ),

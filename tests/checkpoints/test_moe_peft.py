@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from mola import MolaError, load_model
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.cli import main
-from mola.models.convert import ConvertOptions, convert
+from mola.exporting.convert import ConvertOptions, convert
 from mola.models.loading import check_adapter
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, Llama, make_settings, make_tensors, write
 

@@ -1,4 +1,4 @@
-"""Adapter folders: settings, weights as safetensors and as pickles, in mola's format and in two others."""
+"""Adapter folders: settings, weights as safetensors and as pickles, in mola's format and in three others."""
 
 import copy
 import json
@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import save
 
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.tensors import read_tensors
+from mola.exporting.convert import ConvertOptions, convert
 from mola.models.adapters import attach, check_adapter
-from mola.models.convert import ConvertOptions, convert
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.tuner import MolaConfig
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, make_settings, make_tensors
@@ -43,6 +44,13 @@ OWN = {
     f"base_model.model.model.layers.{layer}.self_attn.q_proj.mola_{part}": torch.ones(shape)
     for layer in range(4)
     for part, shape in (("A", (2, 2, 32)), ("B", (2, 2, 32)), ("router", (2, 32)))
+}
+LORA_SETTINGS = LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 3}).to_dict()
+LORA_SETTINGS = json.loads(json.dumps(LORA_SETTINGS, default=sorted)) | {"peft_type": "LORA"}
+LORA = {
+    f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
+    for layer in range(4)
+    for part, shape in (("A", (3 if layer == 1 else 2, 32)), ("B", (32, 3 if layer == 1 else 2)))
 }
 
 
@@ -162,15 +170,19 @@ def test_conversion(folder, tiny_model_dir, data):
                 ("published", None, PUBLISHED_SETTINGS | {"r": [2] * 4}, PUBLISHED, "1"),
                 ("moe_peft", None, SETTINGS, TENSORS, None),
                 (None, "published", OWN_SETTINGS, OWN, None),
+                (None, "lora", OWN_SETTINGS, OWN, None),
+                ("lora", None, LORA_SETTINGS, LORA, "1"),
             ]
         )
     )
     fill(data, folder, settings, tensors)
-    base = None if target else str(tiny_model_dir)
+    base = None if target == "published" else str(tiny_model_dir)
 
     def run():
         shutil.rmtree(folder / "out", ignore_errors=True)
-        return convert(ConvertOptions(str(folder), str(folder / "out"), source, target, base, top_k))
+        own = {"rank": 2} if target == "lora" else {"num_experts": "2,"} if source == "lora" else {}
+        options = ConvertOptions([str(folder)], str(folder / "out"), source, target, base, top_k, **own)
+        return convert(options)
 
     survives(run)
 

@@ -90,7 +90,10 @@ def data(tmp_path_factory):
 def commands(base, adapter, data, folder):
     """Every command that reads an adapter of mola."""
     given = ["--base_model", str(base), "--adapter", str(adapter)]
+    output = ["--base_model", str(base), "--output", str(folder / "out")]
     return {
+        "convert": [str(adapter), "--to", "lora", "--rank", "2", *output],
+        "merge": [str(adapter), *output],
         "evaluate": [*given, "--task", "sample", "--data", str(data), "--output", str(folder / "result.json")],
         "generate": [*given, "--instruction", "Say 1"],
         "inspect": [*given, "--data", str(data), "--json", str(folder / "inspection.json")],
@@ -100,7 +103,7 @@ def commands(base, adapter, data, folder):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("command", ["generate", "train", "serve", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "train", "serve", "evaluate", "inspect", "convert", "merge"])
 def test_commands_say_what_is_wrong(command, fault, adapter, no_weights_dir, data, tmp_path, capsys):
     damage, words = FAULTS[fault]
     damage(adapter)
@@ -109,6 +112,7 @@ def test_commands_say_what_is_wrong(command, fault, adapter, no_weights_dir, dat
     assert message.startswith(f"mola {command}: error: ")
     assert [word for word in words if word not in message] == [], message
     assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

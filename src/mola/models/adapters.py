@@ -67,7 +67,7 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> PeftModel:
     """Whether a mixture fits a model, with no weights of either needed.
 
     Args:
@@ -75,14 +75,18 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
         config: the adapter's configuration; stays as it is.
         tensors: its tensors under the names they have in a file; only their shapes and values are looked at.
 
+    Returns:
+        The model with the experts, without weights.
+
     Raises:
         MolaError: another kind of model, a tensor that is missing or unknown, another shape, or no finite values.
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
     with torch.device("meta"):
-        adapted = get_peft_model(model_on_meta, config)
+        adapted: Any = get_peft_model(model_on_meta, config)
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
+    return adapted
 
 
 def as_mapping(

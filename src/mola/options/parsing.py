@@ -36,7 +36,7 @@ def parse(
         arguments: the words after the command.
         prog: how the command is called, for the help text.
         summary: one line for the help text.
-        positional: option that a first word without dashes sets.
+        positional: option that a first word without dashes sets; if it is a list, all words before the first flag.
         bare_no: accept `--noflag` for `--flag=false`.
 
     Raises:
@@ -45,11 +45,13 @@ def parse(
         SystemExit: after `--help`.
     """
     arguments, recipe = _take_config(list(arguments))
-    if positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{positional}={arguments[0]}", *arguments[1:]]
     if bare_no:
         arguments = _without_bare_no(arguments, options_class)
     parser, flags = _make_parser(options_class, prog, summary)
+    if positional and arguments and not arguments[0].startswith("-"):
+        takes_more = flags[f"--{positional}"].nargs == "+"
+        end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if takes_more else 1
+        arguments = [f"--{positional}", *arguments[:end], *arguments[end:]]
     config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
     flags |= {"--config": config}
     # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.

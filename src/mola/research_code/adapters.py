@@ -13,10 +13,10 @@ from mola.architecture.allocation import effective_top_k
 from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
+from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json
 from mola.files.digests import file_sha256
 from mola.files.reading import read_json_object
-from mola.models.convert import ConvertOptions, convert
 from mola.models.loading import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
@@ -103,7 +103,7 @@ def _converted(source: str, base_model: str, top_k: str | None, num_layers: int,
         )
     report = convert(
         ConvertOptions(
-            source=source,
+            source=[source],
             output=str(target),
             source_format="published",
             base_model=base_model,

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from mola import MolaError
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
+from mola.evaluation.differences import Difference, Mean, mean_accuracy, paired_differences
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.outputs import page
 from mola.studies.comparison.record import BASE, read_results
-from mola.studies.comparison.statistics import Difference, Mean, mean_accuracy, paired_differences
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
 from mola.studies.comparison.tables import comma_separated, markdown
 from mola.training.callbacks import MetricsFile

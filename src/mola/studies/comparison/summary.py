@@ -6,8 +6,8 @@ from statistics import fmean
 
 import numpy as np
 
+from mola.evaluation.differences import Difference, Mean, mean_accuracy, paired_differences
 from mola.studies.comparison.record import BASE, Result
-from mola.studies.comparison.statistics import Difference, Mean, mean_accuracy, paired_differences
 
 ALL_TASKS = "mean of the tasks"
 _SAME_BUDGET = 0.05  # trained values that differ by less are one group

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig, MolaError
 from mola.checkpoints.tensors import read_tensors
 from mola.cli import main
-from mola.models.convert import ConvertOptions, convert
+from mola.exporting.convert import ConvertOptions, convert
 from tests.checkpoints.moe_peft_reference import make_settings, make_tensors, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -106,10 +106,10 @@ def test_long_spelling_and_recipe(tmp_path):
     [
         ([], "exactly one of `--from` and `--to`"),
         ([*FROM, "--to", "published"], "exactly one of `--from` and `--to`"),
-        (["--from", "moe_peft", *FROM[2:]], "`top_k` is only for --from published, got '2'"),
+        (["--from", "moe_peft", *FROM[2:]], "`top_k` is only for --from published and --from lora, got '2'"),
         (["--from", "moe_peft", *FROM[2:4]], "is in the format 'published'. Pass --from published"),
-        (["--to", "moe_peft"], "`--to` must be 'published', got 'moe_peft'"),
-        (["--from", "lora", *FROM[2:]], "`--from` must be 'published' or 'moe_peft', got 'lora'"),
+        (["--to", "moe_peft"], "`--to` must be 'published' or 'lora', got 'moe_peft'"),
+        (["--from", "dora", *FROM[2:]], "`--from` must be 'published' or 'moe_peft' or 'lora', got 'dora'"),
         (FROM[:4], "`top_k` must be given"),
         ([*FROM[:2], *FROM[4:]], "`base_model` must be given"),
         ([*FROM[:5], "3"], "layer 0 has top_k 3 and num_experts 2"),

@@ -1,4 +1,4 @@
-"""What a comparison tells: means, intervals, paired differences. Statistics only, no torch."""
+"""Whether answers to the same questions differ: means, intervals, paired differences. Statistics only, no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

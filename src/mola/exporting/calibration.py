@@ -1,0 +1,145 @@
+"""Data that a conversion is fitted to and measured on: tokens, held-out rows, batches without padding."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mola.data.encode import encode_examples
+from mola.data.examples import load_examples
+from mola.data.tasks import Task, load_task
+from mola.data.templates import get_template
+from mola.data.tokenized import IGNORED
+from mola.errors import MolaError
+from mola.exporting.options import ConvertOptions
+from mola.files.reading import read_text
+from mola.generation.predicting import max_positions
+from mola.models.loading import load_config, load_tokenizer
+
+_PIECE = 256  # tokens of a piece of text
+_TOKENS = 1024  # of a batch: logits of all of them are compared
+_EVERY = 10  # of so many rows one is held out
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of a sample.
+
+    Attributes:
+        ids: all of them.
+        labels: the same; `IGNORED` for the prompt.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of one kind.
+
+    Attributes:
+        fitted: rows to fit to.
+        held_out: others, to measure on.
+        too_long: rows left out because the model takes no such length.
+    """
+
+    fitted: list[Row]
+    held_out: list[Row]
+    too_long: int = 0
+
+
+def read_task(options: ConvertOptions) -> Task | None:
+    """The task of `data` and `test`.
+
+    Raises:
+        MolaError: it is missing with one of them, given with neither, or wrong.
+    """
+    wanted = options.data is not None or options.test is not None
+    if wanted != (options.task is not None):
+        raise MolaError(
+            f"`task` must be given with `data` or `test`, and with these only: got task {options.task!r}, data "
+            f"{options.data!r}, test {options.test!r}."
+        )
+    return None if options.task is None else load_task(options.task)
+
+
+def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:
+    """The rows of a data file.
+
+    Raises:
+        MolaError: it is unreadable, or has fewer than two rows that fit.
+    """
+    tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
+    examples = load_examples(path, task, options.split, limit=options.limit)
+    cutoff = _longest(options)
+    dataset, report = encode_examples(
+        examples, tokenizer, get_template(task.template), cutoff_len=cutoff, truncation="drop"
+    )
+    rows = [Row(row["input_ids"], row["labels"]) for row in dataset]
+    return _divided(rows, path, report.dropped)
+
+
+def read_general_text(options: ConvertOptions, option: str) -> Calibration:
+    """The pieces of a text file.
+
+    Args:
+        options: of the command.
+        option: text or test_text.
+
+    Raises:
+        MolaError: it is unreadable, or has fewer than two pieces.
+    """
+    path = str(getattr(options, option))
+    tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
+    try:
+        ids = tokenizer(read_text(path), verbose=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
+    size = min(_PIECE, _longest(options))
+    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return _divided([Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit], path, 0)
+
+
+def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels `(samples, length)`, rows of one length together: there is no padding to leave out."""
+    by_length: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_length[len(row.ids)].append(row)
+    found = []
+    for length, alike in sorted(by_length.items()):
+        size = max(1, _TOKENS // length)
+        for start in range(0, len(alike), size):
+            part = alike[start : start + size]
+            found.append((torch.tensor([row.ids for row in part]), torch.tensor([row.labels for row in part])))
+    return found
+
+
+def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:
+    """The token ids of `batches`."""
+    return [ids for ids, _ in batches(rows)]
+
+
+def answer_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions `(samples, length - 1)` predict a token of an answer."""
+    return labels[:, 1:] != IGNORED
+
+
+def _longest(options: ConvertOptions) -> int:
+    config: Any = load_config(str(options.base_model), options.trust_remote_code)
+    return max_positions(config) or _NO_LIMIT
+
+
+def _divided(rows: list[Row], path: str, too_long: int) -> Calibration:
+    if len(rows) < 2:
+        raise MolaError(
+            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has {len(rows)}. Pass more."
+        )
+    every = min(_EVERY, len(rows))
+    held_out = rows[every - 1 :: every]
+    return Calibration([row for i, row in enumerate(rows) if i % every != every - 1], held_out, too_long)

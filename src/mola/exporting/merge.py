@@ -1,0 +1,73 @@
+"""`mola merge`: base model and adapter as one ordinary model folder.
+
+mola merge lora --base_model my-model --output merged
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.folders import check_new_folder, new_folder
+from mola.models.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.models.quantization import stored_quantization
+from mola.options.fields import option
+
+__all__ = ["MergeOptions", "main", "merge"]
+
+
+@dataclass
+class MergeOptions:
+    """Options of `mola merge`."""
+
+    adapter: str = field(
+        metadata={"help": "Folder of an adapter that merges: plain LoRA, or a mola adapter with one expert everywhere."}
+    )
+    base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
+    output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    dtype: str = option("auto", "Dtype of the merged model: auto, float32, bfloat16 or float16.")
+    device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
+
+
+def merge(options: MergeOptions) -> Path:
+    """Add an adapter's update to the weights of its base model and write the model with its tokenizer.
+
+    Args:
+        options: see `MergeOptions`.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        MolaError: a mixture, a quantised base model, an adapter that does not fit, a folder with something in it.
+    """
+    adapter = os.path.expanduser(options.adapter)
+    output = check_new_folder("output", options.output)
+    check_adapter(adapter)
+    config: Any = load_config(options.base_model, options.trust_remote_code)
+    if (method := stored_quantization(config)) is not None:
+        raise MolaError(
+            f"`base_model` must not be quantised to be merged into: {options.base_model!r} is stored by {method}. Pass "
+            "the model that it was made from."
+        )
+    tokenizer = load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)
+    model: Any = load_model(options.base_model, adapter, options.dtype, options.device, options.trust_remote_code)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = model.peft_config["default"].peft_type
+        raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
+    merged = model.merge_and_unload(safe_merge=True)
+    with new_folder("output", output) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return output
+
+
+def main(options: MergeOptions) -> int:
+    """Merge and print where the model is; returns 0, the exit code."""
+    print(f"written to {merge(options)}")
+    return 0

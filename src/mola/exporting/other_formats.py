@@ -1,0 +1,135 @@
+"""Adapters of the paper's research code and of MoE-PEFT to mola's format, and back to the former."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mola.architecture.allocation import effective_top_k
+from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import adaptable
+from mola.checkpoints.conversion_report import ConvertReport
+from mola.checkpoints.formats import foreign_format
+from mola.checkpoints.moe_peft import read_moe_peft
+from mola.checkpoints.published import read_published
+from mola.checkpoints.published_writer import to_published
+from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
+from mola.errors import MolaError
+from mola.exporting.options import ConvertOptions
+from mola.files.folders import new_folder
+from mola.models.adapters import check_fits
+from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.tuner import MolaConfig
+
+
+def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
+    """`mola convert --from published` and `--from moe_peft`; see `mola.exporting.convert.convert`."""
+    source, base_model = Path(os.path.expanduser(options.source[0])), str(options.base_model)
+    found = foreign_format(read_settings(source))
+    if found not in (None, options.source_format):
+        raise MolaError(
+            f"`--from` must be the format of the source, got {options.source_format!r}: {options.source[0]!r} is in "
+            f"the format {found!r}. Pass --from {found}."
+        )
+    model = model_on_meta(base_model, options.trust_remote_code)
+    num_layers = count_decoder_layers(model, base_model)
+    not_saved: dict[str, Any] = {}
+    notes: list[str] = []
+    if options.source_format == "published":
+        config, tensors = _read_published(source, options, num_layers)
+    else:
+        linears = [name for name, module in model.named_modules() if adaptable(module)]
+        config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
+    num_experts, r, top_k = (
+        resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r", "top_k")
+    )
+    used = effective_top_k(num_experts, top_k)
+    config.inference_mode = True
+    config.base_model_type = model.config.model_type
+    check_fits(model, config, tensors)
+    notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
+    config.base_model_name_or_path = base_model
+    with new_folder("output", output) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    modules = adapted_modules(tensors)
+    experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
+    return ConvertReport(
+        output=output,
+        num_experts=num_experts,
+        top_k=used,
+        r=r,
+        lora_alpha=config.lora_alpha,
+        tensors_read=2 * experts + len(modules),  # A and B of every expert, a router of every module
+        tensors_written=len(tensors),
+        target_modules=list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
+        routers_dropped=sum(f"{module}.mola_router" not in tensors for module in modules),
+        not_saved=not_saved,
+        notes=notes,
+    )
+
+
+def _other_base(recorded: str | None, base_model: str) -> list[str]:
+    # Folders move and hub ids lose their owner: only the last part says which model it is.
+    if not recorded or Path(recorded).name == Path(base_model).name:
+        return []
+    return [f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?"]
+
+
+def _read_published(
+    source: Path, options: ConvertOptions, num_layers: int
+) -> tuple[MolaConfig, dict[str, torch.Tensor]]:
+    top_k = resolve_per_layer(str(options.top_k), num_layers, "top_k")
+    config, tensors = read_published(source, top_k[0] if len(set(top_k)) == 1 else top_k)
+    for name in ("num_experts", "r"):
+        values = getattr(config, name)
+        if len(values) != num_layers:
+            raise MolaError(
+                f"`{name}` in {options.source[0]!r} must have one entry per decoder layer: {len(values)} entries, "
+                f"`base_model` {options.base_model!r} has {num_layers} layers. The adapter belongs to another base "
+                "model."
+            )
+    return config, tensors
+
+
+def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
+    """`mola convert --to published`; see `mola.exporting.convert.convert`."""
+    source = Path(os.path.expanduser(options.source[0]))
+    settings = read_settings(source)
+    peft_type, found = settings.get("peft_type"), foreign_format(settings)
+    if peft_type != "MOLA" or found:
+        hint = f" To read it use --from {found}." if found else ""
+        raise MolaError(
+            f"`source` must be an adapter of mola for --to published, got peft_type {peft_type!r} in "
+            f"{options.source[0]!r}{f', in the format {found!r}' if found else ''}.{hint}"
+        )
+    config: Any = MolaConfig.from_pretrained(str(source))
+    tensors = read_tensors(source)
+    published_settings, published = to_published(config, tensors)
+    r = published_settings["r"]
+    num_experts = resolve_per_layer(config.num_experts, len(r), "num_experts")
+    top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
+    router = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
+    not_saved = {"top_k": top_k} | {name: value for name in router if (value := getattr(config, name))}
+    with new_folder("output", output) as folder:
+        text = json.dumps(published_settings, indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        torch.save(published, folder / "adapter_model.bin")
+    modules = len(adapted_modules(tensors))
+    return ConvertReport(
+        output=output,
+        num_experts=num_experts,
+        top_k=top_k,
+        r=r,
+        lora_alpha=config.lora_alpha,
+        tensors_read=len(tensors),
+        tensors_written=len(published),
+        target_modules=published_settings["target_modules"],
+        routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
+        not_saved=not_saved,
+    )

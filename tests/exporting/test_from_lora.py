@@ -1,0 +1,201 @@
+"""`mola convert --from lora`: LoRA adapters become experts, exactly; routers fresh or fitted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mola.exporting.convert import ConvertOptions, convert
+from mola.exporting.routers import router_of
+from tests.damage import WEIGHTS, change_tensors, cut_off
+from tests.exporting.conftest import load, logits
+
+
+def flags(model_dir, output, *more):
+    return ["--from", "lora", "--base_model", model_dir, "--output", output, *more]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 9, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 3}},
+    ],
+)
+def test_one_adapter_in_every_expert_is_that_lora(tiny_model_dir, lora, tmp_path, run, settings):
+    source = lora("a", **settings)
+    run("convert", source, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2345", "--noise", 0))
+    mixture = load(tiny_model_dir, tmp_path / "out")
+    torch.testing.assert_close(logits(mixture), logits(load(tiny_model_dir, source)), atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["num_experts"] == [2, 3, 4, 5]
+    assert config["top_k"] == 2
+
+
+def test_a_common_scale_is_kept_bit_for_bit(tiny_model_dir, lora, tmp_path, run):
+    sources = [lora("a", r=2, lora_alpha=4, seed=0), lora("b", r=3, lora_alpha=6, seed=1)]
+    run("convert", *sources, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2,"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for expert, source in enumerate(sources):
+        theirs = load_file(f"{source}/adapter_model.safetensors")
+        name = "base_model.model.model.layers.1.mlp.down_proj"
+        A, B = theirs[f"{name}.lora_A.weight"], theirs[f"{name}.lora_B.weight"]
+        assert torch.equal(ours[f"{name}.mola_A"][expert, : len(A)], A)
+        assert torch.equal(ours[f"{name}.mola_B"][expert, : len(A)], B.t())
+        assert not ours[f"{name}.mola_B"][expert, len(A) :].any()
+        assert ours[f"{name}.mola_A"][expert, len(A) :].all()  # or it could not be trained
+
+
+def test_different_scales_targets_and_ranks_are_exact(tiny_model_dir, lora, tmp_path, run):
+    """Each expert alone is its adapter: gates are put to it by hand."""
+    sources = [
+        lora("a", r=2, lora_alpha=5, seed=0),
+        lora("b", r=3, lora_alpha=3, seed=1, target_modules=["q_proj", "up_proj"]),
+    ]
+    printed = run("convert", *sources, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2,", "--top_k", 1))
+    assert "does not adapt 4 linears" in printed
+    for expert, source in enumerate(sources):
+        mixture = load(tiny_model_dir, tmp_path / "out")
+        for name, module in mixture.named_modules():
+            if name.endswith("_proj") and hasattr(module, "mola_A"):
+                for part in (module.mola_A["default"], module.mola_B["default"]):
+                    part.data[:] = part.data[expert].clone()
+        torch.testing.assert_close(logits(mixture), logits(load(tiny_model_dir, source)), atol=1e-5, rtol=1e-5)
+
+
+def test_copies_are_noised_by_a_seed(tiny_model_dir, lora, tmp_path):
+    source = lora("a", r=2)
+    found = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        options = ConvertOptions(
+            source, str(tmp_path / name), "lora", None, str(tiny_model_dir), num_experts="3,", seed=seed
+        )
+        assert convert(options).num_experts["model.layers.0.self_attn.q_proj"] == 3
+        found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.mola_A"
+    assert all(torch.equal(found["one"][name], found["again"][name]) for name in found["one"])
+    first, copies = found["one"][key][0], found["one"][key][1:]
+    assert torch.equal(first, found["other"][key][0])
+    assert not torch.equal(copies, found["other"][key][1:])
+    relative = (copies - first).std() / first.std()
+    assert 0.05 < relative < 0.2
+
+
+def test_fitted_routers_tell_the_adapters_apart(tiny_model_dir, lora, tmp_path, run):
+    """Two kinds of rows that share no word: each token's first choice is the expert of its own adapter."""
+    data = []
+    for number, (question, output) in enumerate((("aaa aa a", "aaaa"), ("zzz zz z", "zzzz"))):
+        path = tmp_path / f"{number}.json"
+        rows = [{"id": str(i), "instruction": question * (1 + i % 3), "input": "", "output": output} for i in range(30)]
+        path.write_text(json.dumps(rows))
+        data.append(path)
+    sources = [lora("a", r=2, seed=0), lora("b", r=2, seed=1)]
+    more = ["--num_experts", "3,", "--top_k", 1, "--data", *data, "--task", "sample", "--split", "train"]
+    printed = run("convert", *sources, *flags(tiny_model_dir, tmp_path / "out", *more, "--dtype", "float32"))
+    share = float(printed.split("right first choice for ")[1].split("%")[0])
+    # The prompt around the question is the same in both.
+    assert share > 55
+    assert load(tiny_model_dir, tmp_path / "out").peft_config["default"].top_k == 1
+
+
+def test_router_of_is_least_squares_with_the_wanted_margin():
+    torch.manual_seed(0)
+    data = [torch.randn(40, 5, dtype=torch.float64) + 2 * torch.randn(5, dtype=torch.float64) for _ in range(3)]
+    means = torch.stack([x.mean(0) for x in data])
+    found = router_of(sum(x.t() @ x / len(x) for x in data), means)
+    logits = means @ found.t()
+    lead = torch.stack([row[i] - (row.sum() - row[i]) / 2 for i, row in enumerate(logits)]).mean()
+    torch.testing.assert_close(lead, torch.tensor(4.0, dtype=torch.float64))
+    # Least squares with the ridge as further rows, one expert after the other.
+    x = torch.cat(data) / 40**0.5
+    lam = 1e-3 * (x.t() @ x).diagonal().mean()
+    rows = torch.cat([x, lam.sqrt() * torch.eye(5, dtype=torch.float64)])
+    for expert in range(3):
+        targets = torch.cat([torch.full((40,), 1.0 if i == expert else -1.0) for i in range(3)]).double() / 40**0.5
+        wanted = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(5, dtype=torch.float64)])[:, None]).solution
+        torch.testing.assert_close(found[expert] / found[expert].norm(), wanted[:, 0] / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "`num_experts` must be given with --from lora"),
+        (["--num_experts", "1,"], "`num_experts` must be at least 2, one for each adapter: 'model.layers.0"),
+        (["--num_experts", "1234"], "has 1. Raise it, such as --num_experts 2, or leave adapters out"),
+        (["--num_experts", "2,", "--top_k", "3"], "top_k"),
+        (["--num_experts", "2,", "--noise", "-1"], "`noise` must be at least 0"),
+        (["--num_experts", "2,", "--rank", "4"], "`rank` is only for --to lora, got 4"),
+        (["--num_experts", "2,", "--data", "x.json"], "`task` must be given with `data`"),
+        (["--num_experts", "2,", "--data", "x.json", "--task", "sample"], "one file for each of at least two adapters"),
+    ],
+)
+def test_wrong_options(no_weights_dir, lora, tmp_path, refusal, more, message):
+    sources = [lora("a", seed=0), lora("b", seed=1)]
+    assert message in refusal("convert", *sources, *flags(no_weights_dir, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "`use_dora` of "),
+        ({"bias": "all"}, "`bias` of "),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` of "),
+        ({"trainable_token_indices": [1, 2]}, "`trainable_token_indices` of "),
+    ],
+)
+def test_adapters_that_experts_cannot_express(no_weights_dir, lora, tmp_path, refusal, settings, message):
+    words = flags(no_weights_dir, tmp_path / "out", "--num_experts", "2,")
+    assert message in refusal("convert", lora("a", **settings), *words)
+
+
+def test_starts_that_change_the_base_weight_are_refused(no_weights_dir, lora, tmp_path, refusal):
+    source = lora("a")
+    path = f"{source}/adapter_config.json"
+    with open(path) as file:
+        settings = json.load(file)
+    with open(path, "w") as file:
+        json.dump(settings | {"init_lora_weights": "pissa_niter_4"}, file)
+    message = refusal("convert", source, *flags(no_weights_dir, tmp_path / "out", "--num_experts", "2,"))
+    assert "'pissa_niter_4' changes the base weight" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: cut_off(folder / WEIGHTS, 0.9), "cannot be read as tensors"),
+        (lambda folder: change_tensors(folder, lambda found: next(iter(found.values())).fill_(float("nan"))), "finite"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "holds neither"),
+        (lambda folder: cut_off(folder / "adapter_config.json", 0.5), "adapter_config.json"),
+    ],
+)
+def test_damaged_loras(no_weights_dir, lora, tmp_path, refusal, damage, message):
+    source = lora("a")
+    damage(Path(source))
+    words = flags(no_weights_dir, tmp_path / "out", "--num_experts", "2,")
+    assert message in refusal("convert", source, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_do_not_fit(no_weights_dir, mixture, lora, tmp_path, refusal):
+    words = flags(no_weights_dir, tmp_path / "out", "--num_experts", "2,")
+    assert "must be LoRA adapters of PEFT" in refusal("convert", mixture, *words)
+    source = tmp_path / "changed"
+    for change, message in (
+        ({"r": 16}, "has shape (8, 32)"),
+        ({"target_modules": ["q_proj"]}, "belongs to no adapted linear"),
+        ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "is missing"),
+        ({"target_modules": ["nothing"]}, "does not fit the base model"),
+    ):
+        source = lora(f"changed {len(message)}")
+        path = f"{source}/adapter_config.json"
+        with open(path) as file:
+            settings = json.load(file)
+        with open(path, "w") as file:
+            json.dump(settings | change, file)
+        assert message in refusal("convert", source, *words)

@@ -1,0 +1,148 @@
+"""Cutting and regression, against dense matrices and plain least squares; memory of the moments."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mola import MolaError
+from mola.exporting.low_rank import cut, regression, solve, square_root
+from mola.exporting.moments import gather_all, moment_bytes, with_same_input, within
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("out", "m", "inside"), [(9, 6, 7), (4, 10, 12), (12, 10, 4)])
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_cut_is_the_truncated_svd(out, m, inside, rank):
+    left, right = random(out, m), random(m, inside)
+    B, A = cut(left, right, rank)
+    u, s, v = torch.linalg.svd(left @ right, full_matrices=False)
+    torch.testing.assert_close(B @ A, (u[:, :rank] * s[:rank]) @ v[:rank])
+    assert A.shape[0] == min(rank, out, m, inside)
+
+
+def moments_of(x, h):
+    return x.t() @ x, h.t() @ x
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_regression_is_reduced_rank_least_squares(rank):
+    """Ridge as further rows, then the fitted values cut to a rank: the textbook's way, with whole matrices."""
+    tokens, inside, out, m, ridge = 50, 8, 7, 5, 0.05
+    x, h, left = random(tokens, inside) @ random(inside, inside), random(tokens, m), random(out, m)
+    second, cross = moments_of(x, h)
+    lam = ridge * second.diagonal().mean()  # before it is added
+    root, found = square_root(second, ridge)
+    torch.testing.assert_close(found, lam.item())
+    towards = random(m, inside)
+    B, A = regression(root, cross + found * towards, left, rank)
+    rows = torch.cat([x, lam.sqrt() * torch.eye(inside, dtype=torch.float64)])
+    wanted = torch.cat([h @ left.t(), lam.sqrt() * (left @ towards).t()])
+    full = torch.linalg.lstsq(rows, wanted).solution
+    v = torch.linalg.svd(rows @ full, full_matrices=False).Vh[:rank]
+    torch.testing.assert_close(B @ A, (full @ v.t() @ v).t())
+    torch.testing.assert_close(left @ solve(root, cross + found * towards), full.t())
+
+    def loss(update):
+        return (wanted - rows @ update.t()).square().sum()
+
+    # No other update of this rank is better.
+    best = loss(B @ A)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert loss((B + 1e-3 * torch.randn_like(B)) @ (A + 1e-3 * torch.randn_like(A))) >= best
+
+
+def test_inputs_that_are_always_zero_have_no_update():
+    B, A = regression(square_root(torch.zeros(4, 4, dtype=torch.float64))[0], random(3, 4) * 0, random(5, 3), 2)
+    assert not (B @ A).any()
+
+
+class Two(nn.Module):
+    """Two linears with one input, one with another, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.idle = (nn.Linear(n, 3, bias=False) for n in (4, 4, 3, 4))
+
+    def forward(self, input_ids, **_):
+        x = torch.nn.functional.one_hot(input_ids, 4).float()
+        self.a(x)
+        self.logits = self.c(self.b(x))
+        return self
+
+
+def test_moments_are_sums_over_all_tokens():
+    model = Two()
+    modules = dict(model.named_children())
+    batches = [torch.tensor([[0, 1, 2]]), torch.tensor([[3, 3], [1, 0]])]
+    groups = with_same_input(model, modules, batches[0])
+    assert groups == [["a", "b"], ["c"], ["idle"]]
+    found = gather_all(model, modules, groups, lambda name, x: 2 * x[:, :2], batches)
+    assert found[2] is None
+    x = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 3, 3, 1, 0]), 4).double()
+    torch.testing.assert_close(found[0].second, x.t() @ x)
+    torch.testing.assert_close(found[0].cross["b"], 2 * x[:, :2].t() @ x)
+    assert [each.cross.keys() for each in found[:2]] == [{"a", "b"}, {"c"}]
+    y = x @ model.b.weight.double().t()
+    torch.testing.assert_close(found[1].second, y.t() @ y)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    model = Two()
+    model.b.weight.data.fill_(float("inf"))
+    with pytest.raises(MolaError, match="'c' must be finite"):
+        gather_all(model, dict(model.named_children()), [["c"]], lambda name, x: x, [torch.tensor([[0, 1]])])
+
+
+def test_llama_2_7b_stays_below_24_gb():
+    """8 experts of rank 8 in seven linears of 32 layers."""
+    layer = [moment_bytes(4096, [64] * 3), moment_bytes(4096, [64]), moment_bytes(4096, [64] * 2)]
+    layer.append(moment_bytes(11008, [64]))
+    sizes = layer * 32
+    assert sum(sizes) > 24e9  # all at once would not do
+    parts = within(sizes, 24e9)
+    assert [index for part in parts for index in part] == list(range(len(sizes)))
+    for part in parts:
+        assert sum(sizes[i] for i in part) + 2 * max(sizes[i] for i in part) <= 24e9
+    assert len(parts) == 3
+    with pytest.raises(MolaError, match=r"`memory_gb` must be at least 2\.9"):
+        within(sizes, 1e9)
+
+
+WIDEST = """
+import resource, torch
+from torch import nn
+from mola.exporting.low_rank import regression, square_root
+from mola.exporting.moments import gather_all
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Linear(11008, 16, bias=False)
+
+    def forward(self, input_ids, **_):
+        self.logits = self.down_proj(torch.randn(*input_ids.shape, 11008))
+        return self
+
+model, A = Model(), torch.randn(64, 11008)
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = used()
+rows = [torch.zeros(1, 64, dtype=torch.long)] * 2
+(moments,) = gather_all(model, {"down_proj": model.down_proj}, [["down_proj"]], lambda name, x: x @ A.t(), rows)
+root, _ = square_root(moments.second)
+regression(root, moments.cross["down_proj"], torch.randn(4096, 64, dtype=torch.float64), 8)
+print(used() - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_widest_linear_of_llama_2_7b_needs_what_was_computed():
+    done = subprocess.run([sys.executable, "-c", WIDEST], capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert moment_bytes(11008, [64]) < int(done.stdout) * unit < 3 * moment_bytes(11008, [64])

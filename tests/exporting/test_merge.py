@@ -1,0 +1,46 @@
+"""`mola merge`: an ordinary model folder, with the same logits; what does not merge is refused."""
+
+import json
+
+import pytest
+import torch
+
+from mola import MolaConfig, MolaError
+from tests.exporting.conftest import base, load, logits, saved
+
+
+def test_exported_lora_merges_into_a_model_folder(tiny_model_dir, mixture, tmp_path, run):
+    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    words = ["--base_model", tiny_model_dir, "--dtype", "float32", "--output", tmp_path / "merged"]
+    assert "written to" in run("merge", tmp_path / "lora", *words)
+    expected = logits(load(tiny_model_dir, tmp_path / "lora"))
+    torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "adapter_config.json" not in names
+
+
+def test_one_expert_everywhere_merges(tiny_model_dir, tmp_path, run):
+    config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = saved(tiny_model_dir, tmp_path / "one", config)
+    run("merge", folder, "--base_model", tiny_model_dir, "--dtype", "float32", "--output", tmp_path / "merged")
+    expected = logits(load(tiny_model_dir, folder))
+    torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, mixture, tmp_path, refusal):
+    message = refusal("merge", mixture, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+    assert "mola convert ADAPTER --to lora" in message
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(MolaError, match="mola convert ADAPTER --to lora"):
+        load(tiny_model_dir, mixture).merge_and_unload()
+
+
+def test_a_quantised_base_is_refused(no_weights_dir, lora, tmp_path, refusal):
+    path = no_weights_dir / "config.json"
+    text = path.read_text()
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps({**json.loads(text), "quantization_config": settings}))
+    message = refusal("merge", lora("a"), "--base_model", no_weights_dir, "--output", tmp_path / "merged")
+    path.write_text(text)
+    assert "`base_model` must not be quantised" in message

@@ -1,0 +1,269 @@
+"""`mola convert --to lora`, through the command: what is written, how near it is, what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mola import MolaConfig
+from mola.exporting.convert import ConvertOptions, convert
+from mola.exporting.lora_files import read_lora
+from mola.exporting.mixtures import as_lora, mola_layers
+from mola.models.loading import load_model
+from mola.models.meta import model_on_meta
+from tests.exporting.conftest import load, logits, report_of, saved
+
+WITHOUT_MOLA = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, lora, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora).eval()
+ids = torch.arange(3, 27).view(2, 12)
+with torch.no_grad():
+    before = model(input_ids=ids).logits
+    merged = model.merge_and_unload()(input_ids=ids).logits
+assert "mola" not in sys.modules
+torch.testing.assert_close(merged, before, atol=1e-5, rtol=1e-5)
+torch.save(before, out)
+"""
+
+
+def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tmp_path, run):
+    data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json"]
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    printed = run("convert", mixture, *flags, *data, "--output", tmp_path / "fit")
+    run("convert", mixture, *flags, "--output", tmp_path / "mean")
+    for text in ("explained, q_proj", "KL(mixture || LoRA)", "accuracy of mixture", "lora less mixture"):
+        assert text in printed
+    report = report_of(tmp_path / "fit")
+    assert report["rows"] == {"answer": {"fitted": 36, "held_out": 4}}
+    assert (report["method"], report_of(tmp_path / "mean")["method"]) == ("regression", "mean")
+    assert report["accuracy"]["mixture"]["total"] == report["accuracy"]["lora"]["total"] == 12
+    assert len(report["differences"]["lora"]["questions_95"]) == 2
+    assert 0 < report["divergence"]["answer"] < 1
+    # The same rows by hand, with the mean instead of the fit.
+    model = load_model(str(tiny_model_dir), str(mixture), "float32", "cpu")
+    measured = convert(
+        ConvertOptions(
+            [str(mixture)],
+            str(tmp_path / "mean2"),
+            None,
+            "lora",
+            str(tiny_model_dir),
+            rank=4,
+            method="mean",
+            data=str(questions / "train.json"),
+            task="sample",
+            dtype="float32",
+            device="cpu",
+        )
+    )
+    assert report["divergence"]["answer"] < measured.divergence["answer"]
+    assert all(report["explained_by_kind"][kind] > value for kind, value in measured.by_kind().items())
+    assert logits(load(tiny_model_dir, tmp_path / "fit")).shape == logits(model).shape
+
+
+def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):
+    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+    # Only layer 0, which had one expert of a larger rank, has a rank of its own.
+    assert list(config["rank_pattern"].values()) == [6] * 7
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    command = [sys.executable, "-c", WITHOUT_MOLA, tiny_model_dir, tmp_path / "lora", tmp_path / "logits.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(load(tiny_model_dir, tmp_path / "lora")))
+    # What was trained in full is the same.
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (mixture, tmp_path / "lora")]
+    assert torch.equal(*(each["base_model.model.lm_head.weight"] for each in tensors))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_one_expert_is_exported_exactly(tiny_model_dir, tmp_path, run, use_rslora):
+    config = MolaConfig(
+        num_experts=1, r=3, top_k=1, lora_alpha=5, use_rslora=use_rslora, init_lora_weights=False,
+        rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 7.0}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    mixture = saved(tiny_model_dir, tmp_path / "one", config)
+    run("convert", mixture, "--to", "lora", "--rank", 3, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    torch.testing.assert_close(
+        logits(load(tiny_model_dir, tmp_path / "lora")), logits(load(tiny_model_dir, mixture)), atol=1e-5, rtol=1e-5
+    )
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["rank_pattern"] == {}
+
+
+def test_equal_experts_are_exported_exactly(tiny_model_dir, tmp_path, run, questions):
+    """Whatever the gates are, they add up to 1: mean and regression must find the one update there is."""
+    config = MolaConfig(num_experts=3, r=2, top_k=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = saved(tiny_model_dir, tmp_path / "equal", config)
+    model = load(tiny_model_dir, folder)
+    for layer in mola_layers(model).values():
+        for part in (layer.mola_A["default"], layer.mola_B["default"]):
+            part.data[:] = part.data[:1].clone()
+    model.save_pretrained(folder)
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output"]
+    run("convert", folder, *flags, tmp_path / "mean")
+    torch.testing.assert_close(logits(load(tiny_model_dir, tmp_path / "mean")), logits(model), atol=1e-4, rtol=1e-4)
+    run("convert", folder, *flags, tmp_path / "fit", "--data", questions / "train.json", "--task", "sample",
+        "--dtype", "float32", "--device", "cpu")  # fmt: skip
+    report = report_of(tmp_path / "fit")
+    assert all(share > 0.999 for share in report["explained_by_kind"].values())
+    assert report["divergence"]["answer"] < 1e-4
+
+
+def test_measured_as_it_is_written(tiny_model_dir, mixture, questions, tmp_path, run):
+    """The LoRA that is measured in the mixture's place is the one that PEFT loads from the folder."""
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
+    run("convert", mixture, *flags)
+    model = load(tiny_model_dir, mixture)
+    before, layers = logits(model), mola_layers(model)
+    path = tmp_path / "lora" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "modules_to_save": None}))
+    (weights,) = (tmp_path / "lora").glob("*.safetensors")
+    tensors = load_file(weights)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    save_file(tensors, weights)
+    read = read_lora(tmp_path / "lora", model_on_meta(str(tiny_model_dir)))
+    save_file({**tensors, "base_model.model.lm_head.weight": head}, weights)
+    path.write_text(json.dumps(settings))
+    with as_lora(layers, {f"base_model.model.{name}": (each.B, each.A) for name, each in read.items()}):
+        inside = logits(model)
+    torch.testing.assert_close(inside, logits(load(tiny_model_dir, tmp_path / "lora")), atol=1e-5, rtol=1e-5)
+    assert torch.equal(before, logits(model))  # everything is back
+    assert not torch.allclose(inside, before, atol=1e-2)
+
+
+def test_some_linears_and_text(tiny_model_dir, tmp_path, run):
+    config = MolaConfig(
+        num_experts=2, r=2, init_lora_weights=False, target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 3],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    folder = saved(tiny_model_dir, tmp_path / "some", config)
+    (tmp_path / "text.txt").write_text("Rivers carry sand to the sea, and the sea carries it along the coast. " * 30)
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--text", tmp_path / "text.txt"]
+    printed = run("convert", folder, *flags, "--output", tmp_path / "lora")
+    assert "KL(mixture || LoRA) per text token" in printed
+    model = load(tiny_model_dir, tmp_path / "lora")
+    adapted = {name for name, module in model.named_modules() if name.endswith("proj") and hasattr(module, "lora_A")}
+    assert sorted(int(name.split(".layers.")[1][0]) for name in adapted) == [1, 1, 3, 3]
+    assert report_of(tmp_path / "lora")["rows"]["text"]["held_out"] >= 1
+
+
+def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path, run, refusal):
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--method", "usage", "--output"]
+    assert "routing.jsonl, which training writes" in refusal("convert", mixture, *flags, tmp_path / "no")
+    layers = mola_layers(load(tiny_model_dir, mixture))
+    rows = [
+        {
+            "module": name,
+            "layer_index": layer.layer_index,
+            "mean_gates": [1.0] + [0.0] * (layer.num_experts["default"] - 1),
+        }
+        for name, layer in layers.items()
+        if layer.num_experts["default"] > 1
+    ]
+    (mixture / "routing.jsonl").write_text(json.dumps({"modules": rows}))
+    run("convert", mixture, *flags, tmp_path / "lora")
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (mixture, tmp_path / "lora")]
+    name = "base_model.model.model.layers.2.mlp.up_proj"
+    first = 2.0 * tensors[0][f"{name}.mola_B"][0].t() @ tensors[0][f"{name}.mola_A"][0]  # alpha 4, r 2
+    torch.testing.assert_close(
+        tensors[1][f"{name}.lora_B.weight"] @ tensors[1][f"{name}.lora_A.weight"], first, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "0"], "`rank` must be from 1 to 6"),
+        (
+            ["--rank", "7"],
+            "`rank` must be from 1 to 6, the highest rank that an update of this adapter can have: got 7",
+        ),
+        ([], "`rank` must be given with --to lora"),
+        (["--rank", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
+        (["--rank", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
+        (["--rank", "2", "--task", "sample"], "`task` must be given with `data` or `test`"),
+        (["--rank", "2", "--test", "x.json"], "`task` must be given with `data` or `test`"),
+        (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
+        (["--rank", "2", "--scoring", "guess"], "`scoring` must be one of"),
+        (["--rank", "2", "--top_k", "2"], "`top_k` is only for --from published and --from lora, got '2'"),
+    ],
+)
+def test_wrong_options(mixture, no_weights_dir, tmp_path, refusal, flags, message):
+    words = ["--to", "lora", "--base_model", no_weights_dir, "--output", tmp_path / "out", *flags]
+    assert message in refusal("convert", mixture, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
+    flags = ["--to", "lora", "--rank", "2", "--base_model", no_weights_dir, "--output", tmp_path / "out"]
+    assert "must be a mixture of LoRA experts (MOLA)" in refusal("convert", lora("a"), *flags)
+    assert "`source` must be one adapter for --to lora" in refusal("convert", mixture, lora("b"), *flags)
+    path = mixture / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all"}))
+    assert "`bias` of the adapter must be 'none'" in refusal("convert", mixture, *flags)
+
+
+def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal, run):
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
+    flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu"]
+    assert "`memory_gb` must be at least" in refusal(
+        "convert", mixture, *flags, "--memory_gb", 1e-6, "--output", tmp_path / "no"
+    )
+    # In many parts the same is found.
+    run("convert", mixture, *flags, "--output", tmp_path / "once")
+    run("convert", mixture, *flags, "--memory_gb", 2e-4, "--output", tmp_path / "parts")
+    found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "parts")]
+    for key in found[0]:
+        if key.endswith("lora_B.weight"):
+            other = key.replace("lora_B", "lora_A")
+            products = [each[key] @ each[other] for each in found]
+            torch.testing.assert_close(*products, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable_token_indices": [3, 5]},
+        {"layer_replication": [(0, 2), (1, 4)]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": r".*\.(1|3)\.mlp\.up_proj"},
+    ],
+)
+def test_what_a_lora_can_do_too_is_kept(tiny_model_dir, tmp_path, run, settings):
+    """With one expert the export is exact, so that anything lost would show."""
+    config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    folder = saved(tiny_model_dir, tmp_path / "one", config)
+    if "trainable_token_indices" in settings:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key in tensors:
+            if "mola" not in key:
+                tensors[key] = tensors[key] + 1
+        model = load(tiny_model_dir, folder)
+        set_peft_model_state_dict(model, tensors)
+        model.save_pretrained(folder)
+    run("convert", folder, "--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    expected = logits(load(tiny_model_dir, folder))
+    torch.testing.assert_close(logits(load(tiny_model_dir, tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_conv1d_of_gpt_2(tmp_path, run):
+    torch.manual_seed(0)
+    sizes = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "base")
+    config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = saved(tmp_path / "base", tmp_path / "one", config)
+    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base"]
+    run("convert", folder, *words, "--output", tmp_path / "lora")
+    expected = logits(load(tmp_path / "base", folder))
+    torch.testing.assert_close(logits(load(tmp_path / "base", tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
