@@ -113,8 +113,8 @@ def test_router_of_is_least_squares_with_the_wanted_margin():
     torch.testing.assert_close(lead, torch.tensor(4.0, dtype=torch.float64))
     # Least squares with the ridge as further rows, one expert after the other.
     x = torch.cat(data) / 40**0.5
-    lam = 1e-3 * (x.t() @ x).diagonal().mean()
-    rows = torch.cat([x, lam.sqrt() * torch.eye(5, dtype=torch.float64)])
+    lam = 1e-3 * (x.t() @ x).diagonal()
+    rows = torch.cat([x, lam.sqrt().diag()])
     for expert in range(3):
         targets = torch.cat([torch.full((40,), 1.0 if i == expert else -1.0) for i in range(3)]).double() / 40**0.5
         wanted = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(5, dtype=torch.float64)])[:, None]).solution

@@ -36,13 +36,13 @@ def test_regression_is_reduced_rank_least_squares(rank):
     tokens, inside, out, m, ridge = 50, 8, 7, 5, 0.05
     x, h, left = random(tokens, inside) @ random(inside, inside), random(tokens, m), random(out, m)
     second, cross = moments_of(x, h)
-    lam = ridge * second.diagonal().mean()  # before it is added
+    lam = ridge * second.diagonal()
     root, found = square_root(second, ridge)
-    torch.testing.assert_close(found, lam.item())
+    torch.testing.assert_close(found, lam)
     towards = random(m, inside)
     B, A = regression(root, cross + found * towards, left, rank)
-    rows = torch.cat([x, lam.sqrt() * torch.eye(inside, dtype=torch.float64)])
-    wanted = torch.cat([h @ left.t(), lam.sqrt() * (left @ towards).t()])
+    rows = torch.cat([x, lam.sqrt().diag()])
+    wanted = torch.cat([h @ left.t(), lam.sqrt()[:, None] * (left @ towards).t()])
     full = torch.linalg.lstsq(rows, wanted).solution
     v = torch.linalg.svd(rows @ full, full_matrices=False).Vh[:rank]
     torch.testing.assert_close(B @ A, (full @ v.t() @ v).t())

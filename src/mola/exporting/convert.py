@@ -63,7 +63,7 @@ def convert(options: ConvertOptions) -> ConvertReport | ExportReport | MixtureRe
 def main(options: ConvertOptions) -> int:
     """Convert and print the report; returns 0, the exit code."""
     report = convert(options)
-    if isinstance(report, ExportReport):
+    if isinstance(report, ExportReport) and (report.divergence or report.accuracy):
         Console().print(report.table())
     print(report)
     return 0

@@ -23,18 +23,21 @@ def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tenso
     return (q_left @ u[:, :rank]) * root, (root.unsqueeze(1) * v[:rank]) @ q_right.t()
 
 
-def square_root(second: torch.Tensor, ridge: float = 1e-3) -> tuple[torch.Tensor, float]:
-    """Lower triangular `L` with `L L^T = C = second + lambda I`, and `lambda`: `ridge` times the mean of the diagonal.
+def square_root(second: torch.Tensor, ridge: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower triangular `L` with `L L^T = C = second + diag(lambda)`, and `lambda (in,)`.
+
+    Every input's own square times `ridge`, since a few inputs of a language model are thousands of times the others: a
+    part of the mean would drown these.
 
     Args:
         second: float64 `(in, in)`, the sum of `x x^T`; `lambda` is added to it in place.
         ridge: see above.
     """
     diagonal = second.diagonal()
-    # Inputs that are always zero say nothing; any positive number makes the matrix invertible.
-    ridge = ridge * diagonal.mean().item() or 1.0
-    diagonal += ridge
-    return torch.linalg.cholesky(second), ridge
+    # An input that is always zero says nothing; any positive number makes the matrix invertible.
+    added = torch.where(diagonal > 0, ridge * diagonal, 1.0)
+    diagonal += added
+    return torch.linalg.cholesky(second), added
 
 
 def solve(root: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
@@ -47,14 +50,14 @@ def regression(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Reduced-rank regression of `y = left h` on `x`, from second moments, towards an update `left D`.
 
-        min over B (out, rank), A (rank, in) of  sum ||left h - B A x||^2 + lambda ||left D - B A||^2
+        min over B (out, rank), A (rank, in) of  sum ||left h - B A x||^2 + ||(left D - B A) diag(lambda)^1/2||^2
 
-    The full solution is `W = left (sum h x^T + lambda D) C^-1`, and the best one of a lower rank that of `W L`, mapped
-    back. With `D = 0` this is ridge regression.
+    The full solution is `W = left (sum h x^T + D diag(lambda)) C^-1`, and the best one of a lower rank that of `W L`,
+    mapped back. With `D = 0` this is ridge regression.
 
     Args:
         root: `L` of `square_root`.
-        cross: float64 `(m, in)`, the sum of `h x^T`, plus `lambda D`.
+        cross: float64 `(m, in)`, the sum of `h x^T`, plus `D * lambda`.
         left: float64 `(out, m)`.
         rank: as in `cut`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibrati
     """Fit the router of every module to the adapters' own data.
 
     Args:
-        model: with the adapters "0", "1" ...; each is active on its own data.
+        model: with the adapters "0", "1" ...
         modules: the linears by name.
         data: of each adapter.
         memory_gb: most memory for moments.
@@ -68,14 +69,28 @@ def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibrati
         sums: list[torch.Tensor | None] = [None] * len(names)
         means: list[list[torch.Tensor]] = [[] for _ in names]
         for number, own in enumerate(rows):
-            for index, (second, mean) in enumerate(_means(model, str(number), modules, names, own)):
-                means[index] += [] if mean is None else [mean]
-                sums[index] = second if (before := sums[index]) is None or second is None else before.add_(second)
+            for state in _states(number):
+                for index, (second, mean) in enumerate(_means(model, state, modules, names, own)):
+                    means[index] += [] if mean is None else [mean]
+                    sums[index] = second if (before := sums[index]) is None or second is None else before.add_(second)
         for same, total, each in zip(names, sums, means, strict=True):
-            if total is not None and len(each) == len(rows):
-                fitted = router_of(total, torch.stack(each)).cpu()
-                weights |= dict.fromkeys(same, fitted)
+            states = len(_states(0))
+            if total is not None and len(each) == len(rows) * states:
+                mean = torch.stack(each).view(len(rows), states, -1).mean(1)
+                weights |= dict.fromkeys(same, router_of(total.div_(states), mean).cpu())
     return Routers(weights, _right(model, modules, data, weights))
+
+
+def _states(number: int) -> tuple[str | None, ...]:
+    """Adapters that are active on the data of one: its own and, as lower layers may choose others, none."""
+    return str(number), None
+
+
+def _active(model: Any, state: str | None) -> Any:
+    if state is None:
+        return model.disable_adapter()
+    model.set_adapter(state)
+    return nullcontext()
 
 
 def _in_features(module: Any) -> int:
@@ -84,13 +99,17 @@ def _in_features(module: Any) -> int:
 
 
 def _means(
-    model: Any, adapter: str, modules: Mapping[str, Any], groups: Sequence[Sequence[str]], rows: Sequence[torch.Tensor]
+    model: Any,
+    state: str | None,
+    modules: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    rows: Sequence[torch.Tensor],
 ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Mean of `x x^T` and of `x` of each input; None where no token came by."""
-    model.set_adapter(adapter)
     one: Features = lambda name, x: x.new_ones(len(x), 1)  # noqa: E731
     tokens = sum(each.numel() for each in rows)
-    found = zip(gather_all(model, modules, groups, one, rows), groups, strict=True)
+    with _active(model, state):
+        found = zip(gather_all(model, modules, groups, one, rows), groups, strict=True)
     return [(None, None) if m is None else (m.second / tokens, m.cross[names[0]][0] / tokens) for m, names in found]
 
 

@@ -197,6 +197,6 @@ def _nearest_on_data(
                 # What the data do not say is left to the mean of the experts, not to zero.
                 mean = experts[name].right().to(root.device) / len(experts[name].A)
                 left = experts[name].left().to(root.device)
-                B, A = regression(root, moments.cross[name] + ridge * mean, left, rank)
+                B, A = regression(root, moments.cross[name] + mean * ridge, left, rank)
                 updates[name] = B.cpu(), A.cpu()
     return {name: updates[name] for name in layers}, unseen
