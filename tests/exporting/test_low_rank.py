@@ -36,7 +36,7 @@ def test_regression_is_reduced_rank_least_squares(rank):
     tokens, inside, out, m, ridge = 50, 8, 7, 5, 0.05
     x, h, left = random(tokens, inside) @ random(inside, inside), random(tokens, m), random(out, m)
     second, cross = moments_of(x, h)
-    lam = ridge * second.diagonal()
+    lam = ridge * (second.diagonal().mean() + second.diagonal() / 10)
     root, found = square_root(second, ridge)
     torch.testing.assert_close(found, lam)
     towards = random(m, inside)
@@ -56,6 +56,18 @@ def test_regression_is_reduced_rank_least_squares(rank):
     for seed in range(5):
         torch.manual_seed(seed)
         assert loss((B + 1e-3 * torch.randn_like(B)) @ (A + 1e-3 * torch.randn_like(A))) >= best
+
+
+def test_an_input_far_larger_than_the_others_leaves_a_positive_matrix():
+    """As in the down projections of language models: products in float32 alone are no positive matrix."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 64)
+    x[:, 5] *= 1e6
+    x[:, 7] = x[:, 5] * (1 + 1e-6 * torch.randn(300))
+    second = (x.t() @ x).double()
+    assert torch.linalg.eigvalsh(second)[0] < 0
+    root, _ = square_root(second)
+    assert torch.isfinite(root).all()
 
 
 def test_inputs_that_are_always_zero_have_no_update():

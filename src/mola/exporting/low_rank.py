@@ -26,16 +26,18 @@ def cut(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tenso
 def square_root(second: torch.Tensor, ridge: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower triangular `L` with `L L^T = C = second + diag(lambda)`, and `lambda (in,)`.
 
-    Every input's own square times `ridge`, since a few inputs of a language model are thousands of times the others: a
-    part of the mean would drown these.
+        lambda_i = ridge * mean of the diagonal + ridge / 10 * second_ii
+
+    The second part is for a few inputs of a language model that are thousands of times the others: float32 products of
+    these are less exact than the first part is large, and `C` would not be positive.
 
     Args:
         second: float64 `(in, in)`, the sum of `x x^T`; `lambda` is added to it in place.
         ridge: see above.
     """
     diagonal = second.diagonal()
-    # An input that is always zero says nothing; any positive number makes the matrix invertible.
-    added = torch.where(diagonal > 0, ridge * diagonal, 1.0)
+    # Inputs that are always zero say nothing; any positive number makes the matrix invertible.
+    added = ridge * (diagonal.mean() + diagonal / 10) if diagonal.any() else torch.ones_like(diagonal)
     diagonal += added
     return torch.linalg.cholesky(second), added
 
