@@ -74,8 +74,8 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     if not 0 <= options.noise < math.inf:
         raise MolaError(f"`noise` must be at least 0, got {options.noise}. Pass 0 for equal copies.")
     loras = [read_lora(Path(source), _on_meta(options)) for source in sources]
-    config = _config(options, loras)
-    model: Any = get_peft_model(_on_meta(options), config)
+    base = _on_meta(options)
+    model: Any = get_peft_model(base, _config(options, loras, base))
     config, layers = model.peft_config["default"], mola_layers(model)  # with notations as plain numbers
     _check_room(layers, len(loras))
     routers = _fitted(options, sources, [name.removeprefix(PREFIX) for name in layers])
@@ -114,20 +114,19 @@ def _on_meta(options: ConvertOptions) -> nn.Module:
     return model_on_meta(str(options.base_model), options.trust_remote_code)
 
 
-def _config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]]) -> Any:
+def _config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]], base: Any) -> MolaConfig:
     """One rank and one scale for all experts; a scale that all adapters have is kept."""
     factors = [each for lora in loras for each in lora.values()]
     rank = max(each.A.shape[0] for each in factors)
     names = list(dict.fromkeys(name for lora in loras for name in lora))
-    model: Any = _on_meta(options)
     return MolaConfig(
         r=rank,
         num_experts=options.num_experts,
         top_k=options.top_k,
         lora_alpha=factors[0].scaling * rank,
-        target_modules=targets(names, model),
+        target_modules=targets(names, base),
         task_type="CAUSAL_LM",
-        base_model_type=model.config.model_type,
+        base_model_type=base.config.model_type,
     )
 
 

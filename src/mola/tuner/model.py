@@ -140,7 +140,7 @@ class MolaModel(BaseTuner):
         for config in configs:
             saved = config.modules_to_save
             tied = [name for name in saved if any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
-            config.modules_to_save = [*(name for name in config.modules_to_save if name not in tied), source]
+            config.modules_to_save = [*(name for name in saved if name not in tied), source]
             config.modules_to_tie = set(tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
