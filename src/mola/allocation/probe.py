@@ -15,9 +15,9 @@ from mola.files.reading import parse_json, read_text
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
 from mola.models.adapters import check_adapter
+from mola.tuner.loading import PREFIX
 
 _USE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Probe:
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `(E, r, in)` and B `(E, r, out)` of a module."""
-        key = f"{_PREFIX}{module}"
+        key = f"{PREFIX}{module}"
         return self.tensors[f"{key}.mola_A"], self.tensors[f"{key}.mola_B"]
 
 
@@ -41,7 +41,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
     """
     check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
-    modules = [key.removeprefix(_PREFIX) for key in adapted_modules(tensors)]
+    modules = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     layers = {}
     for module in modules:
         layer = base.layer_of.get(module)
@@ -51,7 +51,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
                 f"{base.num_layers} decoder layers of {base.name!r}."
             )
         layers[module] = layer
-        if len(tensors[f"{_PREFIX}{module}.mola_A"]) == 1:
+        if len(tensors[f"{PREFIX}{module}.mola_A"]) == 1:
             raise MolaError(
                 f"`adapter` must have at least 2 experts in every layer: {adapter!r} has one in layer {layer}, which "
                 "says nothing about how many it needs. Use a probe with the same number everywhere."

@@ -27,8 +27,8 @@ from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.options.fields import option
 from mola.tuner import MolaConfig
+from mola.tuner.loading import PREFIX
 
-_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -100,7 +100,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     generator = torch.Generator().manual_seed(options.seed)
     resized, unchanged = dict(tensors), 0
     for module, layer in layers.items():
-        key = f"{_PREFIX}{module}"
+        key = f"{PREFIX}{module}"
         experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
         changed = resize(experts, after[0] if layer is None else after[layer], generator, use.get(module))
         unchanged += changed is experts
@@ -138,7 +138,7 @@ def main(options: ReallocateOptions) -> int:
 
 def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int | None]:
     """From module name to its decoder layer; None outside the layers."""
-    names = [key.removeprefix(_PREFIX) for key in adapted_modules(tensors)]
+    names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(sides) > 1:
         raise MolaError(
@@ -185,9 +185,9 @@ def _use(
 ) -> dict[str, torch.Tensor]:
     """Mean gates by module, each with as many as it has experts."""
     records, source = routing_records(None, inspection)
-    gates = {record["module"].removeprefix(_PREFIX): torch.tensor(record["mean_gates"]) for record in records}
+    gates = {record["module"].removeprefix(PREFIX): torch.tensor(record["mean_gates"]) for record in records}
     for module in layers:
-        count = len(tensors[f"{_PREFIX}{module}.mola_A"])
+        count = len(tensors[f"{PREFIX}{module}.mola_A"])
         if count > 1 and len(gates.get(module, ())) != count:
             found = f"{len(gates[module])} experts" if module in gates else "nothing"
             raise MolaError(

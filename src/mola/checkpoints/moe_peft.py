@@ -27,6 +27,7 @@ from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
+from mola.tuner.loading import PREFIX
 
 _KEY = re.compile(
     r"(?P<module>mola\.layers\.(?:0|[1-9]\d{0,4})\.(?:self_attn|mlp)\.\w+)\."
@@ -79,7 +80,7 @@ def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -
     modules = {module: _locate(module.removeprefix("mola."), linears) for module in experts}
     _check_every_layer(modules.values(), num_layers)
     for module, found in experts.items():
-        state_dict.update(found.stacked(f"base_model.model.{modules[module]}"))
+        state_dict.update(found.stacked(f"{PREFIX}{modules[module]}"))
     adapted = sorted({_leaf(module) for module in modules.values()})
     lora_alpha, notes = _scale(settings)
     if settings.get("task_type") != "CAUSAL_LM":

@@ -17,7 +17,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.exporting.calibration import read_data, read_task
-from mola.exporting.lora_files import PREFIX, Factors, read_lora, targets
+from mola.exporting.lora_files import Factors, read_lora, targets
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
@@ -27,6 +27,7 @@ from mola.models.meta import model_on_meta
 from mola.tuner import MolaConfig
 from mola.tuner.initialization import initialize
 from mola.tuner.layer import MolaLinear
+from mola.tuner.loading import PREFIX
 
 
 @dataclass(frozen=True)

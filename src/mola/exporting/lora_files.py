@@ -19,8 +19,8 @@ from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
+from mola.tuner.loading import PREFIX
 
-PREFIX = "base_model.model."
 # What a mixture and a LoRA have in common besides the adapted linears.
 _KEPT = ("task_type", "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying")
 _REFUSED = {

@@ -21,6 +21,7 @@ from mola.files.schema import TEXT, check_form
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.formatting import layer_order
 from mola.reporting.schema import PER_LAYER
+from mola.tuner.loading import PREFIX
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> 
     experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
     check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
     r = experts_A.shape[1]
-    alpha = by_pattern(config.get("alpha_pattern"), module.removeprefix("base_model.model."), config["lora_alpha"])
+    alpha = by_pattern(config.get("alpha_pattern"), module.removeprefix(PREFIX), config["lora_alpha"])
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     return module_redundancy(module, layer, experts_A, experts_B, scaling)
 

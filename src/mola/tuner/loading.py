@@ -12,7 +12,7 @@ from mola.errors import MolaError
 from mola.files.finite import check_finite
 from mola.tuner.layer import MolaLinear
 
-_PREFIX = "base_model.model."  # of names in a PeftModel
+PREFIX = "base_model.model."  # of names in a PeftModel
 _OWN = re.compile(r"\.mola_(?:A|B|router)\.[^.]+$")
 _CHECKED = "_mola_checked_when_loaded"
 
@@ -42,7 +42,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
         MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
     """
     # The model may sit inside a PeftModel or be the bare model; both forms of a key name one tensor.
-    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if ".mola_" in key}
+    found = {key.removeprefix(PREFIX): value for key, value in state_dict.items() if ".mola_" in key}
     expected = _expected_shapes(model, adapter_name)
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
@@ -82,7 +82,7 @@ def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
             for part in module.adapter_layer_names:
                 parameters = getattr(module, part)
                 if adapter_name in parameters:
-                    key = f"{name}.{part}.{adapter_name}".removeprefix(_PREFIX)
+                    key = f"{name}.{part}.{adapter_name}".removeprefix(PREFIX)
                     shapes[key] = tuple(parameters[adapter_name].shape)
     return shapes
 
