@@ -127,6 +127,13 @@ def test_llama_2_7b_stays_below_24_gb():
         within(sizes, 1e9)
 
 
+@pytest.mark.parametrize(("least", "expected"), [(1, 1), (2, 3), (3, 4), (7, 7), (50, 7)])
+def test_as_many_parts_as_asked_for(least, expected):
+    parts = within([10] * 7, 1000, least)
+    assert len(parts) == expected
+    assert [index for part in parts for index in part] == list(range(7))
+
+
 WIDEST = """
 import resource, torch
 from torch import nn

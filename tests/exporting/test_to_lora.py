@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mola import MolaConfig
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.lora_files import read_lora
-from mola.exporting.mixtures import as_lora, mola_layers
+from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from tests.exporting.conftest import load, logits, report_of, saved
@@ -134,7 +134,8 @@ def test_measured_as_it_is_written(tiny_model_dir, mixture, questions, tmp_path,
     read = read_lora(tmp_path / "lora", model_on_meta(str(tiny_model_dir)))
     save_file({**tensors, "base_model.model.lm_head.weight": head}, weights)
     path.write_text(json.dumps(settings))
-    with as_lora(layers, {f"base_model.model.{name}": (each.B, each.A) for name, each in read.items()}):
+    updates = {f"base_model.model.{name}": (each.B, each.A) for name, each in read.items()}
+    with as_lora(layers, as_parameters(layers, updates)):
         inside = logits(model)
     torch.testing.assert_close(inside, logits(load(tiny_model_dir, tmp_path / "lora")), atol=1e-5, rtol=1e-5)
     assert torch.equal(before, logits(model))  # everything is back
@@ -195,6 +196,9 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--test", "x.json"], "`task` must be given with `data` or `test`"),
         (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
         (["--rank", "2", "--scoring", "guess"], "`scoring` must be one of"),
+        (["--rank", "2", "--fit_passes", "0"], "`fit_passes` must be at least 1, got 0"),
+        (["--rank", "2", "--distill_steps", "5"], "`distill_steps` must be at least 0, and 0 without `data`"),
+        (["--rank", "2", "--distill_learning_rate", "0"], "`distill_learning_rate` must be above 0, got 0.0"),
         (["--rank", "2", "--top_k", "2"], "`top_k` is only for --from published and --from lora, got '2'"),
     ],
 )
@@ -219,15 +223,46 @@ def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal
     assert "`memory_gb` must be at least" in refusal(
         "convert", mixture, *flags, "--memory_gb", 1e-6, "--output", tmp_path / "no"
     )
-    # In many parts the same is found.
-    run("convert", mixture, *flags, "--output", tmp_path / "once")
-    run("convert", mixture, *flags, "--memory_gb", 2e-4, "--output", tmp_path / "parts")
-    found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "parts")]
-    for key in found[0]:
-        if key.endswith("lora_B.weight"):
-            other = key.replace("lora_B", "lora_A")
-            products = [each[key] @ each[other] for each in found]
-            torch.testing.assert_close(*products, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
+    """Asked for or for lack of memory: later parts are fitted to the inputs that they then have."""
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
+    flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu", "--output"]
+    for name, more in {"once": (), "parts": ("--fit_passes", 3), "memory": ("--memory_gb", 2e-4)}.items():
+        run("convert", mixture, *flags, tmp_path / name, *more)
+    found = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "parts", "memory")}
+
+    def update(name, layer, kind):
+        prefix = f"base_model.model.model.layers.{layer}.{kind}.lora_"
+        return found[name][f"{prefix}B.weight"] @ found[name][f"{prefix}A.weight"]
+
+    for name in ("parts", "memory"):
+        torch.testing.assert_close(update(name, 1, "self_attn.q_proj"), update("once", 1, "self_attn.q_proj"))
+        assert not torch.allclose(update(name, 3, "mlp.down_proj"), update("once", 3, "mlp.down_proj"))
+        near = [report_of(tmp_path / each)["divergence"]["answer"] for each in (name, "once")]
+        assert near[0] < 1.5 * near[1]
+
+
+def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path, run, refusal):
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--dtype", "float32", "--device", "cpu"]
+    data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]
+    steps = ["--distill_steps", 60, "--distill_learning_rate", 1e-2]
+    run("convert", mixture, *flags, *data, "--output", tmp_path / "mean")
+    run("convert", mixture, *flags, *data, *steps, "--output", tmp_path / "near")
+    reports = [report_of(tmp_path / name) for name in ("near", "mean")]
+    assert reports[0]["divergence"]["answer"] < 0.5 * reports[1]["divergence"]["answer"]
+    assert "distilling" in reports[0]["seconds"]
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("near", "mean")]
+    for key, value in tensors[0].items():  # one expert is exact already
+        assert torch.equal(value, tensors[1][key]) == (".layers.0." in key or "lora" not in key), key
+    again = [*data, *steps, "--output", tmp_path / "again"]
+    run("convert", mixture, *flags, *again)
+    for key, value in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
+        assert torch.equal(value, tensors[0][key])
+    broken = [*data, "--distill_steps", 9, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
+    assert "of `distill_steps` must be finite" in refusal("convert", mixture, *flags, *broken)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

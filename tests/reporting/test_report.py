@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from mola.cli import COMMANDS, main
+from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.options.parsing import parse
 from mola.reporting.page import render_inspection
@@ -18,6 +19,7 @@ from tests.reporting.pages import Page
 
 SECTIONS = ["accuracy", "loss", "allocation", "gates", "routing", "redundancy", "agreement", "leave-one-out"]
 SECTIONS += ["samples", "making"]
+SECTIONS_WITH_EXPORT = [*SECTIONS[:1], "worth", *SECTIONS[1:]]
 HOSTILE = '</script></style></title><script>alert(1)</script><img src=x onerror="alert(1)">&amp;]]>-->\r\n\u2028'
 
 
@@ -271,6 +273,35 @@ def test_text_is_text(run_dir, page):
     assert {node.tag for node in found.root} <= {node.tag for node in page.root}
     for key in ("allocation", "gates", "making"):
         assert HOSTILE.replace("\r", "") in found.section(key).text.replace("\r", ""), key
+
+
+def test_what_routing_is_worth(run_dir, tiny_model_dir):
+    """Only where an export says so; the numbers are those of its export.json."""
+    data = run_dir.parent / "data"
+    prepare(PrepareOptions("sample", str(data), train_size=20, validation_size=2, test_size=8))
+    output = run_dir.parent / "lora"
+    words = ["convert", run_dir, "--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--device", "cpu"]
+    words += ["--data", data / "train.json", "--task", "sample", "--test", data / "test.json", "--output", output]
+    assert main([str(word) for word in words]) == 0
+    found = page_of(run_dir, export=str(output / "export.json"))
+    assert [each.attributes["id"] for each in found.root.all("section")] == SECTIONS_WITH_EXPORT
+    text, export = found.section("worth").text, read(output / "export.json")
+    for name in ("base", "mixture", "lora"):
+        assert percent(export["accuracy"][name]["accuracy"]) in text
+        assert f"{export['loss']['answer'][name]:.3f}" in text
+    assert percent(export["differences"]["lora"]["value"]) in text
+    assert f"{export['divergence']['answer']:.4f}" in text
+    assert all(kind in text and percent(value) in text for kind, value in export["explained_by_kind"].items())
+    # In the run folder it is found by its name; the mean, without data, has nothing measured.
+    export.update(accuracy={}, differences={}, divergence={}, loss={}, explained_by_kind={HOSTILE: 0.5})
+    (run_dir / "export.json").write_text(json.dumps(export))
+    found = page_of(run_dir)
+    assert HOSTILE.replace("\r", "") in found.section("worth").text.replace("\r", "")
+    (run_dir / "export.json").write_text(json.dumps({**export, "rank": "two"}))
+    with pytest.raises(MolaError, match=r"`rank` must be an integer"):
+        page_of(run_dir)
+    with pytest.raises(MolaError, match=r"`export` must be a result file of `mola convert --to lora`"):
+        page_of(run_dir, export=str(run_dir / "after.json"))
 
 
 def test_an_inspected_adapter_with_one_router(run_dir):

@@ -15,7 +15,7 @@ from mola.data.tasks import Task
 from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import paired_differences
 from mola.exporting.calibration import Row, answer_tokens, batches
-from mola.exporting.mixtures import Mixture, Update, as_lora, gated
+from mola.exporting.mixtures import Lora, Mixture, as_lora, gated
 from mola.exporting.moments import inputs_seen, run
 from mola.tuner.layer import MolaLinear
 
@@ -25,7 +25,7 @@ def explained_shares(
     model: Any,
     layers: Mapping[str, MolaLinear],
     experts: Mapping[str, Mixture],
-    updates: Mapping[str, Update],
+    loras: Mapping[str, Lora],
     rows: Sequence[Row],
 ) -> dict[str, float | None]:
     """`1 - E ||y - B A x||^2 / E ||y||^2` of modules with several experts; None where `y` is 0 or no token came by."""
@@ -34,7 +34,7 @@ def explained_shares(
 
     def see(name: str, x: torch.Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-        B, A = updates[name]
+        B, A = loras[name].update
         y = gated(layers[name], experts[name].A, x) @ experts[name].B.to(x).flatten(0, 1)
         rest = y - (x @ A.to(x).t()) @ B.to(x).t()
         sums[name] += torch.stack([each.square().sum() for each in (rest, y)]).to("cpu", torch.float64)
@@ -47,7 +47,7 @@ def explained_shares(
 
 @torch.no_grad()
 def divergence(
-    model: Any, layers: Mapping[str, MolaLinear], updates: Mapping[str, Update], rows: Sequence[Row]
+    model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora], rows: Sequence[Row]
 ) -> tuple[float, dict[str, float]]:
     """KL(mixture || LoRA), and the losses of base, mixture and LoRA: means over the rows' answer tokens, in nats."""
     total, count = torch.zeros(4, dtype=torch.float64), 0
@@ -55,10 +55,10 @@ def divergence(
         wanted = answer_tokens(labels)
         targets = labels[:, 1:][wanted]
         with model.disable_adapter():
-            base = _log_probabilities(model, ids, wanted)
-        mixture = _log_probabilities(model, ids, wanted)
-        with as_lora(layers, updates):
-            lora = _log_probabilities(model, ids, wanted)
+            base = log_probabilities(model, ids, wanted)
+        mixture = log_probabilities(model, ids, wanted)
+        with as_lora(layers, loras):
+            lora = log_probabilities(model, ids, wanted)
         losses = [F.nll_loss(each, targets.to(each.device), reduction="sum") for each in (base, mixture, lora)]
         parts = [F.kl_div(lora, mixture, log_target=True, reduction="sum"), *losses]
         total += torch.stack(parts).to("cpu", torch.float64)
@@ -67,7 +67,8 @@ def divergence(
     return kl, {"base": base_loss, "mixture": mixture_loss, "lora": lora_loss}
 
 
-def _log_probabilities(model: Any, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def log_probabilities(model: Any, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of the next token, float32 `(tokens, vocabulary)`, at the positions `wanted` `(samples, length - 1)`."""
     logits = run(model, ids, logits_to_keep=0)[:, :-1]
     return torch.log_softmax(logits[wanted.to(logits.device)].float(), dim=-1)
 
@@ -78,11 +79,11 @@ def accuracies(
     task: Task,
     examples: Sequence[Mapping[str, Any]],
     layers: Mapping[str, MolaLinear],
-    updates: Mapping[str, Update],
+    loras: Mapping[str, Lora],
     scoring: str,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Accuracy of base, mixture and LoRA on the same questions, and differences from the mixture."""
-    contexts = {"base": model.disable_adapter, "mixture": nullcontext, "lora": lambda: as_lora(layers, updates)}
+    contexts = {"base": model.disable_adapter, "mixture": nullcontext, "lora": lambda: as_lora(layers, loras)}
     results: dict[str, EvaluateResult] = {}
     for name, context in contexts.items():
         with context():

@@ -17,6 +17,23 @@ NAME = "default"  # of the adapter in a model that a command has loaded
 Update = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, in): an update B A
 
 
+class Lora(NamedTuple):
+    """An update as a layer computes with it.
+
+    Attributes:
+        A: `(1, r, in)`.
+        B: `(1, r, out)`.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @property
+    def update(self) -> Update:
+        """On the CPU."""
+        return self.B[0].detach().t().cpu(), self.A[0].detach().cpu()
+
+
 class Mixture(NamedTuple):
     """The experts of one module.
 
@@ -62,26 +79,33 @@ def gated(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) -> torch.
     return (hidden.view(-1, num_experts, r) * gates.to(x).unsqueeze(2)).flatten(1)
 
 
+def as_parameters(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) -> dict[str, Lora]:
+    """Updates of layers in the format that they need; not trainable."""
+    found = {}
+    for name, (B, A) in updates.items():
+        like = layers[name].mola_A[NAME]
+        # float32 on a half-precision base, too: so PEFT loads a LoRA.
+        to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        parts = (A.to(**to).unsqueeze(0), B.t().to(**to).contiguous().unsqueeze(0))
+        found[name] = Lora(*(nn.Parameter(part, requires_grad=False) for part in parts))
+    return found
+
+
 @contextmanager
-def as_lora(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) -> Iterator[None]:
+def as_lora(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iterator[None]:
     """Compute with a LoRA in place of the experts, until the context ends.
 
     Args:
         layers: by module.
-        updates: of the same modules.
+        loras: of some of the modules; the others keep their experts.
     """
     kept = {}
     try:
-        for name, layer in layers.items():
-            old_A, old_B = layer.mola_A[NAME], layer.mola_B[NAME]
+        for name, (A, B) in loras.items():
+            layer, rank = layers[name], A.shape[1]
             router = layer.mola_router.pop(NAME) if NAME in layer.mola_router else None
-            kept[name] = old_A, old_B, router, layer.settings[NAME]
-            B, A = updates[name]
-            # float32 on a half-precision base, too: so PEFT loads a LoRA.
-            like = {"device": old_A.device, "dtype": torch.promote_types(old_A.dtype, torch.float32)}
-            layer.mola_A[NAME] = nn.Parameter(A.to(**like).unsqueeze(0), requires_grad=False)
-            layer.mola_B[NAME] = nn.Parameter(B.t().to(**like).contiguous().unsqueeze(0), requires_grad=False)
-            rank = A.shape[0]
+            kept[name] = layer.mola_A[NAME], layer.mola_B[NAME], router, layer.settings[NAME]
+            layer.mola_A[NAME], layer.mola_B[NAME] = A, B
             one = replace(layer.settings[NAME], num_experts=1, top_k=1, r=rank, lora_alpha=rank, use_rslora=False)
             _set(layer, one)
         yield

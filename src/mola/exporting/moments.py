@@ -29,6 +29,7 @@ class Moments(NamedTuple):
     cross: dict[str, torch.Tensor]
 
 
+@torch.no_grad()
 def with_same_input(model: Any, modules: Mapping[str, nn.Module], row: torch.Tensor) -> list[list[str]]:
     """Names of modules in groups that are given the same tensor, such as q, k and v; from one forward pass.
 
@@ -61,8 +62,8 @@ def moment_bytes(in_features: int, widths: Iterable[int]) -> int:
     return 8 * in_features * (in_features + sum(widths))
 
 
-def within(sizes: Sequence[int], budget: float) -> list[list[int]]:
-    """Consecutive indices in parts that need at most `budget` bytes.
+def within(sizes: Sequence[int], budget: float, least: int = 1) -> list[list[int]]:
+    """Consecutive indices in parts that need at most `budget` bytes; at least `least` parts if there are as many.
 
     While a part is solved, the largest input's moments are there twice more: a product of a batch, a factor.
 
@@ -70,13 +71,15 @@ def within(sizes: Sequence[int], budget: float) -> list[list[int]]:
         MolaError: one alone needs more.
     """
     parts: list[list[int]] = []
+    longest = max(1, len(sizes) // least)
     for index, size in enumerate(sizes):
         if 3 * size > budget:
             raise MolaError(
                 f"`memory_gb` must be at least {3 * size / 1e9:.3g}, for the widest linear's moments: got "
                 f"{budget / 1e9:g}. Raise it, or leave data out for the mean of the experts."
             )
-        if parts and sum(sizes[i] for i in parts[-1]) + size + 2 * max(size, *(sizes[i] for i in parts[-1])) <= budget:
+        before = [sizes[i] for i in parts[-1]] if parts else []
+        if 0 < len(before) < longest and sum(before) + size + 2 * max(size, *before) <= budget:
             parts[-1].append(index)
         else:
             parts.append([index])
@@ -144,7 +147,6 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tens
             handle.remove()
 
 
-@torch.no_grad()
 def run(model: Any, rows: Rows, **arguments: Any) -> torch.Tensor:
     """Logits of a batch; of the last position only unless `logits_to_keep=0` is passed."""
     device = next(model.parameters()).device

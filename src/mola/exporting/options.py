@@ -48,6 +48,13 @@ class ConvertOptions:
         "regression: nearest to the mixture on `data` or `text`, the default with them. mean, the default without: the "
         "experts' mean. usage: weighted by their gates in the last line of the adapter's routing.jsonl.",
     )
+    fit_passes: int = option(
+        1,
+        "regression: fit the layers in so many parts one after the other, each to the inputs that it has when those "
+        "before it are converted. The data are read once for each; little memory asks for more.",
+    )
+    distill_steps: int = option(0, "Train the LoRA for so many batches of the data towards the mixture's logits.")
+    distill_learning_rate: float = option(1e-4, "Learning rate of the first of these steps; it falls to 0.")
     test: str | None = option(None, "Test file of `task`: accuracy of base, mixture and LoRA, and their differences.")
     test_text: str | None = option(None, "Text file that the LoRA is measured on without being fitted to it.")
     scoring: str = option("likelihood", "How `test` is scored: likelihood or generate, as in `mola evaluate`.")
@@ -57,7 +64,6 @@ class ConvertOptions:
     noise: float = option(
         0.1, "Noise on copies of an adapter, as a part of its standard deviation; 0 keeps them equal."
     )
-    seed: int = option(0, "Random seed of routers and noise.")
 
     _data: ClassVar = Group("data, with lora")
     data: list[str] | None = option(
@@ -69,6 +75,7 @@ class ConvertOptions:
     split: str = option("train", "Split to read where `data` has several; `test` has its own.")
     text: str | None = option(None, "Text file of general text, to keep the LoRA near the mixture there as well.")
     limit: int = option(2000, "Read only the first so many samples of `data`, and pieces of `text`.")
+    seed: int = option(0, "Random seed: of routers and noise, of the order of batches that are trained on.")
     memory_gb: float = option(
         8.0, "Most memory for statistics of the layers' inputs at once: with less, the data are read more often."
     )
@@ -77,14 +84,17 @@ class ConvertOptions:
 
 
 _ANY = ("source", "output", "source_format", "target_format", "trust_remote_code")
-_DATA = ("data", "task", "split", "limit", "dtype", "device")
+_DATA = ("data", "task", "split", "limit", "seed", "dtype", "device")
 # What each direction takes besides; the first names of each must be given.
 _TAKES = {
     "--from published": ("base_model", "top_k"),
     "--from moe_peft": ("base_model",),
-    "--from lora": ("base_model", "num_experts", "top_k", "noise", "seed", "memory_gb", *_DATA),
+    "--from lora": ("base_model", "num_experts", "top_k", "noise", "memory_gb", *_DATA),
     "--to published": (),
-    "--to lora": ("base_model", "rank", "method", "test", "test_text", "scoring", "memory_gb", "text", *_DATA),
+    "--to lora": (
+        *("base_model", "rank", "method", "fit_passes", "distill_steps", "distill_learning_rate"),
+        *("test", "test_text", "scoring", "memory_gb", "text", *_DATA),
+    ),
 }
 _WHY = {
     "base_model": "its config.json says whether the shapes fit",

@@ -113,6 +113,7 @@ def _means(
     return [(None, None) if m is None else (m.second / tokens, m.cross[names[0]][0] / tokens) for m, names in found]
 
 
+@torch.no_grad()
 def _right(
     model: Any, modules: Mapping[str, Any], data: Sequence[Calibration], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:

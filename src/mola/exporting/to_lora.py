@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,12 @@ from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.evaluation.answering import SCORINGS, make_questions
-from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, token_ids
+from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task
+from mola.exporting.distilling import distill
+from mola.exporting.fitting import mean_of_experts, nearest_on_data
 from mola.exporting.lora_files import write_lora
-from mola.exporting.low_rank import cut, regression, square_root
 from mola.exporting.measuring import accuracies, divergence, explained_shares
-from mola.exporting.mixtures import Mixture, Update, gated, mixtures, mola_layers
-from mola.exporting.moments import gather_all, moment_bytes, with_same_input, within
+from mola.exporting.mixtures import Lora, Mixture, as_parameters, mixtures, mola_layers
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.report import REPORT_FILE, ExportReport
 from mola.files.atomic import atomic_write_json
@@ -57,29 +58,27 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         with _timed(seconds, "loading"):
             model = load_model(base_model, source, options.dtype, options.device, options.trust_remote_code)
             layers = mola_layers(model)
-    notes = []
+    notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
+    fitted = [row for each in data.values() for row in each.fitted]
     with _timed(seconds, "fitting"):
         if method == "regression":
-            updates, unseen = _nearest_on_data(model, layers, experts, data, rank, options.memory_gb)
+            updates, unseen = nearest_on_data(
+                model, layers, experts, fitted, rank, options.memory_gb, options.fit_passes
+            )
             if unseen:
                 notes.append(f"{len(unseen)} linears saw no token and have the experts' mean, such as {unseen[0]}")
         else:
             gates = _gates(source, experts) if method == "usage" else {}
-            updates = {name: _nearest(mixture, rank, gates.get(name)) for name, mixture in experts.items()}
-    notes += [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
-    measured: dict[str, Any] = {}
+            updates = {name: mean_of_experts(mixture, rank, gates.get(name)) for name, mixture in experts.items()}
+    loras = as_parameters(layers, updates) if layers else {}
+    if options.distill_steps:
+        trained = [name for name, mixture in experts.items() if len(mixture.A) > 1]
+        with _timed(seconds, "distilling"):
+            steps, rate = options.distill_steps, options.distill_learning_rate
+            distill(model, layers, loras, trained, fitted, steps, rate, options.seed)
+        updates |= {name: loras[name].update for name in trained}
     with _timed(seconds, "measuring"):
-        if data:
-            rows = [row for each in data.values() if each.fitted for row in each.held_out]
-            measured["explained"] = explained_shares(model, layers, experts, updates, rows)
-            found = {kind: divergence(model, layers, updates, each.held_out) for kind, each in data.items()}
-            measured["divergence"] = {kind: kl for kind, (kl, _) in found.items()}
-            measured["loss"] = {kind: loss for kind, (_, loss) in found.items()}
-        if examples and task is not None:
-            tokenizer = load_tokenizer(base_model, trust_remote_code=options.trust_remote_code)
-            measured["accuracy"], measured["differences"] = accuracies(
-                model, tokenizer, task, examples, layers, updates, options.scoring
-            )
+        measured = _measured(options, task, examples, model, layers, experts, loras, data)
     report = ExportReport(
         output,
         method,
@@ -100,6 +99,32 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     return report
 
 
+def _measured(
+    options: ConvertOptions,
+    task: Task | None,
+    examples: list[dict[str, Any]] | None,
+    model: Any,
+    layers: Mapping[str, MolaLinear],
+    experts: Mapping[str, Mixture],
+    loras: Mapping[str, Lora],
+    data: Mapping[str, Calibration],
+) -> dict[str, Any]:
+    """What the report says of the LoRA, by its attributes."""
+    found: dict[str, Any] = {}
+    if data:
+        rows = [row for each in data.values() if each.fitted for row in each.held_out]
+        found["explained"] = explained_shares(model, layers, experts, loras, rows)
+        near = {kind: divergence(model, layers, loras, each.held_out) for kind, each in data.items()}
+        found["divergence"] = {kind: kl for kind, (kl, _) in near.items()}
+        found["loss"] = {kind: loss for kind, (_, loss) in near.items()}
+    if examples and task is not None:
+        tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
+        found["accuracy"], found["differences"] = accuracies(
+            model, tokenizer, task, examples, layers, loras, options.scoring
+        )
+    return found
+
+
 def _method(options: ConvertOptions) -> str:
     has_data = options.data is not None or options.text is not None
     method = options.method or ("regression" if has_data else "mean")
@@ -113,6 +138,15 @@ def _method(options: ConvertOptions) -> str:
         raise MolaError(f"`scoring` must be one of {', '.join(SCORINGS)}: got {options.scoring!r}.")
     if options.data is not None and len(options.data) > 1:
         raise MolaError(f"`data` must be one file with --to lora, got {len(options.data)}. Put them into one.")
+    if options.fit_passes < 1:
+        raise MolaError(f"`fit_passes` must be at least 1, got {options.fit_passes}.")
+    if options.distill_steps < 0 or (options.distill_steps and not has_data):
+        raise MolaError(
+            f"`distill_steps` must be at least 0, and 0 without `data` or `text` to train on: got "
+            f"{options.distill_steps}."
+        )
+    if not 0 < options.distill_learning_rate < math.inf:
+        raise MolaError(f"`distill_learning_rate` must be above 0, got {options.distill_learning_rate}.")
     return method
 
 
@@ -150,53 +184,3 @@ def _gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tenso
         if len(mixture.A) > 1 and (name not in gates or len(gates[name]) != len(mixture.A)):
             raise MolaError(f"{path} must belong to the adapter: it does not speak of {name!r}. Pass --method mean.")
     return gates
-
-
-def _exact(mixture: Mixture) -> Update:
-    return mixture.B[0].t(), mixture.A[0]
-
-
-def _nearest(mixture: Mixture, rank: int, gates: torch.Tensor | None) -> Update:
-    """The mean of the experts, weighted by `gates`, cut to a rank; one expert as it is."""
-    num_experts = len(mixture.A)
-    if num_experts == 1:
-        return _exact(mixture)
-    weights = torch.full((num_experts,), 1 / num_experts) if gates is None else gates / gates.sum()
-    return cut(mixture.left(weights), mixture.right(), rank)
-
-
-def _nearest_on_data(
-    model: Any,
-    layers: Mapping[str, MolaLinear],
-    experts: Mapping[str, Mixture],
-    data: Mapping[str, Calibration],
-    rank: int,
-    memory_gb: float,
-) -> tuple[dict[str, Update], list[str]]:
-    """Reduced-rank regressions of all modules on the data, and the names of those that saw no token."""
-    rows = token_ids([row for each in data.values() for row in each.fitted])
-    several = {name: layer for name, layer in layers.items() if len(experts[name].A) > 1}
-    updates = {name: _exact(experts[name]) for name in layers if name not in several}
-    groups = with_same_input(model, several, rows[0][:1])
-    sizes = [
-        moment_bytes(experts[names[0]].A.shape[2], (experts[name].A[..., 0].numel() for name in names))
-        for names in groups
-    ]
-    unseen = []
-    for part in within(sizes, memory_gb * 1e9):
-        names = [groups[index] for index in part]
-        found = gather_all(model, layers, names, lambda name, x: gated(layers[name], experts[name].A, x), rows)
-        for index, moments in enumerate(found):
-            found[index] = None  # freed one after the other
-            if moments is None:
-                unseen += names[index]
-                updates |= {name: _nearest(experts[name], rank, None) for name in names[index]}
-                continue
-            root, ridge = square_root(moments.second)
-            for name in names[index]:
-                # What the data do not say is left to the mean of the experts, not to zero.
-                mean = experts[name].right().to(root.device) / len(experts[name].A)
-                left = experts[name].left().to(root.device)
-                B, A = regression(root, moments.cross[name] + mean * ridge, left, rank)
-                updates[name] = B.cpu(), A.cpu()
-    return {name: updates[name] for name in layers}, unseen

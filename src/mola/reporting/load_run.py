@@ -11,10 +11,10 @@ from mola.files.schema import check_form
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights
 from mola.reporting.routing_log import RoutingLog, read_routing_log
-from mola.reporting.schema import EVALUATION, INSPECTION, INTERVAL, LOSS, RECORD
+from mola.reporting.schema import EVALUATION, EXPORT, INSPECTION, INTERVAL, LOSS, RECORD
 
 _CURE = "Restore the file, or remove it."
-_RESULTS = {"before": "before.json", "after": "after.json", "inspection": "inspect.json"}
+_RESULTS = {"before": "before.json", "after": "after.json", "inspection": "inspect.json", "export": "export.json"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Run:
     before: Mapping[str, Any] | None  # result of `mola evaluate` without the adapter
     after: Mapping[str, Any] | None  # the same with it
     inspection: Mapping[str, Any] | None  # result of `mola inspect`
-    paths: Mapping[str, Path]  # where `before`, `after` and `inspection` are, or would be
+    export: Mapping[str, Any] | None  # report of `mola convert --to lora`
+    paths: Mapping[str, Path]  # where `before`, `after`, `inspection` and `export` are, or would be
 
     @property
     def name(self) -> str:
@@ -39,17 +40,23 @@ class Run:
         return str(self.record.get("repository") or self.folder.resolve().name)
 
 
-def gather(run_dir: str, before: str | None = None, after: str | None = None, inspection: str | None = None) -> Run:
+def gather(
+    run_dir: str,
+    before: str | None = None,
+    after: str | None = None,
+    inspection: str | None = None,
+    export: str | None = None,
+) -> Run:
     """Read a run folder.
 
-    Results of `mola evaluate` without and with the adapter, and of `mola inspect`, are those in the folder, if any,
-    where no others are named.
+    Results of `mola evaluate` without and with the adapter, of `mola inspect` and of `mola convert --to lora`, are
+    those in the folder, if any, where no others are named.
 
     Raises:
         MolaError: no run in the folder, or a file that is not what it should be.
     """
     folder, record = Path(run_dir), read_record(run_dir)
-    given = {"before": before, "after": after, "inspection": inspection}
+    given = {"before": before, "after": after, "inspection": inspection, "export": export}
     paths = {name: Path(value or folder / _RESULTS[name]) for name, value in given.items()}
     for name, value in given.items():
         if value is not None and not paths[name].is_file():
@@ -63,6 +70,7 @@ def gather(run_dir: str, before: str | None = None, after: str | None = None, in
         _result("before", paths["before"], EVALUATION, "mola evaluate"),
         _result("after", paths["after"], EVALUATION, "mola evaluate"),
         _result("inspection", paths["inspection"], INSPECTION, "mola inspect"),
+        _result("export", paths["export"], EXPORT, "mola convert --to lora"),
         paths,
     )
 

@@ -12,6 +12,7 @@ from mola.reporting.load_run import Run
 from mola.reporting.results import accuracy_section, loss_section
 from mola.reporting.run_summary import making_section, summary
 from mola.reporting.samples import looked_at_samples, samples_section
+from mola.reporting.worth import worth_section
 
 
 def render_page(run: Run) -> str:
@@ -19,6 +20,7 @@ def render_page(run: Run) -> str:
     gates = gates_section(run)
     sections = [
         Section("accuracy", "Accuracy", accuracy_section(run)),
+        Section("worth", "What routing is worth", worth_section(run)),
         Section("loss", "Loss", loss_section(run)),
         Section("allocation", "Experts by layer", allocation_section(run)),
         Section("gates", "Which experts work", gates),
@@ -37,7 +39,7 @@ def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
     """The page of a folder and its `mola inspect` result; the same arguments always give the same text."""
     folder = Path(adapter)
     weights = read_adapter_weights(folder)
-    run = Run(folder, {}, {}, weights, None, None, None, inspection, {})
+    run = Run(folder, {}, {}, weights, None, None, None, inspection, None, {})
     gates = gates_section(run)
     sections = [
         Section("allocation", "Experts by layer", allocation_section(run) if weights else None),

@@ -29,6 +29,9 @@ class ReportOptions:
         None, "Result of `mola evaluate` with the adapter; by default after.json in the run folder."
     )
     inspection: str | None = option(None, "Result of `mola inspect`; by default inspect.json in the run folder.")
+    export: str | None = option(
+        None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
+    )
     output: str | None = option(None, "The page; by default report.html in the run folder.")
     overwrite: bool = option(
         False, "Replace a file that is there, whatever it is; a report as mola wrote it is replaced without this."
@@ -50,7 +53,7 @@ def report(options: ReportOptions) -> Path:
     """
     read_record(options.run_dir)
     target = _target(options)
-    run = gather(options.run_dir, options.before, options.after, options.inspection)
+    run = gather(options.run_dir, options.before, options.after, options.inspection, options.export)
     _warn_of_old_results(run)
     return atomic_write_text(target, with_mark(render_page(run)))
 
@@ -65,7 +68,7 @@ def main(options: ReportOptions) -> int:
 def _warn_of_old_results(run: Run) -> None:
     """A folder that was trained in again may still hold results of the adapter before."""
     weights = run.folder / "adapter_model.safetensors"
-    for name in ("after", "inspection"):
+    for name in ("after", "inspection", "export"):
         path = run.paths[name]
         if weights.is_file() and path.is_file() and path.stat().st_mtime < weights.stat().st_mtime:
             logger.warning("%s is older than the adapter: was it made with an earlier one?", path)

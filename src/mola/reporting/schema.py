@@ -60,6 +60,15 @@ INSPECTION = {
     ),
     "leave_one_out_baseline?": ({"loss?": (NUMBER, None)}, None),
 }
+EXPORT = {
+    "method": TEXT,
+    "rank": INTEGER,
+    "explained_by_kind": {str: NUMBER},
+    "divergence": {str: NUMBER},
+    "loss": {str: dict.fromkeys(("base", "mixture", "lora"), NUMBER)},
+    "accuracy": {str: SCORE},
+    "differences": {str: {"value": NUMBER, "questions_95": [NUMBER, NUMBER]}},
+}
 PER_LAYER = {
     "num_experts": ANYTHING,
     "top_k": ANYTHING,

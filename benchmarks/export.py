@@ -1,0 +1,162 @@
+"""`python -m benchmarks.export`: how near plain LoRAs of several ranks, made in several ways, come to a mixture.
+
+    python -m benchmarks.export --adapter runs/quickstart --task sample --data more/dataset.hf \\
+        --test runs/quickstart/data/test.json more/test.json --text general.txt --test_text LICENSE --output export.json
+
+Every row is one `mola convert --to lora` in a process of its own, whose time and peak memory are its own, and one
+`mola evaluate` of the result for each test file. Rows that the output file has are not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mola.errors import MolaError
+from mola.evaluation.differences import paired_differences
+from mola.files.atomic import atomic_write_json
+from mola.files.environment import machine_description, software_versions
+from mola.options.fields import option
+from mola.options.parsing import parse
+
+_PROJECT = Path(__file__).resolve().parents[1]
+# Ways by name: options of `mola convert`; DATA and TEXT stand for the files given.
+_WAYS = {
+    "mean": ["--method", "mean"],
+    "usage": ["--method", "usage"],
+    "data": ["DATA"],
+    "data and text": ["DATA", "TEXT"],
+    "data, distilled": ["DATA", "--distill_steps", "STEPS"],
+    "mean, distilled": ["--method", "mean", "DATA", "--distill_steps", "STEPS"],
+}
+
+
+@dataclass
+class ExportOptions:
+    """Options of `python -m benchmarks.export`."""
+
+    adapter: str = field(metadata={"help": "Run folder of the mixture."})
+    task: str = field(metadata={"help": "Task of the data and tests."})
+    data: str = field(metadata={"help": "Data to fit to; a tenth of them is held out, and measured on."})
+    test: list[str] = field(metadata={"help": "Test files."})
+    test_text: str = field(metadata={"help": "Text to measure on that nothing is fitted to."})
+    output: str = field(metadata={"help": "Result file (JSON); it is gone on with."})
+    text: str | None = option(None, "General text to fit to as well, in the ways that have it.")
+    base_model: str = option(str(_PROJECT / ".cache" / "SmolLM2-135M-Instruct"), "Base model.")
+    ranks: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "Ranks."})
+    ways: list[str] = field(default_factory=lambda: list(_WAYS), metadata={"help": f"Some of: {', '.join(_WAYS)}."})
+    distill_steps: int = option(100, "Steps in the ways that have them.")
+    dtype: str = option("auto", "Dtype of the base.")
+
+
+def measure(options: ExportOptions) -> dict[str, Any]:
+    """Make the rows that the output file does not have."""
+    path = Path(options.output)
+    document = json.loads(path.read_text()) if path.is_file() else {"settings": asdict(options), "rows": []}
+    if wrong := set(options.ways) - _WAYS.keys():
+        raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
+    done = {(row["way"], row["rank"]) for row in document["rows"]}
+    if "references" not in document:
+        adapters = {"base": [], "mixture": ["--adapter", options.adapter]}
+        document["references"] = {name: _marks(options, words) for name, words in adapters.items()}
+        _save(path, document)
+    for way, rank in product(options.ways, options.ranks):
+        if (way, rank) not in done and (options.text or "TEXT" not in _WAYS[way]):
+            document["rows"].append({"way": way, "rank": rank, **_row(options, way, rank)})
+            _save(path, document)
+            Console(stderr=True).print(f"{way}, rank {rank}: {document['rows'][-1]['seconds']}")
+    return document
+
+
+def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
+    files = {
+        "DATA": ["--data", options.data, "--task", options.task],
+        "TEXT": ["--text", str(options.text)],
+        "STEPS": [str(options.distill_steps)],
+    }
+    words = [word for each in _WAYS[way] for word in files.get(each, [each])]
+    with tempfile.TemporaryDirectory() as name:
+        lora = Path(name) / "lora"
+        # Of the means, too, the distance is measured on the rows that others are not fitted to.
+        words += [] if "DATA" in _WAYS[way] else files["DATA"]
+        words += ["--rank", str(rank), "--base_model", options.base_model, "--test_text", options.test_text]
+        seconds, peak = _run(["convert", options.adapter, "--to", "lora", *words, "--dtype", options.dtype,
+                              "--output", str(lora)])  # fmt: skip
+        report = json.loads((lora / "export.json").read_text())
+        marks = _marks(options, ["--adapter", str(lora)])
+    keys = ("explained_by_kind", "divergence", "loss", "rows", "seconds")
+    return {key: report[key] for key in keys} | {"wall": seconds, "peak_gb": peak, "marks": marks}
+
+
+def _marks(options: ExportOptions, words: list[str]) -> list[list[int]]:
+    """Which answers are right, by test file."""
+    found = []
+    for test in options.test:
+        with tempfile.TemporaryDirectory() as name:
+            output = Path(name) / "result.json"
+            _run(["evaluate", "--base_model", options.base_model, *words, "--task", options.task, "--data", test,
+                  "--scoring", "likelihood", "--dtype", options.dtype, "--output", str(output)])  # fmt: skip
+            found.append([int(sample["correct"]) for sample in json.loads(output.read_text())["samples"]])
+    return found
+
+
+def _run(words: list[str]) -> tuple[float, float]:
+    """Seconds and gigabytes of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "mola", *words], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise MolaError(f"`mola {' '.join(words)}` failed with status {status}.")
+    return round(time.perf_counter() - start, 1), round(usage.ru_maxrss / 1e6, 2)
+
+
+def _save(path: Path, document: dict[str, Any]) -> None:
+    atomic_write_json(path, document | {"machine": machine_description(), "versions": software_versions()})
+
+
+def table(document: dict[str, Any]) -> Table:
+    """One line for every row."""
+    tests = [str(len(marks)) for marks in document["references"]["mixture"]]
+    head = ["way", "rank", *(f"accuracy, {n} questions | less mixture (95 %)" for n in tests)]
+    head += ["KL, answers", "KL, other text", "loss, other text", "explained", "fitting, s", "peak, GB"]
+    found = Table(*head)
+    for row in document["rows"]:
+        cells = []
+        for index, marks in enumerate(row["marks"]):
+            right = {"lora": np.array([marks])}
+            less = paired_differences(right, np.array([document["references"]["mixture"][index]]))["lora"]
+            low, high = less.questions_95
+            cells.append(f"{np.mean(marks):.1%} | {less.value:+.1%} ({low:+.1%} to {high:+.1%})")
+        kl, shares = row["divergence"], row["explained_by_kind"].values()
+        seconds = row["seconds"]["fitting"] + row["seconds"].get("distilling", 0)
+        cells += [f"{kl['answer']:.4f}", f"{kl['other text']:.3f}", f"{row['loss']['other text']['lora']:.3f}"]
+        found.add_row(row["way"], str(row["rank"]), *cells, f"{min(shares):.1%} to {max(shares):.1%}",
+                      f"{seconds:.1f}", f"{row['peak_gb']:.1f}")  # fmt: skip
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command."""
+    options = parse(ExportOptions, words, prog="python -m benchmarks.export")
+    document = measure(options)
+    console = Console(width=220)
+    for name, marks in document["references"].items():
+        console.print(f"{name}: " + ", ".join(f"{np.mean(each):.1%} of {len(each)}" for each in marks))
+    console.print(table(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
