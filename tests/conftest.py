@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 
 # No test asks a hub; where none can be reached, each question would take half a minute of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,10 @@ from mola.tuner.kernels import dispatch
 hypothesis.settings.register_profile("few", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("many", deadline=None)
 hypothesis.settings.load_profile("few")
+
+# A job in the background (`nohup make test &`) ignores it, and so would every process that a test sends it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BOS, EOS = "<s>", "</s>"
 
