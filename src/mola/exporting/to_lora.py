@@ -26,6 +26,7 @@ from mola.exporting.mixtures import Mixture, Update, gated, mixtures, mola_layer
 from mola.exporting.moments import gather_all, moment_bytes, with_same_input, within
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.report import REPORT_FILE, ExportReport
+from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
 from mola.models.adapters import check_fits
@@ -93,9 +94,10 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         **measured,
     )
     config.base_model_name_or_path = base_model
-    others = {key: value for key, value in tensors.items() if ".mola_" not in key}
+    stacked, ranks = stacked_lora(on_meta, tensors, rank)
+    others = {key: value for key, value in tensors.items() if ".mola_" not in key} | stacked
     with new_folder("output", output) as folder:
-        write_lora(folder, updates, rank, config, on_meta, others)
+        write_lora(folder, updates, rank, config, on_meta, others, ranks)
         atomic_write_json(folder / REPORT_FILE, report.to_dict())
     return report
 
@@ -117,7 +119,9 @@ def _method(options: ConvertOptions) -> str:
 
 
 def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
-    largest = max(min(m.A.shape[0] * m.A.shape[1], m.A.shape[2], m.B.shape[2]) for m in experts.values())
+    largest = max(
+        (min(m.A.shape[0] * m.A.shape[1], m.A.shape[2], m.B.shape[2]) for m in experts.values()), default=max(rank, 1)
+    )
     if not 1 <= rank <= largest:
         raise MolaError(
             f"`rank` must be from 1 to {largest}, the highest rank that an update of this adapter can have: got {rank}."
