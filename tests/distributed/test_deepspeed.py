@@ -12,9 +12,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mola import MolaError
+from mola import MolaConfig, MolaError
 from mola.cli import main
-from mola.training.zero import check_deepspeed
+from mola.training.zero import check_deepspeed, check_stacked
 
 from .conftest import assert_same_run, curve, record, weights_of
 from .test_ddp import ROUTER_LOSSES, routing
@@ -200,6 +200,15 @@ def test_refused(monkeypatch, options, message):
     check_deepspeed(options_with(), is_quantized=False)
     with pytest.raises(MolaError, match=message):
         check_deepspeed(options_with(**options), is_quantized=False)
+
+
+def test_stacked_experts_are_not_shared_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    config = MolaConfig(target_parameters=["mlp.experts.down_proj"])
+    check_stacked(options_with(stage=2), config)
+    check_stacked(options_with(), MolaConfig())
+    with pytest.raises(MolaError, match="cannot be trained with ZeRO-3.*: set zero_stage 2"):
+        check_stacked(options_with(), config)
 
 
 @needs_deepspeed

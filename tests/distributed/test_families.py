@@ -15,15 +15,17 @@ from tests.ecosystem.families import FAMILIES, adapt, batch, build
 from tests.waiting import PATIENCE
 
 TOLERANCE = 1e-4  # float32, sums in another order
+STACKED = "mixtral", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def make(family: str) -> torch.nn.Module:
-    return adapt(build(family), family, top_k=1, router_aux_loss_coef=0.5).train()
+    family, *stacked = family.split(" ")
+    return adapt(build(family), family, top_k=1, router_aux_loss_coef=0.5, target_parameters=stacked or None).train()
 
 
 def half(family: str, index: int) -> dict:
-    return {name: value[2 * index : 2 * index + 2] for name, value in batch(family, rows=4).items()}
+    return {name: value[2 * index : 2 * index + 2] for name, value in batch(family.split(" ")[0], rows=4).items()}
 
 
 def expected(family: str) -> dict:
@@ -121,3 +123,10 @@ def test_ddp(step, family):
 @EVERY_FAMILY
 def test_fsdp(step, family):
     check(step("sharded", family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["copied", "sharded"])
+@pytest.mark.parametrize("family", [" ".join(STACKED)])
+def test_the_base_s_own_experts_stacked(step, wrap, family):
+    check(step(wrap, family))

@@ -14,6 +14,8 @@ YAML = {"adapter": "mola", "base_model": "my-model", "output_dir": "runs/out", "
 def test_fields_of_axolotl_and_of_the_block_make_the_configuration():
     block = {"num_experts": "2468", "top_k": 1, "router_aux_loss_coef": "1e-3", "router_jitter_noise": 0.1}
     fields = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": "5e-2", "lora_target_modules": ["q_proj"]}
+    stacked = {"lora_target_parameters": ["mlp.experts.down_proj"]}
+    assert given_settings({**YAML, **stacked})["target_parameters"] == ["mlp.experts.down_proj"]
     config = new_config(given_settings({**YAML, **fields, "mola": block}))
     names = ["r", "lora_alpha", "lora_dropout", "num_experts", "top_k", "router_aux_loss_coef", "router_jitter_noise"]
     assert [getattr(config, name) for name in names] == [4, 32, 0.05, "2468", 1, 1e-3, 0.1]
@@ -39,7 +41,6 @@ def test_all_linears():
         ("peft_init_lora_weights", "pissa"),
         ("peft", {"loftq_config": {"loftq_bits": 4}}),
         ("lora_rank_pattern", {"q_proj": 4}),
-        ("lora_target_parameters", ["experts"]),
         ("lora_fan_in_fan_out", True),
         ("lora_on_cpu", True),
         ("lora_qkv_kernel", True),

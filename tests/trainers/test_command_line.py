@@ -45,6 +45,9 @@ def test_what_mixtures_do_not_have_is_refused(trl):
 
     with pytest.raises(MolaError, match="`use_dora` is for LoRA and not for mixtures, got True"):
         mixture_config(trl.ModelConfig(use_peft=True, use_dora=True), MixtureArguments())
+    if hasattr(trl.ModelConfig, "lora_target_parameters"):
+        given = trl.ModelConfig(use_peft=True, lora_target_parameters=["experts.down_proj"], lora_dropout=0.0)
+        assert mixture_config(given, MixtureArguments()).target_parameters == ["experts.down_proj"]
     with pytest.raises(MolaError, match="`num_experts`"):
         mixture_config(trl.ModelConfig(use_peft=True), MixtureArguments(mola_num_experts="2,x"))
     with pytest.raises(MolaError, match="script of TRL, such as sft or dpo: got 'nosuch'"):

@@ -81,6 +81,23 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class StackShape:
+    """A parameter that holds `count` linear maps of one size; one with two dimensions holds one."""
+
+    module: str
+    parameter: str
+    layer_index: int | None
+    count: int
+    in_features: int
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """Its whole name."""
+        return f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What one decoder layer gets and costs; the formulas are in `plan_allocation`.
 
@@ -176,6 +193,7 @@ def plan_allocation(
     *,
     num_experts_pattern: Mapping[str, int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
+    stacks: Iterable[StackShape] = (),
 ) -> AllocationPlan:
     """Parameters, FLOPs and bytes of an adapter.
 
@@ -185,6 +203,9 @@ def plan_allocation(
         routers  E * in              parameters; 0 if E = 1, such a layer has no router
         forward  2*E*r*(in + out) + 2*E*in  FLOPs per token (the last term only with a router)
         active   2*K*r*(in + out) + 2*E*in  FLOPs per token, with K = top_k
+
+    A parameter with `N` stacked experts of the base model has `N * r * (in + out)` parameters among the experts'. Its
+    update costs the same for any number of tokens and is not in the FLOPs.
 
     Backends that compute all experts for every token need the former (`dense`), those that compute chosen experts only
     the latter (`cpu_train`, `cpu_decode`, `grouped`).
@@ -197,6 +218,7 @@ def plan_allocation(
         bytes_per_parameter: size of one saved number; 4 = float32.
         num_experts_pattern: experts of modules by their names, where they differ from their layer's.
         rank_pattern: the same for the rank.
+        stacks: the adapted parameters.
 
     Returns:
         The plan, one entry per decoder layer; layers without adapted linears cost nothing.
@@ -207,39 +229,50 @@ def plan_allocation(
     """
     _check_same_length(num_experts, r, "r")
     chosen = effective_top_k(num_experts, top_k)
-    linears = list(linears)
-    for name, pattern in (("num_experts_pattern", num_experts_pattern), ("rank_pattern", rank_pattern)):
-        check_matches(pattern, [linear.name for linear in linears], name)
+    linears, stacks = list(linears), list(stacks)
+    check_matches(num_experts_pattern, [linear.name for linear in linears], "num_experts_pattern")
+    check_matches(rank_pattern, [*(each.name for each in linears), *(each.name for each in stacks)], "rank_pattern")
     # Per layer: parameters of experts, of them in experts that a token uses, parameters of routers.
     counts = [[0, 0, 0] for _ in num_experts]
     for linear in linears:
-        index = linear.layer_index
-        if index is None or index >= len(counts):
-            raise MolaError(
-                f"`target_modules` must be inside the {len(counts)} decoder layers, each with its own "
-                f"number of experts: {linear.name!r} is not. Leave it out of `target_modules` or exclude it."
-            )
+        index = _layer(linear, len(counts))
         experts = by_pattern(num_experts_pattern, linear.name, num_experts[index])
         rank = by_pattern(rank_pattern, linear.name, r[index])
         one = rank * (linear.in_features + linear.out_features)
         used = top_k_of_module(experts, top_k[index], linear.name)
         router = experts * linear.in_features if experts > 1 else 0
         counts[index] = [a + b for a, b in zip(counts[index], (experts * one, used * one, router), strict=True)]
+    stacked = [0] * len(counts)
+    for stack in stacks:
+        index = _layer(stack, len(counts))
+        rank = by_pattern(rank_pattern, stack.name, r[index])
+        stacked[index] += stack.count * rank * (stack.in_features + stack.out_features)
     layers = [
         LayerPlan(
             layer_index=index,
             num_experts=num_experts[index],
             top_k=chosen[index],
             r=r[index],
-            expert_parameters=experts,
+            expert_parameters=experts + stacked[index],
             router_parameters=routers,
             flops_per_token=2 * (experts + routers),  # one multiply and one add per weight
             active_flops_per_token=2 * (active + routers),
-            adapter_bytes=bytes_per_parameter * (experts + routers),
+            adapter_bytes=bytes_per_parameter * (experts + stacked[index] + routers),
         )
         for index, (experts, active, routers) in enumerate(counts)
     ]
     return AllocationPlan(tuple(layers))
+
+
+def _layer(adapted: LinearShape | StackShape, num_layers: int) -> int:
+    index = adapted.layer_index
+    if index is None or index >= num_layers:
+        field = "target_modules" if isinstance(adapted, LinearShape) else "target_parameters"
+        raise MolaError(
+            f"`{field}` must be inside the {num_layers} decoder layers, each with its own "
+            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}` or exclude it."
+        )
+    return index
 
 
 def _check_same_length(num_experts: Sequence[int], other: Sequence[int], name: str = "top_k") -> None:

@@ -58,7 +58,7 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
     if found:
         return found
     choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "", [])
-    found = [name for name in names if _matches(name, choice)] if isinstance(choice, str) else []
+    found = [name for name in names if matches(name, choice)] if isinstance(choice, str) else []
     found = found or [name for name in choice if name in leaves]
     if found:
         return found
@@ -108,19 +108,19 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
             of this model and close spellings are named.
     """
     _check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
-    modules = dict(_original_modules(model))
+    modules = dict(original_modules(model))
     if _is_all_linear(target_modules):
         targeted = _select(model, target_modules, exclude_modules)
         if not targeted:
             raise MolaError(f"`target_modules` 'all-linear' finds no linear in this {type(model).__name__}.")
         return
     if isinstance(target_modules, str):
-        if not any(_matches(name, target_modules) for name in modules):
+        if not any(matches(name, target_modules) for name in modules):
             raise MolaError(_nothing_matches([target_modules], modules, is_pattern=True))
     else:
         if not target_modules:
             raise MolaError("`target_modules` must name at least one module, got an empty list.")
-        missing = [target for target in target_modules if not any(_matches(name, [target]) for name in modules)]
+        missing = [target for target in target_modules if not any(matches(name, [target]) for name in modules)]
         _refuse_fused_experts(model, missing)
         if missing:
             raise MolaError(_nothing_matches(sorted(missing), modules, is_pattern=False))
@@ -192,11 +192,11 @@ def resolve_target_modules(
 
 def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and any(_matches(name, [target]) for target in missing):
+        if parameter.dim() == 3 and any(matches(name, [target]) for target in missing):
             raise MolaError(
                 f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
-                "of a mixture-of-experts base model in one parameter, which cannot be adapted. Name the linears of "
-                "its attention, or of its shared experts."
+                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each of them one "
+                "LoRA. The linears are in its attention and its shared experts."
             )
 
 
@@ -215,7 +215,7 @@ def base_layer_of(module: nn.Module) -> nn.Module:
     return module
 
 
-def _original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` without what is inside a module that a PEFT method wrapped."""
     wrapped: list[str] = []
     for name, module in model.named_modules():
@@ -228,9 +228,9 @@ def _original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:
-    modules = [(n, m) for n, m in _original_modules(model) if not (excluded and _matches(n, excluded))]
+    modules = [(n, m) for n, m in original_modules(model) if not (excluded and matches(n, excluded))]
     if not _is_all_linear(targets):
-        return [(name, module) for name, module in modules if _matches(name, targets)]
+        return [(name, module) for name, module in modules if matches(name, targets)]
     heads = _heads(model)
     return [(name, module) for name, module in modules if adaptable(module) and not any(module is h for h in heads)]
 
@@ -248,7 +248,8 @@ def _is_all_linear(targets: Targets) -> bool:
     return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
 
 
-def _matches(name: str, targets: Targets) -> bool:
+def matches(name: str, targets: Targets) -> bool:
+    """Whether a name is one of `targets` or ends with "." and one, or as a whole matches a regular expression."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)

@@ -87,6 +87,7 @@ def _check_expressible(config: MolaConfig) -> None:
         # Layer 0 is a choice too.
         "layers_to_transform": None if config.layers_to_transform is None else [config.layers_to_transform],
         "exclude_modules": config.exclude_modules,
+        "target_parameters": config.target_parameters,
         "use_rslora": config.use_rslora,
         "num_experts_pattern": config.num_experts_pattern,
         "rank_pattern": config.rank_pattern,

@@ -61,6 +61,7 @@ def write_lora(
     config: MolaConfig,
     base: nn.Module,
     others: Mapping[str, torch.Tensor],
+    stacked_ranks: Mapping[str, int],
 ) -> None:
     """Write a LoRA whose scale is 1 everywhere.
 
@@ -71,7 +72,8 @@ def write_lora(
         rank: the rank of most modules.
         config: of the mixture, for what is kept.
         base: the adapted model, for names and kinds of its linears.
-        others: tensors besides experts, such as those of `modules_to_save`.
+        others: tensors besides experts, such as those of `modules_to_save` and of stacked experts.
+        stacked_ranks: ranks of the stacked experts, by name of their parameter.
     """
     tensors, own_ranks = dict(others), {}
     for module, (B, A) in updates.items():
@@ -81,12 +83,14 @@ def write_lora(
             tensors[f"{module}.lora_{part}.weight"] = value.float().contiguous()
         if A.shape[0] > rank:
             own_ranks[module.removeprefix(PREFIX)] = A.shape[0]
+    own_ranks |= {name: r for name, r in stacked_ranks.items() if r > rank}
     modules = dict(base.named_modules())
     kept = {name: value for name in _KEPT if (value := getattr(config, name))}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=targets([name.removeprefix(PREFIX) for name in updates], base),
+        target_parameters=list(stacked_ranks) or None,
         rank_pattern=own_ranks,
         alpha_pattern=dict(own_ranks),
         fan_in_fan_out=any(isinstance(modules[name].get_base_layer(), Conv1D) for name in updates),

@@ -27,6 +27,7 @@ from mola.exporting.measuring import accuracies, divergence, explained_shares
 from mola.exporting.mixtures import Lora, Mixture, as_parameters, mixtures, mola_layers
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.report import REPORT_FILE, ExportReport
+from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
 from mola.models.adapters import check_fits
@@ -92,9 +93,10 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         **measured,
     )
     config.base_model_name_or_path = base_model
-    others = {key: value for key, value in tensors.items() if ".mola_" not in key}
+    stacked, ranks = stacked_lora(on_meta, tensors, rank)
+    others = {key: value for key, value in tensors.items() if ".mola_" not in key} | stacked
     with new_folder("output", output) as folder:
-        write_lora(folder, updates, rank, config, on_meta, others)
+        write_lora(folder, updates, rank, config, on_meta, others, ranks)
         atomic_write_json(folder / REPORT_FILE, report.to_dict())
     return report
 
@@ -151,7 +153,9 @@ def _method(options: ConvertOptions) -> str:
 
 
 def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
-    largest = max(min(m.A.shape[0] * m.A.shape[1], m.A.shape[2], m.B.shape[2]) for m in experts.values())
+    largest = max(
+        (min(m.A.shape[0] * m.A.shape[1], m.A.shape[2], m.B.shape[2]) for m in experts.values()), default=max(rank, 1)
+    )
     if not 1 <= rank <= largest:
         raise MolaError(
             f"`rank` must be from 1 to {largest}, the highest rank that an update of this adapter can have: got {rank}."

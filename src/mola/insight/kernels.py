@@ -11,6 +11,7 @@ from mola.errors import MolaError
 from mola.tuner.kernels.api import Backend, FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import BACKENDS, explain, forced_backend
 from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
 
 TOKENS = {"training": 512, "decode": 1}
 
@@ -60,7 +61,7 @@ def kernels_report(
             name = adapter_name or layer.active_adapters[0]
             if name in layer.mola_A:
                 calls += [(mode, _inputs_of(layer, name, mode)) for mode in modes]
-    if not calls:
+    if not calls and not any(isinstance(layer, StackedParameters) for layer in model.modules()):
         wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise MolaError(f"`model` must have {wanted} to tell which kernels compute it: no module has.")
     return report(calls)

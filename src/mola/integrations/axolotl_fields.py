@@ -26,6 +26,7 @@ _FIELDS = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "lora_modules_to_save": "modules_to_save",
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",

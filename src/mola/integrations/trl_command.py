@@ -18,7 +18,6 @@ from mola.errors import MolaError
 from mola.integrations.mixture_settings import FIELDS, PREFIX, read_settings
 from mola.tuner import MolaConfig
 
-_REFUSED = {"use_dora": False, "lora_target_parameters": None}
 MixtureArguments = make_dataclass(
     "MixtureArguments",
     [
@@ -34,14 +33,14 @@ def mixture_config(model_args: Any, mixture: Any) -> MolaConfig:
     Raises:
         MolaError: a value is wrong, or one of LoRA's that mixtures do not have.
     """
-    for name, default in _REFUSED.items():
-        if (value := getattr(model_args, name, default)) != default:
-            raise MolaError(f"`{name}` is for LoRA and not for mixtures, got {value!r}. Leave it out.")
+    if model_args.use_dora:
+        raise MolaError(f"`use_dora` is for LoRA and not for mixtures, got {model_args.use_dora!r}. Leave it out.")
     return MolaConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         target_modules=model_args.lora_target_modules,
+        target_parameters=getattr(model_args, "lora_target_parameters", None),
         modules_to_save=model_args.lora_modules_to_save,
         task_type=model_args.lora_task_type,
         use_rslora=model_args.use_rslora,

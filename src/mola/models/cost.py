@@ -8,6 +8,7 @@ from dataclasses import replace
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
+from mola.architecture.parameters import find_stacks
 from mola.architecture.patterns import by_pattern, check_pattern
 from mola.architecture.targets import linear_shapes, resolve_target_modules
 from mola.insight.kernels import TOKENS, inputs_for_shapes, report
@@ -29,6 +30,7 @@ def cost_of_allocation(
     *,
     num_experts_pattern: Mapping[str, int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
+    target_parameters: list[str] | None = None,
 ) -> AllocationPlan:
     """Cost of an allocation for a model, without its weights. The arguments are options of `mola plan`.
 
@@ -53,6 +55,7 @@ def cost_of_allocation(
         resolve_per_layer(r, num_layers, "r"),
         num_experts_pattern=num_experts_pattern,
         rank_pattern=rank_pattern,
+        stacks=find_stacks(model, target_parameters or []),
     )
     if with_kernels:
         result = replace(result, kernels=_kernels(linears, result, num_experts_pattern, rank_pattern))

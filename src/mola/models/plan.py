@@ -43,6 +43,9 @@ class PlanOptions:
         "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
         "else PEFT's choice for the architecture.",
     )
+    target_parameters: str | None = option(
+        None, "Parameters with the base model's own stacked experts, between commas: one LoRA for each expert."
+    )
     num_experts_pattern: str | None = option(
         None, "Experts of modules by name, as JSON: {'mlp.*': 8}; others as in `num_experts`."
     )
@@ -75,6 +78,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         with_kernels=True,
         num_experts_pattern=mapping("num_experts_pattern", options.num_experts_pattern),
         rank_pattern=mapping("rank_pattern", options.rank_pattern),
+        target_parameters=names.replace(" ", "").split(",") if (names := options.target_parameters) else None,
     )
 
 

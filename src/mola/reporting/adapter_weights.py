@@ -1,6 +1,7 @@
 """What the saved adapter says by itself: values by layer, and how alike its experts are."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.formatting import layer_order
 from mola.reporting.schema import PER_LAYER
 from mola.tuner.loading import PREFIX
+
+_STACKED = re.compile(r"\.mola_([AB])_\w+$")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
             if name.endswith("mola_A") and shapes[name][0] > 1:
                 redundancy.append(_redundancy(file, path, name, config))
     for name, shape in shapes.items():
-        experts[layer_index(name)] = max(shape[0], experts.get(layer_index(name), 0))
+        # Those of `target_parameters` count the base model's experts.
+        own = 1 if _STACKED.search(name) else shape[0]
+        experts[layer_index(name)] = max(own, experts.get(layer_index(name), 0))
     layers = [
         LayerExperts(layer, experts[layer], *(of_layer(config, name, layer) for name in ("top_k", "r")), *both)
         for layer, both in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0]))
@@ -128,10 +133,10 @@ def opened(path: Path) -> Iterator[Any]:
 def _check_shapes(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
     """A is `(E, r, in)`, B `(E, r, out)`, the router `(E, in)`."""
     for name, shape in shapes.items():
-        part = name.rpartition("mola_")[2]
+        part = _STACKED.sub(r".mola_\1", name).rpartition("mola_")[2]
         valid = len(shape) == (2 if part == "router" else 3) and all(shape) and part in ("A", "B", "router")
         if part == "A":
-            other = shapes.get(f"{name.removesuffix('A')}B", [])
+            other = shapes.get("mola_B".join(name.rsplit("mola_A", 1)), [])
             valid = valid and list(other[:2]) == list(shape[:2])
         if not valid:
             raise MolaError(

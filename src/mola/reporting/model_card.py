@@ -173,7 +173,8 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
         name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
         grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
     header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
-    modules = ", ".join(f"`{name}`" for name in sorted(config.get("target_modules") or []))
+    names = [*sorted(config.get("target_modules") or []), *(config.get("target_parameters") or [])]
+    modules = ", ".join(f"`{name}`" for name in names)
     return f"{markdown_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
 
 

@@ -27,6 +27,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "lora_alpha": 16.0,
     "lora_dropout": 0.05,
     "target_modules": None,
+    "target_parameters": None,
     "modules_to_save": None,
     "router_aux_loss_coef": 0.0,
     "router_aux_loss_reduction": "module",
@@ -93,6 +94,9 @@ class TrainOptions(TrainingArguments):
     adapter: str | None = option(None, "Adapter to train on; dropout and router losses may be changed.")
     target_modules: str | None = option(
         None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
+    )
+    target_parameters: str | None = option(
+        None, "The base's own stacked experts, parameters between commas: one LoRA each; needs lora_dropout 0."
     )
     modules_to_save: str | None = option(None, "Modules to train in full, names between commas.")
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / r. Default 16.")

@@ -29,6 +29,7 @@ from mola.models.quantization import check_quantized_base, quantization_of, stor
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.options.fields import mapping, names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
+from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,11 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
         check_adapter(options.adapter)
-        continued_config(options, options.adapter)
+        check_stacked(options, continued_config(options, options.adapter))
         check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
+    check_stacked(options, wanted)
     allocation = cost_of_allocation(
         options.base_model,
         options.adapter_setting("num_experts"),
@@ -86,6 +88,7 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         options.trust_remote_code,
         num_experts_pattern=wanted.num_experts_pattern,
         rank_pattern=wanted.rank_pattern,
+        target_parameters=wanted.target_parameters,
     )
     if wanted.modules_to_save:
         _check_modules_to_save(wanted.modules_to_save, options)
@@ -120,6 +123,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
         target_modules=names_between_commas(setting("target_modules")),
+        target_parameters=_module_list(setting("target_parameters")),
         modules_to_save=_module_list(setting("modules_to_save")),
         task_type=TaskType.CAUSAL_LM,
     )

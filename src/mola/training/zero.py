@@ -89,6 +89,19 @@ def check_deepspeed(options: TrainingArguments, is_quantized: bool) -> None:
         )
 
 
+def check_stacked(options: TrainingArguments, config: Any) -> None:
+    """Refuse stacked experts with ZeRO-3: a layer reads them before their module is called, which gathers them.
+
+    Raises:
+        MolaError: the adapter's configuration names some.
+    """
+    if uses_deepspeed(options) and zero_stage(options) == 3 and getattr(config, "target_parameters", None):
+        raise MolaError(
+            f"`target_parameters` {config.target_parameters} cannot be trained with ZeRO-3, which shares them out: set "
+            "zero_stage 2, or leave them out."
+        )
+
+
 def zero_stage(options: TrainingArguments) -> int:
     """Which of DeepSpeed's ways to share out a run has."""
     plugin: Any = options.deepspeed_plugin

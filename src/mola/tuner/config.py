@@ -55,6 +55,9 @@ class MolaConfig(PeftConfig):
         layers_to_transform (`int | list[int]`): adapt these decoder layers only. Per-layer lists still
             have one entry for every layer of the model.
         layers_pattern (`list[str] | str`): name of the layer list, for `layers_to_transform`.
+        target_parameters (`list[str]`): names of parameters that hold the base model's own experts, stacked, such as
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: each expert gets one LoRA, no mixture, as by PEFT's
+            field. With it `target_modules` may be an empty list, which adapts no linears.
         bias (`str`): "none", "all" or "mola_only", as in PEFT.
         init_lora_weights (`bool | str`): how experts start, see `mola.tuner.initialization`. All but False start as
             the base model: True (`B` zero), "gaussian", "orthogonal" and "principal". False draws `B` at random too,
@@ -95,6 +98,7 @@ class MolaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     bias: str = "none"
     init_lora_weights: bool | str = True
     use_rslora: bool = False
@@ -129,6 +133,7 @@ class MolaConfig(PeftConfig):
         self._check_numbers()
         for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
             check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
+        self._check_target_parameters()
         self._check_targets()
         for name in ("base_model_type", DIGEST_FIELD):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -166,6 +171,27 @@ class MolaConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise MolaError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
+    def _check_target_parameters(self) -> None:
+        names = self.target_parameters
+        if names is None:
+            return
+        if not isinstance(names, (list, tuple, set)) or not names or not all(isinstance(n, str) and n for n in names):
+            raise MolaError(
+                "`target_parameters` must be a non-empty list of names of parameters, such as "
+                f"['mlp.experts.gate_up_proj']: got {names!r}."
+            )
+        self.target_parameters = sorted(set(names))
+        if self.lora_dropout:
+            raise MolaError(
+                "`lora_dropout` must be 0 with `target_parameters`: an update of a weight has no input to drop from, "
+                f"got {self.lora_dropout}. LoRA refuses it, too."
+            )
+        if self.init_lora_weights == "principal":
+            raise MolaError(
+                "`init_lora_weights` 'principal' reads the weights of linears, and `target_parameters` adapts others: "
+                "take another start."
+            )
+
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -178,7 +204,7 @@ class MolaConfig(PeftConfig):
                     raise MolaError(f"`{name}` must be names in a list, or text: got {value!r}.")
                 names = list(value)
                 wrong = [item for item in names if not isinstance(item, str) or item != item.strip() or not item]
-                if wrong or not names:
+                if wrong or not (names or (name == "target_modules" and self.target_parameters)):
                     raise MolaError(f"`{name}` must be a non-empty list of module names without spaces, got {names!r}.")
                 setattr(self, name, set(names))
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"

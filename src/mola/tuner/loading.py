@@ -11,9 +11,10 @@ from torch import nn
 from mola.errors import MolaError
 from mola.files.finite import check_finite
 from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
 
 PREFIX = "base_model.model."  # of names in a PeftModel
-_OWN = re.compile(r"\.mola_(?:A|B|router)\.[^.]+$")
+_OWN = re.compile(r"\.mola_(?:[AB](?:_\w+)?|router)\.[^.]+$")
 _CHECKED = "_mola_checked_when_loaded"
 
 
@@ -78,7 +79,7 @@ def _check_loaded(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix:
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, module in model.named_modules():
-        if isinstance(module, MolaLinear):
+        if isinstance(module, (MolaLinear, StackedParameters)):
             for part in module.adapter_layer_names:
                 parameters = getattr(module, part)
                 if adapter_name in parameters:

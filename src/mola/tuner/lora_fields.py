@@ -16,7 +16,6 @@ LORA_ONLY = {
         "adapted linears."
     ),
     "fan_in_fan_out": "the layout of a weight is read off its class. Leave it out.",
-    "target_parameters": "experts adapt linears, not bare parameters. Name linears in `target_modules`.",
     "loftq_config": _LEARNED_START,
     "eva_config": _LEARNED_START,
     "corda_config": _LEARNED_START,

@@ -50,7 +50,7 @@ def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: floa
     """
     if not 0 < loraplus_lr_ratio < math.inf:
         raise MolaError(f"`loraplus_lr_ratio` must be a number above 0, got {loraplus_lr_ratio!r}.")
-    of_B = {id(parameter) for name, parameter in model.named_parameters() if ".mola_B." in name}
+    of_B = {id(parameter) for name, parameter in model.named_parameters() if ".mola_B" in name}
     moved = 0
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if id(parameter) in of_B]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, replicate_layers
 from torch import nn
 
 from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
-from mola.architecture.allocation import check_top_k, top_k_of_module
+from mola.architecture.allocation import StackShape, check_top_k, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
+from mola.architecture.parameters import find_stacks
 from mola.architecture.patterns import by_pattern, check_matches
 from mola.architecture.targets import adaptable, base_layer_of, resolve_target_modules
 from mola.errors import MolaError
@@ -24,6 +28,7 @@ from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
+from mola.tuner.stacked import StackedParameters
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -44,7 +49,7 @@ _PerLayer = dict[str, list[int]]  # num_experts, top_k and r: one entry per deco
 
 
 class MolaModel(BaseTuner):
-    """A model whose targeted linears are `MolaLinear` (paper, section 3).
+    """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
     Made by `get_peft_model(model, MolaConfig(...))`; the whole of PEFT works on it: several adapters,
     `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed configuration
@@ -55,7 +60,7 @@ class MolaModel(BaseTuner):
     """
 
     prefix: str = "mola_"
-    tuner_layer_cls = MolaLinear
+    tuner_layer_cls = (MolaLinear, StackedParameters)  # type: ignore[assignment] # PEFT only asks whether one is such
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; see _prepare_adapter_config
 
     # ------------------------------------------------------------------ injection
@@ -90,12 +95,17 @@ class MolaModel(BaseTuner):
         if config.layer_replication:
             _replicate_layers(model, config.layer_replication)
         self._stacks = LayerStacks.of(model)
-        config.target_modules, config.exclude_modules = resolve_target_modules(
-            model, self._stacks, config.target_modules, config.exclude_modules
-        )
+        if config.target_modules or not config.target_parameters:
+            config.target_modules, config.exclude_modules = resolve_target_modules(
+                model, self._stacks, config.target_modules, config.exclude_modules
+            )
         self._per_layer = self._resolve_per_layer(config)
+        self._stacked = self._find_stacks(model, config)
         self._check_places(config, dict(model.named_modules()))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for them among linears only; `_check_places` has looked everywhere.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
@@ -121,6 +131,14 @@ class MolaModel(BaseTuner):
             setattr(config, name, values[0] if len(set(values)) == 1 else values)
         return {"num_experts": num_experts, "top_k": top_k, "r": r}
 
+    def _find_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
+        if not config.target_parameters:
+            return []
+        # As for linears, so that `exclude_modules` and `layers_to_transform` leave parameters out, too.
+        named = copy.copy(config)
+        named.target_modules = set(config.target_parameters)
+        return find_stacks(model, config.target_parameters, lambda name: self._check_target_module_exists(named, name))
+
     def _check_places(self, config: MolaConfig, modules: dict[str, nn.Module]) -> None:
         # All modules before the first one is replaced, so that a refused model is left as it was.
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
@@ -129,8 +147,21 @@ class MolaModel(BaseTuner):
             if adaptable(modules[name]):
                 features: Any = _get_in_out_features(base_layer_of(modules[name]))
                 check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
-        for field in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            check_matches(getattr(config, field), adapted, field)
+        check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
+        stacks = [stack.name for stack in self._stacked]
+        for stack in self._stacked:
+            settings = self._settings(config, stack.name, stack.layer_index)
+            check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
+        for field in ("rank_pattern", "alpha_pattern"):
+            check_matches(getattr(config, field), [*adapted, *stacks], field)
+        linears = {*adapted, *(name for name, module in modules.items() if isinstance(module, MolaLinear))}
+        stacked = {name for name, module in modules.items() if isinstance(module, StackedParameters)}
+        both = sorted(linears & {*stacked, *(stack.module for stack in self._stacked)})
+        if both:
+            raise MolaError(
+                f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
+                f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
+            )
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
         # For `ensure_weight_tying`. PEFT goes on with the user's object, so it is told there, too.
@@ -172,6 +203,30 @@ class MolaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # In place of PEFT's, which nests one wrapper per parameter: here one has all of a module's.
+        for stack in self._stacked:
+            target: Any = model.get_submodule(stack.module)
+            if not isinstance(target, StackedParameters):
+                target = StackedParameters(target, adapter_name)
+                parent, _, name = stack.module.rpartition(".")
+                setattr(model.get_submodule(parent), name, target)
+            settings = replace(self._settings(peft_config, stack.name, stack.layer_index), num_experts=1, top_k=1)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                target.update_layer(adapter_name, stack, settings, inference_mode=peft_config.inference_mode)
+        names = [stack.name for stack in self._stacked]
+        # PEFT before 0.21 does not read what is returned.
+        self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))
+        return names
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, StackedParameters):
+            setattr(parent, child_name, new_module)  # PEFT's would look for a weight
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:
         lists = self._per_layer

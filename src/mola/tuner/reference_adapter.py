@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
 
 _REFERENCE = "ref"
 
@@ -29,7 +30,7 @@ def original_of(adapter_name: str, configs: Mapping[str, Any]) -> str | None:
 def copy_experts(model: nn.Module, original: str, copy: str) -> None:
     """Give adapter `copy` the experts and routers of adapter `original`, which has the same shapes."""
     for module in model.modules():
-        if isinstance(module, MolaLinear):
-            for tensors in (module.mola_A, module.mola_B, module.mola_router):
+        if isinstance(module, (MolaLinear, StackedParameters)):
+            for tensors in (getattr(module, name) for name in module.adapter_layer_names):
                 if original in tensors:
                     tensors[copy].copy_(tensors[original])

@@ -1,0 +1,131 @@
+"""`StackedParameters`: a base model's own experts, stacked in one parameter, with one LoRA for each of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from mola.architecture.parameters import StackShape, is_transposed
+from mola.errors import MolaError
+from mola.tuner.initialization import initialize
+from mola.tuner.layer import ExpertSettings
+
+
+class StackedParameters(nn.Module, BaseTunerLayer):
+    r"""A module that computes with its parameters changed, as by the `target_parameters` of PEFT's LoRA.
+
+    A parameter with the weights `W_n` of `N` experts, which the base model's own router chooses, is in the module's
+    forward pass
+
+        W_n + (lora_alpha / r) * B_n A_n
+
+    There is no mixture and no router here: a weight is the same for all tokens.
+
+    Parameters per adapter `a` and parameter `p`: `mola_A_p[a]: (N, r, in)` and `mola_B_p[a]: (N, r, out)`.
+    """
+
+    other_param_names = ("settings",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.settings: dict[str, dict[str, ExpertSettings]] = {}  # by adapter and parameter
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+
+    def update_layer(
+        self, adapter_name: str, stack: StackShape, settings: ExpertSettings, *, inference_mode: bool = False
+    ) -> None:
+        """Add the LoRAs of one adapter for one parameter; `settings` count experts of ours, which is one."""
+        self.settings.setdefault(adapter_name, {})[stack.parameter] = settings
+        for part, features in (("A", stack.in_features), ("B", stack.out_features)):
+            name = f"mola_{part}_{stack.parameter}"
+            if name not in self.adapter_layer_names:
+                setattr(self, name, nn.ParameterDict({}))
+                self.adapter_layer_names += (name,)
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(stack.count, settings.r, features))
+        A, B = self._factors(adapter_name, stack.parameter)
+        initialize(settings.init_lora_weights, A, B, None, self.base_layer)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _factors(self, adapter_name: str, parameter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(self, f"mola_A_{parameter}")[adapter_name], getattr(self, f"mola_B_{parameter}")[adapter_name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for parameter in self.settings.get(adapter_name, {}):
+            weight = getattr(self.base_layer, parameter)
+            for part in "AB":
+                held = getattr(self, f"mola_{part}_{parameter}")
+                old = held[adapter_name]
+                if not old.is_meta:
+                    held[adapter_name] = nn.Parameter(old.detach().to(device or weight.device, weight.dtype))
+                    held[adapter_name].requires_grad_(old.requires_grad)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with its parameters changed by the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weights: dict[str, torch.Tensor] = {}
+        if not (self.disable_adapters or self.merged):
+            for name in self.active_adapters:
+                weights |= self._changed(name, weights)
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        return torch.func.functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
+
+    def _changed(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
+        """The parameters of one adapter with its update; those in `weights` come in place of the base's."""
+        changed = {}
+        for parameter, settings in self.settings.get(adapter_name, {}).items():
+            weight = weights.get(parameter, getattr(self.base_layer, parameter))
+            A, B = (factor.to(weight.dtype) for factor in self._factors(adapter_name, parameter))
+            left, right = (A, B) if is_transposed(self.base_layer, weight) else (B, A)
+            stack = weight.view(len(A), left.shape[2], right.shape[2])
+            # Under autocast the product would come back in another format than the parameter's.
+            with torch.autocast(weight.device.type, enabled=False):
+                update = torch.baddbmm(stack, left.transpose(1, 2), right, alpha=sign * settings.scaling)
+            changed[parameter] = update.view_as(weight)
+        return changed
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of adapters to the base's parameters.
+
+        Raises:
+            MolaError: `safe_merge`, and a merged parameter is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.settings:
+                merged = self._changed(name, {})
+                if safe_merge and not all(torch.isfinite(weight).all() for weight in merged.values()):
+                    raise MolaError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken.")
+                self._write(merged)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base's parameters again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._write(self._changed(self.merged_adapters.pop(), {}, sign=-1))
+
+    def _write(self, weights: dict[str, torch.Tensor]) -> None:
+        for parameter, weight in weights.items():
+            getattr(self.base_layer, parameter).data = weight
+
+    def extra_repr(self) -> str:
+        """Parameters and rank of every adapter, for `print(model)`."""
+        own = [(name, *item) for name, each in self.settings.items() for item in each.items()]
+        return ", ".join(f"{name}: {parameter} r={settings.r}" for name, parameter, settings in own)
