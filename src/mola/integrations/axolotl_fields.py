@@ -14,7 +14,7 @@ from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
 from mola.files.reading import read_json
-from mola.integrations.mixture_settings import FIELDS
+from mola.integrations.mixture_settings import FIELDS, refuse_merging
 from mola.training.options import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
@@ -59,10 +59,7 @@ def check_merge(cfg: Mapping[str, Any]) -> None:
     """
     folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
     if cfg.get("merge_lora") and (cfg.get("adapter") == "mola" or is_mixture(folder)):
-        raise MolaError(
-            "`merge-lora` cannot merge a mixture: which experts work depends on the token. "
-            f"Load the adapter in {str(folder)!r} beside its base model, with PeftModel.from_pretrained or `mola`."
-        )
+        refuse_merging("`merge-lora`")
 
 
 def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -72,6 +72,19 @@ def refuse_others(host: str, arguments: Any, group: type, honoured: tuple[str, .
 def has_router_losses(settings: Mapping[str, Any]) -> bool:
     """Whether settings by name switch a router loss on."""
     return any(settings.get(name) for name in ("router_aux_loss_coef", "router_z_loss_coef"))
+
+
+def refuse_merging(name: str) -> NoReturn:
+    """Refuse an option that merges a mixture, or writes it into a file that can hold none; says what to do instead.
+
+    Raises:
+        MolaError: always.
+    """
+    raise MolaError(
+        f"{name}: a mixture cannot be merged, since its gates depend on the input. The plain LoRA nearest to it can: "
+        "`mola convert ADAPTER --to lora --rank R --base_model MODEL --output LORA`, then "
+        "`mola merge LORA --base_model MODEL --output MERGED`."
+    )
 
 
 def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwargs: Any) -> PeftModel:
