@@ -12,8 +12,10 @@ Reads one JSON job per line from standard input and answers each with one line, 
     terminate   null, or {"file", "lines"}: once the file has so many lines, SIGTERM to the last process
     kill        null, or {"process", "seconds"}: SIGKILL to a process so long after the start
     patience    seconds that the others have when one has failed, before SIGTERM, and again before SIGKILL; 60
+                with `kill`, one that still runs so long after its start says where it is
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -71,6 +73,8 @@ def child(job: dict, index: int) -> None:
     log = os.open(f"{job['log']}.{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if job.get("kill"):
+        faulthandler.dump_traceback_later(job.get("patience", 60))
     code = 1
     try:
         code = work(job, index)

@@ -17,6 +17,7 @@ from tests.versions import has
 
 from .conftest import write_rows
 from .kill_trials import WAYS, Trials, summary
+from .test_launchers import environment_of
 
 
 @pytest.mark.slow
@@ -31,6 +32,25 @@ def test_random_moments(processes, tiny_model_dir, tmp_path, way):
     results = [trials.trial(number, seed=1) for number in range(3)]
     assert all(result["same"] and "WRONG" not in result["other"] for result in results), results
     print(summary(results))
+
+
+@pytest.mark.parametrize("left", [0, 1], ids=["the first is left", "the last is left"])
+@pytest.mark.parametrize("way", ["ddp", "zero3"])
+def test_one_that_never_comes(processes, flags, tmp_path, way, left):
+    """The other one says that it waits, and ends by itself."""
+    if way == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed, which the extra `deepspeed` installs")
+    codes = processes.run(
+        arguments=flags(tmp_path, ddp_timeout=2),
+        environment=environment_of("zero3.yaml")[1] | {"DS_ACCELERATOR": "cpu"} if way == "zero3" else {},
+        kill={"process": 1 - left, "seconds": 0},
+    )
+    output = processes.output[left]
+    assert codes[left] == 2, output
+    assert f"Process {left} waits for the others, 2 in all: for at most 2 s" in output
+    assert "another process of this run has ended, or does not answer: " in output
+    assert "Traceback" not in output
+    assert not any(tmp_path.iterdir())
 
 
 def lose_one(index: int) -> None:

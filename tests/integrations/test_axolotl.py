@@ -246,7 +246,7 @@ def test_what_cannot_be_honoured_is_refused(python, write, trained, tmp_path):
 def test_merge_lora_ends_with_an_error(python, trained):
     file, out = trained
     printed = run(python.parent / "axolotl", "merge-lora", file, cwd=file.parent, succeeds=False)
-    assert "MolaError: `merge-lora` cannot merge a mixture" in printed
+    assert "MolaError: `merge-lora`: a mixture cannot be merged" in printed
     assert not (out / "merged").exists()
 
 

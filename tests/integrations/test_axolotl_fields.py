@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mola import MolaConfig, MolaError
-from mola.integrations.axolotl_fields import check_merge, continued_config, given_settings, new_config
+from mola.integrations.axolotl_fields import check_merge, given_settings, new_config
+from mola.integrations.mixture_settings import continued_config
 from tests.conftest import save_adapter
 
 YAML = {"adapter": "mola", "base_model": "my-model", "output_dir": "runs/out", "learning_rate": 1e-4}
@@ -93,22 +94,22 @@ def test_merging_is_refused_by_the_yaml_and_by_the_folder(saved, tmp_path):
     check_merge({**YAML, "merge_lora": False})
     check_merge({"adapter": "lora", "merge_lora": True, "output_dir": str(tmp_path)})
     for cfg in (YAML, {"adapter": "lora", "lora_model_dir": str(saved)}, {"output_dir": str(saved)}):
-        with pytest.raises(MolaError, match="cannot merge a mixture"):
+        with pytest.raises(MolaError, match="cannot be merged.*`mola convert ADAPTER --to lora --rank .*`mola merge "):
             check_merge({**cfg, "merge_lora": True})
 
 
 def test_a_saved_mixture_keeps_its_structure_and_takes_training_settings(saved, tiny_model):
     block = {"num_experts": "2,4,6,8", "router_aux_loss_coef": 0.01}
     given = given_settings({**YAML, "lora_r": 4, "lora_dropout": 0.1, "lora_target_linear": True, "mola": block})
-    config = continued_config(str(saved), given, tiny_model)
+    config = continued_config(tiny_model, str(saved), given)
     assert (config.num_experts, config.lora_dropout, config.router_aux_loss_coef) == ([2, 4, 6, 8], 0.1, 0.01)
     for change in ({"lora_r": 8}, {"lora_target_modules": ["q_proj"]}, {"mola": {"num_experts": "8642"}}):
         with pytest.raises(MolaError, match="leave it out"):
-            continued_config(str(saved), given_settings({**YAML, **change}), tiny_model)
+            continued_config(tiny_model, str(saved), given_settings({**YAML, **change}))
 
 
 def test_another_kind_of_adapter_is_not_continued(saved, tiny_model):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     with pytest.raises(MolaError, match="is of type"):
-        continued_config(str(saved), {}, tiny_model)
+        continued_config(tiny_model, str(saved), {})

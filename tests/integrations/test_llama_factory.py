@@ -194,7 +194,7 @@ def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, options, t
         "`finetuning_type: mola` trains it on": run(finetuning_type="lora", adapter_name_or_path=str(trained)),
         "computed from logits": run(mola_router_aux_loss_coef=0.1, use_dft_loss=True),
         "`export_dir`: a mixture": ["export", {**export, "adapter_name_or_path": str(trained)}],
-        "a mixture cannot be exported": ["export", {**export, "finetuning_type": "mola"}],
+        "then `mola merge LORA": ["export", {**export, "finetuning_type": "mola"}],
     }
     done = run_in(python, ["-c", _REFUSED, json.dumps(list(runs.values()))])
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]

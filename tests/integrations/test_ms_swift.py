@@ -170,8 +170,8 @@ def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, flags, tmp
         "`use_reentrant` false": sft(model_kwargs=loss, gradient_checkpointing_kwargs='{"use_reentrant": true}'),
         "computed from logits": sft(model_kwargs=loss, label_smoothing_factor=0.1),
         "`mola_num_experts` is [2, 4, 6, 8]": sft(adapters=trained, model_kwargs=settings(num_experts="8642")),
-        "`merge_lora`: a mixture cannot be exported": export("--merge_lora", "true"),
-        "`to_ollama`: a mixture cannot be exported": export("--to_ollama", "true"),
+        "`merge_lora`: a mixture cannot be merged": export("--merge_lora", "true"),
+        "`to_ollama`: a mixture cannot be merged": export("--to_ollama", "true"),
     }
     done = run_in(python, ["-c", _REFUSED, json.dumps(list(runs.values()))])
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from mola.errors import MolaError
 from mola.integrations import axolotl_fields as yaml
+from mola.integrations.mixture_settings import continued_config
 
 TRIED = "0.21.0"
 
@@ -64,7 +65,7 @@ class MolaPlugin(BasePlugin):
         given = yaml.given_settings(cfg) if self._given is None else self._given
         folder, dtype = cfg.lora_model_dir, cfg.peft_autocast_adapter_dtype
         options = {} if dtype is None else {"autocast_adapter_dtype": dtype}
-        config = yaml.continued_config(folder, given, model) if folder else yaml.new_config(given)
+        config = continued_config(model, folder, given) if folder else yaml.new_config(given)
         if config_only:
             return None, config
         if folder:

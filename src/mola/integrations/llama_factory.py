@@ -30,6 +30,7 @@ from mola.integrations.mixture_settings import (
     has_router_losses,
     keep_router_losses,
     read_settings,
+    refuse_merging,
     refuse_others,
 )
 from mola.tuner import MolaConfig
@@ -106,10 +107,7 @@ def _check_use(model_args: Any, finetuning_args: Any, folders: list, kinds: list
         if getattr(model_args, name):
             raise MolaError(f"`{name}` is not for mixtures: leave it out.")
     if model_args.export_dir is not None:
-        raise MolaError(
-            "`export_dir`: a mixture cannot be exported. Its gates depend on the input, so no weights of the base "
-            "model's shapes equal it: load it as an adapter."
-        )
+        refuse_merging("`export_dir`")
     if len(folders) > 1 or not all(kinds) or finetuning_args.create_new_adapter:
         raise MolaError(f"`adapter_name_or_path` must be one mixture, which cannot be merged: got {folders}.")
     if is_trainable and not finetuning_args.is_mixture:

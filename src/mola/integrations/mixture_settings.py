@@ -6,19 +6,25 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import resolve_per_layer
+from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
+from mola.training.options import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
-NUMBERS = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
-FIELDS = ("num_experts", "top_k", "router", "router_aux_loss_reduction", *NUMBERS)
+FIELDS = (
+    *("num_experts", "top_k", "router", "router_aux_loss_reduction"),
+    *("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
+)
 PREFIX = "mola_"
+_NUMBERS = {field.name for field in dataclasses.fields(MolaConfig) if field.type == "float"}
 
 
 def check_version(host: str, found: str, tried: str) -> None:
@@ -37,17 +43,25 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in given if name in FIELDS or (name.lower().startswith(PREFIX) and name not in names)]
     if unknown:
         raise MolaError(f"There is no {unknown}. The settings of a mixture are {list(names)}.")
-    settings = {names[name]: value for name, value in given.items() if name in names and value is not None}
-    settings = {name: _number_or_list(name, value) for name, value in settings.items()}
+    return checked_settings({names[name]: value for name, value in given.items() if name in names})
+
+
+def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `MolaConfig` that are not None, with numbers and lists where a text stands for one.
+
+    Raises:
+        MolaError: a value is wrong.
+    """
+    settings = {name: _number_or_list(name, value) for name, value in given.items() if value is not None}
     MolaConfig(**settings)
     return settings
 
 
 def _number_or_list(name: str, value: Any) -> Any:
     """What a command line, or YAML where `1e-3` is a text, has made a text of; what is wrong stays as it is."""
-    if isinstance(value, str) and (name in NUMBERS or value.startswith("[")):
+    if isinstance(value, str) and (name in _NUMBERS or value.startswith("[")):
         try:
-            return float(value) if name in NUMBERS else json.loads(value)
+            return float(value) if name in _NUMBERS else json.loads(value)
         except ValueError:
             pass
     return value
@@ -74,8 +88,30 @@ def has_router_losses(settings: Mapping[str, Any]) -> bool:
     return any(settings.get(name) for name in ("router_aux_loss_coef", "router_z_loss_coef"))
 
 
-def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwargs: Any) -> PeftModel:
-    """Load an adapter to train on; settings of the router's losses and its jitter may differ from its own.
+def refuse_merging(name: str) -> NoReturn:
+    """Refuse an option that merges a mixture, or writes it into a file that can hold none; says what to do instead.
+
+    Raises:
+        MolaError: always.
+    """
+    raise MolaError(
+        f"{name}: a mixture cannot be merged, since its gates depend on the input. The plain LoRA nearest to it can: "
+        "`mola convert ADAPTER --to lora --rank R --base_model MODEL --output LORA`, then "
+        "`mola merge LORA --base_model MODEL --output MERGED`."
+    )
+
+
+def continued_config(
+    model: nn.Module, folder: str, settings: Mapping[str, Any], prefix: str = "", **kwargs: Any
+) -> MolaConfig:
+    """The configuration of a saved mixture that is trained on, with those of `settings` that only training reads.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        settings: fields of `MolaConfig`.
+        prefix: what the trainer puts before their names, for messages.
+        kwargs: for `PeftConfig.from_pretrained`.
 
     Raises:
         MolaError: it is no mixture, or of another structure than `settings` say.
@@ -84,15 +120,27 @@ def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwa
     if not isinstance(config, MolaConfig):
         raise MolaError(f"{folder!r} is of type {config.peft_type}, no mixture: it cannot be trained on here.")
     layers = LayerStacks.of(model).num_layers or 1
-    for name in ("num_experts", "top_k", "router"):
-        own: Any = getattr(config, name)
-        other: Any = settings.get(name, own)
-        is_same = other == own
-        if not is_same and name != "router":
+    for name in sorted(set(settings) - set(TRAINING_ONLY)):
+        own, other = getattr(config, name), settings[name]
+        if own == other:
+            continue
+        if name in ("num_experts", "top_k", "r"):
             is_same = resolve_per_layer(own, layers, name) == resolve_per_layer(other, layers, name)
+        else:  # target modules may be the same in other words
+            is_same = name == "target_modules" and (
+                linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)
+            )
         if not is_same:
-            raise MolaError(f"`{PREFIX}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out to train on.")
-    config = dataclasses.replace(config, **{name: settings[name] for name in settings if name in FIELDS[3:]})
+            raise MolaError(
+                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out to train on, or begin with "
+                "new experts."
+            )
+    return dataclasses.replace(config, **{name: settings[name] for name in settings if name in TRAINING_ONLY})
+
+
+def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwargs: Any) -> PeftModel:
+    """Load an adapter to train on, as `continued_config` says."""
+    config = continued_config(model, folder, settings, PREFIX, **kwargs)
     return keep_router_losses(PeftModel.from_pretrained(model, folder, config=config, is_trainable=True, **kwargs))
 
 

@@ -24,6 +24,7 @@ from mola.integrations.mixture_settings import (
     has_router_losses,
     keep_router_losses,
     read_settings,
+    refuse_merging,
     refuse_others,
 )
 from mola.tuner import MolaConfig
@@ -107,10 +108,7 @@ def _check_training(args: Any) -> None:
 def _check_export(args: Any) -> None:
     given = [f"`{name}`" for name in _EXPORTS if getattr(args, name)]
     if given:
-        raise MolaError(
-            f"{', '.join(given)}: a mixture cannot be exported. Its gates depend on the input, so no weights of the "
-            "base model's shapes equal it: load it as an adapter."
-        )
+        refuse_merging(", ".join(given))
 
 
 def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:

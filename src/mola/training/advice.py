@@ -8,8 +8,8 @@ from statistics import fmean
 
 from transformers import SchedulerType, TrainerState
 
-from mola.errors import MolaError
-from mola.files.failures import lost_process, within_memory, writing
+from mola.files.failures import within_memory, writing
+from mola.training.meeting import lost_process_explained
 from mola.training.options import TrainOptions
 
 
@@ -22,18 +22,9 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
     """
     going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
-    with within_memory(f"{memory_advice(options)} {going_on}"), writing("`output_dir`", f"{room} {going_on}"):
-        try:
-            yield
-        except Exception as error:
-            reason = lost_process(error)
-            if reason is None:
-                raise
-            raise MolaError(
-                f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
-                "log, may say why. Start all of them again with the same command: go on from the last complete "
-                "checkpoint with --resume_from_checkpoint last, or without one begin anew with --overwrite_output_dir."
-            ) from error
+    advice = f"{memory_advice(options)} {going_on}"
+    with within_memory(advice), writing("`output_dir`", f"{room} {going_on}"), lost_process_explained():
+        yield
 
 
 def memory_advice(options: TrainOptions) -> str:

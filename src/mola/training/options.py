@@ -16,6 +16,7 @@ from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
 from mola.options.fields import START, Group, mapping, option
 from mola.training.compiling import check_compiler
+from mola.training.meeting import meeting
 from mola.training.trackers import check_trackers
 from mola.training.zero import settle_backend
 
@@ -60,6 +61,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "weight_decay": (0, math.inf, "at least 0"),
     "loraplus_lr_ratio": (1e-30, math.inf, "above 0"),
     "warmup_steps": (0, math.inf, "at least 0"),
+    "ddp_timeout": (1, math.inf, "at least 1 (seconds)"),
     "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
     "validation_size": (0, math.inf, "at least 0"),
 }
@@ -70,7 +72,8 @@ class TrainOptions(TrainingArguments):
     """Options of `mola train`: those below and every field of `transformers.TrainingArguments`.
 
     Raises:
-        MolaError: a value is outside its range, or options contradict each other.
+        MolaError: a value is outside its range, options contradict each other, or another process of the run is not
+            there.
     """
 
     _start: ClassVar = START
@@ -194,7 +197,8 @@ class TrainOptions(TrainingArguments):
         if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         settle_backend(self, device)
-        super().__post_init__()
+        with meeting(self):
+            super().__post_init__()
         share_checkpointing(self)
         if self.torch_compile:
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)

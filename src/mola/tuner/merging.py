@@ -81,8 +81,8 @@ class SingleExpertMerging:
             raise MolaError(
                 f"Adapter {adapter_name!r} cannot be merged: {where} has {self.num_experts[adapter_name]} experts and "
                 "its gates depend on the input, so no single weight equals the mixture. Keep it as an adapter; only "
-                "`num_experts=1` merges. So does the plain LoRA nearest to it: `mola convert ADAPTER --to lora`, then "
-                "`mola merge`."
+                "`num_experts=1` merges. So does the plain LoRA nearest to it: `mola convert ADAPTER --to lora --rank "
+                "R ...`, then `mola merge`."
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

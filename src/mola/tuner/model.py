@@ -293,7 +293,8 @@ class MolaModel(BaseTuner):
         """
         raise MolaError(
             "A merged or GGUF file cannot hold a mixture, whose gates depend on the input: save the adapter with "
-            "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first."
+            "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first. With several, `mola convert "
+            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to it, and `mola merge` then a model."
         )
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
