@@ -149,7 +149,7 @@ def table(document: dict[str, Any]) -> Table:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command."""
-    options = parse(ExportOptions, words, prog="python -m benchmarks.export")
+    options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
     document = measure(options)
     console = Console(width=220)
     for name, marks in document["references"].items():
