@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 import typing
 from pathlib import Path
@@ -81,10 +82,8 @@ def _own(options: Any) -> tuple[set[str], Any]:
     Listed are those the class declares itself, overridden defaults included, and those of a parent of this
     package that is no command's own options class.
     """
-    classes = [options]
-    while _is_ours(classes[-1].__mro__[1]):
-        classes.append(classes[-1].__mro__[1])
-    return {name for parent in classes for name in inspect.get_annotations(parent)}, classes[-1].__mro__[1]
+    ours = [options, *itertools.takewhile(_is_ours, options.__mro__[1:])]
+    return {name for parent in ours for name in inspect.get_annotations(parent)}, options.__mro__[len(ours)]
 
 
 def _is_ours(parent: Any) -> bool:

@@ -69,8 +69,7 @@ def work(job: dict, index: int) -> int:
     return 0
 
 
-def child(job: dict, index: int) -> None:
-    log = os.open(f"{job['log']}.{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def child(job: dict, index: int, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if job.get("kill"):
@@ -134,9 +133,12 @@ def main() -> None:
         job = json.loads(line)
         processes = []
         for index in range(job["processes"]):
+            # Before the fork: the process may be killed at once.
+            log = os.open(f"{job['log']}.{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             process = os.fork()
             if process == 0:
-                child(job, index)
+                child(job, index, log)
+            os.close(log)
             processes.append(process)
         print(json.dumps(wait(processes, job)), flush=True)
 

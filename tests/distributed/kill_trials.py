@@ -5,7 +5,7 @@
 A trial starts a run of 6 steps with a checkpoint after each, kills one process at a moment drawn over the time that
 such a run took, waits for the other one, and goes on as docs/training.md says. Adapter, loss curve and use of experts
 must then be those of a run that nothing killed, bit for bit. Trials that are in the output file already are not run
-again. A process that is left must end by itself: within `--ddp_timeout` 20 where it waits for one that never came.
+again. A process that is left must end by itself: after `--ddp_timeout` 20 where it waits for one that never came.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PATIENCE = 3 * TIMEOUT  # seconds for the process that is left
 class Trials:
     """Runs of one way, in a folder."""
 
-    def __init__(self, processes: Processes, way: str, base_model: Path, data: Path, folder: Path) -> None:
+    def __init__(self, processes: Processes, way: str, base_model: Path, data: Path, folder: Path, until=None) -> None:
         self.processes, self.folder, self.job = processes, folder, dict(WAYS[way])
         if way.startswith("zero"):
             self.job["environment"] = {**environment_of(f"{way}.yaml")[1], "DS_ACCELERATOR": "cpu"}
@@ -62,7 +62,8 @@ class Trials:
         self.arguments = ["train", *(f"--{name}={value}" for name, value in options.items())]
         self.whole = folder / "whole"
         self._must_finish(self.whole, [])
-        self.seconds = processes.lasted
+        self._must_finish(folder / "again", [])  # the first run on a machine also fills caches, such as DeepSpeed's
+        self.seconds = min(processes.lasted, until or processes.lasted)
 
     def _must_finish(self, folder: Path, more: list[str]) -> None:
         self.processes.mola([*self.arguments, f"--output_dir={folder}", *more], **self.job)
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, default="ddp")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", type=float, help="draw moments up to so many seconds only, when processes meet")
     parser.add_argument("--output", type=Path, help="JSON file; trials in it are not run again")
     given = parser.parse_args()
     results = json.loads(given.output.read_text()) if given.output and given.output.exists() else []
@@ -133,7 +135,7 @@ def main() -> None:
         folder = Path(name)
         model = save_tiny_llama(folder / "model", hidden_size=32, intermediate_size=48, std=0.2)
         processes = Processes(folder)
-        trials = Trials(processes, given.way, model, write_rows(folder / "rows.json"), folder)
+        trials = Trials(processes, given.way, model, write_rows(folder / "rows.json"), folder, given.until)
         for number in sorted(set(range(given.trials)) - done):
             results.append(trials.trial(number, given.seed))
             print(json.dumps(results[-1]), flush=True)

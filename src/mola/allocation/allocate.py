@@ -24,7 +24,7 @@ from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
-from mola.models.quantization import quantization_option
+from mola.models.quantization import GGUF_HELP
 from mola.options.fields import option
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0}
@@ -62,7 +62,7 @@ class AllocateOptions:
         "Linears that will be adapted, as in `mola train`: their layers get experts, alphalora reads them. With "
         "`adapter` or `inspection` these say it.",
     )
-    gguf_file: str | None = quantization_option("gguf_file")
+    gguf_file: str | None = option(None, GGUF_HELP)
     device: str = option("cpu", "Where alphalora computes, such as cpu or cuda:0; it needs float64.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
     overwrite: bool = option(False, "Replace an existing result.")

@@ -9,12 +9,12 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mola.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
-from mola.models.quantization import check_quantization, check_quantized_base, quantization_of, quantization_option
+from mola.models.quantization import Quantization, check_quantization, check_quantized_base
 from mola.options.fields import START, Group, option
 
 
 @dataclass
-class ModelOptions:
+class ModelOptions(Quantization):
     """Which base model, and how it is loaded; commands add their own options."""
 
     _start: ClassVar = START
@@ -23,12 +23,6 @@ class ModelOptions:
     _: KW_ONLY
     _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
@@ -42,10 +36,10 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
     Raises:
         MolaError: a device, dtype, quantisation or model that is not there or does not fit.
     """
-    device, quantization = resolve_device(options.device), quantization_of(options)
-    check_quantization(quantization, device, resolve_dtype(options.dtype, device)[0])
+    device = resolve_device(options.device)
+    check_quantization(options, device, resolve_dtype(options.dtype, device)[0])
     config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, quantization, device)
+    check_quantized_base(options.base_model, config, options, device)
     return config
 
 
@@ -64,5 +58,5 @@ def model_for(
         options.dtype,
         options.device,
         options.trust_remote_code,
-        quantization=quantization_of(options),
+        quantization=options,
     )

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.models.cost import cost_of_allocation
-from mola.models.quantization import quantization_option
+from mola.models.quantization import GGUF_HELP
 from mola.options.fields import mapping, option
 
 _WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
@@ -50,7 +50,7 @@ class PlanOptions:
         None, "Experts of modules by name, as JSON: {'mlp.*': 8}; others as in `num_experts`."
     )
     rank_pattern: str | None = option(None, "The same for `r`.")
-    gguf_file: str | None = quantization_option("gguf_file")
+    gguf_file: str | None = option(None, GGUF_HELP)
     json: bool = option(False, "Print JSON instead of the table.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
 

@@ -1,6 +1,6 @@
 """Quantised base models: weights packed in 8 or 4 bits, and GGUF files, which are unpacked.
 
-- A command declares its options with `quantization_option` and hands them on with `quantization_of`.
+- A command's options inherit those of `Quantization`.
 - `check_quantization` needs no model, `check_quantized_base` its configuration: both run before weights load.
 - Experts and routers are never quantised; the base layers are called as they are.
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -19,7 +19,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from mola.errors import MolaError
 from mola.models.devices import DTYPES
-from mola.options.fields import option
+from mola.options.fields import Group, option
 
 logger = logging.getLogger(__name__)
 
@@ -28,58 +28,33 @@ _QUANT_TYPES = ("nf4", "fp4")
 _TESTED = ("bitsandbytes",)
 _INSTALL = "Run `pip install 'mola-peft[{extra}]'`."
 
-_HELP = {
-    "load_in_8bit": (False, "Quantise the base to 8 bits while it loads (bitsandbytes)."),
-    "load_in_4bit": (False, "Quantise the base to 4 bits while it loads (bitsandbytes)."),
-    "bnb_4bit_quant_type": (None, "4-bit format: nf4 (default) or fp4."),
-    "bnb_4bit_compute_dtype": (None, "dtype in which 4-bit layers compute. Default: the base's."),
-    "bnb_4bit_use_double_quant": (False, "Quantise the scales of the 4-bit weights as well."),
-    "gguf_file": (None, "GGUF file in the folder `base_model`, unpacked while it loads."),
-}
+GGUF_HELP = "GGUF file in the folder `base_model`, unpacked while it loads."
 
 
-def quantization_option(name: str) -> Any:
-    """A dataclass field for one option of `Quantization`, with default and help text."""
-    default, text = _HELP[name]
-    return option(default, text)
-
-
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Quantization:
-    """How the base model's weights are stored; the defaults leave it as it is.
+    """How the base model's weights are stored; the defaults leave it as it is. Options of a command inherit from it."""
 
-    Attributes:
-        load_in_8bit: quantise to 8 bits (LLM.int8) while loading.
-        load_in_4bit: quantise to 4 bits while loading.
-        bnb_4bit_quant_type: "nf4" or "fp4"; None is "nf4".
-        bnb_4bit_compute_dtype: as in `mola.models.devices.DTYPES`; None is the dtype of the base.
-        bnb_4bit_use_double_quant: quantise the scales as well.
-        gguf_file: name of a GGUF file in the base model's folder.
-    """
-
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
-    bnb_4bit_quant_type: str | None = None
-    bnb_4bit_compute_dtype: str | None = None
-    bnb_4bit_use_double_quant: bool = False
-    gguf_file: str | None = None
+    _base: ClassVar = Group("base model")
+    load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads (bitsandbytes).")
+    load_in_4bit: bool = option(False, "Quantise the base to 4 bits while it loads (bitsandbytes).")
+    bnb_4bit_quant_type: str | None = option(None, "4-bit format: nf4 (default) or fp4.")
+    bnb_4bit_compute_dtype: str | None = option(None, "dtype in which 4-bit layers compute. Default: the base's.")
+    bnb_4bit_use_double_quant: bool = option(False, "Quantise the scales of the 4-bit weights as well.")
+    gguf_file: str | None = option(None, GGUF_HELP)
 
     @property
     def on_loading(self) -> bool:
         """Whether weights are quantised while they load."""
         return self.load_in_8bit or self.load_in_4bit
 
+    @property
+    def asked(self) -> str:
+        """The option that quantises them, where one does."""
+        return "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
+
 
 QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
-
-
-def quantization_of(options: Any) -> Quantization:
-    """The quantisation that a command's options ask for.
-
-    Args:
-        options: any object that has the options of `Quantization` as attributes.
-    """
-    return Quantization(**{name: getattr(options, name) for name in QUANTIZATION_OPTIONS})
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
@@ -97,22 +72,22 @@ def check_quantization(quantization: Quantization, device: torch.device, dtype: 
         raise MolaError("`load_in_8bit` and `load_in_4bit` exclude each other: got both. Leave one out.")
     if quantization.gguf_file is not None:
         if quantization.on_loading:
-            asked = "load_in_8bit" if quantization.load_in_8bit else "load_in_4bit"
             raise MolaError(
                 f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
-                f"`{asked}`. Load it once, write it with save_pretrained, and pass that folder with `{asked}`."
+                f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder with "
+                f"`{quantization.asked}`."
             )
         if importlib.util.find_spec("gguf") is None:
             raise MolaError(f"`gguf_file` needs the package gguf, which is missing. {_INSTALL.format(extra='gguf')}")
     _check_4bit_options(quantization, dtype)
     if quantization.on_loading:
-        _check_bitsandbytes("load_in_8bit" if quantization.load_in_8bit else "load_in_4bit", device)
+        _check_bitsandbytes(quantization.asked, device)
 
 
 def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
-    given = {name: value for name, value in asdict(quantization).items() if name.startswith("bnb_4bit") and value}
+    given = [name for name in QUANTIZATION_OPTIONS if name.startswith("bnb_4bit") and getattr(quantization, name)]
     if given and not quantization.load_in_4bit:
-        name, value = next(iter(given.items()))
+        name, value = given[0], getattr(quantization, given[0])
         raise MolaError(f"`{name}` ({value}) counts only with `load_in_4bit`. Pass --load_in_4bit as well, or drop it.")
     quant_type = quantization.bnb_4bit_quant_type
     if quant_type is not None and quant_type not in _QUANT_TYPES:
@@ -187,10 +162,9 @@ def check_quantized_base(
         return
     method = method_of(stored)
     if quantization.on_loading:
-        asked = "load_in_8bit" if quantization.load_in_8bit else "load_in_4bit"
         raise MolaError(
-            f"`{asked}` cannot quantise {base_model!r} again: its files are quantised already ({method}). "
-            f"Leave `{asked}` and its options out."
+            f"`{quantization.asked}` cannot quantise {base_model!r} again: its files are quantised already ({method}). "
+            f"Leave `{quantization.asked}` and its options out."
         )
     if method == "bitsandbytes":
         _check_bitsandbytes("base_model", device)

@@ -16,6 +16,7 @@ from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE, check_digest, damaged_record
 from mola.files.reading import read_json_object
 from mola.files.schema import ANYTHING, TEXT, check_form
+from mola.options.fields import first_difference
 from mola.training.digests import DIGESTS_FILE, changed_file
 
 RUN_FILE = "run.json"
@@ -171,9 +172,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
     pairs = [(name, (before.get(name) or {}), (record.get(name) or {})) for name in _SAME_WHEN_RESUMED]
     for name, old, new in pairs:
-        different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        if different:
-            key = different[0]
+        if (key := first_difference(old, new)) is not None:
             raise MolaError(
                 f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({name.replace('_', ' ')}) differs: "
                 f"{old.get(key)!r} in {checkpoint.parent}, now {new.get(key)!r}. Use the same options and data, or "

@@ -57,7 +57,7 @@ def meeting(options: TrainingArguments) -> Iterator[None]:
     if uses_deepspeed(options):
         importlib.import_module("deepspeed")  # takes seconds: not between the meeting and the group
     seconds = min(options.ddp_timeout, _LONGEST)
-    says = "Process %s waits for the others, %s in all: for at most %g s (--ddp_timeout, or less)."
+    says = "Process %s waits for the others, %s in all: for about %g s (--ddp_timeout, or less)."
     numbers = (os.environ["RANK"], os.environ["WORLD_SIZE"], seconds)
     notice = threading.Timer(min(_UNSAID, seconds / 2), logger.warning, [says, *numbers])
     notice.daemon = True

@@ -13,7 +13,7 @@ from mola._compat import share_checkpointing
 from mola.data.encode import TRUNCATIONS
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
-from mola.models.quantization import check_mixed_precision, check_quantization, quantization_of, quantization_option
+from mola.models.quantization import Quantization, check_mixed_precision, check_quantization
 from mola.options.fields import START, Group, mapping, option
 from mola.training.compiling import check_compiler
 from mola.training.meeting import meeting
@@ -68,7 +68,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 
 
 @dataclass
-class TrainOptions(TrainingArguments):
+class TrainOptions(Quantization, TrainingArguments):
     """Options of `mola train`: those below and every field of `transformers.TrainingArguments`.
 
     Raises:
@@ -129,12 +129,6 @@ class TrainOptions(TrainingArguments):
 
     _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
-    load_in_8bit: bool = quantization_option("load_in_8bit")
-    load_in_4bit: bool = quantization_option("load_in_4bit")
-    bnb_4bit_quant_type: str | None = quantization_option("bnb_4bit_quant_type")
-    bnb_4bit_compute_dtype: str | None = quantization_option("bnb_4bit_compute_dtype")
-    bnb_4bit_use_double_quant: bool = quantization_option("bnb_4bit_use_double_quant")
-    gguf_file: str | None = quantization_option("gguf_file")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     _run: ClassVar = Group("run")
@@ -241,11 +235,10 @@ class TrainOptions(TrainingArguments):
                 )
 
     def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
-        quantization = quantization_of(self)
-        check_quantization(quantization, device, dtype)
+        check_quantization(self, device, dtype)
         mixed = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
-        check_mixed_precision(quantization, DTYPES[mixed] if mixed else None)
-        if quantization.on_loading and self.torch_compile:
+        check_mixed_precision(self, DTYPES[mixed] if mixed else None)
+        if self.on_loading and self.torch_compile:
             raise MolaError(
                 "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
                 "Leave it out."

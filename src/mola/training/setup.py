@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -25,7 +25,7 @@ from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
-from mola.models.quantization import check_quantized_base, quantization_of, stored_quantization
+from mola.models.quantization import check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.options.fields import mapping, names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
@@ -66,9 +66,8 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     if options.base_model is None:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
     config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    quantization = quantization_of(options)
-    check_quantized_base(options.base_model, config, quantization, options.device, training=True)
-    if quantization.on_loading or (stored_quantization(config) and options.modules_to_save):
+    check_quantized_base(options.base_model, config, options, options.device, training=True)
+    if options.on_loading or (stored_quantization(config) and options.modules_to_save):
         model = model_on_meta(options.base_model, options.trust_remote_code)
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
@@ -144,16 +143,12 @@ def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
             f"`{next(iter(changes))}` can be changed for an adapter of mola only: {adapter!r} is of type "
             f"{config.peft_type}. Leave the option out."
         )
-    return MolaConfig(**{**{name: getattr(config, name) for name in _init_fields(config)}, **changes})
+    return replace(config, **changes)
 
 
 def training_changes(options: TrainOptions) -> dict[str, Any]:
     """Settings that were given for an adapter that is trained on."""
     return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
-
-
-def _init_fields(config: PeftConfig) -> list[str]:
-    return [field.name for field in fields(config) if field.init]
 
 
 def _module_list(names: str | None) -> list[str] | None:
@@ -263,7 +258,7 @@ def effective_batch_size(options: TrainOptions) -> int:
 def recorded_quantization(options: TrainOptions) -> dict[str, Any] | None:
     """How the base model is quantised, for `run.json`; None for plain weights."""
     config = load_config(options.base_model or "", options.trust_remote_code, options.gguf_file)
-    return quantization_record(config, quantization_of(options), DTYPES[options.base_dtype])
+    return quantization_record(config, options, DTYPES[options.base_dtype])
 
 
 def stores_packed(options: TrainOptions) -> bool:
@@ -284,7 +279,7 @@ def build_model(options: TrainOptions) -> PeftModel:
         options.base_dtype,
         options.device,
         options.trust_remote_code,
-        quantization=quantization_of(options),
+        quantization=options,
     )
     base = prepare_for_training(base, bool(options.activation_checkpointing), options.activation_checkpointing_kwargs)
     set_seed(options.seed)
