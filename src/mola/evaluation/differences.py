@@ -80,7 +80,7 @@ def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def t_interval(values: np.ndarray, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
-    """Student's interval of the mean, within `least` and `most`; a point where all values are equal, or there is one."""
+    """Student's interval of the mean, within `least` and `most`; a point where all values are equal, or one only."""
     mean = float(values.mean())
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     if not error > 0:  # also where the values differ by too little for a square
