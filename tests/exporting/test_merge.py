@@ -28,6 +28,25 @@ def test_one_expert_everywhere_merges(tiny_model_dir, tmp_path, run):
     torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True, "rank_pattern": {"down_proj": 3}},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_rslora": True},
+        {"modules_to_save": ["lm_head"], "bias": "all"},
+        {"trainable_token_indices": [1, 2]},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_loras_that_experts_cannot_express_merge(tiny_model_dir, lora, tmp_path, run, settings):
+    folder = lora("a", **settings)
+    run("merge", folder, "--base_model", tiny_model_dir, "--dtype", "float32", "--output", tmp_path / "merged")
+    expected = logits(load(tiny_model_dir, folder))
+    torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, mixture, tmp_path, refusal):
     message = refusal("merge", mixture, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
     assert "mola convert ADAPTER --to lora" in message

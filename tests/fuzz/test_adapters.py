@@ -11,12 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published
 from mola.checkpoints.tensors import read_tensors
+from mola.exporting import from_lora, other_formats, to_lora
+from mola.exporting import merge as merging
 from mola.exporting.convert import ConvertOptions, convert
+from mola.exporting.lora_files import read_lora
+from mola.exporting.merge import MergeOptions, merge
+from mola.models import loading
 from mola.models.adapters import attach, check_adapter
+from mola.models.meta import model_on_meta
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.tuner import MolaConfig
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, make_settings, make_tensors
@@ -45,6 +52,7 @@ OWN = {
     for layer in range(4)
     for part, shape in (("A", (2, 2, 32)), ("B", (2, 2, 32)), ("router", (2, 32)))
 }
+ONE_EXPERT = {key: value[:1] for key, value in OWN.items() if not key.endswith("router")}
 LORA_SETTINGS = LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 3}).to_dict()
 LORA_SETTINGS = json.loads(json.dumps(LORA_SETTINGS, default=sorted)) | {"peft_type": "LORA"}
 LORA = {
@@ -113,6 +121,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("adapters")
 
 
+@pytest.fixture
+def skeleton(tiny_model_dir, monkeypatch):
+    """The base model without weights, which commands copy: building it is most of their time."""
+    model = model_on_meta(str(tiny_model_dir))
+    for module in (from_lora, loading, merging, other_formats, to_lora):
+        monkeypatch.setattr(module, "model_on_meta", lambda *arguments, **options: copy.deepcopy(model))
+    return model
+
+
+@pytest.fixture
+def loaded(tiny_model_dir, tiny_model, monkeypatch):
+    """The same for the model with its weights, and its tokenizer."""
+    tokenizer = loading.load_tokenizer(tiny_model_dir)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: copy.deepcopy(tiny_model))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **options: tokenizer)
+
+
 def fill(data, folder, settings, tensors, *, may_pickle=True):
     """Write an adapter that is wrong somewhere, or not."""
     for name in ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"):
@@ -163,26 +188,44 @@ def test_moe_peft_adapter(folder, data):
 
 @fuzz
 @given(data=st.data())
-def test_conversion(folder, tiny_model_dir, data):
-    source, target, settings, tensors, top_k = data.draw(
-        st.sampled_from(
-            [
-                ("published", None, PUBLISHED_SETTINGS | {"r": [2] * 4}, PUBLISHED, "1"),
-                ("moe_peft", None, SETTINGS, TENSORS, None),
-                (None, "published", OWN_SETTINGS, OWN, None),
-                (None, "lora", OWN_SETTINGS, OWN, None),
-                ("lora", None, LORA_SETTINGS, LORA, "1"),
-            ]
-        )
-    )
+def test_lora(folder, skeleton, data):
+    fill(data, folder, LORA_SETTINGS, LORA)
+    survives(read_lora, folder, copy.deepcopy(skeleton))
+
+
+WAYS = {
+    "from published": ("published", None, PUBLISHED_SETTINGS | {"r": [2] * 4}, PUBLISHED, {"top_k": "1"}),
+    "from moe_peft": ("moe_peft", None, SETTINGS, TENSORS, {}),
+    "from lora": ("lora", None, LORA_SETTINGS, LORA, {"top_k": "1", "num_experts": "2,"}),
+    "to published": (None, "published", OWN_SETTINGS, OWN, {}),
+    "to lora": (None, "lora", OWN_SETTINGS, OWN, {"rank": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@fuzz
+@given(data=st.data())
+def test_conversion(folder, tiny_model_dir, skeleton, way, data):
+    source, target, settings, tensors, own = WAYS[way]
     fill(data, folder, settings, tensors)
     base = None if target == "published" else str(tiny_model_dir)
 
     def run():
         shutil.rmtree(folder / "out", ignore_errors=True)
-        own = {"rank": 2} if target == "lora" else {"num_experts": "2,"} if source == "lora" else {}
-        options = ConvertOptions([str(folder)], str(folder / "out"), source, target, base, top_k, **own)
-        return convert(options)
+        return convert(ConvertOptions([str(folder)], str(folder / "out"), source, target, base, **own))
+
+    survives(run)
+
+
+@pytest.mark.parametrize("kind", ["lora", "one expert"])
+@fuzz
+@given(data=st.data())
+def test_merge(folder, tiny_model_dir, skeleton, loaded, kind, data):
+    fill(data, folder, *((LORA_SETTINGS, LORA) if kind == "lora" else (OWN_SETTINGS | {"num_experts": 1}, ONE_EXPERT)))
+
+    def run():
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        return merge(MergeOptions(str(folder), str(tiny_model_dir), str(folder / "out")))
 
     survives(run)
 

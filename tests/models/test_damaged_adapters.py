@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mola import MolaConfig
@@ -207,6 +207,53 @@ def test_digest_follows_the_weights(adapter, tiny_model, tmp_path):
         check_adapter(folder)
     settings = [json.loads((f / "adapter_config.json").read_text()) for f in (adapter, tmp_path / "elsewhere")]
     assert settings[0]["weights_sha256"] == settings[1]["weights_sha256"]
+
+
+# ---------------------------------------------------------------------- plain LoRA
+
+
+LORA_A = PREFIX.removesuffix("mola_") + "lora_A.weight"
+
+
+def in_lora(change):
+    return lambda folder: change_tensors(folder, change)
+
+
+LORA_FAULTS = {
+    **{name: FAULTS[name] for name in ("cut off", "empty")},
+    "settings": (lambda folder: cut_off(folder / "adapter_config.json", 0.5), ["adapter_config.json"]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
+    "NaN": (in_lora(lambda tensors: tensors[LORA_A].view(-1)[3:4].fill_(float("nan"))), [LORA_A, "1 of 64"]),
+    "infinite": (in_lora(lambda tensors: tensors[LORA_A].view(-1)[3:4].fill_(-float("inf"))), [LORA_A, "1 of 64"]),
+    "shape": (
+        in_lora(lambda tensors: tensors.update({LORA_A: tensors[LORA_A][:, 1:].contiguous()})),
+        [LORA_A, "(2, 31)", "(2, 32)"],
+    ),
+    "whole numbers": (in_lora(lambda tensors: tensors.update({LORA_A: tensors[LORA_A].int()})), [LORA_A, "int32"]),
+    "tensor missing": (in_lora(lambda tensors: tensors.pop(LORA_A)), [LORA_A, "missing"]),
+    "tensor too many": (
+        in_lora(lambda tensors: tensors.update({LORA_A.replace("2", "7"): torch.ones(2, 32)})),
+        ["layers.7.self_attn.q_proj.lora_A.weight"],
+    ),
+    "rank": (lambda folder: change_settings(folder, r=2**31), ["(2147483648, "]),
+    "targets": (lambda folder: change_settings(folder, target_modules="("), ["does not fit the base model"]),
+}
+
+
+@pytest.mark.parametrize("fault", LORA_FAULTS)
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_commands_that_read_loras_say_what_is_wrong(command, fault, no_weights_dir, tiny_model_dir, tmp_path, capsys):
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    folder = save_adapter(tiny_model_dir, tmp_path / "lora", config)
+    damage, words = LORA_FAULTS[fault]
+    damage(folder)
+    more = ["--from", "lora", "--num_experts", "2,"] if command == "convert" else []
+    words_of_both = ["--base_model", str(no_weights_dir), "--output", str(tmp_path / "out")]
+    assert main([command, str(folder), *more, *words_of_both]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"mola {command}: error: ")
+    assert [word for word in words if word not in message] == [], message
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------- formats of other programs

@@ -1,5 +1,6 @@
 """Whether answers to the same questions differ: means, intervals, paired differences. Statistics only, no torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def mean_accuracy(accuracies: Sequence[float]) -> Mean:
         accuracies: one per seed, at least one.
     """
     values = np.asarray(accuracies, dtype=float)
-    return Mean(float(values.mean()), _t_interval(values, least=0.0) if len(values) > 1 else None, len(values))
+    return Mean(float(values.mean()), t_interval(values, 0.0, 1.0) if len(values) > 1 else None, len(values))
 
 
 def paired_differences(recipes: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, Difference]:
@@ -66,8 +67,8 @@ def paired_differences(recipes: dict[str, np.ndarray], reference: np.ndarray) ->
 
 def _difference(difference: np.ndarray, p: float, p_adjusted: float) -> Difference:
     by_seed, by_question = difference.mean(1), difference.mean(0)
-    over_seeds = _t_interval(by_seed) if len(by_seed) > 1 else None
-    over_questions = _t_interval(by_question)
+    over_seeds = t_interval(by_seed, -1.0, 1.0) if len(by_seed) > 1 else None
+    over_questions = t_interval(by_question, -1.0, 1.0)
     value = float(difference.mean())
     is_clear = over_seeds is not None and p_adjusted < 1 - LEVEL and _same_side(over_seeds, over_questions)
     verdict = ("better" if value > 0 else "worse") if is_clear else "no significant difference"
@@ -78,14 +79,14 @@ def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return (one[0] > 0 and other[0] > 0) or (one[1] < 0 and other[1] < 0)
 
 
-def _t_interval(values: np.ndarray, least: float = -1.0) -> tuple[float, float]:
-    """Interval of the mean from `least` to 1 at most; a point where all values are equal, or there is one only."""
+def t_interval(values: np.ndarray, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+    """Student's interval of the mean, within `least` and `most`; a point where all values are equal, or one only."""
     mean = float(values.mean())
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     if not error > 0:  # also where the values differ by too little for a square
         return mean, mean
     low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
-    return max(float(low), least), min(float(high), 1.0)
+    return max(float(low), least), min(float(high), most)
 
 
 def _p_value(values: np.ndarray) -> float:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.exporting.lora_files import check_lora
 from mola.files.folders import check_new_folder, new_folder
 from mola.models.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.models.meta import model_on_meta
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
 
@@ -48,17 +50,18 @@ def merge(options: MergeOptions) -> Path:
     """
     adapter = os.path.expanduser(options.adapter)
     output = check_new_folder("output", options.output)
-    check_adapter(adapter)
+    kind = check_adapter(adapter)["peft_type"]
     config: Any = load_config(options.base_model, options.trust_remote_code)
     if (method := stored_quantization(config)) is not None:
         raise MolaError(
             f"`base_model` must not be quantised to be merged into: {options.base_model!r} is stored by {method}. Pass "
             "the model that it was made from."
         )
+    if kind == "LORA" and not options.trust_remote_code:  # such code may not work without weights
+        check_lora(Path(adapter), model_on_meta(options.base_model))
     tokenizer = load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)
     model: Any = load_model(options.base_model, adapter, options.dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):
-        kind = model.peft_config["default"].peft_type
         raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
     merged = model.merge_and_unload(safe_merge=True)
     with new_folder("output", output) as folder:
