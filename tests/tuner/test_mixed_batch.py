@@ -12,7 +12,9 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.insight.recording import recorded_gates
+from mola.tuner.kernels.cpu import decode as cpu_decode
 
+from .kernels.native import needs_numba
 from .models import random_config, tiny_llama, token_batch
 
 BASE = "__base__"
@@ -119,6 +121,28 @@ def test_with_every_kind_of_backend(model, force, backend):
     force(backend)
     with torch.no_grad():
         assert largest_difference(model, token_batch(5), NAMES) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("way", [pytest.param("native", marks=needs_numba), "torch"])
+def test_few_tokens(way, length, dtype, monkeypatch):
+    model = several(dtype=dtype)
+    if way == "torch":
+        monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)
+    inputs = token_batch(7, length)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for seed in range(3):
+        assert largest_difference(model, inputs, draw(seed, 7)) < tolerance
+
+
+@needs_numba
+def test_few_tokens_are_one_native_call(model, monkeypatch):
+    expected = model(**token_batch(5), adapter_names=NAMES).logits
+    monkeypatch.setattr(MolaLinear, "add_experts", None)
+    with torch.no_grad():
+        found = model(**{name: values[:, :4] for name, values in token_batch(5).items()}, adapter_names=NAMES).logits
+    torch.testing.assert_close(found, expected[:, :4], atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_differ_in_this_model(model):

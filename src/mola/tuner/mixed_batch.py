@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mola.errors import MolaError
+from mola.tuner.kernels.dispatch import row_table
 from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 
@@ -42,6 +43,7 @@ class MixedBatch:
     def __init__(self, names: list[str], copies: int = 1) -> None:
         self._names, self._copies = names, copies
         self._sorted: dict[tuple[int, torch.device], _Sorted] = {}
+        self._tables: dict[tuple[Any, ...], Any] = {}  # for few tokens: where each row's experts lie
 
     def of_rows(self, num_rows: int) -> list[str]:
         """Adapter of each of so many rows.
@@ -63,6 +65,9 @@ class MixedBatch:
         is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         frozen = None if args or kwargs or is_recorded else layer.frozen_linear(x)
         result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
+        table = None if frozen is None else self._table(layer, x)
+        if table is not None:
+            return table.add(result, x)
         if not any(name in layer.scaling for name in adapters):
             return result
         if order is not None:
@@ -73,6 +78,12 @@ class MixedBatch:
         ]
         result = torch.cat(parts)
         return result if inverse is None else result.index_select(0, inverse)
+
+    def _table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
+        key = id(layer), x.shape, x.dtype
+        if key not in self._tables:
+            self._tables[key] = row_table(layer, self.of_rows(len(x)), x)
+        return self._tables[key]
 
     def _sort(self, num_rows: int, device: torch.device) -> _Sorted:
         # Once for all layers: a GPU would be waited for in each.
