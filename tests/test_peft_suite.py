@@ -51,12 +51,12 @@ def test_a_wrong_entry_is_refused(tmp_path, monkeypatch, name, text, message):
 
 
 def test_cases_are_configurations():
-    for name, model, config, settings in cases("test_custom_models", "TestPeftCustomModel", CUSTOM):
+    for name, model, config, settings in cases("test_custom_models", "TestPeftCustomModel", CUSTOM, ()):
         assert issubclass(config, MolaConfig)
         assert config(**settings).target_modules
         assert isinstance(name, str)
         assert isinstance(model, str)
-    assert cases("test_custom_models", None, ("safe_merge",)) is None
+    assert cases("test_custom_models", None, ("safe_merge",), ()) is None
     assert [config().num_experts for config in KINDS] == [1, 4]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from peft import LoraConfig
 
 from mola import MolaConfig
 
@@ -70,13 +73,28 @@ def _with_task(task_type: str) -> list[tuple]:
     return [(OneExpert, common), (Mixture, {**common, "num_experts": layers, "lora_dropout": 0.05})]
 
 
-def cases(module: str, cls: str | None, names: tuple[str, ...]) -> list | None:
+def _of_both_adapters(theirs: Sequence[Any]) -> list | None:
+    """Our configurations with the targets and ranks of LoRA's, for a mixed batch; None where LoRA adapts no linears."""
+    for name, *values in theirs:
+        loras = [value for value in values if isinstance(value, LoraConfig)]
+        if loras and all(target.startswith("lin") for lora in loras for target in lora.target_modules or ["?"]):
+            return [(f"{kind.__name__} {name}", *(_like(kind, value) for value in values)) for kind in KINDS]
+    return None
+
+
+def _like(kind: type[MolaConfig], lora: LoraConfig) -> MolaConfig:
+    common = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
+    return kind(**common, r=lora.r, init_lora_weights=False)
+
+
+def cases(module: str, cls: str | None, names: tuple[str, ...], theirs: Sequence[Any]) -> list | None:
     """The values that take the place of PEFT's in one `parametrize`.
 
     Args:
         module: name of the test module.
         cls: name of the test class.
         names: the parameters' names.
+        theirs: PEFT's values.
 
     Returns:
         One tuple per case; None for parameters that are no matter of the method.
@@ -86,6 +104,8 @@ def cases(module: str, cls: str | None, names: tuple[str, ...]) -> list | None:
             return _custom()
         case ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"):
             return _active_together()
+        case ("test_name", "config0", "config1") | ("test_name", "config") if cls == "TestMixedAdapterBatches":
+            return _of_both_adapters(theirs)
         case ("config_class", "mandatory_kwargs"):
             return [(MolaConfig, {})]
         case ("config_cls",):

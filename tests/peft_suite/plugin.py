@@ -23,6 +23,8 @@ _SKIPS_OF_OTHERS = {
     "test_decoder_models": ("check_beft_config",),
     "test_encoder_decoder_models": ("beft_tests",),
 }
+# Tests of any method that skip all but LoRA, by its name.
+_FOR_LORA_BY_NAME = "mixed_adapter_batches"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,13 +89,13 @@ class Suite:
         for index, marker in enumerate(markers):
             if marker.name == "parametrize":
                 names = _names(marker.args[0])
-                ours = cases.cases(metafunc.module.__name__.rpartition(".")[2], cls, names)
+                ours = cases.cases(metafunc.module.__name__.rpartition(".")[2], cls, names, marker.args[1])
                 if ours is not None:
                     markers[index] = pytest.mark.parametrize(names, ours).mark
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leave out tests that were written for one other method."""
-        chosen = [item for item in items if _has_our_case(item) or self.lists.lora_test(_name(item.nodeid))]
+        chosen = [item for item in items if _our_kinds(item) or self.lists.lora_test(_name(item.nodeid))]
         left_out = [item for item in items if item not in set(chosen)]
         for item in left_out:
             self.outcomes[_file(item.nodeid)]["left_out"] += 1
@@ -105,11 +107,17 @@ class Suite:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         """Let our configuration take the place of LoRA's where the test names LoRA's."""
-        entry = None if _has_our_case(item) else self.lists.lora_test(_name(item.nodeid))
-        if entry is None:
+        kinds, modules = _our_kinds(item), [getattr(item, "module")]  # noqa: B009
+        entry = None if kinds else self.lists.lora_test(_name(item.nodeid))
+        if entry is not None:
+            kinds = [getattr(cases, entry.config)]
+        elif _FOR_LORA_BY_NAME in item.name:
+            modules.append(importlib.import_module(f"{PACKAGE}.testing_common"))
+        else:
             return (yield)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(getattr(item, "module"), "LoraConfig", getattr(cases, entry.config))  # noqa: B009
+            for module in modules:
+                patch.setattr(module, "LoraConfig", kinds[0])
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -157,6 +165,8 @@ def _file(nodeid: str) -> str:
     return _name(nodeid).partition("::")[0]
 
 
-def _has_our_case(item: pytest.Item) -> bool:
+def _our_kinds(item: pytest.Item) -> list[type[MolaConfig]]:
+    """The classes of ours in a test's case, or of which it has configurations."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return any(isinstance(value, type) and issubclass(value, MolaConfig) for value in values)
+    kinds = (value if isinstance(value, type) else type(value) for value in values)
+    return [kind for kind in kinds if issubclass(kind, MolaConfig)]

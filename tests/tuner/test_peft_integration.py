@@ -227,12 +227,6 @@ def test_merging_a_mixture_is_refused_and_changes_nothing(base, inputs):
     assert not any(module.merged for module in model.modules() if isinstance(module, MolaLinear))
 
 
-def test_mixed_adapter_batches_are_refused(base, inputs):
-    model = get_peft_model(clone(base), random_config())
-    with pytest.raises(MolaError, match="adapter_names"):
-        model(**inputs, adapter_names=["default"] * 3)
-
-
 @pytest.mark.parametrize("name", ["num_experts", "top_k", "r", "lora_alpha"])
 def test_missing_field_in_the_checkpoint(base, saved, name):
     folder, _ = saved

@@ -423,3 +423,13 @@ def test_a_linear_of_another_adapter_s_other_field_is_refused(first, second):
 def test_values_that_cannot_be_right_are_refused(options, message):
     with pytest.raises(MolaError, match=message):
         MolaConfig(**options)
+
+
+def test_rows_of_one_batch_cannot_have_weights_of_their_own():
+    model = get_peft_model(base(), config(target_modules=["q_proj"])).eval()
+    model.add_adapter("linears", MolaConfig(num_experts=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    batch = token_batch()
+    names = ["__base__"] * (len(batch["input_ids"]) - 1)
+    with pytest.raises(MolaError, match="with adapters that have `target_parameters`"):
+        model(**batch, adapter_names=["default", *names])
+    model(**batch, adapter_names=["linears", *names])

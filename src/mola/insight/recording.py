@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 
@@ -44,6 +45,9 @@ def recorded_gates(model: torch.nn.Module) -> Iterator[list[ModuleGates]]:
 
     Yields:
         A list that grows with every call of a module.
+
+    Raises:
+        MolaError: in a forward pass with `adapter_names`.
     """
     recorded: list[ModuleGates] = []
     handles = [
@@ -62,6 +66,8 @@ def _recorder(name: str, recorded: list[ModuleGates]) -> Any:
     def record(layer: MolaLinear, inputs: tuple[torch.Tensor, ...]) -> None:
         if layer.disable_adapters or layer.merged:
             return
+        if layer.mixed_batch is not None:
+            raise MolaError("Gates are recorded of one adapter at a time: leave out `adapter_names`.")
         for adapter in layer.active_adapters:
             if adapter in layer.mola_router:
                 with torch.no_grad():

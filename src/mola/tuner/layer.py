@@ -66,6 +66,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     adapter_layer_names = ("mola_A", "mola_B", "mola_router")
     other_param_names = ("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout", "router_outputs")
+    mixed_batch: Any = None  # a `MixedBatch` in calls with `adapter_names`
 
     def __init__(
         self,
@@ -142,6 +143,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self.mixed_batch is not None:
+            return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
             output = decode_layer(self, names[0], x)

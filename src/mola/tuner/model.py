@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from mola.tuner.config import MolaConfig
 from mola.tuner.initialization import check_shapes
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
+from mola.tuner.mixed_batch import mixed_batch
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
@@ -51,12 +52,11 @@ _PerLayer = dict[str, list[int]]  # num_experts, top_k and r: one entry per deco
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
-    Made by `get_peft_model(model, MolaConfig(...))`; the whole of PEFT works on it: several adapters,
-    `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed configuration
-    is copied, so one object can be used for models of different depth.
+    Made by `get_peft_model(model, MolaConfig(...))`; the whole of PEFT works on it: several adapters, also in one
+    batch (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
+    configuration is copied, so one object can be used for models of different depth.
 
-    Not possible: merging more than one expert (the gates depend on the input), and several adapters
-    in one batch (`adapter_names`); both raise.
+    Not possible: merging more than one expert, whose gates depend on the input; it raises.
     """
 
     prefix: str = "mola_"
@@ -299,15 +299,8 @@ class MolaModel(BaseTuner):
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        # Without this method PEFT would drop `adapter_names` in silence.
-        if kwargs.get("adapter_names") is not None:
-            raise MolaError(
-                "`adapter_names` (several adapters in one batch) is not supported by mola; call the model once "
-                "per adapter after `set_adapter`."
-            )
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        return mixed_batch(self, adapter_names, kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient.

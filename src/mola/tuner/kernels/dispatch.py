@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from mola.errors import MolaError
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.autograd import compute
-from mola.tuner.kernels.decode import Decode
+from mola.tuner.kernels.decode import Decode, is_decode
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
@@ -46,6 +47,13 @@ def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | No
     if _cpu_decode is None or not _cpu_decode.is_available() or _choice():
         return None
     return _cpu_decode.decode_layer(layer, adapter_name, x)
+
+
+def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
+    """What adds the updates of rows with different adapters at once; None where nothing does, as above."""
+    if _cpu_decode is None or not _cpu_decode.is_available() or _choice() or not is_decode(x):
+        return None
+    return _cpu_decode.row_table(layer, names, x)
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:

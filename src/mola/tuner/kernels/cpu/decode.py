@@ -5,7 +5,7 @@ A compiler meets it as an operator, `torch.ops.mola.decode`, that is given a lay
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -176,6 +176,48 @@ def _add_update(
         scaling,
         top_k,
     )
+
+
+class RowTable(NamedTuple):
+    """Experts of each of a batch's rows, where they lie; see `rows_kernel` of `jit_decode`."""
+
+    kernel: Any
+    experts: torch.Tensor
+    scalings: torch.Tensor
+    no_router: torch.Tensor  # of adapters with one expert: zeros make its gate 1
+
+    def add(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add each row's update to the base output `(rows, ..., out)`, in place; both contiguous."""
+        x, sizes = x.contiguous(), (len(x), x.numel() // (len(x) * x.shape[-1]), x.shape[-1], output.shape[-1])
+        self.kernel(x.data_ptr(), output.data_ptr(), self.experts.data_ptr(), self.scalings.data_ptr(), *sizes)
+        return output
+
+
+def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
+    """Where a layer's experts for rows with these adapters lie; None if there is no native function for them."""
+    parts, functions = layer._modules, native.load("jit_decode")
+    no_router = torch.zeros(layer.in_features)
+    entries, kernels = {}, set()
+    for name in set(names):
+        experts_A, experts_B = (parts[part]._parameters.get(name) for part in ("mola_A", "mola_B"))
+        if experts_A is None:
+            entries[name] = [0] * 6, 0.0
+            continue
+        num_experts, r, _ = experts_A.shape
+        tensors = parts["mola_router"]._parameters.get(name, no_router.unsqueeze(0)), experts_A, experts_B
+        shapes = (num_experts, x.shape[-1]), (num_experts, r, x.shape[-1]), (num_experts, r, layer.out_features)
+        is_usual = layer.settings[name].router == DEFAULT_ROUTER and not parts["mola_dropout"]._modules[name].training
+        if not is_usual or layer.training or _why_unreadable(x, experts_A, experts_B, tensors[0]) is not None:
+            return None
+        if not all(each.is_contiguous() and each.shape == shape for each, shape in zip(tensors, shapes, strict=True)):
+            return None
+        addresses = [each.data_ptr() for each in tensors]
+        entries[name] = [*addresses, num_experts, r, layer.top_k[name]], layer.scaling[name]
+        kernels.add(functions.rows_kernel(x.dtype, experts_A.dtype))
+    if len(kernels) != 1:
+        return None
+    experts, scalings = (torch.tensor(column) for column in zip(*map(entries.__getitem__, names), strict=True))
+    return RowTable(kernels.pop(), experts, scalings, no_router)
 
 
 def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:

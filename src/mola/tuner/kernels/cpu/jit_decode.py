@@ -97,6 +97,28 @@ def _specialize(values: Any, weights: Any) -> Any:
     return compiled(add, types.void(*[types.int64] * 10, types.float64, types.int64))
 
 
+def _specialize_rows(values: Any, weights: Any) -> Any:
+    def add_rows(x, output, experts, scalings, num_rows, num_tokens, in_features, out_features):
+        all_x = numba.carray(pointer(x), (num_rows, num_tokens, in_features), values)
+        all_output = numba.carray(pointer(output), (num_rows, num_tokens, out_features), values)
+        table = numba.carray(pointer(experts), (num_rows, 6), np.int64)
+        scaling = numba.carray(pointer(scalings), (num_rows,), np.float32)
+        for row in range(num_rows):
+            num_experts, r, top_k = table[row, 3], table[row, 4], table[row, 5]
+            if top_k > 0:
+                _add(
+                    all_x[row],
+                    numba.carray(pointer(table[row, 0]), (num_experts, in_features), np.float32),
+                    numba.carray(pointer(table[row, 1]), (num_experts, r, in_features), weights),
+                    numba.carray(pointer(table[row, 2]), (num_experts, r, out_features), weights),
+                    all_output[row],
+                    scaling[row],
+                    top_k,
+                )
+
+    return compiled(add_rows, types.void(*[types.int64] * 8))
+
+
 @functools.cache
 def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
     """The native function for dtypes; None if there is none.
@@ -110,7 +132,24 @@ def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
         `(x, router, experts_A, experts_B, output, num_tokens, num_experts, r, in, out, scaling, top_k)`.
         All tensors contiguous, `1 <= top_k <= num_experts`.
     """
+    formats = _formats(values, weights)
+    return formats and _specialize(*formats)
+
+
+@functools.cache
+def rows_kernel(values: torch.dtype, weights: torch.dtype) -> Any:
+    """The same for rows that have experts of their own; dtypes as for `kernel`.
+
+    Returns:
+        A function of addresses and sizes: `(x, output, experts, scalings, num_rows, tokens_of_a_row, in, out)`.
+        Each row of `experts` has the addresses of router, A and B, and `num_experts, r, top_k`, in 64-bit integers;
+        with `top_k` 0 nothing is added.
+    """
+    formats = _formats(values, weights)
+    return formats and _specialize_rows(*formats)
+
+
+def _formats(values: torch.dtype, weights: torch.dtype) -> Any:
     formats = FORMATS.get(values), FORMATS.get(weights)
-    if None in formats or (values, weights) == (torch.float32, torch.bfloat16):  # whose input would be rounded
-        return None
-    return _specialize(*formats)
+    # The input would be rounded in the second case.
+    return None if None in formats or (values, weights) == (torch.float32, torch.bfloat16) else formats

@@ -1,0 +1,163 @@
+"""Rows of one batch with different adapters: PEFT's `adapter_names` in `forward` and `generate`.
+
+Rows are sorted by adapter. The base layer maps all of them at once, then each adapter that is present adds its experts
+to its own rows, as it would alone. Nothing is recorded of the routers, which happens in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from mola.errors import MolaError
+from mola.tuner.kernels.dispatch import row_table
+from mola.tuner.kernels.gemm import linear
+from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
+
+_BASE = "__base__"  # PEFT's name for the model without an adapter
+
+
+class _Sorted(NamedTuple):
+    """Rows sorted by adapter: names and their numbers of rows, and the way there and back; None where it is none."""
+
+    adapters: list[str]
+    sizes: list[int]
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+
+class MixedBatch:
+    """The adapters of the rows in one call of a model; for that time it is every layer's `mixed_batch`.
+
+    Args:
+        names: adapter of each row, or "__base__".
+        copies: how many rows `generate` makes of each, side by side.
+    """
+
+    def __init__(self, names: list[str], copies: int = 1) -> None:
+        self._names, self._copies = names, copies
+        self._sorted: dict[tuple[int, torch.device], _Sorted] = {}
+        self._tables: dict[tuple[Any, ...], Any] = {}  # for few tokens: where each row's experts lie
+
+    def of_rows(self, num_rows: int) -> list[str]:
+        """Adapter of each of so many rows.
+
+        Raises:
+            MolaError: they are not as many as names, nor what `generate` makes of those.
+        """
+        for copies in (1, self._copies):
+            if num_rows == copies * len(self._names):
+                return [name for name in self._names for _ in range(copies)]
+        raise MolaError(  # PEFT's words, and those below: code that looks for them is to find them
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self._names)} and {num_rows} respectively."
+        )
+
+    def forward(self, layer: MolaLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What `MolaLinear.forward` gives, each row with its adapter."""
+        adapters, sizes, order, inverse = self._sort(len(x), x.device)
+        is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        frozen = None if args or kwargs or is_recorded else layer.frozen_linear(x)
+        result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
+        table = None if frozen is None else self._table(layer, x)
+        if table is not None:
+            return table.add(result, x)
+        if not any(name in layer.scaling for name in adapters):
+            return result
+        if order is not None:
+            x, result = x.index_select(0, order), result.index_select(0, order)
+        parts = [
+            layer.add_experts(name, rows, base).to(base.dtype) if name in layer.scaling else base
+            for name, rows, base in zip(adapters, x.split(sizes), result.split(sizes), strict=True)
+        ]
+        result = torch.cat(parts)
+        return result if inverse is None else result.index_select(0, inverse)
+
+    def _table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
+        key = id(layer), x.shape, x.dtype
+        if key not in self._tables:
+            self._tables[key] = row_table(layer, self.of_rows(len(x)), x)
+        return self._tables[key]
+
+    def _sort(self, num_rows: int, device: torch.device) -> _Sorted:
+        # Once for all layers: a GPU would be waited for in each.
+        key = num_rows, device
+        if key not in self._sorted:
+            names = self.of_rows(num_rows)
+            adapters = sorted(set(names))
+            order = sorted(range(num_rows), key=names.__getitem__)
+            inverse = sorted(range(num_rows), key=order.__getitem__)
+            ways = (None, None) if order == inverse == [*range(num_rows)] else (order, inverse)
+            tensors = (None if way is None else torch.tensor(way, device=device) for way in ways)
+            self._sorted[key] = _Sorted(adapters, [names.count(name) for name in adapters], *tensors)
+        return self._sorted[key]
+
+    def tell(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Hook before PEFT's wrappers (of `modules_to_save` and the like), which know their own adapters only."""
+        names = self.of_rows(len(args[0])) if args else self._names
+        return args, {**kwargs, "adapter_names": [name if name in module._adapters else _BASE for name in names]}
+
+
+@contextmanager
+def mixed_batch(tuner: Any, names: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Give each row its adapter in the forward passes of a `with` block.
+
+    Args:
+        tuner: the `MolaModel`.
+        names: adapter of each row, or "__base__"; None changes nothing.
+        options: what the model is called with; of `generate` they say how many rows become of one.
+
+    Raises:
+        MolaError: the model is in training mode or an adapter is merged, or names are not those of adapters.
+    """
+    if names is None:
+        yield
+        return
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {_BASE!r}, per row: got {names!r}.")
+    if tuner.training:
+        raise MolaError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
+    unknown = sorted({*names} - {*tuner.peft_config, _BASE})
+    if unknown:
+        raise MolaError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+            f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {_BASE} for rows without an adapter."
+        )
+    modules = list(tuner.model.modules())
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
+        raise MolaError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    stacked = [module for module in modules if isinstance(module, StackedParameters)]
+    if any(name in module.settings for module in stacked for name in names):
+        raise MolaError(
+            "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model's weight is the same "
+            "for all rows. Call the model once per adapter, with `set_adapter`."
+        )
+    batch = MixedBatch(list(names), _copies(tuner.model, options))
+    layers = [module for module in modules if isinstance(module, MolaLinear)]
+    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+    handles = [wrapper.register_forward_pre_hook(batch.tell, with_kwargs=True) for wrapper in wrappers]
+    try:
+        for layer in layers:
+            layer.mixed_batch = batch
+        yield
+    finally:
+        for layer in layers:
+            layer.mixed_batch = None
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(model: nn.Module, options: Mapping[str, Any]) -> int:
+    """How many rows `generate` makes of one: an encoder sees one, decoders one per beam or returned sequence."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    found = (options.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
+    return max(each or 1 for each in found)
