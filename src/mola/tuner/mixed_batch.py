@@ -138,8 +138,8 @@ def mixed_batch(tuner: Any, names: Any, options: Mapping[str, Any]) -> Iterator[
     stacked = [module for module in modules if isinstance(module, StackedParameters)]
     if any(name in module.settings for module in stacked for name in names):
         raise MolaError(
-            "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model's weight is the same "
-            "for all rows. Call the model once per adapter, with `set_adapter`."
+            "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
+            "weight for all rows. Call the model once per adapter, with `set_adapter`."
         )
     batch = MixedBatch(list(names), _copies(tuner.model, options))
     layers = [module for module in modules if isinstance(module, MolaLinear)]
