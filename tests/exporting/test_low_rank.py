@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from mola import MolaError
+from mola.data.tokenized import IGNORED
+from mola.exporting.calibration import Row, answer_weights
 from mola.exporting.low_rank import cut, regression, solve, square_root
 from mola.exporting.moments import gather_all, moment_bytes, with_same_input, within
 
@@ -103,6 +105,24 @@ def test_moments_are_sums_over_all_tokens():
     assert [each.cross.keys() for each in found[:2]] == [{"a", "b"}, {"c"}]
     y = x @ model.b.weight.double().t()
     torch.testing.assert_close(found[1].second, y.t() @ y)
+
+
+def test_a_token_of_weight_three_counts_three_times():
+    model = Two()
+    modules, features = dict(model.named_children()), lambda name, x: 2 * x[:, :2]
+    weights = [torch.tensor([[1.0, 3.0, 1.0]]), torch.tensor([[1.0, 1.0]])]
+    once = gather_all(
+        model, modules, [["a", "b"]], features, [torch.tensor([[0, 1, 2]]), torch.tensor([[3, 3]])], weights
+    )
+    three = gather_all(model, modules, [["a", "b"]], features, [torch.tensor([[0, 1, 1, 1, 2, 3, 3]])])
+    torch.testing.assert_close(once[0].second, three[0].second)
+    torch.testing.assert_close(once[0].cross["b"], three[0].cross["b"])
+
+
+def test_tokens_before_an_answer_have_its_weight():
+    rows = [Row([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]), Row([5, 6], [5, 6])]
+    short, long = answer_weights(rows, 10.0)
+    assert (short.tolist(), long.tolist()) == ([[10.0, 1.0]], [[1.0, 10.0, 10.0, 1.0]])
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
@@ -123,6 +124,11 @@ def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:
     """The token ids of `batches`."""
     return [ids for ids, _ in batches(rows)]
+
+
+def answer_weights(rows: Sequence[Row], weight: float) -> list[torch.Tensor]:
+    """How often each token of `batches` counts: `weight` times where an answer's token is predicted, else once."""
+    return [torch.where(F.pad(answer_tokens(labels), (0, 1)), weight, 1.0) for _, labels in batches(rows)]
 
 
 def answer_tokens(labels: torch.Tensor) -> torch.Tensor:

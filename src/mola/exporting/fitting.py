@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mola.exporting.calibration import Row, token_ids
+from mola.exporting.calibration import Row, answer_weights, token_ids
 from mola.exporting.low_rank import cut, regression, square_root
 from mola.exporting.mixtures import Mixture, Update, as_lora, as_parameters, gated
 from mola.exporting.moments import gather_all, moment_bytes, with_same_input, within
@@ -31,6 +31,7 @@ def nearest_on_data(
     rank: int,
     memory_gb: float,
     passes: int,
+    answer_weight: float,
 ) -> tuple[dict[str, Update], list[str]]:
     """Reduced-rank regressions of all modules on rows.
 
@@ -45,11 +46,12 @@ def nearest_on_data(
         rank: of modules with several experts.
         memory_gb: most memory for moments: of how many parts there are at least.
         passes: as many parts at least, as far as there are layers.
+        answer_weight: how often tokens count at which an answer, or a text, is predicted.
 
     Returns:
         The updates, and the names of modules that saw no token: these have the experts' mean.
     """
-    tokens = token_ids(rows)
+    tokens, weights = token_ids(rows), answer_weights(rows, answer_weight)
     several = {name: layer for name, layer in layers.items() if len(experts[name].A) > 1}
     updates = {name: mean_of_experts(experts[name], rank) for name in layers if name not in several}
     groups = with_same_input(model, several, tokens[0][:1])
@@ -62,7 +64,8 @@ def nearest_on_data(
         names = [groups[index] for index in part]
         converted = as_parameters(layers, {name: update for name, update in updates.items() if name in several})
         with as_lora(layers, converted):
-            found = gather_all(model, layers, names, lambda name, x: gated(layers[name], experts[name].A, x), tokens)
+            features = lambda name, x: gated(layers[name], experts[name].A, x)  # noqa: E731
+            found = gather_all(model, layers, names, features, tokens, weights)
         for index, moments in enumerate(found):
             found[index] = None  # freed one after the other
             if moments is None:

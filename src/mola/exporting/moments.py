@@ -93,6 +93,7 @@ def gather_all(
     groups: Sequence[Sequence[str]],
     features: Features,
     batches: Sequence[Rows],
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> list[Moments | None]:
     """Moments over batches, in one pass over them.
 
@@ -102,6 +103,7 @@ def gather_all(
         groups: names of modules with the same input.
         features: `h (N, m)` of a module's name and its input `(N, in)`, at least float32.
         batches: token ids.
+        weights: of the tokens of each batch, in its shape; without them each token counts once.
 
     Returns:
         One for each group; None where no token came by.
@@ -110,22 +112,26 @@ def gather_all(
         MolaError: a number is not finite.
     """
     found: list[dict[str, torch.Tensor]] = [{} for _ in groups]
+    weight = torch.ones(())
     place = {name: (index, name == names[0]) for index, names in enumerate(groups) for name in names}
 
     def see(name: str, x: torch.Tensor) -> None:
         index, is_first = place[name]
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         sums = [(name, features(name, x))] + ([("", x)] if is_first else [])
+        weighted = x * weight.to(x).reshape(-1, 1)
         for key, left in sums:
-            product = left.t() @ x
+            product = left.t() @ weighted
             if key not in found[index]:
                 found[index][key] = torch.zeros_like(product, dtype=torch.float64, device=_device(product))
             found[index][key] += product.to(found[index][key].device)
 
     with inputs_seen({name: modules[name] for name in place}, see):
         console = Console(stderr=True)
-        for batch in track(batches, "Reading the data", console=console, disable=not console.is_terminal):
-            run(model, batch)
+        numbers = range(len(batches))
+        for number in track(numbers, "Reading the data", console=console, disable=not console.is_terminal):
+            weight = weight if weights is None else weights[number]
+            run(model, batches[number])
     for names, sums in zip(groups, found, strict=True):
         if not all(torch.isfinite(each).all() for each in sums.values()):
             raise MolaError(f"inputs of {names[0]!r} must be finite numbers: they are not. Pass --dtype float32.")

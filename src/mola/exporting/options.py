@@ -53,6 +53,9 @@ class ConvertOptions:
         "regression: fit the layers in so many parts one after the other, each to the inputs that it has when those "
         "before it are converted. The data are read once for each; little memory asks for more.",
     )
+    answer_weight: float = option(
+        10.0, "regression: how often a token counts at which an answer, or a text, is predicted; others count once."
+    )
     distill_steps: int = option(0, "Train the LoRA for so many batches of the data towards the mixture's logits.")
     distill_learning_rate: float = option(1e-4, "Learning rate of the first of these steps; it falls to 0.")
     test: str | None = option(None, "Test file of `task`: accuracy of base, mixture and LoRA, and their differences.")
@@ -92,7 +95,7 @@ _TAKES = {
     "--from lora": ("base_model", "num_experts", "top_k", "noise", "memory_gb", *_DATA),
     "--to published": (),
     "--to lora": (
-        *("base_model", "rank", "method", "fit_passes", "distill_steps", "distill_learning_rate"),
+        *("base_model", "rank", "method", "fit_passes", "answer_weight", "distill_steps", "distill_learning_rate"),
         *("test", "test_text", "scoring", "memory_gb", "text", *_DATA),
     ),
 }

@@ -63,9 +63,8 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     fitted = [row for each in data.values() for row in each.fitted]
     with _timed(seconds, "fitting"):
         if method == "regression":
-            updates, unseen = nearest_on_data(
-                model, layers, experts, fitted, rank, options.memory_gb, options.fit_passes
-            )
+            memory, passes, weight = options.memory_gb, options.fit_passes, options.answer_weight
+            updates, unseen = nearest_on_data(model, layers, experts, fitted, rank, memory, passes, weight)
             if unseen:
                 notes.append(f"{len(unseen)} linears saw no token and have the experts' mean, such as {unseen[0]}")
         else:
@@ -142,6 +141,8 @@ def _method(options: ConvertOptions) -> str:
         raise MolaError(f"`data` must be one file with --to lora, got {len(options.data)}. Put them into one.")
     if options.fit_passes < 1:
         raise MolaError(f"`fit_passes` must be at least 1, got {options.fit_passes}.")
+    if not 0 < options.answer_weight < math.inf:
+        raise MolaError(f"`answer_weight` must be above 0, got {options.answer_weight}.")
     if options.distill_steps < 0 or (options.distill_steps and not has_data):
         raise MolaError(
             f"`distill_steps` must be at least 0, and 0 without `data` or `text` to train on: got "
