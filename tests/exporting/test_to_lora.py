@@ -42,11 +42,11 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
     for text in ("explained, q_proj", "KL(mixture || LoRA)", "accuracy of mixture", "lora less mixture"):
         assert text in printed
     report = report_of(tmp_path / "fit")
-    assert report["rows"] == {"answer": {"fitted": 36, "held_out": 4}}
+    assert report["rows"] == {"answer": {"fitted": 36, "held_out": 4}, "test answer": {"fitted": 0, "held_out": 12}}
     assert (report["method"], report_of(tmp_path / "mean")["method"]) == ("regression", "mean")
     assert report["accuracy"]["mixture"]["total"] == report["accuracy"]["lora"]["total"] == 12
     assert len(report["differences"]["lora"]["questions_95"]) == 2
-    assert 0 < report["divergence"]["answer"] < 1
+    assert all(0 < report["divergence"][kind] < 1 for kind in ("answer", "test answer"))
     # The same rows by hand, with the mean instead of the fit.
     model = load_model(str(tiny_model_dir), str(mixture), "float32", "cpu")
     measured = convert(

@@ -76,14 +76,28 @@ def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:
     Raises:
         MolaError: it is unreadable, or has fewer than two rows that fit.
     """
+    return _divided(*_read_rows(options, path, task, options.split), path)
+
+
+def read_test(options: ConvertOptions, task: Task) -> Calibration:
+    """The rows of the test file, all held out.
+
+    Raises:
+        MolaError: it is unreadable.
+    """
+    rows, too_long = _read_rows(options, str(options.test), task, "test")
+    return Calibration([], rows, too_long)
+
+
+def _read_rows(options: ConvertOptions, path: str, task: Task, split: str) -> tuple[list[Row], int]:
+    """Rows, and how many are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
-    examples = load_examples(path, task, options.split, limit=options.limit)
+    examples = load_examples(path, task, split, limit=options.limit)
     cutoff = _longest(options)
     dataset, report = encode_examples(
         examples, tokenizer, get_template(task.template), cutoff_len=cutoff, truncation="drop"
     )
-    rows = [Row(row["input_ids"], row["labels"]) for row in dataset]
-    return _divided(rows, path, report.dropped)
+    return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
@@ -104,7 +118,7 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
     size = min(_PIECE, _longest(options))
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return _divided([Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit], path, 0)
+    return _divided([Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit], 0, path)
 
 
 def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -141,7 +155,7 @@ def _longest(options: ConvertOptions) -> int:
     return max_positions(config) or _NO_LIMIT
 
 
-def _divided(rows: list[Row], path: str, too_long: int) -> Calibration:
+def _divided(rows: list[Row], too_long: int, path: str) -> Calibration:
     if len(rows) < 2:
         raise MolaError(
             f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has {len(rows)}. Pass more."

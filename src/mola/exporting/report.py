@@ -29,7 +29,8 @@ class ExportReport:
         exact: how many of them had one expert, which is a LoRA as it is.
         explained: of each module, the share of the mixture's squared update on held-out tokens that the LoRA has,
             `1 - E ||y - B A x||^2 / E ||y||^2`; None without data.
-        divergence: mean KL(mixture || LoRA) of held-out rows in nats, by kind of tokens: `answer` of the data, `text`.
+        divergence: mean KL(mixture || LoRA) of held-out rows in nats, by kind of tokens: `answer` of the data,
+            `test answer` of the test file, `text`.
         loss: mean loss of base, mixture and LoRA on the same tokens.
         accuracy: of `base`, `mixture` and `lora` on the test file.
         differences: of `lora` and `base` from the mixture on the same questions, with an interval over questions.

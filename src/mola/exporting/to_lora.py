@@ -19,7 +19,7 @@ from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.evaluation.answering import SCORINGS, make_questions
-from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task
+from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test
 from mola.exporting.distilling import distill
 from mola.exporting.fitting import mean_of_experts, nearest_on_data
 from mola.exporting.lora_files import write_lora
@@ -114,7 +114,8 @@ def _measured(
     found: dict[str, Any] = {}
     if data:
         rows = [row for each in data.values() if each.fitted for row in each.held_out]
-        found["explained"] = explained_shares(model, layers, experts, loras, rows)
+        if rows:
+            found["explained"] = explained_shares(model, layers, experts, loras, rows)
         near = {kind: divergence(model, layers, loras, each.held_out) for kind, each in data.items()}
         found["divergence"] = {kind: kl for kind, (kl, _) in near.items()}
         found["loss"] = {kind: loss for kind, (_, loss) in near.items()}
@@ -169,6 +170,8 @@ def _read(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
         found["answer"] = read_data(options, options.data[0], task)
     if options.text is not None:
         found["text"] = read_general_text(options, "text")
+    if options.test is not None and task is not None:
+        found["test answer"] = read_test(options, task)
     if options.test_text is not None:
         other = read_general_text(options, "test_text")
         found["other text"] = Calibration([], [*other.fitted, *other.held_out])

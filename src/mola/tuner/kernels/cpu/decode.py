@@ -79,12 +79,14 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
     experts_B = parts["mola_B"]._parameters.get(adapter_name)
     if experts_B is None:
         return None
-    is_compiling = torch.compiler.is_compiling()
+    is_compiling, others = torch.compiler.is_compiling(), None
     if is_compiling:  # then B alone is looked at: compiled code compares what it reads, before every call
         if torch.compiler.is_exporting() or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
             return None
-    elif not _reads(layer, adapter_name, x, experts_B):
-        return None
+    else:
+        others = _readable(layer, adapter_name, x, experts_B)
+        if others is None:
+            return None
     base = parts["base_layer"]
     if type(base) is not nn.Linear or has_hooks(base):
         output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
@@ -94,25 +96,27 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
         output = linear(x, base.weight, base.bias)
     if type(output) is not torch.Tensor or output.dtype != x.dtype:
         return layer.add_experts(adapter_name, x, output).to(output.dtype)
-    if is_compiling:
+    if others is None:
         torch.ops.mola.decode(output, x, experts_B)
     else:
-        _add_layers_update(output, layer, adapter_name, x, experts_B)
+        _add_update(output, x, others[0], experts_B, others[1], layer.scaling[adapter_name], layer.top_k[adapter_name])
     return output
 
 
-def _reads(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> bool:
-    """Whether the native function computes these tensors of a layer as they are."""
+def _readable(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> tuple[Any, Any] | None:
+    """A and router of a layer, if the native function computes its tensors as they are."""
     parts = layer._modules
     experts_A = parts["mola_A"]._parameters.get(adapter_name)
     router = parts["mola_router"]._parameters.get(adapter_name)
-    return (
+    if (
         experts_A is not None
         and router is not None
         and layer.settings[adapter_name].router == DEFAULT_ROUTER
         and not parts["mola_dropout"]._modules[adapter_name].training
         and _why_unreadable(x, experts_A, experts_B, router) is None
-    )
+    ):
+        return experts_A, router
+    return None
 
 
 def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: Any) -> str | None:
@@ -122,12 +126,6 @@ def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.T
     if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None:
         return _NO_FUNCTION
     return None if are_plain_cpu_tensors(x, experts_A, experts_B, router) else NOT_PLAIN
-
-
-def _add_layers_update(output: torch.Tensor, layer: Any, name: str, x: torch.Tensor, experts_B: torch.Tensor) -> None:
-    parts = layer._modules
-    experts_A, router = parts["mola_A"]._parameters[name], parts["mola_router"]._parameters[name]
-    _add_update(output, x, experts_A, experts_B, router, layer.scaling[name], layer.top_k[name])
 
 
 def _add_update(
@@ -223,10 +221,11 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
 def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
     owner = owner_of(experts_B)
     layer, name = owner.layer(), owner.adapter_name
-    if _reads(layer, name, x, experts_B):
-        _add_layers_update(output, layer, name, x, experts_B)
+    assert layer is not None
+    others = _readable(layer, name, x, experts_B)
+    if others is not None:
+        _add_update(output, x, others[0], experts_B, others[1], layer.scaling[name], layer.top_k[name])
     else:  # as without a compiler, with dropout too
-        assert layer is not None
         output.copy_(layer.add_experts(name, x, output))
 
 
