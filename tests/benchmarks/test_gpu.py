@@ -35,7 +35,7 @@ def test_a_dry_run_from_end_to_end(tmp_path):
     assert list(record["parts"]) == parts
     assert all(part["ok"] for part in record["parts"].values())
     page = output.with_suffix(".md").read_text()
-    assert page == done.stdout[: len(page)]
+    assert page in done.stdout  # where DeepSpeed is installed, it writes a line there, too
     assert "no time here means anything" in page
     assert page.count("| mola |") == 3
     assert "| 0.05 | 8 | 8 |" in page

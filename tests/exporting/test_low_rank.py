@@ -155,7 +155,7 @@ def test_as_many_parts_as_asked_for(least, expected):
 
 
 WIDEST = """
-import resource, torch
+import re, torch
 from torch import nn
 from mola.exporting.low_rank import regression, square_root
 from mola.exporting.moments import gather_all
@@ -170,7 +170,8 @@ class Model(nn.Module):
         return self
 
 model, A = Model(), torch.randn(64, 11008)
-used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not `ru_maxrss`, which begins with that of the process that has started this one.
+used = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = used()
 rows = [torch.zeros(1, 64, dtype=torch.long)] * 2
 (moments,) = gather_all(model, {"down_proj": model.down_proj}, [["down_proj"]], lambda name, x: x @ A.t(), rows)
@@ -181,7 +182,7 @@ print(used() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 def test_the_widest_linear_of_llama_2_7b_needs_what_was_computed():
     done = subprocess.run([sys.executable, "-c", WIDEST], capture_output=True, text=True, check=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert moment_bytes(11008, [64]) < int(done.stdout) * unit < 3 * moment_bytes(11008, [64])
+    assert moment_bytes(11008, [64]) < int(done.stdout) * 1024 < 3 * moment_bytes(11008, [64])
