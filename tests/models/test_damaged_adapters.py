@@ -187,6 +187,11 @@ def test_adapter_of_an_earlier_version_without_these_fields_loads(adapter, tiny_
     assert "was trained on" in caplog.text, "the name is all that is left to tell"
 
 
+def test_a_base_model_that_is_no_name_is_passed_over(adapter, tiny_model_dir):
+    change_settings(adapter, base_model_name_or_path=True)
+    assert load_model(tiny_model_dir, adapter, "float32", "cpu").peft_config
+
+
 def test_every_flipped_bit_is_noticed(intact, adapter):
     size = 8 * (intact / WEIGHTS).stat().st_size
     for number in random.Random(0).sample(range(size), 200):

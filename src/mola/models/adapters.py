@@ -113,7 +113,7 @@ def warn_other_base(
     """Say it when an adapter was trained on a base model of another name."""
     recorded = config.get("base_model_name_or_path")
     # Folders move and hub ids lose their owner: only the last part says which model it is.
-    if recorded and Path(recorded).name != Path(base_model).name:
+    if recorded and isinstance(recorded, str) and Path(recorded).name != Path(base_model).name:
         logger.warning(
             "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
             "the same weights.",
