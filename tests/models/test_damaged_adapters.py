@@ -115,6 +115,13 @@ def test_commands_say_what_is_wrong(command, fault, adapter, no_weights_dir, dat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "convert", "merge"])
+def test_commands_refuse_tokens_of_modules_that_the_base_model_lacks(command, adapter, no_weights_dir, data, tmp_path, capsys):
+    change_settings(adapter, trainable_token_indices={"nothing": [1]})
+    assert main([command, *commands(no_weights_dir, adapter, data, tmp_path)[command]]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_peft_says_what_is_wrong(fault, adapter, tiny_model):
     damage, words = FAULTS[fault]

@@ -83,8 +83,13 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
-    with torch.device("meta"):
-        adapted: Any = get_peft_model(model_on_meta, config)
+    try:
+        with torch.device("meta"):
+            adapted: Any = get_peft_model(model_on_meta, config)
+    except MolaError:
+        raise
+    except Exception as error:  # PEFT believes what the configuration says
+        raise MolaError(f"the adapter's configuration cannot be put into the base model: {error}") from error
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
     return adapted
 
