@@ -116,7 +116,7 @@ def test_commands_say_what_is_wrong(command, fault, adapter, no_weights_dir, dat
 
 
 @pytest.mark.parametrize("command", ["generate", "convert", "merge"])
-def test_commands_refuse_tokens_of_modules_that_the_base_model_lacks(command, adapter, no_weights_dir, data, tmp_path, capsys):
+def test_commands_refuse_tokens_of_modules_that_are_not_there(command, adapter, no_weights_dir, data, tmp_path, capsys):
     change_settings(adapter, trainable_token_indices={"nothing": [1]})
     assert main([command, *commands(no_weights_dir, adapter, data, tmp_path)[command]]) == 2
     assert "'nothing'" in capsys.readouterr().err
