@@ -47,6 +47,13 @@ def test_loras_that_experts_cannot_express_merge(tiny_model_dir, lora, tmp_path,
     torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refusal):
+    folder = lora("a", alora_invocation_tokens=[1, 2])
+    message = refusal("merge", folder, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+    assert "`adapter` cannot be merged" in message
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, mixture, tmp_path, refusal):
     message = refusal("merge", mixture, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
     assert "mola convert ADAPTER --to lora" in message

@@ -217,6 +217,7 @@ def test_conversion(folder, tiny_model_dir, skeleton, way, data):
     survives(run)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # what PEFT says about settings without an effect
 @pytest.mark.parametrize("kind", ["lora", "one expert"])
 @fuzz
 @given(data=st.data())

@@ -115,6 +115,13 @@ def test_commands_say_what_is_wrong(command, fault, adapter, no_weights_dir, dat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "convert", "merge"])
+def test_commands_refuse_tokens_of_modules_that_are_not_there(command, adapter, no_weights_dir, data, tmp_path, capsys):
+    change_settings(adapter, trainable_token_indices={"nothing": [1]})
+    assert main([command, *commands(no_weights_dir, adapter, data, tmp_path)[command]]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_peft_says_what_is_wrong(fault, adapter, tiny_model):
     damage, words = FAULTS[fault]
@@ -185,6 +192,11 @@ def test_adapter_of_an_earlier_version_without_these_fields_loads(adapter, tiny_
     load_model(tiny_model_dir, adapter, "float32", "cpu")
     load_model(other_models["architecture"], adapter, "float32", "cpu")
     assert "was trained on" in caplog.text, "the name is all that is left to tell"
+
+
+def test_a_base_model_that_is_no_name_is_passed_over(adapter, tiny_model_dir):
+    change_settings(adapter, base_model_name_or_path=True)
+    assert load_model(tiny_model_dir, adapter, "float32", "cpu").peft_config
 
 
 def test_every_flipped_bit_is_noticed(intact, adapter):

@@ -63,7 +63,12 @@ def merge(options: MergeOptions) -> Path:
     model: Any = load_model(options.base_model, adapter, options.dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        if isinstance(error, MolaError):
+            raise
+        raise MolaError(f"`adapter` cannot be merged: {shlex.quote(adapter)}: {error}") from error
     with new_folder("output", output) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -83,8 +83,13 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
-    with torch.device("meta"):
-        adapted: Any = get_peft_model(model_on_meta, config)
+    try:
+        with torch.device("meta"):
+            adapted: Any = get_peft_model(model_on_meta, config)
+    except MolaError:
+        raise
+    except Exception as error:  # PEFT believes what the configuration says
+        raise MolaError(f"the adapter's configuration cannot be put into the base model: {error}") from error
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
     return adapted
 
@@ -113,7 +118,7 @@ def warn_other_base(
     """Say it when an adapter was trained on a base model of another name."""
     recorded = config.get("base_model_name_or_path")
     # Folders move and hub ids lose their owner: only the last part says which model it is.
-    if recorded and Path(recorded).name != Path(base_model).name:
+    if recorded and isinstance(recorded, str) and Path(recorded).name != Path(base_model).name:
         logger.warning(
             "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
             "the same weights.",
