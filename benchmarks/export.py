@@ -1,10 +1,10 @@
 """`python -m benchmarks.export`: how near plain LoRAs of several ranks, made in several ways, come to a mixture.
 
-    python -m benchmarks.export --adapter runs/quickstart --task sample --data more/dataset.hf \\
-        --test runs/quickstart/data/test.json more/test.json --text general.txt --test_text LICENSE --output export.json
+    python -m benchmarks.export --adapter runs/quickstart --task sample --data runs/quickstart/data/dataset.hf \\
+        --test runs/quickstart/data/test.json --text general.txt --test_text LICENSE --output export.json
 
-Every row is one `mola convert --to lora` in a process of its own, whose time and peak memory are its own, and one
-`mola evaluate` of the result for each test file. Rows that the output file has are not made again.
+Every row is one `mola convert --to lora` in a process of its own, whose time and peak memory are its own. Rows that the
+output file has are not made again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from mola.errors import MolaError
-from mola.evaluation.differences import paired_differences
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.options.fields import option
@@ -50,7 +48,7 @@ class ExportOptions:
     adapter: str = field(metadata={"help": "Run folder of the mixture."})
     task: str = field(metadata={"help": "Task of the data and tests."})
     data: str = field(metadata={"help": "Data to fit to; a tenth of them is held out, and measured on."})
-    test: list[str] = field(metadata={"help": "Test files."})
+    test: str = field(metadata={"help": "Test file."})
     test_text: str = field(metadata={"help": "Text to measure on that nothing is fitted to."})
     output: str = field(metadata={"help": "Result file (JSON); it is gone on with."})
     text: str | None = option(None, "General text to fit to as well, in the ways that have it.")
@@ -68,10 +66,6 @@ def measure(options: ExportOptions) -> dict[str, Any]:
     if wrong := set(options.ways) - _WAYS.keys():
         raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
     done = {(row["way"], row["rank"]) for row in document["rows"]}
-    if "references" not in document:
-        adapters = {"base": [], "mixture": ["--adapter", options.adapter]}
-        document["references"] = {name: _marks(options, words) for name, words in adapters.items()}
-        _save(path, document)
     for way, rank in product(options.ways, options.ranks):
         if (way, rank) not in done and (options.text or "TEXT" not in _WAYS[way]):
             document["rows"].append({"way": way, "rank": rank, **_row(options, way, rank)})
@@ -87,29 +81,16 @@ def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
         "STEPS": [str(options.distill_steps)],
     }
     words = [word for each in _WAYS[way] for word in files.get(each, [each])]
+    # Of the means, too, the distance is measured on the rows that others are not fitted to.
+    words += [] if "DATA" in _WAYS[way] else files["DATA"]
+    words += ["--rank", str(rank), "--base_model", options.base_model, "--dtype", options.dtype]
     with tempfile.TemporaryDirectory() as name:
         lora = Path(name) / "lora"
-        # Of the means, too, the distance is measured on the rows that others are not fitted to.
-        words += [] if "DATA" in _WAYS[way] else files["DATA"]
-        words += ["--rank", str(rank), "--base_model", options.base_model, "--test_text", options.test_text]
-        seconds, peak = _run(["convert", options.adapter, "--to", "lora", *words, "--dtype", options.dtype,
-                              "--output", str(lora)])  # fmt: skip
+        tests = ["--test", options.test, "--test_text", options.test_text]
+        seconds, peak = _run(["convert", options.adapter, "--to", "lora", *words, *tests, "--output", str(lora)])
         report = json.loads((lora / "export.json").read_text())
-        marks = _marks(options, ["--adapter", str(lora)])
-    keys = ("explained_by_kind", "divergence", "loss", "rows", "seconds")
-    return {key: report[key] for key in keys} | {"wall": seconds, "peak_gb": peak, "marks": marks}
-
-
-def _marks(options: ExportOptions, words: list[str]) -> list[list[int]]:
-    """Which answers are right, by test file."""
-    found = []
-    for test in options.test:
-        with tempfile.TemporaryDirectory() as name:
-            output = Path(name) / "result.json"
-            _run(["evaluate", "--base_model", options.base_model, *words, "--task", options.task, "--data", test,
-                  "--scoring", "likelihood", "--dtype", options.dtype, "--output", str(output)])  # fmt: skip
-            found.append([int(sample["correct"]) for sample in json.loads(output.read_text())["samples"]])
-    return found
+    keys = ("explained_by_kind", "divergence", "loss", "accuracy", "differences", "rows", "seconds")
+    return {key: report[key] for key in keys} | {"wall": seconds, "peak_gb": peak}
 
 
 def _run(words: list[str]) -> tuple[float, float]:
@@ -128,22 +109,23 @@ def _save(path: Path, document: dict[str, Any]) -> None:
 
 def table(document: dict[str, Any]) -> Table:
     """One line for every row."""
-    tests = [str(len(marks)) for marks in document["references"]["mixture"]]
-    head = ["way", "rank", *(f"accuracy, {n} questions | less mixture (95 %)" for n in tests)]
-    head += ["KL, answers", "KL, other text", "loss, other text", "explained", "fitting, s", "peak, GB"]
-    found = Table(*head)
+    head = ("way", "rank", "accuracy", "less mixture (95 %)", "KL, test", "KL, held out", "KL, other text")
+    found = Table(*head, "loss, other text", "explained", "fitting, s", "peak, GB")
     for row in document["rows"]:
-        cells = []
-        for index, marks in enumerate(row["marks"]):
-            right = {"lora": np.array([marks])}
-            less = paired_differences(right, np.array([document["references"]["mixture"][index]]))["lora"]
-            low, high = less.questions_95
-            cells.append(f"{np.mean(marks):.1%} | {less.value:+.1%} ({low:+.1%} to {high:+.1%})")
-        kl, shares = row["divergence"], row["explained_by_kind"].values()
-        seconds = row["seconds"]["fitting"] + row["seconds"].get("distilling", 0)
-        cells += [f"{kl['answer']:.4f}", f"{kl['other text']:.3f}", f"{row['loss']['other text']['lora']:.3f}"]
-        found.add_row(row["way"], str(row["rank"]), *cells, f"{min(shares):.1%} to {max(shares):.1%}",
-                      f"{seconds:.1f}", f"{row['peak_gb']:.1f}")  # fmt: skip
+        less, kl, seconds = row["differences"]["lora"], row["divergence"], row["seconds"]
+        low, high = less["questions_95"]
+        shares = row["explained_by_kind"].values()
+        found.add_row(
+            row["way"],
+            str(row["rank"]),
+            f"{row['accuracy']['lora']['accuracy']:.1%}",
+            f"{less['value']:+.1%} ({low:+.1%} to {high:+.1%})",
+            *(f"{kl[kind]:.4f}" for kind in ("test answer", "answer", "other text")),
+            f"{row['loss']['other text']['lora']:.3f}",
+            f"{min(shares):.1%} to {max(shares):.1%}",
+            f"{seconds['fitting'] + seconds.get('distilling', 0):.1f}",
+            f"{row['peak_gb']:.1f}",
+        )
     return found
 
 
@@ -151,9 +133,11 @@ def main(words: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
     document = measure(options)
-    console = Console(width=220)
-    for name, marks in document["references"].items():
-        console.print(f"{name}: " + ", ".join(f"{np.mean(each):.1%} of {len(each)}" for each in marks))
+    console = Console(width=200)
+    for name in ("base", "mixture"):
+        row = document["rows"][0]
+        loss = row["loss"]["other text"][name]
+        console.print(f"{name}: {row['accuracy'][name]['accuracy']:.1%}, loss on the other text {loss:.3f}")
     console.print(table(document))
     return 0
 
