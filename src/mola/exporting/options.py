@@ -57,7 +57,7 @@ class ConvertOptions:
         10.0, "regression: how often a token counts at which an answer, or a text, is predicted; others count once."
     )
     distill_steps: int = option(0, "Train the LoRA for so many batches of the data towards the mixture's logits.")
-    distill_learning_rate: float = option(1e-4, "Learning rate of the first of these steps; it falls to 0.")
+    distill_learning_rate: float = option(1e-5, "Learning rate of the first of these steps; it falls to 0.")
     test: str | None = option(None, "Test file of `task`: accuracy of base, mixture and LoRA, and their differences.")
     test_text: str | None = option(None, "Text file that the LoRA is measured on without being fitted to it.")
     scoring: str = option("likelihood", "How `test` is scored: likelihood or generate, as in `mola evaluate`.")
