@@ -274,6 +274,17 @@ def test_a_file_of_safetensors_is_read(tmp_path):
     assert_equal(read_tensors(tmp_path), expected)
 
 
+def test_tensors_that_share_memory_in_a_pickle_have_their_own(tmp_path):
+    whole = torch.arange(6.0).view(2, 3)
+    torch.save({"whole": whole, "turned": whole.t()}, tmp_path / "adapter_model.bin")
+    found = read_tensors(tmp_path)
+    save_file(found, tmp_path / "again.safetensors")  # refuses memory that is shared or in another order
+    assert torch.equal(found["turned"], whole.t())
+    torch.save({str(number): whole for number in range(3)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(MolaError, match="share memory"):
+        read_tensors(tmp_path)
+
+
 def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path):
     torch.save({"weights": [1, 2]}, tmp_path / "adapter_model.bin")
     with pytest.raises(MolaError, match="flat dict of tensors"):

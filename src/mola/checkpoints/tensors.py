@@ -68,8 +68,11 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     odd = next((key for key, value in tensors.items() if not isinstance(key, str) or not _is_plain(value)), None)
     if odd is not None:
         raise ValueError(f"it must hold dense tensors under names, each with all of its values, and {odd!r} is none")
-    # Saved parameters come back as parameters; only their values are wanted.
-    return {key: value.detach() for key, value in tensors.items()}
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    if sum(value.nbytes for value in tensors.values()) > 2 * sum(held.values()):  # tied weights stand there twice
+        raise ValueError("its tensors share memory, and would need more than twice what it holds")
+    # Saved parameters come back as parameters, and shared memory cannot be saved again: only values are wanted.
+    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
 def adapted_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
