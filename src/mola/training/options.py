@@ -98,9 +98,7 @@ class TrainOptions(Quantization, TrainingArguments):
     target_modules: str | None = option(
         None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
     )
-    target_parameters: str | None = option(
-        None, "The base's own stacked experts, parameters between commas: one LoRA each; needs lora_dropout 0."
-    )
+    target_parameters: str | None = option(None, "The base's stacked experts, between commas: one LoRA each.")
     modules_to_save: str | None = option(None, "Modules to train in full, names between commas.")
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / r. Default 16.")
     lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
