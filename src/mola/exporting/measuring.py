@@ -31,10 +31,11 @@ def explained_shares(
     """`1 - E ||y - B A x||^2 / E ||y||^2` of modules with several experts; None where `y` is 0 or no token came by."""
     several = {name: layer for name, layer in layers.items() if len(experts[name].A) > 1}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in several}
+    updates = {name: loras[name].update for name in several}
 
     def see(name: str, x: torch.Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-        B, A = loras[name].update
+        B, A = updates[name]
         y = gated(layers[name], experts[name].A, x) @ experts[name].B.to(x).flatten(0, 1)
         rest = y - (x @ A.to(x).t()) @ B.to(x).t()
         sums[name] += torch.stack([each.square().sum() for each in (rest, y)]).to("cpu", torch.float64)
