@@ -113,7 +113,8 @@ def test_it_is_lora(kind, options):
             output.loss.backward()
         for own, theirs, layout in pairs:
             assert theirs.grad.abs().max() > 0
-            torch.testing.assert_close(layout(own.grad), theirs.grad, rtol=1e-4, atol=1e-6)
+            # Once the weights have drifted apart by rounding, so do gradients.
+            torch.testing.assert_close(layout(own.grad), theirs.grad, rtol=1e-3, atol=1e-5)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -122,7 +123,7 @@ def test_it_is_lora(kind, options):
             torch.testing.assert_close(layout(own), theirs, rtol=1e-3, atol=1e-4)
 
 
-@LIKE_OURS
+@needs("peft", "0.21", "its update is rounded once")
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_lora_s(kind):
     ours, lora, _ = twins(kind)
