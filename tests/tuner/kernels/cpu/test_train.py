@@ -11,6 +11,7 @@ from mola.tuner.kernels import dispatch, native
 from mola.tuner.kernels.api import NO_ROUTER, NOT_PLAIN, OTHER_ROUTER
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.cpu.train import CpuTrain
+from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.dropout import sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
 
@@ -46,14 +47,18 @@ def check(inputs, *, with_logits=False):
         run(backend, each, with_logits=with_logits)
         for backend, each in ((BACKEND, inputs), (Reference(), in_float64(inputs)))
     )
-    for name, one, two in zip(("output", "logits", *LEAVES), found, expected, strict=False):
-        # With one expert per token the router's gradient is 0, but for what rounding leaves.
-        distance = (one.double() - two).norm() / two.norm().clamp(min=1.0)
+    for index, (name, one, two) in enumerate(zip(("output", "logits", *LEAVES), found, expected, strict=False)):
         limit = TOLERANCE[torch.float32] if name == "logits" else TOLERANCE[dtype]
-        if name == "router":  # a difference of nearly equal numbers, each of them rounded
-            limit *= 5
-        assert distance < limit, f"{name}: {distance}"
+        if name == "router" and distance(one, two) >= limit:
+            # A difference of numbers that can be nearly equal, each of them rounded: no worse than plain PyTorch.
+            limit = max(5 * limit, distance(run(Dense(), inputs, with_logits=with_logits)[index], two))
+        assert distance(one, two) < limit, f"{name}: {distance(one, two)}"
         assert name not in LEAVES or one.dtype == getattr(inputs, name).dtype, name
+
+
+def distance(one, two):
+    """Relative to the norm; with one expert per token the router's gradient is 0, but for what rounding leaves."""
+    return (one.double() - two).norm() / two.norm().clamp(min=1.0)
 
 
 # ---------------------------------------------------------------------- values
