@@ -2,8 +2,8 @@
 
 A server in a process of its own, a base model and two random adapters. Clients ask in turn for all three, each sending
 its next request when the last one is answered; every answer is streamed and compared with the greedy one of
-`mola.generate_text`. `--batching true` also measures continuous batching of Transformers beside one answer after the
-other, without a server.
+`mola.generate_text`. `--before` measures another version of mola beside, in the same run; `--batching true` continuous
+batching of Transformers beside one answer after the other, without a server.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import asyncio
 import itertools
 import logging
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
@@ -38,7 +37,6 @@ logger = logging.getLogger("benchmarks")
 _PROJECT = Path(__file__).resolve().parents[1]
 _ADAPTERS = ("first", "second")
 _SUBJECTS = ("sun", "sea", "moon", "wind", "rain", "snow", "river", "forest")
-_STD = 0.3  # of the experts' B and of the routers: adapters whose answers differ from the base's
 
 
 @dataclass
@@ -55,6 +53,8 @@ class LoadOptions:
     max_tokens: int = option(16, "Tokens of each answer.")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    max_batch_size: int | None = option(None, "As of `mola serve`; by default its own.")
+    before: str | None = option(None, "Folder `src` of another version, measured by turns with this one.")
     batching: bool = option(False, "Also measure continuous batching, offline, with the first adapter.")
     output: str | None = option(None, "Result file (JSON).")
 
@@ -80,44 +80,29 @@ def run(options: LoadOptions) -> int:
     """See `main`."""
     if not (Path(options.base_model) / "config.json").is_file():
         raise MolaError(f"`base_model` must be a folder that holds a model: got {options.base_model!r}.")
+    if options.before is not None and not (Path(options.before) / "mola").is_dir():
+        raise MolaError(f"`before` must be a folder with the package `mola` in it: got {options.before!r}.")
     if min(*options.clients, options.requests, options.max_tokens) < 1:
         raise MolaError("`clients`, `requests` and `max_tokens` must be at least 1.")
     output = None if options.output is None else check_writable(options.output)
     with tempfile.TemporaryDirectory(prefix="mola-serve-load-") as temporary:
         folders = {name: Path(temporary) / name for name in _ADAPTERS}
         for seed, folder in enumerate(folders.values()):
-            _save_adapter(options.base_model, folder, seed)
+            save_adapter(options.base_model, folder, seed)
         expected, rows = _offline(options, folders)
-        with _server(options, folders) as url:
+        with ExitStack() as stack:
+            urls = {"server": stack.enter_context(_server(options, folders))[0]}
+            if options.before is not None:
+                urls["before"] = stack.enter_context(_server(options, folders, options.before))[0]
             for clients in options.clients:
-                logger.info("%s clients", clients)
-                rows.append(asyncio.run(_load(url, expected, clients, options)))
+                for name, url in urls.items():
+                    logger.info("%s, %s clients", name, clients)
+                    rows.append(asyncio.run(_load(name, url, expected, clients, options)))
     _print(rows)
     if output is not None:
         record = {"options": asdict(options), "machine": machine_description(), "versions": software_versions()}
         atomic_write_json(output, record | {"rows": rows})
     return 1 if any(row.get("wrong") for row in rows) else 0
-
-
-def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from mola import MolaConfig
-
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(base_model)
-    layers = base.config.num_hidden_layers
-    # The paper's 2-4-6-8, as far as the depth allows.
-    config = MolaConfig(
-        num_experts="2468" if layers >= 4 else 2, r=8, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "mola_B" in name or "mola_router" in name:
-            torch.nn.init.normal_(parameter, std=_STD)
-    model.save_pretrained(str(folder))
 
 
 def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple[str, str], str], list[dict[str, Any]]]:
@@ -167,34 +152,18 @@ def _batched(
     return {"what": f"continuous batching, {name}", "requests": len(prompts), "seconds": seconds, "other": wrong}
 
 
-@contextmanager
-def _server(options: LoadOptions, folders: dict[str, Path]) -> Iterator[str]:
-    command = [sys.executable, "-m", "mola.cli", "serve", "--base_model", options.base_model, "--base_name", "base"]
-    command += ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
-    command += ["--port", "0", "--dtype", options.dtype, "--max_waiting", str(max(options.clients))]
-    command += [] if options.device is None else ["--device", options.device]
-    environment = {name: value for name, value in os.environ.items() if name != "MOLA_API_KEY"}
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
-        try:
-            yield _address(process, log)
-        finally:
-            process.terminate()
+def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Any:
+    words = ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
+    words += ["--base_model", options.base_model, "--dtype", options.dtype, "--max_waiting", str(max(options.clients))]
+    words += [] if options.device is None else ["--device", options.device]
+    if options.max_batch_size is not None and sources is None:
+        words += ["--max_batch_size", str(options.max_batch_size)]
+    return server(words, {} if sources is None else {"PYTHONPATH": os.path.abspath(sources)})
 
 
-def _address(process: subprocess.Popen[bytes], log: Any) -> str:
-    while True:
-        is_running = process.poll() is None
-        log.seek(0)
-        text = log.read()
-        if found := re.search(r"Serving .* on (http://\S+)\n", text):
-            return found[1]
-        if not is_running:
-            raise RuntimeError(f"the server did not start:\n{text}")
-        time.sleep(0.1)
-
-
-async def _load(url: str, expected: dict[tuple[str, str], str], clients: int, options: LoadOptions) -> dict[str, Any]:
+async def _load(
+    server: str, url: str, expected: dict[tuple[str, str], str], clients: int, options: LoadOptions
+) -> dict[str, Any]:
     """One row: `clients` clients share the requests."""
     from openai import AsyncOpenAI
 
@@ -222,7 +191,7 @@ async def _load(url: str, expected: dict[tuple[str, str], str], clients: int, op
     seconds = time.perf_counter() - start
     firsts, wholes = zip(*times, strict=True)
     return {
-        "what": f"server, {clients} client{'s' if clients > 1 else ''}",
+        "what": f"{server}, {clients} client{'s' if clients > 1 else ''}",
         "requests": len(times),
         "seconds": seconds,
         "first_text": _spread(firsts),

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from mola import MolaConfig, _compat
 
@@ -26,6 +27,8 @@ ENTRIES = [
     ("has_activation_checkpointing", "transformers", "5.21"),
     ("share_checkpointing", "transformers", "5.21"),
     ("set_adapter_to_infer", "peft", "0.19"),
+    ("cache_argument", "transformers", "5.24"),
+    ("num_queries", "transformers", "5.4"),
     ("asks_before_loading", "peft", "0.21"),
     ("saves_bias_of_any_method", "peft", "0.21"),
     ("ties_saved_modules", "peft", "0.19"),
@@ -51,6 +54,8 @@ def test_every_entry_is_listed_here():
 def test_what_this_version_is_taken_for():
     assert _compat.has_activation_checkpointing() == has("transformers", "5.21")
     assert ("quantization_config" in _compat.gguf_arguments("x.gguf")) == hasattr(transformers, "GgufConfig")
+    assert _compat.cache_argument(LlamaForCausalLM) == ("cache" if has("transformers", "5.24") else "past_key_values")
+    assert _compat.num_queries(3) == _compat.num_queries(torch.arange(3)) == 3
     assert _compat.asks_before_loading(BaseTuner) == has("peft", "0.21")
     assert _compat.saves_bias_of_any_method(BaseTuner) == has("peft", "0.21")
     assert _compat.ties_saved_modules(BaseTuner) == has("peft", "0.19")

@@ -40,6 +40,17 @@ def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
         model.requires_grad_(False)
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """What a model's `forward` calls the cache: `cache` since Transformers 5.24; None if it takes none."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
+def num_queries(query: Any) -> int:
+    """How many new tokens a cache is asked about: since Transformers 5.4 the number, before their positions."""
+    return query if isinstance(query, int) else len(query)
+
+
 def asks_before_loading(tuner: type[nn.Module]) -> bool:
     """Whether PEFT lets a method look at an adapter's tensors before it loads them: since 0.21."""
     return hasattr(tuner, "_remap_adapter_state_dict_for_load")

@@ -29,7 +29,8 @@ Client, get, post = (partial(each, timeout=PATIENCE) for each in (httpx.Client, 
 
 @pytest.fixture
 def options(endless_model_dir):
-    return ServeOptions(base_model=str(endless_model_dir), port=0, dtype="float32", device="cpu")
+    # One answer after the other: so it is known who runs and who waits.
+    return ServeOptions(base_model=str(endless_model_dir), port=0, dtype="float32", device="cpu", max_batch_size=1)
 
 
 def in_background(function):

@@ -8,9 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-import torch
-
-from mola.serving.writing import AnswerEndedError, Writer
+from mola.serving.writing import Writer
 
 from ..conftest import build_byte_tokenizer
 
@@ -33,14 +31,10 @@ FALLBACK = fallback_tokenizer()
 def write(tokenizer, token_ids, stops=(), streams=True):
     """Pieces, whole text, reason, tokens used."""
     pieces = []
-    writer = Writer(tokenizer, pieces.append if streams else None, stops, lambda: False)
-    writer.put(torch.tensor([[1, 2, 3]]))
-    try:
-        for token_id in token_ids:
-            writer.put(torch.tensor([token_id]))
-        writer.end()
-    except AnswerEndedError:
-        pass
+    writer = Writer(tokenizer, pieces.append if streams else None, stops)
+    for token_id in token_ids:
+        if not writer.take(token_id):
+            break
     reason = writer.finish()
     return pieces, writer.text, reason, len(writer.token_ids)
 
@@ -97,9 +91,3 @@ def test_tokenizers_that_take_back_spaces_send_at_the_end():
     tokenizer.clean_up_tokenization_spaces = True
     token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     assert write(tokenizer, token_ids)[0] == ["a b"]
-
-
-def test_unwanted_answers_end_at_the_next_token():
-    writer = Writer(BYTES, None, [], lambda: True)
-    with pytest.raises(AnswerEndedError):
-        writer.put(torch.tensor([5]))

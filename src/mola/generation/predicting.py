@@ -95,11 +95,13 @@ def generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     streamer: Any = None,
+    logits_processor: Any = None,
     **decoding: Any,
 ) -> list[str]:
     """New text after each prompt, special tokens left out; call it inside `inference_state`.
 
-    `decoding` are fields of `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only.
+    `decoding` are fields of `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only. The
+    processors see float32 logits before sampling values are applied.
     """
     config = GenerationConfig(
         pad_token_id=_pad_token_id(tokenizer),
@@ -109,7 +111,13 @@ def generate_batch(
         **decoding,
     )
     ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
-    sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    sequences = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        streamer=streamer,
+        logits_processor=logits_processor,
+    )
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
 
 

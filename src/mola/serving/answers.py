@@ -2,16 +2,20 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mola.serving.queue import Piece
+from mola.serving.tickets import Piece, Told
+
+Spell = Callable[[int], tuple[str, list[int] | None]]  # see `JobMaker.spell`
 
 
 class ChatForm:
     """Objects of `/v1/chat/completions`."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, spell: Spell) -> None:
+        self._spell = spell
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -20,7 +24,9 @@ class ChatForm:
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Chunks for one piece."""
-        chunks = [self._chunk(piece.choice, {"content": piece.text}, None)] if piece.text else []
+        chunks = []
+        if piece.text or piece.told:
+            chunks.append(self._chunk(piece.choice, {"content": piece.text}, None, self._logprobs(piece.told)))
         return chunks if piece.reason is None else [*chunks, self._chunk(piece.choice, {}, piece.reason)]
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
@@ -33,22 +39,40 @@ class ChatForm:
             {
                 "index": piece.choice,
                 "message": {"role": "assistant", "content": piece.text},
-                "logprobs": None,
+                "logprobs": self._logprobs(piece.told),
                 "finish_reason": piece.reason,
             }
             for piece in pieces
         ]
         return self._common | {"object": "chat.completion", "choices": choices, "usage": usage}
 
-    def _chunk(self, choice: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}]
+    def _chunk(
+        self, choice: int, delta: dict[str, str], reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choices = [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]
         return self._common | {"object": "chat.completion.chunk", "choices": choices}
+
+    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        if not told:
+            return None
+        content = [
+            self._token(each.token_id, each.logprobs.own)
+            | {"top_logprobs": [self._token(*pair) for pair in each.logprobs.top]}
+            for each in told
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = self._spell(token_id)
+        return {"token": text, "logprob": logprob, "bytes": data}
 
 
 class CompletionForm:
     """Objects of `/v1/completions`; chunks look like whole answers."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, spell: Spell) -> None:
+        self._spell = spell
+        self._written: Counter[int] = Counter()  # characters of each choice whose tokens were told
         self._common = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -62,7 +86,7 @@ class CompletionForm:
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Chunks for one piece."""
-        return [self._common | {"choices": [_text_choice(piece)]}]
+        return [self._common | {"choices": [self._choice(piece)]}]
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         """The chunk after the last one, if the client asked for it."""
@@ -70,11 +94,25 @@ class CompletionForm:
 
     def whole(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
         """The answer in one object."""
-        return self._common | {"choices": [_text_choice(piece) for piece in pieces], "usage": usage}
+        return self._common | {"choices": [self._choice(piece) for piece in pieces], "usage": usage}
 
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece) if piece.told else None
+        return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
 
-def _text_choice(piece: Piece) -> dict[str, Any]:
-    return {"index": piece.choice, "text": piece.text, "logprobs": None, "finish_reason": piece.reason}
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+        texts, offsets = [self._spell(each.token_id)[0] for each in piece.told], []
+        for text in texts:
+            offsets.append(self._written[piece.choice])
+            self._written[piece.choice] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [each.logprobs.own for each in piece.told],
+            "top_logprobs": [
+                {self._spell(token_id)[0]: value for token_id, value in each.logprobs.top} for each in piece.told
+            ],
+            "text_offset": offsets,
+        }
 
 
 def count_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

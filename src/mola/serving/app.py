@@ -1,4 +1,4 @@
-"""The routes: OpenAI's completions, chat completions and models, and `/health`."""
+"""The routes: OpenAI's completions, chat completions and models; adapters to load; `/health` and `/metrics`."""
 
 import asyncio
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
@@ -15,15 +16,18 @@ from mola.serving.answers import ChatForm, CompletionForm, count_usage
 from mola.serving.errors import RequestError, add_handlers
 from mola.serving.guard import GONE, Checks, Guard
 from mola.serving.jobs import JobMaker
-from mola.serving.queue import AnswerQueue, Piece, Ticket
-from mola.serving.requests import ChatRequest, CompletionRequest
+from mola.serving.metrics import Metrics
+from mola.serving.queue import AnswerQueue
+from mola.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
+from mola.serving.shelf import Shelf
+from mola.serving.tickets import Piece, Ticket
 
 
-def build_app(jobs: JobMaker, queue: AnswerQueue, checks: Checks) -> FastAPI:
+def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics, checks: Checks) -> FastAPI:
     """The ASGI application; `checks` are those of every request, before its body is read."""
     # A redirect would lead to whatever the client wrote as `Host`.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, checks=checks)
+    app.add_middleware(Guard, checks=checks, count=metrics.responded)
     add_handlers(app)
     created = int(time.time())
     encoding = asyncio.Lock()
@@ -36,18 +40,19 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, checks: Checks) -> FastAPI:
         # Long prompts take a while; one at a time, because tokenizers keep state.
         async with encoding:
             made = await run_in_threadpool(jobs.make, body)
-        ticket = queue.submit(made, streams=bool(body.stream))
+        ticket = queue.submit(made, body.model, streams=bool(body.stream))
+        metrics.prompt_tokens.inc(_prompt_tokens(ticket))
         if body.stream:
             return EventStream(ticket, _events(ticket, form, body.wants_usage()))
         return await _whole(request, ticket, form)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await answer(request, body, ChatForm(body.model))
+        return await answer(request, body, ChatForm(body.model, jobs.spell))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answer(request, body, CompletionForm(body.model))
+        return await answer(request, body, CompletionForm(body.model, jobs.spell))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -57,6 +62,20 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, checks: Checks) -> FastAPI:
     async def one_model(name: str) -> dict[str, Any]:
         jobs.adapter(name)
         return model(name)
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_adapter(body: LoadRequest) -> dict[str, str]:
+        await shelf.load(body.lora_name, body.lora_path, body.load_inplace)
+        return {"status": "ok", "lora_name": body.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_adapter(body: UnloadRequest) -> dict[str, str]:
+        await shelf.unload(body.lora_name)
+        return {"status": "ok", "lora_name": body.lora_name}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -116,7 +135,7 @@ async def _whole(request: Request, ticket: Ticket, form: Any) -> Response:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             return Response(status_code=GONE)  # nobody sees it
-        pieces = collecting.result()
+        pieces = sorted(collecting.result(), key=lambda piece: piece.choice)
     finally:
         ticket.cancel()
         for task in (collecting, leaving):

@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
@@ -33,10 +34,11 @@ class Checks:
 
 
 class Guard:
-    """ASGI middleware that lets through to `app` what passes the checks."""
+    """ASGI middleware that lets through to `app` what passes the checks; `count` hears every status."""
 
-    def __init__(self, app: ASGIApp, checks: Checks) -> None:
+    def __init__(self, app: ASGIApp, checks: Checks, count: Callable[[int], None]) -> None:
         self._app = app
+        self._count = count
         # Digests have one length, so that comparing them says nothing about the token's.
         self._digest = None if checks.api_key is None else _digest(checks.api_key.encode())
         self._max_body_bytes = checks.max_body_bytes
@@ -67,6 +69,7 @@ class Guard:
             # No query and no header: either may hold a token. Quoted: a path may hold line breaks.
             path = quote(scope["path"][:_LONGEST_PATH])
             shown = GONE if is_gone else status or "-"
+            self._count(GONE if is_gone else status)
             logger.info("%s %s %s %.2f s", scope["method"], path, shown, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,13 +3,13 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mola.errors import MolaError
 from mola.generation import predicting
+from mola.generation.batching.sampling import Sampling
 from mola.generation.decoding import decoding_settings
 from mola.serving.errors import RequestError
 from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
@@ -24,6 +24,7 @@ class Limits:
     max_tokens: int  # of one answer
     max_choices: int  # answers: prompts times `n`
     positions: int | None  # longest sequence of the model; None for no limit
+    max_total_tokens: int | None = None  # prompt and answer, for which the cache has room; None for no limit
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Job:
 
     adapter: str | None  # the model's name for it; None for the base model alone
     prompt: Sequence[int]  # token ids
-    decoding: Mapping[str, Any]  # fields of `GenerationConfig`
-    seed: int | None  # of the random numbers; None for greedy decoding
+    sampling: Sampling
     stops: Sequence[str]  # texts that end the answer
 
 
@@ -42,24 +42,31 @@ class JobMaker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, str | None], limits: Limits) -> None:
         self._tokenizer = tokenizer
-        self._adapters = dict(adapters)
+        self.adapters = dict(adapters)
         self._limits = limits
 
     @property
     def names(self) -> list[str]:
         """Names that requests may use as `model`."""
-        return list(self._adapters)
+        return list(self.adapters)
+
+    def spell(self, token_id: int) -> tuple[str, list[int] | None]:
+        """The text of one token and its bytes; for a part of a character the tokenizer's own name, and None."""
+        text = str(self._tokenizer.decode([token_id]))
+        if "\ufffd" in text:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
+        return text, list(text.encode())
 
     def adapter(self, name: str) -> str | None:
         """The model's name for the adapter of a request; a `RequestError` with 404 if there is none of this name."""
-        if name not in self._adapters:
+        if name not in self.adapters:
             raise RequestError(
                 404,
-                f"`model` {name[:200]!r} does not exist here. The models are {', '.join(self._adapters)}.",
+                f"`model` {name[:200]!r} does not exist here. The models are {', '.join(self.adapters)}.",
                 code="model_not_found",
                 param="model",
             )
-        return self._adapters[name]
+        return self.adapters[name]
 
     def make(self, request: ChatRequest | CompletionRequest) -> list[Job]:
         """Every answer that a request asks for: for each prompt `n`, in the order of the choices' numbers.
@@ -87,8 +94,14 @@ class JobMaker:
         for ids in self._encode(request):
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
             for _ in range(count):
-                own_seed = (seed + len(jobs)) % _SEEDS if settings["do_sample"] else None
-                jobs.append(Job(adapter, ids, decoding, own_seed, request.stops()))
+                sampling = Sampling(
+                    decoding,
+                    (seed + len(jobs)) % _SEEDS if settings["do_sample"] else None,
+                    request.presence_penalty or 0.0,
+                    request.frequency_penalty or 0.0,
+                    request.num_logprobs(),
+                )
+                jobs.append(Job(adapter, ids, sampling, request.stops()))
         return jobs
 
     def _encode(self, request: AnswerRequest) -> list[list[int]]:
@@ -116,20 +129,24 @@ class JobMaker:
         return [ids]
 
     def _new_tokens(self, request: AnswerRequest, prompt_tokens: int) -> int:
-        asked, most, positions = request.new_tokens(), self._limits.max_tokens, self._limits.positions
+        asked, most = request.new_tokens(), self._limits.max_tokens
+        positions, total = self._limits.positions, self._limits.max_total_tokens
         if asked is not None and asked > most:
             raise RequestError(
                 400, f"`max_tokens` must be at most {most} on this server: got {asked}.", param="max_tokens"
             )
-        room = most if positions is None else positions - prompt_tokens
+        longest, what = positions, "the model's {} positions"
+        if total is not None and (positions is None or total < positions):
+            longest, what = total, "{} tokens, this server's `max_batch_total_tokens`"
+        room = most if longest is None else longest - prompt_tokens
         if (asked or 1) > room:
             raise RequestError(
                 400,
-                f"prompt and answer must fit into the model's {positions} positions: the prompt has {prompt_tokens} "
+                f"prompt and answer must fit into {what.format(longest)}: the prompt has {prompt_tokens} "
                 f"tokens, and `max_tokens` is {asked or 'not given (at least 1 is needed)'}. Shorten the prompt or "
                 "lower `max_tokens`.",
                 code="context_length_exceeded",
-                param="max_tokens" if prompt_tokens < (positions or 0) else "prompt",
+                param="max_tokens" if prompt_tokens < (longest or 0) else "prompt",
             )
         return min(most, room) if asked is None else asked
 

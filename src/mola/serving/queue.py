@@ -1,30 +1,24 @@
-"""One answer after the other, first come, first served.
-
-One at a time because every answer has to be the one that `mola generate` gives, whatever else is asked at the same
-moment: batches round in another way, and the layers have one active adapter at a time.
-"""
+"""The queue: requests wait first come, first served, for an engine that makes their answers on a thread of its own."""
 
 import asyncio
+import functools
 import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from mola._compat import set_adapter_to_infer
-from mola.files.failures import lack_of_memory
 from mola.generation import predicting
-from mola.generation.decoding import seeded
-from mola.serving.errors import RequestError, internal
+from mola.generation.batching.forward import Adapters
+from mola.generation.batching.rows import Row
+from mola.serving.errors import RequestError
 from mola.serving.jobs import Job
-from mola.serving.writing import AnswerEndedError, Writer
+from mola.serving.metrics import Metrics
+from mola.serving.tickets import Answer, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -32,98 +26,125 @@ _FIRST_GUESS = 1.0  # seconds per request, before any was measured
 _MEMORY = 0.8  # weight of what was known when a new time comes in
 
 
-@dataclass(frozen=True)
-class Piece:
-    """New text of one choice; the last piece says why it ended and how many tokens it has."""
+class Engine(Protocol):
+    """`BatchEngine` or `SingleEngine`."""
 
-    choice: int
-    text: str
-    reason: str | None = None
-    num_tokens: int = 0
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
 
+    @property
+    def num_active(self) -> int:
+        """Answers that have begun."""
 
-class Ticket:
-    """A request's place in the queue, and where its pieces arrive."""
+    def add(self, row: Row) -> None:
+        """Put an answer in the queue."""
 
-    def __init__(self, jobs: Sequence[Job], streams: bool) -> None:
-        self.jobs = jobs
-        self.streams = streams
-        self.has_started = False
-        self.unwanted = threading.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.arrived: asyncio.Queue[Piece | RequestError] = asyncio.Queue()
+    def step(self) -> None:
+        """Go on until others can be heard."""
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Every piece until all choices have ended; a `RequestError` if the server stops or failed."""
-        missing = len(self.jobs)
-        while missing:
-            piece = await self.arrived.get()
-            if isinstance(piece, RequestError):
-                raise piece
-            missing -= piece.reason is not None
-            yield piece
-
-    def cancel(self, error: RequestError | None = None) -> None:
-        """Nobody wants the rest: a waiting request leaves the queue, a running one ends at its next token."""
-        if error is not None:
-            self.arrived.put_nowait(error)
-        self.unwanted.set()
-        if self.task is not None and not self.has_started:
-            self.task.cancel()
+    def uses(self, adapter: str) -> bool:
+        """Whether an answer is being made, or waits, with this adapter."""
 
 
 class AnswerQueue:
     """Owns a model of `load_model`: nothing else may use it while the queue is open.
 
-    At most `max_waiting` requests wait while one runs.
+    Args:
+        adapters: of the model.
+        engine: makes the answers.
+        tokenizer: of the model.
+        max_running: requests that an engine may have begun.
+        max_waiting: requests that may wait besides.
+        metrics: counts what happens.
+        hint: said once in the log when the queue is full.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_waiting: int) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_waiting = max_waiting
-        self._turn = asyncio.Lock()
-        self._tickets: set[Ticket] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mola-generate")
+    def __init__(
+        self,
+        adapters: Adapters,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        max_running: int,
+        max_waiting: int,
+        metrics: Metrics,
+        hint: str = "",
+    ) -> None:
+        self._adapters, self._engine, self._tokenizer, self._metrics = adapters, engine, tokenizer, metrics
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._hint = hint
+        self._tickets: dict[Ticket, None] = {}
         self._seconds = _FIRST_GUESS
-        self._is_stopping = False
+        self._is_stopping = self._is_closed = False
+        self._news = threading.Condition()  # guards the three below
+        self._rows: list[Row] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._leaving: dict[str, Future[None]] = {}
+        self._thread = threading.Thread(target=self._work, name="mola-generate", daemon=True)
+        self._thread.start()
 
     def counts(self) -> dict[str, int]:
         """Requests that run and wait."""
-        running = sum(ticket.has_started for ticket in self._tickets)
+        running = sum(ticket.begun is not None for ticket in self._tickets)
         return {"running": running, "waiting": len(self._tickets) - running}
 
-    def submit(self, jobs: Sequence[Job], streams: bool) -> Ticket:
+    def submit(self, jobs: Sequence[Job], model: str, streams: bool) -> Ticket:
         """Put a request in the queue.
+
+        Args:
+            jobs: its answers.
+            model: what it calls the model.
+            streams: whether pieces are sent as they come.
 
         Raises:
             RequestError: 429 when too many wait, 503 when the server stops.
         """
         self.check_room()
-        ticket = Ticket(jobs, streams)
-        self._tickets.add(ticket)
-        ticket.task = asyncio.create_task(self._serve(ticket))
-        # A task that is cancelled before its first step runs none of its code.
-        ticket.task.add_done_callback(lambda _: self._tickets.discard(ticket))
+        ticket = Ticket(jobs, model, streams, self._forget)
+        self._tickets[ticket] = None
+        rows = [Answer(ticket, choice, self._tokenizer, self._metrics).row() for choice in range(len(jobs))]
+        with self._news:
+            self._rows += rows
+            self._news.notify()
         return ticket
 
     def check_room(self) -> None:
         """Refuse a request that could not be put in the queue, as `submit` does."""
         if self._is_stopping:
             raise _stopping()
-        if len(self._tickets) > self._max_waiting:
-            raise RequestError(
-                429,
-                f"{self._max_waiting} requests are waiting, which is this server's limit. Try again later.",
-                code="queue_full",
-                headers={"Retry-After": str(max(1, math.ceil(self._seconds)))},
-            )
+        if len(self._tickets) < self._max_running + self._max_waiting:
+            return
+        if self._hint:
+            logger.warning("The queue is full. %s", self._hint)
+            self._hint = ""
+        raise RequestError(
+            429,
+            f"{self._max_waiting} requests are waiting, which is this server's limit. Try again later.",
+            code="queue_full",
+            headers={"Retry-After": str(max(1, math.ceil(self._seconds)))},
+        )
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function that changes the model, between two tokens."""
+        future: Future[Any] = Future()
+        with self._news:
+            self._calls.append((function, future))
+            self._news.notify()
+        return await asyncio.wrap_future(future)
+
+    async def remove(self, adapter: str) -> None:
+        """Take an adapter out of the model once no answer uses it; the caller sees to it that none follows."""
+        future: Future[None] = Future()
+        with self._news:
+            self._leaving[adapter] = future
+            self._news.notify()
+        await asyncio.wrap_future(future)
 
     def stop(self) -> None:
         """Take nothing new and send away who waits; what runs goes on."""
         self._is_stopping = True
         for ticket in list(self._tickets):
-            if not ticket.has_started:
+            if ticket.begun is None:
                 ticket.cancel(_stopping())
 
     def abort(self) -> None:
@@ -136,61 +157,62 @@ class AnswerQueue:
         """Wait until the model is free."""
         for ticket in list(self._tickets):
             ticket.unwanted.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        with self._news:
+            self._is_closed = True
+            self._news.notify()
+        self._thread.join()
 
-    async def _serve(self, ticket: Ticket) -> None:
-        loop = asyncio.get_running_loop()
-
-        def arrive(piece: Piece | RequestError) -> None:
-            if not loop.is_closed():  # a server that was told twice to stop does not wait
-                loop.call_soon_threadsafe(ticket.arrived.put_nowait, piece)
-
-        async with self._turn:
-            ticket.has_started = True
-            start = time.monotonic()
-            await loop.run_in_executor(self._thread, self._answer_all, ticket, arrive)
-            self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * (time.monotonic() - start)
-
-    def _answer_all(self, ticket: Ticket, arrive: Any) -> None:
-        try:
-            for choice, job in enumerate(ticket.jobs):
-                self._answer(ticket, choice, job, arrive)
-        except Exception as error:
-            lack = lack_of_memory(error)
-            if lack is None:
-                logger.exception("A request failed.")
-                arrive(internal())
-            else:
-                logger.warning("Out of memory: %s.", lack)
-                arrive(RequestError(503, "the server's memory did not suffice for this request. Shorten it."))
-
-    def _answer(self, ticket: Ticket, choice: int, job: Job, arrive: Any) -> None:
-        def send(text: str) -> None:
-            arrive(Piece(choice, text))
-
-        writer = Writer(self._tokenizer, send if ticket.streams else None, job.stops, ticket.unwanted.is_set)
-        try:
-            with self._using(job.adapter), seeded(job.seed), predicting.inference_state(self._model):
-                predicting.generate_batch(self._model, self._tokenizer, [job.prompt], streamer=writer, **job.decoding)
-        except AnswerEndedError:
-            if ticket.unwanted.is_set():
-                return
-        reason = writer.finish()
-        arrive(Piece(choice, "" if ticket.streams else writer.text, reason, len(writer.token_ids)))
-
-    @contextmanager
-    def _using(self, adapter: str | None) -> Iterator[None]:
-        """The model with one adapter, or with none."""
-        if adapter is None:
-            if isinstance(self._model, PeftModel):
-                with self._model.disable_adapter():
-                    yield
-            else:
-                yield
+    def _forget(self, ticket: Ticket) -> None:
+        """A ticket has ended; on the event loop."""
+        if ticket not in self._tickets:
             return
-        if self._model.active_adapter != adapter:
-            set_adapter_to_infer(self._model, adapter)
-        yield
+        del self._tickets[ticket]
+        outcome = "finished" if not ticket.missing else "unfinished"
+        self._metrics.request_ended(ticket.model, outcome, time.monotonic() - ticket.submitted)
+        if ticket.begun is not None and not ticket.missing:
+            # Until the next one has its turn: so many run side by side.
+            seconds = (time.monotonic() - ticket.begun) / (1 + self.counts()["running"])
+            self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * seconds
+
+    # ------------------------------------------------------------------ on the thread that makes answers
+
+    def _work(self) -> None:
+        with predicting.inference_state(self._adapters.model):
+            while self._take_news():
+                if not self._engine.is_idle:
+                    self._engine.step()
+                self._metrics.batch_size.set(self._engine.num_active)
+            self._adapters.leave()
+        for future in (*(future for _, future in self._calls), *self._leaving.values()):
+            future.cancel()
+
+    def _take_news(self) -> bool:
+        """Take what came in; sleep while there is nothing to do. False at the end."""
+        with self._news:
+            while not (self._rows or self._calls or self._leaving or self._is_closed) and self._engine.is_idle:
+                self._news.wait()
+            rows, self._rows = self._rows, []
+            calls, self._calls = self._calls, []
+            if self._is_closed:
+                return False
+        for row in rows:
+            self._engine.add(row)
+        for function, future in calls:
+            _run(function, future, self._adapters)
+        with self._news:
+            unused = {name: self._leaving.pop(name) for name in [*self._leaving] if not self._engine.uses(name)}
+        for name, future in unused.items():
+            _run(functools.partial(self._adapters.delete, name), future, self._adapters)
+        return True
+
+
+def _run(function: Callable[[], Any], future: Future[Any], adapters: Adapters) -> None:
+    adapters.leave()
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+    adapters.changed()
 
 
 def _stopping() -> RequestError:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mola.errors import MolaError
 
 _MOST_STOPS = 4  # as OpenAI has it
+_MOST_LOGPROBS = 20
 _FREE_OF_EFFECT = ("user", "metadata")  # they name the caller; answers do not depend on them
 _LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
 
@@ -52,17 +53,15 @@ class AnswerRequest(_Strict):
     nothing: these pass, any other value is refused.
     """
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
-    }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"logit_bias": ({},)}
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int | None = Field(None, ge=1)
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
@@ -111,6 +110,10 @@ class AnswerRequest(_Strict):
         """Tokens asked for; None if the request does not say."""
         return self.max_tokens
 
+    def num_logprobs(self) -> int | None:
+        """Log-probabilities to tell besides that of each token; None for none at all."""
+        raise NotImplementedError
+
     def wants_usage(self) -> bool:
         """Whether a stream ends with token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -120,8 +123,6 @@ class ChatRequest(AnswerRequest):
     """Body of `/v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.neutral | {
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "tool_choice": ("none",),
@@ -134,13 +135,21 @@ class ChatRequest(AnswerRequest):
 
     messages: _Some[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
 
     @model_validator(mode="after")
-    def _check_max_tokens(self) -> "ChatRequest":
+    def _check_pairs(self) -> "ChatRequest":
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise MolaError(f"`max_tokens` {both[0]} and `max_completion_tokens` {both[1]} disagree. Pass one of them.")
+        if self.top_logprobs and not self.logprobs:
+            raise MolaError(f"`top_logprobs` needs `logprobs` true: got {self.top_logprobs}. Pass both, or neither.")
         return self
+
+    def num_logprobs(self) -> int | None:
+        """As `top_logprobs` says, if `logprobs` is on."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def new_tokens(self) -> int | None:
         """Tokens asked for, under the new or the old name."""
@@ -151,17 +160,35 @@ class CompletionRequest(AnswerRequest):
     """Body of `/v1/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.neutral | {
-        "logprobs": (),
         "echo": (False,),
         "best_of": (1,),
         "suffix": ("",),
     }
 
     prompt: str | _Some[str]
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+
+    def num_logprobs(self) -> int | None:
+        """As `logprobs` says."""
+        return self.logprobs
 
     def prompts(self) -> list[str]:
         """The texts to continue."""
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+
+class LoadRequest(_Strict):
+    """Body of `/v1/load_lora_adapter`, with vLLM's names."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(_Strict):
+    """Body of `/v1/unload_lora_adapter`."""
+
+    lora_name: str
 
 
 def _check_characters(body: dict[str, Any]) -> None:

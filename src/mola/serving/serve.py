@@ -1,7 +1,7 @@
 """`mola serve`: an HTTP server with OpenAI's interface for a base model and its adapters.
 
 - `main` is the command; `running_server` is the same inside a program.
-- One answer at a time, each the one that `mola generate` gives; see `mola.serving.queue`.
+- Answers run side by side in one batch; see `mola.generation.batching`.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mola.errors import MolaError
 from mola.generation import predicting
+from mola.generation.batching.forward import Adapters
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import START, Group, option
@@ -28,7 +30,16 @@ logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
 _OWN_FILES = 64  # a process's own: model, libraries, log
-_LEAST = {"max_tokens": 1, "max_choices": 1, "max_waiting": 0, "max_body_bytes": 1, "max_connections": 1}
+_LEAST = {
+    "max_batch_size": 1,
+    "max_batch_prefill_tokens": 1,
+    "max_batch_total_tokens": 2,
+    "max_tokens": 1,
+    "max_choices": 1,
+    "max_waiting": 0,
+    "max_body_bytes": 1,
+    "max_connections": 1,
+}
 
 
 @dataclass
@@ -51,6 +62,18 @@ class ServeOptions(ModelOptions):
         metadata={"help": "Token that clients must send; better in the environment, as MOLA_API_KEY."},
     )
 
+    adapter_root: str | None = option(
+        None, "Folder below which adapters may be loaded while the server runs; needs a token."
+    )
+
+    _batch: ClassVar = Group("batch")
+    max_batch_size: int = option(32, "Answers made side by side; 1 makes one after the other.")
+    max_batch_prefill_tokens: int = option(256, "Tokens of prompts read between two tokens of running answers.")
+    max_batch_total_tokens: int | None = option(
+        None,
+        "Answers side by side times the longest, prompt included; by default what a quarter of free memory holds.",
+    )
+
     _limits: ClassVar = Group("limits")
     max_tokens: int = option(1024, "Longest answer a request may ask for, in tokens.")
     max_choices: int = option(16, "Most answers of one request: prompts times n.")
@@ -60,7 +83,7 @@ class ServeOptions(ModelOptions):
     client_timeout: float = option(
         60.0, "Seconds in which a client must have sent a request in full, and must take what is sent to it."
     )
-    shutdown_timeout: float = option(30.0, "Seconds that the running answer gets to finish when the server is stopped.")
+    shutdown_timeout: float = option(30.0, "Seconds that running answers get to finish when the server is stopped.")
 
 
 def main(options: ServeOptions) -> int:
@@ -108,18 +131,25 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     """Everything checked and loaded: the server, its socket and its address."""
     from transformers.utils.import_utils import is_fastapi_available, is_uvicorn_available
 
-    if not (is_fastapi_available() and is_uvicorn_available()):
-        raise MolaError("`mola serve` needs fastapi and uvicorn. Run: pip install 'mola-peft[serve]'")
+    if not (is_fastapi_available() and is_uvicorn_available() and find_spec("prometheus_client")):
+        raise MolaError(
+            "`mola serve` needs fastapi, uvicorn and prometheus-client. Run: pip install 'mola-peft[serve]'"
+        )
     from mola.serving.app import build_app
     from mola.serving.connections import Connection
+    from mola.serving.engines import engine_for
     from mola.serving.guard import Checks
     from mola.serving.jobs import JobMaker, Limits
+    from mola.serving.metrics import Metrics
     from mola.serving.queue import AnswerQueue
     from mola.serving.server import Server, bind, url_of
+    from mola.serving.shelf import Shelf, check_loadable
 
     _check_numbers(options)
     _warn_of_few_files(options.max_connections)
     api_key = _api_key(options)
+    if options.adapter_root is not None and api_key is None:
+        raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
     config = check_model(options)
     folders = adapter_folders(options)
     for folder in folders.values():
@@ -130,10 +160,18 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         inside = {name: f"served{number}" for number, name in enumerate(folders)}
         model = model_for(options, {inside[name]: folder for name, folder in folders.items()})
         names = {base_name(options): None, **inside}
-        limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config))
-        queue = AnswerQueue(model, tokenizer, options.max_waiting)
+        adapters, metrics = Adapters(model), Metrics()
+        batch = options.max_batch_size, options.max_batch_prefill_tokens, options.max_batch_total_tokens
+        engine, total = engine_for(adapters, tokenizer, *batch)
+        jobs = JobMaker(
+            tokenizer, names, Limits(options.max_tokens, options.max_choices, predicting.max_positions(config), total)
+        )
+        running = options.max_batch_size if total else 1
+        queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics)
+        metrics.watch(queue.counts)
         checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
-        app = build_app(JobMaker(tokenizer, names, limits), queue, checks)
+        check = functools.partial(check_loadable, options.base_model, options.trust_remote_code, options.gguf_file)
+        app = build_app(jobs, queue, Shelf(options.adapter_root, jobs, queue, adapters, check), metrics, checks)
         if api_key is None and not is_loopback(options.host):
             logger.warning(
                 "Anyone who reaches %s can use this server: `host` is not this machine alone and no token is set. "
@@ -186,13 +224,15 @@ def _last_part(folder: str) -> str:
 def _check_numbers(options: ServeOptions) -> None:
     for name, least in _LEAST.items():
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             raise MolaError(f"`{name}` must be at least {least}: got {value}.")
     if options.max_connections <= options.max_waiting:
         raise MolaError(
             f"`max_connections` must be more than `max_waiting`, {options.max_waiting}, or so many can never wait: got "
             f"{options.max_connections}. Raise it, or lower `max_waiting`."
         )
+    if options.adapter_root is not None and not os.path.isdir(options.adapter_root):
+        raise MolaError(f"`adapter_root` must be a folder: got {options.adapter_root!r}. Check the path.")
     if not 0 < options.client_timeout < float("inf"):
         raise MolaError(f"`client_timeout` must be a positive number of seconds: got {options.client_timeout}.")
     if not 0 <= options.shutdown_timeout < float("inf"):

@@ -6,7 +6,6 @@ leaves out what later tokens could still change: half a character, or the beginn
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,62 +13,36 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that the vocabul
 _INCOMPLETE = "\ufffd"
 
 
-class AnswerEndedError(Exception):
-    """Raised out of `generate` when the rest of an answer is not wanted."""
-
-
 class Writer:
-    """Takes the tokens of one answer, as the streamer of `generate`.
+    """Takes the tokens of one answer.
 
     Args:
         tokenizer: of the model.
         send: takes every piece of text; None for an answer that is sent as a whole.
         stops: texts that end the answer and do not belong to it.
-        is_unwanted: asked at every token; True ends the answer.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        send: Callable[[str], None] | None,
-        stops: Sequence[str],
-        is_unwanted: Callable[[], bool],
+        self, tokenizer: PreTrainedTokenizerBase, send: Callable[[str], None] | None, stops: Sequence[str]
     ) -> None:
         self._tokenizer = tokenizer
         self._send = send
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._stop_ids = {special[text] for text in stops if text in special}
         self._stops = [text for text in stops if text not in special]
-        self._is_unwanted = is_unwanted
-        self._is_first = True
         self._sent = 0
         self._stopped = False
         self.token_ids: list[int] = []
         self.text = ""
 
-    def put(self, value: Any) -> None:
-        """Take the prompt, then token after token.
-
-        Raises:
-            AnswerEndedError: nobody wants the rest, or a stop text is complete.
-        """
-        if self._is_unwanted():
-            raise AnswerEndedError
-        if self._is_first:
-            self._is_first = False
-            return
-        self.token_ids += value.flatten().tolist()
-        if self.token_ids[-1] in self._stop_ids:
+    def take(self, token_id: int) -> bool:
+        """Take the next token; False when a stop text is complete."""
+        self.token_ids.append(token_id)
+        if token_id in self._stop_ids:
             self._stopped = True
-            raise AnswerEndedError
-        if self._send is None and not self._stops:
-            return
-        self._write(self._unchangeable(), is_final=False)
-        if self._stopped:
-            raise AnswerEndedError
-
-    def end(self) -> None:
-        """Called by `generate` after the last token."""
+        elif self._send is not None or self._stops:
+            self._write(self._unchangeable(), is_final=False)
+        return not self._stopped
 
     def finish(self) -> str:
         """Send what is left; OpenAI's reason for the end, `"stop"` or `"length"`."""

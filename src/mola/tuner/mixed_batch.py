@@ -6,8 +6,8 @@ to its own rows, as it would alone. Nothing is recorded of the routers, which ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
-_BASE = "__base__"  # PEFT's name for the model without an adapter
+BASE = "__base__"  # PEFT's name for the model without an adapter
 
 
 class _Sorted(NamedTuple):
@@ -102,58 +102,84 @@ class MixedBatch:
     def tell(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Hook before PEFT's wrappers (of `modules_to_save` and the like), which know their own adapters only."""
         names = self.of_rows(len(args[0])) if args else self._names
-        return args, {**kwargs, "adapter_names": [name if name in module._adapters else _BASE for name in names]}
+        return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}
 
 
-@contextmanager
-def mixed_batch(tuner: Any, names: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Give each row its adapter in the forward passes of a `with` block.
+class RowAdapters:
+    """A context in which each row of a model's forward passes has its adapter; it may be entered again and again.
 
     Args:
-        tuner: the `MolaModel`.
-        names: adapter of each row, or "__base__"; None changes nothing.
+        tuner: the `MolaModel`, with the adapters it has now.
+        names: adapter of each row, or "__base__".
         options: what the model is called with; of `generate` they say how many rows become of one.
 
     Raises:
         MolaError: the model is in training mode or an adapter is merged, or names are not those of adapters.
     """
-    if names is None:
-        yield
-        return
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {_BASE!r}, per row: got {names!r}.")
-    if tuner.training:
-        raise MolaError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
-    unknown = sorted({*names} - {*tuner.peft_config, _BASE})
-    if unknown:
-        raise MolaError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-            f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {_BASE} for rows without an adapter."
-        )
-    modules = list(tuner.model.modules())
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
-        raise MolaError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-    stacked = [module for module in modules if isinstance(module, StackedParameters)]
-    if any(name in module.settings for module in stacked for name in names):
-        raise MolaError(
-            "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
-            "weight for all rows. Call the model once per adapter, with `set_adapter`."
-        )
-    batch = MixedBatch(list(names), _copies(tuner.model, options))
-    layers = [module for module in modules if isinstance(module, MolaLinear)]
-    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
-    handles = [wrapper.register_forward_pre_hook(batch.tell, with_kwargs=True) for wrapper in wrappers]
-    try:
-        for layer in layers:
-            layer.mixed_batch = batch
-        yield
-    finally:
-        for layer in layers:
+
+    def __init__(self, tuner: Any, names: Any, options: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise MolaError(
+                f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}."
+            )
+        if tuner.training:
+            raise MolaError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
+            )
+        unknown = sorted({*names} - {*tuner.peft_config, BASE})
+        if unknown:
+            raise MolaError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {BASE} for rows without an adapter."
+            )
+        modules = list(tuner.model.modules())
+        if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
+            raise MolaError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if any(isinstance(module, StackedParameters) and {*names} & {*module.settings} for module in modules):
+            raise MolaError(
+                "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
+                "weight for all rows. Call the model once per adapter, with `set_adapter`."
+            )
+        self._batch = MixedBatch(list(names), _copies(tuner.model, options or {}))
+        self._layers = [module for module in modules if isinstance(module, MolaLinear)]
+        self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+        self._handles: list[Any] = []
+
+    @staticmethod
+    def suits(tuner: Any) -> bool:
+        """Whether a tuner is ours: other methods have their own way, or none."""
+        return getattr(tuner, "prefix", None) == "mola_"
+
+    def __enter__(self) -> None:
+        tell = self._batch.tell
+        self._handles = [each.register_forward_pre_hook(tell, with_kwargs=True) for each in self._wrappers]
+        for layer in self._layers:
+            layer.mixed_batch = self._batch
+
+    def __exit__(self, *error: Any) -> None:
+        for layer in self._layers:
             layer.mixed_batch = None
-        for handle in handles:
+        for handle in self._handles:
             handle.remove()
+
+
+def mixed_batch(tuner: Any, names: Any, options: Mapping[str, Any]) -> Any:
+    """See `RowAdapters`; names that are None change nothing."""
+    return nullcontext() if names is None else RowAdapters(tuner, names, options)
+
+
+def why_not_mixed(tuner: Any) -> str | None:
+    """Why rows of one batch cannot have different adapters of a `PeftModel`'s tuner; None if they can."""
+    configs = tuner.peft_config.values()
+    if any(getattr(config, "target_parameters", None) for config in configs):
+        return "`target_parameters` change weights that all rows share"
+    if RowAdapters.suits(tuner):
+        return None
+    if any(config.peft_type != "LORA" or config.use_dora for config in configs):
+        return "this method of PEFT has one active adapter for all rows"
+    return None
 
 
 def _copies(model: nn.Module, options: Mapping[str, Any]) -> int:

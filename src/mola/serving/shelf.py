@@ -1,0 +1,122 @@
+"""Adapters that come and go while the server runs. Requests in flight keep the one they began with."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from mola.errors import MolaError
+from mola.generation.batching.forward import Adapters
+from mola.models.adapters import attach, check_adapter
+from mola.models.loading import check_adapter_fits
+from mola.serving.errors import RequestError
+from mola.serving.jobs import JobMaker
+from mola.serving.queue import AnswerQueue
+
+
+class Shelf:
+    """Loads and unloads adapters.
+
+    Args:
+        root: folder that holds every adapter which may be loaded; None for no loading at all.
+        jobs: knows the adapters' names.
+        queue: has the model.
+        adapters: of the model.
+        check: raises a `MolaError` for a folder whose adapter cannot be loaded.
+    """
+
+    def __init__(self, root: str | None, jobs: JobMaker, queue: AnswerQueue, adapters: Adapters, check: Any) -> None:
+        self._root = None if root is None else Path(root).resolve()
+        self._jobs, self._queue, self._adapters, self._check = jobs, queue, adapters, check
+        self._count = 0
+
+    async def load(self, name: str, path: str, in_place: bool) -> None:
+        """Serve the adapter in a folder below the root under a name; `in_place` replaces one of this name.
+
+        Raises:
+            RequestError: not allowed here, or the name is taken.
+            MolaError: no adapter there, or it does not fit.
+        """
+        folder = self._folder(path)
+        if not name.strip():
+            raise RequestError(400, "`lora_name` must not be empty.", param="lora_name")
+        self._check_name(name, in_place)
+        await run_in_threadpool(self._check, folder)
+        self._count += 1
+        inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
+        await self._queue.call(functools.partial(self._attach, inside, folder))
+        try:
+            self._check_name(name, in_place)  # others may have been quicker
+        except RequestError:
+            await self._queue.remove(inside)
+            raise
+        before = self._jobs.adapters.get(name)
+        self._jobs.adapters[name] = inside
+        if before is not None:
+            await self._queue.remove(before)
+
+    async def unload(self, name: str) -> None:
+        """Take a name out at once, and its adapter out of memory when the last answer with it has ended.
+
+        Raises:
+            RequestError: not allowed here, no such adapter, or it is the base model.
+        """
+        self._allowed()
+        inside = self._jobs.adapter(name)
+        if inside is None:
+            raise RequestError(400, f"`lora_name` {name!r} is the base model, which stays.", param="lora_name")
+        del self._jobs.adapters[name]
+        await self._queue.remove(inside)
+
+    def _check_name(self, name: str, in_place: bool) -> None:
+        if name not in self._jobs.adapters:
+            return
+        if self._jobs.adapters[name] is None:
+            raise RequestError(400, f"`lora_name` {name!r} is the base model's. Pass another.", param="lora_name")
+        if not in_place:
+            raise RequestError(
+                400,
+                f"`lora_name` {name!r} is taken. Pass another, or `load_inplace` true to replace it.",
+                param="lora_name",
+            )
+
+    def _allowed(self) -> Path:
+        if self._root is None:
+            raise RequestError(
+                403, "adapters cannot be loaded or unloaded here: the server was started without `--adapter_root`."
+            )
+        return self._root
+
+    def _folder(self, path: str) -> str:
+        root = self._allowed()
+        try:
+            folder = (root / path).resolve()
+        except (OSError, ValueError, RuntimeError):  # null characters, circles of links
+            folder = root.parent
+        if root not in folder.parents:
+            raise RequestError(
+                400, "`lora_path` must be a folder below the server's `--adapter_root`.", param="lora_path"
+            )
+        return os.fspath(folder)
+
+    def _attach(self, inside: str, folder: str) -> None:
+        model = self._adapters.model
+        try:
+            model = attach(model, inside, folder)
+        except MolaError:
+            if inside in getattr(model, "peft_config", {}):
+                model.delete_adapter(inside)
+            raise
+        self._adapters.model = model.requires_grad_(False).eval()
+
+
+def check_loadable(base_model: str, trust_remote_code: bool, gguf_file: str | None, folder: str) -> None:
+    """Whether an adapter could be added to a base model; its weights are read, those of the model are not.
+
+    Raises:
+        MolaError: it could not.
+    """
+    check_adapter(folder)
+    check_adapter_fits(base_model, folder, trust_remote_code, gguf_file)

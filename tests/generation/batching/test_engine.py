@@ -1,0 +1,301 @@
+"""A running batch gives every answer that `generate` gives alone, whoever comes and goes beside it."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mola import MolaConfig
+from mola.generation import predicting
+from mola.generation.batching.engine import BatchEngine
+from mola.generation.batching.forward import Adapters, why_not_batched
+from mola.generation.batching.rows import Row
+from mola.generation.batching.sampling import Sampling
+from mola.generation.batching.single import SingleEngine
+from mola.generation.decoding import decoding_settings
+
+ENDLESS = 10**9
+
+
+class Heard:
+    """Listens to one answer."""
+
+    def __init__(self, leaves_after=ENDLESS):
+        self.tokens, self.logprobs, self.events, self.leaves_after = [], [], [], leaves_after
+
+    def is_unwanted(self):
+        return len(self.tokens) >= self.leaves_after
+
+    def begins(self):
+        self.events.append("begins")
+
+    def takes(self, token_id, logprobs):
+        self.tokens.append(token_id)
+        self.logprobs.append(logprobs)
+        return True
+
+    def ends(self):
+        self.events.append("ends")
+
+    def fails(self, error):
+        self.events.append(error)
+
+
+def mixture(experts, r=2, **settings):
+    return MolaConfig(num_experts=experts, r=r, top_k=2, target_modules=["q_proj", "v_proj", "down_proj"], **settings)
+
+
+def randomise(model, names=("mola_B", "mola_router", "lora_B")):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        for name, parameter in model.named_parameters():
+            if any(each in name for each in names):
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """Two mixtures of other shapes, and the base model."""
+    model = get_peft_model(tiny_model, mixture("2222"), adapter_name="first")
+    model.add_adapter("second", mixture("4321", r=4))
+    return randomise(model)
+
+
+def random_rows(adapters, count, seed=0, sampled=False, vocabulary=256):
+    """Rows of different lengths."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        prompt = [draw.randrange(2, vocabulary) for _ in range(draw.randint(1, 40))]
+        values = {"temperature": 1.3, "top_p": 0.9, "top_k": 50} if sampled else {}
+        decoding = decoding_settings(draw.randint(1, 12), **values)
+        rows.append(Row(adapters[number % len(adapters)], prompt, Sampling(decoding, number), Heard()))
+    return rows
+
+
+def run(engine, rows, arrivals=()):
+    """Let rows in, some of them after so many steps; their answers."""
+    waiting = sorted(itertools.zip_longest(arrivals, rows, fillvalue=0), key=lambda pair: pair[0])
+    step = 0
+    while waiting or not engine.is_idle:
+        while waiting and waiting[0][0] <= step:
+            engine.add(waiting.pop(0)[1])
+        if not engine.is_idle:
+            engine.step()
+        step += 1
+    for row in rows:
+        assert row.listener.events == ["begins", "ends"]
+    return [row.listener.tokens for row in rows]
+
+
+def again(rows):
+    return [Row(row.adapter, row.prompt, row.sampling, Heard()) for row in rows]
+
+
+def batched(model, size=5, prefill=24, total=10_000, eos=None):
+    return BatchEngine(Adapters(model), eos, size, prefill, total)
+
+
+def alone(model, tokenizer, rows):
+    """What `generate` gives."""
+    tokenizer.eos_token_id = None
+    return run(SingleEngine(Adapters(model), tokenizer), again(rows))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("size", "prefill"), [(1, 1000), (2, 7), (5, 24), (16, 1000)])
+def test_answers_with_several_adapters_are_those_of_generate(size, prefill, sampled, adapted, tiny_tokenizer):
+    rows = random_rows([None, "first", "second"], 16, sampled=sampled)
+    arrivals = [random.Random(1).randrange(30) for _ in rows]
+    with predicting.inference_state(adapted):
+        answers = run(batched(adapted, size, prefill), rows, arrivals)
+        assert answers == alone(adapted, tiny_tokenizer, rows)
+    assert len({tuple(answer[:2]) for answer in answers}) > 4
+
+
+def lora(**settings):
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["side by side", "by turns"])
+def test_other_methods_of_peft(settings, tiny_model, tiny_tokenizer):
+    model = get_peft_model(tiny_model, lora(**settings), adapter_name="first")
+    model.add_adapter("second", lora(**settings))
+    randomise(model)
+    assert Adapters(model).can_mix == (not settings)
+    rows = random_rows([None, "first", "second", "second"], 12)
+    with predicting.inference_state(model):
+        assert run(batched(model), rows) == alone(model, tiny_tokenizer, rows)
+
+
+SIZES = {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+OTHERS = {
+    "window": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=8, initializer_range=0.3)
+    ),
+    "learned positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=258, n_layer=2, n_embd=32, n_head=4, n_positions=64, initializer_range=0.3)
+    ),
+    "query norms": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=16, initializer_range=0.3)
+    ),
+    "eager": lambda: LlamaForCausalLM._from_config(
+        LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, initializer_range=0.3),
+        attn_implementation="eager",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_other_models(make, tiny_tokenizer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    assert why_not_batched(model) is None
+    rows = random_rows([None], 12)
+    with predicting.inference_state(model):
+        assert run(batched(model), rows, [0, 0, 3, 9]) == alone(model, tiny_tokenizer, rows)
+
+
+def test_models_without_a_cache_of_keys_are_answered_one_by_one():
+    config = FalconMambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, num_attention_heads=1)
+    assert why_not_batched(FalconMambaForCausalLM(config)) is not None
+
+
+def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
+    from peft import PromptTuningConfig
+
+    model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert "before the prompt" in why_not_batched(model)
+
+
+def test_end_tokens_and_leaving_clients_free_their_place(adapted, tiny_tokenizer):
+    rows = random_rows([None, "first"], 6)
+    with predicting.inference_state(adapted):
+        full = alone(adapted, tiny_tokenizer, rows)
+        leaver = max(range(6), key=lambda index: len(full[index]))
+        eos = full[leaver][5]
+        mine = again(rows)
+        mine[leaver].listener.leaves_after = 1
+        engine = batched(adapted, size=3, eos=eos)
+        for row in mine:
+            engine.add(row)
+        while not engine.is_idle:
+            engine.step()
+            assert engine.num_active <= 3
+    left = mine.pop(leaver).listener
+    # The step that reads a prompt gives a second token too.
+    assert left.tokens == full.pop(leaver)[:2]
+    assert left.events == ["begins"]
+    for row, answer in zip(mine, full, strict=True):
+        ends = answer.index(eos) + 1 if eos in answer else len(answer)
+        assert row.listener.tokens == answer[:ends]
+
+
+def test_rows_enter_first_come_first_served_and_memory_is_bounded(adapted):
+    short, long = decoding_settings(4), decoding_settings(60)
+    rows = [Row("first", [5] * 4, Sampling(each), Heard()) for each in (short, short, long, short)]
+    engine = batched(adapted, size=8, total=70)  # the long one leaves no room for a second
+    begun = []
+    with predicting.inference_state(adapted):
+        for row in rows:
+            engine.add(row)
+        while not engine.is_idle:
+            engine.step()
+            begun.append([bool(row.listener.events) for row in rows])
+    assert begun[0] == [True, True, False, False]
+    assert all(three or not four for _, _, three, four in begun)
+    assert [True, True, True, False] in begun
+    assert [len(row.listener.tokens) for row in rows] == [4, 4, 60, 4]
+
+
+def test_a_long_prompt_does_not_hold_up_others(adapted):
+    running = Row(None, [5, 6], Sampling(decoding_settings(50)), Heard())
+    long = Row(None, [7] * 200, Sampling(decoding_settings(2)), Heard())
+    short = Row(None, [8] * 3, Sampling(decoding_settings(2)), Heard())
+    engine = batched(adapted, size=8, prefill=10)
+    with predicting.inference_state(adapted):
+        engine.add(running)
+        engine.step()
+        engine.add(long)
+        engine.add(short)
+        for _ in range(10):
+            before = len(running.listener.tokens)
+            engine.step()
+            assert len(running.listener.tokens) == before + 1
+    assert len(short.listener.tokens) == 2
+    assert not long.listener.tokens
+
+
+def test_a_failure_ends_those_it_happened_to_alone(adapted):
+    good, deaf = (Row(None, [5, number], Sampling(decoding_settings(6)), Heard()) for number in (6, 7))
+    unreadable = Row(None, [10**6], Sampling(decoding_settings(6)), Heard())
+    error = RuntimeError("the tokenizer broke")
+
+    def break_down(token_id, logprobs):
+        raise error
+
+    deaf.listener.takes = break_down
+    engine = batched(adapted)
+    with predicting.inference_state(adapted):
+        for row in (good, deaf):
+            engine.add(row)
+        engine.step()
+        engine.add(unreadable)
+        while not engine.is_idle:
+            engine.step()
+    assert deaf.listener.events == ["begins", error]
+    assert isinstance(unreadable.listener.events[1], IndexError)
+    assert good.listener.events == ["begins", "ends"]
+    assert len(good.listener.tokens) == 6
+
+
+@pytest.mark.parametrize("kind", ["batch", "single"])
+def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
+    tiny_tokenizer.eos_token_id = None
+    rows = [
+        Row("first", [5, 6, 7], Sampling(decoding_settings(4, **values), 3, num_logprobs=count), Heard())
+        for values, count in (({}, 2), ({"temperature": 0.7}, 0), ({}, None))
+    ]
+    engine = batched(adapted) if kind == "batch" else SingleEngine(Adapters(adapted), tiny_tokenizer)
+    with predicting.inference_state(adapted):
+        run(engine, rows)
+        adapted.set_adapter("first")
+        for row in rows[:2]:
+            ids = torch.tensor([[*row.prompt, *row.listener.tokens]])
+            values = adapted(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
+            for token, told, expected in zip(row.listener.tokens, row.listener.logprobs, values, strict=True):
+                assert told.own == pytest.approx(float(expected[token]), abs=1e-4)
+                top = expected.topk(row.sampling.num_logprobs)
+                assert [token_id for token_id, _ in told.top] == top.indices.tolist()
+                assert [value for _, value in told.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert rows[2].listener.logprobs == [None] * 4
+
+
+@pytest.mark.parametrize("kind", ["batch", "single"])
+def test_penalties_count_what_the_answer_said(kind, adapted, tiny_tokenizer):
+    tiny_tokenizer.eos_token_id = None
+    plain = Row("first", [5, 6, 7], Sampling(decoding_settings(30)), Heard())
+    present = Row("first", [5, 6, 7], Sampling(decoding_settings(30), presence_penalty=1e4), Heard())
+    frequent = Row("first", [5, 6, 7], Sampling(decoding_settings(30), frequency_penalty=1e4), Heard())
+    engine = batched(adapted) if kind == "batch" else SingleEngine(Adapters(adapted), tiny_tokenizer)
+    with predicting.inference_state(adapted):
+        said, once, evenly = run(engine, [plain, present, frequent])
+    assert len(set(said)) < 30
+    assert len(set(once)) == len(set(evenly)) == 30  # nothing twice while there is anything else
+    assert once[0] == said[0]
