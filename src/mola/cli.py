@@ -76,6 +76,9 @@ COMMANDS = {
     "report": Command(
         "mola.reporting.report", "ReportOptions", "one HTML page about a run, to open from the disk", "run_dir"
     ),
+    "doctor": Command(
+        "mola.reporting.doctor", "DoctorOptions", "what is wrong with a run, and what to change", "run_dir"
+    ),
     "demo": Command(
         "mola.serving.demonstration.demo",
         "DemoOptions",

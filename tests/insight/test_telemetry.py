@@ -184,6 +184,19 @@ def test_drift_and_the_entries_of_the_log(make, model, tmp_path):
         assert entry["experts/dead"] == sum(len(record["dead_experts"]) for record in records)
 
 
+def test_a_run_that_diverges_is_recorded_to_its_end(make, model, tmp_path):
+    trainer = make(max_steps=2)
+    trainer.train()
+    for module in model.modules():
+        if isinstance(module, MolaLinear) and "default" in module.mola_router:
+            torch.nn.init.constant_(module.mola_router["default"], float("nan"))
+    trainer.args.max_steps = 4
+    trainer.train()
+    for line in lines(tmp_path)[2:]:
+        assert None in line["modules"][0]["mean_gates"]
+        assert line["modules"][0]["drift"] is None
+
+
 def test_experts_that_can_not_be_chosen_are_dead(make, model, tmp_path):
     """In a run that trains everything but the routers of one layer."""
     for module in model.modules():

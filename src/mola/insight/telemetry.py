@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -223,8 +224,13 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     return summary | {"experts/dead": sum(len(record["dead_experts"]) for record in records)}
 
 
-def _half_l1(gates: list[float], before: list[float]) -> float:
-    return sum(abs(now - then) for now, then in zip(gates, before, strict=True)) / 2
+def _half_l1(gates: Sequence[float | None], before: Sequence[float | None]) -> float:
+    distances = [
+        abs(now - then)
+        for now, then in zip(gates, before, strict=True)
+        if now is not None and then is not None  # a run that diverges says so itself
+    ]
+    return sum(distances) / 2 if len(distances) == len(gates) else math.nan
 
 
 def _rounded(value: Any) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from statistics import fmean
 
 from transformers import SchedulerType, TrainerState
 
 from mola.files.failures import within_memory, writing
+from mola.reporting.findings import is_far_above, last_mean
 from mola.training.meeting import lost_process_explained
 from mola.training.options import TrainOptions
 
@@ -69,8 +69,8 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     if not logged or "eval_loss" not in metrics:
         return None
     eval_loss = metrics["eval_loss"]
-    train_loss = fmean(loss for at, loss in logged if at > 0.9 * logged[-1][0])
-    if eval_loss <= max(2 * train_loss, train_loss + 0.5):
+    train_loss = last_mean(logged)
+    if not is_far_above(eval_loss, train_loss):
         return None
     schedule = SchedulerType(options.lr_scheduler_type).value
     return (

@@ -1,0 +1,68 @@
+"""`mola doctor`: what is wrong with a run, in words, and what to change. No model is loaded."""
+
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console
+
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.insight import ROUTING_FILE
+from mola.options.fields import option
+from mola.reporting.findings import Finding, describe, findings
+from mola.reporting.late_use import read_late_use
+from mola.reporting.load_run import Run, gather
+
+
+@dataclass
+class DoctorOptions:
+    """Options of `mola doctor`."""
+
+    run_dir: str = field(metadata={"help": "Run folder of `mola train`."})
+    export: str | None = option(
+        None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
+    )
+    json: str | None = option(None, "Result file (JSON).")
+
+
+def doctor(options: DoctorOptions) -> list[Finding]:
+    """Look at a run.
+
+    Args:
+        options: which.
+
+    Returns:
+        What is wrong, gravest first; empty if nothing was found.
+
+    Raises:
+        MolaError: no run in the folder, or a file that is not what it should be.
+    """
+    return _look(options)[1]
+
+
+def main(options: DoctorOptions) -> int:
+    """Run the command and print what was found."""
+    path = None if options.json is None else check_writable(options.json)
+    run, found = _look(options)
+    if path is not None:
+        atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
+    lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]
+    lines += [f"Not looked at: {each}." for each in _missing(run)]
+    for line in lines:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _look(options: DoctorOptions) -> tuple[Run, list[Finding]]:
+    run = gather(options.run_dir, export=options.export)
+    return run, findings(run, read_late_use(run.folder / ROUTING_FILE))
+
+
+def _missing(run: Run) -> list[str]:
+    """What the folder does not have, so that nothing can be said about it."""
+    parts = {
+        "the training loss (no metrics.jsonl)": "training" in run.curves,
+        "the evaluation loss (trained without --eval_strategy)": "evaluation" in run.curves,
+        "routers over training (no routing.jsonl)": run.routing is not None,
+        "likeness of experts (no adapter saved)": run.adapter is not None,
+        "whether a LoRA answers as well (no export.json of `mola convert --to lora`)": run.export is not None,
+    }
+    return [name for name, is_there in parts.items() if not is_there]

@@ -1,0 +1,178 @@
+"""What is wrong with a run, as far as its folder shows it: one rule per fault, each with what to change.
+
+Bounds are far from what healthy runs show (docs/doctor.md has both), so silence is no proof of health.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from mola.reporting.late_use import LateUse
+from mola.reporting.load_run import Run
+
+_DEAD = 0.15  # of all experts
+_COLLAPSED = 0.25  # of the modules whose routers have a choice
+_SAME = 0.99  # of the choices that the same experts get
+_ALIKE = 0.9  # overlap of what experts read, and of what they write: 1 for the same subspace
+_UNDECIDED = 0.02  # margin between the two largest gates
+_RISE = 1.5  # of the lowest training loss
+_NEAR_KL, _NEAR_POINTS = 0.01, 0.01  # nats per token, and share of questions
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault: its name, what was seen, what to change."""
+
+    name: str
+    seen: str
+    change: str
+
+
+def findings(run: Run, late: Mapping[str, LateUse]) -> list[Finding]:
+    """What is wrong with a run; `late` is what its routers did at the end, see `read_late_use`."""
+    return [found for rule in _RULES if (found := rule(run, late)) is not None]
+
+
+def is_far_above(eval_loss: float, train_loss: float) -> bool:
+    """Whether an evaluation loss is more than twice the training loss, and more than 0.5 nats above it."""
+    return eval_loss > max(2 * train_loss, train_loss + 0.5)
+
+
+def _dead_experts(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    shares = [share for use in late.values() for share in use.shares]
+    dead = shares.count(0.0)
+    if not shares or dead <= _DEAD * len(shares):
+        return None
+    return Finding(
+        "dead experts",
+        f"{dead} of {len(shares)} experts were chosen by no token in the last quarter of training.",
+        "Switch the balance loss on (--router_aux_loss_coef 1e-3, or more), or give fewer experts to these layers: "
+        "`mola reallocate` keeps the ones that work.",
+    )
+
+
+def _collapsed_routers(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    free = [use for use in late.values() if len(use.shares) > use.top_k]
+    collapsed = [use for use in free if sum(sorted(use.shares)[-use.top_k :]) >= _SAME * use.top_k]
+    if not free or len(collapsed) <= _COLLAPSED * len(free):
+        return None
+    return Finding(
+        "collapsed routers",
+        f"In {len(collapsed)} of {len(free)} modules nearly every token chose the same experts in the last quarter.",
+        "Switch the balance loss on or raise it (--router_aux_loss_coef), lower --learning_rate, or add "
+        "--router_jitter_noise 0.1; a router that has no choice to make costs parameters for nothing.",
+    )
+
+
+def _no_gradient(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    if run.adapter is None:
+        return None
+    alone = [layer for layer in run.adapter.layers if layer.num_experts > 1 and layer.top_k == 1]
+    if not alone or run.adapter.config.get("router_aux_loss_coef") or run.adapter.config.get("router_z_loss_coef"):
+        return None
+    return Finding(
+        "top_k 1 without balance loss",
+        f"{len(alone)} layers choose one expert per token, whose gate is 1 whatever the router says: routers learn "
+        "nothing, and their choices stay random.",
+        "Pass --router_aux_loss_coef 1e-3, or --top_k 2.",
+    )
+
+
+def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    training, evaluation = run.curves.get("training"), run.curves.get("evaluation")
+    if not training or not evaluation or not is_far_above(evaluation[-1][1], last_mean(training)):
+        return None
+    return Finding(
+        "evaluation loss far above training loss",
+        f"{evaluation[-1][1]:.4f} at step {evaluation[-1][0]}, training {last_mean(training):.4f}.",
+        "End earlier (--eval_strategy steps --load_best_model_at_end), lower --learning_rate or the number of epochs, "
+        "raise --lora_dropout, or take more data.",
+    )
+
+
+def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    curve = run.curves.get("training", [])
+    if len(curve) < 4:
+        return None
+    window = max(2, len(curve) // 10)
+    means = [fmean(loss for _, loss in curve[start : start + window]) for start in range(len(curve) - window + 1)]
+    lowest, end = min(curve[0][1], *means), means[-1]  # one that is trained on may begin low
+    if end == end and (end <= _RISE * lowest or end <= lowest + 0.2):
+        return None
+    return Finding(
+        "learning rate too high",
+        f"The training loss ended at {end:.4f}, after {lowest:.4f} on the way (means over {window} log entries).",
+        f"Lower --learning_rate ({run.record['settings'].get('learning_rate', 'not recorded')} now) to a third, or "
+        "give it more --warmup_steps.",
+    )
+
+
+def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    modules = run.adapter.redundancy if run.adapter is not None else []
+    alike = [each for each in modules if min(each.input_overlap, each.output_overlap) >= _ALIKE]
+    if not modules or len(alike) <= _COLLAPSED * len(modules):
+        return None
+    return Finding(
+        "experts alike",
+        f"In {len(alike)} of {len(modules)} modules the experts read and write the same few directions.",
+        "Fewer experts do the same: `mola allocate` divides a budget, `mola reallocate` changes this adapter. Where "
+        "all began as one, begin with random ones.",
+    )
+
+
+def _lora_would_do(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    return _undecided(late) or _exported(run)
+
+
+def _undecided(late: Mapping[str, LateUse]) -> Finding | None:
+    margins = [use.margin for use in late.values()]
+    # With gates that are all alike a choice of few experts is random; with all experts it is none.
+    if not margins or fmean(margins) >= _UNDECIDED:
+        return None
+    return Finding(
+        "a LoRA would do",
+        f"The gates are all but equal: the largest is {fmean(margins):.4f} above the second, so tokens are told apart "
+        "by next to nothing.",
+        "Train longer or with a higher --learning_rate if the routers are to learn; else train a LoRA of the same size "
+        "(--num_experts 1 and a higher --r), which can be merged.",
+    )
+
+
+def _exported(run: Run) -> Finding | None:
+    export = run.export or {}
+    less = export.get("differences", {}).get("lora")
+    divergence = export.get("divergence", {})
+    distance = divergence.get("test answer", divergence.get("answer"))
+    if less is None or distance is None or distance > _NEAR_KL or less["value"] < -_NEAR_POINTS:
+        return None
+    low, high = less["questions_95"]
+    return Finding(
+        "a LoRA would do",
+        f"The plain LoRA of `mola convert --to lora` answers as many questions, {100 * less['value']:+.1f} points "
+        f"(95 % {100 * low:+.1f} to {100 * high:+.1f}), {distance:.4f} nats per answer token from the mixture.",
+        "Use that LoRA: it merges, and every server knows it. On other data routing may still be worth something.",
+    )
+
+
+def last_mean(curve: Sequence[tuple[float, float]]) -> float:
+    """Mean of the entries in the last tenth of the steps: the last one alone can be one lucky batch."""
+    return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0])
+
+
+_RULES: tuple[Callable[[Run, Mapping[str, LateUse]], Finding | None], ...] = (
+    _rate_too_high,
+    _evaluation_gap,
+    _no_gradient,
+    _collapsed_routers,
+    _dead_experts,
+    _experts_alike,
+    _lora_would_do,
+)
+
+
+def describe(found: Sequence[Finding]) -> Iterator[str]:
+    """Lines for people."""
+    for number, each in enumerate(found, 1):
+        yield f"{number}. {each.name}"
+        yield f"   {each.seen}"
+        yield f"   {each.change}"

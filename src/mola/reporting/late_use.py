@@ -1,0 +1,62 @@
+"""What routers did in the last quarter of a run, from its telemetry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mola.files.reading import json_lines
+from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
+
+_PART = 0.25
+_FORM = {
+    "step": INTEGER,
+    "modules": [
+        {"module": TEXT, "num_tokens": INTEGER, "shares": [NUMBER], "margin": (NUMBER, None)},
+    ],
+}
+
+
+@dataclass
+class LateUse:
+    """Means of one module over the tokens of that time.
+
+    Attributes:
+        tokens: how many.
+        shares: of each expert, the share of tokens that chose it; they add up to `top_k`.
+        margin: largest minus second largest gate.
+    """
+
+    tokens: int = 0
+    shares: list[float] = field(default_factory=list)
+    margin: float = 0.0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count one interval in."""
+        self.tokens += record["num_tokens"]
+        weight = record["num_tokens"] / self.tokens if self.tokens else 0.0
+        before = self.shares or [0.0] * len(record["shares"])
+        self.shares = [old + weight * (new - old) for old, new in zip(before, record["shares"], strict=True)]
+        margin = 1.0 if record["margin"] is None else record["margin"]  # no number: it says nothing
+        self.margin += weight * (margin - self.margin)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token chooses."""
+        return round(sum(self.shares))
+
+
+def read_late_use(path: Path) -> dict[str, LateUse]:
+    """By module; empty without telemetry.
+
+    Raises:
+        MolaError: the file is not telemetry as mola writes it.
+    """
+    steps = [entry.get("step", 0) for entry in json_lines(path)]
+    first = (1 - _PART) * steps[-1] if steps else 0
+    modules: dict[str, LateUse] = {}
+    for entry in json_lines(path):
+        check_form(entry, _FORM, str(path), "Restore the file, or remove it.")
+        for record in entry["modules"] if entry["step"] > first else []:
+            modules.setdefault(record["module"], LateUse()).add(record)
+    return modules

@@ -1,0 +1,178 @@
+"""Runs with a planted fault: the doctor names it, and what follows from it. Healthy ones are left alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
+
+from mola import MolaConfig, TrainOptions, train
+from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from mola.errors import MolaError
+from mola.reporting.doctor import DoctorOptions, doctor
+
+from .conftest import change
+
+TARGETS = "q_proj,v_proj,down_proj"
+DEAD, COLLAPSED, LORA = "dead experts", "collapsed routers", "a LoRA would do"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doctor") / "data"
+    prepare(PrepareOptions("sample", str(folder), train_size=40, validation_size=8, test_size=4))
+    return folder / "dataset.hf"
+
+
+@pytest.fixture
+def run(tiny_model_dir, data, tmp_path):
+    """Function: train with some options, and give what the doctor finds."""
+
+    def make(**options):
+        defaults = {
+            "base_model": str(tiny_model_dir),
+            "task": "sample",
+            "data": str(data),
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 12,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        if "adapter" not in options:
+            defaults |= {"num_experts": "4", "r": "2", "target_modules": TARGETS}
+        train(TrainOptions(**defaults | options))
+        return [found.name for found in doctor(DoctorOptions(str(tmp_path / "run")))]
+
+    return make
+
+
+@pytest.fixture
+def planted(tiny_model_dir, tmp_path):
+    """Function: an adapter whose routers, or experts, a function has set; by `mola_router`, `mola_A` or `mola_B`."""
+
+    def make(num_experts, top_k, values):
+        model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+        config = MolaConfig(
+            num_experts=num_experts, top_k=top_k, r=2, target_modules=TARGETS.split(","), task_type="CAUSAL_LM"
+        )
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                part = next((part for part in values if part in name), None)
+                if part:
+                    parameter.copy_(values[part](parameter))
+        adapted.save_pretrained(str(tmp_path / "planted"))
+        return str(tmp_path / "planted")
+
+    return make
+
+
+def one_and_its_opposite(router):
+    """Every token chooses one of the first two, and the third: of two equal ones the first is taken."""
+    return torch.stack([router[0], -router[0], *torch.zeros_like(router[2:])])
+
+
+QUIET = {
+    "learning_rate": 1e-7,
+    "max_steps": 1,
+    "warmup_steps": 0,
+}  # seen before a step changes it
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_experts": "2", "learning_rate": 1e-2}, {"top_k": "1", "router_aux_loss_coef": 1e-2}], ids=str
+)
+def test_healthy_runs_are_left_alone(options, run):
+    assert run(**options) == []
+
+
+def test_a_rate_that_is_too_high(run, tmp_path):
+    assert run(learning_rate=2e-2, max_steps=40, r="16", target_modules="all-linear") == []
+    (tmp_path / "run").rename(tmp_path / "before")
+    found = run(adapter=str(tmp_path / "before"), learning_rate=0.3, lr_scheduler_type="constant", max_steps=16)
+    assert "learning rate too high" in found
+
+
+def test_an_evaluation_loss_far_above(run, data, tmp_path):
+    rows = json.loads((data.parent / "test.json").read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{**row, "output": "~}{|" * 5} for row in rows]))
+    found = run(
+        learning_rate=2e-2, max_steps=40, eval_data=str(other), eval_split="train", eval_strategy="steps", eval_steps=40
+    )
+    assert found == ["evaluation loss far above training loss"]
+
+
+def test_one_expert_per_token_without_balance_loss(run):
+    with pytest.warns(UserWarning, match="`top_k=1`"):
+        assert run(top_k="1") == ["top_k 1 without balance loss"]
+
+
+def test_collapsed_routers(run, planted):
+    found = run(adapter=planted(4, 2, {"mola_router": torch.zeros_like}), **QUIET)
+    assert found == [COLLAPSED, DEAD, LORA]  # all tokens get the first two, half and half
+
+
+def test_dead_experts(run, planted):
+    assert run(adapter=planted(4, 2, {"mola_router": one_and_its_opposite}), **QUIET) == [DEAD]
+
+
+def test_experts_that_are_alike(run, planted):
+    same = {"mola_A": lambda A: A[:1].expand_as(A), "mola_B": lambda B: torch.randn_like(B[:1]).expand_as(B)}
+    assert run(adapter=planted(3, 2, same), **QUIET) == ["experts alike"]
+
+
+def test_gates_that_are_always_equal(run, planted):
+    assert run(adapter=planted(2, 2, {"mola_router": torch.zeros_like}), **QUIET) == [LORA]
+
+
+def test_an_export_that_answers_as_well(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    export = {
+        "method": "regression",
+        "rank": 8,
+        "accuracy": {},
+        "differences": {"lora": {"value": -0.01, "questions_95": [-0.04, 0.02]}},
+        "divergence": {"test answer": 0.002},
+        "explained_by_kind": {},
+        "loss": {},
+    }
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps(export))
+    options = DoctorOptions(str(folder), export=str(path))
+    (found,) = [each for each in doctor(options) if each.name == LORA]
+    assert "-1.0 points (95 % -4.0 to +2.0), 0.0020 nats" in found.seen
+    change(path, lambda content: content["differences"]["lora"].update(value=-0.03))
+    assert LORA not in [each.name for each in doctor(options)]
+
+
+def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    assert main(["doctor", str(folder), "--json", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing was found wrong" in printed
+    assert "Not looked at: whether a LoRA answers as well" in printed
+    assert json.loads((tmp_path / "found.json").read_text()) == {"run": str(folder), "findings": []}
+    (folder / "routing.jsonl").unlink()
+    change(folder / "adapter_config.json", lambda content: content.update(top_k=1))
+    assert main(["doctor", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "1. top_k 1 without balance loss" in printed
+    assert "--router_aux_loss_coef 1e-3" in printed
+    assert "Not looked at: routers over training" in printed
+
+
+def test_damaged_telemetry_is_refused_by_name(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "routing.jsonl").write_text('{"step": 1, "modules": [{"module": "a"}]}\n')
+    with pytest.raises(MolaError, match=r"routing\.jsonl"):
+        doctor(DoctorOptions(str(folder)))
+    with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
+        doctor(DoctorOptions(str(tmp_path)))
