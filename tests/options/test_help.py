@@ -14,7 +14,7 @@ from mola._compat import has_activation_checkpointing
 from mola.cli import COMMANDS, main
 from mola.options.fields import options_by_group
 
-FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "quickstart")
+FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
 OF_THE_TRAINER = ("train", "continual", "compare")
 FIRST = (
     *("base_model", "task", "data", "output_dir", "num_experts", "r", "top_k", "cutoff_len", "num_train_epochs"),
