@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mola.allocation.base import Base, read_base
 from mola.allocation.measured import alphalora_scores, redundancy_scores, usage_scores
+from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
 from mola.allocation.rounding import check_budget, experts_from_scores
 from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.errors import MolaError
@@ -27,7 +28,17 @@ from mola.files.environment import software_versions
 from mola.models.quantization import GGUF_HELP
 from mola.options.fields import option
 
-DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0}
+DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
+_READS = {
+    "redundancy": ("adapter",),
+    "usage": ("adapter", "inspection"),
+    "gradient": ("data",),
+    "activation": ("data",),
+}
+_ON_DATA = {
+    "gradient": (gradient_scores, "Layers that a first step on the data would change more get more."),
+    "activation": (activation_scores, "Layers whose inputs vary most in few directions get more."),
+}
 _UNIFORM = "uniform"
 _BAR_WIDTH = 30
 _WIDTH_OF_FILES = 100  # columns when the output is no terminal
@@ -42,7 +53,8 @@ class AllocateOptions:
         metadata={
             "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
             "digits such as 2468), uniform, alphalora (the weights' spectra), redundancy (how different the experts of "
-            "`adapter` are) or usage (how many of them are used)."
+            "`adapter` are), usage (how many of them are used), gradient (how much a first step on `data` would change) "
+            "or activation (how much of their inputs' variance few directions explain)."
         }
     )
     budget: int = field(metadata={"help": "Experts in all: the numbers of the layers add up to it."})
@@ -51,11 +63,15 @@ class AllocateOptions:
     inspection: str | None = option(
         None, "File of `mola inspect --json` on the probe, for usage; by default the `routing.jsonl` of `adapter`."
     )
+    data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
+    task: str | None = option(None, "Task of `data`: its name or a YAML file.")
+    split: str = option("train", "Split of `data` to read where it has several.")
+    limit: int = option(32, "Samples of `data` to read, the first so many.")
     min_experts: int = option(1, "Fewest experts of a layer.")
     max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
     beta: float | None = option(
         None,
-        "Experts are in proportion to score ** beta, for alphalora (default 2.5), redundancy and usage (default 1).",
+        "Experts are in proportion to score ** beta; 2.5 by default for alphalora, 1 for others that measure.",
     )
     target_modules: str | None = option(
         None,
@@ -63,7 +79,7 @@ class AllocateOptions:
         "`adapter` or `inspection` these say it.",
     )
     gguf_file: str | None = option(None, GGUF_HELP)
-    device: str = option("cpu", "Where alphalora computes, such as cpu or cuda:0; it needs float64.")
+    device: str = option("cpu", "Where scores are computed, such as cpu or cuda:0; alphalora needs float64.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
     overwrite: bool = option(False, "Replace an existing result.")
 
@@ -187,11 +203,17 @@ def _check(options: AllocateOptions) -> tuple[str | None, float | None]:
 
 def _check_sources(options: AllocateOptions, name: str) -> None:
     """What a method reads must be given, and nothing else."""
-    reads = {"redundancy": ("adapter",), "usage": ("adapter", "inspection")}.get(name, ())
-    for source in ("adapter", "inspection"):
+    reads = _READS.get(name, ())
+    for source in ("adapter", "inspection", "data"):
         value = getattr(options, source)
         if value is not None and source not in reads:
             raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
+    if "data" in reads:
+        if options.data is None or options.task is None:
+            raise MolaError(f"`method` {name} looks at samples: pass --data FILE --task TASK.")
+        if options.limit < 1:
+            raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
+        return
     if reads and all(getattr(options, source) is None for source in reads):
         raise MolaError(
             f"`method` {name} looks at a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
@@ -223,6 +245,12 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[float | None],
         return alphalora_scores(base, options.device), (
             "Layers whose weights have a larger power-law exponent count as less well trained and get more experts."
         )
+    if "data" in _READS.get(name, ()):
+        check_layers(sum(base.is_adapted))
+        source = SampleSource(str(options.data), str(options.task), options.split, options.limit)
+        samples = source.read(base)
+        scores, why = _ON_DATA[name]
+        return scores(base, samples, load_for_scores(base, options.device)), why
     if name == "redundancy":
         return redundancy_scores(base, options.adapter or "", check_layers), (
             "Layers whose experts differ more in the probe get more; like experts are redundant."

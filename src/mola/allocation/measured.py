@@ -47,7 +47,7 @@ def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
             raise MolaError(
                 f"`base_model` has a weight without a power law, {name}: {error} Leave it out of `target_modules`."
             ) from error
-    return _means(found, base)
+    return mean_scores(found, base)
 
 
 def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Scores:
@@ -64,18 +64,12 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Sc
     """
     probe = read_probe(adapter, base)
     check_layers(len(set(probe.layers.values())))
-    distances: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for module, layer in probe.layers.items():
+    distances = {}
+    for module in probe.layers:
         experts_A, experts_B = probe.factors(module)
         # `lora_alpha` is the same everywhere, and a common factor changes nothing.
-        distance = mean_pairwise(expert_distances(experts_A, experts_B, 1 / experts_A.shape[1]))
-        distances[module.rpartition(".")[2]][layer].append(distance)
-    found: dict[int | None, list[float]] = defaultdict(list)
-    for by_layer in distances.values():
-        usual = fmean(distance for row in by_layer.values() for distance in row)
-        for layer, row in by_layer.items():
-            found[layer] += [distance / usual if usual > 0 else 0.0 for distance in row]
-    scores = _means(found, base)
+        distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, 1 / experts_A.shape[1]))
+    scores = relative_scores(distances, base)
     if not any(scores):
         raise MolaError(
             f"`adapter` must have experts that differ: those of {adapter!r} are all the same or zero. Train the probe "
@@ -110,7 +104,7 @@ def usage_scores(base: Base, adapter: str | None, inspection: str | None, check_
             "it adapts some layers only."
         )
     check_layers(len(wanted))
-    return _means(found, base)
+    return mean_scores(found, base)
 
 
 def effective_experts(mean_gates: Sequence[float]) -> float:
@@ -119,5 +113,19 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
     return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
-def _means(found: Mapping[int | None, Sequence[float]], base: Base) -> Scores:
+def relative_scores(values: Mapping[str, float], base: Base) -> Scores:
+    """Of each layer the mean over its modules of their value, divided by the mean of all modules of that name."""
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for module, value in values.items():
+        kinds[module.rpartition(".")[2]].append(value)
+    usual = {kind: fmean(of_kind) for kind, of_kind in kinds.items()}
+    found: dict[int | None, list[float]] = defaultdict(list)
+    for module, value in values.items():
+        mean = usual[module.rpartition(".")[2]]
+        found[base.layer_of[module]].append(value / mean if mean > 0 else 0.0)
+    return mean_scores(found, base)
+
+
+def mean_scores(found: Mapping[int | None, Sequence[float]], base: Base) -> Scores:
+    """Of each layer the mean of its modules' values; None without any."""
     return [fmean(found[index]) if index in found else None for index in range(base.num_layers)]

@@ -1,0 +1,168 @@
+"""Scores of decoder layers on samples of the data, before anything is trained: gradients, and spectra of inputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from mola.allocation.base import Base
+from mola.allocation.measured import Scores, mean_scores, relative_scores
+from mola.data.encode import encode_examples
+from mola.data.examples import load_examples
+from mola.data.tasks import load_task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.models.loading import load_config, load_model, load_tokenizer
+
+_RANK = 8  # components of a linear's input that count, in the mean
+_TOKENS = 1024  # of which an input's spectrum is taken
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Where samples come from: a data file, its task and split, and how many."""
+
+    data: str
+    task: str
+    split: str
+    limit: int
+
+    def read(self, base: Base) -> Sequence[Mapping[str, Any]]:
+        """Samples with `input_ids` and `labels`.
+
+        Raises:
+            MolaError: the data do not fit the task, or a sample is longer than the model's positions.
+        """
+        task = load_task(self.task)
+        examples = load_examples(self.data, task, self.split, limit=self.limit)
+        tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
+        config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+        return encode_examples(examples, tokenizer, get_template(task.template), cutoff_len=limit)[0]
+
+
+def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
+    r"""How much a first LoRA step would change each layer, compared with the same linears of other layers.
+
+        f_m = mean over samples of || dL / dW_m ||_F^2                              of a linear m
+        score_l = mean over the linears m of layer l of f_m / (mean of f over all linears of that name)
+
+    L is the mean loss of a sample's answer. In the mean over a random A with entries of variance `s^2` the squared
+    gradient of a LoRA's B at its start is `r s^2` times that of the weight, the same factor for all linears of a
+    name; so this is the trace of the empirical Fisher matrix of that first step. With inputs X and gradients D of the
+    outputs of one sample it is the sum of `(X X^T) * (D D^T)`: no gradient of a weight's size is formed.
+
+    Raises:
+        MolaError: no gradient arrives anywhere.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    model.enable_input_require_grads()  # the base is frozen: gradients begin at its inputs
+    with _watched(base, model) as seen:
+        for ids, labels in _tensors(samples, model, "Gradients"):
+            with torch.enable_grad():
+                model(input_ids=ids, labels=labels).loss.backward()
+            for name, (x, gradient) in seen.items():
+                products = (x @ x.T) * (gradient @ gradient.T)
+                found[name].append(float(products.double().sum()))
+            seen.clear()
+    model.disable_input_require_grads()
+    if not any(any(values) for values in found.values()):
+        raise MolaError("`data` must have answers that a loss can be computed of: no linear got a gradient.")
+    return relative_scores({name: fmean(values) for name, values in found.items()}, base)
+
+
+def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
+    """How many directions of a layer's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
+
+        rho_mj = lambda_j / sum_j lambda_j       of the j-th eigenvalue of the covariance of the inputs of a linear m
+        score_l = mean over the linears m of layer l of | {j: rho_mj is one of the 8 M largest of all M linears} |
+
+    Of each input up to 1024 tokens count.
+    """
+    rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    handles = []
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])[: _TOKENS - counts[name]]
+            counts[name] += len(x)
+            if len(x):
+                rows[name].append(x.float())
+
+        return hook
+
+    for linear in base.linears:
+        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep(linear.name)))
+    try:
+        with torch.no_grad():
+            for ids, _ in _tensors(samples, model, "Inputs"):
+                model(input_ids=ids)
+                if all(counts[linear.name] >= _TOKENS for linear in base.linears):
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    shares = {name: _explained(torch.cat(rows.pop(name))) for name in list(rows)}
+    strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
+    least = strongest.values[-1]
+    found: dict[int | None, list[float]] = defaultdict(list)
+    for linear in base.linears:
+        found[linear.layer_index].append(float((shares[linear.name] >= least).sum()))
+    return mean_scores(found, base)
+
+
+def load_for_scores(base: Base, device: str) -> Any:
+    """The base model in float32: small gradients of half precision would be lost."""
+    if base.gguf_file is not None:
+        raise MolaError(
+            "`gguf_file` is not read by methods that look at data. Convert the file to a model folder first."
+        )
+    return load_model(base.name, None, "float32", device, base.trust_remote_code)
+
+
+def _tensors(
+    samples: Sequence[Mapping[str, Any]], model: Any, title: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    device, console = next(model.parameters()).device, Console(stderr=True)
+    for sample in track(samples, title, console=console, disable=not console.is_terminal):
+        ids, labels = (torch.tensor([list(sample[name])], device=device) for name in ("input_ids", "labels"))
+        yield ids, labels
+
+
+@contextmanager
+def _watched(base: Base, model: Any) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Input and gradient of the output of every linear, both `(tokens, features)`, filled by a backward pass."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            output.register_hook(lambda grad: seen.__setitem__(name, (x, grad.reshape(len(x), -1))))
+
+        return hook
+
+    handles = [model.get_submodule(linear.name).register_forward_hook(watch(linear.name)) for linear in base.linears]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _explained(x: torch.Tensor) -> torch.Tensor:
+    """Shares of the variance that the components of rows `(tokens, features)` explain, largest first."""
+    centred = (x - x.mean(dim=0)).double()
+    gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)

@@ -1,0 +1,114 @@
+"""Allocations from a few samples: what the scores are, and that they cost little and change nothing."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from mola.allocation.allocate import AllocateOptions, allocate
+from mola.allocation.base import read_base
+from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
+from mola.data.prepare import PrepareOptions, prepare
+from mola.errors import MolaError
+
+TARGETS = "q_proj,v_proj,down_proj"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on-data") / "data"
+    prepare(PrepareOptions("sample", str(folder), train_size=10, validation_size=2, test_size=2))
+    return str(folder / "dataset.hf")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir):
+    return read_base(str(tiny_model_dir), TARGETS)
+
+
+@pytest.fixture(scope="module")
+def samples(base, data):
+    return SampleSource(data, "sample", "train", 4).read(base)
+
+
+def weight_gradients(model, base, samples):
+    """Squared norms of the weights' gradients, sample by sample, as autograd has them."""
+    found = {linear.name: 0.0 for linear in base.linears}
+    for sample in samples:
+        weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in found}
+        ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
+        gradients = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, list(weights.values()))
+        for name, gradient in zip(found, gradients, strict=True):
+            found[name] += float(gradient.double().square().sum()) / len(samples)
+    return found
+
+
+def test_gradients_are_those_of_the_weights(base, samples, tiny_model_dir):
+    scores = gradient_scores(base, samples, load_for_scores(base, "cpu"))
+    norms = weight_gradients(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), base, samples)
+    for layer, score in enumerate(scores):
+        relative = []
+        for kind in TARGETS.split(","):
+            of_kind = [value for name, value in norms.items() if name.endswith(kind)]
+            (own,) = [
+                norms[each.name] for each in base.linears if each.name.endswith(kind) and each.layer_index == layer
+            ]
+            relative.append(own / (sum(of_kind) / len(of_kind)))
+        assert score == pytest.approx(sum(relative) / len(relative), rel=1e-3)
+    assert sum(scores) / len(scores) == pytest.approx(1)
+
+
+def test_activations_count_the_strongest_directions(base, samples):
+    model = load_for_scores(base, "cpu")
+    seen = {linear.name: [] for linear in base.linears}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, rows=rows: rows.append(x[0][0]))
+        for name, rows in seen.items()
+    ]
+    with torch.no_grad():
+        for sample in samples:
+            model(input_ids=torch.tensor([sample["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    shares = {}
+    for name, rows in seen.items():
+        x = torch.cat(rows)[:1024].double()
+        values = torch.linalg.svdvals(x - x.mean(0)) ** 2
+        shares[name] = values / values.sum()
+    least = torch.cat(list(shares.values())).sort(descending=True).values[8 * len(shares) - 1]
+    for layer, score in enumerate(activation_scores(base, samples, model)):
+        counts = [
+            int((shares[each.name] >= least * (1 - 1e-9)).sum()) for each in base.linears if each.layer_index == layer
+        ]
+        assert score == pytest.approx(sum(counts) / len(counts), abs=0.5)
+
+
+@pytest.mark.parametrize("method", ["gradient", "activation"])
+def test_the_budget_is_exact_and_the_file_says_how(method, tiny_model_dir, data, tmp_path):
+    output = tmp_path / "allocation.json"
+    words = {"budget": 14, "data": data, "task": "sample", "limit": 3, "output": str(output)}
+    result = allocate(AllocateOptions(str(tiny_model_dir), method, target_modules=TARGETS, **words))
+    assert sum(result.num_experts) == 14
+    written = json.loads(output.read_text())
+    assert written["num_experts"] == result.num_experts
+    assert written["settings"]["limit"] == 3
+    ranked = sorted(range(4), key=lambda layer: result.scores[layer])
+    assert [result.num_experts[layer] for layer in ranked] == sorted(result.num_experts)
+    again = allocate(AllocateOptions(str(tiny_model_dir), method, target_modules=TARGETS, **words, overwrite=True))
+    assert again.scores == result.scores
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"method": "gradient"}, "`method` gradient looks at samples: pass --data FILE --task TASK"),
+        ({"method": "activation", "data": "x.json"}, "pass --data FILE --task TASK"),
+        ({"method": "gradient", "data": "x.json", "task": "sample", "limit": 0}, "`limit` must be at least 1: got 0"),
+        ({"method": "2468", "data": "x.json"}, "`data` \\('x.json'\\) is not read by `method` '2468'"),
+        ({"method": "gradient", "data": "missing.json", "task": "sample"}, "missing.json"),
+    ],
+)
+def test_wrong_options_are_refused(words, message, no_weights_dir):
+    with pytest.raises(MolaError, match=message):
+        allocate(AllocateOptions(str(no_weights_dir), budget=14, **words))
