@@ -73,7 +73,7 @@ def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) 
         if isinstance(module, MolaLinear):
             own, place = module.settings["default"], name.removeprefix(_PREFIX)
             settings = PartSettings(own.num_experts, own.r, own.top_k, own.scaling, own.router)
-            matrices = (tensors.get(f"{name}.{kind}") for kind in ("mola_A", "mola_B", "mola_router"))
-            parts[place] = Part(settings, *matrices, start=0)  # type: ignore[arg-type]
+            experts_A, experts_B = (tensors[f"{name}.{kind}"] for kind in ("mola_A", "mola_B"))
+            parts[place] = Part(settings, experts_A, experts_B, tensors.get(f"{name}.mola_router"), 0)
     shapes = {name: [*part.settings, *part.experts_B.shape] for name, part in parts.items()}
     return Adapter(parts, hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest())

@@ -73,6 +73,9 @@ class FusedMixture(nn.Module):
         reduce: sums router logits over ranks, where each sees a slice of the input; None where it sees all.
     """
 
+    matrix_A: torch.Tensor
+    router: torch.Tensor | None  # where it is no rows of `matrix_A`
+
     def __init__(
         self, parts: Sequence[Part], dtype: torch.dtype, device: Any = "cpu", reduce: Reduce | None = None
     ) -> None:
