@@ -2,8 +2,8 @@
 
 Two servers of vLLM, one with the base model alone and one with a random mixture on it, are asked the same in turn,
 round by round. Requests per second, and per second of processor time of the server's processes, which a busy machine
-changes less. Then every prompt once more, its text compared with the greedy one of `mola.generate_text`. Run it with the
-Python of an environment that has vLLM.
+changes less. Then every prompt once more, its text compared with the greedy one of `mola.generate_text`. Run it with
+the Python of an environment that has vLLM.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ def register() -> None:
         """Stands for the loader until one is made."""
 
         def __new__(cls, load_config: Any) -> Any:
+            import vllm
+
+            from mola.integrations.vllm import check_version
+
+            check_version(vllm.__version__)
             from mola.integrations.vllm.loader import MixtureLoader
 
             return MixtureLoader(load_config)

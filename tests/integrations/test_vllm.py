@@ -165,7 +165,21 @@ def family(tmp_path_factory):
 PROMPTS = [[5, 9, 33], [7, 3, 40, 21, 18], list(range(10, 24))]
 TINY = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 4}
 # Those of `_TRIED_MODELS` in the loader.
-TRIED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "gpt2", "opt", "mixtral")
+TRIED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "opt",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+)
 
 
 @pytest.mark.parametrize("name", TRIED)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mola import MolaConfig, load_model
 from mola.errors import MolaError
+from mola.integrations.vllm import TRIED, check_version
 from mola.integrations.vllm.adapter import read_adapter
 from mola.tuner import MolaLinear
 from tests.conftest import save_adapter
@@ -128,6 +129,13 @@ def test_files_are_checked_as_mola_checks_them(harm, message, tiny_model_dir, co
     harm(copied)
     with pytest.raises(MolaError, match=message):
         read(tiny_model_dir, copied)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320", "1.0"])
+def test_versions_that_were_not_tried_are_refused(version):
+    check_version(f"{TRIED}.4+cpu")
+    with pytest.raises(MolaError, match=rf"`vllm` must be 0.32.\*.*this is {version}"):
+        check_version(version)
 
 
 def test_registering_imports_nothing_of_mola_and_survives_another_vllm(tmp_path):

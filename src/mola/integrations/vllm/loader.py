@@ -12,7 +12,6 @@ import copy
 from typing import Any
 
 import torch
-import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.config.load import LoadConfig
@@ -21,12 +20,18 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
 
 from mola.errors import MolaError
-from mola.integrations.vllm import TRIED
 from mola.integrations.vllm.adapter import Adapter, read_adapter
 from mola.integrations.vllm.mixture import FusedMixture, Part
 from mola.integrations.vllm.places import find_places
 
-_TRIED_MODELS = ("LlamaForCausalLM",)
+_TRIED_MODELS = (
+    *(
+        f"{name}ForCausalLM"
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "OPT")
+    ),
+    *("GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+    "TransformersForCausalLM",  # Transformers' own model inside vLLM
+)
 
 
 class MixtureLoader(BaseModelLoader):
@@ -34,7 +39,6 @@ class MixtureLoader(BaseModelLoader):
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        _check_version()
         own = dict(load_config.model_loader_extra_config)
         self._folder, inner = own.pop("adapter", None), own.pop("load_format", "auto")
         self._takes_untried = own.pop("untried_architecture", False)
@@ -76,14 +80,6 @@ class MixtureLoader(BaseModelLoader):
         for name, parts in self._places.items():
             _add(model.get_submodule(name), parts, device)
         return model
-
-
-def _check_version() -> None:
-    if not f"{vllm.__version__}.".startswith(f"{TRIED}."):
-        raise MolaError(
-            f"`vllm` must be {TRIED}.*, with which mola was tried: this is {vllm.__version__}. Install such a version, "
-            "or serve the adapter with `mola serve`, without --engine vllm."
-        )
 
 
 def _check_engine(vllm_config: VllmConfig, model_config: ModelConfig) -> None:

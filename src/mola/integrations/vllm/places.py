@@ -24,7 +24,7 @@ from mola.integrations.vllm.sharding import Shard, of_inputs, of_outputs, shards
 # Not subclasses, which may compute, load or slice in other ways.
 _LINEARS = (ReplicatedLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
 # Fused in the checkpoint too, with columns in vLLM's order.
-_FUSED_ALIKE = ("qkv_proj", "gate_up_proj")
+_FUSED_ALIKE = ("qkv_proj", "gate_up_proj", "c_attn")
 _OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
 
 
