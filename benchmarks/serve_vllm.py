@@ -37,7 +37,7 @@ from mola.options.parsing import parse
 
 logger = logging.getLogger("benchmarks")
 
-_PATIENCE = 900  # seconds for a server to start
+_PATIENCE = 600  # seconds for a server to start
 _CONTEXT, _NAME = 1024, "served"
 _TEXT = (
     "Number {number}. This is the beginning of a report about the {subject}. It was written for people who have never "

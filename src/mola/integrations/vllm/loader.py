@@ -9,6 +9,7 @@ lets a model pass that is not among those tried); what else there is belongs to 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.config.load import LoadConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
 
 from mola.errors import MolaError
 from mola.integrations.vllm.adapter import Adapter, read_adapter
-from mola.integrations.vllm.mixture import FusedMixture, Part
+from mola.integrations.vllm.mixture import FusedMixture, Part, Product
 from mola.integrations.vllm.places import find_places
 
 _TRIED_MODELS = (
@@ -112,7 +113,10 @@ def _add(layer: Any, parts: list[Part], device: torch.device) -> None:
     """Have a linear add its parts' updates, whatever computes the rest."""
     is_sum = type(layer) is RowParallelLinear and layer.tp_size > 1
     reduce = tensor_model_parallel_all_reduce if is_sum else None
-    layer.mola = FusedMixture(parts, layer.params_dtype, device, reduce)
+    # On a CPU thin products of few rows are faster in float32, by what vLLM itself has for a matrix that stays.
+    is_cpu = device.type == "cpu"
+    dtype, linear = (torch.float32, _linear_of_vllm) if is_cpu else (layer.params_dtype, None)
+    layer.mola = FusedMixture(parts, dtype, device, reduce, linear)
     layer.requires_unquantized_input = True
     compute, method = layer.quant_method.apply, copy.copy(layer.quant_method)
 
@@ -121,3 +125,10 @@ def _add(layer: Any, parts: list[Part], device: torch.device) -> None:
 
     method.apply = apply
     layer.quant_method = method
+
+
+def _linear_of_vllm(matrix: torch.Tensor) -> Product:
+    method, holder = UnquantizedLinearMethod(), nn.Module()
+    holder.weight = nn.Parameter(matrix, requires_grad=False)
+    method.process_weights_after_loading(holder)
+    return functools.partial(method.apply, holder)

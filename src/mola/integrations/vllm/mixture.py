@@ -14,12 +14,12 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mola.tuner.kernels.gemm import addmm_, mm
 from mola.tuner.routing import route_all
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
+Reduce = Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PartSettings(NamedTuple):
@@ -64,25 +64,25 @@ class FusedMixture(nn.Module):
 
         y[:, columns of p] += scaling_p * sum_e g_pe(x) B_pe A_pe x
 
-    As and Bs are kept in the dtype of the products, routers in float32; all are buffers that no checkpoint has.
-
     Args:
         parts: in any order, their columns apart.
-        dtype: of the output.
+        dtype: of the products with A and B; routers' are in float32.
         device: where the linear is.
         reduce: sums router logits over ranks, where each sees a slice of the input; None where it sees all.
+        linear: makes the function `x -> x W^T` of a matrix `(out, in)`, in the way that is fast where the server runs;
+            None keeps matrices as buffers, which are in no checkpoint, and leaves their products to torch.
     """
 
-    matrix_A: torch.Tensor
-    router: torch.Tensor | None  # where it is no rows of `matrix_A`
-
     def __init__(
-        self, parts: Sequence[Part], dtype: torch.dtype, device: Any = "cpu", reduce: Reduce | None = None
+        self,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+        device: Any = "cpu",
+        reduce: Reduce | None = None,
+        linear: Callable[[torch.Tensor], Product] | None = None,
     ) -> None:
         super().__init__()
-        # Thin products of few rows are faster in float32 on a CPU, and routers want it.
-        self.dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
-        self.reduce = reduce
+        self.dtype, self.reduce, self.linear = dtype, reduce, linear
         parts = sorted(parts, key=lambda part: (part.settings, part.start))
         self.groups: list[_Group] = []
         hidden = logits = 0
@@ -93,32 +93,50 @@ class FusedMixture(nn.Module):
             self.groups.append(_Group(settings, count, slice(hidden, hidden + width), slice(logits, logits + routers)))
             hidden, logits = hidden + width, logits + routers
         self.num_hidden, self.num_logits = hidden, logits
-        matrix_A = torch.cat([part.experts_A.flatten(0, 1) for part in parts]).to(device, self.dtype)
-        routers = [part.router for part in parts if part.router is not None]
-        router = torch.cat(routers).to(device, torch.float32) if routers else None
-        if router is not None and self.dtype is torch.float32:
-            matrix_A, router = torch.cat((matrix_A, router)), None
-        self.register_buffer("matrix_A", matrix_A, persistent=False)
-        self.register_buffer("router", router, persistent=False)
+        self.products: dict[str, Product] = {}
+        matrices = [part.experts_A.flatten(0, 1) for part in parts]
+        routers_of = [part.router for part in parts if part.router is not None]
+        if dtype is torch.float32:
+            matrices, routers_of = [*matrices, *routers_of], []
+        self._keep("matrix_A", torch.cat(matrices).to(device, dtype))
+        self.has_routers_apart = bool(routers_of)
+        if routers_of:
+            self._keep("router", torch.cat(routers_of).to(device, torch.float32))
         self.columns = [slice(part.start, part.start + part.experts_B.shape[2]) for part in parts]
         for number, part in enumerate(parts):
-            matrix_B = part.experts_B.flatten(0, 1).to(device, self.dtype).contiguous()
-            self.register_buffer(f"matrix_B{number}", matrix_B, persistent=False)
+            self._keep(f"matrix_B{number}", part.experts_B.flatten(0, 1).t().to(device, dtype))
+
+    def _keep(self, name: str, matrix: torch.Tensor) -> None:
+        matrix = matrix.contiguous()
+        if self.linear is None:
+            self.register_buffer(name, matrix, persistent=False)
+        else:
+            self.products[name] = self.linear(matrix)
 
     def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the updates for `x: (..., in)` to `output: (..., out)`, in place, and return it."""
         rows, total = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
-        hidden = mm(rows.to(self.dtype), self.matrix_A.t())  # (N, all E*r), then logits unless these are apart
-        logits = hidden[:, self.num_hidden :] if self.router is None else mm(rows.float(), self.router.t())
+        hidden = self._product("matrix_A", rows.to(self.dtype))  # (N, all E*r), and logits unless these are apart
+        logits = self._product("router", rows.float()) if self.has_routers_apart else hidden[:, self.num_hidden :]
         if self.reduce is not None and self.num_logits:
             logits = self.reduce(logits.contiguous())
         number = 0
         for group in self.groups:
             gated = _gate(hidden[:, group.hidden], logits[:, group.logits], group)
             for part in gated.tensor_split(group.parts, dim=1):
-                addmm_(total[:, self.columns[number]], part, getattr(self, f"matrix_B{number}"))
+                self._add(total[:, self.columns[number]], part, f"matrix_B{number}")
                 number += 1
         return output
+
+    def _product(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        product = self.products.get(name)
+        return F.linear(rows, getattr(self, name)) if product is None else product(rows)
+
+    def _add(self, total: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+        if self.linear is None and total.dtype is self.dtype:  # one operator
+            total.addmm_(rows, getattr(self, name).t())
+        else:
+            total.add_(self._product(name, rows.contiguous()))
 
 
 def _gate(hidden: torch.Tensor, logits: torch.Tensor, group: _Group) -> torch.Tensor:
