@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
 
 from mola.errors import MolaError
+from mola.integrations.vllm import operator as operator
 from mola.integrations.vllm.adapter import Adapter, read_adapter
 from mola.integrations.vllm.mixture import FusedMixture, Part, Product
 from mola.integrations.vllm.places import find_places
@@ -79,7 +80,7 @@ class MixtureLoader(BaseModelLoader):
         model = super().load_model(vllm_config, model_config, prefix)
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
         for name, parts in self._places.items():
-            _add(model.get_submodule(name), parts, device)
+            _add(model.get_submodule(name), parts, device, vllm_config.compilation_config.static_forward_context)
         return model
 
 
@@ -109,7 +110,7 @@ def _check_architecture(model: nn.Module, takes_untried: Any) -> None:
         )
 
 
-def _add(layer: Any, parts: list[Part], device: torch.device) -> None:
+def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, Any]) -> None:
     """Have a linear add its parts' updates, whatever computes the rest."""
     is_sum = type(layer) is RowParallelLinear and layer.tp_size > 1
     reduce = tensor_model_parallel_all_reduce if is_sum else None
@@ -118,10 +119,16 @@ def _add(layer: Any, parts: list[Part], device: torch.device) -> None:
     dtype, linear = (torch.float32, _linear_of_vllm) if is_cpu else (layer.params_dtype, None)
     layer.mola = FusedMixture(parts, dtype, device, reduce, linear)
     layer.requires_unquantized_input = True
+    name = f"{layer.prefix}.mola"
+    named[name] = layer.mola
     compute, method = layer.quant_method.apply, copy.copy(layer.quant_method)
 
     def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return layer.mola(x, compute(layer, x, bias))
+        output = compute(layer, x, bias)
+        if not (is_cpu and torch.compiler.is_compiling()):
+            return layer.mola(x, output)
+        torch.ops.mola_vllm.add_mixture(output, x, name)
+        return output
 
     method.apply = apply
     layer.quant_method = method
