@@ -114,10 +114,8 @@ def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, A
     """Have a linear add its parts' updates, whatever computes the rest."""
     is_sum = type(layer) is RowParallelLinear and layer.tp_size > 1
     reduce = tensor_model_parallel_all_reduce if is_sum else None
-    # On a CPU thin products of few rows are faster in float32, by what vLLM itself has for a matrix that stays.
     is_cpu = device.type == "cpu"
-    dtype, linear = (torch.float32, _linear_of_vllm) if is_cpu else (layer.params_dtype, None)
-    layer.mola = FusedMixture(parts, dtype, device, reduce, linear)
+    layer.mola = FusedMixture(parts, layer.params_dtype, device, reduce, _linear_of_vllm if is_cpu else None)
     layer.requires_unquantized_input = True
     name = f"{layer.prefix}.mola"
     named[name] = layer.mola
@@ -135,6 +133,7 @@ def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, A
 
 
 def _linear_of_vllm(matrix: torch.Tensor) -> Product:
+    """What vLLM itself has on a CPU for a matrix that stays: faster than torch's product on some processors."""
     method, holder = UnquantizedLinearMethod(), nn.Module()
     holder.weight = nn.Parameter(matrix, requires_grad=False)
     method.process_weights_after_loading(holder)
