@@ -2,7 +2,7 @@
 
 Two servers of vLLM, one with the base model alone and one with a random mixture on it, are asked the same in turn,
 round by round. Requests per second, and per second of processor time of the server's processes, which a busy machine
-changes less. Then every prompt once more, its text compared with the greedy one of `mola.generate_text`. Run it with
+changes less. Then every prompt once more, texts compared with the greedy ones of `mola.generate_text`. Run it with
 the Python of an environment that has vLLM.
 """
 
@@ -101,9 +101,16 @@ def run(options: VllmOptions) -> None:
             for name, more in (("base alone", []), ("mixture", mixture))
         }
         rows = [_row(servers, prompts, max_tokens, options) for max_tokens in options.max_tokens]
-        texts, _ = asyncio.run(_ask(servers["mixture"].url, prompts, options.clients, max_tokens=options.max_tokens[0]))
+        length = options.max_tokens[0]
+        texts = {
+            name: asyncio.run(_ask(server.url, prompts, options.clients, max_tokens=length))[0]
+            for name, server in servers.items()
+        }
         stack.pop_all().close()  # the servers, before mola loads the model too
-        equal = sum(map(str.__eq__, texts, _answers_of_mola(options, adapter, prompts)))
+        equal = {
+            name: sum(map(str.__eq__, texts[name], _answers_of_mola(options, folder, prompts)))
+            for name, folder in (("base alone", None), ("mixture", adapter))
+        }
     _print(rows, equal, options)
     if output is not None:
         record = {"options": asdict(options), "machine": machine_description(), "versions": _versions()}
@@ -189,7 +196,7 @@ async def _ask(url: str, prompts: Sequence[str], clients: int, **fields: Any) ->
     return texts, tokens
 
 
-def _answers_of_mola(options: VllmOptions, adapter: str, prompts: Sequence[str]) -> list[str]:
+def _answers_of_mola(options: VllmOptions, adapter: str | None, prompts: Sequence[str]) -> list[str]:
     from mola.generation.decoding import generate_text
     from mola.models.loading import load_model, load_tokenizer
 
@@ -203,7 +210,7 @@ def _versions() -> dict[str, str]:
     return software_versions() | {"vllm": vllm.__version__}
 
 
-def _print(rows: Sequence[dict[str, Any]], equal: int, options: VllmOptions) -> None:
+def _print(rows: Sequence[dict[str, Any]], equal: dict[str, int], options: VllmOptions) -> None:
     table = Table(title=f"vLLM, {options.dtype}, {options.clients} clients: requests per second (per CPU second)")
     for name in ("tokens", "base alone", "mixture", "mixture / base"):
         table.add_column(name)
@@ -212,7 +219,8 @@ def _print(rows: Sequence[dict[str, Any]], equal: int, options: VllmOptions) -> 
         table.add_row(str(row["max_tokens"]), *cells)
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
-    print(f"texts of {options.max_tokens[0]} tokens equal to mola.generate_text: {equal} of {options.requests}")
+    for name, count in equal.items():
+        print(f"{name}: {count} of {options.requests} texts of {options.max_tokens[0]} tokens are mola.generate_text's")
 
 
 if __name__ == "__main__":

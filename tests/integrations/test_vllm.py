@@ -117,10 +117,14 @@ def real(tmp_path_factory):
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("ranks", [1, 3])  # 9 heads, and 3 of keys and values
-def test_greedy_tokens_of_a_real_model(ranks, vllm, real):
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"enforce_eager": False}, {"tensor_parallel_size": 3}],  # 9 heads, and 3 of keys and values
+    ids=["eager", "compiled", "three ranks"],
+)
+def test_greedy_tokens_of_a_real_model(engine, vllm, real):
     folder, prompts, expected = real
-    assert_equal(vllm(MODEL, folder, prompts, tensor_parallel_size=ranks), expected)
+    assert_equal(vllm(MODEL, folder, prompts, **engine), expected)
 
 
 @pytest.mark.real_model
