@@ -53,6 +53,7 @@ class ServeOptions(ModelOptions):
         "a recipe add up.",
         action="extend",
     )
+    engine: str = option("mola", "Who answers: mola, or vllm, whose own server is started with at most one adapter.")
     base_name: str | None = option(None, "Name of the base model in requests; by default the last part of a folder.")
     host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
@@ -92,6 +93,11 @@ def main(options: ServeOptions) -> int:
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
+    if options.engine == "vllm":
+        from mola.serving.vllm_command import run_vllm
+
+        _check_numbers(options)
+        return run_vllm(options, base_name(options), adapter_folders(options), _api_key(options))
     with _prepared(options) as (server, bound, _):
         from mola.serving.server import signals_end_quietly
 
@@ -129,6 +135,8 @@ def running_server(options: ServeOptions) -> Iterator[str]:
 @contextlib.contextmanager
 def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     """Everything checked and loaded: the server, its socket and its address."""
+    if options.engine != "mola":
+        raise MolaError(f"`engine` must be mola, or vllm in the command `mola serve`: got {options.engine!r}.")
     from transformers.utils.import_utils import is_fastapi_available, is_uvicorn_available
 
     if not (is_fastapi_available() and is_uvicorn_available() and find_spec("prometheus_client")):

@@ -1,0 +1,227 @@
+"""`python -m benchmarks.serve_vllm`: what a mixture costs inside vLLM's server, and whether its answers are mola's.
+
+Two servers of vLLM, one with the base model alone and one with a random mixture on it, are asked the same in turn,
+round by round. Requests per second, and per second of processor time of the server's processes, which a busy machine
+changes less. Then every prompt once more, texts compared with the greedy ones of `mola.generate_text`. Run it with
+the Python of an environment that has vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.serve_load import _SUBJECTS, LoadOptions, _save_adapter
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.environment import machine_description, software_versions
+from mola.options.fields import option
+from mola.options.parsing import parse
+
+logger = logging.getLogger("benchmarks")
+
+_PATIENCE = 600  # seconds for a server to start
+_CONTEXT, _NAME = 1024, "served"
+_TEXT = (
+    "Number {number}. This is the beginning of a report about the {subject}. It was written for people who have never "
+    "seen one and want to know what it looks like, where it can be found, what it is good for, and why so many songs "
+    "and stories speak of it. The most important thing that anybody should know about the {subject} is"
+)
+
+
+@dataclass
+class VllmOptions:
+    """Options of `python -m benchmarks.serve_vllm`."""
+
+    base_model: str = option(LoadOptions.base_model, "Folder of the base model; by default the quickstart's.")
+    adapter: str | None = option(None, "Folder of a mixture; by default one with random numbers is made.")
+    clients: int = option(32, "Clients at the same time.")
+    requests: int = option(64, "Requests of one round.")
+    rounds: int = option(3, "Rounds of each server; medians are shown.")
+    max_tokens: list[int] = field(
+        default_factory=lambda: [6, 32], metadata={"help": "Tokens of each answer, one row each."}
+    )
+    dtype: str = option("float32", "Dtype of both servers: float32, bfloat16 or float16.")
+    eager: bool = option(False, "Start the servers with --enforce-eager.")
+    output: str | None = option(None, "Result file (JSON).")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write JSON if asked for.
+
+    Returns:
+        The exit code: 0, 2 for wrong input.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run(parse(VllmOptions, arguments, prog="python -m benchmarks.serve_vllm", summary=__doc__ or ""))
+    except MolaError as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: VllmOptions) -> None:
+    """See `main`."""
+    if not (Path(options.base_model) / "config.json").is_file():
+        raise MolaError(f"`base_model` must be a folder that holds a model: got {options.base_model!r}.")
+    if min(options.clients, options.requests, options.rounds, *options.max_tokens) < 1:
+        raise MolaError("`clients`, `requests`, `rounds` and `max_tokens` must be at least 1.")
+    output = None if options.output is None else check_writable(options.output)
+    prompts = [
+        _TEXT.format(number=number, subject=_SUBJECTS[number % len(_SUBJECTS)]) for number in range(options.requests)
+    ]
+    with tempfile.TemporaryDirectory(prefix="mola-serve-vllm-") as temporary, ExitStack() as stack:
+        adapter = options.adapter
+        if adapter is None:
+            adapter = str(Path(temporary) / "mixture")
+            _save_adapter(options.base_model, Path(adapter), 0)
+        mixture = ["--load-format", "mola", "--model-loader-extra-config", json.dumps({"adapter": adapter})]
+        servers = {
+            name: stack.enter_context(_server(name, options, more, Path(temporary)))
+            for name, more in (("base alone", []), ("mixture", mixture))
+        }
+        rows = [_row(servers, prompts, max_tokens, options) for max_tokens in options.max_tokens]
+        length = options.max_tokens[0]
+        texts = {
+            name: asyncio.run(_ask(server.url, prompts, options.clients, max_tokens=length))[0]
+            for name, server in servers.items()
+        }
+        stack.pop_all().close()  # the servers, before mola loads the model too
+        equal = {
+            name: sum(map(str.__eq__, texts[name], _answers_of_mola(options, folder, prompts)))
+            for name, folder in (("base alone", None), ("mixture", adapter))
+        }
+    _print(rows, equal, options)
+    if output is not None:
+        record = {"options": asdict(options), "machine": machine_description(), "versions": _versions()}
+        atomic_write_json(output, record | {"rows": rows, "equal_texts": equal})
+
+
+class _Server(NamedTuple):
+    url: str
+    process: psutil.Process
+
+    def processor_seconds(self) -> float:
+        """Of all its processes so far; none of them ends while it runs."""
+        times = [each.cpu_times() for each in (self.process, *self.process.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+
+@contextmanager
+def _server(name: str, options: VllmOptions, more: list[str], folder: Path) -> Iterator[_Server]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.base_model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _NAME, "--dtype", options.dtype]
+    command += ["--max-model-len", str(_CONTEXT), "--max-num-seqs", str(options.clients), *more]
+    # Rounds repeat their prompts, which nobody shall remember.
+    command += ["--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager else [])]
+    logger.info("Starting vLLM, %s.", name)
+    log = folder / f"{name}.log"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(url, process, log)
+            yield _Server(url, psutil.Process(process.pid))
+        finally:
+            process.terminate()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    while process.poll() is None and time.monotonic() < end:
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.5)
+    raise MolaError(f"vLLM's server did not start: {log.read_text(errors='replace')[-3000:]}")
+
+
+def _row(servers: dict[str, _Server], prompts: Sequence[str], max_tokens: int, options: VllmOptions) -> dict[str, Any]:
+    """Medians over rounds of each server, in turn; a first round of each is not counted."""
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+    for number in range(options.rounds + 1):
+        for name, server in servers.items():
+            before, start = server.processor_seconds(), time.perf_counter()
+            _, tokens = asyncio.run(_ask(server.url, prompts, options.clients, max_tokens=max_tokens, ignore_eos=True))
+            seconds, used = time.perf_counter() - start, server.processor_seconds() - before
+            assert tokens == max_tokens * len(prompts)
+            if number:
+                seen[name].append((len(prompts) / seconds, len(prompts) / used))
+                logger.info("%s, %d tokens: %.2f requests/s, %.2f per CPU second", name, max_tokens, *seen[name][-1])
+    row: dict[str, Any] = {"max_tokens": max_tokens}
+    for name, pairs in seen.items():
+        row[name] = [median(column) for column in zip(*pairs, strict=True)]
+    row["ratio"] = [mixture / base for mixture, base in zip(row["mixture"], row["base alone"], strict=True)]
+    return row
+
+
+async def _ask(url: str, prompts: Sequence[str], clients: int, **fields: Any) -> tuple[list[str], int]:
+    """Greedy texts of all prompts, and the number of their tokens; clients take one after the other."""
+    from openai import AsyncOpenAI
+
+    pending, texts, tokens = iter(enumerate(prompts)), [""] * len(prompts), 0
+    extra = {"ignore_eos": fields.pop("ignore_eos", False)}
+
+    async def visit(client: AsyncOpenAI) -> None:
+        nonlocal tokens
+        for number, prompt in pending:
+            answer = await client.completions.create(
+                model=_NAME, prompt=prompt, temperature=0, extra_body=extra, **fields
+            )
+            texts[number] = answer.choices[0].text
+            tokens += answer.usage.completion_tokens if answer.usage else 0
+
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+        await asyncio.gather(*(visit(client) for _ in range(clients)))
+    return texts, tokens
+
+
+def _answers_of_mola(options: VllmOptions, adapter: str | None, prompts: Sequence[str]) -> list[str]:
+    from mola.generation.decoding import generate_text
+    from mola.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(options.base_model, adapter, options.dtype), load_tokenizer(options.base_model)
+    return [generate_text(model, tokenizer, prompt, max_new_tokens=options.max_tokens[0]) for prompt in prompts]
+
+
+def _versions() -> dict[str, str]:
+    import vllm
+
+    return software_versions() | {"vllm": vllm.__version__}
+
+
+def _print(rows: Sequence[dict[str, Any]], equal: dict[str, int], options: VllmOptions) -> None:
+    table = Table(title=f"vLLM, {options.dtype}, {options.clients} clients: requests per second (per CPU second)")
+    for name in ("tokens", "base alone", "mixture", "mixture / base"):
+        table.add_column(name)
+    for row in rows:
+        cells = ["{:.2f} ({:.2f})".format(*row[name]) for name in ("base alone", "mixture", "ratio")]
+        table.add_row(str(row["max_tokens"]), *cells)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    for name, count in equal.items():
+        print(f"{name}: {count} of {options.requests} texts of {options.max_tokens[0]} tokens are mola.generate_text's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

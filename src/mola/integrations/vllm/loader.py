@@ -1,0 +1,140 @@
+"""vLLM's load format `mola`: another format's weights, and a mixture on the linears.
+
+    --load-format mola --model-loader-extra-config '{"adapter": "FOLDER"}'
+
+Other entries of the configuration: `load_format` of the base model ("auto" by default) and `untried_architecture` (true
+lets a model pass that is not among those tried); what else there is belongs to the base model's format.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config.load import LoadConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
+
+from mola.errors import MolaError
+from mola.integrations.vllm import operator as operator
+from mola.integrations.vllm.adapter import Adapter, read_adapter
+from mola.integrations.vllm.mixture import FusedMixture, Part, Product
+from mola.integrations.vllm.places import find_places
+
+_TRIED_MODELS = (
+    *(
+        f"{name}ForCausalLM"
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "OPT")
+    ),
+    *("GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+    "TransformersForCausalLM",  # Transformers' own model inside vLLM
+)
+
+
+class MixtureLoader(BaseModelLoader):
+    """See the module."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        own = dict(load_config.model_loader_extra_config)
+        self._folder, inner = own.pop("adapter", None), own.pop("load_format", "auto")
+        self._takes_untried = own.pop("untried_architecture", False)
+        if not isinstance(self._folder, str) or not self._folder:
+            raise MolaError(
+                "`--load-format mola` needs the adapter's folder: --model-loader-extra-config "
+                f"""'{{"adapter": "FOLDER"}}'. Got {load_config.model_loader_extra_config!r}."""
+            )
+        self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
+        if type(self._base).load_model is not BaseModelLoader.load_model:
+            raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. Pass 'auto', or leave it out.")
+        self._adapter: Adapter | None = None
+        self._places: dict[str, list[Part]] = {}
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Of the base model."""
+        self._base.download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Of the base model."""
+        self._base.load_weights(model, model_config)
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The model without weights, in which every linear of the adapter is found."""
+        model = super().create_model(vllm_config, model_config, prefix)
+        assert self._adapter is not None
+        _check_architecture(model, self._takes_untried)
+        self._places = find_places(model, self._adapter.parts)
+        return model
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The model with the mixture; all that can be wrong is checked before the weights."""
+        _check_engine(vllm_config, model_config)
+        self._adapter = read_adapter(self._folder, model_config.model, model_config.trust_remote_code)
+        # Part of the key by which compiled code is kept; the loader's own settings are not.
+        vllm_config.additional_config["mola"] = self._adapter.digest
+        model = super().load_model(vllm_config, model_config, prefix)
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        for name, parts in self._places.items():
+            _add(model.get_submodule(name), parts, device, vllm_config.compilation_config.static_forward_context)
+        return model
+
+
+def _check_engine(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    if vllm_config.lora_config is not None:
+        raise MolaError(
+            "`--enable-lora` must be off with `--load-format mola`: both adapt the same linears. Leave it out."
+        )
+    if vllm_config.speculative_config is not None:
+        raise MolaError("`--speculative-config` must be off with `--load-format mola`, which was not tried with it.")
+    if model_config.use_mla:
+        raise MolaError(
+            f"`--load-format mola` cannot serve {model_config.model!r}: its attention (MLA) reads weights past their "
+            "linears. Serve the adapter with `mola serve`, without --engine vllm."
+        )
+    if not isinstance(vllm_config.additional_config, dict):
+        raise MolaError(f"`--additional-config` must be a dictionary, got {vllm_config.additional_config!r}.")
+
+
+def _check_architecture(model: nn.Module, takes_untried: Any) -> None:
+    name = type(model).__name__
+    if name not in _TRIED_MODELS and not takes_untried:
+        raise MolaError(
+            f"`--load-format mola` was not tried with {name}; tried are {', '.join(_TRIED_MODELS)}. vLLM may have its "
+            'columns in another order. To try it, add "untried_architecture": true to --model-loader-extra-config and '
+            "compare answers with `mola generate`."
+        )
+
+
+def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, Any]) -> None:
+    """Have a linear add its parts' updates, whatever computes the rest."""
+    is_sum = type(layer) is RowParallelLinear and layer.tp_size > 1
+    reduce = tensor_model_parallel_all_reduce if is_sum else None
+    is_cpu = device.type == "cpu"
+    layer.mola = FusedMixture(parts, layer.params_dtype, device, reduce, _linear_of_vllm if is_cpu else None)
+    layer.requires_unquantized_input = True
+    name = f"{layer.prefix}.mola"
+    named[name] = layer.mola
+    compute, method = layer.quant_method.apply, copy.copy(layer.quant_method)
+
+    def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output = compute(layer, x, bias)
+        if not (is_cpu and torch.compiler.is_compiling()):
+            return layer.mola(x, output)
+        torch.ops.mola_vllm.add_mixture(output, x, name)
+        return output
+
+    method.apply = apply
+    layer.quant_method = method
+
+
+def _linear_of_vllm(matrix: torch.Tensor) -> Product:
+    """What vLLM itself has on a CPU for a matrix that stays: faster than torch's product on some processors."""
+    method, holder = UnquantizedLinearMethod(), nn.Module()
+    holder.weight = nn.Parameter(matrix, requires_grad=False)
+    method.process_weights_after_loading(holder)
+    return functools.partial(method.apply, holder)

@@ -1,0 +1,149 @@
+"""What a mixture adds to one linear of a server: needs torch and mola's gates, and knows nothing of vLLM.
+
+- A server's linear may be several of the checkpoint, fused; each of these is a `Part` with a router of its own.
+- The input is read once: As and routers of all parts are rows of one matrix.
+- Parts of one shape are routed together, by operators over all of them.
+- On a rank of several a part holds its slice: of B's outputs, or of the inputs of A and router. In the second case
+  router logits are summed over ranks; all after the gates is linear, and summed with the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mola.tuner.routing import route_all
+
+Reduce = Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class PartSettings(NamedTuple):
+    """What parts must share to be routed together."""
+
+    num_experts: int
+    r: int
+    top_k: int
+    scaling: float
+    router: str
+
+
+class Part(NamedTuple):
+    """A linear of the checkpoint inside a linear of a server.
+
+    Attributes:
+        settings: see `PartSettings`.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, columns)`.
+        router: `(E, in)`; None for one expert.
+        start: the first of its columns in the output.
+    """
+
+    settings: PartSettings
+    experts_A: torch.Tensor
+    experts_B: torch.Tensor
+    router: torch.Tensor | None
+    start: int
+
+
+class _Group(NamedTuple):
+    """Parts side by side that are routed together."""
+
+    settings: PartSettings
+    parts: int
+    hidden: slice  # columns of what A gives
+    logits: slice  # columns of what routers give; empty for one expert
+
+
+class FusedMixture(nn.Module):
+    r"""The updates of all parts, added to a linear's output.
+
+        y[:, columns of p] += scaling_p * sum_e g_pe(x) B_pe A_pe x
+
+    Args:
+        parts: in any order, their columns apart.
+        dtype: of the products with A and B; routers' are in float32.
+        device: where the linear is.
+        reduce: sums router logits over ranks, where each sees a slice of the input; None where it sees all.
+        linear: makes the function `x -> x W^T` of a matrix `(out, in)`, in the way that is fast where the server runs;
+            None keeps matrices as buffers, which are in no checkpoint, and leaves their products to torch.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+        device: Any = "cpu",
+        reduce: Reduce | None = None,
+        linear: Callable[[torch.Tensor], Product] | None = None,
+    ) -> None:
+        super().__init__()
+        self.dtype, self.reduce, self.linear = dtype, reduce, linear
+        parts = sorted(parts, key=lambda part: (part.settings, part.start))
+        self.groups: list[_Group] = []
+        hidden = logits = 0
+        for settings, members in groupby(parts, key=lambda part: part.settings):
+            count = len(list(members))
+            width, routers = count * settings.num_experts * settings.r, count * settings.num_experts
+            routers = routers if settings.num_experts > 1 else 0
+            self.groups.append(_Group(settings, count, slice(hidden, hidden + width), slice(logits, logits + routers)))
+            hidden, logits = hidden + width, logits + routers
+        self.num_hidden, self.num_logits = hidden, logits
+        self.products: dict[str, Product] = {}
+        matrices = [part.experts_A.flatten(0, 1) for part in parts]
+        routers_of = [part.router for part in parts if part.router is not None]
+        if dtype is torch.float32:
+            matrices, routers_of = [*matrices, *routers_of], []
+        self._keep("matrix_A", torch.cat(matrices).to(device, dtype))
+        self.has_routers_apart = bool(routers_of)
+        if routers_of:
+            self._keep("router", torch.cat(routers_of).to(device, torch.float32))
+        self.columns = [slice(part.start, part.start + part.experts_B.shape[2]) for part in parts]
+        for number, part in enumerate(parts):
+            self._keep(f"matrix_B{number}", part.experts_B.flatten(0, 1).t().to(device, dtype))
+
+    def _keep(self, name: str, matrix: torch.Tensor) -> None:
+        matrix = matrix.contiguous()
+        if self.linear is None:
+            self.register_buffer(name, matrix, persistent=False)
+        else:
+            self.products[name] = self.linear(matrix)
+
+    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the updates for `x: (..., in)` to `output: (..., out)`, in place, and return it."""
+        rows, total = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+        hidden = self._product("matrix_A", rows.to(self.dtype))  # (N, all E*r), and logits unless these are apart
+        logits = self._product("router", rows.float()) if self.has_routers_apart else hidden[:, self.num_hidden :]
+        if self.reduce is not None and self.num_logits:
+            logits = self.reduce(logits.contiguous())
+        number = 0
+        for group in self.groups:
+            gated = _gate(hidden[:, group.hidden], logits[:, group.logits], group)
+            for part in gated.tensor_split(group.parts, dim=1):
+                self._add(total[:, self.columns[number]], part, f"matrix_B{number}")
+                number += 1
+        return output
+
+    def _product(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        product = self.products.get(name)
+        return F.linear(rows, getattr(self, name)) if product is None else product(rows)
+
+    def _add(self, total: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+        if self.linear is None and total.dtype is self.dtype:  # one operator
+            total.addmm_(rows, getattr(self, name).t())
+        else:
+            total.add_(self._product(name, rows.contiguous()))
+
+
+def _gate(hidden: torch.Tensor, logits: torch.Tensor, group: _Group) -> torch.Tensor:
+    """What A gives, times gates and scaling."""
+    (num_experts, r, top_k, scaling, router), count = group.settings, group.parts * group.settings.num_experts
+    if num_experts == 1:
+        return hidden * scaling
+    gates, _ = route_all(router, logits.reshape(-1, num_experts), top_k, -1)
+    weights = gates.mul_(scaling).view(-1, count, 1)
+    return (hidden.unflatten(1, (count, r)) * weights.to(hidden.dtype)).flatten(1)

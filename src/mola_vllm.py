@@ -1,0 +1,41 @@
+"""vLLM's entry to mola: registers the load format `mola`; see docs/vllm.md.
+
+vLLM imports this module and calls `register` in every process, whatever it serves, so nothing of mola is imported
+before a model is loaded in this format.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+FORMAT = "mola"
+_registered = False
+
+
+def register() -> None:
+    """Add the load format; more than once changes nothing."""
+    global _registered
+    if _registered:
+        return
+    try:
+        from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
+    except ImportError as error:  # vLLM serves other models all the same
+        logging.getLogger(__name__).warning("This version of vLLM cannot have the load format %r: %s", FORMAT, error)
+        return
+
+    class Loader(BaseModelLoader):
+        """Stands for the loader until one is made."""
+
+        def __new__(cls, load_config: Any) -> Any:
+            import vllm
+
+            from mola.integrations.vllm import check_version
+
+            check_version(vllm.__version__)
+            from mola.integrations.vllm.loader import MixtureLoader
+
+            return MixtureLoader(load_config)
+
+    register_model_loader(FORMAT)(Loader)
+    _registered = True
