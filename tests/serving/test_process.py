@@ -70,7 +70,7 @@ def test_base_without_chat_template_points_at_completions(options):
         assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
 
 
-def test_full_queue_sends_away_and_leaves_no_trace(options):
+def test_full_queue_sends_away_and_leaves_no_trace(options, caplog):
     options.max_waiting = 1
     with running_server(options) as url, Client(base_url=url) as http, Client(base_url=url) as second:
         with http.stream("POST", "/v1/completions", json=LONG) as running:
@@ -82,6 +82,8 @@ def test_full_queue_sends_away_and_leaves_no_trace(options):
                 assert refused.status_code == 429
                 assert refused.json()["error"]["code"] == "queue_full"
                 assert int(refused.headers["Retry-After"]) >= 1
+                assert post(f"{url}/v1/completions", json=LONG).status_code == 429
+                assert caplog.text.count("The queue is full. vLLM answers") == 1
         wait_until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
         assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 

@@ -53,8 +53,8 @@ class AllocateOptions:
         metadata={
             "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
             "digits such as 2468), uniform, alphalora (the weights' spectra), redundancy (how different the experts of "
-            "`adapter` are), usage (how many of them are used), gradient (how much a first step on `data` would change) "
-            "or activation (how much of their inputs' variance few directions explain)."
+            "`adapter` are), usage (how many of them are used), gradient (how much a first step on `data` changes) or "
+            "activation (how much of their inputs' variance few directions explain)."
         }
     )
     budget: int = field(metadata={"help": "Experts in all: the numbers of the layers add up to it."})

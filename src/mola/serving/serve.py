@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
 _OWN_FILES = 64  # a process's own: model, libraries, log
+_FULL = "vLLM answers more at once, with one adapter: pip install 'mola-peft[vllm]', `mola serve --engine vllm`."
 _LEAST = {
     "max_batch_size": 1,
     "max_batch_prefill_tokens": 1,
@@ -175,7 +176,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
             tokenizer, names, Limits(options.max_tokens, options.max_choices, predicting.max_positions(config), total)
         )
         running = options.max_batch_size if total else 1
-        queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics)
+        queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics, _FULL)
         metrics.watch(queue.counts)
         checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
         check = functools.partial(check_loadable, options.base_model, options.trust_remote_code, options.gguf_file)

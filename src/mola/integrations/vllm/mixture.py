@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch import nn
 
 from mola.tuner.routing import route_all
 
-Reduce = Product = Callable[[torch.Tensor], torch.Tensor]
+Reduce: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PartSettings(NamedTuple):
