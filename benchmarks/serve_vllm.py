@@ -1,9 +1,9 @@
 """`python -m benchmarks.serve_vllm`: what a mixture costs inside vLLM's server, and whether its answers are mola's.
 
-Two servers of vLLM, one with the base model alone and one with a random mixture on it, are asked the same in turn,
-round by round. Requests per second, and per second of processor time of the server's processes, which a busy machine
-changes less. Then every prompt once more, texts compared with the greedy ones of `mola.generate_text`. Run it with
-the Python of an environment that has vLLM.
+Two servers of vLLM, one with the base model alone and one with a random mixture on it, and `mola serve` with this
+mixture are asked the same in turn, round by round. Requests per second, and per second of processor time of the
+server's processes, which a busy machine changes less. Then every prompt once more, texts compared with the greedy ones
+of `mola.generate_text`. Run it with the Python of an environment that has vLLM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serve_load import _SUBJECTS, LoadOptions, _save_adapter
+from benchmarks.serve_load import _SUBJECTS, LoadOptions
+from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
@@ -39,6 +40,7 @@ logger = logging.getLogger("benchmarks")
 
 _PATIENCE = 600  # seconds for a server to start
 _CONTEXT, _NAME = 1024, "served"
+_BASE, _MIXTURE, _MOLA = "base alone", "mixture", "mola serve, mixture"
 _TEXT = (
     "Number {number}. This is the beginning of a report about the {subject}. It was written for people who have never "
     "seen one and want to know what it looks like, where it can be found, what it is good for, and why so many songs "
@@ -94,22 +96,25 @@ def run(options: VllmOptions) -> None:
         adapter = options.adapter
         if adapter is None:
             adapter = str(Path(temporary) / "mixture")
-            _save_adapter(options.base_model, Path(adapter), 0)
+            save_adapter(options.base_model, Path(adapter), 0)
         mixture = ["--load-format", "mola", "--model-loader-extra-config", json.dumps({"adapter": adapter})]
         servers = {
             name: stack.enter_context(_server(name, options, more, Path(temporary)))
-            for name, more in (("base alone", []), ("mixture", mixture))
+            for name, more in ((_BASE, []), (_MIXTURE, mixture))
         }
+        words = ["--base_model", options.base_model, "--adapter", f"{_NAME}={adapter}", "--dtype", options.dtype]
+        url, number = stack.enter_context(server([*words, "--max_batch_size", str(options.clients)], {}))
+        servers[_MOLA] = _Server(url, psutil.Process(number))
         rows = [_row(servers, prompts, max_tokens, options) for max_tokens in options.max_tokens]
         length = options.max_tokens[0]
         texts = {
-            name: asyncio.run(_ask(server.url, prompts, options.clients, max_tokens=length))[0]
-            for name, server in servers.items()
+            name: asyncio.run(_ask(each.url, prompts, options.clients, max_tokens=length))
+            for name, each in servers.items()
         }
         stack.pop_all().close()  # the servers, before mola loads the model too
         equal = {
             name: sum(map(str.__eq__, texts[name], _answers_of_mola(options, folder, prompts)))
-            for name, folder in (("base alone", None), ("mixture", adapter))
+            for name, folder in ((_BASE, None), (_MIXTURE, adapter), (_MOLA, adapter))
         }
     _print(rows, equal, options)
     if output is not None:
@@ -160,40 +165,36 @@ def _row(servers: dict[str, _Server], prompts: Sequence[str], max_tokens: int, o
     """Medians over rounds of each server, in turn; a first round of each is not counted."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
     for number in range(options.rounds + 1):
-        for name, server in servers.items():
-            before, start = server.processor_seconds(), time.perf_counter()
-            _, tokens = asyncio.run(_ask(server.url, prompts, options.clients, max_tokens=max_tokens, ignore_eos=True))
-            seconds, used = time.perf_counter() - start, server.processor_seconds() - before
-            assert tokens == max_tokens * len(prompts)
+        for name, each in servers.items():
+            before, start = each.processor_seconds(), time.perf_counter()
+            # mola's server knows no such field; answers that end of themselves are one in a hundred.
+            more = {} if name == _MOLA else {"extra_body": {"ignore_eos": True}}
+            asyncio.run(_ask(each.url, prompts, options.clients, max_tokens=max_tokens, **more))
+            seconds, used = time.perf_counter() - start, each.processor_seconds() - before
             if number:
                 seen[name].append((len(prompts) / seconds, len(prompts) / used))
                 logger.info("%s, %d tokens: %.2f requests/s, %.2f per CPU second", name, max_tokens, *seen[name][-1])
     row: dict[str, Any] = {"max_tokens": max_tokens}
     for name, pairs in seen.items():
         row[name] = [median(column) for column in zip(*pairs, strict=True)]
-    row["ratio"] = [mixture / base for mixture, base in zip(row["mixture"], row["base alone"], strict=True)]
+    row["ratio"] = [mixture / base for mixture, base in zip(row[_MIXTURE], row[_BASE], strict=True)]
     return row
 
 
-async def _ask(url: str, prompts: Sequence[str], clients: int, **fields: Any) -> tuple[list[str], int]:
-    """Greedy texts of all prompts, and the number of their tokens; clients take one after the other."""
+async def _ask(url: str, prompts: Sequence[str], clients: int, **fields: Any) -> list[str]:
+    """Greedy texts of all prompts; clients take one after the other."""
     from openai import AsyncOpenAI
 
-    pending, texts, tokens = iter(enumerate(prompts)), [""] * len(prompts), 0
-    extra = {"ignore_eos": fields.pop("ignore_eos", False)}
+    pending, texts = iter(enumerate(prompts)), [""] * len(prompts)
 
     async def visit(client: AsyncOpenAI) -> None:
-        nonlocal tokens
         for number, prompt in pending:
-            answer = await client.completions.create(
-                model=_NAME, prompt=prompt, temperature=0, extra_body=extra, **fields
-            )
+            answer = await client.completions.create(model=_NAME, prompt=prompt, temperature=0, **fields)
             texts[number] = answer.choices[0].text
-            tokens += answer.usage.completion_tokens if answer.usage else 0
 
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
         await asyncio.gather(*(visit(client) for _ in range(clients)))
-    return texts, tokens
+    return texts
 
 
 def _answers_of_mola(options: VllmOptions, adapter: str | None, prompts: Sequence[str]) -> list[str]:
@@ -212,10 +213,10 @@ def _versions() -> dict[str, str]:
 
 def _print(rows: Sequence[dict[str, Any]], equal: dict[str, int], options: VllmOptions) -> None:
     table = Table(title=f"vLLM, {options.dtype}, {options.clients} clients: requests per second (per CPU second)")
-    for name in ("tokens", "base alone", "mixture", "mixture / base"):
+    for name in ("tokens", _BASE, _MIXTURE, "mixture / base", _MOLA):
         table.add_column(name)
     for row in rows:
-        cells = ["{:.2f} ({:.2f})".format(*row[name]) for name in ("base alone", "mixture", "ratio")]
+        cells = ["{:.2f} ({:.2f})".format(*row[name]) for name in (_BASE, _MIXTURE, "ratio", _MOLA)]
         table.add_row(str(row["max_tokens"]), *cells)
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
