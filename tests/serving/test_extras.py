@@ -126,7 +126,8 @@ def test_penalties_change_answers(client):
 
 def test_metrics_count(client, http, url):
     def value(name):
-        return float(re.search(rf"^{name} (\S+)$", http.get("/metrics").text, re.M)[1])
+        found = re.search(rf"^{re.escape(name)} (\S+)$", http.get("/metrics").text, re.M)
+        return float(found[1]) if found else 0.0
 
     tokens, prompts = value("mola_generated_tokens_total"), value("mola_prompt_tokens_total")
     first = value("mola_time_to_first_token_seconds_count")
@@ -134,7 +135,8 @@ def test_metrics_count(client, http, url):
     assert value("mola_generated_tokens_total") == tokens + 2 * NEW_TOKENS
     assert value("mola_prompt_tokens_total") == prompts + len(PROMPT) + 1
     assert value("mola_time_to_first_token_seconds_count") == first + 2
-    assert value('mola_requests_total{model="tiny-chat",outcome="finished"}') >= 1
+    # Counted after the answer is sent.
+    wait_until(lambda: value('mola_requests_total{model="tiny-chat",outcome="finished"}') >= 1)
     assert value('mola_responses_total{status="200"}') >= 1
     wait_until(lambda: value("mola_batch_size") == value("mola_requests_running") == 0)
     assert value("mola_requests_waiting") == 0
@@ -172,6 +174,22 @@ def test_running_answers_keep_their_adapter(url, http, loaded, offline):
     text = asyncio.run(visit())
     assert text.startswith(before.rstrip("\ufffd"))
     assert http.get("/v1/models/one").status_code == 404
+
+
+def test_running_answers_are_not_touched_by_others_that_come_and_go(url, http, loaded):
+    def answer():
+        body = {"model": "one", "prompt": PROMPT, "max_tokens": 300}
+        return http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    async def visit():
+        answering = [asyncio.create_task(asyncio.to_thread(answer)) for _ in range(2)]
+        while not all(each.done() for each in answering):
+            await asyncio.to_thread(unload, http, "two")
+            assert (await asyncio.to_thread(load, http, "two", "trained/two")).status_code == 200
+        return [await each for each in answering]
+
+    expected = answer()
+    assert asyncio.run(visit()) == [expected] * 2
 
 
 WRONG = {

@@ -137,6 +137,21 @@ def test_few_tokens(way, length, dtype, monkeypatch):
 
 
 @needs_numba
+def test_few_tokens_under_another_default_dtype(model):
+    # Others may load a model meanwhile, for which Transformers changes the default of all threads.
+    names = ["wide", "narrow", BASE, "narrow", "wide"]  # none with one expert: these would take another way
+    inputs = {name: values[:, :4] for name, values in token_batch(5).items()}
+    with torch.no_grad():
+        expected = model(**inputs, adapter_names=names).logits
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = model(**inputs, adapter_names=names).logits
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+@needs_numba
 def test_few_tokens_are_one_native_call(model, monkeypatch):
     expected = model(**token_batch(5), adapter_names=NAMES).logits
     monkeypatch.setattr(MolaLinear, "add_experts", None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
-from mola.models.loading import check_adapter
+from mola.models.loading import check_adapter, check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import START, Group, option
 from mola.serving.addresses import is_loopback
@@ -152,7 +152,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     from mola.serving.metrics import Metrics
     from mola.serving.queue import AnswerQueue
     from mola.serving.server import Server, bind, url_of
-    from mola.serving.shelf import Shelf, check_loadable
+    from mola.serving.shelf import Shelf
 
     _check_numbers(options)
     _warn_of_few_files(options.max_connections)
@@ -179,7 +179,10 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics, _FULL)
         metrics.watch(queue.counts)
         checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
-        check = functools.partial(check_loadable, options.base_model, options.trust_remote_code, options.gguf_file)
+
+        def check(folder: str) -> None:
+            check_adapter_fits(options.base_model, folder, options.trust_remote_code, options.gguf_file)
+
         app = build_app(jobs, queue, Shelf(options.adapter_root, jobs, queue, adapters, check), metrics, checks)
         if api_key is None and not is_loopback(options.host):
             logger.warning(

@@ -10,7 +10,6 @@ from starlette.concurrency import run_in_threadpool
 from mola.errors import MolaError
 from mola.generation.batching.forward import Adapters
 from mola.models.adapters import attach, check_adapter
-from mola.models.loading import check_adapter_fits
 from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
@@ -24,7 +23,7 @@ class Shelf:
         jobs: knows the adapters' names.
         queue: has the model.
         adapters: of the model.
-        check: raises a `MolaError` for a folder whose adapter cannot be loaded.
+        check: raises a `MolaError` for a folder whose adapter does not fit.
     """
 
     def __init__(self, root: str | None, jobs: JobMaker, queue: AnswerQueue, adapters: Adapters, check: Any) -> None:
@@ -43,7 +42,7 @@ class Shelf:
         if not name.strip():
             raise RequestError(400, "`lora_name` must not be empty.", param="lora_name")
         self._check_name(name, in_place)
-        await run_in_threadpool(self._check, folder)
+        await run_in_threadpool(check_adapter, folder)
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
         await self._queue.call(functools.partial(self._attach, inside, folder))
@@ -102,6 +101,9 @@ class Shelf:
         return os.fspath(folder)
 
     def _attach(self, inside: str, folder: str) -> None:
+        # Here and not beside answers being made: models without weights are built under another default dtype, which is
+        # one for all threads.
+        self._check(folder)
         model = self._adapters.model
         try:
             model = attach(model, inside, folder)
@@ -110,13 +112,3 @@ class Shelf:
                 model.delete_adapter(inside)
             raise
         self._adapters.model = model.requires_grad_(False).eval()
-
-
-def check_loadable(base_model: str, trust_remote_code: bool, gguf_file: str | None, folder: str) -> None:
-    """Whether an adapter could be added to a base model; its weights are read, those of the model are not.
-
-    Raises:
-        MolaError: it could not.
-    """
-    check_adapter(folder)
-    check_adapter_fits(base_model, folder, trust_remote_code, gguf_file)

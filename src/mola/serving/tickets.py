@@ -71,11 +71,11 @@ class Ticket:
 
     def arrive(self, piece: Piece | RequestError) -> None:
         """Hand on a piece; called on the thread that makes answers."""
-        self._call(self.arrived.put_nowait, piece)
         if isinstance(piece, RequestError):
             self.unwanted.set()  # its other choices
         elif piece.reason is not None:
-            self.missing -= 1
+            self.missing -= 1  # before its reader can know, and leave
+        self._call(self.arrived.put_nowait, piece)
         if self.unwanted.is_set() or not self.missing:
             self._call(self._leave, self)
 

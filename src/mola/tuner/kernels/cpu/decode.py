@@ -194,7 +194,7 @@ class RowTable(NamedTuple):
 def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
     """Where a layer's experts for rows with these adapters lie; None if there is no native function for them."""
     parts, functions = layer._modules, native.load("jit_decode")
-    no_router = torch.zeros(layer.in_features)
+    no_router = torch.zeros(layer.in_features, dtype=torch.float32)
     entries, kernels = {}, set()
     for name in set(names):
         experts_A, experts_B = (parts[part]._parameters.get(name) for part in ("mola_A", "mola_B"))
@@ -214,8 +214,10 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
         kernels.add(functions.rows_kernel(x.dtype, experts_A.dtype))
     if len(kernels) != 1:
         return None
-    experts, scalings = (torch.tensor(column) for column in zip(*map(entries.__getitem__, names), strict=True))
-    return RowTable(kernels.pop(), experts, scalings, no_router)
+    experts, scalings = zip(*map(entries.__getitem__, names), strict=True)
+    # What kernels read, whatever PyTorch's default is at this moment.
+    numbers = torch.tensor(experts, dtype=torch.int64), torch.tensor(scalings, dtype=torch.float32)
+    return RowTable(kernels.pop(), *numbers, no_router)
 
 
 def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
