@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from torch import nn
 
 from mola.tuner.routing import route_all
 
-Reduce: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor], torch.Tensor]  # of a row per token, or a sum over ranks
 
 
 class PartSettings(NamedTuple):
@@ -79,7 +78,7 @@ class FusedMixture(nn.Module):
         parts: Sequence[Part],
         dtype: torch.dtype,
         device: Any = "cpu",
-        reduce: Reduce | None = None,
+        reduce: Product | None = None,
         linear: Callable[[torch.Tensor], Product] | None = None,
     ) -> None:
         super().__init__()
@@ -96,13 +95,13 @@ class FusedMixture(nn.Module):
         self.num_hidden, self.num_logits = hidden, logits
         self.products: dict[str, Product] = {}
         matrices = [part.experts_A.flatten(0, 1) for part in parts]
-        routers_of = [part.router for part in parts if part.router is not None]
+        apart = [part.router for part in parts if part.router is not None]
         if dtype is torch.float32:
-            matrices, routers_of = [*matrices, *routers_of], []
+            matrices, apart = [*matrices, *apart], []
         self._keep("matrix_A", torch.cat(matrices).to(device, dtype))
-        self.has_routers_apart = bool(routers_of)
-        if routers_of:
-            self._keep("router", torch.cat(routers_of).to(device, torch.float32))
+        self.has_routers_apart = bool(apart)
+        if apart:
+            self._keep("router", torch.cat(apart).to(device, torch.float32))
         self.columns = [slice(part.start, part.start + part.experts_B.shape[2]) for part in parts]
         for number, part in enumerate(parts):
             self._keep(f"matrix_B{number}", part.experts_B.flatten(0, 1).t().to(device, dtype))
