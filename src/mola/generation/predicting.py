@@ -111,12 +111,9 @@ def generate_batch(
         **decoding,
     )
     ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
+    further = {} if logits_processor is None else {"logits_processor": logits_processor}
     sequences = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=config,
-        streamer=streamer,
-        logits_processor=logits_processor,
+        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **further
     )
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
 
