@@ -158,6 +158,7 @@ def family(tmp_path_factory):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
+        model.get_input_embeddings().weight.data.mul_(0.1)  # or tied ones repeat the last token, whatever is between
         model.generation_config.eos_token_id = None
         model.save_pretrained(folder / "base")
         settings = {"num_experts": [2, 3], "r": 4, "target_modules": "all-linear", **settings}
