@@ -6,12 +6,13 @@ import gc
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers import TrainerCallback
 
 from mola.data.read import split_names
 from mola.errors import MolaError
@@ -101,7 +102,7 @@ def _test_source(options: TrainAndTestOptions) -> str:
     return data
 
 
-def train_or_go_on(options: TrainAndTestOptions) -> bool:
+def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCallback] = ()) -> bool:
     """Train, from the last complete checkpoint in the folder if there is one; whether it finished without a signal."""
     options = copy.copy(options)
     folder = Path(options.output_dir or "")
@@ -112,7 +113,7 @@ def train_or_go_on(options: TrainAndTestOptions) -> bool:
         except MolaError:
             logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
             options.overwrite_output_dir = True
-    result = train(options)
+    result = train(options, callbacks)
     gc.collect()  # the trainer and its model refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -12,13 +12,14 @@ import copy
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
@@ -86,11 +87,12 @@ class TrainResult:
     warning: str | None = None
 
 
-def train(options: TrainOptions) -> TrainResult:
+def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
     """Run a fine-tuning.
 
     Args:
         options: see `TrainOptions`.
+        callbacks: more callbacks of Transformers' trainer, called after mola's own.
 
     Returns:
         The result; the adapter is in `options.output_dir`.
@@ -101,7 +103,7 @@ def train(options: TrainOptions) -> TrainResult:
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
     with failures_explained(options):
-        return _train(options)
+        return _train(options, callbacks)
 
 
 @dataclass
@@ -116,7 +118,7 @@ class _Run:
     record: dict[str, Any]
 
 
-def _train(options: TrainOptions) -> TrainResult:
+def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> TrainResult:
     with whole_weights():
         run = _checked_run(options)
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
@@ -133,6 +135,8 @@ def _train(options: TrainOptions) -> TrainResult:
         start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
     trainer = _make_trainer(options, model, run, interruption)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     _write_record(trainer, run.folder, {**run.record, "status": "running"})
     metrics, seconds = _trained(options, trainer, run, interruption)
     result = TrainResult(

@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 
 from mola import MolaError
 from mola.cli import main
-from mola.data.prepare import PrepareOptions, prepare
-from mola.evaluation.differences import Difference, Mean, mean_accuracy, paired_differences
+from mola.evaluation.differences import (
+    Difference,
+    Mean,
+    mean_accuracy,
+    mean_squares,
+    paired_differences,
+    two_way_error,
+    verdict_of,
+)
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.outputs import page
@@ -29,57 +36,8 @@ from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.grids import slow
 from tests.reporting.pages import Page
+from tests.studies.comparison.comparisons import RECIPES, SETTINGS, TASKS, numbers, read
 from tests.waiting import PATIENCE, wait_until
-
-SETTINGS = {
-    "task": "sample",
-    "max_steps": 4,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 0.02,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "lora_dropout": 0.0,
-    "dtype": "float32",
-    "scoring": "likelihood",
-    "test_batch_size": 8,
-    "disable_tqdm": True,
-    "seeds": [0, 1],
-}
-RECIPES = {"lora": {"num_experts": "1", "r": "16"}, "2468": {"num_experts": "2468", "r": "4"}}
-TASKS = {"physics": {"filters": {"topic": "physics"}}, "biology": {"filters": {"topic": "biology"}}}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Generated questions on five topics, 8 of each to train on and 8 to test with."""
-    folder = tmp_path_factory.mktemp("questions") / "data"
-    prepare(PrepareOptions("sample", str(folder), train_size=40, validation_size=10, test_size=40))
-    return folder / "dataset.hf"
-
-
-@pytest.fixture
-def values(tiny_model_dir, data, tmp_path):
-    def build(**changes):
-        chosen = {
-            "base_model": str(tiny_model_dir),
-            "data": str(data),
-            "output_dir": str(tmp_path / "out"),
-            "tasks": TASKS,
-            "recipes": RECIPES,
-            **SETTINGS,
-            **changes,
-        }
-        return {name: value for name, value in chosen.items() if value is not None}
-
-    return build
-
-
-@pytest.fixture
-def run(values):
-    return lambda **changes: compare(CompareOptions(**values(**changes)))
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +46,6 @@ def whole(tiny_model_dir, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     options = {"base_model": str(tiny_model_dir), "data": str(data), "output_dir": str(folder), **SETTINGS}
     return folder, compare(CompareOptions(**options, tasks=TASKS, recipes=RECIPES))
-
-
-def read(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def numbers(results):
-    """What must be equal in two comparisons of the same."""
-    kept = ("task", "recipe", "seed", "marks", "num_experts", "trainable_parameters", "settings", "fingerprints")
-    return sorted([getattr(each, name) for name in kept] for each in results)
 
 
 # ---------------------------------------------------------------------- a finished comparison
@@ -188,10 +136,10 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
 
 def test_names_are_text_on_the_page():
     def tree(task, reference, other):
-        difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), 0.01, 0.02, "better", 2)
+        difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), (0.01, 0.3), (0.01, 0.3), 0.02, "better", 2)
         means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
         rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
-        return Page(page(rows, reference))
+        return Page(page(rows, [], [], reference))
 
     def looks(tree):
         return {(node.tag, *sorted(node.attributes)) for node in tree.root}
@@ -348,10 +296,19 @@ def test_differences_worked_out_by_hand():
     reference = np.array([[1, 0, 1, 0], [1, 0, 0, 0]])
     found = paired_differences({"same": reference, "all": np.ones((2, 4))}, reference)
     assert found["same"].value == 0
-    assert found["same"].p_questions == 1
-    assert found["same"].verdict == "no significant difference"
+    assert found["same"].p_adjusted == 1
+    assert found["same"].verdict == "no difference above 0.0 points"
     assert found["all"].value == pytest.approx(0.625)
     assert found["all"].seeds_95[0] < 0.625 < found["all"].seeds_95[1]
+
+
+def test_mean_squares_worked_out_by_hand():
+    # Means of rows 1, 3; of columns 1, 2, 3; of all 2. What is left: -+1, 0, +-1.
+    values = np.array([[1.0, 1.0, 1.0], [1.0, 3.0, 5.0]])
+    assert mean_squares(values) == pytest.approx((6.0, 2.0, 2.0))
+    error, df = two_way_error(values)
+    assert error == pytest.approx((6 / 6) ** 0.5)
+    assert df == 1  # 36 / (36 / 1 + 4 / 2 + 4 / 2), and at least 1
 
 
 def test_a_clear_difference_is_told_and_its_direction():
@@ -362,20 +319,46 @@ def test_a_clear_difference_is_told_and_its_direction():
     assert paired_differences({"weak": weak.astype(float)}, strong.astype(float))["weak"].verdict == "worse"
 
 
+def test_the_interval_is_for_other_seeds_and_other_questions():
+    """Differences that vary between seeds and between questions: 95 % of intervals hold the true one, about."""
+    generator = np.random.default_rng(1)
+    rounds, hits, seeds_only = 400, 0, 0
+    for _ in range(rounds):
+        chance = 0.5 + 0.1 * generator.normal(size=(6, 1)) + 0.2 * generator.normal(size=(1, 40))
+        one, other = (np.float64(generator.random((6, 40)) < chance + shift) for shift in (0.0, 0.0))
+        other = np.where(generator.random((1, 40)) < 0.3, 1 - other, other)  # some questions are another matter
+        found = paired_differences({"other": other}, one)["other"]
+        truth = 0.3 * (1 - 2 * 0.5)  # a flipped answer is right as often as it was wrong
+        hits += found.both_95[0] <= truth <= found.both_95[1]
+        seeds_only += found.seeds_95[0] <= truth <= found.seeds_95[1]
+    assert 0.93 * rounds <= hits <= 0.995 * rounds
+    assert seeds_only < hits
+
+
 def test_no_difference_is_rarely_told():
-    """Both recipes alike: at most 5 % of comparisons may say otherwise."""
+    """All recipes alike: at most 5 % of comparisons may say of any that it is another."""
     generator = np.random.default_rng(1)
     told = 0
     for _ in range(200):
         chance = generator.random(100)  # some questions are easy, some are hard
-        one, other = (np.float64(generator.random((3, 100)) < chance) for _ in range(2))
-        told += paired_differences({"other": other}, one)["other"].verdict != "no significant difference"
+        one, *others = (np.float64(generator.random((3, 100)) < chance) for _ in range(5))
+        found = paired_differences({str(number): other for number, other in enumerate(others)}, one)
+        told += any(each.verdict in ("better", "worse") for each in found.values())
     assert told <= 10
 
 
-def test_one_seed_tells_nothing_apart():
+def test_the_verdict_names_what_the_interval_leaves_room_for():
+    assert verdict_of(0.01, (0.001, 0.02)) == "better"
+    assert verdict_of(-0.01, (-0.02, -0.001)) == "worse"
+    assert verdict_of(0.01, (-0.031, 0.05)) == "no difference above 5.0 points"
+    assert verdict_of(-0.01, (-0.031, 0.02)) == "no difference above 3.1 points"
+
+
+def test_one_seed_or_question_tells_nothing_apart():
     found = paired_differences({"all": np.ones((1, 50))}, np.zeros((1, 50)))["all"]
-    assert (found.verdict, found.seeds_95, found.value) == ("no significant difference", None, 1.0)
+    assert (found.verdict, found.seeds_95, found.both_95, found.value) == ("one seed: no verdict", None, None, 1.0)
+    found = paired_differences({"all": np.ones((3, 1))}, np.zeros((3, 1)))["all"]
+    assert (found.verdict, found.both_95) == ("one question: no verdict", None)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))

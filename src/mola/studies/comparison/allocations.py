@@ -46,7 +46,9 @@ class Allocations:
         """
         assert run.allocation is not None
         seed = f"-seed-{run.key.seed}" if run.probe else ""
-        path = self.folder / run.key.task / f"{run.key.recipe}{seed}.json"
+        # Without a probe nothing of what a search tries can change it.
+        recipe = run.key.recipe if run.probe else run.key.plain_recipe
+        path = self.folder / run.key.task / f"{recipe}{seed}.json"
         found = read_json_object(path)
         if found:
             _check_same(found, run.allocation, path)

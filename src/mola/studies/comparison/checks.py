@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -25,6 +26,10 @@ PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 
+# Evaluation, allocation asked for, its probe, (fingerprints, number of questions)
+_Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, tuple[dict[str, str], int]]
+
+
 @dataclass
 class Run:
     """One training with its test."""
@@ -34,50 +39,51 @@ class Run:
     test: EvaluateOptions  # of the evaluation; adapter and output file are filled in later
     allocation: AllocateOptions | None  # what `mola allocate` is asked for, if `num_experts` comes from there
     probe: str | None  # recipe whose adapter (same task and seed) the allocation is made from
+    test_every: int | None  # steps between two tests during the training
     settings: dict[str, Any]  # the options that are no defaults: what has to be equal for a result to be kept
     fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
     num_questions: int  # how many test samples there are
 
 
-def check_runs(options: CompareOptions) -> list[Run]:
+def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     """The runs in their order, all of them checked without loading weights; an error names task and recipe."""
-    looked_at: dict[tuple[str, str], tuple[dict[str, str], int]] = {}
-    tests: dict[tuple[str, str], tuple[EvaluateOptions, AllocateOptions | None, str | None]] = {}
+    looked_at: dict[str, tuple[dict[str, str], int]] = {}
+    tests: dict[tuple[str, str], _Looked] = {}
     runs = []
-    for key, run_options in options.runs.items():
+    for key, run_options in runs_options.items():
         place = key.task, key.recipe
+        asked = dict(options.allocations.get(key.plain_recipe, {}))
         if place not in tests:  # seeds make no difference here
             try:
-                looked_at[place] = _look(options, key, run_options, looked_at)
-                asked = dict(options.allocations.get(key.recipe, {}))
+                looked = _look(key, run_options, looked_at)
                 probe = asked.pop("probe", None)
                 allocation = _allocate_options(run_options, asked) if asked else None
-                tests[place] = evaluation_of(run_options), allocation, probe
+                tests[place] = evaluation_of(run_options), allocation, probe and probe + key.candidate, looked
             except MolaError as error:
                 raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
-        settings = _settings(run_options, options.allocations.get(key.recipe))
-        runs.append(Run(key, run_options, *tests[place], settings, *looked_at[place]))
+        settings = _settings(run_options, options.allocations.get(key.plain_recipe))
+        if options.test_every is not None:
+            settings["test_every"] = options.test_every
+        test, allocation, probe, data = tests[place]
+        runs.append(Run(key, run_options, test, allocation, probe, options.test_every, settings, *data))
     return runs
 
 
 def _look(
-    options: CompareOptions,
-    key: Key,
-    run_options: TrainAndTestOptions,
-    looked_at: Mapping[tuple[str, str], tuple[dict[str, str], int]],
+    key: Key, run_options: TrainAndTestOptions, looked_at: dict[str, tuple[dict[str, str], int]]
 ) -> tuple[dict[str, str], int]:
-    """Fingerprints of the data, and the number of questions, of a recipe on a task."""
-    logger.info("Checking %s on %s.", key.recipe, key.task)
+    """Fingerprints of the data, and the number of questions, of a recipe on a task; not twice for the same data."""
     check_model_options(run_options)
-    assert isinstance(options.recipes, dict)
-    same_data = {name for name, values in options.recipes.items() if set(values) <= {*_OF_THE_ADAPTER, "allocate"}}
-    for other in same_data:
-        if key.recipe in same_data and (key.task, other) in looked_at:
-            return looked_at[key.task, other]
-    _, examples, _ = check_evaluation(evaluation_of(run_options))
-    data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
-    check_steps(run_options, len(data.train))
-    return {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
+    values = run_options.to_dict()
+    same = {name: value for name, value in values.items() if name not in (*_OF_THE_ADAPTER, *NOT_COMPARED, "seed")}
+    name = json.dumps(same, sort_keys=True, default=str)
+    if name not in looked_at:
+        logger.info("Checking %s on %s.", key.recipe, key.task)
+        _, examples, _ = check_evaluation(evaluation_of(run_options))
+        data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
+        check_steps(run_options, len(data.train))
+        looked_at[name] = {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
+    return looked_at[name]
 
 
 def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]) -> AllocateOptions:

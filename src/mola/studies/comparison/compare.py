@@ -1,6 +1,7 @@
 """`mola compare`: recipes x tasks x seeds, trained, tested and compared on the same questions.
 
 - Every run is one of `mola train` followed by one of `mola evaluate`.
+- With `tune`, options are chosen first, for each recipe alike, on seeds and questions that the comparison does not use.
 - Each finished run is in the record at once. Stopped at any moment, the same command goes on; nothing is repeated.
 - Several processes with the same command share the work: a run belongs to the process that holds its lock.
 - The table has intervals over seeds and over questions, and says which differences are significant.
@@ -17,16 +18,19 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 
 from mola.files.atomic import atomic_write_json
 from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.checks import Run, check_runs
+from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
-from mola.studies.comparison.outputs import check_tables, write_tables
+from mola.studies.comparison.outputs import check_files, write_plots, write_tables
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
-from mola.studies.comparison.tables import terminal_tables
+from mola.studies.comparison.tables import power_line, search_tables, terminal_tables
+from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -48,6 +52,8 @@ class CompareResult:
     results: list[Result]  # every finished run
     open: int  # how many runs are left
     record: str  # the file with everything
+    found: list[Found]  # what the search has chosen, see `mola.studies.comparison.tuning.Found`
+    power: list[Power]  # what a comparison with these seeds can see, by the search
 
 
 def compare(options: CompareOptions) -> CompareResult:
@@ -65,10 +71,12 @@ def compare(options: CompareOptions) -> CompareResult:
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     results = read_results(path)
-    check_tables(options.tables)
-    runs = check_runs(options)
-    check_same(results, runs)
-    comparison = _Comparison(options, runs, results, path)
+    check_files(options.tables, options.plots)
+    searched = check_runs(options, options.tuning_runs)
+    runs = check_runs(options, options.runs)
+    check_same(results, searched)
+    comparison = _Comparison(options, searched, runs, results, path)
+    comparison.settle()
     with sigterm_as_interrupt():
         return comparison.run()
 
@@ -77,8 +85,10 @@ def main(options: CompareOptions) -> int:
     """Run the command and print the tables; the exit code is 130 after an interruption."""
     result = compare(options)
     console = Console()
-    for table in terminal_tables(result.rows, str(options.reference)):
+    for table in [*search_tables(result.found), *terminal_tables(result.rows, str(options.reference))]:
         console.print(table)
+    for line in map(power_line, result.power):
+        console.print(escape(line))
     print(f"{result.status}, {result.open} runs left; all numbers are in {result.record}", file=sys.stderr)
     if result.status == "interrupted":
         print("Go on with the same command.", file=sys.stderr)
@@ -88,40 +98,68 @@ def main(options: CompareOptions) -> int:
 class _Comparison:
     """Does what is left and keeps the record up to date."""
 
-    def __init__(self, options: CompareOptions, runs: Sequence[Run], results: list[Result], path: Path) -> None:
+    def __init__(
+        self, options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run], results: list[Result], path: Path
+    ) -> None:
         self.options = options
+        self.searched = searched
         self.runs = runs
         self.results = results
         self.path = path
         self.folder = Path(options.output_dir or "")
         self.allocations = Allocations(self.folder)
+        self.found: list[Found] = []
+        self.power: list[Power] = []
+
+    def settle(self) -> None:
+        """Take over what the search has chosen, as soon as it is complete; refuse results of other options."""
+        if self._open(self.searched):
+            return
+        if self.searched:
+            self.found = found_by_search(self.options, self.results)
+            self.power = power_of(self.options, self.results, self.found, self.runs[0].num_questions)
+            chosen = {(each.task, each.recipe): each.chosen for each in self.found}
+            self.runs = check_runs(self.options, self.options.tuned_runs(chosen))
+        check_same(self.results, self.runs)
 
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
         with self._lock("allocations"):
-            self.allocations.make_and_check(self.open_runs())
-        status = recorded(self._all_runs, self._write)
+            self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
+        status = recorded(self._everything, self._write)
         rows = self._write(status)
-        write_tables(self.options.tables, rows, str(self.options.reference))
-        return CompareResult(status, rows, self.results, len(self.open_runs()), str(self.path))
+        left = len(self._open(self.searched)) + len(self._open(self.runs))
+        result = CompareResult(status, rows, self.results, left, str(self.path), self.found, self.power)
+        write_tables(self.options.tables, rows, self.found, self.power, str(self.options.reference))
+        write_plots(self.options.plots, self.options, self.results, rows)
+        return result
 
-    def open_runs(self) -> list[Run]:
-        """Runs without a result."""
+    def _open(self, runs: Sequence[Run]) -> list[Run]:
+        """Those without a result."""
         done = {result.key for result in self.results}
-        return [run for run in self.runs if run.key not in done]
+        return [run for run in runs if run.key not in done]
 
-    def _all_runs(self) -> bool:
-        """What nobody has done or is doing; then wait for the others, and do what they leave."""
+    def _everything(self) -> bool:
+        if self._open(self.searched):
+            if not self._all_runs(self.searched):
+                return False
+            self.settle()
+            for line in map(power_line, self.power):
+                logger.info("%s", line)
         if self.options.evaluate_base:
             self._test_base()
-        while left := self._read_again():
+        return self._all_runs(self.runs)
+
+    def _all_runs(self, runs: Sequence[Run]) -> bool:
+        """What nobody has done or is doing; then wait for the others, and do what they leave."""
+        while left := self._read_again(runs):
             is_idle = True
             for run in left:
                 with self._claim(run) as is_mine:
-                    if is_mine and run in self._read_again() and self._is_ready(run):
+                    if is_mine and run in self._read_again(runs) and self._is_ready(run):
                         is_idle = False
-                        logger.info("Run %d of %d: %s.", 1 + self.runs.index(run), len(self.runs), run.key)
-                        if not self._one(run):
+                        logger.info("Run %d of %d: %s.", 1 + runs.index(run), len(runs), run.key)
+                        if not self._one(run, runs):
                             return False
             if is_idle:
                 time.sleep(_POLL_SECONDS)
@@ -150,25 +188,26 @@ class _Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / name)
 
-    def _one(self, run: Run) -> bool:
+    def _one(self, run: Run, runs: Sequence[Run]) -> bool:
         folder = Path(run.options.output_dir or "")
         if run.allocation is not None:
             run.options.num_experts = self.allocations.notation(run)
         if not is_finished(run):
             (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
-            if not train_or_go_on(run.options):
+            on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
+            if not train_or_go_on(run.options, on_the_way):
                 return False
         test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
         self._add(result_of(run, evaluate_once(test, run.fingerprints["test"])))
-        self._make_probed_allocations(run)
+        self._make_probed_allocations(run, runs)
         if not self.options.keep_adapters:
             for name in _WEIGHTS:
                 (folder / name).unlink(missing_ok=True)
         return True
 
-    def _make_probed_allocations(self, probe: Run) -> None:
+    def _make_probed_allocations(self, probe: Run, runs: Sequence[Run]) -> None:
         """While the probe's adapter is there."""
-        for run in self.open_runs():
+        for run in self._open(runs):
             if run.probe == probe.key.recipe and (run.key.task, run.key.seed) == (probe.key.task, probe.key.seed):
                 self.allocations.make(run, adapter=str(probe.options.output_dir))
 
@@ -178,7 +217,7 @@ class _Comparison:
             first.setdefault(run.key.task, run)
         for task, run in first.items():
             with self._lock(f"base-{task}"):
-                self._read_again()
+                self._read_again(self.runs)
                 if Key(task, BASE, 0) not in {result.key for result in self.results}:
                     test = replace(run.test, output=str(self.folder / task / "base.json"))
                     self._add(base_result_of(run, evaluate_once(test, run.fingerprints["test"])))
@@ -187,19 +226,19 @@ class _Comparison:
         self.results.append(result)
         self._write("running")
 
-    def _read_again(self) -> list[Run]:
-        """Take in what other processes have finished, which work on the same record; what is left."""
+    def _read_again(self, runs: Sequence[Run]) -> list[Run]:
+        """Take in what other processes have finished, which work on the same record; what is left of these runs."""
         known = {result.key for result in self.results}
         self.results += [result for result in read_results(self.path) if result.key not in known]
-        return self.open_runs()
+        return self._open(runs)
 
     def _write(self, status: str, **more: Any) -> list[Row]:
         recipes, tasks, reference = self.options.recipes, self.options.tasks, str(self.options.reference)
         assert isinstance(recipes, dict)
         assert isinstance(tasks, dict)
         with self._lock("record"):
-            self._read_again()
-            rows = summarize(self.results, [*recipes], [*tasks], reference)
+            self._read_again(self.runs)
+            rows = summarize(self.results, [*recipes], [*tasks], reference, self.options.target_accuracy)
             content = {
                 "format": FORMAT,
                 "status": status,
@@ -207,6 +246,8 @@ class _Comparison:
                 "recipes": recipes,
                 "tasks": tasks,
                 **more,
+                "search": [asdict(each) for each in self.found],
+                "power": [asdict(each) for each in self.power],
                 "summary": {"reference": reference, "rows": [asdict(row) for row in rows]},
                 "runs": [asdict(each) for each in self.results],
             }

@@ -1,7 +1,8 @@
 """`CompareOptions`: recipes, tasks and seeds, and the options of `mola train` as defaults of all runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +12,7 @@ from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 
 ALLOCATE = "allocate"  # key of a recipe whose `num_experts` comes from `mola allocate`
+MARK = "@"  # between a recipe and what of it is tried; no recipe has it in its name
 _SET_HERE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "push_to_hub")
 _EXAMPLES = {
     "tasks": '{"rte": {"data": "data/rte/dataset.hf"}}',
@@ -22,11 +24,21 @@ class Key(NamedTuple):
     """Names one run."""
 
     task: str
-    recipe: str
+    recipe: str  # in the search for options RECIPE@OPTION=VALUE
     seed: int
 
     def __str__(self) -> str:
         return f"{self.task}/{self.recipe}/seed-{self.seed}"
+
+    @property
+    def plain_recipe(self) -> str:
+        """The recipe as the user named it."""
+        return self.recipe.partition(MARK)[0]
+
+    @property
+    def candidate(self) -> str:
+        """What stands behind the recipe's name in the search, mark included; else empty."""
+        return self.recipe[len(self.plain_recipe) :]
 
 
 @dataclass
@@ -37,7 +49,9 @@ class CompareOptions(TrainAndTestOptions):
 
     Attributes:
         runs: options of each run, in the order of training: seed after seed, so that a comparison that is stopped
-            has whole seeds.
+            has whole seeds. Where there is a search they have the first value of each list; see `tuned_runs`.
+        tuning_runs: the same of the search for options; empty without `tune`.
+        candidates: the combinations of `tune`, by the mark behind a recipe's name.
         allocations: what `mola allocate` is asked for, of each recipe that has `allocate`.
 
     Raises:
@@ -57,7 +71,27 @@ class CompareOptions(TrainAndTestOptions):
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; each recipe is trained once with each."}
     )
 
+    _search: ClassVar = Group("search for options")
+    tune: dict[str, Any] | str | None = option(
+        None,
+        "Choose these options for each recipe and task before the comparison: option -> list of values; a mapping. "
+        "Every combination is trained with `tuning_seeds`; the best on `tuning_split` is taken.",
+    )
+    tuning_seeds: list[int] = field(
+        default_factory=lambda: [1000, 1001], metadata={"help": "Seeds of the search; none of `seeds`."}
+    )
+    tuning_split: str = option("validation", "Split of `data` that the search is tested on, instead of the test data.")
+
     _comparison: ClassVar = Group("comparison")
+    test_every: int | None = option(
+        None, "Also test after every so many steps: curves, and the accuracy over the whole training."
+    )
+    target_accuracy: float | None = option(
+        None, "With `test_every`: also say after how many steps this accuracy, a fraction of 1, is reached."
+    )
+    margin: float = option(
+        5.0, "Difference that would matter, in points: how many seeds it takes to see one is said after the search."
+    )
     reference: str | None = option(None, "Recipe that the others are compared with; default: the first one.")
     record: str | None = option(
         None,
@@ -67,6 +101,9 @@ class CompareOptions(TrainAndTestOptions):
     evaluate_base: bool = option(True, "Also test the base model alone.")
     tables: str | None = option(
         None, "Also write the table to these files, between commas: NAME.csv, NAME.md or NAME.html."
+    )
+    plots: str | None = option(
+        None, "Also draw curves and differences into these files, between commas: NAME.png or NAME.svg."
     )
 
     def __post_init__(self) -> None:
@@ -81,12 +118,25 @@ class CompareOptions(TrainAndTestOptions):
         self.allocations = {name: _allocation(name, values) for name, values in self.recipes.items()}
         self.allocations = {name: values for name, values in self.allocations.items() if values}
         _check_probes(self.allocations, self.recipes)
-        self.runs: dict[Key, TrainAndTestOptions] = {}
-        for seed in self.seeds:
-            for task, task_values in self.tasks.items():
-                for recipe, recipe_values in self.recipes.items():
-                    key = Key(task, recipe, seed)
-                    self.runs[key] = self._run_options(key, given, task_values, recipe_values)
+        self._given = given
+        self.candidates = _candidates(mapping("tune", self.tune))
+        self._check_search()
+        first = next(iter(self.candidates.values()), {})
+        self.runs = {key: self._run_options(key, first) for key in self._keys(self.seeds)}
+        self.tuning_runs = {
+            key: self._run_options(key, self.candidates[key.candidate])
+            for plain in self._keys(self.tuning_seeds)
+            for key in (plain._replace(recipe=plain.recipe + mark) for mark in self.candidates)
+        }
+
+    def tuned_runs(self, marks: Mapping[tuple[str, str], str]) -> dict[Key, TrainAndTestOptions]:
+        """`runs` with what the search has chosen: (task, recipe) -> one of `candidates`."""
+        return {key: self._run_options(key, self.candidates[marks[key.task, key.recipe]]) for key in self.runs}
+
+    def _keys(self, seeds: Sequence[int]) -> list[Key]:
+        assert isinstance(self.tasks, dict)
+        assert isinstance(self.recipes, dict)
+        return [Key(task, recipe, seed) for seed in seeds for task in self.tasks for recipe in self.recipes]
 
     def _check(self) -> None:
         self.check_one_process("mola compare", "")
@@ -105,11 +155,40 @@ class CompareOptions(TrainAndTestOptions):
                 f"`reference` must be one of the recipes {', '.join(self.recipes)}: got {self.reference!r}."
             )
 
-    def _run_options(
-        self, key: Key, given: Mapping[str, Any], task_values: Mapping[str, Any], recipe_values: Mapping[str, Any]
-    ) -> TrainAndTestOptions:
+    def _check_search(self) -> None:
+        if self.test_every is not None and self.test_every < 1:
+            raise MolaError(f"`test_every` must be at least 1: got {self.test_every}.")
+        if self.target_accuracy is not None and not (self.test_every and 0 < self.target_accuracy <= 1):
+            raise MolaError(
+                "`target_accuracy` must be a fraction of 1, above 0, and needs `test_every`: got "
+                f"{self.target_accuracy} with `test_every` {self.test_every}."
+            )
+        if not self.margin > 0:
+            raise MolaError(f"`margin` must be above 0 (points): got {self.margin}.")
+        if not self.candidates:
+            return
+        both = {*self.tuning_seeds, *self.seeds}
+        if not self.tuning_seeds or len(both) < len(self.tuning_seeds) + len(self.seeds):
+            raise MolaError(
+                f"`tuning_seeds` must be different numbers, at least one, and none of `seeds` {self.seeds}, which are "
+                f"the comparison's: got {self.tuning_seeds}."
+            )
+        if self.tuning_split == self.test_split:
+            raise MolaError(
+                f"`tuning_split` must not be `test_split` ({self.test_split!r}): a choice on the test's questions says "
+                "nothing about others. Name another split."
+            )
+
+    def _run_options(self, key: Key, more: Mapping[str, Any]) -> TrainAndTestOptions:
+        """Options of a run; `more` are those of `tune`, which may stand in neither task nor recipe."""
+        assert isinstance(self.tasks, dict)
+        assert isinstance(self.recipes, dict)
+        parts = (
+            ("tasks", key.task, self.tasks[key.task]),
+            ("recipes", key.plain_recipe, self.recipes[key.plain_recipe]),
+        )
         changes: dict[str, Any] = {}
-        for kind, name, values in (("tasks", key.task, task_values), ("recipes", key.recipe, recipe_values)):
+        for kind, name, values in parts:
             own = {option: value for option, value in values.items() if option != ALLOCATE}
             for option_name in own:
                 if option_name in _SET_HERE:
@@ -122,11 +201,27 @@ class CompareOptions(TrainAndTestOptions):
                         "out."
                     )
             changes |= convert(TrainAndTestOptions, own, f"{kind}.{name}")
-        folder = Path(self.output_dir or "") / key.task / key.recipe / f"seed-{key.seed}"
+        if twice := changes.keys() & more.keys():
+            raise MolaError(f"`{min(twice)}` is in `tune`, and set by the task or recipe of {key}. Leave one out.")
+        changes |= convert(TrainAndTestOptions, more, "tune")
+        if key.candidate:  # the search has its own questions
+            changes |= {"test_split": self.tuning_split, "test_data": None}
+        folder = Path(self.output_dir or "") / str(key)
         try:
-            return TrainAndTestOptions(**{**given, **changes, "seed": key.seed, "output_dir": str(folder)})
+            return TrainAndTestOptions(**{**self._given, **changes, "seed": key.seed, "output_dir": str(folder)})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
+
+
+def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All combinations of the values, by a mark such as `@learning_rate=0.001`."""
+    for name, values in tune.items():
+        if name in (*_SET_HERE, "test_split", "test_data", "num_experts"):
+            raise MolaError(f"`tune` cannot have `{name}`: it follows from the comparison, or is what is compared.")
+        if not isinstance(values, list) or not values or any(isinstance(each, (list, dict)) for each in values):
+            raise MolaError(f"`tune.{name}` must be a list of values, such as [0.0003, 0.001]: got {values!r}.")
+    found = [dict(zip(tune, values, strict=True)) for values in product(*tune.values())] if tune else []
+    return {MARK + ",".join(f"{name}={value}" for name, value in each.items()): each for each in found}
 
 
 def _allocation(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that the table of a comparison is written to."""
+"""Files that the tables and pictures of a comparison are written to."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -6,67 +6,118 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_text, check_writable
+from mola.files.atomic import atomic_write_bytes, atomic_write_text, check_writable
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
-from mola.studies.comparison.summary import Row
-from mola.studies.comparison.tables import COLUMNS, NOTE, by_budget, cells, comma_separated, markdown
+from mola.studies.comparison.options import CompareOptions
+from mola.studies.comparison.plots import check_matplotlib, draw
+from mola.studies.comparison.record import Result
+from mola.studies.comparison.summary import AT_END, Row
+from mola.studies.comparison.tables import (
+    NOTE,
+    by_budget,
+    cells,
+    columns_of,
+    comma_separated,
+    markdown,
+    power_line,
+    search_lines,
+    search_markdown,
+    steps_cell,
+    title_of,
+)
+from mola.studies.comparison.tuning import Found, Power
 
 
-def check_tables(tables: str | None) -> list[Path]:
-    """Paths of the files asked for.
+def check_files(tables: str | None, plots: str | None) -> None:
+    """Refuse an ending that says no form, a file that cannot be written, and pictures without matplotlib.
 
     Raises:
-        MolaError: an ending that says no form, or a file that cannot be written.
+        MolaError: as said.
     """
-    paths = [Path(name.strip()) for name in (tables or "").split(",") if name.strip()]
-    for path in paths:
-        if path.suffix not in _FORMS:
-            raise MolaError(f"`tables` must be files that end in {', '.join(_FORMS)}: got {str(path)!r}.")
-        check_writable(path)
-    return paths
+    for option, names, forms in (("tables", tables, _FORMS), ("plots", plots, _PICTURES)):
+        for path in _paths(names):
+            if path.suffix not in forms:
+                raise MolaError(f"`{option}` must be files that end in {', '.join(forms)}: got {str(path)!r}.")
+            check_writable(path)
+    if _paths(plots):
+        check_matplotlib()
 
 
-def write_tables(tables: str | None, rows: Sequence[Row], reference: str) -> None:
-    """Write the table in every form asked for; earlier ones are replaced."""
-    for path in check_tables(tables):
-        atomic_write_text(path, _FORMS[path.suffix](rows, reference))
+def _paths(names: str | None) -> list[Path]:
+    return [Path(name.strip()) for name in (names or "").split(",") if name.strip()]
 
 
-def page(rows: Sequence[Row], reference: str) -> str:
-    """The table as one HTML file that needs nothing else, in the style of a run's report."""
+def write_tables(
+    tables: str | None, rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], reference: str
+) -> None:
+    """Write the tables in every form asked for; earlier ones are replaced."""
+    for path in _paths(tables):
+        atomic_write_text(path, _FORMS[path.suffix](rows, found, powers, reference))
+
+
+def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Result], rows: Sequence[Row]) -> None:
+    """Draw every picture asked for, unless there is nothing to draw yet."""
+    if not any(row.difference or row.measure != AT_END for row in rows):
+        return
+    for path in _paths(plots):
+        picture = draw(results, rows, [*(options.tasks or {})], [*(options.recipes or {})], path.suffix[1:])
+        atomic_write_bytes(path, picture)
+
+
+def page(rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], reference: str) -> str:
+    """The tables as one HTML file that needs nothing else, in the style of a run's report."""
     sections = [
-        Section(f"task-{number}", task, _task(by_budget(list(members)), reference), "comparison")
-        for number, (task, members) in enumerate(groupby(rows, key=lambda row: row.task), start=1)
+        Section(f"task-{number}", title, _task(by_budget(list(members)), reference), "comparison")
+        for number, (title, members) in enumerate(groupby(rows, key=title_of), start=1)
     ]
     verdicts = [row.difference.verdict for row in rows if row.difference is not None]
     return render(
         "comparison.html",
         "Recipes compared: mola",
         sections,
-        significant=sum(verdict != "no significant difference" for verdict in verdicts),
+        significant=sum(verdict in ("better", "worse") for verdict in verdicts),
         compared=len(verdicts),
         reference=reference,
         note=NOTE.format(reference=reference),
+        searches=[
+            Table(tuple(head), lines, f"{task}: search")
+            for task, members in groupby(found, key=lambda each: each.task)
+            for head, *lines in [search_lines(list(members))]
+        ],
+        powers=[power_line(each) for each in powers],
     )
 
 
 def _task(rows: Sequence[Row], reference: str) -> dict[str, Any]:
-    differences = [cells(row, reference) for row in rows]
-    strips = []
+    strips, forest = [], []
+    reach = max((_reach(row) for row in rows), default=0.0)
     for row in rows:
         low, high = row.mean.interval_95 or (row.mean.value, row.mean.value)
         look = "b" if row.recipe == reference else "a"
         strips.append((row.recipe, percent(row.mean.value), [(look, row.mean.value, (max(low, 0.0), min(high, 1.0)))]))
+        if row.difference is not None and row.difference.joint_95 is not None and reach:
+            value, low, high = (0.5 + each / (2 * reach) for each in (row.difference.value, *row.difference.joint_95))
+            points = f"{100 * row.difference.value:+.1f} points"
+            forest.append((row.recipe, points, [("a", value, (low, high))]))
+    lines = [cells(row, reference) + steps_cell(row) for row in rows]
     return {
         "strips": strips,
         "has_interval": any(row.mean.interval_95 for row in rows),
-        "differences": Table(COLUMNS, differences, "Differences and their significance"),
+        "forest": forest,
+        "reach": f"{100 * reach:.1f}",
+        "differences": Table(columns_of(rows), lines, "Differences and their significance"),
     }
 
 
-_FORMS: dict[str, Callable[[Sequence[Row], str], str]] = {
-    ".csv": lambda rows, reference: comma_separated(rows),
-    ".md": markdown,
+def _reach(row: Row) -> float:
+    """How far from 0 the interval of a difference goes."""
+    return max(map(abs, row.difference.joint_95)) if row.difference and row.difference.joint_95 else 0.0
+
+
+_PICTURES = (".png", ".svg")
+_FORMS: dict[str, Callable[[Sequence[Row], Sequence[Found], Sequence[Power], str], str]] = {
+    ".csv": lambda rows, found, powers, reference: comma_separated(rows),
+    ".md": lambda rows, found, powers, reference: search_markdown(found, powers) + markdown(rows, reference),
     ".html": page,
 }

@@ -5,7 +5,7 @@ The file alone is enough to go on: run folders may be gone, and a comparison can
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _RUN = {
     "num_experts": [INTEGER],
     "eval_loss": (NUMBER, None),
     "fingerprints": {str: ANYTHING},
+    "steps?": INTEGER,
+    "curve?": [[ANYTHING, ANYTHING]],
 }
 
 
@@ -53,6 +55,8 @@ class Result:
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
+    steps: int = 0  # of the training; records of earlier versions do not have it
+    curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
 
     @property
     def key(self) -> Key:
@@ -76,6 +80,8 @@ def read_results(path: Path) -> list[Result]:
         results = [Result(**entry) for entry in content["runs"]]
         check_form(content["runs"], [_RUN], str(path), "Restore it.")
         for result in results:
+            if any(len(marks) != result.total or step < 1 for step, marks in result.curve):
+                raise ValueError(f"`curve` of {result.key} does not fit `total`")
             if len(result.marks) != result.total or result.marks.count("1") != result.correct:
                 raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")
     except (OSError, ValueError, KeyError, TypeError) as error:

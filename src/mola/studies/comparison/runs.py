@@ -10,6 +10,7 @@ from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.checks import PLACES, Run
+from mola.studies.comparison.curve import marks_of, read_curve
 from mola.studies.comparison.record import BASE, Result
 from mola.training.checkpoints import RUN_FILE
 
@@ -38,7 +39,17 @@ def is_finished(run: Run) -> bool:
                 f"{str(folder)!r} holds a run with another `{name}`: {old.get(name)!r}, now {new[name]!r}. Delete that "
                 "folder, or pass another `output_dir`."
             )
+    if [step for step, _ in read_curve(folder)[0]] != _test_steps(run, record["steps"]):
+        raise MolaError(
+            f"{str(folder)!r} holds a run without the tests on the way that `test_every` {run.test_every} asks for. "
+            "Delete that folder, or pass another `output_dir`."
+        )
     return True
+
+
+def _test_steps(run: Run, steps: int) -> list[int]:
+    """After which steps there is a test on the way."""
+    return list(range(run.test_every, steps, run.test_every)) if run.test_every else []
 
 
 def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
@@ -48,14 +59,17 @@ def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     experts = config["num_experts"]
     if not isinstance(experts, list):
         experts = [experts] * record["allocation"]["num_layers"]
+    curve, seconds_of_curve = read_curve(folder)
     return Result(
         *run.key,
         **_tested(run, tested),
         trainable_parameters=record["trainable_parameters"],
         num_experts=experts,
         eval_loss=record["metrics"].get("eval_loss"),
-        seconds_training=round(record["seconds"], 1),
+        seconds_training=round(record["seconds"] - seconds_of_curve, 1),
         settings=json.loads(json.dumps(run.settings)),
+        steps=record["steps"],
+        curve=curve,
     )
 
 
@@ -77,7 +91,7 @@ def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
 def _tested(run: Run, tested: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: tested[name] for name in ("accuracy", "correct", "total", "unanswered")},
-        "marks": "".join("1" if sample["correct"] else "0" for sample in tested["samples"]),
+        "marks": marks_of(tested["samples"]),
         "seconds_testing": round(tested["seconds"], 1),
         "fingerprints": run.fingerprints,
         "versions": software_versions(),

@@ -1,15 +1,19 @@
 """From finished runs to the rows of a table: by task, and over all tasks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from mola.evaluation.differences import Difference, Mean, mean_accuracy, paired_differences
+from mola.studies.comparison.curve import steps_to
+from mola.studies.comparison.marks import curve_of, marks_by_seed
 from mola.studies.comparison.record import BASE, Result
 
 ALL_TASKS = "mean of the tasks"
+AT_END = "at the end"
+OVER_TRAINING = "over the training"
 _SAME_BUDGET = 0.05  # trained values that differ by less are one group
 
 
@@ -26,22 +30,43 @@ class Row:
     mean: Mean  # accuracy
     # to the reference; None for the reference itself, for the base model, and without a common seed
     difference: Difference | None
+    measure: str = AT_END  # which accuracy: at the end of the training, or its mean over the tests on the way
+    steps_to_target: list[float | None] | None = None  # of each seed, None where it is never reached; None: not asked
 
 
-def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence[str], reference: str) -> list[Row]:
+def summarize(
+    results: Sequence[Result],
+    recipes: Sequence[str],
+    tasks: Sequence[str],
+    reference: str,
+    target: float | None = None,
+) -> list[Row]:
     """Rows for all tasks and recipes with at least one finished run, in the order of these names.
 
     `reference` is the recipe that the others are compared with; results of recipes and tasks not named are left out.
+    With tests on the way every table comes twice, see `Row.measure`.
     """
     groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)})
+    names = (*recipes, BASE)
+    measures = (AT_END, OVER_TRAINING) if any(each.curve for each in results) else (AT_END,)
     rows = []
-    for task in tasks:
-        marks = {name: _marks([each for each in _of(results, name) if each.task == task]) for name in (*recipes, BASE)}
-        rows += _rows(task, marks, reference, results, groups)
-    if len(tasks) > 1:
-        both = {name: _over_tasks(results, name, tasks) for name in (*recipes, BASE)}
-        rows += _rows(ALL_TASKS, both, reference, results, groups)
+    for measure in measures:
+        over = measure == OVER_TRAINING
+        for task in tasks:
+            by_name = {name: [each for each in _of(results, name) if each.task == task] for name in names}
+            marks = {name: marks_by_seed(found, over) for name, found in by_name.items()}
+            found = _rows(task, marks, reference, results, groups)
+            steps = {name: _steps_to(target, members) for name, members in by_name.items()} if over and target else {}
+            rows += [replace(row, measure=measure, steps_to_target=steps.get(row.recipe)) for row in found]
+        if len(tasks) > 1:
+            both = {name: _over_tasks(results, name, tasks, over) for name in names}
+            rows += [replace(row, measure=measure) for row in _rows(ALL_TASKS, both, reference, results, groups)]
     return rows
+
+
+def _steps_to(target: float, results: Sequence[Result]) -> list[float | None]:
+    curves = [[(step, float(marks.mean())) for step, marks in curve_of(each)] for each in results if each.curve]
+    return [steps_to(target, curve) for curve in curves]
 
 
 def budget_groups(parameters: dict[str, int]) -> dict[str, int]:
@@ -75,16 +100,17 @@ def _rows(
 
 
 def _differences(marks: dict[str, dict[int, np.ndarray]], reference: str) -> dict[str, Difference]:
-    """Recipes with other seeds than most are adjusted for in groups of equal seeds."""
+    """Each recipe on the seeds that it has in common with the reference."""
     by_seeds: dict[tuple[int, ...], list[str]] = {}
     for name, by_seed in marks.items():
         common = tuple(sorted(by_seed.keys() & marks[reference].keys()))
         if name not in (reference, BASE) and common:
             by_seeds.setdefault(common, []).append(name)
     found: dict[str, Difference] = {}
+    comparisons = sum(map(len, by_seeds.values()))
     for seeds, names in by_seeds.items():
         stacked = {name: np.stack([marks[name][seed] for seed in seeds]) for name in names}
-        found |= paired_differences(stacked, np.stack([marks[reference][seed] for seed in seeds]))
+        found |= paired_differences(stacked, np.stack([marks[reference][seed] for seed in seeds]), comparisons)
     return found
 
 
@@ -96,13 +122,9 @@ def _parameters(results: Sequence[Result], recipe: str) -> int:
     return round(fmean(each.trainable_parameters for each in _of(results, recipe)))
 
 
-def _marks(results: Sequence[Result]) -> dict[int, np.ndarray]:
-    return {each.seed: np.array([float(mark) for mark in each.marks]) for each in results}
-
-
-def _over_tasks(results: Sequence[Result], recipe: str, tasks: Sequence[str]) -> dict[int, np.ndarray]:
+def _over_tasks(results: Sequence[Result], recipe: str, tasks: Sequence[str], over: bool) -> dict[int, np.ndarray]:
     """Marks of all tasks side by side, weighted so that their mean is the mean of the tasks' accuracies."""
-    by_task = [_marks([each for each in _of(results, recipe) if each.task == task]) for task in tasks]
+    by_task = [marks_by_seed([each for each in _of(results, recipe) if each.task == task], over) for task in tasks]
     complete = set.intersection(*(set(marks) for marks in by_task))
     found = {}
     for seed in sorted(complete):

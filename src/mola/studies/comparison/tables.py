@@ -4,12 +4,15 @@ import csv
 import io
 from collections.abc import Sequence
 from itertools import groupby
+from statistics import median
 
 from rich.markup import escape
 from rich.table import Table
 
 from mola.reporting.formatting import markdown_table
-from mola.studies.comparison.summary import Row
+from mola.studies.comparison.options import MARK
+from mola.studies.comparison.summary import AT_END, Row
+from mola.studies.comparison.tuning import Found, Power
 
 COLUMNS = (
     "recipe",
@@ -18,13 +21,13 @@ COLUMNS = (
     "accuracy",
     "its 95 % over seeds",
     "difference",
-    "its 95 % over seeds",
-    "its 95 % over questions",
+    "its 95 %",
     "p",
     "verdict",
 )
 _CSV_COLUMNS = (
     "task",
+    "measure",
     "recipe",
     "trainable_parameters",
     "budget_group",
@@ -33,32 +36,38 @@ _CSV_COLUMNS = (
     "accuracy_low",
     "accuracy_high",
     "difference",
-    "difference_seeds_low",
-    "difference_seeds_high",
-    "difference_questions_low",
-    "difference_questions_high",
-    "p_questions",
+    "difference_low",
+    "difference_high",
+    "difference_joint_low",
+    "difference_joint_high",
     "p_adjusted",
     "verdict",
     "num_experts",
+    "steps_to_target",
 )
 NOTE = (
-    "Accuracy in per cent, differences to {reference} in points, on the same questions with the same seeds. p: over "
-    "questions, adjusted for the number of recipes. A verdict needs both intervals on one side of 0 and p < 0.05. "
-    "Groups: trained values within 5 %."
+    "Accuracy in per cent, differences to {reference} in points, on the same questions with the same seeds; their 95 % "
+    "intervals are for other seeds and other questions. p and verdict allow for the number of recipes: all verdicts of "
+    "a table together are right in 95 % of such studies. Groups: trained values within 5 %."
 )
+
+
+def title_of(row: Row) -> str:
+    """Heading of the table that a row stands in."""
+    return row.task if row.measure == AT_END else f"{row.task}, {row.measure}"
 
 
 def terminal_tables(rows: Sequence[Row], reference: str) -> list[Table]:
     """One table per task, with a line between groups of equal budget."""
     tables = []
-    for task, members in groupby(rows, key=lambda row: row.task):
-        table = Table(title=escape(task), caption=NOTE.format(reference=escape(reference)))
-        for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if number in (0, len(COLUMNS) - 1) else "right", overflow="fold")
-        for _, group in groupby(by_budget(list(members)), key=lambda row: row.budget_group):
+    for title, members in groupby(rows, key=title_of):
+        table = Table(title=escape(title), caption=NOTE.format(reference=escape(reference)))
+        ordered = by_budget(list(members))
+        for column in columns_of(ordered):
+            table.add_column(column, justify="left" if column in ("recipe", "verdict") else "right", overflow="fold")
+        for _, group in groupby(ordered, key=lambda row: row.budget_group):
             for row in group:
-                table.add_row(*map(escape, cells(row, reference)))
+                table.add_row(*map(escape, cells(row, reference) + steps_cell(row)))
             table.add_section()
         tables.append(table)
     return tables
@@ -76,18 +85,94 @@ def cells(row: Row, reference: str) -> list[str]:
     start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", _interval(row.mean.interval_95, "")]
     other = row.difference
     if other is None:
-        return [*start, *[""] * 4, "reference" if row.recipe == reference else ""]
-    intervals = [_interval(other.seeds_95), _interval(other.questions_95)]
-    return [*start, f"{100 * other.value:+.1f}", *intervals, _p(other.p_adjusted), other.verdict]
+        return [*start, *[""] * 3, "reference" if row.recipe == reference else ""]
+    return [*start, f"{100 * other.value:+.1f}", _interval(other.both_95), _p(other.p_adjusted), other.verdict]
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Headings of one table."""
+    return (*COLUMNS, "steps to target") if any(row.steps_to_target is not None for row in rows) else COLUMNS
+
+
+def steps_cell(row: Row) -> list[str]:
+    """Median number of steps to the accuracy asked for, and how many seeds have reached it; no cell if none was."""
+    if row.steps_to_target is None:
+        return []
+    reached = sorted(step for step in row.steps_to_target if step is not None)
+    seeds = len(row.steps_to_target)
+    # A seed that does not reach it is later than all that do.
+    is_known = len(reached) > seeds / 2
+    middle = f"{median([*reached, *[float('inf')] * (seeds - len(reached))]):.0f}" if is_known else "later"
+    return [f"{middle} ({len(reached)} of {seeds})"]
+
+
+def search_tables(found: Sequence[Found]) -> list[Table]:
+    """What was tried, and chosen, for each recipe: one table per task."""
+    tables = []
+    for task, members in groupby(found, key=lambda each: each.task):
+        table = Table(title=escape(f"{task}: search"), caption=escape(SEARCH_NOTE))
+        lines = search_lines(list(members))
+        for column in lines[0]:
+            table.add_column(column, overflow="fold")
+        for line in lines[1:]:
+            table.add_row(*map(escape, line))
+        tables.append(table)
+    return tables
+
+
+def search_lines(found: Sequence[Found]) -> list[list[str]]:
+    """Headings and cells of one task's search."""
+    marks = list(found[0].accuracies)
+    head = ["recipe", *(mark.lstrip(MARK) for mark in marks), "chosen"]
+    return [
+        head,
+        *(
+            [
+                each.recipe,
+                *(f"{100 * each.accuracies[mark]:.1f}" for mark in marks),
+                each.chosen.lstrip(MARK) + (" (at the edge)" if each.is_at_the_edge else ""),
+            ]
+            for each in found
+        ),
+    ]
+
+
+SEARCH_NOTE = "Accuracy in per cent, mean over the tuning seeds, on questions that are no part of the test."
+
+
+def power_line(power: Power) -> str:
+    """What a comparison can see, in a sentence."""
+    needed = (
+        f"it takes {power.needed} seeds"
+        if power.needed
+        else "no number of seeds up to 1,000 is enough: it takes more questions"
+    )
+    return (
+        f"{power.task}: to see a difference of {power.margin:g} points with a probability of 80 %, {needed} on "
+        f"{power.questions} questions (between seeds a difference varies by {power.seed_deviation:.1f} points, by the "
+        f"search); there are {power.seeds}."
+    )
 
 
 def markdown(rows: Sequence[Row], reference: str) -> str:
     """A table per task under a heading."""
-    parts = []
-    for task, members in groupby(rows, key=lambda row: row.task):
-        rows_of_task = [cells(row, reference) for row in by_budget(list(members))]
-        parts += [f"### {task}", markdown_table(COLUMNS, rows_of_task)]
+    parts: list[str] = []
+    for title, members in groupby(rows, key=title_of):
+        ordered = by_budget(list(members))
+        lines = [cells(row, reference) + steps_cell(row) for row in ordered]
+        parts += [f"### {title}", markdown_table(columns_of(ordered), lines)]
     return "\n\n".join([*parts, NOTE.format(reference=f"`{reference}`")]) + "\n"
+
+
+def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
+    """The search and what it says about the number of seeds; empty without one."""
+    parts = []
+    for task, members in groupby(found, key=lambda each: each.task):
+        head, *lines = search_lines(list(members))
+        parts += [f"### {task}: search", markdown_table(head, lines)]
+    if parts:
+        parts += [SEARCH_NOTE, *map(power_line, powers)]
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
@@ -97,15 +182,17 @@ def comma_separated(rows: Sequence[Row]) -> str:
     writer.writerow(_CSV_COLUMNS)
     for row in rows:
         low, high = row.mean.interval_95 or ("", "")
-        line = [row.task, row.recipe, row.trainable_parameters, row.budget_group, row.mean.seeds]
+        line = [row.task, row.measure, row.recipe, row.trainable_parameters, row.budget_group, row.mean.seeds]
         line += [row.mean.value, low, high]
         other = row.difference
         if other is None:
-            line += [""] * 8
+            line += [""] * 7
         else:
-            line += [other.value, *(other.seeds_95 or ("", "")), *other.questions_95]
-            line += [other.p_questions, other.p_adjusted, other.verdict]
-        writer.writerow([*line, " ".join("-".join(map(str, each)) for each in row.num_experts)])
+            line += [other.value, *(other.both_95 or ("", "")), *(other.joint_95 or ("", ""))]
+            line += ["" if other.p_adjusted is None else other.p_adjusted, other.verdict]
+        experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
+        steps = " ".join("never" if each is None else f"{each:g}" for each in row.steps_to_target or ())
+        writer.writerow([*line, experts, steps])
     return text.getvalue()
 
 
@@ -113,5 +200,7 @@ def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
     return "" if interval is None else f"{100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f}"
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
     return "<0.001" if value < 0.001 else f"{value:.3f}"

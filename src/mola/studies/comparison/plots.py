@@ -1,0 +1,105 @@
+"""Pictures of a comparison: learning curves with bands, and differences with their intervals; need matplotlib."""
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from mola.errors import MolaError
+from mola.evaluation.differences import t_interval
+from mola.studies.comparison.marks import curve_of
+from mola.studies.comparison.record import BASE, Result
+from mola.studies.comparison.summary import Row
+from mola.studies.comparison.tables import title_of
+
+_WIDTH, _HEIGHT, _LINE = 6.4, 4.0, 0.28  # inches: of a picture of curves, and of one line of differences
+
+Band = tuple[int, float, float, float]  # step, mean accuracy, its interval over seeds
+
+
+def check_matplotlib() -> None:
+    """Refuse to draw without it.
+
+    Raises:
+        MolaError: it is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MolaError("`plots` needs matplotlib: pip install 'mola-peft[plot]', or leave the option out.")
+
+
+def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[str, list[Band]]:
+    """Learning curves of all recipes that have one: mean over seeds and Student's 95 % interval at each step."""
+    found: dict[str, list[Band]] = {}
+    base = [each for each in results if (each.task, each.recipe) == (task, BASE)]
+    for recipe in recipes:
+        curves = [curve_of(each) for each in results if (each.task, each.recipe) == (task, recipe) and each.curve]
+        if not curves:
+            continue
+        by_step: dict[int, list[float]] = {0: [base[0].accuracy]} if base else {}
+        for curve in curves:
+            for step, marks in curve:
+                by_step.setdefault(step, []).append(float(marks.mean()))
+        found[recipe] = [
+            (step, float(np.mean(values)), *t_interval(np.array(values), 0.0, 1.0))
+            for step, values in sorted(by_step.items())
+        ]
+    return found
+
+
+def draw(
+    results: Sequence[Result], rows: Sequence[Row], tasks: Sequence[str], recipes: Sequence[str], form: str
+) -> bytes:
+    """One picture of all tasks, as `png` or `svg`: curves where there are tests on the way, and differences."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: that would choose a window system for the whole process
+
+    curves = {task: found for task in tasks if (found := bands(results, task, recipes))}
+    tables = [(title, compared) for title, members in groupby(rows, key=title_of) if (compared := _compared(members))]
+    heights = [_HEIGHT] * len(curves) + [1.2 + _LINE * len(compared) for _, compared in tables]
+    if not heights:
+        raise MolaError("`plots` has nothing to draw: no two recipes have a common seed yet, and no run has a curve.")
+    with matplotlib.rc_context({"svg.hashsalt": "mola", "font.size": 9}):
+        figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+        places = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        colors = dict(
+            zip(recipes, (matplotlib.colormaps["tab20"](each % 20) for each in range(len(recipes))), strict=True)
+        )
+        for axes, (task, found) in zip(places, curves.items(), strict=False):
+            _draw_curves(axes, task, found, colors)
+        for axes, (title, compared) in zip(places[len(curves) :], tables, strict=True):
+            _draw_differences(axes, title, compared, colors)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=form, dpi=130, metadata={"Date": None} if form == "svg" else None)
+    return picture.getvalue()
+
+
+def _compared(rows: Any) -> list[Row]:
+    return [row for row in rows if row.difference is not None and row.difference.joint_95 is not None]
+
+
+def _draw_curves(axes: Any, task: str, found: Mapping[str, Sequence[Band]], colors: Mapping[str, Any]) -> None:
+    for recipe, points in found.items():
+        steps, means, lows, highs = zip(*points, strict=True)
+        axes.fill_between(steps, lows, highs, color=colors[recipe], alpha=0.12, linewidth=0)
+        axes.plot(steps, means, marker="o", markersize=3, color=colors[recipe], label=recipe)
+    axes.set(title=task, xlabel="step", ylabel="accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _draw_differences(axes: Any, title: str, rows: Sequence[Row], colors: Mapping[str, Any]) -> None:
+    """Thick: 95 % of one difference; thin: of all together."""
+    for place, row in enumerate(rows):
+        other = row.difference
+        assert other is not None
+        for interval, width in ((other.joint_95, 1.0), (other.both_95, 3.5)):
+            assert interval is not None
+            axes.plot([100 * bound for bound in interval], [place, place], color=colors[row.recipe], linewidth=width)
+        axes.plot(100 * other.value, place, "o", color=colors[row.recipe], markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(title=f"{title}: difference to the reference", xlabel="points", ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), [row.recipe for row in rows])
+    axes.grid(axis="x", alpha=0.3)

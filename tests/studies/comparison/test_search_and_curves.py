@@ -1,0 +1,210 @@
+"""`mola compare`: the search for options, tests on the way, what they are summed up to, power, pictures."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mola import MolaError
+from mola.studies.comparison.compare import CompareOptions, compare
+from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
+from mola.studies.comparison.power import Components, seeds_needed
+from mola.studies.comparison.summary import AT_END, OVER_TRAINING
+from mola.studies.comparison.tables import power_line
+from mola.training.callbacks import MetricsFile
+from tests.studies.comparison.comparisons import RECIPES, read
+
+ONE_TASK = {"tasks": {"physics": {"filters": {"topic": "physics"}}}}
+RATES = [0.001, 0.02]
+SEARCH = {"tune": {"learning_rate": RATES}, "tuning_seeds": [7, 8], "learning_rate": None}
+
+
+# ---------------------------------------------------------------------- the search
+
+
+def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_questions(run, tmp_path):
+    result = run(**ONE_TASK, **SEARCH, evaluate_base=False)
+    assert (result.status, result.open) == ("finished", 0)
+    by_key = {each.key: each for each in result.results}
+    for found in result.found:
+        for rate in RATES:
+            runs = [by_key["physics", f"{found.recipe}@learning_rate={rate}", seed] for seed in (7, 8)]
+            assert found.accuracies[f"@learning_rate={rate}"] == pytest.approx(np.mean([r.accuracy for r in runs]))
+            assert {each.settings["learning_rate"] for each in runs} == {rate}
+        best = max(found.accuracies, key=found.accuracies.get)
+        assert found.chosen == best
+        for seed in (0, 1):
+            one = by_key["physics", found.recipe, seed]
+            assert f"@learning_rate={one.settings['learning_rate']}" == best
+            assert one.fingerprints["test"] != runs[0].fingerprints["test"]
+    assert {row.recipe for row in result.rows} == {*RECIPES}  # the search is in no table
+    record = read(tmp_path / "out" / "compare.json")
+    assert [each["chosen"] for each in record["search"]] == [each.chosen for each in result.found]
+    assert [power.seeds for power in result.power] == [2]
+    # Nothing is left to do, and the choice is found again.
+    again = run(**ONE_TASK, **SEARCH, evaluate_base=False)
+    assert again.found == result.found
+    assert len(again.results) == len(result.results)
+
+
+def test_a_search_that_is_stopped_goes_on(run, monkeypatch):
+    asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
+    asked["recipes"] = {"lora": RECIPES["lora"]}
+    begun = []
+
+    def stop_at_the_second(self, *args, **kwargs):
+        begun.append(self)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_second)
+    first = run(**asked)
+    assert (first.status, first.open, first.found) == ("interrupted", 2, [])
+    monkeypatch.undo()
+    again = run(**asked)
+    assert (again.status, again.open) == ("finished", 0)
+    assert [each.recipe for each in again.found] == ["lora"]
+    assert again.power == []  # with one tuning seed nothing is known of others
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tune": {"learning_rate": 0.1}}, "`tune.learning_rate` must be a list of values"),
+        ({"tune": {"learning_rate": []}}, "`tune.learning_rate` must be a list of values"),
+        ({"tune": {"seed": [1, 2]}}, "`tune` cannot have `seed`"),
+        ({"tune": {"num_experts": ["2", "4"]}}, "`tune` cannot have `num_experts`"),
+        ({"tune": {"learning_rat": [1, 2]}}, "no option of this command"),
+        ({"tune": {"r": [4, 8]}}, "`r` is in `tune`, and set by"),
+        (
+            {**SEARCH, "tuning_seeds": [1]},
+            "`tuning_seeds` must be different numbers, .* none of `seeds`",
+        ),
+        ({**SEARCH, "tuning_split": "test"}, "`tuning_split` must not be `test_split`"),
+        ({**SEARCH, "tuning_split": "nowhere"}, "must name the test data"),
+        ({"test_every": 0}, "`test_every` must be at least 1"),
+        ({"target_accuracy": 0.5}, "`target_accuracy` .* needs `test_every`"),
+        ({"target_accuracy": 80, "test_every": 2}, "`target_accuracy` must be a fraction of 1"),
+        ({"margin": 0}, "`margin` must be above 0"),
+        ({"plots": "curves.pdf"}, "`plots` must be files that end in .png, .svg"),
+    ],
+)
+def test_wrong_searches_are_refused(run, tmp_path, changes, message):
+    with pytest.raises(MolaError, match=message):
+        run(**changes)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------- curves
+
+
+def test_tests_on_the_way_change_nothing_and_make_a_curve(run, values, tmp_path):
+    asked = {**ONE_TASK, "evaluate_base": True}
+    plain = run(**asked)
+    options = {**values(**asked, test_every=1, target_accuracy=0.01), "output_dir": str(tmp_path / "curves")}
+    pictures = [tmp_path / "curves.png", tmp_path / "curves.svg"]
+    page = tmp_path / "page.html"
+    result = compare(CompareOptions(**options, plots=",".join(map(str, pictures)), tables=str(page)))
+    marks = {each.key: each.marks for each in plain.results}
+    for each in result.results:
+        assert each.marks == marks[each.key]
+        if each.recipe in RECIPES:
+            assert [step for step, _ in each.curve] == [1, 2, 3]
+            assert each.steps == 4
+    rows = {(row.measure, row.recipe): row for row in result.rows}
+    one = [each for each in result.results if each.recipe == "2468"]
+    curves = [[*(m.count("1") / len(m) for _, m in each.curve), each.accuracy] for each in one]
+    assert rows[AT_END, "2468"].mean.value == pytest.approx(np.mean([curve[-1] for curve in curves]))
+    expected = np.mean([np.mean([(a + b) / 2 for a, b in pairwise(c)]) for c in curves])
+    assert rows[OVER_TRAINING, "2468"].mean.value == pytest.approx(expected)
+    assert len(rows[OVER_TRAINING, "2468"].steps_to_target) == 2
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    ElementTree.fromstring(pictures[1].read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    assert "physics, over the training" in text
+    assert "steps to target" in text
+    # The same folders do for the same tests only.
+    (tmp_path / "curves" / "compare.json").unlink()
+    (tmp_path / "curves" / "physics" / "lora" / "seed-0" / CURVE_FILE).unlink()
+    with pytest.raises(MolaError, match="without the tests on the way that `test_every` 1 asks for"):
+        compare(CompareOptions(**options))
+
+
+def test_a_training_that_goes_on_keeps_its_tests(run, tmp_path, monkeypatch):
+    asked = {
+        **ONE_TASK,
+        "recipes": {"lora": RECIPES["lora"]},
+        "seeds": [0],
+        "test_every": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "evaluate_base": False,
+    }
+    ended = []
+
+    def stop_after_the_second(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not ended:
+            ended.append(state.global_step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsFile, "on_step_end", stop_after_the_second, raising=False)
+    assert run(**asked).status == "interrupted"
+    curve = tmp_path / "out" / "physics" / "lora" / "seed-0" / CURVE_FILE
+    before = curve.read_text(encoding="utf-8").splitlines()
+    result = run(**asked)
+    assert result.status == "finished"
+    lines = curve.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert lines[: len(before)] == before
+
+
+@given(st.lists(st.integers(0, 1), min_size=2, max_size=6))
+def test_the_mean_over_a_training_lies_between_its_points(marks):
+    curve = [(10 * (index + 1), np.array([float(mark)])) for index, mark in enumerate(marks)]
+    (mean,) = over_the_training(curve)
+    assert min(marks) <= mean <= max(marks)
+    if len(marks) == 3:
+        assert mean == pytest.approx((marks[0] + 2 * marks[1] + marks[2]) / 4)
+
+
+def test_steps_to_an_accuracy():
+    curve = [(10, 0.2), (20, 0.6), (30, 0.4), (40, 0.9)]
+    assert steps_to(0.4, curve) == 15
+    assert steps_to(0.1, curve) == 10
+    assert steps_to(0.9, curve) == 40
+    assert steps_to(0.95, curve) is None
+
+
+# ---------------------------------------------------------------------- power
+
+
+def test_as_many_seeds_as_the_power_says_find_the_difference():
+    """Simulated: the number of seeds found gives a power of 0.8, about."""
+    parts = Components(seeds=0.05**2, questions=0.1**2, rest=0.2)
+    needed = seeds_needed(0.08, parts, 300, 1, 0.8, 0.95)
+    assert needed is not None
+    generator = np.random.default_rng(0)
+    found = 0
+    for _ in range(300):
+        between = 0.05 * generator.normal(size=needed) + (0.2 / 300) ** 0.5 * generator.normal(size=needed)
+        values = 0.08 + between + 0.1 * generator.normal() / 300**0.5
+        error = values.std(ddof=1) / needed**0.5
+        found += values.mean() / error > 2.0 + 2.6 / needed  # roughly the two-sided bound of t
+    assert 0.7 * 300 <= found <= 0.95 * 300
+    assert seeds_needed(0.04, parts, 300, 1, 0.8, 0.95) > needed
+    assert seeds_needed(0.08, parts, 300, 10, 0.8, 0.95) > needed
+
+
+def test_no_number_of_seeds_replaces_questions(run):
+    parts = Components(seeds=0.0, questions=0.25, rest=0.0)
+    assert seeds_needed(0.01, parts, 20, 1, 0.8, 0.95) is None
+    (power,) = run(**ONE_TASK, **SEARCH, evaluate_base=False, seeds=[0]).power
+    assert "it takes more questions" in power_line(replace(power, needed=None))
+    assert "it takes 12 seeds" in power_line(replace(power, needed=12))
