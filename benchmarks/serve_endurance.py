@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +38,7 @@ _TOKEN = "endurance"
 _LOADED = "extra"
 _PROMPTS = [f"A short story about the {each}:" for each in ("sun", "sea", "moon", "wind", "rain")]
 _LONG = "It was a long day. " * 50
+_KINDS = ("streamed", "whole", "sampled", "leaving", "long", "refused", "loading")  # methods of `_Run`
 _WRONG: tuple[dict[str, Any], ...] = (
     {"temperature": -1},
     {"model": "nobody"},
@@ -57,6 +58,7 @@ class EnduranceOptions:
     minutes: float = option(30.0, "How long.")
     clients: int = option(2, "Clients of each kind but the one that loads adapters.")
     max_tokens: int = option(16, "Tokens of each answer.")
+    kinds: list[str] = field(default_factory=lambda: list(_KINDS), metadata={"help": f"Some of: {', '.join(_KINDS)}."})
     every: float = option(5.0, "Seconds between two looks at the memory.")
     output: str | None = option(None, "Result file (JSON).")
 
@@ -84,6 +86,8 @@ def run(options: EnduranceOptions) -> int:
         raise MolaError(f"`base_model` must be a folder that holds a model: got {options.base_model!r}.")
     if not (options.minutes > 0 and options.every > 0 and min(options.clients, options.max_tokens) >= 1):
         raise MolaError("`minutes` and `every` must be positive, `clients` and `max_tokens` at least 1.")
+    if not options.kinds or set(options.kinds) - set(_KINDS):
+        raise MolaError(f"`kinds` must be some of {', '.join(_KINDS)}: got {options.kinds}.")
     output = None if options.output is None else check_writable(options.output)
     with tempfile.TemporaryDirectory(prefix="mola-endurance-") as temporary:
         root = Path(temporary)
@@ -132,16 +136,13 @@ class _Run:
         headers = {"Authorization": f"Bearer {_TOKEN}"}
         async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=600) as self.http:
             before = await self._seconds()
-            kinds: list[Callable[[int], Awaitable[None]]] = [
-                self._streamed,
-                self._whole,
-                self._sampled,
-                self._leaving,
-                self._long,
-                self._refused,
+            kinds: list[Callable[[int], Awaitable[None]]] = [getattr(self, f"_{name}") for name in self.options.kinds]
+            visitors = [
+                self._repeat(kind, end)
+                for kind in kinds
+                for _ in range(1 if kind == self._loading else self.options.clients)
             ]
-            visitors = [self._repeat(kind, end) for kind in kinds for _ in range(self.options.clients)]
-            await asyncio.gather(self._watch(start, end), self._repeat(self._loading, end), *visitors)
+            await asyncio.gather(self._watch(start, end), *visitors)
             health = (await self.http.get("/health")).json()
             after = await self._seconds()
         settled = [mib for second, mib in self.memory if second > 6 * self.options.minutes]  # after a tenth of the time

@@ -3,7 +3,8 @@
 Two servers of vLLM, one with the base model alone and one with a random mixture on it, and `mola serve` with this
 mixture are asked the same in turn, round by round. Requests per second, and per second of processor time of the
 server's processes, which a busy machine changes less. Then every prompt once more, texts compared with the greedy ones
-of `mola.generate_text`. Run it with the Python of an environment that has vLLM.
+of `mola.generate_text`, which is timed on some of them, one after the other. Run it with the Python of an environment
+that has vLLM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import psutil
 from rich.console import Console
@@ -39,8 +41,11 @@ from mola.options.parsing import parse
 logger = logging.getLogger("benchmarks")
 
 _PATIENCE = 600  # seconds for a server to start
+# On CPUs: gigabytes for the cache, of which two servers have one each, and threads that may run on any core.
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _CONTEXT, _NAME = 1024, "served"
-_BASE, _MIXTURE, _MOLA = "base alone", "mixture", "mola serve, mixture"
+_BASE, _MIXTURE, _MOLA, _GENERATE = "base alone", "mixture", "mola serve, mixture", "generate, mixture"
+_ALONE = 16  # prompts that `generate` answers one after the other
 _TEXT = (
     "Number {number}. This is the beginning of a report about the {subject}. It was written for people who have never "
     "seen one and want to know what it looks like, where it can be found, what it is good for, and why so many songs "
@@ -112,10 +117,13 @@ def run(options: VllmOptions) -> None:
             for name, each in servers.items()
         }
         stack.pop_all().close()  # the servers, before mola loads the model too
+        expected = {folder: _answers_of_mola(options, folder, prompts, length)[0] for folder in (None, adapter)}
         equal = {
-            name: sum(map(str.__eq__, texts[name], _answers_of_mola(options, folder, prompts)))
+            name: sum(map(str.__eq__, texts[name], expected[folder]))
             for name, folder in ((_BASE, None), (_MIXTURE, adapter), (_MOLA, adapter))
         }
+        for row in rows:
+            row[_GENERATE] = _answers_of_mola(options, adapter, prompts[:_ALONE], row["max_tokens"])[1]
     _print(rows, equal, options)
     if output is not None:
         record = {"options": asdict(options), "machine": machine_description(), "versions": _versions()}
@@ -143,13 +151,17 @@ def _server(name: str, options: VllmOptions, more: list[str], folder: Path) -> I
     command += ["--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager else [])]
     logger.info("Starting vLLM, %s.", name)
     log = folder / f"{name}.log"
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    with log.open("w") as file, _started(command, file) as process:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, log)
             yield _Server(url, psutil.Process(process.pid))
         finally:
             process.terminate()
+
+
+def _started(command: list[str], log: IO[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_ON_CPU | os.environ)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -197,12 +209,18 @@ async def _ask(url: str, prompts: Sequence[str], clients: int, **fields: Any) ->
     return texts
 
 
-def _answers_of_mola(options: VllmOptions, adapter: str | None, prompts: Sequence[str]) -> list[str]:
+def _answers_of_mola(
+    options: VllmOptions, adapter: str | None, prompts: Sequence[str], max_tokens: int
+) -> tuple[list[str], list[float]]:
+    """Greedy texts, and how many per second and per second of processor time, after a first one."""
     from mola.generation.decoding import generate_text
     from mola.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(options.base_model, adapter, options.dtype), load_tokenizer(options.base_model)
-    return [generate_text(model, tokenizer, prompt, max_new_tokens=options.max_tokens[0]) for prompt in prompts]
+    generate_text(model, tokenizer, prompts[0], max_new_tokens=max_tokens)
+    start, used = time.perf_counter(), time.process_time()
+    texts = [generate_text(model, tokenizer, prompt, max_new_tokens=max_tokens) for prompt in prompts]
+    return texts, [len(texts) / (time.perf_counter() - start), len(texts) / (time.process_time() - used)]
 
 
 def _versions() -> dict[str, str]:
@@ -213,10 +231,10 @@ def _versions() -> dict[str, str]:
 
 def _print(rows: Sequence[dict[str, Any]], equal: dict[str, int], options: VllmOptions) -> None:
     table = Table(title=f"vLLM, {options.dtype}, {options.clients} clients: requests per second (per CPU second)")
-    for name in ("tokens", _BASE, _MIXTURE, "mixture / base", _MOLA):
+    for name in ("tokens", _BASE, _MIXTURE, "mixture / base", _MOLA, _GENERATE):
         table.add_column(name)
     for row in rows:
-        cells = ["{:.2f} ({:.2f})".format(*row[name]) for name in (_BASE, _MIXTURE, "ratio", _MOLA)]
+        cells = ["{:.2f} ({:.2f})".format(*row[name]) for name in (_BASE, _MIXTURE, "ratio", _MOLA, _GENERATE)]
         table.add_row(str(row["max_tokens"]), *cells)
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
