@@ -307,7 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; go on with the same command", file=sys.stderr)
         return 130
     for head, rows in tables(study.entries):
-        table = Table(*map(escape, head))
+        table = Table()
+        for column in head:
+            table.add_column(escape(column), overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         Console().print(table)

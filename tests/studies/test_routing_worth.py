@@ -95,7 +95,7 @@ def test_an_entry_is_what_the_commands_give(words, comparison, tiny_model_dir, t
     sample = (ROOT / "src/mola/data/tasks/sample.yaml").read_text(encoding="utf-8")
     (tmp_path / "task.yaml").write_text(sample.replace("template: alpaca_short", "template: alpaca"), encoding="utf-8")
     adapter, lora = tmp_path / "out" / "physics" / "2468" / "seed-0", tmp_path / "lora"
-    data = {"data": [str(tmp_path / "train.json")], "task": str(tmp_path / "task.yaml")}
+    data = {"data": [str(tmp_path / "train.json")], "task": str(tmp_path / "task.yaml"), "dtype": "float32"}
     report = convert(ConvertOptions([str(adapter)], str(lora), None, "lora", str(tiny_model_dir), rank=4, **data))
     assert entry["rows"] == report.rows["answer"]
     assert entry["kl"] == pytest.approx(report.divergence["answer"], rel=1e-4)
