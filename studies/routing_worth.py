@@ -69,7 +69,7 @@ class WorthOptions:
     recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
     seeds: list[int] | None = option(None, "Seeds to export; default: all.")
     rank: int = option(8, "Rank of the LoRAs.")
-    fit_rows: int = option(320, "Training rows of a fit, evenly spaced; one of ten is held out, to measure KL on.")
+    fit_rows: int = option(256, "Training rows of a fit, evenly spaced; one of ten is held out, to measure KL on.")
 
 
 class Study:
