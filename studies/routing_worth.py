@@ -1,0 +1,321 @@
+"""`python -m studies.routing_worth`: what is routing worth, over all mixtures of a comparison by `mola compare`?
+
+- Every mixture becomes the plain LoRA nearest to it, fitted to rows that the mixture was trained on.
+- The LoRA is tested as the mixture was, on the same questions; the difference is what the LoRA gains or loses.
+- Every finished LoRA is in the record, and deleted. The same command does what is left; several share the work.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mola.data.encode import data_fingerprint
+from mola.data.examples import load_examples
+from mola.data.tasks import load_task
+from mola.errors import MolaError
+from mola.evaluation.differences import paired_differences
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
+from mola.exporting.convert import ConvertOptions, ExportReport, convert
+from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
+from mola.files.environment import machine_description, software_versions
+from mola.files.reading import read_json, read_json_object, read_text
+from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
+from mola.models.adapters import check_adapter
+from mola.models.quantization import QUANTIZATION_OPTIONS
+from mola.options.fields import first_difference, mapping, option
+from mola.options.parsing import parse
+from mola.reporting.formatting import markdown_table
+from mola.studies.comparison.options import Key
+from mola.studies.comparison.record import Result, read_results
+from mola.studies.train_and_test import sigterm_as_interrupt
+from mola.training.checkpoints import RUN_FILE
+
+_BEGIN, _END = "<!-- tables -->", "<!-- /tables -->"
+_POLL_SECONDS = 5.0
+_ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
+_COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 % over seeds")
+_COLUMNS += ("its 95 % over questions", "least", "most", "KL")
+_QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
+_NOTE = (
+    "Accuracy in per cent, LoRA less mixture in points, on the same questions. Least and most: of one seed. "
+    "KL(mixture || LoRA): nats per token of held-out training answers."
+)
+
+
+@dataclass
+class WorthOptions:
+    """Options of the study."""
+
+    record: str = option("runs/study/compare.json", "Record of the comparison.")
+    runs: str = option("runs/study", "Its `output_dir`, with the adapters.")
+    output: str = option("studies/routing_worth.json", "File of all results.")
+    page: str | None = option(None, f"Write the tables between {_BEGIN} and {_END} of this page.")
+    recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
+    seeds: list[int] | None = option(None, "Seeds to export; default: all.")
+    rank: int = option(8, "Rank of the LoRAs.")
+    fit_rows: int = option(256, "Training rows of a fit, evenly spaced; one of ten is held out, to measure KL on.")
+
+
+class Study:
+    """What is done, and doing the rest."""
+
+    def __init__(self, options: WorthOptions) -> None:
+        self.options, self.output, self.work = options, Path(options.output), Path(options.runs, ".worth")
+        if options.fit_rows < 2:
+            raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
+        results = read_results(Path(options.record))
+        self.mixtures = {each.key: each for each in results if max(each.num_experts, default=0) > 1}
+        for name, wanted in (("recipe", options.recipes), ("seed", options.seeds)):
+            known = {getattr(key, name): None for key in self.mixtures}
+            for each in wanted or ():
+                if each not in known:
+                    have = ", ".join(map(str, known)) or "none"
+                    raise MolaError(
+                        f"`{name}s` must be of mixtures in {options.record!r}, got {each!r}: it has {have}."
+                    )
+        if not self._chosen():
+            raise MolaError(
+                f"`record` must hold a mixture of these `recipes` and `seeds`: {options.record!r} has none."
+            )
+        check_writable(self.output)
+        self.entries = self._read()
+        for key in self.left():
+            self._inputs(key)
+
+    def left(self) -> list[Key]:
+        """Mixtures without a result."""
+        done = {_key(entry) for entry in self.entries}
+        return [key for key in self._chosen() if key not in done]
+
+    def _chosen(self) -> list[Key]:
+        recipes, seeds = self.options.recipes, self.options.seeds
+        chosen = [key for key in self.mixtures if recipes is None or key.recipe in recipes]
+        return [key for key in chosen if seeds is None or key.seed in seeds]
+
+    def do_all(self) -> None:
+        """What nobody has done or is doing; then wait for the others, and do what they leave."""
+        while left := self.left():
+            is_idle = True
+            for key in left:
+                with self._claim("-".join(map(str, key))) as is_mine:
+                    self.entries = self._read()
+                    if is_mine and key in self.left():
+                        is_idle = False
+                        print(f"{len(self.left())} mixtures left. Next: {key}", flush=True)
+                        self._do(key)
+            if is_idle and self.left():
+                time.sleep(_POLL_SECONDS)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Finished exports, all of them of mixtures as the comparison has them."""
+        if not self.output.exists():
+            return []
+        try:
+            entries = read_json(self.output)["runs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MolaError(
+                f"`output` is no record of this study: {str(self.output)!r} ({error}). Pass another."
+            ) from error
+        check_form(entries, [_ENTRY], str(self.output), "Restore it, or pass another `output`.")
+        for entry in entries:
+            result = self.mixtures.get(_key(entry))
+            if result is None:
+                raise MolaError(
+                    f"{_key(entry)} of {str(self.output)!r} is no mixture of {self.options.record!r}. Pass its own."
+                )
+            name = first_difference(entry, wanted := self._wanted(result), wanted)
+            if name is not None:
+                raise MolaError(
+                    f"{_key(entry)} of {str(self.output)!r} was made with another `{name}`: {entry.get(name)!r}, now "
+                    f"{wanted[name]!r}. Use the same, take that entry out, or pass another `output`."
+                )
+        return entries
+
+    def _wanted(self, result: Result) -> dict[str, Any]:
+        """What has to be equal for an entry to be kept."""
+        fit = {"rank": self.options.rank, "fit_rows": self.options.fit_rows}
+        return fit | {"mixture": result.marks, "settings": result.settings, "fingerprints": result.fingerprints}
+
+    @contextmanager
+    def _claim(self, name: str) -> Iterator[bool]:
+        """Whether no other process is at work on it; none will be in the block. A killed process claims nothing."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.work / f"{name}.lock")
+        try:
+            lock.acquire(blocking=name == "record")
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _inputs(self, key: Key) -> tuple[Path, dict[str, Any], EvaluateOptions]:
+        """Folder, training settings and test of a mixture, as its folder has them."""
+        folder, result = Path(self.options.runs, key.task, key.recipe, f"seed-{key.seed}"), self.mixtures[key]
+        try:
+            check_adapter(folder)
+        except MolaError as error:
+            raise MolaError(f"{key} has no adapter, see `keep_adapters` of `mola compare`: {error}") from error
+        settings = read_json_object(folder / RUN_FILE).get("settings", {})
+        tested = read_json_object(folder / "test.json")
+        try:
+            marks = "".join("01"[sample["correct"]] for sample in tested["samples"])
+            test = EvaluateOptions(**{**tested["settings"], "adapter": None, "output": None})
+            is_same = marks == result.marks and tested["data_fingerprint"] == result.fingerprints["test"]
+            filters = settings["filters"]
+        except (KeyError, TypeError) as error:
+            raise MolaError(
+                f"{str(folder)!r} must hold {RUN_FILE} and test.json of a run of `mola compare`: {error!r}."
+            ) from error
+        if not is_same:
+            raise MolaError(
+                f"test.json in {str(folder)!r} is not the test in {self.options.record!r}. Pass `runs` of that record."
+            )
+        for name in QUANTIZATION_OPTIONS:
+            if getattr(test, name):
+                raise MolaError(
+                    f"`{name}` ({getattr(test, name)!r}) of {key} is unknown to `mola convert`. Leave its recipe out."
+                )
+        return folder, settings | {"filters": mapping("filters", filters)}, test
+
+    def _do(self, key: Key) -> None:
+        """One export and its test."""
+        (folder, settings, test), result = self._inputs(key), self.mixtures[key]
+        if data_fingerprint(check_evaluation(test)[1]) != result.fingerprints["test"]:
+            raise MolaError(
+                f"the test data of {key} are not those that the mixture was tested on: {test.data!r} has changed."
+            )
+        work = self.work / "-".join(map(str, key))
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        try:
+            report = self._export(folder, settings, test, result, work)
+            tested = evaluate(replace(test, adapter=report.output))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        entry = {**key._asdict(), **self._wanted(result), "accuracy": tested.accuracy}
+        entry["marks"] = "".join("01"[sample["correct"]] for sample in tested.samples)
+        entry |= {"kl": report.divergence["answer"], "explained": report.by_kind(), "rows": report.rows["answer"]}
+        entry |= {"seconds": {**report.seconds, "testing": round(tested.seconds, 2)}, "notes": report.notes}
+        entry |= {"versions": software_versions(), "machine": machine_description()}
+        with self._claim("record"):
+            self.entries = [*self._read(), entry]
+            atomic_write_json(self.output, {"runs": self.entries})
+
+    def _export(
+        self, folder: Path, settings: Mapping[str, Any], test: EvaluateOptions, result: Result, work: Path
+    ) -> ExportReport:
+        """The LoRA nearest to a mixture on rows of its training, in the prompts of its training."""
+        task = load_task(settings["task"])
+        rows = load_examples(
+            settings["data"], task, settings["train_split"], limit=settings["limit"], filters=settings["filters"]
+        )
+        if not settings["validation_size"] and data_fingerprint(rows) != result.fingerprints["train"]:
+            raise MolaError(f"{settings['data']!r} has changed since {result.key} was trained on it. Restore it.")
+        count = min(self.options.fit_rows, len(rows))
+        atomic_write_json(work / "fit.json", [rows[i * len(rows) // count] for i in range(count)])
+        # Rows that are prompts and answers already: of their task only the template matters.
+        fit = {"name": "fit", "version": 1, "columns": [], "instruction": None, "output": "-"}
+        atomic_write_json(work / "fit.yaml", fit | {"template": settings["template"] or task.template})
+        options = ConvertOptions(
+            [str(folder)], str(work / "lora"), None, "lora", test.base_model, rank=self.options.rank
+        )
+        options = replace(options, data=[str(work / "fit.json")], task=str(work / "fit.yaml"), limit=count)
+        more = {"dtype": test.dtype, "device": test.device, "trust_remote_code": test.trust_remote_code}
+        report = convert(replace(options, **more))
+        assert isinstance(report, ExportReport)
+        return report
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    return Key(entry["task"], entry["recipe"], entry["seed"])
+
+
+def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """Head and rows: of every task and recipe, and of all runs' differences."""
+    rows, all_points = [], []
+    for (task, recipe), group in groupby(sorted(entries, key=_key), key=lambda entry: _key(entry)[:2]):
+        runs = list(group)
+        lora, mixture = (
+            np.array([[float(mark) for mark in run[name]] for run in runs]) for name in ("marks", "mixture")
+        )
+        difference = paired_differences({recipe: lora}, mixture)[recipe]
+        points = 100 * (lora - mixture).mean(1)
+        all_points += list(points)
+        intervals = [
+            "" if ends is None else "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
+            for ends in (difference.seeds_95, difference.questions_95)
+        ]
+        row = [task, recipe, str(len(runs)), *(f"{100 * marks.mean():.1f}" for marks in (mixture, lora))]
+        row += [f"{100 * difference.value:+.1f}", *intervals, f"{points.min():+.1f}", f"{points.max():+.1f}"]
+        rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
+    signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
+    quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]
+    heads = ("LoRAs", "behind", "equal", "ahead", "mean", *_QUANTILES)
+    return [(_COLUMNS, rows), (heads, [[str(len(all_points)), *signs, f"{fmean(all_points):+.1f}", *quantiles]])]
+
+
+def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The tables for a page."""
+    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), _NOTE])
+
+
+def _parts(page: str) -> tuple[str, str]:
+    """What stands before and after the tables of a page."""
+    try:
+        found = re.fullmatch(f"(.*{_BEGIN}\n).*({_END}.*)", read_text(page), re.S)
+    except (OSError, ValueError) as error:
+        raise MolaError(f"`page` cannot be read: {page!r} ({error}).") from error
+    if found is None:
+        raise MolaError(f"`page` must have the lines {_BEGIN} and {_END}: {page!r} has not. Add them.")
+    return found[1], found[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is left; returns the exit code: 0, 2 for wrong input, 130 after an interruption."""
+    try:
+        options = parse(WorthOptions, sys.argv[1:] if arguments is None else arguments, prog="studies.routing_worth")
+        if options.page:
+            _parts(options.page)
+        study = Study(options)
+        with sigterm_as_interrupt():
+            study.do_all()
+        if options.page:
+            before, after = _parts(options.page)
+            atomic_write_text(options.page, f"{before}{markdown(study.entries)}\n{after}")
+    except MolaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; go on with the same command", file=sys.stderr)
+        return 130
+    for head, rows in tables(study.entries):
+        table = Table()
+        for column in head:
+            table.add_column(escape(column), overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+    print(f"{_NOTE} Everything is in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
