@@ -49,11 +49,12 @@ from mola.training.checkpoints import RUN_FILE
 _BEGIN, _END = "<!-- tables -->", "<!-- /tables -->"
 _POLL_SECONDS = 5.0
 _ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
-_COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 % over seeds")
-_COLUMNS += ("its 95 % over questions", "least", "most", "KL")
+_COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
+_COLUMNS += ("least", "most", "KL")
 _QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
 _NOTE = (
-    "Accuracy in per cent, LoRA less mixture in points, on the same questions. Least and most: of one seed. "
+    "Accuracy in per cent, LoRA less mixture in points, on the same questions; its interval is for other seeds and "
+    "other questions (of one seed for other questions), the verdict allows for all rows. Least and most: of one seed. "
     "KL(mixture || LoRA): nats per token of held-out training answers."
 )
 
@@ -80,7 +81,8 @@ class Study:
         if options.fit_rows < 2:
             raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
         results = read_results(Path(options.record))
-        self.mixtures = {each.key: each for each in results if max(each.num_experts, default=0) > 1}
+        fresh = [each for each in results if not each.key.candidate]  # no runs of a search for options
+        self.mixtures = {each.key: each for each in fresh if max(each.num_experts, default=0) > 1}
         for name, wanted in (("recipe", options.recipes), ("seed", options.seeds)):
             known = {getattr(key, name): None for key in self.mixtures}
             for each in wanted or ():
@@ -251,20 +253,20 @@ def _key(entry: Mapping[str, Any]) -> Key:
 def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
     """Head and rows: of every task and recipe, and of all runs' differences."""
     rows, all_points = [], []
+    recipes = len({_key(entry)[:2] for entry in entries})
     for (task, recipe), group in groupby(sorted(entries, key=_key), key=lambda entry: _key(entry)[:2]):
         runs = list(group)
         lora, mixture = (
             np.array([[float(mark) for mark in run[name]] for run in runs]) for name in ("marks", "mixture")
         )
-        difference = paired_differences({recipe: lora}, mixture)[recipe]
+        difference = paired_differences({recipe: lora}, mixture, recipes)[recipe]
         points = 100 * (lora - mixture).mean(1)
         all_points += list(points)
-        intervals = [
-            "" if ends is None else "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
-            for ends in (difference.seeds_95, difference.questions_95)
-        ]
+        ends = difference.both_95 or difference.questions_95
+        interval = "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
         row = [task, recipe, str(len(runs)), *(f"{100 * marks.mean():.1f}" for marks in (mixture, lora))]
-        row += [f"{100 * difference.value:+.1f}", *intervals, f"{points.min():+.1f}", f"{points.max():+.1f}"]
+        row += [f"{100 * difference.value:+.1f}", interval, difference.verdict]
+        row += [f"{points.min():+.1f}", f"{points.max():+.1f}"]
         rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
     signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
     quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]
