@@ -1,4 +1,4 @@
-"""Scores of decoder layers on samples of the data, before anything is trained: gradients, and spectra of inputs."""
+"""Scores of modules on samples of the data, before anything is trained: gradients, and spectra of inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import nn
 
 from mola.allocation.base import Base
-from mola.allocation.measured import Scores, mean_scores, relative_scores
+from mola.allocation.measured import ModuleScore, of_modules, relative_scores
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
@@ -51,11 +51,11 @@ class SampleSource:
         return encode_examples(examples, tokenizer, get_template(task.template), cutoff_len=limit)[0]
 
 
-def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
-    r"""How much a first LoRA step would change each layer, compared with the same linears of other layers.
+def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
+    r"""How much a first LoRA step would change each linear, compared with the same linears of other layers.
 
         f_m = mean over samples of || dL / dW_m ||_F^2                              of a linear m
-        score_l = mean over the linears m of layer l of f_m / (mean of f over all linears of that name)
+        score_m = f_m / (mean of f over all linears of that name)
 
     L is the mean loss of a sample's answer. In the mean over a random A with entries of variance `s^2` the squared
     gradient of a LoRA's B at its start is `r s^2` times that of the weight, the same factor for all linears of a
@@ -81,11 +81,11 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
     return relative_scores({name: fmean(values) for name, values in found.items()}, base)
 
 
-def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
-    """How many directions of a layer's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
+def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
+    """How many directions of a linear's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
 
         rho_mj = lambda_j / sum_j lambda_j       of the j-th eigenvalue of the covariance of the inputs of a linear m
-        score_l = mean over the linears m of layer l of | {j: rho_mj is one of the 8 M largest of all M linears} |
+        score_m = | {j: rho_mj is one of the 8 M largest of all M linears} |
 
     Of each input up to 1024 tokens count.
     """
@@ -116,10 +116,7 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     shares = {name: _explained(torch.cat(rows.pop(name))) for name in list(rows)}
     strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
     least = strongest.values[-1]
-    found: dict[int | None, list[float]] = defaultdict(list)
-    for linear in base.linears:
-        found[linear.layer_index].append(float((shares[linear.name] >= least).sum()))
-    return mean_scores(found, base)
+    return of_modules({linear.name: float((shares[linear.name] >= least).sum()) for linear in base.linears}, base)
 
 
 def load_for_scores(base: Base, device: str) -> Any:

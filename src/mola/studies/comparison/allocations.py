@@ -11,6 +11,7 @@ from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.checks import Run
 
+_PATTERN = "num_experts_pattern"
 _PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the exponent that was used
 
 
@@ -23,7 +24,7 @@ class Allocations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._made: dict[str, list[int]] = {}
+        self._made: dict[str, dict[str, Any]] = {}
 
     def make_and_check(self, runs: Sequence[Run]) -> None:
         """Make those that need no probe, and check what can be checked of the others; an error names the recipe."""
@@ -38,8 +39,8 @@ class Allocations:
             except MolaError as error:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
 
-    def make(self, run: Run, adapter: str | None = None) -> list[int]:
-        """Experts by layer, of a run that asks for an allocation; `adapter` is that of its probe.
+    def make(self, run: Run, adapter: str | None = None) -> dict[str, Any]:
+        """What the file of a run's allocation holds; `adapter` is that of its probe.
 
         Raises:
             MolaError: as `allocate`; there is a file of another allocation; a probe is needed and is not there.
@@ -50,7 +51,7 @@ class Allocations:
         found = read_json_object(path)
         if found:
             _check_same(found, run.allocation, path)
-            return list(found["num_experts"])
+            return found
         if run.probe and not (adapter and Path(adapter).is_dir()):
             raise MolaError(
                 f"`recipes.{run.key.recipe}` needs the adapter of {run.probe!r} on {run.key.task} with seed "
@@ -59,28 +60,30 @@ class Allocations:
         name = repr(asdict(run.allocation))
         if run.probe or name not in self._made:  # tasks share what does not depend on them
             options = replace(run.allocation, output=str(path), adapter=adapter or run.allocation.adapter)
-            self._made[name] = allocate(options).num_experts
+            self._made[name] = allocate(options).to_dict()
         return self._made[name]
 
-    def notation(self, run: Run) -> str:
-        """The allocation of a run as a value of `num_experts`."""
+    def options(self, run: Run) -> dict[str, Any]:
+        """The allocation of a run as values of `num_experts` and, for one per module, of `num_experts_pattern`."""
         probe = Path(run.options.output_dir or "").parents[1] / str(run.probe) / f"seed-{run.key.seed}"
-        experts = self.make(run, str(probe) if run.probe else None)
-        return ",".join(map(str, experts)) if len(experts) > 1 else f"{experts[0]},"
+        made = self.make(run, str(probe) if run.probe else None)
+        pattern = {_PATTERN: made[_PATTERN] or None} if _PATTERN in made else {}
+        experts = made["num_experts"]
+        return {"num_experts": ",".join(map(str, experts)) if len(experts) > 1 else f"{experts[0]},", **pattern}
 
 
 def _check_probed(allocation: AllocateOptions) -> None:
     """The budget; what the probe will say is open."""
     if allocation.method not in ("redundancy", "usage"):
         raise MolaError(f"`allocate` must not have a `probe` with method {allocation.method!r}. Leave it out.")
-    allocate(replace(allocation, method="uniform", beta=None, output=None))
+    allocate(replace(allocation, method="uniform", beta=None, output=None, per_module=False))
 
 
 def _check_same(found: dict[str, Any], allocation: AllocateOptions, path: Path) -> None:
-    wanted, old = asdict(allocation), found.get("settings", {})
+    # A file of an earlier version lacks later options, which had their defaults.
+    wanted, old = asdict(allocation), asdict(AllocateOptions("", "", 0)) | found.get("settings", {})
     name = first_difference(old, wanted, (name for name in wanted if name not in _PLACES))
-    if name is not None or not isinstance(found.get("num_experts"), list):
-        raise MolaError(
-            f"{str(path)!r} is an allocation with another `{name}`: {old.get(str(name))!r}. Delete it, or pass another "
-            "`output_dir`."
-        )
+    is_whole = isinstance(found.get("num_experts"), list) and allocation.per_module == (_PATTERN in found)
+    if name is not None or not is_whole:
+        what = f"an allocation with another `{name}`: {old[name]!r}" if name else "no whole allocation"
+        raise MolaError(f"{str(path)!r} is {what}. Delete it, or pass another `output_dir`.")

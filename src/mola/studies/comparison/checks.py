@@ -83,7 +83,13 @@ def _look(
 def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]) -> AllocateOptions:
     shared = {"target_modules": run_options.target_modules, "trust_remote_code": run_options.trust_remote_code}
     values = {"base_model": run_options.base_model, **shared, **asked}
-    return AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+    allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+    if allocation.per_module and run_options.num_experts_pattern:
+        raise MolaError(
+            f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "
+            "`per_module`, which gives another. Leave one out."
+        )
+    return allocation
 
 
 def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:
