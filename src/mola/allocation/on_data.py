@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
+from math import fsum
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
     model.disable_input_require_grads()
     if not any(any(values) for values in found.values()):
         raise MolaError("`data` must have answers that a loss can be computed of: no linear got a gradient.")
-    return relative_scores({name: fmean(values) for name, values in found.items()}, base)
+    # A linear that a sample does not reach, as of an expert of the base, has no gradient from it.
+    return relative_scores({each.name: fsum(found[each.name]) / len(samples) for each in base.linears}, base)
 
 
 def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
@@ -102,13 +103,14 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
 
         return hook
 
-    for linear in base.linears:
-        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep(linear.name)))
+    names = [linear.name for linear in base.linears]
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(keep(name)))
     try:
         with torch.no_grad():
             for ids, _ in _tensors(samples, model, "Inputs"):
                 model(input_ids=ids)
-                if all(counts[linear.name] >= _TOKENS for linear in base.linears):
+                if all(counts[name] >= _TOKENS for name in names):
                     break
     finally:
         for handle in handles:
@@ -116,7 +118,7 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     shares = {name: _explained(torch.cat(rows.pop(name))) for name in list(rows)}
     strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
     least = strongest.values[-1]
-    return of_modules({linear.name: float((shares[linear.name] >= least).sum()) for linear in base.linears}, base)
+    return of_modules({name: float((shares[name] >= least).sum()) if name in shares else 0.0 for name in names}, base)
 
 
 def load_for_scores(base: Base, device: str) -> Any:
