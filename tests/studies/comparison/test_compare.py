@@ -353,6 +353,24 @@ def test_experts_per_module_and_shuffled(run, tmp_path):
             },
             "recipe `a`: `num_experts_pattern` .* must not be given beside `allocate`",
         ),
+        (
+            {
+                "recipes": {
+                    "b": {"target_modules": "q_proj"},
+                    "a": {"allocate": {"method": "usage", "budget": 8, "per_module": True, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `target_modules` must be those of the `probe` with `per_module`: None, the probe has 'q_proj'",
+        ),
+        (
+            {
+                "recipes": {
+                    "b": {},
+                    "a": {"allocate": {"method": "usage", "budget": 8, "shuffle": -2, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `shuffle` must be at least 0: got -2",
+        ),
         ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`"),
         ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions, allocate
+from mola.allocation.options import check_options
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
@@ -35,7 +36,7 @@ class Allocations:
                 if run.probe is None:
                     self.make(run)
                 else:
-                    _check_probed(run.allocation)
+                    _check_probed(run.allocation, run.options.target_modules)
             except MolaError as error:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
 
@@ -72,11 +73,13 @@ class Allocations:
         return {"num_experts": ",".join(map(str, experts)) if len(experts) > 1 else f"{experts[0]},", **pattern}
 
 
-def _check_probed(allocation: AllocateOptions) -> None:
-    """The budget; what the probe will say is open."""
+def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
+    """Options and budget; what the probe will say is open."""
     if allocation.method not in ("redundancy", "usage"):
         raise MolaError(f"`allocate` must not have a `probe` with method {allocation.method!r}. Leave it out.")
-    allocate(replace(allocation, method="uniform", beta=None, output=None, per_module=False))
+    check_options(replace(allocation, adapter="-"))
+    stand_in = {"method": "uniform", "beta": None, "output": None, "per_module": False, "target_modules": targets}
+    allocate(replace(allocation, **stand_in))  # type: ignore[arg-type]
 
 
 def _check_same(found: dict[str, Any], allocation: AllocateOptions, path: Path) -> None:

@@ -51,7 +51,8 @@ def check_runs(options: CompareOptions) -> list[Run]:
                 looked_at[place] = _look(options, key, run_options, looked_at)
                 asked = dict(options.allocations.get(key.recipe, {}))
                 probe = asked.pop("probe", None)
-                allocation = _allocate_options(run_options, asked) if asked else None
+                probed = options.runs[key._replace(recipe=probe)] if probe else None
+                allocation = _allocate_options(run_options, asked, probed) if asked else None
                 tests[place] = evaluation_of(run_options), allocation, probe
             except MolaError as error:
                 raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
@@ -80,14 +81,23 @@ def _look(
     return {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
 
 
-def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]) -> AllocateOptions:
-    shared = {"target_modules": run_options.target_modules, "trust_remote_code": run_options.trust_remote_code}
+def _allocate_options(
+    run_options: TrainAndTestOptions, asked: Mapping[str, Any], probed: TrainAndTestOptions | None
+) -> AllocateOptions:
+    shared: dict[str, Any] = {"trust_remote_code": run_options.trust_remote_code}
+    if probed is None:  # else it says what is adapted
+        shared["target_modules"] = run_options.target_modules
     values = {"base_model": run_options.base_model, **shared, **asked}
     allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
     if allocation.per_module and run_options.num_experts_pattern:
         raise MolaError(
             f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "
             "`per_module`, which gives another. Leave one out."
+        )
+    if allocation.per_module and probed and probed.target_modules != run_options.target_modules:
+        raise MolaError(
+            f"`target_modules` must be those of the `probe` with `per_module`: {run_options.target_modules!r}, the "
+            f"probe has {probed.target_modules!r}."
         )
     return allocation
 
