@@ -294,7 +294,7 @@ def test_experts_from_mola_allocate(seeds, run, tmp_path):
 
 
 def test_experts_per_module_and_shuffled(run, tmp_path):
-    asked = {"method": "redundancy", "budget": 12, "probe": "probe", "per_module": True, "shuffle": 4}
+    asked = {"method": "redundancy", "budget": 12, "beta": 40.0, "probe": "probe", "per_module": True, "shuffle": 4}
     recipes = {
         "probe": {"num_experts": "3,", "r": "4", "target_modules": "q_proj,up_proj"},
         "modules": {"allocate": asked, "r": "4", "target_modules": "q_proj,up_proj"},
