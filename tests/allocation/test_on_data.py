@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.base import read_base
+from mola.allocation.measured import layer_scores
 from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
@@ -45,7 +46,7 @@ def weight_gradients(model, base, samples):
 
 
 def test_gradients_are_those_of_the_weights(base, samples, tiny_model_dir):
-    scores = gradient_scores(base, samples, load_for_scores(base, "cpu"))
+    scores = layer_scores(gradient_scores(base, samples, load_for_scores(base, "cpu")), base.num_layers)
     norms = weight_gradients(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), base, samples)
     for layer, score in enumerate(scores):
         relative = []
@@ -77,7 +78,7 @@ def test_activations_count_the_strongest_directions(base, samples):
         values = torch.linalg.svdvals(x - x.mean(0)) ** 2
         shares[name] = values / values.sum()
     least = torch.cat(list(shares.values())).sort(descending=True).values[8 * len(shares) - 1]
-    for layer, score in enumerate(activation_scores(base, samples, model)):
+    for layer, score in enumerate(layer_scores(activation_scores(base, samples, model), base.num_layers)):
         counts = [
             int((shares[each.name] >= least * (1 - 1e-9)).sum()) for each in base.linears if each.layer_index == layer
         ]

@@ -1,4 +1,4 @@
-"""`mola allocate`: how many experts each decoder layer gets, at exactly a budget.
+"""`mola allocate`: how many experts each decoder layer, or each linear, gets, at exactly a budget.
 
     mola allocate --base_model my-model --method alphalora --budget 160 --output allocation.json
     mola allocate --base_model my-model --method redundancy --adapter runs/probe --budget 160 --output allocation.json
@@ -6,82 +6,39 @@
 The file is a value of `num_experts`, for `mola plan`, `mola train` and in Python.
 """
 
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.bar import Bar
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mola.allocation.base import Base, read_base
-from mola.allocation.measured import alphalora_scores, redundancy_scores, usage_scores
+from mola.allocation.measured import (
+    ModuleScore,
+    Scores,
+    alphalora_scores,
+    layer_scores,
+    redundancy_scores,
+    usage_scores,
+)
+from mola.allocation.numbers import ModuleExperts, Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
-from mola.allocation.rounding import check_budget, experts_from_scores
-from mola.architecture.notation import SHAPES, resolve_per_layer
+from mola.allocation.options import AllocateOptions, check_options
+from mola.allocation.rounding import check_budget
+from mola.allocation.tables import layer_table, module_table
+from mola.architecture.notation import resolve_per_layer
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
-from mola.models.quantization import GGUF_HELP
-from mola.options.fields import option
+from mola.models.cost import cost_of_allocation
 
-DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
-_READS = {
-    "redundancy": ("adapter",),
-    "usage": ("adapter", "inspection"),
-    "gradient": ("data",),
-    "activation": ("data",),
-}
+__all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
+
 _ON_DATA = {
-    "gradient": (gradient_scores, "Layers that a first step on the data would change more get more."),
-    "activation": (activation_scores, "Layers whose inputs vary most in few directions get more."),
+    "gradient": (gradient_scores, "that a first step on the data would change more get more."),
+    "activation": (activation_scores, "whose inputs vary most in few directions get more."),
 }
-_UNIFORM = "uniform"
-_BAR_WIDTH = 30
+_RANK = "8"  # at which trained values are counted, the default of `mola plan`
 _WIDTH_OF_FILES = 100  # columns when the output is no terminal
-
-
-@dataclass
-class AllocateOptions:
-    """Options of `mola allocate`."""
-
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model; only alphalora reads its weights."})
-    method: str = field(
-        metadata={
-            "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
-            "digits such as 2468), uniform, alphalora (the weights' spectra), redundancy (how different the experts of "
-            "`adapter` are), usage (how many of them are used), gradient (how much a first step on `data` changes) or "
-            "activation (how much of their inputs' variance few directions explain)."
-        }
-    )
-    budget: int = field(metadata={"help": "Experts in all: the numbers of the layers add up to it."})
-    output: str | None = option(None, "File to write (JSON), a value of `num_experts`.")
-    adapter: str | None = option(None, "Folder of a probe run, for redundancy and usage.")
-    inspection: str | None = option(
-        None, "File of `mola inspect --json` on the probe, for usage; by default the `routing.jsonl` of `adapter`."
-    )
-    data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
-    task: str | None = option(None, "Task of `data`: its name or a YAML file.")
-    split: str = option("train", "Split of `data` to read where it has several.")
-    limit: int = option(32, "Samples of `data` to read, the first so many.")
-    min_experts: int = option(1, "Fewest experts of a layer.")
-    max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
-    beta: float | None = option(
-        None,
-        "Experts are in proportion to score ** beta; 2.5 by default for alphalora, 1 for others that measure.",
-    )
-    target_modules: str | None = option(
-        None,
-        "Linears that will be adapted, as in `mola train`: their layers get experts, alphalora reads them. With "
-        "`adapter` or `inspection` these say it.",
-    )
-    gguf_file: str | None = option(None, GGUF_HELP)
-    device: str = option("cpu", "Where scores are computed, such as cpu or cuda:0; alphalora needs float64.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model.")
-    overwrite: bool = option(False, "Replace an existing result.")
 
 
 @dataclass(frozen=True)
@@ -90,13 +47,15 @@ class AllocateResult:
 
     Attributes:
         num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which is no
-            part of the budget and means nothing.
-        scores: what the method found in every layer; None without adapted linears.
+            part of the budget and means nothing. With `per_module` the means of the layers, rounded.
+        scores: what the method found in every layer, the mean of its linears; None without adapted linears.
         why: one sentence.
         method: as asked for.
-        budget: experts in all, over the layers with a score.
+        budget: experts in all, over the layers with a score; with `per_module` so many for each kind of linears.
         base_model: as asked for.
         settings: the options.
+        num_experts_pattern: with `per_module`, linears by name that have another number than their layer; else None.
+        modules: with `per_module`, every adapted linear.
     """
 
     num_experts: list[int]
@@ -106,12 +65,16 @@ class AllocateResult:
     budget: int
     base_model: str
     settings: dict[str, Any] = field(default_factory=dict)
+    num_experts_pattern: dict[str, int] | None = None
+    modules: list[ModuleExperts] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         rows = enumerate(zip(self.scores, self.num_experts, strict=True))
+        per_module = {} if self.num_experts_pattern is None else {"num_experts_pattern": self.num_experts_pattern}
         return {
             "num_experts": self.num_experts,
+            **per_module,
             "method": self.method,
             "budget": self.budget,
             "base_model": self.base_model,
@@ -119,13 +82,14 @@ class AllocateResult:
             "layers": [
                 {"layer_index": index, "score": score, "num_experts": experts} for index, (score, experts) in rows
             ],
+            **({"modules": [asdict(each) for each in self.modules]} if per_module else {}),
             "settings": self.settings,
             "versions": software_versions(),
         }
 
 
 def allocate(options: AllocateOptions) -> AllocateResult:
-    """Allocate a budget of experts to the decoder layers of a model.
+    """Allocate a budget of experts to the decoder layers of a model, or to its linears.
 
     Args:
         options: model, method and budget.
@@ -136,32 +100,44 @@ def allocate(options: AllocateOptions) -> AllocateResult:
     Raises:
         MolaError: options contradict each other, the budget does not fit the model, or a method lacks what it reads.
     """
-    digits, beta = _check(options)
+    digits, beta = check_options(options)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     base = read_base(options.base_model, options.target_modules, options.trust_remote_code, options.gguf_file)
+    found: list[ModuleScore] = []
     if digits is not None:
         shape = _shape(digits, base)
-        scores: list[float | None] = [
+        scores: Scores = [
             float(digit) if is_adapted else None for digit, is_adapted in zip(shape, base.is_adapted, strict=True)
         ]
         why = f"The layers keep the proportions of the shape {digits}, lowest layers first."
         if len(set(digits)) == 1:
             why = "All layers get the same, the higher ones one more where the budget does not divide."
     else:
-        scores, why = _measured(options, base)
-    counted = [score for score in scores if score is not None]
-    experts = iter(
-        experts_from_scores(_powers(counted, beta), options.budget, options.min_experts, options.max_experts)
-    )
+        found, why = _measured(options, base)
+        scores = layer_scores(found, base.num_layers)
+        why = f"{'Linears' if options.per_module else 'Layers'} {why}"
+    rule = Rule(options.budget, options.min_experts, options.max_experts, beta, options.shuffle)
+    pattern: dict[str, int] | None = None
+    modules: list[ModuleExperts] = []
+    if options.per_module:
+        modules = numbers_of_modules(found, rule)
+        num_experts, pattern = layers_and_pattern(modules, scores, rule)
+    else:
+        num_experts = numbers_of_layers(scores, rule)
+    if options.shuffle is not None:
+        places = "linears of each name" if options.per_module else "layers"
+        why += f" Then the numbers are shuffled over the {places}, by seed {options.shuffle}."
     result = AllocateResult(
-        num_experts=[1 if score is None else next(experts) for score in scores],
+        num_experts=num_experts,
         scores=scores,
         why=why,
         method=options.method,
         budget=options.budget,
         base_model=options.base_model,
         settings=asdict(options) | {"beta": beta},
+        num_experts_pattern=pattern,
+        modules=modules,
     )
     if options.output is not None:
         atomic_write_json(options.output, result.to_dict())
@@ -169,61 +145,27 @@ def allocate(options: AllocateOptions) -> AllocateResult:
 
 
 def main(options: AllocateOptions) -> int:
-    """Run the command, print a row per layer and how to use the result."""
+    """Run the command, print the numbers and how to use the result."""
     result = allocate(options)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
-    console.print(_table(result))
-    text = options.output or ",".join(map(str, result.num_experts))
-    lines = [result.why, f"Written to {options.output}. Use it:" if options.output else "Use it:"]
-    lines += [f"  mola {name} --base_model {options.base_model} --num_experts {text} ..." for name in ("plan", "train")]
+    title = f"{result.base_model}: {result.budget} experts by {result.method}"
+    lines = [result.why]
+    if options.per_module:
+        console.print(module_table(result.modules, len(result.num_experts), f"{title}, for each kind of linears"))
+        lines.append(_cost(options, result))
+    else:
+        console.print(layer_table(result.scores, result.num_experts, title))
+    if options.per_module and options.output is None:
+        lines.append("Pass --output FILE to use it.")
+    else:
+        text = options.output or ",".join(map(str, result.num_experts))
+        lines.append(f"Written to {options.output}. Use it:" if options.output else "Use it:")
+        model = f"--base_model {options.base_model}"
+        lines += [f"  mola {name} {model} --num_experts {text} ..." for name in ("plan", "train")]
     print("\n".join(lines))
     return 0
-
-
-def _check(options: AllocateOptions) -> tuple[str | None, float | None]:
-    """The digits of the method's shape, if it is one, and the exponent of its scores, if it is none."""
-    name = options.method.strip().lower().replace("-", "_")
-    digits = "1" if name == _UNIFORM else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
-    if digits is None and name not in DEFAULT_BETA:
-        known = ", ".join((*SHAPES, _UNIFORM, *DEFAULT_BETA))
-        raise MolaError(f"`method` must be one of {known}, or digits from 1 to 9 such as 2468: got {options.method!r}.")
-    for bound, value in (("budget", options.budget), ("min_experts", options.min_experts)):
-        if value < 1:
-            raise MolaError(f"`{bound}` must be at least 1: got {value}.")
-    _check_sources(options, name)
-    if options.beta is not None:
-        if digits is not None:
-            raise MolaError(f"`beta` ({options.beta:g}) means nothing for the shape {options.method!r}. Leave it out.")
-        if not (math.isfinite(options.beta) and options.beta >= 0):
-            raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
-    return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
-
-
-def _check_sources(options: AllocateOptions, name: str) -> None:
-    """What a method reads must be given, and nothing else."""
-    reads = _READS.get(name, ())
-    for source in ("adapter", "inspection", "data"):
-        value = getattr(options, source)
-        if value is not None and source not in reads:
-            raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
-    if "data" in reads:
-        if options.data is None or options.task is None:
-            raise MolaError(f"`method` {name} looks at samples: pass --data FILE --task TASK.")
-        if options.limit < 1:
-            raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
-        return
-    if reads and all(getattr(options, source) is None for source in reads):
-        raise MolaError(
-            f"`method` {name} looks at a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
-            "short run with the same number of experts everywhere will do."
-        )
-    if reads and options.target_modules is not None:
-        raise MolaError(
-            f"`target_modules` ({options.target_modules!r}) counts only where nothing else says what is adapted: with "
-            f"`method` {name} it is what the probe adapted. Leave it out."
-        )
 
 
 def _shape(digits: str, base: Base) -> list[int]:
@@ -235,7 +177,9 @@ def _shape(digits: str, base: Base) -> list[int]:
     return resolve_per_layer(digits, base.num_layers, "num_experts")
 
 
-def _measured(options: AllocateOptions, base: Base) -> tuple[list[float | None], str]:
+def _measured(options: AllocateOptions, base: Base) -> tuple[list[ModuleScore], str]:
+    """Scores, and which layers or linears get more."""
+
     def check_layers(num_layers: int) -> None:
         check_budget(num_layers, options.budget, options.min_experts, options.max_experts)
 
@@ -243,9 +187,9 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[float | None],
     if name == "alphalora":
         check_layers(sum(base.is_adapted))
         return alphalora_scores(base, options.device), (
-            "Layers whose weights have a larger power-law exponent count as less well trained and get more experts."
+            "whose weights have a larger power-law exponent count as less well trained and get more experts."
         )
-    if "data" in _READS.get(name, ()):
+    if name in _ON_DATA:
         check_layers(sum(base.is_adapted))
         source = SampleSource(str(options.data), str(options.task), options.split, options.limit)
         samples = source.read(base)
@@ -253,28 +197,31 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[float | None],
         return scores(base, samples, load_for_scores(base, options.device)), why
     if name == "redundancy":
         return redundancy_scores(base, options.adapter or "", check_layers), (
-            "Layers whose experts differ more in the probe get more; like experts are redundant."
+            "whose experts differ more in the probe get more; like experts are redundant."
         )
-    return usage_scores(base, options.adapter, options.inspection, check_layers), (
-        "Layers that spread their tokens over more experts in the probe get more."
+    return usage_scores(base, options.adapter, options.inspection, check_layers, options.per_module), (
+        "that spread their tokens over more experts in the probe get more."
     )
 
 
-def _powers(scores: Sequence[float], beta: float | None) -> list[float]:
-    """Scores to the power of beta; divided by the largest first, so that nothing overflows."""
-    largest = max(scores, default=0.0)
-    if beta is None or largest <= 0:
-        return list(scores)
-    return [(score / largest) ** beta for score in scores]
-
-
-def _table(result: AllocateResult) -> Table:
-    table = Table(title=escape(f"{result.base_model}: {result.budget} experts by {result.method}"))
-    for column in ("layer", "score", "experts"):
-        table.add_column(column, justify="right")
-    table.add_column("", width=_BAR_WIDTH)
-    most = max(result.num_experts)
-    for index, (score, experts) in enumerate(zip(result.scores, result.num_experts, strict=True)):
-        bar = "not adapted" if score is None else Bar(most, 0, experts, width=_BAR_WIDTH)
-        table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
-    return table
+def _cost(options: AllocateOptions, result: AllocateResult) -> str:
+    """What the linears' sizes make of the same number of experts."""
+    rule = Rule(options.budget, options.min_experts, options.max_experts)
+    uniform = numbers_of_layers([None if score is None else 1.0 for score in result.scores], rule)
+    values = [
+        cost_of_allocation(
+            options.base_model,
+            f"{','.join(map(str, experts))},",
+            top_k="1",
+            r=_RANK,
+            target_modules=",".join(each.module for each in result.modules),
+            gguf_file=options.gguf_file,
+            trust_remote_code=options.trust_remote_code,
+            num_experts_pattern=pattern,
+        ).trainable_parameters
+        for experts, pattern in ((result.num_experts, result.num_experts_pattern), (uniform, None))
+    ]
+    return (
+        f"{sum(each.num_experts for each in result.modules)} experts of linears in all. At r {_RANK} they have "
+        f"{values[0]:,} trained values, as many uniform ones {values[1]:,} ({values[0] / values[1] - 1:+.1%})."
+    )

@@ -1,9 +1,10 @@
-"""Scores of decoder layers that are measured: on the base model's weights, or on a probe adapter."""
+"""Scores of modules that are measured, on the base model's weights or on a probe adapter; of layers their means."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -16,13 +17,22 @@ from mola.errors import MolaError
 from mola.insight.redundancy import expert_distances, mean_pairwise
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.models.devices import resolve_device
+from mola.tuner.loading import PREFIX
 
-Scores = list[float | None]
+Scores = list[float | None]  # of the layers; None without an adapted linear
 CheckLayers = Callable[[int], None]
 
 
-def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
-    """Power-law exponents of the weights (arXiv 2410.10054), mean over a layer's linears; see `power_law_exponent`.
+class ModuleScore(NamedTuple):
+    """What a method found in one adapted linear."""
+
+    module: str  # its name in the base model
+    layer_index: int
+    score: float
+
+
+def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
+    """Power-law exponents of the weights (arXiv 2410.10054); see `power_law_exponent`.
 
     Weights are read one matrix at a time, and computed with in float64 on `device`.
 
@@ -30,8 +40,7 @@ def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
         MolaError: weights are missing or quantised, or a matrix has no power law.
     """
     target = resolve_device(device)
-    layers = {linear.name: linear.layer_index for linear in base.linears}
-    found: dict[int | None, list[float]] = defaultdict(list)
+    found = {}
     console = Console(stderr=True)
     matrices = track(
         weights_of(base),
@@ -42,22 +51,21 @@ def alphalora_scores(base: Base, device: str = "cpu") -> Scores:
     )
     for name, weight in matrices:
         try:
-            found[layers[name]].append(power_law_exponent(eigenvalues(weight.to(target))))
+            found[name] = power_law_exponent(eigenvalues(weight.to(target)))
         except MolaError as error:
             raise MolaError(
                 f"`base_model` has a weight without a power law, {name}: {error} Leave it out of `target_modules`."
             ) from error
-    return mean_scores(found, base)
+    return of_modules(found, base)
 
 
-def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Scores:
+def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> list[ModuleScore]:
     """How different the experts of a probe are, compared with the same linears of other layers.
 
         d_m = mean over pairs of experts of (1 / r) * ||B_i A_i - B_j A_j||_F        of a module m
-        score_l = mean over the modules m of layer l of d_m / (mean of d over all modules of that name)
+        score_m = d_m / (mean of d over all modules of that name)
 
-    `check_layers` is called with the number of adapted layers before anything is computed. Scores are 1 in the mean
-    where all layers adapt the same linears.
+    `check_layers` is called with the number of adapted layers before anything is computed.
 
     Raises:
         MolaError: the probe does not fit, has a layer with one expert, or has learnt nothing.
@@ -70,7 +78,7 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Sc
         # `lora_alpha` is the same everywhere, and a common factor changes nothing.
         distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, 1 / experts_A.shape[1]))
     scores = relative_scores(distances, base)
-    if not any(scores):
+    if not any(each.score for each in scores):
         raise MolaError(
             f"`adapter` must have experts that differ: those of {adapter!r} are all the same or zero. Train the probe "
             "for longer."
@@ -78,33 +86,47 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> Sc
     return scores
 
 
-def usage_scores(base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers) -> Scores:
-    """Effective number of experts that a probe uses, `effective_experts`, mean over a layer's linears.
+def usage_scores(
+    base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers, per_module: bool = False
+) -> list[ModuleScore]:
+    """Effective number of experts that a probe uses, see `effective_experts`.
 
-    Read are the records of `routing_records`; `check_layers` as in `redundancy_scores`.
+    Read are the records of `routing_records`; `check_layers` as in `redundancy_scores`. With `per_module` they must
+    speak of every adapted linear, else of every layer.
 
     Raises:
         MolaError: a file is missing or broken, or does not fit the model.
     """
-    is_adapted = base.is_adapted if adapter is None else base.has_some(read_probe(adapter, base).layers.values())
+    adapted: Iterable[str] = (
+        [linear.name for linear in base.linears] if adapter is None else read_probe(adapter, base).layers
+    )
     records, source = routing_records(adapter, inspection)
-    found: dict[int | None, list[float]] = defaultdict(list)
-    for record in records:
-        found[record["layer_index"]].append(effective_experts(record["mean_gates"]))
-    wanted = {index for index, adapted in enumerate(is_adapted) if adapted}
-    if stray := found.keys() - wanted:
+    found = [
+        ModuleScore(
+            record["module"].removeprefix(PREFIX), record["layer_index"], effective_experts(record["mean_gates"])
+        )
+        for record in records
+    ]
+    layers = {each.layer_index for each in found}
+    wanted = {index for index, has in enumerate(base.has_some(base.layer_of[name] for name in adapted)) if has}
+    if stray := layers - wanted:
         raise MolaError(
             f"{source} must belong to `base_model` and `adapter`: it speaks of layer {next(iter(stray))}, which has no "
             f"adapted linear there ({base.name!r} has {base.num_layers} layers)."
         )
-    if missing := sorted(wanted - found.keys()):
+    if missing := sorted(wanted - layers):
         raise MolaError(
             f"{source} must speak of every adapted layer: nothing about {', '.join(map(str, missing))}. Those had one "
             "expert or were not adapted: use a probe with at least 2 experts everywhere, and pass --adapter as well if "
             "it adapts some layers only."
         )
+    if per_module and (differing := sorted({each.module for each in found} ^ {*adapted})):
+        raise MolaError(
+            f"{source} must speak of exactly the adapted linears for `per_module`: {differing[0]!r} is only there or "
+            "only in the model. Use a probe with at least 2 experts in every linear, and pass --adapter as well."
+        )
     check_layers(len(wanted))
-    return mean_scores(found, base)
+    return found
 
 
 def effective_experts(mean_gates: Sequence[float]) -> float:
@@ -113,19 +135,28 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
     return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
-def relative_scores(values: Mapping[str, float], base: Base) -> Scores:
-    """Of each layer the mean over its modules of their value, divided by the mean of all modules of that name."""
+def kind_of(module: str) -> str:
+    """The last part of a module's name, which its likes in other layers share."""
+    return module.rpartition(".")[2]
+
+
+def relative_scores(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
+    """Of each module its value, divided by the mean of all modules of that name."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for module, value in values.items():
-        kinds[module.rpartition(".")[2]].append(value)
+        kinds[kind_of(module)].append(value)
     usual = {kind: fmean(of_kind) for kind, of_kind in kinds.items()}
-    found: dict[int | None, list[float]] = defaultdict(list)
-    for module, value in values.items():
-        mean = usual[module.rpartition(".")[2]]
-        found[base.layer_of[module]].append(value / mean if mean > 0 else 0.0)
-    return mean_scores(found, base)
+    return of_modules({name: value / (usual[kind_of(name)] or 1.0) for name, value in values.items()}, base)
 
 
-def mean_scores(found: Mapping[int | None, Sequence[float]], base: Base) -> Scores:
-    """Of each layer the mean of its modules' values; None without any."""
-    return [fmean(found[index]) if index in found else None for index in range(base.num_layers)]
+def of_modules(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
+    """Scores by name, with the layers; all modules are in one of them."""
+    return [ModuleScore(name, cast(int, base.layer_of[name]), value) for name, value in values.items()]
+
+
+def layer_scores(found: Iterable[ModuleScore], num_layers: int) -> Scores:
+    """Of each layer the mean of its modules' scores; None without any."""
+    layers: dict[int, list[float]] = defaultdict(list)
+    for each in found:
+        layers[each.layer_index].append(each.score)
+    return [fmean(layers[index]) if index in layers else None for index in range(num_layers)]

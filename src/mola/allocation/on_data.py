@@ -1,4 +1,4 @@
-"""Scores of decoder layers on samples of the data, before anything is trained: gradients, and spectra of inputs."""
+"""Scores of modules on samples of the data, before anything is trained: gradients, and spectra of inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
+from math import fsum
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import nn
 
 from mola.allocation.base import Base
-from mola.allocation.measured import Scores, mean_scores, relative_scores
+from mola.allocation.measured import ModuleScore, of_modules, relative_scores
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
@@ -51,11 +51,11 @@ class SampleSource:
         return encode_examples(examples, tokenizer, get_template(task.template), cutoff_len=limit)[0]
 
 
-def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
-    r"""How much a first LoRA step would change each layer, compared with the same linears of other layers.
+def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
+    r"""How much a first LoRA step would change each linear, compared with the same linears of other layers.
 
         f_m = mean over samples of || dL / dW_m ||_F^2                              of a linear m
-        score_l = mean over the linears m of layer l of f_m / (mean of f over all linears of that name)
+        score_m = f_m / (mean of f over all linears of that name)
 
     L is the mean loss of a sample's answer. In the mean over a random A with entries of variance `s^2` the squared
     gradient of a LoRA's B at its start is `r s^2` times that of the weight, the same factor for all linears of a
@@ -78,14 +78,15 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
     model.disable_input_require_grads()
     if not any(any(values) for values in found.values()):
         raise MolaError("`data` must have answers that a loss can be computed of: no linear got a gradient.")
-    return relative_scores({name: fmean(values) for name, values in found.items()}, base)
+    # A linear that a sample does not reach, as of an expert of the base, has no gradient from it.
+    return relative_scores({each.name: fsum(found[each.name]) / len(samples) for each in base.linears}, base)
 
 
-def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> Scores:
-    """How many directions of a layer's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
+def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
+    """How many directions of a linear's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
 
         rho_mj = lambda_j / sum_j lambda_j       of the j-th eigenvalue of the covariance of the inputs of a linear m
-        score_l = mean over the linears m of layer l of | {j: rho_mj is one of the 8 M largest of all M linears} |
+        score_m = | {j: rho_mj is one of the 8 M largest of all M linears} |
 
     Of each input up to 1024 tokens count.
     """
@@ -102,13 +103,14 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
 
         return hook
 
-    for linear in base.linears:
-        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep(linear.name)))
+    names = [linear.name for linear in base.linears]
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(keep(name)))
     try:
         with torch.no_grad():
             for ids, _ in _tensors(samples, model, "Inputs"):
                 model(input_ids=ids)
-                if all(counts[linear.name] >= _TOKENS for linear in base.linears):
+                if all(counts[name] >= _TOKENS for name in names):
                     break
     finally:
         for handle in handles:
@@ -116,10 +118,7 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     shares = {name: _explained(torch.cat(rows.pop(name))) for name in list(rows)}
     strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
     least = strongest.values[-1]
-    found: dict[int | None, list[float]] = defaultdict(list)
-    for linear in base.linears:
-        found[linear.layer_index].append(float((shares[linear.name] >= least).sum()))
-    return mean_scores(found, base)
+    return of_modules({name: float((shares[name] >= least).sum()) if name in shares else 0.0 for name in names}, base)
 
 
 def load_for_scores(base: Base, device: str) -> Any:

@@ -21,7 +21,7 @@ from mola.allocation.probe import check_mixture, routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
 from mola.architecture.layer_stacks import layer_index
-from mola.architecture.notation import resolve_per_layer
+from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
@@ -89,6 +89,11 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         raise MolaError(
             f"`adapter` must have one number of experts per layer: {options.adapter!r} has `num_experts_pattern` "
             f"{config.num_experts_pattern!r}. Train one without."
+        )
+    if pattern_with(options.num_experts, None):
+        raise MolaError(
+            f"`num_experts` must have one number per layer: {options.num_experts!r} has `num_experts_pattern`. Make it "
+            "without --per_module."
         )
     tensors = read_tensors(Path(options.adapter))
     layers = _layers(tensors, options.adapter)

@@ -2,6 +2,7 @@
 
 - Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), a shape's name, a JSON file.
 - `resolve_per_layer` needs the depth of the model, `check_notation` does not.
+- `pattern_with` finds the numbers of single modules that a JSON file holds beside those of the layers.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+from mola.architecture.patterns import check_pattern
 from mola.errors import MolaError
 from mola.files.reading import read_json
 
@@ -28,6 +30,7 @@ SHAPES = {
 Notation: TypeAlias = int | str | Sequence[int]
 
 _GROUPED = "num_experts"  # the only field that knows digit groups and shapes
+_PATTERN = "num_experts_pattern"  # what its file may hold besides
 _LARGEST_PLAIN_NUM_EXPERTS = 256
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _DIGITS = re.compile(r"[0-9]{2,}")
@@ -39,6 +42,7 @@ class _Parsed:
 
     values: tuple[int, ...]
     kind: str  # "same" | "groups" | "layers"
+    pattern: Mapping[str, int] | None = None  # of `num_experts_pattern`, from a file
 
 
 def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
@@ -90,6 +94,21 @@ def check_notation(value: Notation, name: str) -> None:
     _parse(value, name)
 
 
+def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
+    """`num_experts_pattern` that belongs to a value of `num_experts`: what its JSON file holds, else what is given.
+
+    Raises:
+        MolaError: both say something, and not the same.
+    """
+    found = _parse(num_experts, _GROUPED).pattern
+    if found and given and found != given:
+        raise MolaError(
+            f"`{_PATTERN}` must not differ from that in the file that `{_GROUPED}` names: got {dict(given)!r} beside "
+            f"{num_experts!r}. Leave it out, or take it out of the file."
+        )
+    return found or given
+
+
 def _parse(value: Any, name: str) -> _Parsed:
     if isinstance(value, bool) or not isinstance(value, (Integral, str, list, tuple)):
         raise MolaError(
@@ -105,7 +124,7 @@ def _parse(value: Any, name: str) -> _Parsed:
 
 def _parse_text(text: str, name: str) -> _Parsed:
     if text.lower().endswith(".json"):
-        return _Parsed(_read_file(text, name), "layers")
+        return _read_file(text, name)
     if "," in text:
         return _parse_commas(text, name)
     if name == _GROUPED and _DIGITS.fullmatch(text):
@@ -118,7 +137,7 @@ def _parse_text(text: str, name: str) -> _Parsed:
             return _Parsed(_digits(SHAPES[shape]), "groups")
         raise MolaError(f"`{name}` cannot be a shape, only `num_experts` can: got {text!r}. {_cure(name)}")
     if os.path.isfile(text):
-        return _Parsed(_read_file(text, name), "layers")
+        return _read_file(text, name)
     raise MolaError(_unknown_text(text, shape, name))
 
 
@@ -157,7 +176,7 @@ def _digits(text: str) -> tuple[int, ...]:
     return tuple(int(digit) for digit in text)
 
 
-def _read_file(path: str, name: str) -> tuple[int, ...]:
+def _read_file(path: str, name: str) -> _Parsed:
     try:
         content = read_json(path)
     except OSError as error:
@@ -166,19 +185,22 @@ def _read_file(path: str, name: str) -> tuple[int, ...]:
         ) from error
     except ValueError as error:
         raise MolaError(f"`{name}` names a file that is not valid JSON: {path!r} ({error}).") from error
+    pattern = None
     if isinstance(content, dict):
         if name not in content:
             raise MolaError(
                 f"`{name}` names the file {path!r}, whose object must have the key {name!r}: "
                 f"it has {sorted(content)}. Add the key, with a list of integers."
             )
+        pattern = content.get(_PATTERN) if name == _GROUPED else None
+        check_pattern(pattern, _PATTERN, place=f" in {path!r}")
         content = content[name]
     if not isinstance(content, list):
         raise MolaError(
             f"`{name}` names the file {path!r}, which must hold a list of integers, one per decoder layer, "
             f"bare or under the key {name!r}: got {content!r}."
         )
-    return _checked_entries(content, name, f" in {path!r}")
+    return _Parsed(_checked_entries(content, name, f" in {path!r}"), "layers", pattern)
 
 
 def _checked_entries(values: Sequence[Any], name: str, place: str = "") -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -12,13 +13,14 @@ from mola.errors import MolaError
 Number = TypeVar("Number")
 
 
-def check_pattern(pattern: Any, name: str, whole: bool = True) -> None:
+def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") -> None:
     """Check what can be checked without a model.
 
     Args:
         pattern: the value of the field, None for none.
         name: the field.
         whole: whether numbers must be integers.
+        place: where it stands, for messages.
 
     Raises:
         MolaError: no mapping from regular expressions to positive numbers.
@@ -26,16 +28,18 @@ def check_pattern(pattern: Any, name: str, whole: bool = True) -> None:
     if pattern is None:
         return
     if not isinstance(pattern, Mapping):
-        raise MolaError(f"`{name}` must map names of modules to numbers, such as {{'mlp.*': 8}}: got {pattern!r}.")
+        raise MolaError(
+            f"`{name}` must map names of modules to numbers, such as {{'mlp.*': 8}}: got {pattern!r}{place}."
+        )
     for key, value in pattern.items():
         number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
         if not number or not 0 < value < float("inf"):
             kind = "an integer of at least 1" if whole else "a number above 0"
-            raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}.")
+            raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}{place}.")
         try:
             re.compile(key)
         except (re.error, TypeError) as error:
-            raise MolaError(f"`{name}` has a key that is no regular expression: {key!r}: {error}.") from error
+            raise MolaError(f"`{name}` has a key that is no regular expression{place}: {key!r}: {error}.") from error
 
 
 def by_pattern(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
@@ -59,4 +63,10 @@ def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], nam
 
 
 def _matches(key: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", module) is not None
+    return _compiled(key).match(module) is not None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _compiled(key: str) -> re.Pattern[str]:
+    """Kept: a pattern may name every linear of a deep model, more than `re` itself keeps."""
+    return re.compile(rf"(.*\.)?({key})$")

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.notation import resolve_per_layer
+from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
 from mola.training.options import TRAINING_ONLY
@@ -126,6 +126,8 @@ def continued_config(
             continue
         if name in ("num_experts", "top_k", "r"):
             is_same = resolve_per_layer(own, layers, name) == resolve_per_layer(other, layers, name)
+            if name == "num_experts":
+                is_same = is_same and pattern_with(other, None) in (None, {}, config.num_experts_pattern)
         else:  # target modules may be the same in other words
             is_same = name == "target_modules" and (
                 linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.notation import resolve_per_layer
+from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.parameters import find_stacks
 from mola.architecture.patterns import by_pattern, check_pattern
 from mola.architecture.targets import linear_shapes, resolve_target_modules
@@ -43,6 +43,7 @@ def cost_of_allocation(
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
     """
     check_pattern(num_experts_pattern, "num_experts_pattern")
+    num_experts_pattern = pattern_with(num_experts, num_experts_pattern)
     check_pattern(rank_pattern, "rank_pattern")
     model = model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)

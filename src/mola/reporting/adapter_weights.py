@@ -24,6 +24,7 @@ from mola.reporting.formatting import layer_order
 from mola.reporting.schema import PER_LAYER
 from mola.tuner.loading import PREFIX
 
+_MOST_NAMED = 8  # entries of a pattern that a sentence can hold
 _STACKED = re.compile(r"\.mola_([AB])_\w+$")
 
 
@@ -96,7 +97,9 @@ def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> 
 def own_numbers(config: Mapping[str, Any]) -> str:
     """A sentence about modules with numbers of their own, in front of it a space; empty if there are none."""
     names = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-    found = [f"`{name}` {config[name]}" for name in names if config.get(name)]
+    given = {name: config[name] for name in names if config.get(name)}
+    # An allocation per module names most of them.
+    found = [f"`{name}` {v if len(v) <= _MOST_NAMED else f'with {len(v)} entries'}" for name, v in given.items()]
     return f" Some modules have numbers of their own: {', '.join(found)}." if found else ""
 
 

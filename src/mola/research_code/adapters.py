@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.architecture.allocation import effective_top_k
-from mola.architecture.notation import resolve_per_layer
+from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
 from mola.exporting.convert import ConvertOptions, convert
@@ -161,6 +161,9 @@ def _check_lists(
     for lengths in (saved, given):
         if "top_k" in lengths:
             lengths["top_k"] = effective_top_k(saved["number_experts"], lengths["top_k"])
+    if lists.number_experts is not None and (pattern := pattern_with(lists.number_experts, None)):
+        given["number_experts"].append(dict(pattern))
+        saved["number_experts"] = [*saved["number_experts"], settings.get("num_experts_pattern") or {}]
     if lists.lora_alpha is not None:
         given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
     if lists.lora_target_modules is not None:

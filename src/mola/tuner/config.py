@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from mola.architecture.notation import check_notation
+from mola.architecture.notation import check_notation, pattern_with
 from mola.architecture.patterns import check_pattern
 from mola.errors import MolaError
 from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
@@ -65,6 +65,7 @@ class MolaConfig(PeftConfig):
         use_rslora (`bool`): multiply the update by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
         num_experts_pattern (`dict[str, int]`): experts of modules whose name ends with, or matches as a regular
             expression, a key: `{"mlp.*": 8}`; the first key that does counts. Others have their layer's number.
+            A JSON file in `num_experts` may hold it.
         rank_pattern (`dict[str, int]`), alpha_pattern (`dict[str, float]`): the same for `r` and `lora_alpha`.
         trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
         ensure_weight_tying (`bool`): keep tied what `modules_to_save` or `trainable_token_indices` train, as in PEFT.
@@ -133,6 +134,8 @@ class MolaConfig(PeftConfig):
         self._check_numbers()
         for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
             check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
+        pattern = pattern_with(self.num_experts, self.num_experts_pattern)  # type: ignore[arg-type] # set above
+        self.num_experts_pattern = dict(pattern) if pattern else self.num_experts_pattern
         self._check_target_parameters()
         self._check_targets()
         for name in ("base_model_type", DIGEST_FIELD):

@@ -241,6 +241,28 @@ def test_experts_from_mola_allocate(seeds, run, tmp_path):
     assert all(row.budget_group == 0 for row in result.rows if row.recipe in recipes)
 
 
+def test_experts_per_module_and_shuffled(run, tmp_path):
+    asked = {"method": "redundancy", "budget": 12, "beta": 40.0, "probe": "probe", "per_module": True, "shuffle": 4}
+    recipes = {
+        "probe": {"num_experts": "3,", "r": "4", "target_modules": "q_proj,up_proj"},
+        "modules": {"allocate": asked, "r": "4", "target_modules": "q_proj,up_proj"},
+    }
+    words = {"tasks": {"physics": TASKS["physics"]}, "seeds": [1], "evaluate_base": False}
+    result = run(recipes=recipes, **words)
+    made = json.loads((tmp_path / "out" / "physics" / "modules-seed-1.json").read_text())
+    assert sum(row["num_experts"] for row in made["modules"]) == 2 * 12
+    folder = tmp_path / "out" / "physics" / "modules" / "seed-1"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["num_experts_pattern"] or {}) == made["num_experts_pattern"] != {}
+    assert config["num_experts"] in (made["num_experts"], 3)
+    assert result.results[1].settings["allocate"] == asked
+    (tmp_path / "out" / "compare.json").unlink()
+    assert run(recipes=recipes, **words).status == "finished"  # takes the allocation and the training that are there
+    (tmp_path / "out" / "compare.json").unlink()
+    with pytest.raises(MolaError, match="an allocation with another `shuffle`: 4"):
+        run(recipes={**recipes, "modules": {**recipes["modules"], "allocate": {**asked, "shuffle": 5}}}, **words)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -268,6 +290,35 @@ def test_experts_from_mola_allocate(seeds, run, tmp_path):
         ({"tables": "table.xls"}, "`tables` must be files that end in"),
         ({"recipes": {"a": {"num_experts": "2,2"}}}, "recipe `a`: `num_experts` needs one entry per decoder layer"),
         ({"recipes": {"a": {"allocate": {"method": "trangle", "budget": 8}}}}, "recipe `a`"),
+        (
+            {"recipes": {"a": {"allocate": {"method": "uniform", "budget": 8, "per_module": True}}}},
+            "recipe `a`: `per_module` needs a method that measures",
+        ),
+        (
+            {
+                "num_experts_pattern": {"q_proj": 2},
+                "recipes": {"a": {"allocate": {"method": "alphalora", "budget": 8, "per_module": True}}},
+            },
+            "recipe `a`: `num_experts_pattern` .* must not be given beside `allocate`",
+        ),
+        (
+            {
+                "recipes": {
+                    "b": {"target_modules": "q_proj"},
+                    "a": {"allocate": {"method": "usage", "budget": 8, "per_module": True, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `target_modules` must be those of the `probe` with `per_module`: None, the probe has 'q_proj'",
+        ),
+        (
+            {
+                "recipes": {
+                    "b": {},
+                    "a": {"allocate": {"method": "usage", "budget": 8, "shuffle": -2, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `shuffle` must be at least 0: got -2",
+        ),
         ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`"),
         ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`"),

@@ -57,8 +57,10 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
             try:
                 looked = _look(key, run_options, looked_at)
                 probe = asked.pop("probe", None)
-                allocation = _allocate_options(run_options, asked) if asked else None
-                tests[place] = evaluation_of(run_options), allocation, probe and probe + key.candidate, looked
+                probe = probe and probe + key.candidate
+                probed = runs_options[key._replace(recipe=probe)] if probe else None
+                allocation = _allocate_options(run_options, asked, probed) if asked else None
+                tests[place] = evaluation_of(run_options), allocation, probe, looked
             except MolaError as error:
                 raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
         settings = _settings(run_options, options.allocations.get(key.plain_recipe))
@@ -86,10 +88,25 @@ def _look(
     return looked_at[name]
 
 
-def _allocate_options(run_options: TrainAndTestOptions, asked: Mapping[str, Any]) -> AllocateOptions:
-    shared = {"target_modules": run_options.target_modules, "trust_remote_code": run_options.trust_remote_code}
+def _allocate_options(
+    run_options: TrainAndTestOptions, asked: Mapping[str, Any], probed: TrainAndTestOptions | None
+) -> AllocateOptions:
+    shared: dict[str, Any] = {"trust_remote_code": run_options.trust_remote_code}
+    if probed is None:  # else it says what is adapted
+        shared["target_modules"] = run_options.target_modules
     values = {"base_model": run_options.base_model, **shared, **asked}
-    return AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+    allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+    if allocation.per_module and run_options.num_experts_pattern:
+        raise MolaError(
+            f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "
+            "`per_module`, which gives another. Leave one out."
+        )
+    if allocation.per_module and probed and probed.target_modules != run_options.target_modules:
+        raise MolaError(
+            f"`target_modules` must be those of the `probe` with `per_module`: {run_options.target_modules!r}, the "
+            f"probe has {probed.target_modules!r}."
+        )
+    return allocation
 
 
 def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -191,7 +191,8 @@ class _Comparison:
     def _one(self, run: Run, runs: Sequence[Run]) -> bool:
         folder = Path(run.options.output_dir or "")
         if run.allocation is not None:
-            run.options.num_experts = self.allocations.notation(run)
+            for name, value in self.allocations.options(run).items():
+                setattr(run.options, name, value)
         if not is_finished(run):
             (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
             on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []

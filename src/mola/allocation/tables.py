@@ -1,0 +1,44 @@
+"""Tables of an allocation for the terminal: a row per layer, or per layer with a column per kind of linears."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from rich.bar import Bar
+from rich.markup import escape
+from rich.table import Table
+
+from mola.allocation.measured import Scores, kind_of
+from mola.allocation.numbers import ModuleExperts
+
+_BAR_WIDTH = 30
+
+
+def layer_table(scores: Scores, num_experts: Sequence[int], title: str) -> Table:
+    """Score and number of every layer."""
+    table = Table(title=escape(title))
+    for column in ("layer", "score", "experts"):
+        table.add_column(column, justify="right")
+    table.add_column("", width=_BAR_WIDTH)
+    most = max(num_experts)
+    for index, (score, experts) in enumerate(zip(scores, num_experts, strict=True)):
+        bar = "not adapted" if score is None else Bar(most, 0, experts, width=_BAR_WIDTH)
+        table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
+    return table
+
+
+def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:
+    """Numbers of the linears, with the sums of each kind; from and to where a layer has several of a kind."""
+    table = Table(title=escape(title))
+    cells: dict[tuple[int, str], list[int]] = defaultdict(list)
+    sums: dict[str, int] = defaultdict(int)
+    for each in modules:
+        cells[each.layer_index, kind_of(each.module)].append(each.num_experts)
+        sums[kind_of(each.module)] += each.num_experts
+    for column in ("layer", *sums):
+        table.add_column(escape(column), justify="right")
+    for layer in range(num_layers):
+        ends = [sorted({min(own), max(own)}) if (own := cells[layer, kind]) else ["-"] for kind in sums]
+        table.add_row(str(layer), *("-".join(map(str, both)) for both in ends))
+    table.add_section()
+    table.add_row("total", *map(str, sums.values()), style="bold")
+    return table
