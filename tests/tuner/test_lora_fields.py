@@ -111,6 +111,22 @@ def test_patterns_of_experts_by_name(tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+def test_the_first_matching_key_still_counts_after_loading(tmp_path):
+    """PEFT writes the keys of a configuration in the order of the alphabet."""
+    patterns = {
+        "num_experts_pattern": {"up_proj": 3, "mlp.*": 2},
+        "rank_pattern": {"q_proj": 2, "layers.0.*": 8},
+        "alpha_pattern": {"self_attn.*": 8, "q_proj": 32},
+    }
+    model = get_peft_model(tiny_llama(), random_config(**patterns)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    for name, pattern in patterns.items():
+        assert list(getattr(loaded.peft_config["default"], name).items()) == list(pattern.items())
+    batch = token_batch()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from mola.architecture.notation import check_notation, pattern_with
 from mola.architecture.patterns import check_pattern
 from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json
 from mola.files.digests import DIGEST_FIELD, check_digest, weights_sha256
+from mola.files.reading import read_json_object
 from mola.tuner.initialization import check_initialization
 from mola.tuner.lora_fields import LORA_ONLY
 from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 
 REDUCTIONS = ("module", "layer")
 _BELOW_0 = math.nextafter(0.0, -1.0)
+_PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
 # Fields whose absence from a checkpoint would load another model than the one that was saved.
 _REQUIRED_IN_CHECKPOINT = ("r", "num_experts", "top_k", "lora_alpha")
@@ -132,7 +135,7 @@ class MolaConfig(PeftConfig):
         for name in ("r", "num_experts", "top_k"):
             check_notation(getattr(self, name), name)
         self._check_numbers()
-        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
+        for name in _PATTERNS:
             check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
         pattern = pattern_with(self.num_experts, self.num_experts_pattern)  # type: ignore[arg-type] # set above
         self.num_experts_pattern = dict(pattern) if pattern else self.num_experts_pattern
@@ -224,6 +227,10 @@ class MolaConfig(PeftConfig):
         saved = copy.copy(self)
         saved.weights_sha256 = weights_sha256(save_directory)
         super(MolaConfig, saved).save_pretrained(save_directory, **kwargs)
+        patterns = {name: pattern for name in _PATTERNS if (pattern := getattr(saved, name))}
+        if patterns:  # PEFT sorts all keys, and of patterns the first one that matches counts
+            path = Path(save_directory, CONFIG_NAME)
+            atomic_write_json(path, read_json_object(path) | patterns)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
