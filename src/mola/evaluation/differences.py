@@ -57,7 +57,7 @@ def paired_differences(recipes: dict[str, np.ndarray], reference: np.ndarray) ->
     found = {name: marks.astype(float) - reference for name, marks in recipes.items()}
     if not found:
         return {}
-    raw = [_p_value(difference.mean(0)) for difference in found.values()]
+    raw = [p_value(difference.mean(0)) for difference in found.values()]
     adjusted = stats.false_discovery_control(raw, method="bh")
     return {
         name: _difference(difference, p, float(p_adjusted))
@@ -79,17 +79,20 @@ def _same_side(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return (one[0] > 0 and other[0] > 0) or (one[1] < 0 and other[1] < 0)
 
 
-def t_interval(values: np.ndarray, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+def t_interval(
+    values: np.ndarray, least: float = -math.inf, most: float = math.inf, level: float = LEVEL
+) -> tuple[float, float]:
     """Student's interval of the mean, within `least` and `most`; a point where all values are equal, or one only."""
     mean = float(values.mean())
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     if not error > 0:  # also where the values differ by too little for a square
         return mean, mean
-    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
+    low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=error)
     return max(float(low), least), min(float(high), most)
 
 
-def _p_value(values: np.ndarray) -> float:
+def p_value(values: np.ndarray) -> float:
+    """Of a paired t test of differences, two-sided; 1 if there is none, 0 if all are one other number."""
     if np.ptp(values) == 0:
         return 1.0 if len(values) < 2 or values[0] == 0 else 0.0
     return float(stats.ttest_1samp(values, 0.0).pvalue)
