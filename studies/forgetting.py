@@ -82,12 +82,12 @@ class ForgettingOptions:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of new experts and of the order of samples."}
     )
-    learning_rate: float = option(0.001, "Learning rate of recipes without one of their own, where none is searched.")
+    learning_rate: float = option(0.002, "Learning rate of recipes without one of their own, where none is searched.")
     rates: list[float] = field(
         default_factory=list, metadata={"help": "Learning rates to search among, for recipes without one of their own."}
     )
     tuning_seeds: list[int] = field(default_factory=lambda: [100], metadata={"help": "Seeds of that search."})
-    num_train_epochs: float = option(3.0, "Passes over the training questions of a stage.")
+    num_train_epochs: float = option(6.0, "Passes over the training questions of a stage.")
     train_size: int = option(80, "Training questions of each kind.")
     validation_size: int = option(30, "Validation questions of each kind.")
     test_size: int = option(40, "Test questions of each kind.")
@@ -114,8 +114,8 @@ class Study:
         self.options, self.folder, self.path = options, Path(options.output_dir), check_writable(options.record)
         self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
         _check(options, self.recipes)
-        for key in self._keys():  # a wrong option ends it here, before anything is trained
-            self._options(key, key.rate or options.learning_rate)
+        for recipe, rate in dict.fromkeys((key.recipe, key.rate) for key in self._keys()):
+            self._options(Key(recipe, 1, 0, rate), rate or options.learning_rate)  # before anything is trained
         training = {**TRAINING, "learning_rate": options.learning_rate, "num_train_epochs": options.num_train_epochs}
         names = ("reference", "seeds", "rates", "tuning_seeds", "train_size", "validation_size", "test_size")
         self.settings = {"recipes": self.recipes, "orders": orders(options.orders), "training": training}
@@ -146,8 +146,8 @@ class Study:
         done = {_key(run) for run in self.record["runs"]}
         return [key for key in self._keys() if key not in done]
 
-    def work(self) -> int:
-        """Do what nobody has done or is doing, wait for the others, do what they leave; how many were done here.
+    def work(self) -> None:
+        """Do what nobody has done or is doing, wait for the others, do what they leave.
 
         Raises:
             KeyboardInterrupt: a signal stopped it.
@@ -166,7 +166,6 @@ class Study:
             else:
                 time.sleep(_POLL_SECONDS)
                 self.read()
-        return count
 
     def rate(self, key: Key) -> float | None:
         """The learning rate of a sequence; None as long as the search for it is not finished."""

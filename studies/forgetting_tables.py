@@ -64,9 +64,10 @@ def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
             found.append((measure, recipe, other, values))
     raw = np.array([p_value(values) for *_, values in found])
     level = 1 - (1 - LEVEL) / max(1, len(found))
+    joints = [t_interval(values, level=level) for *_, values in found]
     return [
-        Comparison(*names, len(values), float(values.mean()), t_interval(values), p, adjusted, _joint(values, level))
-        for (*names, values), p, adjusted in zip(found, raw, holm(raw), strict=True)
+        Comparison(*names, len(values), float(values.mean()), t_interval(values), p, adjusted, joint)
+        for (*names, values), p, adjusted, joint in zip(found, raw, holm(raw), joints, strict=True)
     ]
 
 
@@ -76,10 +77,6 @@ def holm(raw: Sequence[float] | np.ndarray) -> np.ndarray:
     adjusted = np.empty_like(values)
     adjusted[place] = np.minimum(1, np.maximum.accumulate(values[place] * np.arange(len(values), 0, -1)))
     return adjusted
-
-
-def _joint(values: np.ndarray, level: float) -> tuple[float, float]:
-    return t_interval(values, -1.0, 1.0, level)
 
 
 def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:

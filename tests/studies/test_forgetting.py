@@ -148,6 +148,7 @@ def options_of(words):
     return {**found, **sizes, **rates, "seeds": [int(found["seeds"])]}
 
 
+@pytest.mark.slow
 def test_the_rate_is_chosen_on_other_seeds_and_sequences_of_others_are_left_alone(words, tmp_path):
     only = json.dumps({"lora": TWO["lora"], "fixed": {**TWO["lora"], "learning_rate": 0.05}})
     words = [*words, "--recipes", only, "--rates", "0.001", "0.02"]
