@@ -91,6 +91,7 @@ def words(tiny_model_dir, tmp_path):
     return [str(word) for word in [*found, "--test_size", 5, "--num_train_epochs", 1, "--learning_rate", 0.02]]
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeypatch, capsys):
     record, page = tmp_path / "record.json", tmp_path / "page.md"
     page.write_text(f"# Page\n\n{MARKERS[0]}old\n{MARKERS[1]}\n\nend\n", encoding="utf-8")
