@@ -78,7 +78,7 @@ def _difference(values: np.ndarray, comparisons: int) -> Difference:
         over_questions,
         _interval(value, error, df, LEVEL),
         joint,
-        min(1.0, comparisons * _p_value(value, error, df)),
+        min(1.0, comparisons * _two_sided(value, error, df)),
         verdict_of(value, joint),
         len(values),
     )
@@ -150,17 +150,26 @@ def _interval(value: float, error: float, df: float, level: float) -> tuple[floa
     return max(value - reach, -1.0), min(value + reach, 1.0)
 
 
-def _p_value(value: float, error: float, df: float) -> float:
+def _two_sided(value: float, error: float, df: float) -> float:
     if not error > 0:
         return 1.0 if value == 0 else 0.0
     return 2 * float(stats.t.sf(abs(value) / error, df))
 
 
-def t_interval(values: np.ndarray, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+def t_interval(
+    values: np.ndarray, least: float = -math.inf, most: float = math.inf, level: float = LEVEL
+) -> tuple[float, float]:
     """Student's interval of the mean, within `least` and `most`; a point where all values are equal, or one only."""
     mean = float(values.mean())
     error = float(stats.sem(values)) if len(values) > 1 else 0.0
     if not error > 0:  # also where the values differ by too little for a square
         return mean, mean
-    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
+    low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=error)
     return max(float(low), least), min(float(high), most)
+
+
+def p_value(values: np.ndarray) -> float:
+    """Of a paired t test of differences, two-sided; 1 if there is none, 0 if all are one other number."""
+    if np.ptp(values) == 0:
+        return 1.0 if len(values) < 2 or values[0] == 0 else 0.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)

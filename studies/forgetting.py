@@ -1,0 +1,358 @@
+"""`python -m studies.forgetting`: how much of earlier kinds of questions do LoRA and mixtures of experts forget?
+
+- A sequence learns the five kinds of generated questions one after the other, as `mola continual` does. There is one
+  for every recipe, order of the kinds and seed. Learning rates may be searched for before: with other seeds, in an
+  order of its own, on validation questions.
+- Every finished sequence is in the record with the answer to every question, right or wrong, and its folder is deleted.
+- The same command does what is left, shares it with other processes of the same command, and prints the tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from studies.forgetting_tables import tables
+
+from mola.data.prepare import PrepareOptions, prepare
+from mola.data.sample import TOPICS
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
+from mola.files.digests import file_sha256
+from mola.files.environment import machine_description, software_versions
+from mola.files.reading import read_json, read_text
+from mola.options.fields import named_mappings, option
+from mola.options.parsing import convert, parse
+from mola.studies.continual_learning.continual import ContinualOptions, continual
+from mola.studies.continual_learning.record import EVALUATION_FOLDER
+from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrupt
+from mola.training.checkpoints import RUN_FILE
+
+FORMAT = 1
+KINDS = {topic.category.split()[0].lower(): topic.category for topic in TOPICS}  # names that folders can have
+MARKERS = ("<!-- tables -->\n", "<!-- /tables -->")  # the tables stand between them in a page
+_MIXTURES = {name: {"num_experts": name, "r": 8, "lora_alpha": 16, "top_k": 2} for name in ("5555", "2468", "8642")}
+_BALANCE = {"router_aux_loss_coef": 0.001, "router_aux_loss_reduction": "layer"}  # as the research code's `obalance`
+# LoRA of rank 43 has as many trained values as the mixtures with their routers.
+RECIPES: dict[str, dict[str, Any]] = {"lora": {"num_experts": 1, "r": 43, "lora_alpha": 86}, **_MIXTURES}
+RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIXTURES.items()}
+# The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
+TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
+TRAINING |= {"per_device_train_batch_size": 8, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
+_QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
+_QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
+_SET_HERE = (
+    "base_model",
+    "task",
+    "data",
+    "output_dir",
+    "stages",
+    "seed",
+    "data_seed",
+    "test_split",
+    "filters",
+    "adapter",
+)
+_SET_HERE += ("num_train_epochs", "overwrite_output_dir", *TRAINING, *_QUIET)
+_MAY_GROW = ("recipes", "orders", "seeds")
+_POLL_SECONDS = 5.0
+
+
+@dataclass
+class ForgettingOptions:
+    """Options of the study."""
+
+    base_model: str = option(".cache/SmolLM2-135M-Instruct", "Folder of the base model.")
+    output_dir: str = option("runs/forgetting", "Where data, locks and unfinished sequences are kept.")
+    record: str = option("studies/forgetting.json", "File of all results.")
+    recipes: dict[str, Any] | str | None = option(None, "Name -> options of `mola train`; a mapping. Default: seven.")
+    reference: str = option("lora", "Recipe that the others are compared with.")
+    orders: int = option(3, "Number of orders of the five kinds, drawn from a fixed seed.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of new experts and of the order of samples."}
+    )
+    learning_rate: float = option(0.002, "Learning rate of recipes without one of their own, where none is searched.")
+    rates: list[float] = field(
+        default_factory=list, metadata={"help": "Learning rates to search among, for recipes without one of their own."}
+    )
+    tuning_seeds: list[int] = field(default_factory=lambda: [100], metadata={"help": "Seeds of that search."})
+    num_train_epochs: float = option(6.0, "Passes over the training questions of a stage.")
+    train_size: int = option(80, "Training questions of each kind.")
+    validation_size: int = option(30, "Validation questions of each kind.")
+    test_size: int = option(40, "Test questions of each kind.")
+    at_most: int | None = option(None, "Stop after so many sequences; 0 prints the tables only.")
+    page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
+
+
+class Key(NamedTuple):
+    """Names a sequence."""
+
+    recipe: str
+    order: int  # 0 is that of the search
+    seed: int
+    rate: float | None  # of the search; None: the one that it chose
+
+    def __str__(self) -> str:
+        return f"{self.recipe}, order {self.order}, seed {self.seed}{f', rate {self.rate:g}' if self.rate else ''}"
+
+
+class Study:
+    """What is done, and doing the rest."""
+
+    def __init__(self, options: ForgettingOptions) -> None:
+        self.options, self.folder, self.path = options, Path(options.output_dir), check_writable(options.record)
+        self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
+        _check(options, self.recipes)
+        for recipe, rate in dict.fromkeys((key.recipe, key.rate) for key in self._keys()):
+            self._options(Key(recipe, 1, 0, rate), rate or options.learning_rate)  # before anything is trained
+        training = {**TRAINING, "learning_rate": options.learning_rate, "num_train_epochs": options.num_train_epochs}
+        names = ("reference", "seeds", "rates", "tuning_seeds", "train_size", "validation_size", "test_size")
+        self.settings = {"recipes": self.recipes, "orders": orders(options.orders), "training": training}
+        self.settings |= {name: getattr(options, name) for name in names}
+        self.record: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take in what is in the record, which other processes write too."""
+        self.record = {"format": FORMAT, "settings": self.settings, "fingerprints": None, "runs": []}
+        if self.path.exists():
+            try:
+                found = read_json(self.path)
+                if found["format"] != FORMAT:
+                    raise ValueError(f"its `format` is {found['format']!r}, not {FORMAT}")
+                self.record |= {"fingerprints": found["fingerprints"], "runs": found["runs"]}
+                old, done = found["settings"], [_key(run) for run in found["runs"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise MolaError(
+                    f"`record` must be a new file or the record of this study: {str(self.path)!r} cannot be read "
+                    f"({error}). Pass another name."
+                ) from error
+            if done:
+                _check_same(old, json.loads(json.dumps(self.settings)), self.path)
+
+    def left(self) -> list[Key]:
+        """Sequences without a result, those of the search first."""
+        done = {_key(run) for run in self.record["runs"]}
+        return [key for key in self._keys() if key not in done]
+
+    def work(self) -> None:
+        """Do what nobody has done or is doing, wait for the others, do what they leave.
+
+        Raises:
+            KeyboardInterrupt: a signal stopped it.
+        """
+        count, most = 0, self.options.at_most
+        while (left := self.left()) and (most is None or count < most):
+            for key in left:
+                with self._claim("-".join(map(str, key))) as is_mine:
+                    self.read()
+                    if not is_mine or key not in self.left() or (rate := self.rate(key)) is None:
+                        continue
+                    print(f"{len(self.left())} sequences left. Next: {key}", flush=True)
+                    self._one(key, rate)
+                    count += 1
+                break  # what is left may be another list now
+            else:
+                time.sleep(_POLL_SECONDS)
+                self.read()
+
+    def rate(self, key: Key) -> float | None:
+        """The learning rate of a sequence; None as long as the search for it is not finished."""
+        own = self.recipes[key.recipe].get("learning_rate")
+        if own is not None or not self.options.rates:
+            return self.options.learning_rate if own is None else own
+        return chosen_rate(self.record, key.recipe) if key.rate is None else key.rate
+
+    def _keys(self) -> list[Key]:
+        """Seed after seed, so that a study that is stopped has whole ones."""
+        searched = [name for name, values in self.recipes.items() if values.get("learning_rate") is None]
+        search = itertools.product(self.options.tuning_seeds, self.options.rates, searched)
+        study = itertools.product(self.options.seeds, range(1, self.options.orders + 1), self.recipes)
+        keys = [Key(recipe, 0, seed, rate) for seed, rate, recipe in search]
+        return keys + [Key(recipe, order, seed, None) for seed, order, recipe in study]
+
+    def _options(self, key: Key, rate: float) -> ContinualOptions:
+        values = {**TRAINING, **_QUIET, "num_train_epochs": self.options.num_train_epochs, "learning_rate": rate}
+        values |= convert(TrainAndTestOptions, self.recipes[key.recipe], f"recipes.{key.recipe}")
+        values |= {"test_split": "validation" if key.order == 0 else "test", "seed": key.seed, "data_seed": key.seed}
+        stages = {name: {"filters": {"category": KINDS[name]}} for name in orders(self.options.orders)[key.order]}
+        values |= {"base_model": self.options.base_model, "task": "sample", "data": str(self._data() / "dataset.hf")}
+        folder = self.folder / "-".join(map(str, key[: 3 if key.rate is None else 4]))
+        return ContinualOptions(**values, stages=stages, output_dir=str(folder))
+
+    def _one(self, key: Key, rate: float) -> None:
+        """A sequence, into the record; a signal raises KeyboardInterrupt."""
+        fingerprints = self._fingerprints()
+        options = self._options(key, rate)
+        result, folder = continual(options), Path(options.output_dir or "")
+        if result.status != "finished":
+            raise KeyboardInterrupt
+        stages = [Path(stage.output_dir or "") for stage in options.stage_options.values()]
+        trained = [read_json(stage / RUN_FILE) for stage in stages]
+        tests = [[read_json(path) for path in sorted((stage / EVALUATION_FOLDER).glob("*.json"))] for stage in stages]
+        run = {"recipe": key.recipe, "order": key.order, "seed": key.seed, "learning_rate": rate}
+        run |= {"trained": trained[0]["trainable_parameters"], "steps": [each["steps"] for each in trained]}
+        run["matrix"] = [[task["accuracy"] for task in row["tasks"].values()] for row in result.results]
+        run["marks"] = [["".join("01"[mark["correct"]] for mark in test["samples"]) for test in row] for row in tests]
+        run |= {"op": result.results[-1]["overall_performance"], "pd": result.results[-1]["performance_drop"]}
+        run["seconds_training"] = round(sum(each["seconds"] for each in trained), 1)
+        run["seconds_testing"] = round(sum(test["seconds"] for row in tests for test in row), 1)
+        run |= {"versions": software_versions(), "machine": machine_description()}
+        with FileLock(self._lock("record")):
+            self.read()
+            self.record["fingerprints"] = fingerprints
+            self.record["runs"].append(run)
+            atomic_write_json(self.path, self.record, indent=None)
+        shutil.rmtree(folder)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of base model and data, which are made first; refused if those in the record were others."""
+        folder, options = self._data(), self.options
+        with FileLock(self._lock("data")):
+            if not folder.exists():
+                sizes = {f"{split}_size": len(KINDS) * size for split, size in _sizes(options).items()}
+                prepare(PrepareOptions("sample", str(folder), **sizes))
+        files = {f"{split} data": folder / f"{split}.json" for split in _sizes(options)}
+        files |= {path.name: path for path in sorted(Path(options.base_model).glob("*.safetensors"))}
+        if len(files) == 3:
+            raise MolaError(f"`base_model` must be a folder with *.safetensors: {options.base_model!r} has none.")
+        found = {name: file_sha256(path) for name, path in files.items()}
+        if self.record["fingerprints"] not in (None, found):
+            raise MolaError(
+                f"base model or data are others than those of {str(self.path)!r}: {self.record['fingerprints']}, now "
+                f"{found}. Use the same, or pass another `record`."
+            )
+        return found
+
+    def _data(self) -> Path:
+        return self.folder / "-".join(["data", *map(str, _sizes(self.options).values())])
+
+    @contextmanager
+    def _claim(self, name: str) -> Iterator[bool]:
+        """Whether no other process is at work on it; none will be in the block. A killed process claims nothing."""
+        lock = FileLock(self._lock(name))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> Path:
+        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        return self.folder / ".locks" / name
+
+
+def orders(number: int) -> list[list[str]]:
+    """The order of the search and those of the study; more of them begin with the same."""
+    every = [list(order) for order in itertools.permutations(KINDS)]
+    random.Random(0).shuffle(every)
+    return every[: number + 1]
+
+
+def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
+    """The rate with the best mean OP on validation questions, the lowest of equals; None if not all are measured."""
+    settings = record["settings"]
+    found = {
+        rate: [run["op"] for run in record["runs"] if _key(run)[:2] == (recipe, 0) and run["learning_rate"] == rate]
+        for rate in sorted(settings["rates"])
+    }
+    if any(len(values) < len(settings["tuning_seeds"]) for values in found.values()):
+        return None
+    return max(found, key=lambda rate: float(np.mean(found[rate])))
+
+
+def write_page(path: str, text: str) -> None:
+    """Put the tables between the two markers of a page."""
+    before, start, rest = _page(path).partition(MARKERS[0])
+    atomic_write_text(path, f"{before}{start}\n{text}\n\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
+
+
+def _page(path: str) -> str:
+    try:
+        page = read_text(path)
+    except (OSError, ValueError) as error:
+        raise MolaError(f"`page` cannot be read: {path!r} ({error}). Name a page with the two markers.") from error
+    if [page.count(marker) for marker in MARKERS] != [1, 1] or page.index(MARKERS[0]) > page.index(MARKERS[1]):
+        raise MolaError(f"`page` must hold the lines {' and '.join(map(str.strip, MARKERS))} once: {path!r} does not.")
+    return page
+
+
+def _sizes(options: ForgettingOptions) -> dict[str, int]:
+    return {split: getattr(options, f"{split}_size") for split in ("train", "validation", "test")}
+
+
+def _key(run: Mapping[str, Any]) -> Key:
+    return Key(run["recipe"], run["order"], run["seed"], run["learning_rate"] if run["order"] == 0 else None)
+
+
+def _check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name in ("seeds", "rates", "tuning_seeds"):
+        values = getattr(options, name)
+        if len(set(values)) != len(values) or not (values or name == "rates"):
+            raise MolaError(f"`{name}` must be different numbers, at least one: got {values}.")
+    if shared := set(options.seeds) & set(options.tuning_seeds if options.rates else ()):
+        raise MolaError(f"`tuning_seeds` must be others than `seeds`: both have {sorted(shared)}.")
+    if not 1 <= options.orders <= 119:
+        raise MolaError(f"`orders` must be 1 to 119, the orders of five kinds but one: got {options.orders}.")
+    if options.reference not in recipes:
+        raise MolaError(f"`reference` must be one of the recipes {', '.join(recipes)}: got {options.reference!r}.")
+    for recipe, values in recipes.items():
+        if wrong := sorted(set(values) & set(_SET_HERE)):
+            raise MolaError(f"`{wrong[0]}` cannot be set in `recipes.{recipe}`: it is the same for all. Leave it out.")
+    if options.page is not None:
+        _page(options.page)
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    """Refuse settings that others than those of the record were made with; the message names what differs."""
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        if name == "recipes":
+            same = all(now.get(recipe) == values for recipe, values in before.items())
+        else:
+            same = all(each in now for each in before) if name in _MAY_GROW else before == now
+        if not same:
+            more = ", or these and more" if name in _MAY_GROW else ""
+            raise MolaError(
+                f"`{name}` must be as in {str(path)!r}, {before!r}{more}: got {now!r}. Use the same, or pass another "
+                "`record` and `output_dir`."
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is left; returns the exit code: 0, 2 for wrong input, 130 after an interruption."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        study = Study(parse(ForgettingOptions, words, prog="python -m studies.forgetting"))
+        with sigterm_as_interrupt():
+            study.work()
+        text = tables(study.record)
+        if study.options.page is not None:
+            write_page(study.options.page, text)
+    except KeyboardInterrupt:
+        print("interrupted. Go on with the same command.", file=sys.stderr)
+        return 130
+    except MolaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(study.left())} sequences left\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The tables of `studies.forgetting`, from its record alone: means, paired differences, what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mola.evaluation.differences import LEVEL, p_value, t_interval
+from mola.reporting.formatting import duration, markdown_table
+
+NO_RESULT = "No sequence has been run yet: there is no result."
+MEASURES = {"op": "OP", "pd": "PD"}
+Runs = dict[tuple[int, int], Mapping[str, Any]]  # of one recipe, by order and seed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe minus another in one measure, over the sequences with the same order and seed."""
+
+    measure: str  # "op" or "pd"
+    recipe: str
+    other: str
+    pairs: int
+    value: float  # mean difference, a fraction of 1
+    interval_95: tuple[float, float]
+    p: float  # paired t test, two-sided
+    p_holm: float  # adjusted for all comparisons of both measures
+    joint: tuple[float, float]  # interval that holds with 95 % for all of them at once, by Bonferroni
+
+    @property
+    def verdict(self) -> str:
+        """In words, from the joint interval."""
+        if self.pairs < 2:
+            return "too few pairs"
+        if self.joint[0] > 0 or self.joint[1] < 0:
+            return "better" if self.value > 0 else "worse"
+        return f"no difference above {100 * max(map(abs, self.joint)):.1f} points"
+
+
+def tables(record: Mapping[str, Any]) -> str:
+    """All tables in Markdown."""
+    if not record["runs"]:
+        return NO_RESULT
+    settings, runs = record["settings"], _runs(record)
+    parts = [_search_table(record)] if settings["rates"] else []
+    if any(runs.values()):
+        parts += [_state(record, runs), _means_table(runs), _orders_table(settings, runs), _comparison_table(record)]
+    return "\n\n".join(parts)
+
+
+def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
+    """Every recipe against the reference, then with balance loss against without, in both measures."""
+    runs, settings = _runs(record), record["settings"]
+    pairs = [(name, settings["reference"]) for name in settings["recipes"] if name != settings["reference"]]
+    pairs += [pair for pair in _balance_pairs(settings["recipes"]) if pair not in pairs]
+    found = []
+    for measure, (recipe, other) in [(measure, pair) for measure in MEASURES for pair in pairs]:
+        shared = sorted(runs[recipe].keys() & runs[other].keys())
+        if shared:
+            values = np.array([runs[recipe][key][measure] - runs[other][key][measure] for key in shared])
+            found.append((measure, recipe, other, values))
+    raw = np.array([p_value(values) for *_, values in found])
+    level = 1 - (1 - LEVEL) / max(1, len(found))
+    joints = [t_interval(values, level=level) for *_, values in found]
+    return [
+        Comparison(*names, len(values), float(values.mean()), t_interval(values), p, adjusted, joint)
+        for (*names, values), p, adjusted, joint in zip(found, raw, holm(raw), joints, strict=True)
+    ]
+
+
+def holm(raw: Sequence[float] | np.ndarray) -> np.ndarray:
+    """P-values adjusted so that with 95 % none of those below 0.05 is there by chance."""
+    values, place = np.asarray(raw, dtype=float), np.argsort(raw)
+    adjusted = np.empty_like(values)
+    adjusted[place] = np.minimum(1, np.maximum.accumulate(values[place] * np.arange(len(values), 0, -1)))
+    return adjusted
+
+
+def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:
+    """Finished sequences of the study, without those of the search."""
+    found: dict[str, Runs] = {name: {} for name in record["settings"]["recipes"]}
+    for run in record["runs"]:
+        if run["order"] > 0:
+            found[run["recipe"]][run["order"], run["seed"]] = run
+    return found
+
+
+def _balance_pairs(recipes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Recipes that differ in the balance loss only, and perhaps in the learning rate."""
+
+    def without(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if k != "learning_rate" and not k.startswith("router_aux_loss")}
+
+    on = {name: values for name, values in recipes.items() if values.get("router_aux_loss_coef")}
+    off = {name: values for name, values in recipes.items() if name not in on}
+    return [(a, b) for a, mine in on.items() for b, other in off.items() if without(mine) == without(other)]
+
+
+def _state(record: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
+    settings = record["settings"]
+    done = sum(map(len, runs.values()))
+    wanted = len(settings["recipes"]) * len(settings["seeds"]) * (len(settings["orders"]) - 1)
+    machines = sorted({f"{run['machine']['cpu']}, {_threads(run)}" for run in record["runs"]})
+    seconds = sum(run["seconds_training"] + run["seconds_testing"] for run in record["runs"])
+    text = f"{done} of {wanted} sequences are finished{'' if done == wanted else ': the tables will change'}. "
+    text += f"All sequences{', those of the search too,' if settings['rates'] else ''} took {duration(seconds)} of "
+    return text + f"training and testing. Machine of each process: {'; '.join(machines)}."
+
+
+def _threads(run: Mapping[str, Any]) -> str:
+    machine = run["machine"]
+    count = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return count if machine["gpu"] is None else f"{machine['gpu']}, {count}"
+
+
+def _means_table(runs: Mapping[str, Runs]) -> str:
+    header = ("recipe", "trained values", "learning rate", "sequences", "own stage", "OP", "95 %", "PD", "95 %")
+    rows = []
+    for recipe, found in runs.items():
+        if found:
+            every = list(found.values())
+            own = np.array([np.mean([row[-1] for row in run["matrix"]]) for run in every])
+            cells = [recipe, f"{every[0]['trained']:,}", f"{every[0]['learning_rate']:g}", len(every)]
+            cells.append(f"{100 * own.mean():.1f}")
+            for measure, sign in (("op", ""), ("pd", "+")):
+                values = np.array([run[measure] for run in every])
+                cells += [f"{100 * values.mean():{sign}.1f}", _interval(values, sign)]
+            rows.append(cells)
+    note = (
+        "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over seeds and orders."
+    )
+    return f"### Means\n\n{markdown_table(header, rows)}\n\n{note}"
+
+
+def _interval(values: np.ndarray, sign: str = "+") -> str:
+    return _bounds(t_interval(values), sign) if len(values) > 1 else ""
+
+
+def _bounds(bounds: tuple[float, float], sign: str = "+") -> str:
+    return " to ".join(f"{100 * each:{sign}.1f}" for each in bounds)
+
+
+def _orders_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
+    orders = range(1, len(settings["orders"]))
+    header = ["recipe", *(f"{title}, order {order}" for title in MEASURES.values() for order in orders)]
+    rows = []
+    for recipe, found in runs.items():
+        cells = [recipe]
+        for measure, sign in (("op", ""), ("pd", "+")):
+            for order in orders:
+                values = [run[measure] for (place, _), run in found.items() if place == order]
+                cells.append(f"{100 * np.mean(values):{sign}.1f}" if values else "")
+        rows.append(cells)
+    lines = [f"- Order {order}: {', '.join(settings['orders'][order])}." for order in orders]
+    return f"### By order\n\n{markdown_table(header, rows)}\n\n" + "\n".join(lines)
+
+
+def _comparison_table(record: Mapping[str, Any]) -> str:
+    header = ("measure", "recipe", "less", "pairs", "points", "95 %", "p", "p, Holm", "joint 95 %", "verdict")
+    rows = []
+    for each in comparisons(record):
+        is_alone = each.pairs < 2
+        cells = [MEASURES[each.measure], each.recipe, each.other, each.pairs, f"{100 * each.value:+.1f}"]
+        cells += [""] * 4 if is_alone else [_bounds(each.interval_95), _p(each.p), _p(each.p_holm), _bounds(each.joint)]
+        rows.append([*cells, each.verdict])
+    note = (
+        f"Differences of sequences with the same order and seed. Holm's p and the joint interval count all {len(rows)} "
+        "comparisons. A higher OP is better, and so is a higher PD: less is forgotten."
+    )
+    return f"### Differences\n\n{markdown_table(header, rows)}\n\n{note}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _search_table(record: Mapping[str, Any]) -> str:
+    settings = record["settings"]
+    rows = []
+    for recipe, values in settings["recipes"].items():
+        if values.get("learning_rate") is None:
+            found = [
+                [r["op"] for r in record["runs"] if (r["recipe"], r["order"], r["learning_rate"]) == (recipe, 0, rate)]
+                for rate in settings["rates"]
+            ]
+            rows.append([recipe, *(f"{100 * np.mean(ops):.1f}" if ops else "" for ops in found)])
+    header = ("recipe", *(f"rate {rate:g}" for rate in settings["rates"]))
+    seeds, order = ", ".join(map(str, settings["tuning_seeds"])), ", ".join(settings["orders"][0])
+    note = f"OP on validation questions in per cent, with seed {seeds} and the order {order}."
+    return f"### Search for the learning rate\n\n{markdown_table(header, rows)}\n\n{note}"

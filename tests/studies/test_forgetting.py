@@ -1,0 +1,191 @@
+"""The study of forgetting: the page has the record's tables, statistics are right, a stopped study goes on."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from scipy import stats
+from studies.forgetting import MARKERS, RECIPES, ForgettingOptions, Study, main, orders
+from studies.forgetting_tables import comparisons, holm, tables
+
+from mola.studies.continual_learning.metrics import overall_performance, performance_drop
+from mola.training.callbacks import MetricsFile
+
+ROOT = Path(__file__).parents[2]
+RECORD, PAGE = ROOT / "studies" / "forgetting.json", ROOT / "docs" / "forgetting.md"
+RUN = {"learning_rate": 0.001, "trained": 1234, "matrix": [[0.9], [0.8, 1.0]], "seconds_training": 60.0}
+RUN |= {"seconds_testing": 6.0, "machine": {"cpu": "a processor", "gpu": None, "threads": 1}}
+TWO = {"lora": {"num_experts": 1, "r": 2}, "mixture": {"num_experts": "1,2,2,2", "r": 2}}
+
+
+def made_up(op, **settings):
+    """A record of sequences with these OP by recipe and number of the pair, and PD 0.1 below 0 in all."""
+    runs = [
+        {**RUN, "recipe": recipe, "order": 1 + pair // 2, "seed": pair % 2, "op": value, "pd": -0.1}
+        for recipe, values in op.items()
+        for pair, value in enumerate(values)
+    ]
+    chosen = {"recipes": {name: RECIPES[name] for name in op}, "orders": orders(2), "seeds": [0, 1], "rates": []}
+    return {"settings": {**chosen, "reference": "lora", "tuning_seeds": [100], **settings}, "runs": runs}
+
+
+def rows(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_page_has_the_tables_of_the_record():
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": []}
+    found = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])[2].partition(MARKERS[1])[0]
+    assert found == f"\n{tables(record)}\n\n"
+    for run in record["runs"]:
+        assert run["matrix"] == [[marks.count("1") / len(marks) for marks in row] for row in run["marks"]]
+        ends = [run["op"], run["pd"]]
+        assert ends == pytest.approx([overall_performance(run["matrix"]), performance_drop(run["matrix"])])
+
+
+def test_differences_are_paired_adjusted_and_put_into_words():
+    lora, better, same = [0.50, 0.60, 0.40, 0.55], [0.70, 0.81, 0.60, 0.74], [0.52, 0.59, 0.41, 0.53]
+    record = made_up({"lora": lora, "2468": better, "2468-balance": same})
+    found = {(each.measure, each.recipe, each.other): each for each in comparisons(record)}
+    pairs = [("2468", "lora"), ("2468-balance", "lora"), ("2468-balance", "2468")]
+    assert list(found) == [(measure, *pair) for measure in ("op", "pd") for pair in pairs]
+    ahead, level = found["op", "2468", "lora"], found["op", "2468-balance", "lora"]
+    expected = stats.ttest_rel(better, lora)
+    assert (ahead.value, ahead.p) == pytest.approx((0.2, expected.pvalue))
+    assert ahead.interval_95 == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert ahead.joint == pytest.approx(tuple(expected.confidence_interval(1 - 0.05 / 6)))
+    assert ahead.p_holm == pytest.approx(min(1, 6 * expected.pvalue))
+    assert (ahead.verdict, found["op", "2468-balance", "2468"].verdict) == ("better", "worse")
+    assert level.verdict == f"no difference above {100 * max(map(abs, level.joint)):.1f} points"
+    assert found["pd", "2468", "lora"].verdict == "no difference above 0.0 points"
+    lines = rows(tables(record))
+    first = next(line for line in lines if line[:3] == ["OP", "2468", "lora"])
+    assert first[3:5] == ["4", "+20.0"]
+    assert ["lora", "55.0", "47.5", "-10.0", "-10.0"] in lines, "means by order"
+    assert next(line for line in lines if line[0] == "lora")[:6] == ["lora", "1,234", "0.001", "4", "95.0", "51.2"]
+
+
+def test_sequences_without_partner_are_left_out_and_one_pair_gives_no_verdict():
+    text = tables(made_up({"lora": [0.5, 0.9, 0.1], "5555": [0.6]}))
+    assert ["OP", "5555", "lora", "1", "+10.0", "", "", "", "", "too few pairs"] in rows(text)
+    assert "4 of 8 sequences are finished: the tables will change." in text
+
+
+def test_holm():
+    assert holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+
+
+def test_orders_differ_and_more_begin_with_the_same():
+    assert orders(5)[:4] == orders(3)
+    assert len(set(map(tuple, orders(119)))) == 120
+
+
+@pytest.fixture
+def words(tiny_model_dir, tmp_path):
+    found = ["--base_model", tiny_model_dir, "--output_dir", tmp_path / "runs", "--record", tmp_path / "record.json"]
+    found += ["--recipes", json.dumps(TWO), "--orders", 1, "--seeds", 0, "--train_size", 16, "--validation_size", 4]
+    return [str(word) for word in [*found, "--test_size", 5, "--num_train_epochs", 1, "--learning_rate", 0.02]]
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeypatch, capsys):
+    record, page = tmp_path / "record.json", tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{MARKERS[0]}old\n{MARKERS[1]}\n\nend\n", encoding="utf-8")
+    original, waiting = MetricsFile.on_train_begin, [3]
+
+    def on_train_begin(self, *args, **kwargs):
+        waiting[0] -= 1
+        if waiting[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MetricsFile, "on_train_begin", on_train_begin)
+    assert main(words) == 130, "in the third stage"
+    assert not record.exists()
+    assert main([*words, "--at_most", "1"]) == 0
+    assert waiting[0] == 3 - 3 - 3, "two finished stages are not trained again"
+    first = json.loads(record.read_text())["runs"]
+    assert [run["recipe"] for run in first] == ["lora"]
+    assert main([*words, "--page", str(page)]) == 0
+    content = json.loads(record.read_text())
+    assert content["runs"][:1] == first
+    assert [run["recipe"] for run in content["runs"]] == list(TWO)
+    for run in content["runs"]:
+        assert [[len(marks) for marks in row] for row in run["marks"]] == [[5] * stage for stage in range(1, 6)]
+        assert run["matrix"] == [[marks.count("1") / 5 for marks in row] for row in run["marks"]]
+        assert (run["op"], run["pd"]) == (overall_performance(run["matrix"]), performance_drop(run["matrix"]))
+        assert run["steps"] == [2] * 5
+    assert str(tmp_path) not in record.read_text()
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] in (
+        [".locks", "data-16-4-5"],
+        ["data-16-4-5", ".locks"],
+    )
+    assert page.read_text() == f"# Page\n\n{MARKERS[0]}\n{tables(content)}\n\n{MARKERS[1]}\n\nend\n"
+    before = record.read_bytes()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"0 sequences left\n\n{tables(content)}\n"
+    assert record.read_bytes() == before
+    for change, message in (
+        (["--test_size", "6"], "`test_size` must be as in"),
+        (["--recipes", json.dumps({**TWO, "lora": {"num_experts": 2}})], "`recipes` must be as in"),
+        (["--seeds", "1"], "`seeds` must be as in"),
+    ):
+        assert main([*words, *change]) == 2
+        assert message in capsys.readouterr().err
+    more = Study(ForgettingOptions(**{**options_of(words), "seeds": [0, 1], "orders": 2}))
+    assert [key[:3] for key in more.left()][:2] == [("lora", 2, 0), ("mixture", 2, 0)]
+    assert len(more.left()) == 6
+
+
+def options_of(words):
+    found = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    sizes = {name: int(found[name]) for name in ("orders", "train_size", "validation_size", "test_size")}
+    rates = {name: float(found[name]) for name in ("num_train_epochs", "learning_rate")}
+    return {**found, **sizes, **rates, "seeds": [int(found["seeds"])]}
+
+
+@pytest.mark.slow
+def test_the_rate_is_chosen_on_other_seeds_and_sequences_of_others_are_left_alone(words, tmp_path):
+    only = json.dumps({"lora": TWO["lora"], "fixed": {**TWO["lora"], "learning_rate": 0.05}})
+    words = [*words, "--recipes", only, "--rates", "0.001", "0.02"]
+    locks = tmp_path / "runs" / ".locks"
+    locks.mkdir(parents=True)
+    with FileLock(locks / "lora-0-100-0.02"):  # as another process would
+        assert main([*words, "--at_most", "2"]) == 0
+    runs = json.loads((tmp_path / "record.json").read_text())["runs"]
+    assert [(run["recipe"], run["order"], run["learning_rate"]) for run in runs] == [
+        ("lora", 0, 0.001),
+        ("fixed", 1, 0.05),
+    ]
+    assert {len(marks) for row in runs[0]["marks"] for marks in row} == {4}, "validation questions"
+    assert main(words) == 0
+    found = json.loads((tmp_path / "record.json").read_text())
+    op = {run["learning_rate"]: run["op"] for run in found["runs"] if run["order"] == 0}
+    assert sorted(op) == [0.001, 0.02]
+    assert found["runs"][-1]["learning_rate"] == max(sorted(op), key=op.get)
+    assert {len(marks) for row in found["runs"][-1]["marks"] for marks in row} == {5}
+    assert ["lora", *(f"{100 * op[rate]:.1f}" for rate in (0.001, 0.02))] in rows(tables(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--reference", "other"], "`reference`"),
+        (["--rates", "0.1", "--tuning_seeds", "0"], "`tuning_seeds` must be others than `seeds`: both have [0]"),
+        (["--recipes", '{"lora": {"seed": 3}}'], "`seed` cannot be set in `recipes.lora`"),
+        (["--recipes", '{"lora": {"num_expert": 3}}'], "`num_experts`"),
+        (["--orders", "0"], "`orders` must be 1 to 119"),
+        (["--seeds", "1", "1"], "`seeds` must be different"),
+        (["--page", "README.md"], "`page`"),
+        (["--base_model", "nosuch"], "`base_model` must be a folder"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_trained(words, change, message, tmp_path, capsys):
+    assert main([*words, *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "record.json").exists()
