@@ -28,10 +28,11 @@ from studies.forgetting_tables import tables
 from mola.data.prepare import PrepareOptions, prepare
 from mola.data.sample import TOPICS
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
+from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.digests import file_sha256
 from mola.files.environment import machine_description, software_versions
-from mola.files.reading import read_json, read_text
+from mola.files.marked_pages import check_page, write_part
+from mola.files.reading import read_json
 from mola.options.fields import named_mappings, option
 from mola.options.parsing import convert, parse
 from mola.studies.continual_learning.continual import ContinualOptions, continual
@@ -41,7 +42,6 @@ from mola.training.checkpoints import RUN_FILE
 
 FORMAT = 1
 KINDS = {topic.category.split()[0].lower(): topic.category for topic in TOPICS}  # names that folders can have
-MARKERS = ("<!-- tables -->\n", "<!-- /tables -->")  # the tables stand between them in a page
 _MIXTURES = {name: {"num_experts": name, "r": 8, "lora_alpha": 16, "top_k": 2} for name in ("5555", "2468", "8642")}
 _BALANCE = {"router_aux_loss_coef": 0.001, "router_aux_loss_reduction": "layer"}  # as the research code's `obalance`
 # LoRA of rank 43 has as many trained values as the mixtures with their routers.
@@ -276,22 +276,6 @@ def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
     return max(found, key=lambda rate: float(np.mean(found[rate])))
 
 
-def write_page(path: str, text: str) -> None:
-    """Put the tables between the two markers of a page."""
-    before, start, rest = _page(path).partition(MARKERS[0])
-    atomic_write_text(path, f"{before}{start}\n{text}\n\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
-
-
-def _page(path: str) -> str:
-    try:
-        page = read_text(path)
-    except (OSError, ValueError) as error:
-        raise MolaError(f"`page` cannot be read: {path!r} ({error}). Name a page with the two markers.") from error
-    if [page.count(marker) for marker in MARKERS] != [1, 1] or page.index(MARKERS[0]) > page.index(MARKERS[1]):
-        raise MolaError(f"`page` must hold the lines {' and '.join(map(str.strip, MARKERS))} once: {path!r} does not.")
-    return page
-
-
 def _sizes(options: ForgettingOptions) -> dict[str, int]:
     return {split: getattr(options, f"{split}_size") for split in ("train", "validation", "test")}
 
@@ -315,7 +299,7 @@ def _check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]])
         if wrong := sorted(set(values) & set(_SET_HERE)):
             raise MolaError(f"`{wrong[0]}` cannot be set in `recipes.{recipe}`: it is the same for all. Leave it out.")
     if options.page is not None:
-        _page(options.page)
+        check_page(options.page)
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
@@ -343,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study.work()
         text = tables(study.record)
         if study.options.page is not None:
-            write_page(study.options.page, text)
+            write_part(study.options.page, text)
     except KeyboardInterrupt:
         print("interrupted. Go on with the same command.", file=sys.stderr)
         return 130

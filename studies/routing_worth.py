@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import time
@@ -32,9 +31,10 @@ from mola.errors import MolaError
 from mola.evaluation.differences import paired_differences
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
 from mola.exporting.convert import ConvertOptions, ExportReport, convert
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
+from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
-from mola.files.reading import read_json, read_json_object, read_text
+from mola.files.marked_pages import check_page, write_part
+from mola.files.reading import read_json, read_json_object
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.models.adapters import check_adapter
 from mola.models.quantization import QUANTIZATION_OPTIONS
@@ -46,7 +46,6 @@ from mola.studies.comparison.record import Result, read_results
 from mola.studies.train_and_test import sigterm_as_interrupt
 from mola.training.checkpoints import RUN_FILE
 
-_BEGIN, _END = "<!-- tables -->", "<!-- /tables -->"
 _POLL_SECONDS = 5.0
 _ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
@@ -66,7 +65,7 @@ class WorthOptions:
     record: str = option("runs/study/compare.json", "Record of the comparison.")
     runs: str = option("runs/study", "Its `output_dir`, with the adapters.")
     output: str = option("studies/routing_worth.json", "File of all results.")
-    page: str | None = option(None, f"Write the tables between {_BEGIN} and {_END} of this page.")
+    page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
     recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
     seeds: list[int] | None = option(None, "Seeds to export; default: all.")
     rank: int = option(8, "Rank of the LoRAs.")
@@ -279,29 +278,17 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), _NOTE])
 
 
-def _parts(page: str) -> tuple[str, str]:
-    """What stands before and after the tables of a page."""
-    try:
-        found = re.fullmatch(f"(.*{_BEGIN}\n).*({_END}.*)", read_text(page), re.S)
-    except (OSError, ValueError) as error:
-        raise MolaError(f"`page` cannot be read: {page!r} ({error}).") from error
-    if found is None:
-        raise MolaError(f"`page` must have the lines {_BEGIN} and {_END}: {page!r} has not. Add them.")
-    return found[1], found[2]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what is left; returns the exit code: 0, 2 for wrong input, 130 after an interruption."""
     try:
         options = parse(WorthOptions, sys.argv[1:] if arguments is None else arguments, prog="studies.routing_worth")
         if options.page:
-            _parts(options.page)
+            check_page(options.page)
         study = Study(options)
         with sigterm_as_interrupt():
             study.do_all()
         if options.page:
-            before, after = _parts(options.page)
-            atomic_write_text(options.page, f"{before}{markdown(study.entries)}\n{after}")
+            write_part(options.page, markdown(study.entries))
     except MolaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from scipy import stats
-from studies.forgetting import MARKERS, RECIPES, ForgettingOptions, Study, main, orders
+from studies.forgetting import RECIPES, ForgettingOptions, Study, main, orders
 from studies.forgetting_tables import comparisons, holm, tables
 
+from mola.files.marked_pages import BEGIN, END
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.training.callbacks import MetricsFile
 
@@ -38,7 +39,7 @@ def rows(text):
 
 def test_the_page_has_the_tables_of_the_record():
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": []}
-    found = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])[2].partition(MARKERS[1])[0]
+    found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert found == f"\n{tables(record)}\n\n"
     for run in record["runs"]:
         assert run["matrix"] == [[marks.count("1") / len(marks) for marks in row] for row in run["marks"]]
@@ -94,7 +95,7 @@ def words(tiny_model_dir, tmp_path):
 @pytest.mark.slow
 def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeypatch, capsys):
     record, page = tmp_path / "record.json", tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{MARKERS[0]}old\n{MARKERS[1]}\n\nend\n", encoding="utf-8")
+    page.write_text(f"# Page\n\n{BEGIN}old\n{END}\n\nend\n", encoding="utf-8")
     original, waiting = MetricsFile.on_train_begin, [3]
 
     def on_train_begin(self, *args, **kwargs):
@@ -124,7 +125,7 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeyp
         [".locks", "data-16-4-5"],
         ["data-16-4-5", ".locks"],
     )
-    assert page.read_text() == f"# Page\n\n{MARKERS[0]}\n{tables(content)}\n\n{MARKERS[1]}\n\nend\n"
+    assert page.read_text() == f"# Page\n\n{BEGIN}\n{tables(content)}\n\n{END}\n\nend\n"
     before = record.read_bytes()
     capsys.readouterr()
     assert main(words) == 0

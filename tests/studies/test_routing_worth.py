@@ -162,7 +162,7 @@ def test_entries_of_another_comparison_are_refused(changed, message, words, comp
         (["--rank", "0"], "`rank` must be from 1 to .* got 0."),
         (["--record", "none.json"], "`record` must hold a mixture .* 'none.json' has none."),
         (["--page", "none.md"], "`page` cannot be read: 'none.md'"),
-        (["--page", str(ROOT / "README.md")], "`page` must have the lines <!-- tables -->"),
+        (["--page", str(ROOT / "README.md")], "`page` must hold the lines <!-- tables -->"),
     ],
 )
 def test_wrong_options_are_refused(more, message, words, capsys):
@@ -216,5 +216,5 @@ def test_two_processes_share_the_work(words):
 
 
 def test_the_page_has_the_tables_of_the_record():
-    between = PAGE.read_text(encoding="utf-8").partition("<!-- tables -->\n")[2].partition("\n<!-- /tables -->")[0]
-    assert between == (markdown(read(RECORD)["runs"]) if RECORD.exists() else "There is no result yet.")
+    between = PAGE.read_text(encoding="utf-8").partition("<!-- tables -->\n")[2].partition("<!-- /tables -->")[0]
+    assert between.strip() == (markdown(read(RECORD)["runs"]) if RECORD.exists() else "There is no result yet.")

@@ -100,7 +100,9 @@ class CompareOptions(TrainAndTestOptions):
     keep_adapters: bool = option(True, "Keep the trained weights; without them the results still stay.")
     evaluate_base: bool = option(True, "Also test the base model alone.")
     tables: str | None = option(
-        None, "Also write the table to these files, between commas: NAME.csv, NAME.md or NAME.html."
+        None,
+        "Also write the tables to these files, between commas: NAME.csv, NAME.html or NAME.md. Of an .md file that has "
+        "the lines <!-- tables --> and <!-- /tables --> only what stands between them is replaced.",
     )
     plots: str | None = option(
         None, "Also draw curves and differences into these files, between commas: NAME.png or NAME.svg."

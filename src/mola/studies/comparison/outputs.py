@@ -7,6 +7,7 @@ from typing import Any
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_text, check_writable
+from mola.files.marked_pages import check_page, has_markers, write_part
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
 from mola.studies.comparison.options import CompareOptions
@@ -40,6 +41,8 @@ def check_files(tables: str | None, plots: str | None) -> None:
             if path.suffix not in forms:
                 raise MolaError(f"`{option}` must be files that end in {', '.join(forms)}: got {str(path)!r}.")
             check_writable(path)
+            if has_markers(path):
+                check_page(path)
     if _paths(plots):
         check_matplotlib()
 
@@ -51,9 +54,13 @@ def _paths(names: str | None) -> list[Path]:
 def write_tables(
     tables: str | None, rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], reference: str
 ) -> None:
-    """Write the tables in every form asked for; earlier ones are replaced."""
+    """Write the tables in every form asked for; earlier ones are replaced, of pages with markers the part between."""
     for path in _paths(tables):
-        atomic_write_text(path, _FORMS[path.suffix](rows, found, powers, reference))
+        text = _FORMS[path.suffix](rows, found, powers, reference)
+        if path.suffix == ".md" and has_markers(path):
+            write_part(path, text)
+        else:
+            atomic_write_text(path, text)
 
 
 def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Result], rows: Sequence[Row]) -> None:
