@@ -49,9 +49,13 @@ class MixtureLoader(BaseModelLoader):
                 "`--load-format mola` needs the adapter's folder: --model-loader-extra-config "
                 f"""'{{"adapter": "FOLDER"}}'. Got {load_config.model_loader_extra_config!r}."""
             )
-        self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
+        cure = "Pass 'auto', or leave it out."
+        try:
+            self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
+        except (ImportError, KeyError, TypeError, ValueError) as error:  # no such format, or one that needs more
+            raise MolaError(f"`load_format` {inner!r} cannot be used: {error!r}. {cure}") from error
         if type(self._base).load_model is not BaseModelLoader.load_model:
-            raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. Pass 'auto', or leave it out.")
+            raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. {cure}")
         self._adapter: Adapter | None = None
         self._places: dict[str, list[Part]] = {}
 
