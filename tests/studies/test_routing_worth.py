@@ -76,7 +76,7 @@ def test_every_mixture_is_exported_and_tested_once(words, comparison, tmp_path, 
         assert min(entry["explained"].values()) > 0
     assert not list(tmp_path.glob("out/.worth/*/*"))
     said = page.read_text(encoding="utf-8")
-    assert said == f"before\n<!-- tables -->\n{markdown(runs)}\n<!-- /tables -->\nafter\n"
+    assert said == f"before\n<!-- tables -->\n\n{markdown(runs)}\n\n<!-- /tables -->\nafter\n"
     content = output.read_bytes()
     shutil.rmtree(tmp_path / "out" / "physics")  # with a result nothing else is needed
     capsys.readouterr()
@@ -117,7 +117,8 @@ def test_the_tables_are_means_and_quantiles_of_the_marks():
         ["t", "a", "1", "50.0", "25.0", "-25.0"],
         ["t", "b", "2", "50.0", "75.0", "+25.0"],
     ]
-    assert [row[6] for row in rows] == ["", "+25.0 to +25.0"]
+    assert [row[6] for row in rows] == ["-100.0 to +54.6", "-54.6 to +100.0"]  # over four questions; both seeds agree
+    assert [row[7] for row in rows] == ["one seed: no verdict", "no difference above 100.0 points"]
     assert [row[8:] for row in rows] == [["-25.0", "-25.0", "0.5000"], ["+25.0", "+25.0", "0.5000"]]
     said = dict(zip(heads, overall, strict=True))
     assert [said[name] for name in ("LoRAs", "behind", "equal", "ahead")] == ["3", "1", "0", "2"]
