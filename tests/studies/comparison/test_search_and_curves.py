@@ -18,6 +18,7 @@ from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_t
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
 from mola.studies.comparison.tables import power_line
+from mola.studies.comparison.tuning import Power
 from mola.training.callbacks import MetricsFile
 from tests.studies.comparison.comparisons import RECIPES, read
 
@@ -52,6 +53,19 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
     again = run(**ONE_TASK, **SEARCH, evaluate_base=False)
     assert again.found == result.found
     assert len(again.results) == len(result.results)
+
+
+def test_a_probe_in_the_search_has_the_same_options(run, tmp_path):
+    asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
+    probed = {"allocate": {"method": "redundancy", "budget": 12, "probe": "even"}, "r": "4"}
+    result = run(**asked, recipes={"even": {"num_experts": "3,", "r": "4"}, "probed": probed})
+    folder = tmp_path / "out" / "physics"
+    for name, seed in [("probed", 0), *((f"probed@learning_rate={rate}", 7) for rate in RATES)]:
+        made = read(folder / f"{name}-seed-{seed}.json")
+        (one,) = [each for each in result.results if (each.recipe, each.seed) == (name, seed)]
+        assert one.num_experts == made["num_experts"]
+    rates = {each.recipe: each.settings["learning_rate"] for each in result.results if each.recipe.startswith("even@")}
+    assert rates == {f"even@learning_rate={rate}": rate for rate in RATES}
 
 
 def test_a_search_that_is_stopped_goes_on(run, monkeypatch):
@@ -202,9 +216,9 @@ def test_as_many_seeds_as_the_power_says_find_the_difference():
     assert seeds_needed(0.08, parts, 300, 10, 0.8, 0.95) > needed
 
 
-def test_no_number_of_seeds_replaces_questions(run):
+def test_no_number_of_seeds_replaces_questions():
     parts = Components(seeds=0.0, questions=0.25, rest=0.0)
     assert seeds_needed(0.01, parts, 20, 1, 0.8, 0.95) is None
-    (power,) = run(**ONE_TASK, **SEARCH, evaluate_base=False, seeds=[0]).power
+    power = Power("physics", margin=5.0, seeds=10, questions=200, needed=12, seed_deviation=4.0)
+    assert "it takes 12 seeds on 200 questions" in power_line(power)
     assert "it takes more questions" in power_line(replace(power, needed=None))
-    assert "it takes 12 seeds" in power_line(replace(power, needed=12))
