@@ -60,6 +60,7 @@ def run(script, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
     first, second = (run(COMPUTE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert len(first.split()) == 3 * (1 + (2 + len(TRAINED)) * 2 * 7)
