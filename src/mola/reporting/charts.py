@@ -62,6 +62,7 @@ class Line:
     name: str
     points: Points
     look: str
+    band: Sequence[tuple[float, float, float]] = ()  # step and bounds of what is drawn behind it
 
 
 def step_axis(lines: Sequence[Line]) -> Axis:

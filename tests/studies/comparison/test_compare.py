@@ -139,7 +139,7 @@ def test_names_are_text_on_the_page():
         difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), (0.01, 0.3), (0.01, 0.3), 0.02, "better", 2)
         means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
         rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
-        return Page(page(rows, [], [], reference))
+        return Page(page(rows, [], [], reference, {}))
 
     def looks(tree):
         return {(node.tag, *sorted(node.attributes)) for node in tree.root}

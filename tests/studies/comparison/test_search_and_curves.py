@@ -143,6 +143,8 @@ def test_tests_on_the_way_change_nothing_and_make_a_curve(run, values, tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "physics, over the training" in text
     assert "steps to target" in text
+    assert text.count("Learning curve of") == 1  # of the one that is not the reference, beside it
+    assert text.count('<polygon class="band') == 2
     # The same folders do for the same tests only.
     (tmp_path / "curves" / "compare.json").unlink()
     (tmp_path / "curves" / "physics" / "lora" / "seed-0" / CURVE_FILE).unlink()

@@ -26,6 +26,7 @@ from mola.studies.comparison.checks import Run, check_runs
 from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import check_files, write_plots, write_tables
+from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
@@ -130,7 +131,8 @@ class _Comparison:
         rows = self._write(status)
         left = len(self._open(self.searched)) + len(self._open(self.runs))
         result = CompareResult(status, rows, self.results, left, str(self.path), self.found, self.power)
-        write_tables(self.options.tables, rows, self.found, self.power, str(self.options.reference))
+        curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
+        write_tables(self.options.tables, rows, self.found, self.power, str(self.options.reference), curves)
         write_plots(self.options.plots, self.options, self.results, rows)
         return result
 

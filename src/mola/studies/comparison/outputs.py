@@ -1,6 +1,6 @@
 """Files that the tables and pictures of a comparison are written to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_text, check_writable
 from mola.files.marked_pages import check_page, has_markers, write_part
+from mola.reporting.charts import Axis, Line
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
 from mola.studies.comparison.options import CompareOptions
-from mola.studies.comparison.plots import check_matplotlib, draw
+from mola.studies.comparison.plots import Curves, check_matplotlib, draw
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tables import (
@@ -52,11 +53,16 @@ def _paths(names: str | None) -> list[Path]:
 
 
 def write_tables(
-    tables: str | None, rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], reference: str
+    tables: str | None,
+    rows: Sequence[Row],
+    found: Sequence[Found],
+    powers: Sequence[Power],
+    reference: str,
+    curves: Mapping[str, Curves],
 ) -> None:
     """Write the tables in every form asked for; earlier ones are replaced, of pages with markers the part between."""
     for path in _paths(tables):
-        text = _FORMS[path.suffix](rows, found, powers, reference)
+        text = _FORMS[path.suffix](rows, found, powers, reference, curves)
         if path.suffix == ".md" and has_markers(path):
             write_part(path, text)
         else:
@@ -72,10 +78,19 @@ def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Re
         atomic_write_bytes(path, picture)
 
 
-def page(rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], reference: str) -> str:
-    """The tables as one HTML file that needs nothing else, in the style of a run's report."""
+def page(
+    rows: Sequence[Row],
+    found: Sequence[Found],
+    powers: Sequence[Power],
+    reference: str,
+    curves: Mapping[str, Curves],
+) -> str:
+    """The tables as one HTML file that needs nothing else, in the style of a run's report.
+
+    `curves`, by task, are those of `mola.studies.comparison.plots.bands`; each recipe is drawn beside the reference.
+    """
     sections = [
-        Section(f"task-{number}", title, _task(by_budget(list(members)), reference), "comparison")
+        Section(f"task-{number}", title, _task(by_budget(list(members)), reference, curves), "comparison")
         for number, (title, members) in enumerate(groupby(rows, key=title_of), start=1)
     ]
     verdicts = [row.difference.verdict for row in rows if row.difference is not None]
@@ -96,7 +111,7 @@ def page(rows: Sequence[Row], found: Sequence[Found], powers: Sequence[Power], r
     )
 
 
-def _task(rows: Sequence[Row], reference: str) -> dict[str, Any]:
+def _task(rows: Sequence[Row], reference: str, curves: Mapping[str, Curves]) -> dict[str, Any]:
     strips, forest = [], []
     reach = max((_reach(row) for row in rows), default=0.0)
     for row in rows:
@@ -113,8 +128,25 @@ def _task(rows: Sequence[Row], reference: str) -> dict[str, Any]:
         "has_interval": any(row.mean.interval_95 for row in rows),
         "forest": forest,
         "reach": f"{100 * reach:.1f}",
+        "curves": _beside_the_reference(curves.get(rows[0].task, {}), reference) if rows[0].measure != AT_END else [],
+        "axis": Axis(0.0, 1.0),
         "differences": Table(columns_of(rows), lines, "Differences and their significance"),
     }
+
+
+def _beside_the_reference(curves: Curves, reference: str) -> list[list[Line]]:
+    """One chart for every recipe but the reference, which is in all of them."""
+    lines = {
+        name: Line(
+            name,
+            [(step, mean) for step, mean, *_ in points],
+            "b" if name == reference else "a",
+            band=[(step, low, high) for step, _, low, high in points],
+        )
+        for name, points in curves.items()
+    }
+    common = [lines[reference]] if reference in lines else []
+    return [[*common, line] for name, line in lines.items() if name != reference]
 
 
 def _reach(row: Row) -> float:
@@ -123,8 +155,8 @@ def _reach(row: Row) -> float:
 
 
 _PICTURES = (".png", ".svg")
-_FORMS: dict[str, Callable[[Sequence[Row], Sequence[Found], Sequence[Power], str], str]] = {
-    ".csv": lambda rows, found, powers, reference: comma_separated(rows),
-    ".md": lambda rows, found, powers, reference: search_markdown(found, powers) + markdown(rows, reference),
+_FORMS: dict[str, Callable[[Sequence[Row], Sequence[Found], Sequence[Power], str, Mapping[str, Curves]], str]] = {
+    ".csv": lambda rows, found, powers, reference, curves: comma_separated(rows),
+    ".md": lambda rows, found, powers, reference, curves: search_markdown(found, powers) + markdown(rows, reference),
     ".html": page,
 }

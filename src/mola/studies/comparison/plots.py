@@ -18,6 +18,7 @@ from mola.studies.comparison.tables import title_of
 _WIDTH, _HEIGHT, _LINE = 6.4, 4.0, 0.28  # inches: of a picture of curves, and of one line of differences
 
 Band = tuple[int, float, float, float]  # step, mean accuracy, its interval over seeds
+Curves = Mapping[str, Sequence[Band]]  # by recipe
 
 
 def check_matplotlib() -> None:
@@ -64,9 +65,8 @@ def draw(
     with matplotlib.rc_context({"svg.hashsalt": "mola", "font.size": 9}):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
         places = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        colors = dict(
-            zip(recipes, (matplotlib.colormaps["tab20"](each % 20) for each in range(len(recipes))), strict=True)
-        )
+        strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+        colors = {name: matplotlib.colormaps["tab20"](strong_first[n % 20]) for n, name in enumerate(recipes)}
         for axes, (task, found) in zip(places, curves.items(), strict=False):
             _draw_curves(axes, task, found, colors)
         for axes, (title, compared) in zip(places[len(curves) :], tables, strict=True):
@@ -80,7 +80,7 @@ def _compared(rows: Any) -> list[Row]:
     return [row for row in rows if row.difference is not None and row.difference.joint_95 is not None]
 
 
-def _draw_curves(axes: Any, task: str, found: Mapping[str, Sequence[Band]], colors: Mapping[str, Any]) -> None:
+def _draw_curves(axes: Any, task: str, found: Curves, colors: Mapping[str, Any]) -> None:
     for recipe, points in found.items():
         steps, means, lows, highs = zip(*points, strict=True)
         axes.fill_between(steps, lows, highs, color=colors[recipe], alpha=0.12, linewidth=0)
