@@ -15,14 +15,12 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from studies.forgetting_tables import tables
 
 from mola.data.prepare import PrepareOptions, prepare
@@ -35,8 +33,10 @@ from mola.files.marked_pages import check_page, write_part
 from mola.files.reading import read_json
 from mola.options.fields import named_mappings, option
 from mola.options.parsing import convert, parse
+from mola.studies.comparison.curve import marks_of
 from mola.studies.continual_learning.continual import ContinualOptions, continual
 from mola.studies.continual_learning.record import EVALUATION_FOLDER
+from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrupt
 from mola.training.checkpoints import RUN_FILE
 
@@ -66,7 +66,6 @@ _SET_HERE = (
 )
 _SET_HERE += ("num_train_epochs", "overwrite_output_dir", *TRAINING, *_QUIET)
 _MAY_GROW = ("recipes", "orders", "seeds")
-_POLL_SECONDS = 5.0
 
 
 @dataclass
@@ -112,6 +111,7 @@ class Study:
 
     def __init__(self, options: ForgettingOptions) -> None:
         self.options, self.folder, self.path = options, Path(options.output_dir), check_writable(options.record)
+        self.locks = Locks(self.folder / ".locks")
         self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
         _check(options, self.recipes)
         for recipe, rate in dict.fromkeys((key.recipe, key.rate) for key in self._keys()):
@@ -155,7 +155,7 @@ class Study:
         count, most = 0, self.options.at_most
         while (left := self.left()) and (most is None or count < most):
             for key in left:
-                with self._claim("-".join(map(str, key))) as is_mine:
+                with self.locks.claim("-".join(map(str, key))) as is_mine:
                     self.read()
                     if not is_mine or key not in self.left() or (rate := self.rate(key)) is None:
                         continue
@@ -164,7 +164,7 @@ class Study:
                     count += 1
                 break  # what is left may be another list now
             else:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
                 self.read()
 
     def rate(self, key: Key) -> float | None:
@@ -204,12 +204,12 @@ class Study:
         run = {"recipe": key.recipe, "order": key.order, "seed": key.seed, "learning_rate": rate}
         run |= {"trained": trained[0]["trainable_parameters"], "steps": [each["steps"] for each in trained]}
         run["matrix"] = [[task["accuracy"] for task in row["tasks"].values()] for row in result.results]
-        run["marks"] = [["".join("01"[mark["correct"]] for mark in test["samples"]) for test in row] for row in tests]
+        run["marks"] = [[marks_of(test["samples"]) for test in row] for row in tests]
         run |= {"op": result.results[-1]["overall_performance"], "pd": result.results[-1]["performance_drop"]}
         run["seconds_training"] = round(sum(each["seconds"] for each in trained), 1)
         run["seconds_testing"] = round(sum(test["seconds"] for row in tests for test in row), 1)
         run |= {"versions": software_versions(), "machine": machine_description()}
-        with FileLock(self._lock("record")):
+        with self.locks.lock("record"):
             self.read()
             self.record["fingerprints"] = fingerprints
             self.record["runs"].append(run)
@@ -219,7 +219,7 @@ class Study:
     def _fingerprints(self) -> dict[str, str]:
         """Of base model and data, which are made first; refused if those in the record were others."""
         folder, options = self._data(), self.options
-        with FileLock(self._lock("data")):
+        with self.locks.lock("data"):
             if not folder.exists():
                 sizes = {f"{split}_size": len(KINDS) * size for split, size in _sizes(options).items()}
                 prepare(PrepareOptions("sample", str(folder), **sizes))
@@ -237,24 +237,6 @@ class Study:
 
     def _data(self) -> Path:
         return self.folder / "-".join(["data", *map(str, _sizes(self.options).values())])
-
-    @contextmanager
-    def _claim(self, name: str) -> Iterator[bool]:
-        """Whether no other process is at work on it; none will be in the block. A killed process claims nothing."""
-        lock = FileLock(self._lock(name))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    def _lock(self, name: str) -> Path:
-        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        return self.folder / ".locks" / name
 
 
 def orders(number: int) -> list[list[str]]:

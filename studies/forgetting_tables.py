@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mola.evaluation.differences import LEVEL, p_value, t_interval
+from mola.evaluation.differences import LEVEL, p_value, t_interval, verdict_of
 from mola.reporting.formatting import duration, markdown_table
 
 NO_RESULT = "No sequence has been run yet: there is no result."
@@ -35,9 +35,7 @@ class Comparison:
         """In words, from the joint interval."""
         if self.pairs < 2:
             return "too few pairs"
-        if self.joint[0] > 0 or self.joint[1] < 0:
-            return "better" if self.value > 0 else "worse"
-        return f"no difference above {100 * max(map(abs, self.joint)):.1f} points"
+        return verdict_of(self.value, self.joint)
 
 
 def tables(record: Mapping[str, Any]) -> str:

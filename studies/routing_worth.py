@@ -10,8 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +18,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,12 +39,13 @@ from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
 from mola.options.parsing import parse
 from mola.reporting.formatting import markdown_table
+from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result, read_results
+from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import sigterm_as_interrupt
 from mola.training.checkpoints import RUN_FILE
 
-_POLL_SECONDS = 5.0
 _ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
 _COLUMNS += ("least", "most", "KL")
@@ -77,6 +76,7 @@ class Study:
 
     def __init__(self, options: WorthOptions) -> None:
         self.options, self.output, self.work = options, Path(options.output), Path(options.runs, ".worth")
+        self.locks = Locks(self.work)
         if options.fit_rows < 2:
             raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
         results = read_results(Path(options.record))
@@ -114,14 +114,14 @@ class Study:
         while left := self.left():
             is_idle = True
             for key in left:
-                with self._claim("-".join(map(str, key))) as is_mine:
+                with self.locks.claim(f"{'-'.join(map(str, key))}.lock") as is_mine:
                     self.entries = self._read()
                     if is_mine and key in self.left():
                         is_idle = False
                         print(f"{len(self.left())} mixtures left. Next: {key}", flush=True)
                         self._do(key)
             if is_idle and self.left():
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
 
     def _read(self) -> list[dict[str, Any]]:
         """Finished exports, all of them of mixtures as the comparison has them."""
@@ -152,21 +152,6 @@ class Study:
         """What has to be equal for an entry to be kept."""
         fit = {"rank": self.options.rank, "fit_rows": self.options.fit_rows}
         return fit | {"mixture": result.marks, "settings": result.settings, "fingerprints": result.fingerprints}
-
-    @contextmanager
-    def _claim(self, name: str) -> Iterator[bool]:
-        """Whether no other process is at work on it; none will be in the block. A killed process claims nothing."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.work / f"{name}.lock")
-        try:
-            lock.acquire(blocking=name == "record")
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
 
     def _inputs(self, key: Key) -> tuple[Path, dict[str, Any], EvaluateOptions]:
         """Folder, training settings and test of a mixture, as its folder has them."""
@@ -212,11 +197,11 @@ class Study:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         entry = {**key._asdict(), **self._wanted(result), "accuracy": tested.accuracy}
-        entry["marks"] = "".join("01"[sample["correct"]] for sample in tested.samples)
+        entry["marks"] = marks_of(tested.samples)
         entry |= {"kl": report.divergence["answer"], "explained": report.by_kind(), "rows": report.rows["answer"]}
         entry |= {"seconds": {**report.seconds, "testing": round(tested.seconds, 2)}, "notes": report.notes}
         entry |= {"versions": software_versions(), "machine": machine_description()}
-        with self._claim("record"):
+        with self.locks.lock("record.lock"):
             self.entries = [*self._read(), entry]
             atomic_write_json(self.output, {"runs": self.entries})
 

@@ -10,13 +10,11 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,6 +30,7 @@ from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import power_line, search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
+from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -40,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
 _TEST_FILE = "test.json"
-_POLL_SECONDS = 5.0
 _WEIGHTS = ("adapter_model.safetensors", "tokenizer.json")
 
 
@@ -108,6 +106,7 @@ class _Comparison:
         self.results = results
         self.path = path
         self.folder = Path(options.output_dir or "")
+        self.locks = Locks(self.folder / ".locks")
         self.allocations = Allocations(self.folder)
         self.found: list[Found] = []
         self.power: list[Power] = []
@@ -125,7 +124,7 @@ class _Comparison:
 
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
-        with self._lock("allocations"):
+        with self.locks.lock("allocations"):
             self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
         status = recorded(self._everything, self._write)
         rows = self._write(status)
@@ -157,38 +156,19 @@ class _Comparison:
         while left := self._read_again(runs):
             is_idle = True
             for run in left:
-                with self._claim(run) as is_mine:
+                with self.locks.claim("-".join(map(str, run.key))) as is_mine:
                     if is_mine and run in self._read_again(runs) and self._is_ready(run):
                         is_idle = False
                         logger.info("Run %d of %d: %s.", 1 + runs.index(run), len(runs), run.key)
                         if not self._one(run, runs):
                             return False
             if is_idle:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         return True
 
     def _is_ready(self, run: Run) -> bool:
         """Whether the probe of a run is done."""
         return run.probe is None or Key(run.key.task, run.probe, run.key.seed) in {each.key for each in self.results}
-
-    @contextmanager
-    def _claim(self, run: Run) -> Iterator[bool]:
-        """Whether no other process is at work on a run; none will be in the block. A killed process claims nothing."""
-        lock = self._lock("-".join(map(str, run.key)))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    def _lock(self, name: str) -> BaseFileLock:
-        folder = self.folder / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / name)
 
     def _one(self, run: Run, runs: Sequence[Run]) -> bool:
         folder = Path(run.options.output_dir or "")
@@ -219,7 +199,7 @@ class _Comparison:
         for run in self.runs:
             first.setdefault(run.key.task, run)
         for task, run in first.items():
-            with self._lock(f"base-{task}"):
+            with self.locks.lock(f"base-{task}"):
                 self._read_again(self.runs)
                 if Key(task, BASE, 0) not in {result.key for result in self.results}:
                     test = replace(run.test, output=str(self.folder / task / "base.json"))
@@ -239,7 +219,7 @@ class _Comparison:
         recipes, tasks, reference = self.options.recipes, self.options.tasks, str(self.options.reference)
         assert isinstance(recipes, dict)
         assert isinstance(tasks, dict)
-        with self._lock("record"):
+        with self.locks.lock("record"):
             self._read_again(self.runs)
             rows = summarize(self.results, [*recipes], [*tasks], reference, self.options.target_accuracy)
             content = {
