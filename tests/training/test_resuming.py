@@ -12,6 +12,7 @@ import pytest
 
 from mola.cli import main
 from mola.training.callbacks import MetricsFile
+from mola.training.digests import DIGESTS_FILE
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 from tests.waiting import PATIENCE, wait_until
 
@@ -45,7 +46,9 @@ def run_and_signal(monkeypatch, capsys):
 
 def start_and_signal(arguments: list[str], folder: Path, number: int) -> tuple[int, str]:
     """The same with a process of its own, after a few steps."""
-    with subprocess.Popen([sys.executable, "-m", "mola.cli", *arguments], stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "mola.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: with more threads sums are rounded otherwise
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: num_lines(folder / "metrics.jsonl") >= 8, process)
             process.send_signal(number)
@@ -57,6 +60,15 @@ def start_and_signal(arguments: list[str], folder: Path, number: int) -> tuple[i
 
 def num_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def add_an_hour(checkpoint: Path) -> None:
+    """As if the training until this checkpoint had taken an hour longer."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["stateful_callbacks"]["TrainingClock"]["args"]["seconds"] += 3600
+    path.write_text(json.dumps(state), encoding="utf-8")
+    (checkpoint / DIGESTS_FILE).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +100,11 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
     assert (folder / f"checkpoint-{record['steps']}" / "trainer_state.json").is_file()
     assert (folder / WEIGHTS).is_file()
     assert max(losses(folder)) == record["steps"]
+    add_an_hour(folder / f"checkpoint-{record['steps']}")
 
     assert main([*flags(**options), "--resume_from_checkpoint", "last"]) == 0
     assert read_record(folder)["status"] == "finished"
+    assert 3600 < read_record(folder)["seconds"] < 4000
     assert_same_weights(folder, whole)
     assert losses(folder) == losses(whole)
     evaluations = [

@@ -9,12 +9,14 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from mola.errors import MolaError
@@ -68,6 +70,31 @@ def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Wall time of training; a resumed run goes on counting from what its checkpoint had taken."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training until now."""
+        return self._before + time.perf_counter() - self._start
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: arguments of a clock that goes on."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the checkpoint's time; one of an older version has none."""
+        self._start = time.perf_counter()
+        states: Any = state.stateful_callbacks
+        self._before = states.setdefault(type(self).__name__, self.state())["args"]["seconds"]
 
 
 class ResumedCheckpoints(TrainerCallback):

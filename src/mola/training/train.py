@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,14 @@ from mola.insight.telemetry import ExpertTelemetry
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
-from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
+from mola.training.callbacks import (
+    CheckpointLast,
+    FiniteLoss,
+    Interruption,
+    MetricsFile,
+    ResumedCheckpoints,
+    TrainingClock,
+)
 from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
@@ -73,7 +79,7 @@ class TrainResult:
         metrics: the trainer's final metrics; with evaluation data `eval_loss` of the saved weights.
         trainable_parameters: number of trained values, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
-        seconds: wall time of training, without loading.
+        seconds: wall time of training, that before a resume included, without loading.
         warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
@@ -196,11 +202,12 @@ def _trained(
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
         telemetry.add_to(trainer)
-    start = time.perf_counter()
+    clock = TrainingClock()
+    trainer.add_callback(clock)
     try:
         with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
-        seconds = time.perf_counter() - start
+        seconds = clock.seconds
         if trainer.state.global_step == run.first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
         if run.data.evaluation is not None and interruption.signal_number is None:
