@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mola.evaluation.differences import LEVEL, p_value, t_interval, verdict_of
-from mola.reporting.formatting import duration, markdown_table
+from mola.reporting.formatting import computers, duration, markdown_table
 
 NO_RESULT = "No sequence has been run yet: there is no result."
 MEASURES = {"op": "OP", "pd": "PD"}
@@ -101,17 +101,11 @@ def _state(record: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
     settings = record["settings"]
     done = sum(map(len, runs.values()))
     wanted = len(settings["recipes"]) * len(settings["seeds"]) * (len(settings["orders"]) - 1)
-    machines = sorted({f"{run['machine']['cpu']}, {_threads(run)}" for run in record["runs"]})
     seconds = sum(run["seconds_training"] + run["seconds_testing"] for run in record["runs"])
     text = f"{done} of {wanted} sequences are finished{'' if done == wanted else ': the tables will change'}. "
     text += f"All sequences{', those of the search too,' if settings['rates'] else ''} took {duration(seconds)} of "
-    return text + f"training and testing. Machine of each process: {'; '.join(machines)}."
-
-
-def _threads(run: Mapping[str, Any]) -> str:
-    machine = run["machine"]
-    count = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-    return count if machine["gpu"] is None else f"{machine['gpu']}, {count}"
+    machines = computers(run["machine"] for run in record["runs"])
+    return f"{text}training and testing. Machine of each process: {machines}."
 
 
 def _means_table(runs: Mapping[str, Runs]) -> str:

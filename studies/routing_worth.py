@@ -38,7 +38,7 @@ from mola.models.adapters import check_adapter
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
 from mola.options.parsing import parse
-from mola.reporting.formatting import markdown_table
+from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result, read_results
@@ -260,7 +260,16 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], li
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The tables for a page."""
-    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), _NOTE])
+    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), _NOTE, _effort(entries)])
+
+
+def _effort(entries: Sequence[Mapping[str, Any]]) -> str:
+    testing = sum(entry["seconds"]["testing"] for entry in entries)
+    fitting = sum(sum(entry["seconds"].values()) for entry in entries) - testing
+    return (
+        f"All fits took {duration(fitting)}, the tests of the LoRAs {duration(testing)}. "
+        f"Machine of each process: {computers(entry['machine'] for entry in entries)}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from mola.files.marked_pages import BEGIN, END
+from mola.studies.comparison.outputs import Outcome
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import summarize
-from mola.studies.comparison.tables import markdown, search_markdown
+from mola.studies.comparison.tables import effort_line
 from mola.studies.comparison.tuning import Found, Power
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +95,11 @@ def rounded(value):
 
 def test_the_page_has_the_tables(recipe, finished):
     said = content(finished)
-    search = [Found(**each) for each in said.get("search", [])], [Power(**each) for each in said.get("power", [])]
-    text = search_markdown(*search) + markdown(rows(recipe, finished), recipe["reference"])
-    lines = recipe["page"].splitlines()
-    assert [line for line in text.splitlines() if line not in lines] == []
-    if BEGIN in recipe["page"]:
-        assert recipe["page"].partition(BEGIN)[2].partition(END)[0].strip() == text.strip()
+    text = Outcome(
+        rows(recipe, finished),
+        recipe["reference"],
+        [Found(**each) for each in said.get("search", [])],
+        [Power(**each) for each in said.get("power", [])],
+        effort=effort_line(read_results(finished)),
+    ).markdown()
+    assert recipe["page"].partition(BEGIN)[2].partition(END)[0].strip() == text.strip()

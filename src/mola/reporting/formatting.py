@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mola.architecture.layer_stacks import layer_index
@@ -38,6 +38,17 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(whole // 60, 60)
     first, second = (f"{hours}{_SPACE}h", f"{minutes}{_SPACE}min") if hours else (f"{minutes}{_SPACE}min", None)
     return f"{first} {second or f'{whole % 60}{_SPACE}s'}"
+
+
+def computers(descriptions: Iterable[Mapping[str, Any]]) -> str:
+    """What `machine_description` said in each of several processes, every one once."""
+    return "; ".join(sorted({_computer(each) for each in descriptions}))
+
+
+def _computer(description: Mapping[str, Any]) -> str:
+    count = description["threads"]
+    parts = (description["cpu"], description["gpu"], f"{count} thread{'s' * (count != 1)}")
+    return ", ".join(part for part in parts if part)
 
 
 def layers(indices: Sequence[int | None]) -> str:

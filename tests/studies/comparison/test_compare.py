@@ -28,10 +28,10 @@ from mola.evaluation.differences import (
 )
 from mola.evaluation.evaluate import evaluate
 from mola.studies.comparison.compare import CompareOptions, compare
-from mola.studies.comparison.outputs import page
+from mola.studies.comparison.outputs import Outcome, page
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
-from mola.studies.comparison.tables import comma_separated, markdown
+from mola.studies.comparison.tables import comma_separated, effort_line, markdown
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.grids import slow
@@ -127,7 +127,9 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert [float(row["accuracy"]) for row in rows] == [row.mean.value for row in result.rows]
     assert rows[1]["num_experts"] == "2-4-6-8"
     assert names[0].read_text() == comma_separated(result.rows)
-    assert names[1].read_text() == markdown(result.rows, "lora")
+    effort = effort_line(result.results)
+    assert effort.startswith(f"{len(result.results) - 2} trainings took ")
+    assert names[1].read_text() == f"{markdown(result.rows, 'lora')}\n{effort}\n"
     text = names[2].read_text()
     assert text.count("<table") == 3
     assert "http:" not in text
@@ -139,7 +141,7 @@ def test_names_are_text_on_the_page():
         difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), (0.01, 0.3), (0.01, 0.3), 0.02, "better", 2)
         means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
         rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
-        return Page(page(rows, [], [], reference, {}))
+        return Page(page(Outcome(rows, reference)))
 
     def looks(tree):
         return {(node.tag, *sorted(node.attributes)) for node in tree.root}

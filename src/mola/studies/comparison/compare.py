@@ -23,12 +23,12 @@ from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.checks import Run, check_runs
 from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
-from mola.studies.comparison.outputs import check_files, write_plots, write_tables
+from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
 from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
-from mola.studies.comparison.tables import power_line, search_tables, terminal_tables
+from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
@@ -86,7 +86,7 @@ def main(options: CompareOptions) -> int:
     console = Console()
     for table in [*search_tables(result.found), *terminal_tables(result.rows, str(options.reference))]:
         console.print(table)
-    for line in map(power_line, result.power):
+    for line in [*map(power_line, result.power), effort_line(result.results)]:
         console.print(escape(line))
     print(f"{result.status}, {result.open} runs left; all numbers are in {result.record}", file=sys.stderr)
     if result.status == "interrupted":
@@ -131,7 +131,9 @@ class _Comparison:
         left = len(self._open(self.searched)) + len(self._open(self.runs))
         result = CompareResult(status, rows, self.results, left, str(self.path), self.found, self.power)
         curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
-        write_tables(self.options.tables, rows, self.found, self.power, str(self.options.reference), curves)
+        effort = effort_line(self.results)
+        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort)
+        write_tables(self.options.tables, outcome)
         write_plots(self.options.plots, self.options, self.results, rows)
         return result
 

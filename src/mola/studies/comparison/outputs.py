@@ -1,6 +1,7 @@
 """Files that the tables and pictures of a comparison are written to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,27 @@ def _paths(names: str | None) -> list[Path]:
     return [Path(name.strip()) for name in (names or "").split(",") if name.strip()]
 
 
-def write_tables(
-    tables: str | None,
-    rows: Sequence[Row],
-    found: Sequence[Found],
-    powers: Sequence[Power],
-    reference: str,
-    curves: Mapping[str, Curves],
-) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison has to say."""
+
+    rows: Sequence[Row]
+    reference: str
+    found: Sequence[Found] = ()
+    powers: Sequence[Power] = ()
+    curves: Mapping[str, Curves] = field(default_factory=dict)  # by task, see `plots.bands`
+    effort: str = ""  # see `effort_line`
+
+    def markdown(self) -> str:
+        """The search, a table per task, and what all has cost."""
+        text = search_markdown(self.found, self.powers) + markdown(self.rows, self.reference)
+        return f"{text}\n{self.effort}\n" if self.effort else text
+
+
+def write_tables(tables: str | None, outcome: Outcome) -> None:
     """Write the tables in every form asked for; earlier ones are replaced, of pages with markers the part between."""
     for path in _paths(tables):
-        text = _FORMS[path.suffix](rows, found, powers, reference, curves)
+        text = _FORMS[path.suffix](outcome)
         if path.suffix == ".md" and has_markers(path):
             write_part(path, text)
         else:
@@ -78,22 +89,17 @@ def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Re
         atomic_write_bytes(path, picture)
 
 
-def page(
-    rows: Sequence[Row],
-    found: Sequence[Found],
-    powers: Sequence[Power],
-    reference: str,
-    curves: Mapping[str, Curves],
-) -> str:
+def page(outcome: Outcome) -> str:
     """The tables as one HTML file that needs nothing else, in the style of a run's report.
 
-    `curves`, by task, are those of `mola.studies.comparison.plots.bands`; each recipe is drawn beside the reference.
+    Curves: each recipe is drawn beside the reference.
     """
+    reference = outcome.reference
     sections = [
-        Section(f"task-{number}", title, _task(by_budget(list(members)), reference, curves), "comparison")
-        for number, (title, members) in enumerate(groupby(rows, key=title_of), start=1)
+        Section(f"task-{number}", title, _task(by_budget(list(members)), reference, outcome.curves), "comparison")
+        for number, (title, members) in enumerate(groupby(outcome.rows, key=title_of), start=1)
     ]
-    verdicts = [row.difference.verdict for row in rows if row.difference is not None]
+    verdicts = [row.difference.verdict for row in outcome.rows if row.difference is not None]
     return render(
         "comparison.html",
         "Recipes compared: mola",
@@ -104,10 +110,11 @@ def page(
         note=NOTE.format(reference=reference),
         searches=[
             Table(tuple(head), lines, f"{task}: search")
-            for task, members in groupby(found, key=lambda each: each.task)
+            for task, members in groupby(outcome.found, key=lambda each: each.task)
             for head, *lines in [search_lines(list(members))]
         ],
-        powers=[power_line(each) for each in powers],
+        powers=[power_line(each) for each in outcome.powers],
+        effort=outcome.effort,
     )
 
 
@@ -155,8 +162,8 @@ def _reach(row: Row) -> float:
 
 
 _PICTURES = (".png", ".svg")
-_FORMS: dict[str, Callable[[Sequence[Row], Sequence[Found], Sequence[Power], str, Mapping[str, Curves]], str]] = {
-    ".csv": lambda rows, found, powers, reference, curves: comma_separated(rows),
-    ".md": lambda rows, found, powers, reference, curves: search_markdown(found, powers) + markdown(rows, reference),
+_FORMS: dict[str, Callable[[Outcome], str]] = {
+    ".csv": lambda outcome: comma_separated(outcome.rows),
+    ".md": Outcome.markdown,
     ".html": page,
 }

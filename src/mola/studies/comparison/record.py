@@ -50,7 +50,7 @@ class Result:
     num_experts: list[int]  # experts by layer
     eval_loss: float | None  # loss on the evaluation data, if there were some
     seconds_training: float  # wall time
-    seconds_testing: float  # wall time
+    seconds_testing: float  # wall time, of tests on the way too
     settings: dict[str, Any]  # see `mola.studies.comparison.checks.Run`
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software

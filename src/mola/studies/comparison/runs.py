@@ -62,7 +62,7 @@ def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     curve, seconds_of_curve = read_curve(folder)
     return Result(
         *run.key,
-        **_tested(run, tested),
+        **_tested(run, tested, seconds_of_curve),
         trainable_parameters=record["trainable_parameters"],
         num_experts=experts,
         eval_loss=record["metrics"].get("eval_loss"),
@@ -88,11 +88,11 @@ def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     )
 
 
-def _tested(run: Run, tested: Mapping[str, Any]) -> dict[str, Any]:
+def _tested(run: Run, tested: Mapping[str, Any], seconds_before: float = 0.0) -> dict[str, Any]:
     return {
         **{name: tested[name] for name in ("accuracy", "correct", "total", "unanswered")},
         "marks": marks_of(tested["samples"]),
-        "seconds_testing": round(tested["seconds"], 1),
+        "seconds_testing": round(seconds_before + tested["seconds"], 1),
         "fingerprints": run.fingerprints,
         "versions": software_versions(),
         "machine": machine_description(),

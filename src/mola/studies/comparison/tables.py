@@ -9,8 +9,9 @@ from statistics import median
 from rich.markup import escape
 from rich.table import Table
 
-from mola.reporting.formatting import markdown_table
+from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.options import MARK
+from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tuning import Found, Power
 
@@ -151,6 +152,19 @@ def power_line(power: Power) -> str:
         f"{power.task}: to see a difference of {power.margin:g} points with a probability of 80 %, {needed} on "
         f"{power.questions} questions (between seeds a difference varies by {power.seed_deviation:.1f} points, by the "
         f"search); there are {power.seeds}."
+    )
+
+
+def effort_line(results: Sequence[Result]) -> str:
+    """What a comparison has cost, in a sentence or two; empty before the first run."""
+    runs = [each for each in results if each.recipe != BASE]
+    if not runs:
+        return ""
+    search = ", those of the search included," if any(each.key.candidate for each in runs) else ""
+    return (
+        f"{len(runs)} trainings{search} took {duration(sum(each.seconds_training for each in runs))}, their tests "
+        f"{duration(sum(each.seconds_testing for each in runs))}. "
+        f"Machine of each process: {computers(each.machine for each in runs)}."
     )
 
 
