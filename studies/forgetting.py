@@ -49,7 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {"lora": {"num_experts": 1, "r": 43, "lora_
 RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIXTURES.items()}
 # The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
 TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
-TRAINING |= {"per_device_train_batch_size": 8, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
+TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
 _QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
 _QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
 _SET_HERE = (
@@ -86,7 +86,7 @@ class ForgettingOptions:
         default_factory=list, metadata={"help": "Learning rates to search among, for recipes without one of their own."}
     )
     tuning_seeds: list[int] = field(default_factory=lambda: [100], metadata={"help": "Seeds of that search."})
-    num_train_epochs: float = option(6.0, "Passes over the training questions of a stage.")
+    num_train_epochs: float = option(3.0, "Passes over the training questions of a stage.")
     train_size: int = option(80, "Training questions of each kind.")
     validation_size: int = option(30, "Validation questions of each kind.")
     test_size: int = option(40, "Test questions of each kind.")
