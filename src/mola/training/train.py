@@ -21,8 +21,6 @@ from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json
-from mola.files.environment import machine_description, software_versions
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
@@ -40,10 +38,11 @@ from mola.training.callbacks import (
 from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.digests import CheckpointDigests
-from mola.training.hub import check_hub_options, create_repository, upload, without_token
+from mola.training.hub import check_hub_options, create_repository, upload
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
-from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
+from mola.training.run_record import describe_run, write_record
 from mola.training.setup import (
     TrainingData,
     build_model,
@@ -52,9 +51,7 @@ from mola.training.setup import (
     effective_batch_size,
     load_tokenizer_for,
     prepare_data,
-    recorded_quantization,
     stores_packed,
-    training_changes,
 )
 from mola.training.sharding import check_sharding, keep_dtypes
 from mola.training.trainer import MolaTrainer
@@ -143,7 +140,7 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     trainer = _make_trainer(options, model, run, interruption)
     for callback in callbacks:
         trainer.add_callback(callback)
-    _write_record(trainer, run.folder, {**run.record, "status": "running"})
+    write_record(trainer, run.folder, {**run.record, "status": "running"})
     metrics, seconds = _trained(options, trainer, run, interruption)
     result = TrainResult(
         output_dir=str(run.folder),
@@ -184,7 +181,7 @@ def _checked_run(options: TrainOptions) -> _Run:
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False
-    record = _record(options, data, allocation)
+    record = describe_run(options, data, allocation)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
         if options.load_best_model_at_end:
@@ -216,7 +213,7 @@ def _trained(
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
         with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
-            _write_record(trainer, run.folder, failed)
+            write_record(trainer, run.folder, failed)
         raise
     finally:
         interruption.restore()
@@ -228,7 +225,7 @@ def _save(options: TrainOptions, trainer: Trainer, run: _Run, result: TrainResul
     """Adapter, record and card, here and on the Hub."""
     saved = save_result(trainer.save_model, run.folder, is_main_process=trainer.is_world_process_zero())
     run.record |= asdict(result)
-    _write_record(trainer, run.folder, run.record)
+    write_record(trainer, run.folder, run.record)
     if trainer.is_world_process_zero():
         write_card(run.folder, run.record)
     if "repository" not in run.record:
@@ -293,27 +290,3 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     keep_dtypes(trainer)
     name_experts(trainer)
     return trainer
-
-
-def _record(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to know, and to repeat, the run."""
-    return {
-        "command": without_token(sys.argv, options.hub_token),
-        "settings": options.to_dict(),
-        "adapter_settings": training_changes(options)
-        if options.adapter
-        else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
-        "effective_batch_size": effective_batch_size(options),
-        "processes": options.world_size,
-        "allocation": allocation,
-        "quantization": recorded_quantization(options),
-        "data": {name: asdict(report) for name, report in data.reports.items()},
-        "data_fingerprints": data.fingerprints,
-        "versions": software_versions(),
-        "machine": machine_description(),
-    }
-
-
-def _write_record(trainer: Trainer, folder: Path, record: dict[str, Any]) -> None:
-    if trainer.is_world_process_zero():
-        atomic_write_json(folder / RUN_FILE, record)
