@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from mola.errors import MolaError
+from mola.generation.predicting import last_positions
 
 Rows = torch.Tensor  # token ids (samples, length), all real: batches are of one length, so there is no padding
 Features = Callable[[str, torch.Tensor], torch.Tensor]
@@ -156,7 +157,7 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tens
 def run(model: Any, rows: Rows, **arguments: Any) -> torch.Tensor:
     """Logits of a batch; of the last position only unless `logits_to_keep=0` is passed."""
     device = next(model.parameters()).device
-    arguments = {"logits_to_keep": 1, "use_cache": False} | arguments
+    arguments = {"logits_to_keep": last_positions(1, device), "use_cache": False} | arguments
     return model(input_ids=rows.to(device), **arguments).logits
 
 

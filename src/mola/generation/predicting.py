@@ -6,6 +6,7 @@
   repetition penalties, length limits) must not change a result.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,15 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
+def last_positions(count: int, device: torch.device) -> torch.Tensor:
+    """The last `count` positions, as `logits_to_keep` of a model that takes indices.
+
+    For a number a model takes a slice. Its rows lie apart in memory, and for such rows PyTorch copies the weights of
+    the head on a CPU, once for each sample: for 25 prompts this took longer than all layers together.
+    """
+    return torch.arange(-count, 0, device=device)
+
+
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
     """Eval mode, no gradients and a neutral `generation_config`; everything is put back afterwards."""
@@ -112,6 +122,8 @@ def generate_batch(
     )
     ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
     further = {} if logits_processor is None else {"logits_processor": logits_processor}
+    if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices
+        further["logits_to_keep"] = last_positions(1, ids.device)
     sequences = model.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **further
     )
@@ -166,8 +178,14 @@ def _last_log_probabilities(
     ids, mask = left_pad(contexts, _pad_token_id(tokenizer), _device(model))
     # Learned position embeddings must not count the padding.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=count).logits
+    kept = last_positions(count, ids.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
     return torch.log_softmax(logits[:, -count:].float(), dim=-1).cpu()
+
+
+def _takes_indices(model: Any) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mola._compat import cache_argument, set_adapter_to_infer
 from mola.generation.batching.cache import RowCache
+from mola.generation.predicting import last_positions
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 
@@ -108,6 +109,7 @@ class Forward:
         self._num_layers = len(_layers(base))
         self._cache_name = str(cache_argument(base))
         self._device = next(model.parameters()).device
+        self._last = last_positions(1, self._device)
 
     def new_cache(self) -> RowCache:
         """An empty cache."""
@@ -146,7 +148,7 @@ class Forward:
             attention_mask=None if mask is None else mask.long(),
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=self._last,
             **{self._cache_name: cache},
             **arguments,
         )

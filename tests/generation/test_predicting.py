@@ -1,0 +1,48 @@
+"""What is asked of a model: the last logits alone, of rows that lie together."""
+
+import pytest
+
+from mola.generation import predicting
+from mola.generation.batching.forward import Adapters, Forward
+
+PROMPTS = ["Which of them?", "Why"]
+
+
+@pytest.fixture
+def head_inputs(tiny_model):
+    """Shape of everything that the head reads, and whether its rows lie together in memory."""
+    seen = []
+    handle = tiny_model.lm_head.register_forward_pre_hook(
+        lambda module, inputs: seen.append((tuple(inputs[0].shape[:2]), inputs[0].is_contiguous()))
+    )
+    yield seen
+    handle.remove()
+
+
+def test_likelihood(tiny_model, tiny_tokenizer, head_inputs):
+    with predicting.inference_state(tiny_model):
+        predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [["Is it? A", "Is it? B"], ["No? A", "No? B"]])
+    assert head_inputs == [((2, 1), True)]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation(num_beams, tiny_model, tiny_tokenizer, head_inputs):
+    encoded = predicting.encode_prompts(tiny_tokenizer, PROMPTS)
+
+    def answers(prompts):
+        return predicting.generate_batch(tiny_model, tiny_tokenizer, prompts, max_new_tokens=3, num_beams=num_beams)
+
+    with predicting.inference_state(tiny_model):
+        together = answers(encoded)
+        if num_beams == 1:
+            assert head_inputs == [((2, 1), True)] * len(head_inputs)
+        assert together == [answers([prompt])[0] for prompt in encoded]
+
+
+def test_running_batch(tiny_model, head_inputs):
+    forward = Forward(Adapters(tiny_model))
+    cache = forward.new_cache()
+    with predicting.inference_state(tiny_model):
+        forward(cache, [[5, 6, 7], [8, 9]], [3, 2], {})
+        forward(cache, [[10], [11]], [4, 3], {})
+    assert head_inputs == [((2, 1), True)] * 2
