@@ -24,7 +24,8 @@ import numpy as np
 from studies.forgetting_tables import tables
 
 from mola.data.prepare import PrepareOptions, prepare
-from mola.data.sample import TOPICS
+from mola.data.sample import DEFAULT_KINDS
+from mola.data.sample_topics import TOPICS
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.digests import file_sha256
@@ -41,7 +42,9 @@ from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrup
 from mola.training.checkpoints import RUN_FILE
 
 FORMAT = 1
-KINDS = {topic.category.split()[0].lower(): topic.category for topic in TOPICS}  # names that folders can have
+KINDS = {
+    topic.category.split()[0].lower(): topic.category for topic in TOPICS[:DEFAULT_KINDS]
+}  # names that folders can have
 _MIXTURES = {name: {"num_experts": name, "r": 8, "lora_alpha": 16, "top_k": 2} for name in ("5555", "2468", "8642")}
 _BALANCE = {"router_aux_loss_coef": 0.001, "router_aux_loss_reduction": "layer"}  # as the research code's `obalance`
 # LoRA of rank 43 has as many trained values as the mixtures with their routers.

@@ -1,12 +1,14 @@
 """The generated questions: right, different, balanced, and the same for the same seed."""
 
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.data.sample import HINT_SHARE, TOPICS, generate_splits
+from mola.data.sample import DEFAULT_KINDS, HINT_SHARE, generate_splits
+from mola.data.sample_topics import TOPICS
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 
@@ -37,9 +39,25 @@ SIGNS = {
 }
 
 
+# Of the harder kinds only some: a word and the class it stands for.
+KNOWN = {
+    "States of matter": {"some ice": 0, "olive oil": 1, "helium": 2},
+    "Animals": {"a whale": 0, "a bat": 0, "an owl": 1, "a shark": 2, "a flea": 3, "a turtle": 4},
+    "Word classes": {"hammer": 0, "forget": 1, "yellow": 2, "slowly": 3},
+    "Seasons": {"Oslo in April": 0, "Perth in April": 2, "Rome in July": 1, "Sydney in July": 3},
+    "Machines": {"a crowbar": 0, "a ramp": 1, "a ski lift": 2, "a jar lid": 3},
+    "Pairs of words": {"big and large": 0, "wet and dry": 1, "page and book": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[DEFAULT_KINDS, len(TOPICS)])
+def topics(request):
+    return TOPICS[: request.param]
+
+
 @pytest.fixture(scope="module")
-def splits():
-    return generate_splits(SIZES)
+def splits(topics):
+    return generate_splits(SIZES, kinds=len(topics))
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +74,39 @@ def test_sizes_columns_and_ids(splits, rows):
 
 def test_the_answer_is_right(rows):
     for row in rows:
+        if row["category"] not in SIGNS:
+            continue
         signs = SIGNS[row["category"]]
         found = [index for index, sign in enumerate(signs) if sign and sign in row["question"]]
         assert found == ([] if signs[row["answer"]] is None else [row["answer"]]), row["question"]
+
+
+def test_the_answer_to_a_harder_question_is_right():
+    rows = [row for seed in range(3) for row in generate_splits({"train": 2000}, seed, len(TOPICS))["train"]]
+    for row in rows:
+        if row["category"] == "Numbers":
+            first, second = map(int, re.findall(r"\d+", row["question"]))
+            assert row["answer"] == (0 if first > second else 1 if first < second else 2)
+    for category, words in KNOWN.items():
+        for word, answer in words.items():
+            found = {r["answer"] for r in rows if r["category"] == category and f" {word}" in r["question"]}
+            assert found == {answer}, word
 
 
 def test_no_question_is_asked_twice(rows):
     assert max(Counter(row["question"] for row in rows).values()) == 1
 
 
-def test_two_to_five_options_in_a_fixed_order(rows):
+def test_two_to_five_options_in_a_fixed_order(rows, topics):
     assert {len(row["choices"]) for row in rows} == {2, 3, 4, 5}
-    assert len({(row["category"], *row["choices"]) for row in rows}) == len(TOPICS)
+    assert len({(row["category"], *row["choices"]) for row in rows}) == len(topics)
 
 
-def test_topics_and_answers_are_balanced(rows):
-    topics = Counter(row["category"] for row in rows)
-    assert len(topics) == len(TOPICS)
-    assert max(topics.values()) - min(topics.values()) <= 1
-    for topic in TOPICS:
+def test_topics_and_answers_are_balanced(rows, topics):
+    counts = Counter(row["category"] for row in rows)
+    assert counts.keys() == {topic.category for topic in topics}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for topic in topics:
         answers = Counter(row["answer"] for row in rows if row["category"] == topic.category)
         assert len(answers) == len(topic.options)
         assert max(answers.values()) - min(answers.values()) <= 1
@@ -110,6 +142,12 @@ def test_other_seed_other_questions():
 def test_more_than_exist_is_refused():
     with pytest.raises(MolaError, match="used up after .* questions"):
         generate_splits({"train": 100_000})
+
+
+@pytest.mark.parametrize("kinds", [0, 13])
+def test_wrong_number_of_kinds_is_refused(kinds):
+    with pytest.raises(MolaError, match=f"`kinds` must be 1 to 12: got {kinds}"):
+        generate_splits({"train": 1}, kinds=kinds)
 
 
 @pytest.mark.parametrize("size", [-1, 2.0, True, None])

@@ -45,6 +45,10 @@ class PrepareOptions:
     train_size: int | None = option(None, "Generated training questions (task `sample` only; default 640).")
     validation_size: int | None = option(None, "Generated validation questions (task `sample` only; default 40).")
     test_size: int | None = option(None, "Generated test questions (task `sample` only; default 100).")
+    kinds: int | None = option(
+        None,
+        "Kinds of generated questions, 1 to 12; those after the fifth are harder (task `sample` only; default 5).",
+    )
     overwrite_output_dir: bool = option(False, "Replace an output folder that an earlier `mola prepare` wrote.")
 
 
@@ -126,21 +130,22 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
     if options.task == "sample":
         if options.data is not None:
             raise MolaError(f"`data` has no use with the task `sample`: got {options.data!r}. Leave it out.")
-        from mola.data.sample import generate_splits
+        from mola.data.sample import DEFAULT_KINDS, generate_splits
 
         return generate_splits(
             {name: SAMPLE_SIZES[name] if size is None else size for name, size in sizes.items()},
             seed=options.seed,
+            kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
     _refuse_sizes(options)
     return {name: read_rows(source.path, source.split) for name, source in source_splits(_data(options, task)).items()}
 
 
 def _refuse_sizes(options: PrepareOptions) -> None:
-    for split in SAMPLE_SIZES:
-        size = getattr(options, f"{split}_size")
-        if size is not None:
-            raise MolaError(f"`{split}_size` is for the task `sample` only: got {size}. Leave it out.")
+    for name in (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"):
+        value = getattr(options, name)
+        if value is not None:
+            raise MolaError(f"`{name}` is for the task `sample` only: got {value}. Leave it out.")
 
 
 def _data(options: PrepareOptions, task: Task) -> str:

@@ -7,120 +7,22 @@ shuffled options takes many more. Held-out questions are made of the same words 
 """
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mola.data.sample_topics import TOPICS, Topic
 from mola.errors import MolaError
+
+DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
 
 # Share of questions that come with the topic's rule as a hint.
 HINT_SHARE = 0.2
 _TRIES = 200  # draws without a new question before a topic counts as used up
 
 
-@dataclass(frozen=True)
-class Topic:
-    """One kind of question."""
-
-    subject: str  # these four are columns of the rows
-    topic: str
-    category: str
-    skill: str
-    grades: tuple[int, ...]  # school years to choose from
-    question: str  # what is asked about the sentence
-    options: tuple[str, ...]  # the classes, in the order in which they are always offered
-    hint: str  # the rule, given as a hint now and then
-    sentence: Callable[[random.Random, int], str]  # draws a sentence that belongs to the class with this index
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
-
-
-_PEOPLE = _words("Mia, Tom, Ada, Ben, Lea, Max, Eva, Sam, Ida, Leo, Zoe, Finn, Nora, Paul, Rosa, Hugo")
-_OBJECTS = _words("the ball, a letter, the garden, some bread, the boat, a picture, the old house, the map")
-_PLACES = _words("Paris, Oslo, Lima, Cairo, Delhi, Rome, Perth, Quito, Tokyo, Nairobi, Boston, Athens")
-_VERBS = (
-    ("paint", "paints", "painted"),
-    ("carry", "carries", "carried"),
-    ("clean", "cleans", "cleaned"),
-    ("watch", "watches", "watched"),
-    ("draw", "draws", "drew"),
-    ("find", "finds", "found"),
-    ("open", "opens", "opened"),
-    ("mend", "mends", "mended"),
-)
-_MEASURED = (
-    ("The {} is {} {} long.", "rope, river, bridge, snake, road, pencil, fence", "metres, centimetres, kilometres"),
-    ("The {} weighs {} {}.", "melon, stone, parcel, dog, sack, suitcase, brick", "kilograms, grams, tonnes"),
-    ("The {} is heated to {} {}.", "soup, room, oven, bath, iron, milk, sand", "degrees Celsius, degrees Fahrenheit"),
-    ("The {} takes {} {}.", "race, film, lesson, storm, trip, song, match", "minutes, hours, seconds"),
-)
-_SENSED = (
-    ("listens to", "a bell, a song, the rain, a drum, the wind, a whistle, a frog, the radio, thunder"),
-    ("looks at", "a star, the moon, a painting, a flag, a lamp, a cloud, a map, the screen, a poster"),
-    ("sniffs at", "a rose, the smoke, some perfume, the cheese, the soap, a candle, a lily, the paint, the bin"),
-    ("tastes", "a lemon, the salt, some honey, the soup, a berry, the cake, the jam, a radish, some tea"),
-    ("feels", "a stone, the silk, some wool, the bark, a feather, the sand, the ice, a brush, the moss"),
-)
-_SEASONS = _words("Winters, Summers, Springs, Autumns")
-_USUAL = _words("cold, mild, wet, dry, short, long")
-_MOMENTS = _words("This morning, This evening, At noon today, Right now")
-_NOW = _words("rainy, windy, foggy, cloudy, sunny, stormy")
-
-
-def _measured(rng: random.Random, index: int) -> str:
-    pattern, things, units = _MEASURED[index]
-    return pattern.format(rng.choice(_words(things)), rng.randint(2, 90), rng.choice(_words(units)))
-
-
-def _sensed(rng: random.Random, index: int) -> str:
-    verb, things = _SENSED[index]
-    return f"{rng.choice(_PEOPLE)} {verb} {rng.choice(_words(things))}."
-
-
-def _climate_or_weather(rng: random.Random, index: int) -> str:
-    place = rng.choice(_PLACES)
-    if index == 0:
-        return f"{rng.choice(_SEASONS)} in {place} are usually {rng.choice(_USUAL)}."
-    return f"{rng.choice(_MOMENTS)} it is {rng.choice(_NOW)} in {place}."
-
-
-def _tense(rng: random.Random, index: int) -> str:
-    verb, present, past = rng.choice(_VERBS)
-    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
-    return (
-        f"Yesterday {person} {past} {thing}.",
-        f"Every day {person} {present} {thing}.",
-        f"Tomorrow {person} will {verb} {thing}.",
-    )[index]
-
-
-def _sentence_kind(rng: random.Random, index: int) -> str:
-    verb, _, past = rng.choice(_VERBS)
-    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
-    return (f"{verb.capitalize()} {thing}, please.", f"Did {person} {verb} {thing}?", f"{person} {past} {thing}.")[
-        index
-    ]
-
-
-TOPICS = (
-    Topic("natural science", "physics", "Measurement", "What does a unit measure?", (3, 4), "What is measured?",
-          ("length", "mass", "temperature", "time"), "Every unit measures one quantity.", _measured),
-    Topic("natural science", "biology", "Senses", "Name the sense", (2, 3), "Which sense is used?",
-          ("hearing", "sight", "smell", "taste", "touch"), "Sounds are heard and colours are seen.", _sensed),
-    Topic("natural science", "earth science", "Climate and weather", "Tell climate from weather", (4, 5),
-          "Is this climate or weather?", ("climate", "weather"), "Climate is the usual weather of a place.",
-          _climate_or_weather),
-    Topic("language science", "verbs", "Tense", "Is it past, present or future?", (2, 3), "Which tense is this?",
-          ("past", "present", "future"), "The future tense uses the word will.", _tense),
-    Topic("language science", "grammar", "Sentence types", "Name the kind of sentence", (2, 3),
-          "What kind of sentence is this?", ("request", "question", "statement"), "A question asks for something.",
-          _sentence_kind),
-)  # fmt: skip
-
-
-def generate_splits(sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+def generate_splits(
+    sizes: Mapping[str, int], seed: int = 0, kinds: int = DEFAULT_KINDS
+) -> dict[str, list[dict[str, Any]]]:
     """Generate science questions, all different, in the ScienceQA schema.
 
     No question stands twice, within a split or in two. Topics take equal shares, and within a topic every
@@ -128,27 +30,32 @@ def generate_splits(sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[d
 
     Args:
         sizes: split name -> number of questions, 0 or more.
-        seed: the same sizes and seed give the same questions.
+        seed: the same sizes, seed and kinds give the same questions.
+        kinds: how many topics, the first of `TOPICS`; those after the fifth are harder and have longer options.
 
     Returns:
         Rows by split, with the columns of ScienceQA and an `id`; `answer` is the index of the right
         choice, `image` is None.
 
     Raises:
-        MolaError: a size is no integer or negative, or more questions are asked for than can be made.
+        MolaError: a size is no integer or negative, there are not so many kinds, or more questions are asked for than
+            can be made.
     """
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise MolaError(f"`sizes` needs integers of 0 or more: got {size!r} for '{name}'. Correct it.")
-    writer = _Writer(seed)
+    if not 1 <= kinds <= len(TOPICS):
+        raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Ask for fewer kinds, or leave it out.")
+    writer = _Writer(seed, TOPICS[:kinds])
     return {name: [writer.row(f"{name}-{index}") for index in range(size)] for name, size in sizes.items()}
 
 
 class _Writer:
     """Draws one question after the other and remembers what it has used."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, kinds: Sequence[Topic]) -> None:
         self._random = random.Random(seed)
+        self._kinds = kinds
         self._seen: set[str] = set()
         self._topics: list[Topic] = []
         self._answers: dict[str, list[int]] = {}
@@ -176,7 +83,7 @@ class _Writer:
     def _next_topic(self) -> Topic:
         """Every topic comes once before any comes again."""
         if not self._topics:
-            self._topics = self._random.sample(TOPICS, len(TOPICS))
+            self._topics = self._random.sample(self._kinds, len(self._kinds))
         return self._topics.pop()
 
     def _next_answer(self, topic: Topic) -> int:
