@@ -114,7 +114,7 @@ def _drawn_sizes(options: PrepareOptions) -> dict[str, int] | None:
         return None
     if options.task == "sample":
         raise MolaError("`num_samples` has no use with the task `sample`, which makes its questions. Use `train_size`.")
-    _refuse_sizes(options)
+    _refuse_options_of_sample(options)
     return drawn_sizes(options.num_samples, options.num_validation, options.num_test)
 
 
@@ -137,11 +137,11 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             seed=options.seed,
             kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
-    _refuse_sizes(options)
+    _refuse_options_of_sample(options)
     return {name: read_rows(source.path, source.split) for name, source in source_splits(_data(options, task)).items()}
 
 
-def _refuse_sizes(options: PrepareOptions) -> None:
+def _refuse_options_of_sample(options: PrepareOptions) -> None:
     for name in (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"):
         value = getattr(options, name)
         if value is not None:

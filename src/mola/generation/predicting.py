@@ -74,6 +74,11 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
+def base_of(model: Any) -> Any:
+    """The model of Transformers below PEFT's, if there is one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def last_positions(count: int, device: torch.device) -> torch.Tensor:
     """The last `count` positions, as `logits_to_keep` of a model that takes indices.
 
@@ -86,7 +91,7 @@ def last_positions(count: int, device: torch.device) -> torch.Tensor:
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
     """Eval mode, no gradients and a neutral `generation_config`; everything is put back afterwards."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     training = [(module, module.training) for module in model.modules()]
     generation_config = base.generation_config
     base.generation_config = GenerationConfig()
@@ -184,8 +189,7 @@ def _last_log_probabilities(
 
 
 def _takes_indices(model: Any) -> bool:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,18 +15,18 @@ from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, replicate_
 from torch import nn
 
 from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
-from mola.architecture.allocation import StackShape, check_top_k, top_k_of_module
+from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.notation import resolve_per_layer
 from mola.architecture.parameters import find_stacks
-from mola.architecture.patterns import by_pattern, check_matches
+from mola.architecture.patterns import check_matches
 from mola.architecture.targets import adaptable, base_layer_of, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.initialization import check_shapes
-from mola.tuner.layer import ExpertSettings, MolaLinear
+from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.mixed_batch import mixed_batch
+from mola.tuner.per_layer import PerLayer
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
@@ -44,9 +44,6 @@ def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:
             f"[1, {num_layers}]]: got {ranges!r}."
         )
     replicate_layers(model, ranges)
-
-
-_PerLayer = dict[str, list[int]]  # num_experts, top_k and r: one entry per decoder layer
 
 
 class MolaModel(BaseTuner):
@@ -99,7 +96,8 @@ class MolaModel(BaseTuner):
             config.target_modules, config.exclude_modules = resolve_target_modules(
                 model, self._stacks, config.target_modules, config.exclude_modules
             )
-        self._per_layer = self._resolve_per_layer(config)
+        # Without decoder layers (one custom block, say) a single value still means something.
+        self._per_layer = PerLayer.resolved(config, self._stacks.num_layers or 1)
         self._stacked = self._find_stacks(model, config)
         self._check_places(config, dict(model.named_modules()))
         with warnings.catch_warnings():
@@ -119,18 +117,6 @@ class MolaModel(BaseTuner):
         if heads:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
 
-    def _resolve_per_layer(self, config: MolaConfig) -> _PerLayer:
-        # Without decoder layers (one custom block, say) a single value still means something.
-        num_layers = self._stacks.num_layers or 1
-        num_experts, top_k, r = (
-            resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "top_k", "r")
-        )
-        check_top_k(num_experts, top_k)
-        # From here on the numbers themselves are kept: a notation may be a file that is gone tomorrow.
-        for name, values in (("num_experts", num_experts), ("top_k", top_k), ("r", r)):
-            setattr(config, name, values[0] if len(set(values)) == 1 else values)
-        return {"num_experts": num_experts, "top_k": top_k, "r": r}
-
     def _find_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
         if not config.target_parameters:
             return []
@@ -143,14 +129,14 @@ class MolaModel(BaseTuner):
         # All modules before the first one is replaced, so that a refused model is left as it was.
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
         for name in adapted:
-            settings = self._settings(config, name, self._stacks.index(name))
+            settings = self._per_layer.settings(config, name, self._stacks.index(name))
             if adaptable(modules[name]):
                 features: Any = _get_in_out_features(base_layer_of(modules[name]))
                 check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
         check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
         stacks = [stack.name for stack in self._stacked]
         for stack in self._stacked:
-            settings = self._settings(config, stack.name, stack.layer_index)
+            settings = self._per_layer.settings(config, stack.name, stack.layer_index)
             check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
         for field in ("rank_pattern", "alpha_pattern"):
             check_matches(getattr(config, field), [*adapted, *stacks], field)
@@ -189,7 +175,7 @@ class MolaModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         index = self._stacks.index(current_key)
-        settings = self._settings(peft_config, current_key, index)
+        settings = self._per_layer.settings(peft_config, current_key, index)
         if isinstance(target, MolaLinear):
             target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
             return
@@ -214,7 +200,9 @@ class MolaModel(BaseTuner):
                 target = StackedParameters(target, adapter_name)
                 parent, _, name = stack.module.rpartition(".")
                 setattr(model.get_submodule(parent), name, target)
-            settings = replace(self._settings(peft_config, stack.name, stack.layer_index), num_experts=1, top_k=1)
+            settings = replace(
+                self._per_layer.settings(peft_config, stack.name, stack.layer_index), num_experts=1, top_k=1
+            )
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 target.update_layer(adapter_name, stack, settings, inference_mode=peft_config.inference_mode)
         names = [stack.name for stack in self._stacked]
@@ -227,32 +215,6 @@ class MolaModel(BaseTuner):
             setattr(parent, child_name, new_module)  # PEFT's would look for a weight
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:
-        lists = self._per_layer
-        num_layers = len(lists["num_experts"])
-        if all(len(set(values)) == 1 for values in lists.values()):
-            position = 0
-        elif index is None or index >= num_layers:
-            raise MolaError(
-                f"`target_modules` matches {key!r}, which lies in none of the {num_layers} decoder "
-                "layers, while `num_experts`, `top_k` or `r` differ from layer to layer. Leave it out with "
-                "`exclude_modules`, train it in full with `modules_to_save`, or give one value for all layers."
-            )
-        else:
-            position = index
-        num_experts = by_pattern(config.num_experts_pattern, key, lists["num_experts"][position])
-        return ExpertSettings(
-            r=by_pattern(config.rank_pattern, key, lists["r"][position]),
-            num_experts=num_experts,
-            top_k=top_k_of_module(num_experts, lists["top_k"][position], key),
-            lora_alpha=by_pattern(config.alpha_pattern, key, config.lora_alpha),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            router=config.router,
-            router_jitter_noise=config.router_jitter_noise,
-            init_lora_weights=config.init_lora_weights,
-        )
 
     # ------------------------------------------------------------------ what differs from other methods
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mola._compat import cache_argument, set_adapter_to_infer
 from mola.generation.batching.cache import RowCache
-from mola.generation.predicting import last_positions
+from mola.generation.predicting import base_of, last_positions
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 
@@ -19,7 +19,7 @@ def why_not_batched(model: Any) -> str | None:
     """Why answers of a model are made one after the other; None if rows can come and go."""
     if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
         return "its adapter puts tokens before the prompt"
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     taken = inspect.signature(base.forward).parameters
     missing = [each for each in ("attention_mask", "position_ids", "logits_to_keep") if each not in taken]
     if missing or cache_argument(base) is None:
@@ -104,7 +104,7 @@ class Forward:
 
     def __init__(self, adapters: Adapters) -> None:
         model = adapters.model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         self._adapters = adapters  # whose model may become another
         self._num_layers = len(_layers(base))
         self._cache_name = str(cache_argument(base))
