@@ -110,7 +110,7 @@ class TrainOptions(Quantization, TrainingArguments):
     rank_pattern: dict[str, Any] | str | None = option(None, "Rank by name of module.")
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
-    init_lora_weights: str | None = option(None, "How experts start: true (default), gaussian, orthogonal, principal.")
+    init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal, principal.")
 
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
@@ -127,6 +127,7 @@ class TrainOptions(Quantization, TrainingArguments):
 
     _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
+    attn_implementation: str | None = option(None, "Attention, such as sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     _run: ClassVar = Group("run")

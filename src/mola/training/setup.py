@@ -21,6 +21,7 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
 from mola.generation.predicting import max_positions
+from mola.models.attention import check_attention
 from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
@@ -67,6 +68,13 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
     config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
     check_quantized_base(options.base_model, config, options, options.device, training=True)
+    check_attention(
+        options.attn_implementation,
+        DTYPES[options.base_dtype],
+        options.base_model,
+        options.trust_remote_code,
+        options.gguf_file,
+    )
     if options.on_loading or (stored_quantization(config) and options.modules_to_save):
         model = model_on_meta(options.base_model, options.trust_remote_code)
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
@@ -279,7 +287,8 @@ def build_model(options: TrainOptions) -> PeftModel:
         options.base_dtype,
         options.device,
         options.trust_remote_code,
-        quantization=options,
+        options.attn_implementation,
+        options,
     )
     base = prepare_for_training(base, bool(options.activation_checkpointing), options.activation_checkpointing_kwargs)
     set_seed(options.seed)
