@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.attention import attention
 from benchmarks.cases import check_compiler, check_model, choose_device, prepare_torch
 from benchmarks.compiled import compile_steps
 from benchmarks.contention import contention
@@ -55,6 +56,7 @@ RUN = {
     "outliers": outliers,
     "telemetry": telemetry,
     "logits": logits,
+    "attention": attention,
     "redundancy": redundancy,
 }
 _WIDTH_OF_FILES = 160  # columns when the output is no terminal

@@ -14,7 +14,7 @@ from mola.options.fields import option
 
 SUITES = (
     *("step", "memory", "counts", "decode", "load", "growth", "contention", "curve", "outliers", "compile"),
-    *("telemetry", "logits", "redundancy"),
+    *("telemetry", "logits", "attention", "redundancy"),
 )
 DTYPES = ("float32", "bfloat16")
 DECODE_MODES = ("eager", "compiled")
@@ -48,7 +48,7 @@ class BenchmarkOptions:
     providers: list[str] = _several(
         PROVIDERS,
         "Who takes part; lora_equal is in none of decode, load, growth, compile, the loop in growth only; contention, "
-        "outliers, telemetry, logits, redundancy have mola; curve compares the loop with mola.",
+        "outliers, telemetry, logits, attention, redundancy have mola; curve compares the loop with mola.",
     )
     batch_size: int = option(4, "Samples of a step.")
     seq_len: int = option(128, "Tokens of a sample.")

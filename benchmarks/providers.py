@@ -39,6 +39,7 @@ TAKES_PART = {
     "outliers": ("mola",),
     "telemetry": ("mola",),
     "logits": ("mola",),
+    "attention": ("mola",),
     "redundancy": ("mola",),
 }
 _SCALING = 2.0  # lora_alpha / r, for every provider

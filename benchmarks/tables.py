@@ -167,6 +167,14 @@ COLUMNS: dict[str, list[Column]] = {
         Column("needed", _spread("needed_seconds", "{:.3f}")),
         Column("needed / all", _spread("needed_over_all", "{:.3f}")),
     ],
+    "attention": [
+        Column("dtype", _text("dtype")),
+        Column("dropout", _text("dropout")),
+        Column("positions", _number("positions")),
+        Column("seconds, sdpa", _spread("sdpa_seconds", "{:.3f}")),
+        Column("eager", _spread("eager_seconds", "{:.3f}")),
+        Column("eager / sdpa", _spread("eager_over_sdpa", "{:.3f}")),
+    ],
     "redundancy": [
         Column("in", _number("features_in")),
         Column("out", _number("features_out")),
@@ -192,6 +200,7 @@ FIXED = {
     "outliers": ("model", "dropout", "batch_size", "seq_len", "num_experts"),
     "telemetry": ("model", "batch_size", "seq_len", "num_experts", "optimizer"),
     "logits": ("model", "batch_size", "num_experts", "optimizer"),
+    "attention": ("model", "batch_size", "num_experts", "optimizer"),
     "redundancy": ("num_experts", "r"),
 }
 

@@ -53,6 +53,7 @@ RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIX
 # The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
 TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
 TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
+TRAINING |= {"attn_implementation": "eager"}  # a fifth faster than sdpa on a CPU, see docs/performance.md
 _QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
 _QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
 _SET_HERE = (

@@ -9,6 +9,7 @@ from benchmarks.counting import count_operators
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import attention
 from mola import MolaConfig
 from mola.insight.router_recorder import RouterWatch
 
@@ -43,6 +44,22 @@ def test_the_suite_logits(tiny_model_dir, tmp_path, capsys):
     needed, every = (row[f"{name}_seconds"]["samples"] for name in ("needed", "all"))
     ratios = [one / other for one, other in zip(needed, every, strict=True)]
     assert row["needed_over_all"]["samples"] == pytest.approx(ratios)
+
+
+def test_the_suite_attention(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    used, make_step = [], attention.make_step
+    monkeypatch.setattr(
+        attention, "make_step", lambda model, *rest: used.append(model.config) or make_step(model, *rest)
+    )
+    output = tmp_path / "results.json"
+    small = ("--batch_size", 3, "--num_experts", "1248", "--repeats", 2, "--dropout", 0, "--dtype", "float32")
+    assert run(output, "--model", tiny_model_dir, "--suite", "attention", *small) == 0
+    assert "attention: model" in capsys.readouterr().out
+    assert [config._attn_implementation for config in used] == ["sdpa", "eager"]  # each model has its own
+    (row,) = json.loads(output.read_text())["results"]["attention"]
+    eager, sdpa = (row[f"{name}_seconds"]["samples"] for name in ("eager", "sdpa"))
+    ratios = [one / other for one, other in zip(eager, sdpa, strict=True)]
+    assert row["eager_over_sdpa"]["samples"] == pytest.approx(ratios)
 
 
 def test_watching_never_waits_for_the_device(tiny_model_dir):

@@ -119,7 +119,7 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeyp
         assert [[len(marks) for marks in row] for row in run["marks"]] == [[5] * stage for stage in range(1, 6)]
         assert run["matrix"] == [[marks.count("1") / 5 for marks in row] for row in run["marks"]]
         assert (run["op"], run["pd"]) == (overall_performance(run["matrix"]), performance_drop(run["matrix"]))
-        assert run["steps"] == [2] * 5
+        assert run["steps"] == [4] * 5
     assert str(tmp_path) not in record.read_text()
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] in (
         [".locks", "data-16-4-5"],

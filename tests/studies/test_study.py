@@ -15,7 +15,11 @@ from mola.studies.comparison.tables import effort_line
 from mola.studies.comparison.tuning import Found, Power
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"study.yaml": "study.md", "sample_efficiency.yaml": "sample-efficiency.md"}
+PAGES = {
+    "study.yaml": "study.md",
+    "sample_efficiency.yaml": "sample-efficiency.md",
+    "real_text.yaml": "real-text.md",
+}
 
 
 @pytest.fixture(params=PAGES, scope="module")
@@ -64,7 +68,9 @@ def test_every_run_of_the_recipe_is_in_the_record(recipe, record):
     results = [result for result in read_results(record) if not result.key.candidate]
     found = {(result.task, result.recipe, result.seed) for result in results}
     assert found == expected if is_finished else found < expected
-    assert not results or {len(result.marks) for result in results} == {recipe["test_limit"]}
+    tested = {len(result.marks) for result in results}
+    assert len(tested) <= 1
+    assert not tested or "test_limit" not in recipe or tested == {recipe["test_limit"]}
 
 
 def test_the_search_is_in_the_record(recipe, finished):
