@@ -10,9 +10,10 @@ from transformers import Trainer
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.training.checkpoints import RUN_FILE
+from mola.training.data import TrainingData
 from mola.training.hub import without_token
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.setup import TrainingData, effective_batch_size, recorded_quantization, training_changes
+from mola.training.setup import effective_batch_size, recorded_quantization, training_changes
 
 
 def describe_run(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:

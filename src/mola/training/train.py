@@ -37,6 +37,7 @@ from mola.training.callbacks import (
 )
 from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
 from mola.training.compiling import FrozenInput, compiled_if_asked
+from mola.training.data import TrainingData, prepare_data
 from mola.training.digests import CheckpointDigests
 from mola.training.hub import check_hub_options, create_repository, upload
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
@@ -44,13 +45,11 @@ from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
 from mola.training.run_record import describe_run, write_record
 from mola.training.setup import (
-    TrainingData,
     build_model,
     check_model_options,
     check_steps,
     effective_batch_size,
     load_tokenizer_for,
-    prepare_data,
     stores_packed,
 )
 from mola.training.sharding import check_sharding, keep_dtypes

@@ -10,7 +10,8 @@ from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
-from mola.training.setup import check_model_options, check_steps, load_tokenizer_for, prepare_data
+from mola.training.data import prepare_data
+from mola.training.setup import check_model_options, check_steps, load_tokenizer_for
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,119 @@
+"""From options to encoded data of a run; everything that can be wrong with it is found before weights load."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from transformers import IntervalStrategy, PreTrainedTokenizerBase
+
+from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
+from mola.data.examples import load_examples
+from mola.data.read import split_names as data_splits
+from mola.data.tasks import Task, load_task
+from mola.data.templates import get_template
+from mola.errors import MolaError
+from mola.generation.predicting import max_positions
+from mola.models.loading import load_config
+from mola.options.fields import mapping
+from mola.training.options import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+Examples = list[dict[str, Any]]
+
+
+@dataclass
+class TrainingData:
+    """Encoded data of a run.
+
+    Attributes:
+        train: encoded training samples.
+        evaluation: encoded evaluation samples, or None.
+        reports: what encoding did, by part.
+        fingerprints: sha256 of the examples, by part.
+    """
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    reports: dict[str, EncodeReport]
+    fingerprints: dict[str, str]
+
+
+def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Read, split and encode.
+
+    Raises:
+        MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
+    """
+    if options.data is None:
+        raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
+    task = load_task(options.task) if options.task is not None else None
+    template = get_template(options.template or (task.template if task is not None else "alpaca"))
+    filters = mapping("filters", options.filters)
+    train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
+    train, evaluation = _evaluation_examples(options, task, train)
+    limit = max_positions(load_config(options.base_model or "", options.trust_remote_code, options.gguf_file))
+    if limit is not None and options.cutoff_len > limit:
+        raise MolaError(
+            f"`cutoff_len` must not be above what the model can read: got {options.cutoff_len}, "
+            f"{options.base_model} has {limit} positions. Lower `cutoff_len`."
+        )
+    encoded, reports, fingerprints = {}, {}, {}
+    for name, examples in (("train", train), ("evaluation", evaluation)):
+        if examples:
+            encoded[name], reports[name] = encode_examples(
+                examples,
+                tokenizer,
+                template,
+                cutoff_len=options.cutoff_len,
+                train_on_inputs=options.train_on_inputs,
+                add_eos_token=options.add_eos_token,
+                truncation=options.truncation,
+            )
+            fingerprints[name] = data_fingerprint(examples)
+            logger.info("%s data: %s", name, reports[name].summary())
+    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints)
+
+
+def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
+    """Training and evaluation examples: from another source, another split, or taken from the training part."""
+    if options.eval_strategy == IntervalStrategy.NO:
+        return train, []
+    filters = mapping("filters", options.filters)
+    if options.eval_data is not None:
+        return train, load_examples(
+            options.eval_data, task, options.eval_split, limit=options.eval_limit, filters=filters
+        )
+    if options.validation_size == 0:
+        splits = data_splits(options.data or "")
+        if options.eval_split in splits:
+            return train, load_examples(
+                options.data or "", task, options.eval_split, limit=options.eval_limit, filters=filters
+            )
+        if options.eval_split != TrainOptions.eval_split:
+            raise MolaError(
+                f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
+                f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
+            )
+        logger.warning("There is no evaluation data: the run ends with its last weights, not its best ones.")
+        return train, []
+    size = options.validation_size
+    count = math.ceil(len(train) * size) if size < 1 else int(size)
+    if not 0 < count < len(train):
+        raise MolaError(
+            f"`validation_size` must leave samples to train on: {size} of {len(train)} samples are {count}."
+        )
+    order = list(range(len(train)))
+    random.Random(options.seed).shuffle(order)
+    taken = set(order[:count])
+    return _pick(train, taken, False), _pick(train, taken, True)[: options.eval_limit]
+
+
+def _pick(examples: Sequence[dict[str, Any]], taken: set[int], inside: bool) -> Examples:
+    return [example for index, example in enumerate(examples) if (index in taken) is inside]
