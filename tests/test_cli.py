@@ -299,6 +299,33 @@ def test_recipe_words_and_numbers(tmp_path, text, value):
     assert type(read) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("first: &mix {r: 8, top_k: 2}\nlast: {<<: *mix, r: 4}", {"r": 4, "top_k": 2}),
+        ("first: &mix {<<: {r: 1, top_k: 2}, r: 8}\nlast: {r: 4, <<: *mix}", {"r": 4, "top_k": 2}),
+        ("first: &a {r: 8}\nsecond: &b {r: 2, top_k: 2}\nlast: {<<: [*a, *b]}", {"r": 8, "top_k": 2}),
+    ],
+)
+def test_a_key_beside_a_reference_replaces_the_one_referred_to(tmp_path, text, last):
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    assert read_recipe(str(tmp_path / "r.yaml"))["last"] == last
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "first: &mix {r: 8, r: 4}\nlast: {<<: *mix}",
+        "first: &mix {r: 8}\nlast: {<<: *mix, r: 4, r: 2}",
+        "first: &mix {r: 8}\nlast: {<<: *mix, <<: {r: 4}}",
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused_beside_a_reference_too(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(MolaError, match="occurs twice"):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
 def test_first_word_of_prepare_is_its_task():
     from mola.data.prepare import PrepareOptions
 

@@ -9,7 +9,7 @@ import json
 import re
 from argparse import Action, ArgumentParser
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -184,15 +184,32 @@ def _recipe_text(value: Any) -> str:
 class _RecipeLoader(BoundedLoader):
     """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; a key that occurs twice is an error, for only the last value would count."""
-        mapping = super().construct_mapping(node, deep=deep)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        counts = Counter(keys)
-        for key in mapping:
-            if counts[key] > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
-        return mapping
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in what `<<` refers to; a key that is written twice is an error, for only the last value would count.
+
+        One that is written beside `<<` is none: it replaces that of the mapping referred to.
+        """
+        if node not in self._checked:  # later it holds the keys of both
+            self._checked.add(node)
+            counts = Counter(filter(_is_hashable, map(self._key, (key for key, _ in node.value))))
+            for key, count in counts.items():
+                if count > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} occurs twice", node.start_mark
+                    )
+        super().flatten_mapping(node)
+
+    def _key(self, node: yaml.Node) -> Any:
+        is_merge = node.tag == "tag:yaml.org,2002:merge"
+        return node.value if is_merge else self.construct_object(node, deep=True)
+
+
+def _is_hashable(key: Any) -> bool:
+    return isinstance(key, Hashable)  # PyYAML refuses others
 
 
 _REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
