@@ -15,10 +15,12 @@ import importlib.util
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 import mola
 from mola import cli
@@ -211,6 +213,18 @@ def test_every_command_is_shown_on_a_page_two_clicks_from_the_readme(near):
 def test_every_command_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in cli.COMMANDS if f"mola {name}" not in text and f"make {name}" not in text] == []
+
+
+def test_readme_names_the_lowest_versions_and_all_extras():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    lowest = {name: [each.version for each in found if each.operator == ">="] for name, found in required.items()}
+    python = project["requires-python"].removeprefix(">=")
+    torch, transformers, peft = (lowest[name][0] for name in ("torch", "transformers", "peft"))
+    assert f"Python {python}, PyTorch {torch}, Transformers {transformers}, PEFT {peft} or newer" in text
+    named = set(re.findall(r"`([\w-]+)`", text.partition("Extras, as in")[2].partition("## ")[0]))
+    assert named == set(project["optional-dependencies"]) - {"test", "dev", "docs"}
 
 
 def test_readme_is_short():
