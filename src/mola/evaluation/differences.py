@@ -65,20 +65,20 @@ def paired_differences(
 
 
 def _difference(values: np.ndarray, comparisons: int) -> Difference:
-    value = float(values.mean())
-    over_questions = t_interval(values.mean(0), -1.0, 1.0)
+    value, questions = float(values.mean()), values.shape[1]
+    over_questions = _interval(value, _error_over_questions(values), questions, LEVEL)
     if min(values.shape) < 2:
         few = "one seed" if len(values) < 2 else "one question"
         return Difference(value, None, over_questions, None, None, None, f"{few}: no verdict", len(values))
-    error, df = two_way_error(values)
-    joint = _interval(value, error, df, 1 - (1 - LEVEL) / comparisons)
+    spread = two_way_error(values)
+    joint = _interval(value, spread, questions, 1 - (1 - LEVEL) / comparisons)
     return Difference(
         value,
         t_interval(values.mean(1), -1.0, 1.0),
         over_questions,
-        _interval(value, error, df, LEVEL),
+        _interval(value, spread, questions, LEVEL),
         joint,
-        min(1.0, comparisons * _two_sided(value, error, df)),
+        min(1.0, comparisons * _two_sided(value, spread, questions)),
         verdict_of(value, joint),
         len(values),
     )
@@ -119,7 +119,7 @@ def two_way_error(values: np.ndarray) -> Spread:
     squares = mean_squares(values)
     shape = np.array([values.shape[0] - 1, values.shape[1] - 1])
     total = max(squares.seeds + squares.questions - squares.rest, squares.seeds, squares.questions)
-    if not total > 0:
+    if not total > 0 or np.ptp(values) == 0:  # rounding leaves a little of no variance
         return Spread(0.0, float(shape.min()))
     parts = np.array([squares.seeds, squares.questions, squares.rest]) ** 2 / [*shape, shape.prod()]
     return Spread(math.sqrt(total / values.size), max(1.0, float(total**2 / parts.sum())))
@@ -145,15 +145,29 @@ def mean_squares(values: np.ndarray) -> MeanSquares:
     )
 
 
-def _interval(value: float, error: float, df: float, level: float) -> tuple[float, float]:
-    reach = float(stats.t.ppf((1 + level) / 2, df)) * error
+def _error_over_questions(values: np.ndarray) -> Spread:
+    """For other questions with these seeds."""
+    means = values.mean(0)
+    return Spread(float(stats.sem(means)) if np.ptp(means) > 0 else 0.0, len(means) - 1.0)
+
+
+def _interval(value: float, spread: Spread, questions: int, level: float) -> tuple[float, float]:
+    """Student's interval; where every answer differs alike, what other questions leave room for (Clopper-Pearson).
+
+    Of `Q` questions none was another matter: the share of such questions is at most `1 - ((1 - level) / 2) ** (1 / Q)`.
+    """
+    if spread.error > 0:
+        reach = float(stats.t.ppf((1 + level) / 2, spread.df)) * spread.error
+    else:
+        reach = 1 - ((1 - level) / 2) ** (1 / questions)
     return max(value - reach, -1.0), min(value + reach, 1.0)
 
 
-def _two_sided(value: float, error: float, df: float) -> float:
-    if not error > 0:
-        return 1.0 if value == 0 else 0.0
-    return 2 * float(stats.t.sf(abs(value) / error, df))
+def _two_sided(value: float, spread: Spread, questions: int) -> float:
+    """The level, from 1 down, at which `_interval` ends at 0."""
+    if spread.error > 0:
+        return 2 * float(stats.t.sf(abs(value) / spread.error, spread.df))
+    return min(1.0, 2 * max(0.0, 1 - abs(value)) ** questions)
 
 
 def t_interval(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from scipy import stats
 
 from mola import MolaError
 from mola.cli import main
@@ -350,9 +351,30 @@ def test_differences_worked_out_by_hand():
     found = paired_differences({"same": reference, "all": np.ones((2, 4))}, reference)
     assert found["same"].value == 0
     assert found["same"].p_adjusted == 1
-    assert found["same"].verdict == "no difference above 0.0 points"
     assert found["all"].value == pytest.approx(0.625)
     assert found["all"].seeds_95[0] < 0.625 < found["all"].seeds_95[1]
+
+
+def test_no_answer_that_differs_is_no_certainty_about_other_questions():
+    """Always right, both of them: of 200 questions none differs, so a share of 1.8 % may (exact binomial interval)."""
+    right = np.ones((5, 200))
+    found = paired_differences({"same": right}, right)["same"]
+    bound = stats.binomtest(0, 200).proportion_ci(0.95, method="exact").high
+    assert found.both_95 == found.questions_95 == pytest.approx((-bound, bound))
+    assert found.verdict == f"no difference above {100 * bound:.1f} points" == "no difference above 1.8 points"
+    assert found.p_adjusted == 1
+    many = paired_differences({str(index): right for index in range(10)}, right)["0"]
+    assert many.joint_95[1] > many.both_95[1] == pytest.approx(bound)
+
+
+@given(st.floats(-1, 1), st.integers(2, 300), st.integers(1, 20))
+def test_p_and_interval_agree_where_all_answers_differ_alike(value, questions, comparisons):
+    values = np.full((3, questions), value)
+    found = paired_differences({"other": values}, np.zeros((3, questions)), comparisons)["other"]
+    low, high = found.joint_95
+    assert low <= found.value <= high
+    if abs(found.p_adjusted - 0.05) > 1e-9:
+        assert (found.p_adjusted < 0.05) == (low > 0 or high < 0) == (found.verdict in ("better", "worse"))
 
 
 def test_mean_squares_worked_out_by_hand():
