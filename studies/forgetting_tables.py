@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mola.evaluation.differences import LEVEL, p_value, t_interval, verdict_of
+from mola.evaluation.differences import Difference, paired_differences, t_interval
 from mola.reporting.formatting import computers, duration, markdown_table
+from mola.studies.comparison.marks import as_numbers
 
 NO_RESULT = "No sequence has been run yet: there is no result."
 MEASURES = {"op": "OP", "pd": "PD"}
 Runs = dict[tuple[int, int], Mapping[str, Any]]  # of one recipe, by order and seed
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A recipe minus another in one measure, over the sequences with the same order and seed."""
 
     measure: str  # "op" or "pd"
     recipe: str
     other: str
-    pairs: int
-    value: float  # mean difference, a fraction of 1
-    interval_95: tuple[float, float]
-    p: float  # paired t test, two-sided
-    p_holm: float  # adjusted for all comparisons of both measures
-    joint: tuple[float, float]  # interval that holds with 95 % for all of them at once, by Bonferroni
-
-    @property
-    def verdict(self) -> str:
-        """In words, from the joint interval."""
-        if self.pairs < 2:
-            return "too few pairs"
-        return verdict_of(self.value, self.joint)
+    difference: Difference  # its `seeds` are the sequences
 
 
 def tables(record: Mapping[str, Any]) -> str:
@@ -54,27 +41,32 @@ def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
     runs, settings = _runs(record), record["settings"]
     pairs = [(name, settings["reference"]) for name in settings["recipes"] if name != settings["reference"]]
     pairs += [pair for pair in _balance_pairs(settings["recipes"]) if pair not in pairs]
+    wanted = [(measure, recipe, other) for measure in MEASURES for recipe, other in pairs]
+    shared = [sorted(runs[recipe].keys() & runs[other].keys()) for _, recipe, other in wanted]
     found = []
-    for measure, (recipe, other) in [(measure, pair) for measure in MEASURES for pair in pairs]:
-        shared = sorted(runs[recipe].keys() & runs[other].keys())
-        if shared:
-            values = np.array([runs[recipe][key][measure] - runs[other][key][measure] for key in shared])
-            found.append((measure, recipe, other, values))
-    raw = np.array([p_value(values) for *_, values in found])
-    level = 1 - (1 - LEVEL) / max(1, len(found))
-    joints = [t_interval(values, level=level) for *_, values in found]
-    return [
-        Comparison(*names, len(values), float(values.mean()), t_interval(values), p, adjusted, joint)
-        for (*names, values), p, adjusted, joint in zip(found, raw, holm(raw), joints, strict=True)
-    ]
+    for (measure, recipe, other), keys in zip(wanted, shared, strict=True):
+        if keys:
+            ours, theirs = (
+                np.stack([by_question(runs[name][key], settings["orders"][key[0]], measure) for key in keys])
+                for name in (recipe, other)
+            )
+            difference = paired_differences({"": ours}, theirs, comparisons=sum(map(bool, shared)))[""]
+            found.append(Comparison(measure, recipe, other, difference))
+    return found
 
 
-def holm(raw: Sequence[float] | np.ndarray) -> np.ndarray:
-    """P-values adjusted so that with 95 % none of those below 0.05 is there by chance."""
-    values, place = np.asarray(raw, dtype=float), np.argsort(raw)
-    adjusted = np.empty_like(values)
-    adjusted[place] = np.minimum(1, np.maximum.accumulate(values[place] * np.arange(len(values), 0, -1)))
-    return adjusted
+def by_question(run: Mapping[str, Any], order: Sequence[str], measure: str) -> np.ndarray:
+    """What every question adds to OP or PD, whose mean it is; kinds in one order for all sequences.
+
+    With `T` kinds of `n` questions, a question's mark `m` in the end and `m_own` after the stage of its kind:
+        OP: `m`        PD: `(m - m_own) T / (T - 1)`, of the last kind 0
+    """
+    parts = {}
+    for stage, kind in enumerate(order):
+        last = as_numbers(run["marks"][-1][stage])
+        change = (last - as_numbers(run["marks"][stage][stage])) * len(order) / (len(order) - 1)
+        parts[kind] = last if measure == "op" else change
+    return np.concatenate([parts[kind] for kind in sorted(parts)])
 
 
 def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:
@@ -151,16 +143,19 @@ def _orders_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
 
 
 def _comparison_table(record: Mapping[str, Any]) -> str:
-    header = ("measure", "recipe", "less", "pairs", "points", "95 %", "p", "p, Holm", "joint 95 %", "verdict")
+    header = ("measure", "recipe", "less", "pairs", "points", "95 %", "joint 95 %", "p", "verdict")
     rows = []
-    for each in comparisons(record):
-        is_alone = each.pairs < 2
-        cells = [MEASURES[each.measure], each.recipe, each.other, each.pairs, f"{100 * each.value:+.1f}"]
-        cells += [""] * 4 if is_alone else [_bounds(each.interval_95), _p(each.p), _p(each.p_holm), _bounds(each.joint)]
-        rows.append([*cells, each.verdict])
+    for measure, recipe, other, found in comparisons(record):
+        cells: list[object] = [MEASURES[measure], recipe, other, found.seeds, f"{100 * found.value:+.1f}"]
+        if found.both_95 and found.joint_95 and found.p_adjusted is not None:
+            cells += [_bounds(found.both_95), _bounds(found.joint_95), _p(found.p_adjusted), found.verdict]
+        else:
+            cells += ["", "", "", "too few pairs"]
+        rows.append(cells)
     note = (
-        f"Differences of sequences with the same order and seed. Holm's p and the joint interval count all {len(rows)} "
-        "comparisons. A higher OP is better, and so is a higher PD: less is forgotten."
+        "Differences of sequences with the same order and seed; intervals for other sequences and other questions. p "
+        f"and the joint interval count all {len(rows)} comparisons (Bonferroni). A higher OP is better, and so is "
+        "a higher PD: less is forgotten."
     )
     return f"### Differences\n\n{markdown_table(header, rows)}\n\n{note}"
 

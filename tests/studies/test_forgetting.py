@@ -5,31 +5,44 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from scipy import stats
 from studies.forgetting import RECIPES, ForgettingOptions, Study, main, orders
-from studies.forgetting_tables import comparisons, holm, tables
+from studies.forgetting_tables import by_question, comparisons, tables
 
+from mola.evaluation.differences import paired_differences
 from mola.files.marked_pages import BEGIN, END
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.training.callbacks import MetricsFile
 
 ROOT = Path(__file__).parents[2]
 RECORD, PAGE = ROOT / "studies" / "forgetting.json", ROOT / "docs" / "forgetting.md"
-RUN = {"learning_rate": 0.001, "trained": 1234, "matrix": [[0.9], [0.8, 1.0]], "seconds_training": 60.0}
-RUN |= {"seconds_testing": 6.0, "machine": {"cpu": "a processor", "gpu": None, "threads": 1}}
+RUN = {"learning_rate": 0.001, "trained": 1234, "seconds_training": 60.0, "seconds_testing": 6.0}
+RUN |= {"machine": {"cpu": "a processor", "gpu": None, "threads": 1}}
+QUESTIONS = 20  # of each kind
 TWO = {"lora": {"num_experts": 1, "r": 2}, "mixture": {"num_experts": "1,2,2,2", "r": 2}}
 
 
-def made_up(op, **settings):
-    """A record of sequences with these OP by recipe and number of the pair, and PD 0.1 below 0 in all."""
+def sequence(right, generator):
+    """What a run is known by, its last answers right with the chance `right`, and 0.1 above that at its own stage."""
+    chances = [[right + 0.1 * (kind == stage < 4) for kind in range(stage + 1)] for stage in range(5)]
+    drawn = [[generator.random(QUESTIONS) < chance for chance in row] for row in chances]
+    marks = [["".join("01"[int(mark)] for mark in each) for each in row] for row in drawn]
+    matrix = [[each.count("1") / QUESTIONS for each in row] for row in marks]
+    return {"marks": marks, "matrix": matrix, "op": overall_performance(matrix), "pd": performance_drop(matrix)}
+
+
+def made_up(right, **settings):
+    """A record of sequences: recipe -> chance of a right answer for each pair of order and seed."""
+    generator = np.random.default_rng(0)
     runs = [
-        {**RUN, "recipe": recipe, "order": 1 + pair // 2, "seed": pair % 2, "op": value, "pd": -0.1}
-        for recipe, values in op.items()
+        {**RUN, "recipe": recipe, "order": 1 + pair // 2, "seed": pair % 2, **sequence(value, generator)}
+        for recipe, values in right.items()
         for pair, value in enumerate(values)
     ]
-    chosen = {"recipes": {name: RECIPES[name] for name in op}, "orders": orders(2), "seeds": [0, 1], "rates": []}
+    chosen = {"recipes": {name: RECIPES[name] for name in right}, "orders": orders(2), "seeds": [0, 1], "rates": []}
     return {"settings": {**chosen, "reference": "lora", "tuning_seeds": [100], **settings}, "runs": runs}
 
 
@@ -48,36 +61,66 @@ def test_the_page_has_the_tables_of_the_record():
 
 
 def test_differences_are_paired_adjusted_and_put_into_words():
-    lora, better, same = [0.50, 0.60, 0.40, 0.55], [0.70, 0.81, 0.60, 0.74], [0.52, 0.59, 0.41, 0.53]
+    lora, better, same = [0.50, 0.60, 0.40, 0.55], [0.80, 0.85, 0.70, 0.84], [0.52, 0.59, 0.41, 0.53]
     record = made_up({"lora": lora, "2468": better, "2468-balance": same})
-    found = {(each.measure, each.recipe, each.other): each for each in comparisons(record)}
+    found = {(each.measure, each.recipe, each.other): each.difference for each in comparisons(record)}
     pairs = [("2468", "lora"), ("2468-balance", "lora"), ("2468-balance", "2468")]
     assert list(found) == [(measure, *pair) for measure in ("op", "pd") for pair in pairs]
+    ops = {
+        name: [run["op"] for run in record["runs"] if run["recipe"] == name] for name in record["settings"]["recipes"]
+    }
     ahead, level = found["op", "2468", "lora"], found["op", "2468-balance", "lora"]
-    expected = stats.ttest_rel(better, lora)
-    assert (ahead.value, ahead.p) == pytest.approx((0.2, expected.pvalue))
-    assert ahead.interval_95 == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert ahead.joint == pytest.approx(tuple(expected.confidence_interval(1 - 0.05 / 6)))
-    assert ahead.p_holm == pytest.approx(min(1, 6 * expected.pvalue))
+    assert ahead.value == pytest.approx(np.mean(ops["2468"]) - np.mean(ops["lora"]))
+    assert ahead.seeds_95 == pytest.approx(tuple(stats.ttest_rel(ops["2468"], ops["lora"]).confidence_interval(0.95)))
+    alone = paired_differences({"": marks_in_the_end(record, "2468")}, marks_in_the_end(record, "lora"))[""]
+    assert ahead.both_95 == pytest.approx(alone.both_95)
+    assert ahead.p_adjusted == pytest.approx(6 * alone.p_adjusted)
+    assert ahead.joint_95[0] < alone.joint_95[0]
     assert (ahead.verdict, found["op", "2468-balance", "2468"].verdict) == ("better", "worse")
-    assert level.verdict == f"no difference above {100 * max(map(abs, level.joint)):.1f} points"
-    assert found["pd", "2468", "lora"].verdict == "no difference above 0.0 points"
+    assert level.verdict == f"no difference above {100 * max(map(abs, level.joint_95)):.1f} points"
     lines = rows(tables(record))
     first = next(line for line in lines if line[:3] == ["OP", "2468", "lora"])
-    assert first[3:5] == ["4", "+20.0"]
-    assert ["lora", "55.0", "47.5", "-10.0", "-10.0"] in lines, "means by order"
-    assert next(line for line in lines if line[0] == "lora")[:6] == ["lora", "1,234", "0.001", "4", "95.0", "51.2"]
+    assert (first[3:5], first[-1]) == (["4", f"{100 * ahead.value:+.1f}"], "better")
+    by_order = [f"{100 * np.mean(ops['lora'][start : start + 2]):.1f}" for start in (0, 2)]
+    assert next(line for line in lines if line[0] == "lora" and len(line) == 5)[1:3] == by_order
+    means = next(line for line in lines if line[0] == "lora")
+    assert means[:4] == ["lora", "1,234", "0.001", "4"]
+    assert means[5] == f"{100 * np.mean(ops['lora']):.1f}"
+
+
+def marks_in_the_end(record, recipe):
+    """`(sequences, questions)`, the kinds in one order."""
+    found = []
+    for run in record["runs"]:
+        if run["recipe"] == recipe:
+            by_kind = dict(zip(record["settings"]["orders"][run["order"]], run["marks"][-1], strict=True))
+            found.append([float(mark) for kind in sorted(by_kind) for mark in by_kind[kind]])
+    return np.array(found)
+
+
+def test_questions_add_up_to_both_measures():
+    for run in made_up({"lora": [0.2, 0.5, 0.7, 0.9]})["runs"]:
+        order = orders(2)[run["order"]]
+        assert by_question(run, order, "op").mean() == pytest.approx(run["op"])
+        assert by_question(run, order, "pd").mean() == pytest.approx(run["pd"])
+
+
+def test_a_question_has_one_place_in_all_orders():
+    """The third question of "senses" alone is right: it is the same column, wherever that kind comes."""
+    columns = set()
+    for order in orders(5):
+        row = ["0010" if kind == "senses" else "0000" for kind in order]
+        run = {"marks": [row[: stage + 1] for stage in range(5)]}
+        columns.add(tuple(by_question(run, order, "op")))
+    assert len(columns) == 1
 
 
 def test_sequences_without_partner_are_left_out_and_one_pair_gives_no_verdict():
-    text = tables(made_up({"lora": [0.5, 0.9, 0.1], "5555": [0.6]}))
-    assert ["OP", "5555", "lora", "1", "+10.0", "", "", "", "", "too few pairs"] in rows(text)
+    record = made_up({"lora": [0.5, 0.9, 0.1], "5555": [0.6]})
+    text, first = tables(record), [run["op"] for run in record["runs"] if (run["order"], run["seed"]) == (1, 0)]
+    points = f"{100 * (first[1] - first[0]):+.1f}"
+    assert ["OP", "5555", "lora", "1", points, "", "", "", "too few pairs"] in rows(text)
     assert "4 of 8 sequences are finished: the tables will change." in text
-
-
-def test_holm():
-    assert holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
-    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
 
 
 def test_orders_differ_and_more_begin_with_the_same():

@@ -180,10 +180,3 @@ def t_interval(
         return mean, mean
     low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=error)
     return max(float(low), least), min(float(high), most)
-
-
-def p_value(values: np.ndarray) -> float:
-    """Of a paired t test of differences, two-sided; 1 if there is none, 0 if all are one other number."""
-    if np.ptp(values) == 0:
-        return 1.0 if len(values) < 2 or values[0] == 0 else 0.0
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
