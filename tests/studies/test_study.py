@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "study.yaml": "study.md",
     "sample_efficiency.yaml": "sample-efficiency.md",
+    "harder_questions.yaml": "harder-questions.md",
     "real_text.yaml": "real-text.md",
 }
 
