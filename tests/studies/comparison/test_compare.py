@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,12 @@ from mola.evaluation.differences import (
     verdict_of,
 )
 from mola.evaluation.evaluate import evaluate
+from mola.reporting.formatting import duration
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.outputs import Outcome, page
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
-from mola.studies.comparison.tables import comma_separated, effort_line, markdown
+from mola.studies.comparison.tables import comma_separated, effort_line, markdown, time_left
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.grids import slow
@@ -135,6 +137,12 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     assert text.count("<table") == 3
     assert "http:" not in text
     assert "https:" not in text
+
+
+def test_time_left_is_that_of_runs_like_those_so_far(whole):
+    results = [replace(each, seconds_training=600.0, seconds_testing=0.0) for each in whole[1].results]
+    assert time_left(results, 12) == f" (about {duration(7200)} of computing left)"
+    assert time_left([each for each in results if each.recipe == BASE], 12) == ""
 
 
 def test_names_are_text_on_the_page():

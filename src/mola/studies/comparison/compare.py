@@ -28,7 +28,7 @@ from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
-from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables
+from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables, time_left
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
@@ -128,8 +128,7 @@ class _Comparison:
             self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
         status = recorded(self._everything, self._write)
         rows = self._write(status)
-        left = len(self._open(self.searched)) + len(self._open(self.runs))
-        result = CompareResult(status, rows, self.results, left, str(self.path), self.found, self.power)
+        result = CompareResult(status, rows, self.results, self._num_open(), str(self.path), self.found, self.power)
         curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
         effort = effort_line(self.results)
         outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort)
@@ -141,6 +140,9 @@ class _Comparison:
         """Those without a result."""
         done = {result.key for result in self.results}
         return [run for run in runs if run.key not in done]
+
+    def _num_open(self) -> int:
+        return len(self._open(self.searched)) + len(self._open(self.runs))
 
     def _everything(self) -> bool:
         if self._open(self.searched):
@@ -161,7 +163,8 @@ class _Comparison:
                 with self.locks.claim("-".join(map(str, run.key))) as is_mine:
                     if is_mine and run in self._read_again(runs) and self._is_ready(run):
                         is_idle = False
-                        logger.info("Run %d of %d: %s.", 1 + runs.index(run), len(runs), run.key)
+                        cost = time_left(self.results, self._num_open())
+                        logger.info("Run %d of %d: %s%s.", 1 + runs.index(run), len(runs), run.key, cost)
                         if not self._one(run, runs):
                             return False
             if is_idle:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from itertools import groupby
-from statistics import median
+from statistics import fmean, median
 
 from rich.markup import escape
 from rich.table import Table
@@ -166,6 +166,12 @@ def effort_line(results: Sequence[Result]) -> str:
         f"{duration(sum(each.seconds_testing for each in runs))}. "
         f"Machine of each process: {computers(each.machine for each in runs)}."
     )
+
+
+def time_left(results: Sequence[Result], left: int) -> str:
+    """What `left` more runs cost if they are like those so far, for a log line; empty before the first."""
+    seconds = [each.seconds_training + each.seconds_testing for each in results if each.recipe != BASE]
+    return f" (about {duration(fmean(seconds) * left)} of computing left)" if seconds else ""
 
 
 def markdown(rows: Sequence[Row], reference: str) -> str:
