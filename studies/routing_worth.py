@@ -1,4 +1,4 @@
-"""`python -m studies.routing_worth`: what is routing worth, over all mixtures of a comparison by `mola compare`?
+"""`python -m studies.routing_worth`: what is routing worth, over all mixtures of comparisons by `mola compare`?
 
 - Every mixture becomes the plain LoRA nearest to it, fitted to rows that the mixture was trained on.
 - The LoRA is tested as the mixture was, on the same questions; the difference is what the LoRA gains or loses.
@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -61,8 +61,12 @@ _NOTE = (
 class WorthOptions:
     """Options of the study."""
 
-    record: str = option("runs/study/compare.json", "Record of the comparison.")
-    runs: str = option("runs/study", "Its `output_dir`, with the adapters.")
+    record: list[str] = field(
+        default_factory=lambda: ["runs/study/compare.json"], metadata={"help": "Records of one or more comparisons."}
+    )
+    runs: list[str] = field(
+        default_factory=lambda: ["runs/study"], metadata={"help": "The `output_dir` of each, with the adapters."}
+    )
     output: str = option("studies/routing_worth.json", "File of all results.")
     page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
     recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
@@ -75,24 +79,22 @@ class Study:
     """What is done, and doing the rest."""
 
     def __init__(self, options: WorthOptions) -> None:
-        self.options, self.output, self.work = options, Path(options.output), Path(options.runs, ".worth")
+        self.options, self.output, self.work = options, Path(options.output), Path(options.runs[0], ".worth")
         self.locks = Locks(self.work)
         if options.fit_rows < 2:
             raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
-        results = read_results(Path(options.record))
-        fresh = [each for each in results if not each.key.candidate]  # no runs of a search for options
-        self.mixtures = {each.key: each for each in fresh if max(each.num_experts, default=0) > 1}
+        self.mixtures, self.folders = _mixtures(options.record, options.runs)
         for name, wanted in (("recipe", options.recipes), ("seed", options.seeds)):
             known = {getattr(key, name): None for key in self.mixtures}
             for each in wanted or ():
                 if each not in known:
                     have = ", ".join(map(str, known)) or "none"
                     raise MolaError(
-                        f"`{name}s` must be of mixtures in {options.record!r}, got {each!r}: it has {have}."
+                        f"`{name}s` must be of mixtures in {_names(options.record)}, got {each!r}: there is {have}."
                     )
         if not self._chosen():
             raise MolaError(
-                f"`record` must hold a mixture of these `recipes` and `seeds`: {options.record!r} has none."
+                f"`record` must hold a mixture of these `recipes` and `seeds`: {_names(options.record)} has none."
             )
         check_writable(self.output)
         self.entries = self._read()
@@ -138,7 +140,8 @@ class Study:
             result = self.mixtures.get(_key(entry))
             if result is None:
                 raise MolaError(
-                    f"{_key(entry)} of {str(self.output)!r} is no mixture of {self.options.record!r}. Pass its own."
+                    f"{_key(entry)} of {str(self.output)!r} is no mixture of {_names(self.options.record)}. Pass its "
+                    "own."
                 )
             name = first_difference(entry, wanted := self._wanted(result), wanted)
             if name is not None:
@@ -155,7 +158,7 @@ class Study:
 
     def _inputs(self, key: Key) -> tuple[Path, dict[str, Any], EvaluateOptions]:
         """Folder, training settings and test of a mixture, as its folder has them."""
-        folder, result = Path(self.options.runs, key.task, key.recipe, f"seed-{key.seed}"), self.mixtures[key]
+        folder, result = self.folders[key], self.mixtures[key]
         try:
             check_adapter(folder)
         except MolaError as error:
@@ -173,7 +176,8 @@ class Study:
             ) from error
         if not is_same:
             raise MolaError(
-                f"test.json in {str(folder)!r} is not the test in {self.options.record!r}. Pass `runs` of that record."
+                f"test.json in {str(folder)!r} is not the test in {_names(self.options.record)}. Pass `runs` of that "
+                "record."
             )
         for name in QUANTIZATION_OPTIONS:
             if getattr(test, name):
@@ -228,6 +232,28 @@ class Study:
         report = convert(replace(options, **more))
         assert isinstance(report, ExportReport)
         return report
+
+
+def _mixtures(records: Sequence[str], runs: Sequence[str]) -> tuple[dict[Key, Result], dict[Key, Path]]:
+    """Results of mixtures, without those of a search for options, and their folders."""
+    if len(records) != len(runs):
+        raise MolaError(f"`runs` must be as many as `record`, {len(records)}: got {len(runs)}.")
+    results: dict[Key, Result] = {}
+    folders = {}
+    for record, folder in zip(records, runs, strict=True):
+        for each in read_results(Path(record)):
+            if not each.key.candidate and max(each.num_experts, default=0) > 1:
+                if each.key in results:
+                    raise MolaError(
+                        f"`record`: {each.key} is in {record!r} and in another. Name their tasks differently."
+                    )
+                results[each.key] = each
+                folders[each.key] = Path(folder, each.task, each.recipe, f"seed-{each.seed}")
+    return results, folders
+
+
+def _names(paths: Sequence[str]) -> str:
+    return ", ".join(map(repr, paths))
 
 
 def _key(entry: Mapping[str, Any]) -> Key:

@@ -157,11 +157,12 @@ def test_entries_of_another_comparison_are_refused(changed, message, words, comp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--recipes", "lora"], "`recipes` must be of mixtures in .* got 'lora': it has 2468."),
-        (["--seeds", "7"], "`seeds` must be of mixtures in .* got 7: it has 0, 1."),
+        (["--recipes", "lora"], "`recipes` must be of mixtures in .* got 'lora': there is 2468."),
+        (["--seeds", "7"], "`seeds` must be of mixtures in .* got 7: there is 0, 1."),
         (["--fit_rows", "1"], "`fit_rows` must be at least 2, .* got 1."),
         (["--rank", "0"], "`rank` must be from 1 to .* got 0."),
         (["--record", "none.json"], "`record` must hold a mixture .* 'none.json' has none."),
+        (["--runs", "one", "two"], "`runs` must be as many as `record`, 1: got 2."),
         (["--page", "none.md"], "`page` cannot be read: 'none.md'"),
         (["--page", str(ROOT / "README.md")], "`page` must hold the lines <!-- tables -->"),
     ],
@@ -172,6 +173,22 @@ def test_wrong_options_are_refused(more, message, words, capsys):
     error = capsys.readouterr().err
     assert re.search(f"^error: {message}", error, re.M), error
     assert not output.exists()
+
+
+def test_mixtures_of_several_comparisons_stand_in_one_record(words, tmp_path, capsys):
+    flags, output = words
+    first, second = tmp_path / "out", tmp_path / "second"
+    shutil.copytree(first, second)
+    more = ["--record", str(first / "compare.json"), str(second / "compare.json"), "--runs", str(first), str(second)]
+    assert main([*flags, *more]) == 2
+    assert "physics/2468/seed-0 is in" in capsys.readouterr().err
+    (second / "physics").rename(second / "mechanics")
+    change(second / "compare.json", lambda content: [run.update(task="mechanics") for run in content["runs"]])
+    assert main([*flags, *more, "--seeds", "1"]) == 0
+    entries = read(output)["runs"]
+    assert [(each["task"], each["seed"]) for each in entries] == [("physics", 1), ("mechanics", 1)]
+    assert entries[0]["marks"] == entries[1]["marks"]
+    assert [row[:3] for row in tables(entries)[0][1]] == [["mechanics", "2468", "1"], ["physics", "2468", "1"]]
 
 
 def test_folders_that_are_not_those_of_the_record_are_refused(words, tmp_path, capsys):
