@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from mola.files.marked_pages import BEGIN, END
+from mola.studies.comparison.contrasts import contrasts
+from mola.studies.comparison.options import pairs_of
 from mola.studies.comparison.outputs import Outcome
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import summarize
@@ -86,9 +88,16 @@ def test_the_search_is_in_the_record(recipe, finished):
     }
 
 
+def pairs(recipe, record):
+    return contrasts(read_results(record), pairs_of(recipe.get("contrasts", {}), recipe["recipes"]), [*recipe["tasks"]])
+
+
 def test_the_summary_follows_from_the_marks(recipe, record):
+    summary = content(record)["summary"]
     again = json.loads(json.dumps([asdict(row) for row in rows(recipe, record)]))
-    assert rounded(content(record)["summary"]["rows"]) == rounded(again)
+    assert rounded(summary["rows"]) == rounded(again)
+    again = json.loads(json.dumps([asdict(each) for each in pairs(recipe, record)]))
+    assert rounded(summary.get("contrasts", [])) == rounded(again)
 
 
 def rounded(value):
@@ -108,5 +117,6 @@ def test_the_page_has_the_tables(recipe, finished):
         [Found(**each) for each in said.get("search", [])],
         [Power(**each) for each in said.get("power", [])],
         effort=effort_line(read_results(finished)),
+        contrasts=pairs(recipe, finished),
     ).markdown()
     assert recipe["page"].partition(BEGIN)[2].partition(END)[0].strip() == text.strip()

@@ -21,6 +21,7 @@ from rich.markup import escape
 from mola.files.atomic import atomic_write_json
 from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.checks import Run, check_runs
+from mola.studies.comparison.contrasts import Contrast, contrasts
 from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
@@ -53,6 +54,7 @@ class CompareResult:
     record: str  # the file with everything
     found: list[Found]  # what the search has chosen, see `mola.studies.comparison.tuning.Found`
     power: list[Power]  # what a comparison with these seeds can see, by the search
+    contrasts: list[Contrast]  # recipes compared with each other
 
 
 def compare(options: CompareOptions) -> CompareResult:
@@ -84,7 +86,10 @@ def main(options: CompareOptions) -> int:
     """Run the command and print the tables; the exit code is 130 after an interruption."""
     result = compare(options)
     console = Console()
-    for table in [*search_tables(result.found), *terminal_tables(result.rows, str(options.reference))]:
+    for table in [
+        *search_tables(result.found),
+        *terminal_tables(result.rows, str(options.reference), result.contrasts),
+    ]:
         console.print(table)
     for line in [*map(power_line, result.power), effort_line(result.results)]:
         console.print(escape(line))
@@ -128,12 +133,15 @@ class _Comparison:
             self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
         status = recorded(self._everything, self._write)
         rows = self._write(status)
-        result = CompareResult(status, rows, self.results, self._num_open(), str(self.path), self.found, self.power)
+        pairs = contrasts(self.results, self.options.pairs, [*(self.options.tasks or {})])
+        result = CompareResult(
+            status, rows, self.results, self._num_open(), str(self.path), self.found, self.power, pairs
+        )
         curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
         effort = effort_line(self.results)
-        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort)
+        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort, pairs)
         write_tables(self.options.tables, outcome)
-        write_plots(self.options.plots, self.options, self.results, rows)
+        write_plots(self.options.plots, self.options, self.results, outcome)
         return result
 
     def _open(self, runs: Sequence[Run]) -> list[Run]:
@@ -227,6 +235,7 @@ class _Comparison:
         with self.locks.lock("record"):
             self._read_again(self.runs)
             rows = summarize(self.results, [*recipes], [*tasks], reference, self.options.target_accuracy)
+            pairs = [asdict(each) for each in contrasts(self.results, self.options.pairs, [*tasks])]
             content = {
                 "format": FORMAT,
                 "status": status,
@@ -236,7 +245,7 @@ class _Comparison:
                 **more,
                 "search": [asdict(each) for each in self.found],
                 "power": [asdict(each) for each in self.power],
-                "summary": {"reference": reference, "rows": [asdict(row) for row in rows]},
+                "summary": {"reference": reference, "rows": [asdict(row) for row in rows], "contrasts": pairs},
                 "runs": [asdict(each) for each in self.results],
             }
             atomic_write_json(self.path, content)

@@ -53,6 +53,7 @@ class CompareOptions(TrainAndTestOptions):
         tuning_runs: the same of the search for options; empty without `tune`.
         candidates: the combinations of `tune`, by the mark behind a recipe's name.
         allocations: what `mola allocate` is asked for, of each recipe that has `allocate`.
+        pairs: recipes that are compared with each other, from `contrasts`.
 
     Raises:
         MolaError: a value is outside its range, options contradict each other, or a recipe or task is wrong.
@@ -93,6 +94,9 @@ class CompareOptions(TrainAndTestOptions):
         5.0, "Difference that would matter, in points: how many seeds it takes to see one is said after the search."
     )
     reference: str | None = option(None, "Recipe that the others are compared with; default: the first one.")
+    contrasts: dict[str, Any] | str | None = option(
+        None, "Also compare recipes with each other: recipe -> another, or a list of them; a mapping."
+    )
     record: str | None = option(
         None,
         "File with every result, from which a stopped comparison goes on. Default: compare.json in `output_dir`.",
@@ -120,6 +124,7 @@ class CompareOptions(TrainAndTestOptions):
         self.allocations = {name: _allocation(name, values) for name, values in self.recipes.items()}
         self.allocations = {name: values for name, values in self.allocations.items() if values}
         _check_probes(self.allocations, self.recipes)
+        self.pairs = pairs_of(mapping("contrasts", self.contrasts), self.recipes)
         self._given = given
         self.candidates = _candidates(mapping("tune", self.tune))
         self._check_search()
@@ -224,6 +229,26 @@ def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise MolaError(f"`tune.{name}` must be a list of values, such as [0.0003, 0.001]: got {values!r}.")
     found = [dict(zip(tune, values, strict=True)) for values in product(*tune.values())] if tune else []
     return {MARK + ",".join(f"{name}={value}" for name, value in each.items()): each for each in found}
+
+
+def pairs_of(contrasts: Mapping[str, Any], recipes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The option `contrasts` as pairs: recipe -> another, or a list of them.
+
+    Raises:
+        MolaError: one is no recipe, is compared with itself, or a pair is there twice.
+    """
+    found: list[tuple[str, str]] = []
+    for recipe, others in contrasts.items():
+        for other in others if isinstance(others, list) else [others]:
+            for name in (recipe, other):
+                if name not in recipes:
+                    raise MolaError(f"`contrasts` must name recipes, {', '.join(recipes)}: got {name!r}.")
+            if recipe == other or {(recipe, other), (other, recipe)} & {*found}:
+                raise MolaError(
+                    f"`contrasts` must be pairs of different recipes, each once: got {recipe!r} and {other!r}."
+                )
+            found.append((recipe, other))
+    return found
 
 
 def _allocation(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,16 +12,20 @@ from mola.files.marked_pages import check_page, has_markers, write_part
 from mola.reporting.charts import Axis, Line
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
+from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.plots import Curves, check_matplotlib, draw
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tables import (
+    CONTRAST_COLUMNS,
+    CONTRAST_NOTE,
     NOTE,
     by_budget,
     cells,
     columns_of,
     comma_separated,
+    contrast_tables,
     markdown,
     power_line,
     search_lines,
@@ -63,10 +67,11 @@ class Outcome:
     powers: Sequence[Power] = ()
     curves: Mapping[str, Curves] = field(default_factory=dict)  # by task, see `plots.bands`
     effort: str = ""  # see `effort_line`
+    contrasts: Sequence[Contrast] = ()
 
     def markdown(self) -> str:
         """The search, a table per task, and what all has cost."""
-        text = search_markdown(self.found, self.powers) + markdown(self.rows, self.reference)
+        text = search_markdown(self.found, self.powers) + markdown(self.rows, self.reference, self.contrasts)
         return f"{text}\n{self.effort}\n" if self.effort else text
 
 
@@ -80,12 +85,13 @@ def write_tables(tables: str | None, outcome: Outcome) -> None:
             atomic_write_text(path, text)
 
 
-def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Result], rows: Sequence[Row]) -> None:
+def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Result], outcome: Outcome) -> None:
     """Draw every picture asked for, unless there is nothing to draw yet."""
+    rows, names = outcome.rows, ([*(options.tasks or {})], [*(options.recipes or {})])
     if not any(row.difference or row.measure != AT_END for row in rows):
         return
     for path in _paths(plots):
-        picture = draw(results, rows, [*(options.tasks or {})], [*(options.recipes or {})], path.suffix[1:])
+        picture = draw(results, rows, *names, path.suffix[1:], outcome.contrasts)
         atomic_write_bytes(path, picture)
 
 
@@ -99,6 +105,9 @@ def page(outcome: Outcome) -> str:
         Section(f"task-{number}", title, _task(by_budget(list(members)), reference, outcome.curves), "comparison")
         for number, (title, members) in enumerate(groupby(outcome.rows, key=title_of), start=1)
     ]
+    for number, (title, lines) in enumerate(contrast_tables(outcome.contrasts), start=1):
+        data = {"differences": Table(CONTRAST_COLUMNS, lines, title), "note": CONTRAST_NOTE}
+        sections.append(Section(f"contrasts-{number}", title, data, "contrasts"))
     verdicts = [row.difference.verdict for row in outcome.rows if row.difference is not None]
     return render(
         "comparison.html",
@@ -163,7 +172,7 @@ def _reach(row: Row) -> float:
 
 _PICTURES = (".png", ".svg")
 _FORMS: dict[str, Callable[[Outcome], str]] = {
-    ".csv": lambda outcome: comma_separated(outcome.rows),
+    ".csv": lambda outcome: comma_separated(outcome.rows, outcome.contrasts),
     ".md": Outcome.markdown,
     ".html": page,
 }

@@ -1,7 +1,7 @@
 """Pictures of a comparison: learning curves with bands, and differences with their intervals; need matplotlib."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from mola.errors import MolaError
 from mola.evaluation.differences import t_interval
+from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.marks import curve_of
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import Row
@@ -51,14 +52,22 @@ def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[
 
 
 def draw(
-    results: Sequence[Result], rows: Sequence[Row], tasks: Sequence[str], recipes: Sequence[str], form: str
+    results: Sequence[Result],
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    recipes: Sequence[str],
+    form: str,
+    contrasts: Sequence[Contrast] = (),
 ) -> bytes:
     """One picture of all tasks, as `png` or `svg`: curves where there are tests on the way, and differences."""
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: that would choose a window system for the whole process
 
     curves = {task: found for task in tasks if (found := bands(results, task, recipes))}
-    tables = [(title, compared) for title, members in groupby(rows, key=title_of) if (compared := _compared(members))]
+    tables = [
+        *((f"{title}: difference to the reference", found) for title, found in _compared(rows)),
+        *((f"{title}: recipes with each other", found) for title, found in _compared(contrasts)),
+    ]
     heights = [_HEIGHT] * len(curves) + [1.2 + _LINE * len(compared) for _, compared in tables]
     if not heights:
         raise MolaError("`plots` has nothing to draw: no two recipes have a common seed yet, and no run has a curve.")
@@ -76,8 +85,11 @@ def draw(
     return picture.getvalue()
 
 
-def _compared(rows: Any) -> list[Row]:
-    return [row for row in rows if row.difference is not None and row.difference.joint_95 is not None]
+def _compared(rows: Sequence[Row] | Sequence[Contrast]) -> Iterator[tuple[str, list[Row | Contrast]]]:
+    """Title and rows of all tables with an interval to draw."""
+    for title, members in groupby(rows, key=title_of):
+        if found := [row for row in members if row.difference is not None and row.difference.joint_95 is not None]:
+            yield title, found
 
 
 def _draw_curves(axes: Any, task: str, found: Curves, colors: Mapping[str, Any]) -> None:
@@ -90,7 +102,7 @@ def _draw_curves(axes: Any, task: str, found: Curves, colors: Mapping[str, Any])
     axes.legend(fontsize=7, ncols=2)
 
 
-def _draw_differences(axes: Any, title: str, rows: Sequence[Row], colors: Mapping[str, Any]) -> None:
+def _draw_differences(axes: Any, title: str, rows: Sequence[Row | Contrast], colors: Mapping[str, Any]) -> None:
     """Thick: 95 % of one difference; thin: of all together."""
     for place, row in enumerate(rows):
         other = row.difference
@@ -100,6 +112,10 @@ def _draw_differences(axes: Any, title: str, rows: Sequence[Row], colors: Mappin
             axes.plot([100 * bound for bound in interval], [place, place], color=colors[row.recipe], linewidth=width)
         axes.plot(100 * other.value, place, "o", color=colors[row.recipe], markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title=f"{title}: difference to the reference", xlabel="points", ylim=(len(rows) - 0.5, -0.5))
-    axes.set_yticks(range(len(rows)), [row.recipe for row in rows])
+    axes.set(title=title, xlabel="points", ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.grid(axis="x", alpha=0.3)
+
+
+def _label(row: Row | Contrast) -> str:
+    return f"{row.recipe} - {row.other}" if isinstance(row, Contrast) else row.recipe

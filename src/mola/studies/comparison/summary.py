@@ -1,6 +1,6 @@
 """From finished runs to the rows of a table: by task, and over all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -47,21 +47,27 @@ def summarize(
     With tests on the way every table comes twice, see `Row.measure`.
     """
     groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)})
-    names = (*recipes, BASE)
-    measures = (AT_END, OVER_TRAINING) if any(each.curve for each in results) else (AT_END,)
     rows = []
-    for measure in measures:
+    for measure, task, marks in marks_of_tables(results, (*recipes, BASE), tasks):
+        for row in _rows(task, marks, reference, results, groups):
+            steps = None
+            if target and measure == OVER_TRAINING and task != ALL_TASKS:
+                steps = _steps_to(target, [each for each in _of(results, row.recipe) if each.task == task])
+            rows.append(replace(row, measure=measure, steps_to_target=steps))
+    return rows
+
+
+def marks_of_tables(
+    results: Sequence[Result], names: Sequence[str], tasks: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, dict[int, np.ndarray]]]]:
+    """Measure, task, and marks by recipe and seed, of every table that there is."""
+    for measure in (AT_END, OVER_TRAINING) if any(each.curve for each in results) else (AT_END,):
         over = measure == OVER_TRAINING
         for task in tasks:
             by_name = {name: [each for each in _of(results, name) if each.task == task] for name in names}
-            marks = {name: marks_by_seed(found, over) for name, found in by_name.items()}
-            found = _rows(task, marks, reference, results, groups)
-            steps = {name: _steps_to(target, members) for name, members in by_name.items()} if over and target else {}
-            rows += [replace(row, measure=measure, steps_to_target=steps.get(row.recipe)) for row in found]
+            yield measure, task, {name: marks_by_seed(found, over) for name, found in by_name.items()}
         if len(tasks) > 1:
-            both = {name: _over_tasks(results, name, tasks, over) for name in names}
-            rows += [replace(row, measure=measure) for row in _rows(ALL_TASKS, both, reference, results, groups)]
-    return rows
+            yield measure, ALL_TASKS, {name: _over_tasks(results, name, tasks, over) for name in names}
 
 
 def _steps_to(target: float, results: Sequence[Result]) -> list[float | None]:

@@ -9,7 +9,9 @@ from statistics import fmean, median
 from rich.markup import escape
 from rich.table import Table
 
+from mola.evaluation.differences import Difference
 from mola.reporting.formatting import computers, duration, markdown_table
+from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.options import MARK
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import AT_END, Row
@@ -53,13 +55,17 @@ NOTE = (
 )
 
 
-def title_of(row: Row) -> str:
+CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "p", "verdict")
+CONTRAST_NOTE = "p and verdict allow for the number of pairs in a table."
+
+
+def title_of(row: Row | Contrast) -> str:
     """Heading of the table that a row stands in."""
     return row.task if row.measure == AT_END else f"{row.task}, {row.measure}"
 
 
-def terminal_tables(rows: Sequence[Row], reference: str) -> list[Table]:
-    """One table per task, with a line between groups of equal budget."""
+def terminal_tables(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> list[Table]:
+    """One table per task, with a line between groups of equal budget; then those of `contrasts`."""
     tables = []
     for title, members in groupby(rows, key=title_of):
         table = Table(title=escape(title), caption=NOTE.format(reference=escape(reference)))
@@ -70,6 +76,11 @@ def terminal_tables(rows: Sequence[Row], reference: str) -> list[Table]:
             for row in group:
                 table.add_row(*map(escape, cells(row, reference) + steps_cell(row)))
             table.add_section()
+        tables.append(table)
+    for title, lines in contrast_tables(contrasts):
+        table = Table(*CONTRAST_COLUMNS, title=escape(title), caption=CONTRAST_NOTE)
+        for line in lines:
+            table.add_row(*map(escape, line))
         tables.append(table)
     return tables
 
@@ -105,6 +116,21 @@ def steps_cell(row: Row) -> list[str]:
     is_known = len(reached) > seeds / 2
     middle = f"{median([*reached, *[float('inf')] * (seeds - len(reached))]):.0f}" if is_known else "later"
     return [f"{middle} ({len(reached)} of {seeds})"]
+
+
+def contrast_tables(found: Sequence[Contrast]) -> list[tuple[str, list[list[str]]]]:
+    """Title and lines of every table of recipes that are compared with each other."""
+    return [
+        (f"{title}: recipes with each other", [contrast_cells(each) for each in members])
+        for title, members in groupby(found, key=title_of)
+    ]
+
+
+def contrast_cells(contrast: Contrast) -> list[str]:
+    """A contrast as text, in the order of `CONTRAST_COLUMNS`."""
+    found = contrast.difference
+    start = [contrast.recipe, contrast.other, str(found.seeds), f"{100 * found.value:+.1f}"]
+    return [*start, _interval(found.both_95), _p(found.p_adjusted), found.verdict]
 
 
 def search_tables(found: Sequence[Found]) -> list[Table]:
@@ -174,14 +200,17 @@ def time_left(results: Sequence[Result], left: int) -> str:
     return f" (about {duration(fmean(seconds) * left)} of computing left)" if seconds else ""
 
 
-def markdown(rows: Sequence[Row], reference: str) -> str:
-    """A table per task under a heading."""
+def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> str:
+    """A table per task under a heading, then those of `contrasts`."""
     parts: list[str] = []
     for title, members in groupby(rows, key=title_of):
         ordered = by_budget(list(members))
         lines = [cells(row, reference) + steps_cell(row) for row in ordered]
         parts += [f"### {title}", markdown_table(columns_of(ordered), lines)]
-    return "\n\n".join([*parts, NOTE.format(reference=f"`{reference}`")]) + "\n"
+    parts.append(NOTE.format(reference=f"`{reference}`"))
+    for title, lines in contrast_tables(contrasts):
+        parts += [f"### {title}", markdown_table(CONTRAST_COLUMNS, lines)]
+    return "\n\n".join([*parts, *([CONTRAST_NOTE] if contrasts else [])]) + "\n"
 
 
 def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
@@ -195,8 +224,8 @@ def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
     return "".join(f"{part}\n\n" for part in parts)
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """All numbers unrounded, one line per task and recipe."""
+def comma_separated(rows: Sequence[Row], contrasts: Sequence[Contrast] = ()) -> str:
+    """All numbers unrounded, one line per task and recipe, then one per contrast, as recipe `A - B`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
@@ -204,16 +233,19 @@ def comma_separated(rows: Sequence[Row]) -> str:
         low, high = row.mean.interval_95 or ("", "")
         line = [row.task, row.measure, row.recipe, row.trainable_parameters, row.budget_group, row.mean.seeds]
         line += [row.mean.value, low, high]
-        other = row.difference
-        if other is None:
-            line += [""] * 7
-        else:
-            line += [other.value, *(other.both_95 or ("", "")), *(other.joint_95 or ("", ""))]
-            line += ["" if other.p_adjusted is None else other.p_adjusted, other.verdict]
+        line += [""] * 7 if row.difference is None else _numbers(row.difference)
         experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
         steps = " ".join("never" if each is None else f"{each:g}" for each in row.steps_to_target or ())
         writer.writerow([*line, experts, steps])
+    for each in contrasts:
+        name, seeds = f"{each.recipe} - {each.other}", each.difference.seeds
+        writer.writerow([each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", ""])
     return text.getvalue()
+
+
+def _numbers(found: Difference) -> list[float | str]:
+    ends = [*(found.both_95 or ("", "")), *(found.joint_95 or ("", ""))]
+    return [found.value, *ends, "" if found.p_adjusted is None else found.p_adjusted, found.verdict]
 
 
 def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
