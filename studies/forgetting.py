@@ -32,9 +32,10 @@ from mola.files.digests import file_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.files.marked_pages import check_page, write_part
 from mola.files.reading import read_json
-from mola.options.fields import named_mappings, option
+from mola.options.fields import mapping, named_mappings, option
 from mola.options.parsing import convert, parse
 from mola.studies.comparison.curve import marks_of
+from mola.studies.comparison.options import pairs_of
 from mola.studies.continual_learning.continual import ContinualOptions, continual
 from mola.studies.continual_learning.record import EVALUATION_FOLDER
 from mola.studies.locks import POLL_SECONDS, Locks
@@ -50,6 +51,7 @@ _BALANCE = {"router_aux_loss_coef": 0.001, "router_aux_loss_reduction": "layer"}
 # LoRA of rank 43 has as many trained values as the mixtures with their routers.
 RECIPES: dict[str, dict[str, Any]] = {"lora": {"num_experts": 1, "r": 43, "lora_alpha": 86}, **_MIXTURES}
 RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIXTURES.items()}
+CONTRASTS: dict[str, Any] = {"2468": ["5555", "8642"], **{f"{name}-balance": name for name in _MIXTURES}}
 # The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
 TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
 TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
@@ -81,6 +83,9 @@ class ForgettingOptions:
     record: str = option("studies/forgetting.json", "File of all results.")
     recipes: dict[str, Any] | str | None = option(None, "Name -> options of `mola train`; a mapping. Default: seven.")
     reference: str = option("lora", "Recipe that the others are compared with.")
+    contrasts: dict[str, Any] | str | None = option(
+        None, "Also compare recipes with each other: recipe -> another, or a list of them; a mapping. Default: five."
+    )
     orders: int = option(3, "Number of orders of the five kinds, drawn from a fixed seed.")
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of new experts and of the order of samples."}
@@ -118,12 +123,16 @@ class Study:
         self.locks = Locks(self.folder / ".locks")
         self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
         _check(options, self.recipes)
+        contrasts = (
+            CONTRASTS if options.contrasts is options.recipes is None else mapping("contrasts", options.contrasts)
+        )
         for recipe, rate in dict.fromkeys((key.recipe, key.rate) for key in self._keys()):
             self._options(Key(recipe, 1, 0, rate), rate or options.learning_rate)  # before anything is trained
         training = {**TRAINING, "learning_rate": options.learning_rate, "num_train_epochs": options.num_train_epochs}
         names = ("reference", "seeds", "rates", "tuning_seeds", "train_size", "validation_size", "test_size")
         self.settings = {"recipes": self.recipes, "orders": orders(options.orders), "training": training}
         self.settings |= {name: getattr(options, name) for name in names}
+        self.settings["contrasts"] = pairs_of(contrasts, self.recipes)
         self.record: dict[str, Any] = {}
         self.read()
 

@@ -37,10 +37,10 @@ def tables(record: Mapping[str, Any]) -> str:
 
 
 def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
-    """Every recipe against the reference, then with balance loss against without, in both measures."""
+    """Every recipe against the reference, then those that are compared with each other, in both measures."""
     runs, settings = _runs(record), record["settings"]
     pairs = [(name, settings["reference"]) for name in settings["recipes"] if name != settings["reference"]]
-    pairs += [pair for pair in _balance_pairs(settings["recipes"]) if pair not in pairs]
+    pairs += [pair for pair in map(tuple, settings["contrasts"]) if pair not in pairs]
     wanted = [(measure, recipe, other) for measure in MEASURES for recipe, other in pairs]
     shared = [sorted(runs[recipe].keys() & runs[other].keys()) for _, recipe, other in wanted]
     found = []
@@ -76,17 +76,6 @@ def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:
         if run["order"] > 0:
             found[run["recipe"]][run["order"], run["seed"]] = run
     return found
-
-
-def _balance_pairs(recipes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Recipes that differ in the balance loss only, and perhaps in the learning rate."""
-
-    def without(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in values.items() if k != "learning_rate" and not k.startswith("router_aux_loss")}
-
-    on = {name: values for name, values in recipes.items() if values.get("router_aux_loss_coef")}
-    off = {name: values for name, values in recipes.items() if name not in on}
-    return [(a, b) for a, mine in on.items() for b, other in off.items() if without(mine) == without(other)]
 
 
 def _state(record: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:

@@ -43,6 +43,7 @@ def made_up(right, **settings):
         for pair, value in enumerate(values)
     ]
     chosen = {"recipes": {name: RECIPES[name] for name in right}, "orders": orders(2), "seeds": [0, 1], "rates": []}
+    chosen["contrasts"] = [[name, name.removesuffix("-balance")] for name in right if name.endswith("-balance")]
     return {"settings": {**chosen, "reference": "lora", "tuning_seeds": [100], **settings}, "runs": runs}
 
 
