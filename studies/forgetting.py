@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from studies.forgetting_options import CONTRASTS, KINDS, QUIET, RECIPES, TRAINING, ForgettingOptions, check, orders
 from studies.forgetting_tables import tables
 
 from mola.data.prepare import PrepareOptions, prepare
-from mola.data.sample import DEFAULT_KINDS
-from mola.data.sample_topics import TOPICS
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.digests import file_sha256
 from mola.files.environment import machine_description, software_versions
-from mola.files.marked_pages import check_page, write_part
+from mola.files.marked_pages import write_part
 from mola.files.reading import read_json
-from mola.options.fields import mapping, named_mappings, option
+from mola.options.fields import mapping, named_mappings
 from mola.options.parsing import convert, parse
 from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import pairs_of
@@ -43,64 +40,7 @@ from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrup
 from mola.training.checkpoints import RUN_FILE
 
 FORMAT = 1
-KINDS = {
-    topic.category.split()[0].lower(): topic.category for topic in TOPICS[:DEFAULT_KINDS]
-}  # names that folders can have
-_MIXTURES = {name: {"num_experts": name, "r": 8, "lora_alpha": 16, "top_k": 2} for name in ("5555", "2468", "8642")}
-_BALANCE = {"router_aux_loss_coef": 0.001, "router_aux_loss_reduction": "layer"}  # as the research code's `obalance`
-# LoRA of rank 43 has as many trained values as the mixtures with their routers.
-RECIPES: dict[str, dict[str, Any]] = {"lora": {"num_experts": 1, "r": 43, "lora_alpha": 86}, **_MIXTURES}
-RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIXTURES.items()}
-CONTRASTS: dict[str, Any] = {"2468": ["5555", "8642"], **{f"{name}-balance": name for name in _MIXTURES}}
-# The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
-TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
-TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
-TRAINING |= {"attn_implementation": "eager"}  # a fifth faster than sdpa on a CPU, see docs/performance.md
-_QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
-_QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
-_SET_HERE = (
-    "base_model",
-    "task",
-    "data",
-    "output_dir",
-    "stages",
-    "seed",
-    "data_seed",
-    "test_split",
-    "filters",
-    "adapter",
-)
-_SET_HERE += ("num_train_epochs", "overwrite_output_dir", *TRAINING, *_QUIET)
 _MAY_GROW = ("recipes", "orders", "seeds")
-
-
-@dataclass
-class ForgettingOptions:
-    """Options of the study."""
-
-    base_model: str = option(".cache/SmolLM2-135M-Instruct", "Folder of the base model.")
-    output_dir: str = option("runs/forgetting", "Where data, locks and unfinished sequences are kept.")
-    record: str = option("studies/forgetting.json", "File of all results.")
-    recipes: dict[str, Any] | str | None = option(None, "Name -> options of `mola train`; a mapping. Default: seven.")
-    reference: str = option("lora", "Recipe that the others are compared with.")
-    contrasts: dict[str, Any] | str | None = option(
-        None, "Also compare recipes with each other: recipe -> another, or a list of them; a mapping. Default: five."
-    )
-    orders: int = option(3, "Number of orders of the five kinds, drawn from a fixed seed.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of new experts and of the order of samples."}
-    )
-    learning_rate: float = option(0.002, "Learning rate of recipes without one of their own, where none is searched.")
-    rates: list[float] = field(
-        default_factory=list, metadata={"help": "Learning rates to search among, for recipes without one of their own."}
-    )
-    tuning_seeds: list[int] = field(default_factory=lambda: [100], metadata={"help": "Seeds of that search."})
-    num_train_epochs: float = option(3.0, "Passes over the training questions of a stage.")
-    train_size: int = option(80, "Training questions of each kind.")
-    validation_size: int = option(30, "Validation questions of each kind.")
-    test_size: int = option(40, "Test questions of each kind.")
-    at_most: int | None = option(None, "Stop after so many sequences; 0 prints the tables only.")
-    page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
 
 
 class Key(NamedTuple):
@@ -122,7 +62,7 @@ class Study:
         self.options, self.folder, self.path = options, Path(options.output_dir), check_writable(options.record)
         self.locks = Locks(self.folder / ".locks")
         self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
-        _check(options, self.recipes)
+        check(options, self.recipes)
         contrasts = (
             CONTRASTS if options.contrasts is options.recipes is None else mapping("contrasts", options.contrasts)
         )
@@ -196,7 +136,7 @@ class Study:
         return keys + [Key(recipe, order, seed, None) for seed, order, recipe in study]
 
     def _options(self, key: Key, rate: float) -> ContinualOptions:
-        values = {**TRAINING, **_QUIET, "num_train_epochs": self.options.num_train_epochs, "learning_rate": rate}
+        values = {**TRAINING, **QUIET, "num_train_epochs": self.options.num_train_epochs, "learning_rate": rate}
         values |= convert(TrainAndTestOptions, self.recipes[key.recipe], f"recipes.{key.recipe}")
         values |= {"test_split": "validation" if key.order == 0 else "test", "seed": key.seed, "data_seed": key.seed}
         stages = {name: {"filters": {"category": KINDS[name]}} for name in orders(self.options.orders)[key.order]}
@@ -252,13 +192,6 @@ class Study:
         return self.folder / "-".join(["data", *map(str, _sizes(self.options).values())])
 
 
-def orders(number: int) -> list[list[str]]:
-    """The order of the search and those of the study; more of them begin with the same."""
-    every = [list(order) for order in itertools.permutations(KINDS)]
-    random.Random(0).shuffle(every)
-    return every[: number + 1]
-
-
 def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
     """The rate with the best mean OP on validation questions, the lowest of equals; None if not all are measured."""
     settings = record["settings"]
@@ -277,24 +210,6 @@ def _sizes(options: ForgettingOptions) -> dict[str, int]:
 
 def _key(run: Mapping[str, Any]) -> Key:
     return Key(run["recipe"], run["order"], run["seed"], run["learning_rate"] if run["order"] == 0 else None)
-
-
-def _check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]]) -> None:
-    for name in ("seeds", "rates", "tuning_seeds"):
-        values = getattr(options, name)
-        if len(set(values)) != len(values) or not (values or name == "rates"):
-            raise MolaError(f"`{name}` must be different numbers, at least one: got {values}.")
-    if shared := set(options.seeds) & set(options.tuning_seeds if options.rates else ()):
-        raise MolaError(f"`tuning_seeds` must be others than `seeds`: both have {sorted(shared)}.")
-    if not 1 <= options.orders <= 119:
-        raise MolaError(f"`orders` must be 1 to 119, the orders of five kinds but one: got {options.orders}.")
-    if options.reference not in recipes:
-        raise MolaError(f"`reference` must be one of the recipes {', '.join(recipes)}: got {options.reference!r}.")
-    for recipe, values in recipes.items():
-        if wrong := sorted(set(values) & set(_SET_HERE)):
-            raise MolaError(f"`{wrong[0]}` cannot be set in `recipes.{recipe}`: it is the same for all. Leave it out.")
-    if options.page is not None:
-        check_page(options.page)
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:

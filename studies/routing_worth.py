@@ -12,21 +12,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from studies.routing_worth_tables import NOTE, key_of, markdown, tables
 
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.evaluation.differences import paired_differences
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
 from mola.exporting.convert import ConvertOptions, ExportReport, convert
 from mola.files.atomic import atomic_write_json, check_writable
@@ -38,7 +35,6 @@ from mola.models.adapters import check_adapter
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
 from mola.options.parsing import parse
-from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result, read_results
@@ -47,14 +43,6 @@ from mola.studies.train_and_test import sigterm_as_interrupt
 from mola.training.checkpoints import RUN_FILE
 
 _ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
-_COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
-_COLUMNS += ("least", "most", "KL")
-_QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
-_NOTE = (
-    "Accuracy in per cent, LoRA less mixture in points, on the same questions; its interval is for other seeds and "
-    "other questions (of one seed for other questions), the verdict allows for all rows. Least and most: of one seed. "
-    "KL(mixture || LoRA): nats per token of held-out training answers."
-)
 
 
 @dataclass
@@ -103,7 +91,7 @@ class Study:
 
     def left(self) -> list[Key]:
         """Mixtures without a result."""
-        done = {_key(entry) for entry in self.entries}
+        done = {key_of(entry) for entry in self.entries}
         return [key for key in self._chosen() if key not in done]
 
     def _chosen(self) -> list[Key]:
@@ -137,16 +125,16 @@ class Study:
             ) from error
         check_form(entries, [_ENTRY], str(self.output), "Restore it, or pass another `output`.")
         for entry in entries:
-            result = self.mixtures.get(_key(entry))
+            result = self.mixtures.get(key_of(entry))
             if result is None:
                 raise MolaError(
-                    f"{_key(entry)} of {str(self.output)!r} is no mixture of {_names(self.options.record)}. Pass its "
+                    f"{key_of(entry)} of {str(self.output)!r} is no mixture of {_names(self.options.record)}. Pass its "
                     "own."
                 )
             name = first_difference(entry, wanted := self._wanted(result), wanted)
             if name is not None:
                 raise MolaError(
-                    f"{_key(entry)} of {str(self.output)!r} was made with another `{name}`: {entry.get(name)!r}, now "
+                    f"{key_of(entry)} of {str(self.output)!r} was made with another `{name}`: {entry.get(name)!r}, now "
                     f"{wanted[name]!r}. Use the same, take that entry out, or pass another `output`."
                 )
         return entries
@@ -256,48 +244,6 @@ def _names(paths: Sequence[str]) -> str:
     return ", ".join(map(repr, paths))
 
 
-def _key(entry: Mapping[str, Any]) -> Key:
-    return Key(entry["task"], entry["recipe"], entry["seed"])
-
-
-def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Head and rows: of every task and recipe, and of all runs' differences."""
-    rows, all_points = [], []
-    recipes = len({_key(entry)[:2] for entry in entries})
-    for (task, recipe), group in groupby(sorted(entries, key=_key), key=lambda entry: _key(entry)[:2]):
-        runs = list(group)
-        lora, mixture = (
-            np.array([[float(mark) for mark in run[name]] for run in runs]) for name in ("marks", "mixture")
-        )
-        difference = paired_differences({recipe: lora}, mixture, recipes)[recipe]
-        points = 100 * (lora - mixture).mean(1)
-        all_points += list(points)
-        ends = difference.both_95 or difference.questions_95
-        interval = "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
-        row = [task, recipe, str(len(runs)), *(f"{100 * marks.mean():.1f}" for marks in (mixture, lora))]
-        row += [f"{100 * difference.value:+.1f}", interval, difference.verdict]
-        row += [f"{points.min():+.1f}", f"{points.max():+.1f}"]
-        rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
-    signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
-    quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]
-    heads = ("LoRAs", "behind", "equal", "ahead", "mean", *_QUANTILES)
-    return [(_COLUMNS, rows), (heads, [[str(len(all_points)), *signs, f"{fmean(all_points):+.1f}", *quantiles]])]
-
-
-def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The tables for a page."""
-    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), _NOTE, _effort(entries)])
-
-
-def _effort(entries: Sequence[Mapping[str, Any]]) -> str:
-    testing = sum(entry["seconds"]["testing"] for entry in entries)
-    fitting = sum(sum(entry["seconds"].values()) for entry in entries) - testing
-    return (
-        f"All fits took {duration(fitting)}, the tests of the LoRAs {duration(testing)}. "
-        f"Machine of each process: {computers(entry['machine'] for entry in entries)}."
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what is left; returns the exit code: 0, 2 for wrong input, 130 after an interruption."""
     try:
@@ -322,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             table.add_row(*map(escape, row))
         Console().print(table)
-    print(f"{_NOTE} Everything is in {options.output}")
+    print(f"{NOTE} Everything is in {options.output}")
     return 0
 
 

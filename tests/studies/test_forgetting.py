@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from scipy import stats
-from studies.forgetting import RECIPES, ForgettingOptions, Study, main, orders
+from studies.forgetting import Study, main
+from studies.forgetting_options import RECIPES, ForgettingOptions, orders
 from studies.forgetting_tables import by_question, comparisons, tables
 
 from mola.evaluation.differences import paired_differences

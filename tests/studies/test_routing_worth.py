@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from studies.routing_worth import main, markdown, tables
+from studies.routing_worth import main
+from studies.routing_worth_tables import markdown, tables
 
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.evaluate import EvaluateOptions, evaluate

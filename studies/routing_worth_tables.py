@@ -1,0 +1,66 @@
+"""The tables of `studies.routing_worth`, from its record alone: of every recipe, and of all runs' differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from mola.evaluation.differences import paired_differences
+from mola.reporting.formatting import computers, duration, markdown_table
+from mola.studies.comparison.options import Key
+
+_COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
+_COLUMNS += ("least", "most", "KL")
+_QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
+NOTE = (
+    "Accuracy in per cent, LoRA less mixture in points, on the same questions; its interval is for other seeds and "
+    "other questions (of one seed for other questions), the verdict allows for all rows. Least and most: of one seed. "
+    "KL(mixture || LoRA): nats per token of held-out training answers."
+)
+
+
+def key_of(entry: Mapping[str, Any]) -> Key:
+    """The run of the comparison that an entry is about."""
+    return Key(entry["task"], entry["recipe"], entry["seed"])
+
+
+def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """Head and rows: of every task and recipe, and of all runs' differences."""
+    rows, all_points = [], []
+    recipes = len({key_of(entry)[:2] for entry in entries})
+    for (task, recipe), group in groupby(sorted(entries, key=key_of), key=lambda entry: key_of(entry)[:2]):
+        runs = list(group)
+        lora, mixture = (
+            np.array([[float(mark) for mark in run[name]] for run in runs]) for name in ("marks", "mixture")
+        )
+        difference = paired_differences({recipe: lora}, mixture, recipes)[recipe]
+        points = 100 * (lora - mixture).mean(1)
+        all_points += list(points)
+        ends = difference.both_95 or difference.questions_95
+        interval = "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
+        row = [task, recipe, str(len(runs)), *(f"{100 * marks.mean():.1f}" for marks in (mixture, lora))]
+        row += [f"{100 * difference.value:+.1f}", interval, difference.verdict]
+        row += [f"{points.min():+.1f}", f"{points.max():+.1f}"]
+        rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
+    signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
+    quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]
+    heads = ("LoRAs", "behind", "equal", "ahead", "mean", *_QUANTILES)
+    return [(_COLUMNS, rows), (heads, [[str(len(all_points)), *signs, f"{fmean(all_points):+.1f}", *quantiles]])]
+
+
+def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The tables for a page."""
+    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), NOTE, _effort(entries)])
+
+
+def _effort(entries: Sequence[Mapping[str, Any]]) -> str:
+    testing = sum(entry["seconds"]["testing"] for entry in entries)
+    fitting = sum(sum(entry["seconds"].values()) for entry in entries) - testing
+    return (
+        f"All fits took {duration(fitting)}, the tests of the LoRAs {duration(testing)}. "
+        f"Machine of each process: {computers(entry['machine'] for entry in entries)}."
+    )
