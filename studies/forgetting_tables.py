@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mola.evaluation.differences import Difference, paired_differences, t_interval
+from mola.evaluation.differences import Difference, paired_difference, t_interval
 from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
+from mola.studies.comparison.tables import interval_cell, p_cell
 
 NO_RESULT = "No sequence has been run yet: there is no result."
 MEASURES = {"op": "OP", "pd": "PD"}
@@ -50,7 +51,7 @@ def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
                 np.stack([by_question(runs[name][key], settings["orders"][key[0]], measure) for key in keys])
                 for name in (recipe, other)
             )
-            difference = paired_differences({"": ours}, theirs, comparisons=sum(map(bool, shared)))[""]
+            difference = paired_difference(ours, theirs, sum(map(bool, shared)))
             found.append(Comparison(measure, recipe, other, difference))
     return found
 
@@ -109,11 +110,7 @@ def _means_table(runs: Mapping[str, Runs]) -> str:
 
 
 def _interval(values: np.ndarray, sign: str = "+") -> str:
-    return _bounds(t_interval(values), sign) if len(values) > 1 else ""
-
-
-def _bounds(bounds: tuple[float, float], sign: str = "+") -> str:
-    return " to ".join(f"{100 * each:{sign}.1f}" for each in bounds)
+    return interval_cell(t_interval(values), sign) if len(values) > 1 else ""
 
 
 def _orders_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
@@ -135,11 +132,9 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
     header = ("measure", "recipe", "less", "pairs", "points", "95 %", "joint 95 %", "p", "verdict")
     rows = []
     for measure, recipe, other, found in comparisons(record):
-        cells: list[object] = [MEASURES[measure], recipe, other, found.seeds, f"{100 * found.value:+.1f}"]
-        if found.both_95 and found.joint_95 and found.p_adjusted is not None:
-            cells += [_bounds(found.both_95), _bounds(found.joint_95), _p(found.p_adjusted), found.verdict]
-        else:
-            cells += ["", "", "", "too few pairs"]
+        cells = [MEASURES[measure], recipe, other, found.seeds, f"{100 * found.value:+.1f}"]
+        cells += [interval_cell(found.both_95), interval_cell(found.joint_95), p_cell(found.p_adjusted)]
+        cells.append(found.verdict if found.seeds > 1 else "too few pairs")
         rows.append(cells)
     note = (
         "Differences of sequences with the same order and seed; intervals for other sequences and other questions. p "
@@ -147,10 +142,6 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
         "a higher PD: less is forgotten."
     )
     return f"### Differences\n\n{markdown_table(header, rows)}\n\n{note}"
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _search_table(record: Mapping[str, Any]) -> str:

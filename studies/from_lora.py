@@ -19,7 +19,7 @@ import numpy as np
 from mola.data.prepare import PrepareOptions, prepare
 from mola.data.read import read_rows
 from mola.errors import MolaError
-from mola.evaluation.differences import paired_differences, t_interval
+from mola.evaluation.differences import paired_difference, t_interval
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json
@@ -153,7 +153,7 @@ def table(record: Mapping[str, Any]) -> str:
         if name != "made":
             # What has not learned all kinds stands beside the mixture before its first step.
             our_loss, our_marks = measured("made", 0 if end == 0 or name in KINDS else -1)
-            points = paired_differences({"": our_marks}, marks)[""]
+            points = paired_difference(our_marks, marks)
             values = [(our_loss - loss).mean(), *t_interval(our_loss - loss)]
             cells[5] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*values)
             values = [100 * each for each in (points.value, *(points.seeds_95 or (points.value,) * 2))]

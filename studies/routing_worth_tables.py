@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mola.evaluation.differences import paired_differences
+from mola.evaluation.differences import paired_difference
 from mola.reporting.formatting import computers, duration, markdown_table
+from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.options import Key
 
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
@@ -34,10 +35,8 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], li
     recipes = len({key_of(entry)[:2] for entry in entries})
     for (task, recipe), group in groupby(sorted(entries, key=key_of), key=lambda entry: key_of(entry)[:2]):
         runs = list(group)
-        lora, mixture = (
-            np.array([[float(mark) for mark in run[name]] for run in runs]) for name in ("marks", "mixture")
-        )
-        difference = paired_differences({recipe: lora}, mixture, recipes)[recipe]
+        lora, mixture = (np.stack([as_numbers(run[name]) for run in runs]) for name in ("marks", "mixture"))
+        difference = paired_difference(lora, mixture, recipes)
         points = 100 * (lora - mixture).mean(1)
         all_points += list(points)
         ends = difference.both_95 or difference.questions_95

@@ -61,10 +61,12 @@ def paired_differences(
         comparisons: how many differences are looked at together; None for as many as there are recipes here.
     """
     family = comparisons or len(recipes)
-    return {name: _difference(marks.astype(float) - reference, family) for name, marks in recipes.items()}
+    return {name: paired_difference(marks, reference, family) for name, marks in recipes.items()}
 
 
-def _difference(values: np.ndarray, comparisons: int) -> Difference:
+def paired_difference(marks: np.ndarray, reference: np.ndarray, comparisons: int = 1) -> Difference:
+    """One of `paired_differences`; the marks are as there."""
+    values = marks.astype(float) - reference
     value, questions = float(values.mean()), values.shape[1]
     over_questions = _interval(value, _error_over_questions(values), questions, LEVEL)
     if min(values.shape) < 2:

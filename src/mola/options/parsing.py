@@ -195,7 +195,8 @@ class _RecipeLoader(BoundedLoader):
         """
         if node not in self._checked:  # later it holds the keys of both
             self._checked.add(node)
-            counts = Counter(filter(_is_hashable, map(self._key, (key for key, _ in node.value))))
+            keys = [self._key(key) for key, _ in node.value]
+            counts = Counter(key for key in keys if isinstance(key, Hashable))  # PyYAML refuses others
             for key, count in counts.items():
                 if count > 1:
                     raise yaml.constructor.ConstructorError(
@@ -206,10 +207,6 @@ class _RecipeLoader(BoundedLoader):
     def _key(self, node: yaml.Node) -> Any:
         is_merge = node.tag == "tag:yaml.org,2002:merge"
         return node.value if is_merge else self.construct_object(node, deep=True)
-
-
-def _is_hashable(key: Any) -> bool:
-    return isinstance(key, Hashable)  # PyYAML refuses others
 
 
 _REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")

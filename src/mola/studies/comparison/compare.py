@@ -132,8 +132,7 @@ class _Comparison:
         with self.locks.lock("allocations"):
             self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
         status = recorded(self._everything, self._write)
-        rows = self._write(status)
-        pairs = contrasts(self.results, self.options.pairs, [*(self.options.tasks or {})])
+        rows, pairs = self._write(status)
         result = CompareResult(
             status, rows, self.results, self._num_open(), str(self.path), self.found, self.power, pairs
         )
@@ -228,14 +227,14 @@ class _Comparison:
         self.results += [result for result in read_results(self.path) if result.key not in known]
         return self._open(runs)
 
-    def _write(self, status: str, **more: Any) -> list[Row]:
+    def _write(self, status: str, **more: Any) -> tuple[list[Row], list[Contrast]]:
         recipes, tasks, reference = self.options.recipes, self.options.tasks, str(self.options.reference)
         assert isinstance(recipes, dict)
         assert isinstance(tasks, dict)
         with self.locks.lock("record"):
             self._read_again(self.runs)
             rows = summarize(self.results, [*recipes], [*tasks], reference, self.options.target_accuracy)
-            pairs = [asdict(each) for each in contrasts(self.results, self.options.pairs, [*tasks])]
+            pairs = contrasts(self.results, self.options.pairs, [*tasks])
             content = {
                 "format": FORMAT,
                 "status": status,
@@ -245,8 +244,12 @@ class _Comparison:
                 **more,
                 "search": [asdict(each) for each in self.found],
                 "power": [asdict(each) for each in self.power],
-                "summary": {"reference": reference, "rows": [asdict(row) for row in rows], "contrasts": pairs},
+                "summary": {
+                    "reference": reference,
+                    "rows": [asdict(row) for row in rows],
+                    "contrasts": [asdict(each) for each in pairs],
+                },
                 "runs": [asdict(each) for each in self.results],
             }
             atomic_write_json(self.path, content)
-        return rows
+        return rows, pairs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mola.evaluation.differences import Difference, paired_differences
+from mola.evaluation.differences import Difference, paired_difference
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import marks_of_tables
 
@@ -33,6 +33,6 @@ def contrasts(results: Sequence[Result], pairs: Sequence[tuple[str, str]], tasks
         for (recipe, other), seeds in shared.items():
             if seeds:
                 ours, theirs = (np.stack([marks[name][seed] for seed in seeds]) for name in (recipe, other))
-                difference = paired_differences({"": ours}, theirs, sum(map(bool, shared.values())))[""]
+                difference = paired_difference(ours, theirs, sum(map(bool, shared.values())))
                 found.append(Contrast(task, measure, recipe, other, difference))
     return found

@@ -94,11 +94,11 @@ def cells(row: Row, reference: str) -> list[str]:
     """A row as text, in the order of `COLUMNS`."""
     parameters = f"{row.trainable_parameters:,}" if row.trainable_parameters else "-"
     seeds = str(row.mean.seeds) if row.budget_group is not None else "-"
-    start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", _interval(row.mean.interval_95, "")]
+    start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", interval_cell(row.mean.interval_95, "")]
     other = row.difference
     if other is None:
         return [*start, *[""] * 3, "reference" if row.recipe == reference else ""]
-    return [*start, f"{100 * other.value:+.1f}", _interval(other.both_95), _p(other.p_adjusted), other.verdict]
+    return [*start, f"{100 * other.value:+.1f}", interval_cell(other.both_95), p_cell(other.p_adjusted), other.verdict]
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def contrast_cells(contrast: Contrast) -> list[str]:
     """A contrast as text, in the order of `CONTRAST_COLUMNS`."""
     found = contrast.difference
     start = [contrast.recipe, contrast.other, str(found.seeds), f"{100 * found.value:+.1f}"]
-    return [*start, _interval(found.both_95), _p(found.p_adjusted), found.verdict]
+    return [*start, interval_cell(found.both_95), p_cell(found.p_adjusted), found.verdict]
 
 
 def search_tables(found: Sequence[Found]) -> list[Table]:
@@ -248,11 +248,13 @@ def _numbers(found: Difference) -> list[float | str]:
     return [found.value, *ends, "" if found.p_adjusted is None else found.p_adjusted, found.verdict]
 
 
-def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
+def interval_cell(interval: tuple[float, float] | None, sign: str = "+") -> str:
+    """Ends of an interval in points or per cent; empty where there is none."""
     return "" if interval is None else f"{100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f}"
 
 
-def _p(value: float | None) -> str:
+def p_cell(value: float | None) -> str:
+    """A p-value with three digits; empty where there is none."""
     if value is None:
         return ""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
