@@ -18,7 +18,6 @@ from mola.studies.comparison.tuning import Found, Power
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "study.yaml": "study.md",
     "sample_efficiency.yaml": "sample-efficiency.md",
     "harder_questions.yaml": "harder-questions.md",
     "real_text.yaml": "real-text.md",
