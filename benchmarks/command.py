@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.attention import attention
@@ -39,6 +38,7 @@ from mola._process import CHOICES, KEPT, keep_freed_memory
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import table_console
 from mola.options.parsing import parse
 
 logger = logging.getLogger("benchmarks")
@@ -59,7 +59,6 @@ RUN = {
     "attention": attention,
     "redundancy": redundancy,
 }
-_WIDTH_OF_FILES = 160  # columns when the output is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,9 +108,7 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
     prepare_torch(device, options.threads)
     output = _output(options)
     record = _record(options, arguments, device)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_OF_FILES)
+    console = table_console()
     for name in options.model:
         if name != "random12":
             with model_folder(name, options.seed) as folder:

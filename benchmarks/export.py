@@ -26,6 +26,7 @@ from rich.table import Table
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import table_console
 from mola.options.fields import option
 from mola.options.parsing import parse
 
@@ -133,7 +134,7 @@ def main(words: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
     document = measure(options)
-    console = Console(width=200)
+    console = table_console()
     for name in ("base", "mixture"):
         row = document["rows"][0]
         loss = row["loss"]["other text"][name]

@@ -23,13 +23,13 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mola.errors import MolaError
+from mola.files.terminal import table_console
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import Backend, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.autograd import compute
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(name)
     for row in rows:
         table.add_row(*(str(row[name]) for name in columns))
-    Console().print(table)
+    table_console().print(table)
     return 0
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +34,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.digests import DIGEST_FIELD
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import table_console
 from mola.insight.ablation import answer_loss
 from mola.insight.recording import gates_of_tokens
 from mola.insight.usage import UsageCounter
@@ -232,7 +232,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name)
     for row in rows:
         table.add_row(row["what"], *(f"{row[name]:.4f}" if name in row else "-" for name in ("right_after", "after")))
-    Console().print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

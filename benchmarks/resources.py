@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mola.errors import MolaError
+from mola.files.terminal import table_console
 from mola.tuner.kernels import native
 
 ARCHITECTURES = (80, 90)  # A100; H100
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [f"{row['registers']}, {row['spilled_bytes']}, {row['shared_bytes']}" for row in same]
         table.add_row(*size, *cells)
     table.caption = "registers per thread, bytes spilled, bytes of shared memory per program"
-    Console().print(table)
+    table_console().print(table)
     return 0
 
 

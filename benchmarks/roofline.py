@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+
+from mola.files.terminal import table_console
 
 LINEARS = (*[(4096, 4096)] * 4, *[(4096, 11008)] * 2, (11008, 4096))  # in, out: q, k, v, o, gate, up, down
 R, TOP_K = 8, 2
@@ -150,14 +151,14 @@ def main(arguments: list[str] | None = None) -> int:
         ratios = [f"{over[name]:.2f}" for name in ("frozen", "mola_2468", "mola_8")]
         dropout = "yes" if row["dropout"] else "no"
         table.add_row(row["device"], f"{row['tokens']:,}", dropout, f"{1e3 * row['seconds']['lora']:.2f}", *ratios)
-    Console().print(table)
+    table_console().print(table)
     table = Table("linear, 4,096 tokens", "frozen", "LoRA", "mola 2468")
     for i, o in dict.fromkeys(LINEARS):
         mixtures = [work(mola(4096, i, o, num_experts, dropout=False)) for num_experts in ALLOCATION]
         mean = (sum(column) / len(ALLOCATION) for column in zip(*mixtures, strict=True))
         cells = work(frozen(4096, i, o)), work(lora(4096, i, o, dropout=False)), mean
         table.add_row(f"{i:,} to {o:,}", *("{:.0f} GFLOP, {:.0f} MB".format(*each) for each in cells))
-    Console().print(table)
+    table_console().print(table)
     return 0
 
 

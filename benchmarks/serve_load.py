@@ -22,13 +22,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import table_console
 from mola.options.fields import option
 from mola.options.parsing import parse
 
@@ -218,8 +218,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             row["what"], str(row["requests"]), f"{row['requests'] / row['seconds']:.2f}", *spreads, str(other)
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from studies.routing_worth_tables import NOTE, key_of, markdown, tables
@@ -31,6 +30,7 @@ from mola.files.environment import machine_description, software_versions
 from mola.files.marked_pages import check_page, write_part
 from mola.files.reading import read_json, read_json_object
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
+from mola.files.terminal import table_console
 from mola.models.adapters import check_adapter
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add_column(escape(column), overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
-        Console().print(table)
+        table_console().print(table)
     print(f"{NOTE} Everything is in {options.output}")
     return 0
 

@@ -14,6 +14,8 @@ import torch
 from mola import TrainOptions, __version__
 from mola.cli import COMMANDS, main, run
 from mola.errors import MolaError
+from mola.generation.generate import GenerateOptions
+from mola.models.plan import PlanOptions
 from mola.options.parsing import parse, read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -324,6 +326,19 @@ def test_a_key_that_is_written_twice_is_refused_beside_a_reference_too(tmp_path,
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(MolaError, match="occurs twice"):
         read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("base_model: ~/model\ndata: test=~/a.json\noutput_dir: ~/runs/first\n")
+    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml"), "--adapter=~/old"], prog="mola train")
+    assert options.base_model == f"{tmp_path}/model"
+    assert options.data == f"test={tmp_path}/a.json"
+    assert options.output_dir == f"{tmp_path}/runs/first"
+    assert options.adapter == f"{tmp_path}/old"
+    words = ["--base_model=~/model", "--instruction=~/ is home", "--num_experts=~"]
+    assert parse(GenerateOptions, words[:2], prog="mola generate").instruction == "~/ is home"
+    assert parse(PlanOptions, [words[0], words[2]], prog="mola plan").num_experts == "~"
 
 
 def test_first_word_of_prepare_is_its_task():

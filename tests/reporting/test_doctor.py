@@ -160,6 +160,12 @@ def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, c
     assert "Nothing was found wrong" in printed
     assert "Not looked at: whether a LoRA answers as well" in printed
     assert json.loads((tmp_path / "found.json").read_text()) == {"run": str(folder), "findings": []}
+    before = (folder / "run.json").read_bytes()
+    assert main(["doctor", str(folder), "--json", str(folder / "run.json")]) == 2
+    assert "`json` must be a new file" in capsys.readouterr().err
+    assert (folder / "run.json").read_bytes() == before
+    assert main(["doctor", str(folder), "--json", str(tmp_path / "found.json"), "--overwrite"]) == 0
+    capsys.readouterr()
     (folder / "routing.jsonl").unlink()
     change(folder / "adapter_config.json", lambda content: content.update(top_k=1))
     assert main(["doctor", str(folder)]) == 0

@@ -100,6 +100,7 @@ def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
     wanted = ("--leave_one_out", "layers", "--leave_one_out_limit", 2, "--limit", 3)
     assert run(tiny_model_dir, adapter, sample, *wanted, "--json", output) == 0
     printed = capsys.readouterr()
+    assert "…" not in printed.out  # tables are whole, also in a pipe
     assert "9 experts and 2 samples take 20 forward passes" in printed.err
     assert "loss" in printed.out
     found = json.loads(output.read_text())

@@ -9,8 +9,6 @@ The file is a value of `num_experts`, for `mola plan`, `mola train` and in Pytho
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
-
 from mola.allocation.base import Base, read_base
 from mola.allocation.measured import (
     ModuleScore,
@@ -29,6 +27,7 @@ from mola.architecture.notation import resolve_per_layer
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
+from mola.files.terminal import table_console
 from mola.models.cost import cost_of_allocation
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
@@ -38,7 +37,6 @@ _ON_DATA = {
     "activation": (activation_scores, "whose inputs vary most in few directions get more."),
 }
 _RANK = "8"  # at which trained values are counted, the default of `mola plan`
-_WIDTH_OF_FILES = 100  # columns when the output is no terminal
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ def allocate(options: AllocateOptions) -> AllocateResult:
 def main(options: AllocateOptions) -> int:
     """Run the command, print the numbers and how to use the result."""
     result = allocate(options)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_OF_FILES)
+    console = table_console()
     title = f"{result.base_model}: {result.budget} experts by {result.method}"
     lines = [result.why]
     if options.per_module:

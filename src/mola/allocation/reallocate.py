@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -25,6 +24,7 @@ from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
+from mola.files.terminal import table_console
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -133,7 +133,7 @@ def main(options: ReallocateOptions) -> int:
         table.add_row(span, *map(str, numbers))
     table.add_section()
     table.add_row("total", str(sum(result.before)), str(sum(result.num_experts)), "", style="bold")
-    Console().print(table)
+    table_console().print(table)
     print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
         f"  mola train --adapter {result.output_dir} ..."

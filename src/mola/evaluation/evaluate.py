@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -26,6 +25,7 @@ from mola.evaluation.core import EvaluateResult, check_answers, check_positive, 
 from mola.evaluation.partial import PartialResults
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
+from mola.files.terminal import table_console
 from mola.generation import predicting
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
@@ -114,7 +114,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 def main(options: EvaluateOptions) -> int:
     """Run the command and print the summary."""
     result = evaluate(options)
-    Console().print(_table(result, options))
+    table_console().print(_table(result, options))
     if options.output is not None:
         print(f"Every sample is in {options.output}")
     return 0

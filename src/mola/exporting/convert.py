@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from mola.checkpoints.conversion_report import ConvertReport
 from mola.errors import MolaError
 from mola.exporting.from_lora import MixtureReport, from_lora
@@ -26,6 +24,7 @@ from mola.exporting.other_formats import to_mola, to_published_code
 from mola.exporting.report import ExportReport
 from mola.exporting.to_lora import to_lora
 from mola.files.folders import check_new_folder
+from mola.files.terminal import table_console
 
 __all__ = ["ConvertOptions", "ConvertReport", "ExportReport", "MixtureReport", "convert", "main"]
 
@@ -64,6 +63,6 @@ def main(options: ConvertOptions) -> int:
     """Convert and print the report; returns 0, the exit code."""
     report = convert(options)
     if isinstance(report, ExportReport) and (report.divergence or report.accuracy):
-        Console().print(report.table())
+        table_console().print(report.table())
     print(report)
     return 0

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from rich.console import Console
 from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
+from mola.files.terminal import table_console
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import GGUF_HELP
 from mola.options.fields import mapping, option
-
-_WIDTH_OF_FILES = 120  # columns when the output is no terminal; rich would assume 80 and cut cells
 
 
 @dataclass
@@ -131,9 +129,7 @@ def main(options: PlanOptions) -> int:
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_WIDTH_OF_FILES)
+        console = table_console()
         console.print(render(result))
         for line in result.kernels:
             console.print(line, highlight=False, markup=False)

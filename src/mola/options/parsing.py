@@ -1,15 +1,18 @@
 """Options of a command from its flags and, with `--config`, a YAML recipe.
 
 Flags are those of the command's options dataclass, with underscores or dashes. A recipe gives options by
-the same names; flags win. Unknown flags and keys are refused before anything else happens.
+the same names; flags win. Unknown flags and keys are refused before anything else happens. `~/` at the start of a value is
+the home folder: shells leave it where it stands after `=`, and recipes have no shell.
 """
 
 import difflib
 import json
+import os
 import re
 from argparse import Action, ArgumentParser
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -74,6 +77,10 @@ def parse(
         raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise MolaError(str(error)) from error
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if (expanded := _at_home(each.name, value)) != value:
+            setattr(options, each.name, expanded)
     return options
 
 
@@ -94,7 +101,19 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
     parser, flags = _make_parser(options_class)
     options = parser.parse_args(_recipe_flags(values, source, parser, flags, get_type_hints(options_class)))
     names = [flags[f"--{key}"].dest for key in values]
-    return {name: getattr(options, name) for name in names}
+    return {name: _at_home(name, getattr(options, name)) for name in names}
+
+
+_FREE_TEXT = ("prompt", "instruction", "input")
+_HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # also in NAME=PATH and between commas
+
+
+def _at_home(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(name, each) for each in value]
+    if not isinstance(value, str) or name in _FREE_TEXT:
+        return value
+    return _HOME.sub(lambda _: os.path.expanduser("~"), value)
 
 
 def _make_parser(

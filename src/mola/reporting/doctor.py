@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 
-from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.atomic import atomic_write_json, check_new_file
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
 from mola.reporting.findings import Finding, describe, findings
@@ -21,6 +21,7 @@ class DoctorOptions:
         None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
     )
     json: str | None = option(None, "Result file (JSON).")
+    overwrite: bool = option(False, "Replace an existing result file.")
 
 
 def doctor(options: DoctorOptions) -> list[Finding]:
@@ -40,7 +41,7 @@ def doctor(options: DoctorOptions) -> list[Finding]:
 
 def main(options: DoctorOptions) -> int:
     """Run the command and print what was found."""
-    path = None if options.json is None else check_writable(options.json)
+    path = None if options.json is None else check_new_file("json", options.json, options.overwrite)
     run, found = _look(options)
     if path is not None:
         atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})

@@ -19,6 +19,7 @@ from mola.errors import MolaError
 from mola.evaluation.core import check_positive
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
+from mola.files.terminal import table_console
 from mola.generation.predicting import max_positions
 from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
 from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
@@ -175,7 +176,7 @@ def spread(count: int, total: int) -> list[int]:
 def main(options: InspectOptions) -> int:
     """Run the command and print a table by layer."""
     result = inspect(options)
-    console = Console()
+    console = table_console()
     console.print(_table(result))
     if options.json is not None:
         console.print(f"Every module is in {options.json}", highlight=False, markup=False)
@@ -232,7 +233,7 @@ def _table(result: InspectResult) -> Table:
     if result.leave_one_out is not None:
         columns += ["loss without an expert, least", "most"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")  # no digit is cut
     usage, redundancy, left_out = (
         _by_layer(rows) for rows in (result.usage["all"], result.redundancy, result.leave_one_out or ())
     )

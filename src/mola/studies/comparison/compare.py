@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from mola.files.atomic import atomic_write_json
+from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.checks import Run, check_runs
 from mola.studies.comparison.contrasts import Contrast, contrasts
@@ -85,7 +85,7 @@ def compare(options: CompareOptions) -> CompareResult:
 def main(options: CompareOptions) -> int:
     """Run the command and print the tables; the exit code is 130 after an interruption."""
     result = compare(options)
-    console = Console()
+    console = table_console()
     for table in [
         *search_tables(result.found),
         *terminal_tables(result.rows, str(options.reference), result.contrasts),

@@ -13,11 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mola.files.atomic import atomic_write_json
 from mola.files.digests import weights_sha256
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import table_console
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.continual_learning.record import (
@@ -80,7 +79,7 @@ def main(options: ContinualOptions) -> int:
     """Run the command and print the table; the exit code is 130 after an interruption."""
     result = continual(options)
     if result.results or result.base is not None:
-        Console().print(result_table(result))
+        table_console().print(result_table(result))
     record = Path(result.output_dir) / RECORD_FILE
     done = f"{len(result.results)} of {len(result.stages)} stages"
     print(f"{result.status} after {done}; all numbers are in {record}", file=sys.stderr)
