@@ -144,6 +144,16 @@ WRONG = [
     ({"optim": "guess"}, ["optim", "'guess'"]),
     ({"report_to": "nosuch"}, ["`report_to`", "nosuch"]),
     ({"train_on_inputs": "maybe"}, ["train_on_inputs", "maybe"]),
+    ({"eval_limit": 0}, ["`eval_limit`", "0"]),
+    ({"eval_accumulation_steps": 0}, ["`eval_accumulation_steps`", "0"]),
+    ({"max_grad_norm": -1}, ["`max_grad_norm`", "-1"]),
+    ({"greater_is_better": "true"}, ["`greater_is_better`", "lower loss"]),
+    ({"do_predict": "true"}, ["`do_predict`", "mola evaluate"]),
+    ({"dataloader_drop_last": "true", "per_device_train_batch_size": 11}, ["`dataloader_drop_last`", "10", "11"]),
+    (
+        {"dataloader_drop_last": "true", "validation_size": 4, "per_device_train_batch_size": 2},
+        ["4 samples of the eval", "8"],
+    ),
 ]
 
 

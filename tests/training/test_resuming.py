@@ -212,6 +212,29 @@ def test_resume_refuses_another_allocation_or_other_data(finished_run, error_lin
     assert "`train`" in error_line([*arguments, "--resume_from_checkpoint=last", f"--data={tmp_path / 'other.json'}"])
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--template=vigogne", "--cutoff_len=100", "--truncation=left", "--train_on_inputs=true"),
+        *("--learning_rate=5e-2", "--optim=adafactor", "--weight_decay=0.5", "--adam_beta2=0.5", "--seed=7"),
+    ],
+)
+def test_resume_refuses_what_the_run_did_not_begin_with(finished_run, error_line, flag):
+    folder, arguments = finished_run
+    said = error_line([*arguments, "--resume_from_checkpoint=last", flag])
+    assert f"`{flag[2:].partition('=')[0]}` (settings) differs" in said
+    assert str(folder) in said
+
+
+def test_resume_warns_of_another_base_model(finished_run, tmp_path, caplog):
+    _, arguments = finished_run
+    base = next(word for word in arguments if word.startswith("--base_model=")).partition("=")[2]
+    other = shutil.copytree(base, tmp_path / "other")
+    assert main([*arguments, f"--base_model={other}", "--resume_from_checkpoint=last"]) == 0
+    assert "was trained on" in caplog.text
+    assert str(other) in caplog.text
+
+
 def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_line):
     folder, arguments = finished_run
     assert "--overwrite_output_dir" in error_line(arguments)

@@ -39,6 +39,13 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
     assert "eval_loss" not in record["metrics"]
 
 
+def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=0))
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1)) == 0
+    assert "no evaluation data (the split `validation` is empty)" in caplog.text
+    assert read_record(tmp_path / "run")["data"].keys() == {"train"}
+
+
 def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path):
     options = {"train_size": 8, "validation_size": 4, "test_size": 4}
     prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))

@@ -33,7 +33,8 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
     """
     rows = list(_iterate(path, split, None))
     if not rows:
-        raise MolaError(f"`data` must have at least one row: `{path}` has none. Choose another one.")
+        part = f"split `{split}` of `{path}`" if split is not None and os.path.isdir(path) else f"`{path}`"
+        raise MolaError(f"`data` must have at least one row: {part} has none. Choose another one.")
     return rows
 
 
@@ -49,6 +50,11 @@ def stream_rows(
         MolaError: as `read_rows`, except for a source without rows.
     """
     return _iterate(path, split, columns, is_stream=True)
+
+
+def has_rows(path: str | Path, split: str | None = None) -> bool:
+    """Whether there is a row; raises as `stream_rows`."""
+    return next(stream_rows(path, split), None) is not None
 
 
 def _iterate(

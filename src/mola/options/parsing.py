@@ -1,8 +1,8 @@
 """Options of a command from its flags and, with `--config`, a YAML recipe.
 
 Flags are those of the command's options dataclass, with underscores or dashes. A recipe gives options by
-the same names; flags win. Unknown flags and keys are refused before anything else happens. `~/` at the start of a value is
-the home folder: shells leave it where it stands after `=`, and recipes have no shell.
+the same names; flags win. Unknown flags and keys are refused before anything else happens. `~/` at the start of a
+value is the home folder: shells leave it where it stands after `=`, and recipes have no shell.
 """
 
 import difflib

@@ -25,6 +25,11 @@ CLEARING = "clearing"  # status in run.json while an earlier run is being remove
 _WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, _WEIGHTS_FILE)
 _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
+# How samples become tokens, their order, and what the optimiser's state brings with it: another value would be ignored.
+_SAME_SETTINGS = (
+    *("template", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
+    *("optim", "learning_rate", "loraplus_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +159,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Refuse to go on with another adapter or other data than the run began with.
+    """Refuse to go on with another adapter, other data or another optimiser than the run began with.
 
     Args:
         checkpoint: checkpoint of a run; the run's own record lies beside it.
@@ -168,11 +173,12 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     if not before:
         logger.warning("There is no readable %s beside %s: cannot tell if data are the same.", RUN_FILE, checkpoint)
         return
-    form = {f"{name}?": ({str: ANYTHING}, None) for name in _SAME_WHEN_RESUMED}
+    form = {f"{name}?": ({str: ANYTHING}, None) for name in (*_SAME_WHEN_RESUMED, "settings")}
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
-    pairs = [(name, (before.get(name) or {}), (record.get(name) or {})) for name in _SAME_WHEN_RESUMED]
-    for name, old, new in pairs:
-        if (key := first_difference(old, new)) is not None:
+    known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
+    for name, keys in [*((name, None) for name in _SAME_WHEN_RESUMED), ("settings", known)]:
+        old, new = before.get(name) or {}, record.get(name) or {}
+        if (key := first_difference(old, new, keys)) is not None:
             raise MolaError(
                 f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({name.replace('_', ' ')}) differs: "
                 f"{old.get(key)!r} in {checkpoint.parent}, now {new.get(key)!r}. Use the same options and data, or "

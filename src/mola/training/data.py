@@ -14,6 +14,7 @@ from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.examples import load_examples
+from mola.data.read import has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
@@ -92,16 +93,19 @@ def _evaluation_examples(options: TrainOptions, task: Task | None, train: Exampl
         )
     if options.validation_size == 0:
         splits = data_splits(options.data or "")
-        if options.eval_split in splits:
+        is_default = options.eval_split == TrainOptions.eval_split
+        is_empty = is_default and options.eval_split in splits and not has_rows(options.data or "", options.eval_split)
+        if options.eval_split in splits and not is_empty:
             return train, load_examples(
                 options.data or "", task, options.eval_split, limit=options.eval_limit, filters=filters
             )
-        if options.eval_split != TrainOptions.eval_split:
+        if not is_default:
             raise MolaError(
                 f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
                 f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
             )
-        logger.warning("There is no evaluation data: the run ends with its last weights, not its best ones.")
+        why = f" (the split `{options.eval_split}` is empty)" if is_empty else ""
+        logger.warning("There is no evaluation data%s: the run ends with its last weights, not its best ones.", why)
         return train, []
     size = options.validation_size
     count = math.ceil(len(train) * size) if size < 1 else int(size)

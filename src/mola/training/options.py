@@ -64,6 +64,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "ddp_timeout": (1, math.inf, "at least 1 (seconds)"),
     "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
     "validation_size": (0, math.inf, "at least 0"),
+    "eval_limit": (1, math.inf, "at least 1"),
+    "eval_accumulation_steps": (1, math.inf, "at least 1"),
+    "max_grad_norm": (0, math.inf, "at least 0"),
 }
 
 
@@ -224,6 +227,10 @@ class TrainOptions(Quantization, TrainingArguments):
                 f"`metric_for_best_model` must be eval_loss: got {self.metric_for_best_model!r}. Training measures "
                 "the loss only; for accuracy run `mola evaluate` on the checkpoints."
             )
+        if self.greater_is_better:
+            raise MolaError("`greater_is_better` must be false: a lower loss is better. Leave it out.")
+        if self.do_predict:
+            raise MolaError("`do_predict` is no part of training: run `mola evaluate` afterwards. Leave it out.")
         if self.adapter is not None:
             given = [name for name in ADAPTER_DEFAULTS if getattr(self, name) is not None]
             given = [name for name in given if name not in TRAINING_ONLY]

@@ -20,6 +20,7 @@ from mola.models.meta import model_on_meta
 from mola.models.quantization import check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.options.fields import names_between_commas
+from mola.training.data import TrainingData
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
@@ -135,13 +136,19 @@ def _module_list(names: str | None) -> list[str] | None:
     return [split] if isinstance(split, str) else split
 
 
-def check_steps(options: TrainOptions, num_samples: int) -> int:
+def check_steps(options: TrainOptions, data: TrainingData) -> int:
     """Number of optimiser steps of the run.
 
     Raises:
-        MolaError: the learning rate would still be warming up when the run ends.
+        MolaError: the learning rate would still be warming up when the run ends, or no batch is full where only full
+            ones count.
     """
-    batches = math.ceil(num_samples / (options.train_batch_size * options.world_size))
+    num_samples = len(data.train)
+    _check_full_batch(options, "train", num_samples, options.train_batch_size)
+    if data.evaluation is not None:
+        _check_full_batch(options, "eval", len(data.evaluation), options.eval_batch_size)
+    whole = math.floor if options.dataloader_drop_last else math.ceil
+    batches = whole(num_samples / (options.train_batch_size * options.world_size))
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
     warmup = options.get_warmup_steps(steps)
@@ -152,6 +159,16 @@ def check_steps(options: TrainOptions, num_samples: int) -> int:
             "it is a share of the run), train longer, or use smaller batches."
         )
     return steps
+
+
+def _check_full_batch(options: TrainOptions, part: str, num_samples: int, batch_size: int) -> None:
+    """Refuse `dataloader_drop_last` where it would leave nothing of `part`, train or eval."""
+    needed = batch_size * options.world_size
+    if options.dataloader_drop_last and num_samples < needed:
+        raise MolaError(
+            f"`dataloader_drop_last` leaves nothing of the {num_samples} samples of the {part} data: a batch has "
+            f"{needed}. Lower `per_device_{part}_batch_size`, or leave it out."
+        )
 
 
 def effective_batch_size(options: TrainOptions) -> int:

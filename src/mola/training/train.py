@@ -24,6 +24,7 @@ from mola.errors import MolaError
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
+from mola.models.adapters import check_adapter, warn_other_base
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
@@ -176,13 +177,14 @@ def _checked_run(options: TrainOptions) -> _Run:
     allocation = check_model_options(options)
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
-    steps = check_steps(options, len(data.train))
+    steps = check_steps(options, data)
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False
     record = describe_run(options, data, allocation)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
+        warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
         if options.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
         if first_step >= steps:

@@ -84,7 +84,7 @@ def _look(
         logger.info("Checking %s on %s.", key.recipe, key.task)
         _, examples, _ = check_evaluation(evaluation_of(run_options))
         data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
-        check_steps(run_options, len(data.train))
+        check_steps(run_options, data)
         looked_at[name] = {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
     return looked_at[name]
 

@@ -44,7 +44,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
             test = evaluation_of(stage_options)
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
-            check_steps(stage_options, len(data.train))
+            check_steps(stage_options, data)
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
