@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -68,6 +69,16 @@ def test_prepared_rows_are_taken_as_they_are(tmp_path):
     assert second == {"id": "x", **plain, "answer": "B"}
     assert load_examples(path, TASK, None)[1] == {**second, "num_choices": 2, "topic": "t"}
     assert load_examples(path, None, None, limit=1) == [first]
+
+
+def test_rows_with_columns_that_the_task_reads_go_through_it(tmp_path):
+    task = replace(TASK, columns=("instruction", "output"), instruction="PREFIX {instruction}", output="{output}")
+    task = replace(task, answer=None, fields={}, filters={"language": "en"}, groups=())
+    raw = [{"instruction": name, "output": name, "language": name} for name in ("en", "de")]
+    (example,) = load_examples(write(tmp_path, raw), task, None)
+    assert example["instruction"] == "PREFIX en"
+    prepared = [{"id": "0", "input": "", "instruction": "PREFIX en", "output": "en", "language": "en"}]
+    assert load_examples(write(tmp_path, prepared), task, None)[0]["instruction"] == "PREFIX en"
 
 
 def test_prepared_row_without_prompt_is_possible(tmp_path):

@@ -111,7 +111,7 @@ def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_op
     rows = [{"instruction": "x", "output": f"Answer: The answer is {word}.", "answer": word} for word in ("y", "Y")]
     Path(pair_options.data).write_text(json.dumps(rows))
     pair_options.base_model, pair_options.scoring = str(folder), "generate"
-    with pytest.raises(MolaError, match="`answers` must be 'n' or 'y'.*number 1 is 'Y'"):
+    with pytest.raises(MolaError, match="`answer` of sample 'test-1' must be one of 'n', 'y' .*got 'Y'"):
         evaluate(pair_options)
 
 

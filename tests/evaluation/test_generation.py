@@ -160,6 +160,13 @@ def test_samples_without_an_answer_are_refused(change, tiny_model, tiny_tokenize
         evaluate_examples(tiny_model, tiny_tokenizer, task, broken, show_progress=False)
 
 
+@pytest.mark.parametrize(("answer", "choices"), [("b", 3), ("D", 3), ("length", None), ("BC", None)])
+def test_answers_that_no_text_can_have_are_refused(answer, choices, tiny_model, tiny_tokenizer, task, examples):
+    broken = [*examples[:2], examples[2] | {"answer": answer, "num_choices": choices}]
+    with pytest.raises(MolaError, match=rf"`answer` of sample 'test-2' must be one of 'A', .*got '{answer}'"):
+        evaluate_examples(tiny_model, tiny_tokenizer, task, broken, show_progress=False)
+
+
 def test_no_samples_are_refused(tiny_model, tiny_tokenizer, task):
     with pytest.raises(MolaError, match="at least one sample"):
         evaluate_examples(tiny_model, tiny_tokenizer, task, [], show_progress=False)

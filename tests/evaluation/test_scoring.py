@@ -5,14 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.errors import MolaError
 from mola.evaluation.scoring import (
     BinaryCounts,
     accuracy_by_group,
     accuracy_summary,
     binary_counts,
     binary_metrics,
-    check_labels,
     f1_score,
     matthews_correlation,
     wilson_interval,
@@ -158,10 +156,3 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(pairs):
     precision = counts.true_positive / (counts.true_positive + counts.false_positive)
     recall = counts.true_positive / (counts.true_positive + counts.false_negative)
     assert f1_score(counts) == pytest.approx(statistics.harmonic_mean([precision, recall]), rel=1e-12)
-
-
-def test_answers_that_are_no_label_are_named():
-    check_labels(["No", "Yes", "No"], LABELS)
-    for answers, found in ((["Yes", "yes"], "'yes'"), (["Yes", None], "None")):
-        with pytest.raises(MolaError, match=f"`answers` must be 'No' or 'Yes'.*number 1 is {found}"):
-            check_labels(answers, LABELS)

@@ -1,9 +1,12 @@
 """`mola merge`: an ordinary model folder, with the same logits; what does not merge is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from mola import MolaConfig, MolaError
 from tests.exporting.conftest import base, load, logits, saved
@@ -18,6 +21,16 @@ def test_exported_lora_merges_into_a_model_folder(tiny_model_dir, mixture, tmp_p
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "adapter_config.json" not in names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_model_has_the_dtype_of_its_base(tiny_model_dir, lora, tmp_path, run, dtype):
+    base(tiny_model_dir).to(dtype).save_pretrained(tmp_path / "base")
+    for file in tiny_model_dir.glob("*token*"):
+        shutil.copy(file, tmp_path / "base")
+    run("merge", lora("a"), "--base_model", tmp_path / "base", "--output", tmp_path / "merged")
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype is dtype
+    assert next(iter(load_file(tmp_path / "merged" / "model.safetensors").values())).dtype is dtype
 
 
 def test_one_expert_everywhere_merges(tiny_model_dir, tmp_path, run):
@@ -54,8 +67,8 @@ def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refus
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, mixture, tmp_path, refusal):
-    message = refusal("merge", mixture, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, no_weights_dir, mixture, tmp_path, refusal):
+    message = refusal("merge", mixture, "--base_model", no_weights_dir, "--output", tmp_path / "merged")
     assert "mola convert ADAPTER --to lora" in message
     assert not (tmp_path / "merged").exists()
     with pytest.raises(MolaError, match="mola convert ADAPTER --to lora"):

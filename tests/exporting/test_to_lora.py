@@ -195,11 +195,24 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--task", "sample"], "`task` must be given with `data` or `test`"),
         (["--rank", "2", "--test", "x.json"], "`task` must be given with `data` or `test`"),
         (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
-        (["--rank", "2", "--scoring", "guess"], "`scoring` must be one of"),
-        (["--rank", "2", "--fit_passes", "0"], "`fit_passes` must be at least 1, got 0"),
-        (["--rank", "2", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
+        (["--rank", "2", "--test", "x", "--scoring", "guess"], "`scoring` must be one of"),
+        (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1, got 0"),
+        (["--rank", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
         (["--rank", "2", "--distill_steps", "5"], "`distill_steps` must be at least 0, and 0 without `data`"),
-        (["--rank", "2", "--distill_learning_rate", "0"], "`distill_learning_rate` must be above 0, got 0.0"),
+        (
+            ["--rank", "2", "--text", "x", "--distill_steps", "1", "--distill_learning_rate", "0"],
+            "`distill_learning_rate` must be above 0, got 0.0",
+        ),
+        (["--rank", "2", "--fit_passes", "3"], "`fit_passes` counts only with `data` or `text`: got 3"),
+        (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` counts only with `data` or `text`: got -1.0"),
+        (["--rank", "2", "--scoring", "generate"], "`scoring` counts only with `test`: got 'generate'"),
+        (["--rank", "2", "--text", "x", "--split", "test"], "`split` counts only with `data`: got 'test'"),
+        (["--rank", "2", "--limit", "7"], "`limit` counts only with `data` or `text` or `test` or `test_text`: got 7"),
+        (["--rank", "2", "--text", "x", "--distill_learning_rate", "1"], "counts only with `distill_steps`: got 1.0"),
+        (
+            ["--rank", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
+            "`answer_weight` is of `method` regression, which is mean: got 2.0",
+        ),
         (["--rank", "2", "--top_k", "2"], "`top_k` is only for --from published and --from lora, got '2'"),
     ],
 )
@@ -207,6 +220,29 @@ def test_wrong_options(mixture, no_weights_dir, tmp_path, refusal, flags, messag
     words = ["--to", "lora", "--base_model", no_weights_dir, "--output", tmp_path / "out", *flags]
     assert message in refusal("convert", mixture, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_test_that_cannot_be_asked_is_refused_before_the_model_loads(
+    mixture, no_weights_dir, questions, tmp_path, refusal
+):
+    rows = json.loads((questions / "test.json").read_text())
+    words = ["--to", "lora", "--base_model", no_weights_dir, "--output", tmp_path / "out", "--rank", 2]
+    words += ["--scoring", "generate"]
+    for change, message in (
+        ({"instruction": "long " * 1200}, "must fit into the model's 1024 positions"),
+        ({"answer": "none"}, "`answer` of sample"),
+    ):
+        (tmp_path / "test.json").write_text(json.dumps([rows[0] | change]))
+        assert message in refusal("convert", mixture, *words, "--task", "sample", "--test", tmp_path / "test.json")
+
+
+def test_a_link_to_a_folder_stays_a_link(mixture, tiny_model_dir, tmp_path, run):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    run("convert", mixture, "--to", "lora", "--base_model", tiny_model_dir, "--rank", 2, "--output", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig
 from mola.errors import MolaError
@@ -164,7 +164,7 @@ def test_half_precision_base_keeps_exact_float32_routers(tiny_model_dir, mola_ad
     assert {parameter.dtype for parameter in others} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("names", [("first", "second"), ("a", "b"), ("lora", "model")])
+@pytest.mark.parametrize("names", [("first", "second"), ("a", "b"), ("lora", "lora_2")])
 def test_several_adapters_load_by_name(names, tiny_model_dir, mola_adapter, tmp_path):
     folder, expected = mola_adapter
     config = MolaConfig(r=3, num_experts=2, top_k=1, task_type="CAUSAL_LM")
@@ -174,6 +174,38 @@ def test_several_adapters_load_by_name(names, tiny_model_dir, mola_adapter, tmp_
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
         model.set_adapter(names[1])
         torch.testing.assert_close(model(IDS).logits, expected_second, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_two_methods_are_refused_before_weights_load(no_weights_dir, mola_adapter, lora_adapter):
+    with pytest.raises(MolaError, match=r"`adapter` must be of one method: 'a' is MOLA, 'b' is LORA"):
+        load_model(no_weights_dir, {"a": mola_adapter[0], "b": lora_adapter[0]})
+
+
+def test_a_lora_of_another_size_is_refused_before_weights_load(no_weights_dir, tmp_path):
+    wide = LlamaForCausalLM(AutoConfig.from_pretrained(no_weights_dir, hidden_size=64, intermediate_size=96))
+    get_peft_model(wide, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(MolaError, match=r"the adapter does not fit: .*q_proj.*expected \(2, 32\)"):
+        load_model(no_weights_dir, tmp_path)
+
+
+def test_the_first_of_several_adapters_is_active_in_tied_tokens_too(no_weights_dir, tmp_path):
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(AutoConfig.from_pretrained(no_weights_dir, tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path / "base")
+    for name, tokens in (("a", None), ("b", [3, 5])):
+        model = get_peft_model(
+            LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+            MolaConfig(num_experts=2, r=2, trainable_token_indices=tokens, task_type="CAUSAL_LM"),
+        )
+        for key, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in key:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(tmp_path / name)
+    alone, both = (
+        load_model(tmp_path / "base", adapter, "float32", "cpu")
+        for adapter in (tmp_path / "a", {name: tmp_path / name for name in "ab"})
+    )
+    torch.testing.assert_close(both(IDS).logits, alone(IDS).logits)
 
 
 def test_adapter_of_another_base_model_is_told_once(tiny_model_dir, lora_adapter, tmp_path, caplog):

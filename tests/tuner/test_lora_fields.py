@@ -251,3 +251,47 @@ def test_loraplus_refuses_what_it_would_pass_over():
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(MolaError, match="no trained `mola_B`"):
         create_loraplus_optimizer(lora, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=2.0)
+
+
+def test_a_refused_adapter_leaves_the_layers_as_they_were():
+    base, settings = tiny_llama().eval(), {"num_experts": [1, 2, 2, 3, 3, 4], "layer_replication": [[0, 3], [1, 4]]}
+    batch = token_batch()
+    before = base(**batch).logits
+    with pytest.raises(MolaError, match="`num_experts`"):
+        get_peft_model(base, random_config(**{**settings, "num_experts": [1, 2, 2, 3]}))
+    assert (len(base.model.layers), base.config.num_hidden_layers) == (4, 4)
+    torch.testing.assert_close(base(**batch).logits, before)
+
+
+def test_layers_that_share_weights_do_not_merge():
+    model = get_peft_model(tiny_llama(), random_config(num_experts=1, layer_replication=[[0, 3], [1, 4]])).eval()
+    before = model(**token_batch()).logits
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(MolaError, match="cannot be merged: its `layer_replication`"):
+            merge()
+    torch.testing.assert_close(model(**token_batch()).logits, before)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trainable_token_indices": [3, 5]}, {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}]
+)
+def test_merging_and_unloading_leave_other_trained_modules_in_place(settings):
+    model = get_peft_model(tiny_llama(), random_config(num_experts=1, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    expected = model(**token_batch()).logits
+    merged = clone(model).merge_and_unload()
+    torch.testing.assert_close(merged(**token_batch()).logits, expected, atol=1e-4, rtol=1e-4)
+    plain = model.unload()
+    assert not any("mola" in name or "token_adapter" in name for name, _ in plain.named_modules())
+
+
+@pytest.mark.parametrize("name", ["0", "layers", "self_attn", "q_proj", "mola_A", "model"])
+def test_an_adapter_is_not_called_as_a_module(name):
+    with pytest.raises(MolaError, match=f"An adapter cannot be called '{name}'"):
+        get_peft_model(tiny_llama(), random_config(), adapter_name=name)
+    model = get_peft_model(tiny_llama(), random_config(), adapter_name="first")
+    with pytest.raises(MolaError, match=f"An adapter cannot be called '{name}'"):
+        model.add_adapter(name, random_config())

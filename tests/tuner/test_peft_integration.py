@@ -317,6 +317,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
         ({"target_modules": r"model\..*q_proj", "layers_to_transform": [0]}, r"got the regular expression 'model"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "as a list of names, got 'all-linear'"),
         ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
         ({"task_type": "POETRY"}, "`task_type` is wrong"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from collections import namedtuple
 from datetime import timedelta
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import get_peft_model, inject_adapter_in_model
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mola import MolaError, MolaLinear
+from mola import MolaConfig, MolaError, MolaLinear
 from mola.tuner.added_loss import LossSigns, add_loss
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
@@ -47,6 +49,8 @@ def reference_terms(model, batch, counted):
         handle.remove()
     terms = []
     for module, x in seen:
+        if "default" not in module.mola_router:  # one expert
+            continue
         x = x[counted]
         logits = x @ module.mola_router["default"].t()
         terms.append((module, logits))
@@ -561,3 +565,77 @@ def test_a_model_can_be_copied_between_forward_and_backward():
     again = clone(model)
     torch.testing.assert_close(again(**batch).loss, loss)
     assert routers(again)[0].router_losses is not routers(model)[0].router_losses
+
+
+def test_layer_reduction_pools_routers_with_as_many_experts():
+    model = make(
+        num_experts="8,", num_experts_pattern={"self_attn.*": 2, "mlp.gate_proj": 1}, router_aux_loss_reduction="layer"
+    )
+    batch = token_batch()
+    everything = torch.ones_like(batch["attention_mask"], dtype=torch.bool)
+    sums = {}
+    for module, logits in reference_terms(model, batch, everything):
+        sums.setdefault((module.layer_index, logits.shape[-1]), []).append(logits)
+    # Each layer: four routers of 2 experts, two of 8; it has routers, so its linear with one expert adds nothing.
+    assert [len(each) for each in sums.values()] == [4, 2] * 4
+    expected = sum(
+        balance_loss(pool([router_statistics(RouterOutput(x, x.topk(2).indices)) for x in each]))
+        for each in sums.values()
+    )
+    model(**batch)
+    torch.testing.assert_close(model.get_balance_loss(), expected)
+
+
+def test_a_module_that_runs_several_times_counts_every_time():
+    """As the one layer of ALBERT: all calls together are what the loss is of, without the padding in each."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.shared, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            hidden = self.shared(self.shared(self.embed(input_ids)).tanh())
+            logits = self.head(hidden)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    torch.manual_seed(0)
+    config = MolaConfig(num_experts=4, target_modules=["shared"], router_aux_loss_coef=COEF, init_lora_weights=False)
+    model = get_peft_model(Twice(), config).train()
+    inputs = []
+    (layer,) = routers(model)
+    layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    output = model(input_ids=ids, attention_mask=mask, labels=ids)
+    counted = mask.bool()
+    counted[:, -1] = False  # the last position predicts nothing
+    logits = torch.cat([x[counted] for x in inputs]) @ layer.mola_router["default"].t()
+    torch.testing.assert_close(model.get_balance_loss(), reference_balance(logits, 2))
+    task_loss = nn.functional.cross_entropy(output["logits"].flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(output["loss"], task_loss + COEF * model.get_balance_loss())
+
+
+@pytest.mark.parametrize("kind", ["dict", "named tuple"])
+def test_losses_are_added_to_any_output_that_names_its_loss(kind):
+    Named = namedtuple("Named", ["loss", "logits"])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x, labels=None):
+            logits = self.lin(x)
+            output = {"loss": (logits - labels).square().mean(), "logits": logits}
+            return output if kind == "dict" else Named(**output)
+
+    torch.manual_seed(0)
+    config = MolaConfig(num_experts=4, target_modules=["lin"], router_aux_loss_coef=COEF, init_lora_weights=False)
+    model = get_peft_model(Model(), config).train()
+    x, labels = torch.randn(2, 3, 8)
+    output = model(x, labels=labels)
+    output = output if kind == "dict" else output._asdict()
+    expected = (output["logits"] - labels).square().mean() + COEF * model.get_balance_loss()
+    torch.testing.assert_close(output["loss"], expected)

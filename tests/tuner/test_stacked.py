@@ -430,7 +430,15 @@ def test_rows_of_one_batch_cannot_have_weights_of_their_own():
     model = get_peft_model(base(), config(target_modules=["q_proj"])).eval()
     model.add_adapter("linears", MolaConfig(num_experts=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     batch = token_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mola_" in name:
+                parameter.normal_(std=0.3)
     names = ["__base__"] * (len(batch["input_ids"]) - 1)
     with pytest.raises(MolaError, match="with adapters that have `target_parameters`"):
         model(**batch, adapter_names=["default", *names])
-    model(**batch, adapter_names=["linears", *names])
+    mixed = model(**batch, adapter_names=["linears", *names]).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1:], model(**batch).logits[1:])
+    model.set_adapter("linears")
+    torch.testing.assert_close(mixed[:1], model(**batch).logits[:1])

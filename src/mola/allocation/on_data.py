@@ -16,7 +16,7 @@ from torch import nn
 
 from mola.allocation.base import Base
 from mola.allocation.measured import ModuleScore, of_modules, relative_scores
-from mola.data.encode import encode_examples
+from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
@@ -25,7 +25,6 @@ from mola.models.loading import load_config, load_model, load_tokenizer
 
 _RANK = 8  # components of a linear's input that count, in the mean
 _TOKENS = 1024  # of which an input's spectrum is taken
-_NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class SampleSource:
         examples = load_examples(self.data, task, self.split, limit=self.limit)
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
         config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
-        return encode_examples(examples, tokenizer, get_template(task.template), cutoff_len=limit)[0]
+        limit = getattr(config, "max_position_embeddings", None) or None
+        return encode_whole(examples, tokenizer, get_template(task.template), limit)
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

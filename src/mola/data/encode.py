@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("error", "drop", "left", "right")
 _SMALLEST_CUTOFF = 8
+_NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,33 @@ def data_fingerprint(examples: Iterable[Mapping[str, Any]]) -> str:
         row = [example.get(name) for name in ("id", "instruction", "input", "output")]
         digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()
+
+
+def encode_whole(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    positions: int | None,
+) -> datasets.Dataset:
+    """`encode_examples` for what has no `cutoff_len`: nothing is cut, and nothing is longer than the model can read.
+
+    Args:
+        examples: as of `encode_examples`.
+        tokenizer: of the model.
+        template: prompt layout.
+        positions: how many tokens the model can read; None for any number.
+
+    Raises:
+        MolaError: a sample is longer; and as `encode_examples`.
+    """
+    limit = _NO_LIMIT if positions is None else positions
+    for example, sample in zip(examples, tokenized(examples, tokenizer, template, tokenizer.eos_token_id), strict=True):
+        if len(sample.ids) > limit:
+            raise MolaError(
+                f"`data` must fit into the model's {limit} positions: sample {example['id']!r} has {len(sample.ids)} "
+                "tokens. Shorten it, or leave it out."
+            )
+    return encode_examples(examples, tokenizer, template, cutoff_len=limit)[0]
 
 
 def _check_options(

@@ -24,7 +24,8 @@ def load_examples(
 ) -> list[dict[str, Any]]:
     """Examples of a data source, ready to be encoded or evaluated.
 
-    Rows that have `instruction` and `output` are taken as they are; others go through the task.
+    Rows that have `instruction` and `output` are taken as they are; others go through the task. Where these are columns
+    that the task reads, rows as they are have `id` and `input` too, as `mola prepare` writes them.
 
     Args:
         path: anything that `read_rows` reads.
@@ -43,7 +44,7 @@ def load_examples(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
     rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
-    if all("instruction" in row and "output" in row for _, row in rows):
+    if all(_is_prepared(row, task) for _, row in rows):
         examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
         examples = _from_raw(rows, path, task, split, limit)
@@ -73,6 +74,12 @@ def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Row
             )
         rows = kept
     return rows
+
+
+def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
+    """Whether it is in the instruction / input / output form; columns that the task itself reads do not show that."""
+    is_written = task is None or not {"instruction", "output"} & set(task.columns) or {"id", "input"} <= row.keys()
+    return "instruction" in row and "output" in row and is_written
 
 
 def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:

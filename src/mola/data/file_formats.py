@@ -25,6 +25,7 @@ READ_ERRORS = (
     csv.Error,
 )
 _BATCH_SIZE = 1000
+csv.field_size_limit(1 << 30)  # of the process: a text of more than the 128 KiB that Python allows is none the worse
 
 
 def unreadable(place: Path, error: BaseException) -> MolaError:

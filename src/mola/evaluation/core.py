@@ -9,12 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint
-from mola.data.tasks import Task
+from mola.data.tasks import LETTERS, Task
 from mola.errors import MolaError
-from mola.evaluation.answering import answer_questions, make_questions, question_lengths
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, check_labels
+from mola.evaluation.answering import Question, answer_questions, make_questions, question_lengths
+from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
+
+MAX_NEW_TOKENS = 16  # enough for a short answer
 
 
 @dataclass
@@ -66,7 +68,7 @@ def evaluate_examples(
     template: str | None = None,
     scoring: str = "generate",
     batch_size: int = 8,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     finished: Iterable[Mapping[str, Any]] = (),
     on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
     show_progress: bool = True,
@@ -93,10 +95,8 @@ def evaluate_examples(
         MolaError: wrong arguments or examples; a prompt too long for the model.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    questions = make_questions(task, examples, template, scoring)
-    check_answers(task, examples)
     limit = predicting.max_positions(model.config)
-    lengths = question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
+    questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
     open_indices = [index for index in range(len(questions)) if index not in records]
     batches = [
@@ -124,10 +124,38 @@ def evaluate_examples(
     return _result(task, examples, [records[index] for index in range(len(questions))], settings)
 
 
+def checked_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    template: str | None,
+    scoring: str,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    limit: int | None = None,
+) -> tuple[list[Question], list[int]]:
+    """Questions and their lengths in tokens; everything that can be wrong with them shows here, without a model.
+
+    Raises:
+        MolaError: as `make_questions`, `check_answers` and `question_lengths`.
+    """
+    questions = make_questions(task, examples, template, scoring)
+    check_answers(task, examples)
+    return questions, question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
+
+
 def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse answers that are no word of the task, with which its `more_metrics` could not be computed."""
-    if task.more_metrics and task.binary_labels is not None:
-        check_labels((example["answer"] for example in examples), task.binary_labels)
+    """Refuse answers that the task cannot extract from any text: they would count as wrong whatever a model says."""
+    if task.answer is None:
+        return
+    words = task.answer.words
+    for example in examples:
+        possible = list(LETTERS[: example["num_choices"]]) if words is None else list(words.values())
+        if example["answer"] not in possible:
+            known = ", ".join(map(repr, dict.fromkeys(possible)))
+            raise MolaError(
+                f"`answer` of sample {example['id']!r} must be one of {known} for the task {task.name!r}: got "
+                f"{example['answer']!r}. Correct it, or run `mola prepare` on the raw data."
+            )
 
 
 def check_positive(**values: int | None) -> None:

@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
-from mola.evaluation.answering import make_questions, question_lengths
-from mola.evaluation.core import EvaluateResult, check_answers, check_positive, evaluate_examples
+from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, check_positive, checked_questions, evaluate_examples
 from mola.evaluation.partial import PartialResults
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
@@ -53,7 +52,7 @@ class EvaluateOptions(ModelOptions):
     _answers: ClassVar = Group("answers")
     batch_size: int = option(8, "Samples per batch.")
     max_new_tokens: int = option(
-        16, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
+        MAX_NEW_TOKENS, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
     )
     template: str | None = option(None, "Prompt template; by default the task's own.")
     scoring: str = option(
@@ -131,11 +130,9 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     task = load_task(options.task)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
-    questions = make_questions(task, examples, options.template, options.scoring)
-    check_answers(task, examples)
     tokenizer = tokenizer_for(options)
     limit = predicting.max_positions(config)
-    question_lengths(tokenizer, questions, options.scoring, options.max_new_tokens, limit)
+    checked_questions(tokenizer, task, examples, options.template, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
 
 

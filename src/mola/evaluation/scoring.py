@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-from mola.errors import MolaError
-
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
@@ -93,16 +91,6 @@ def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], label
         counts = right if label == answer else wrong
         counts[labels.index(answer)] += 1
     return BinaryCounts(right[1], wrong[0], wrong[1], right[0])
-
-
-def check_labels(answers: Iterable[str], labels: tuple[str, str]) -> None:
-    """Refuse an answer that is neither of the two labels; the message gives its position."""
-    for index, value in enumerate(answers):
-        if value not in labels:
-            raise MolaError(
-                f"`answers` must be {labels[0]!r} or {labels[1]!r} for `f1` and `matthews`: number {index} is "
-                f"{value!r}. Use the data of this task, or prepare them again."
-            )
 
 
 def f1_score(counts: BinaryCounts) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
+from mola.models.lora_fit import check_shape, put_into
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
 
@@ -146,39 +146,13 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
     return found
 
 
-def check_lora(folder: Path, model_on_meta: nn.Module) -> None:
-    """Whether a LoRA fits a model whose weights are not loaded yet; it may hold more than experts can express.
-
-    Raises:
-        MolaError: its configuration is wrong, or a tensor is missing, unknown or of another shape.
-    """
-    tensors = {name: each for name, each in read_tensors(folder).items() if "lora_" in name}
-    model = _put_into(model_on_meta, folder)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {name: each for name, each in expected.items() if "lora_" in name}
-    for name in sorted(expected.keys() | tensors.keys()):
-        _check_shape(tensors.get(name), tuple(expected[name].shape) if name in expected else None, name, folder)
-
-
-def _put_into(model_on_meta: nn.Module, folder: Path) -> Any:
-    """The model with the LoRA, as new: other starts need the weights."""
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-        config.base_model_name_or_path, config.init_lora_weights = None, True
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            return get_peft_model(model_on_meta, config)
-    except Exception as error:  # PEFT believes what the file says
-        raise MolaError(f"the adapter does not fit the base model: {str(folder)!r}: {error}") from error
-
-
 def lora_layers(model_on_meta: nn.Module, folder: Path) -> dict[str, Any]:
     """The layers of a LoRA by module, with ranks and scales resolved.
 
     Raises:
         MolaError: its configuration is wrong, or does not fit the model.
     """
-    model = _put_into(model_on_meta, folder)
+    model = put_into(model_on_meta, folder)
     layers: dict[str, Any] = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     odd = [
         name for name, layer in layers.items() if not len(layer.lora_A) or not math.isfinite(layer.scaling["default"])
@@ -195,21 +169,8 @@ def _factors(
     found = []
     for part, weights in (("A", layer.lora_A), ("B", layer.lora_B)):
         key, expected = f"{PREFIX}{name}.lora_{part}.weight", tuple(weights["default"].weight.shape)
-        found.append(_check_shape(tensors.pop(key, None), expected, key, folder).float())
+        found.append(check_shape(tensors.pop(key, None), expected, key, folder).float())
     return found[0], found[1]
-
-
-def _check_shape(
-    tensor: torch.Tensor | None, expected: tuple[int, ...] | None, name: str, folder: Path
-) -> torch.Tensor:
-    if tensor is None or tuple(tensor.shape) != expected or not tensor.is_floating_point():
-        got = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and {tensor.dtype}"
-        wanted = "no such tensor" if expected is None else str(expected)
-        raise MolaError(
-            f"the adapter does not fit: {name!r} of {str(folder)!r} {got}, expected {wanted}. Pass the base "
-            "model it was trained on, or copy the folder again."
-        )
-    return tensor
 
 
 def same_kind(names: Collection[str]) -> dict[str, list[str]]:

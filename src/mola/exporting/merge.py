@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
-from mola.exporting.lora_files import check_lora
 from mola.files.folders import check_new_folder, new_folder
+from mola.models.adapters import check_fits
+from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
+from mola.tuner import MolaConfig
 
 __all__ = ["MergeOptions", "main", "merge"]
 
@@ -31,7 +35,7 @@ class MergeOptions:
     )
     base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
     output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
-    dtype: str = option("auto", "Dtype of the merged model: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
     device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
@@ -57,10 +61,16 @@ def merge(options: MergeOptions) -> Path:
             f"`base_model` must not be quantised to be merged into: {options.base_model!r} is stored by {method}. Pass "
             "the model that it was made from."
         )
-    if kind == "LORA" and not options.trust_remote_code:  # such code may not work without weights
-        check_lora(Path(adapter), model_on_meta(options.base_model))
+    if kind in ("LORA", "MOLA") and not options.trust_remote_code:  # such code may not work without weights
+        on_meta = model_on_meta(options.base_model)
+        if kind == "LORA":
+            check_lora(Path(adapter), on_meta)
+        else:
+            mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
+            mixture.base_model.check_mergeable()
     tokenizer = load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)
-    model: Any = load_model(options.base_model, adapter, options.dtype, options.device, options.trust_remote_code)
+    dtype = _own_dtype(config) if options.dtype == "auto" else options.dtype
+    model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
     try:
@@ -73,6 +83,11 @@ def merge(options: MergeOptions) -> Path:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return output
+
+
+def _own_dtype(config: Any) -> str:
+    """The dtype that the configuration names, by name; float32 where it names none that we compute in."""
+    return next((name for name, dtype in DTYPES.items() if dtype == getattr(config, "dtype", None)), "float32")
 
 
 def main(options: MergeOptions) -> int:

@@ -99,6 +99,15 @@ _TAKES = {
         *("test", "test_text", "scoring", "memory_gb", "text", *_DATA),
     ),
 }
+# Options that do nothing unless one of others is given.
+_NEEDS_ONE_OF = {
+    **dict.fromkeys(("fit_passes", "answer_weight", "memory_gb"), ("data", "text")),
+    "limit": ("data", "text", "test", "test_text"),
+    "split": ("data",),
+    "scoring": ("test",),
+    "distill_learning_rate": ("distill_steps",),
+}
+_REGRESSION = ("fit_passes", "answer_weight", "memory_gb")
 _WHY = {
     "base_model": "its config.json says whether the shapes fit",
     "top_k": "the files do not hold it, and a wrong one gives other outputs without an error. Pass the value of the "
@@ -138,4 +147,19 @@ def check_direction(options: ConvertOptions) -> str:
         if each.name not in (*_ANY, *_TAKES[direction]) and value != each.default:
             takers = " and ".join(other for other, names in _TAKES.items() if each.name in names)
             raise MolaError(f"`{each.name}` is only for {takers}, got {value!r}. Leave it out.")
+    _check_effect(options, _TAKES[direction])
     return direction
+
+
+def _check_effect(options: ConvertOptions, taken: tuple[str, ...]) -> None:
+    """Refuse what would be ignored."""
+    given = {each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default}
+    for name, helpful in _NEEDS_ONE_OF.items():
+        others = [other for other in helpful if other in taken]
+        if name in given and not any(other in given for other in others):
+            needed = " or ".join(f"`{other}`" for other in others)
+            raise MolaError(f"`{name}` counts only with {needed}: got {given[name]!r}. Give that, or leave it out.")
+        if name in given and name in _REGRESSION and options.method in ("mean", "usage"):
+            raise MolaError(
+                f"`{name}` is of `method` regression, which is {options.method}: got {given[name]!r}. Leave one out."
+            )

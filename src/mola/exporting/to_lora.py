@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,8 @@ from mola.checkpoints.tensors import read_tensors
 from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
-from mola.evaluation.answering import SCORINGS, make_questions
+from mola.evaluation.answering import SCORINGS
+from mola.evaluation.core import checked_questions
 from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test
 from mola.exporting.distilling import distill
 from mola.exporting.fitting import mean_of_experts, nearest_on_data
@@ -30,8 +31,9 @@ from mola.exporting.report import REPORT_FILE, ExportReport
 from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
+from mola.generation.predicting import max_positions
 from mola.models.adapters import check_fits
-from mola.models.loading import load_model, load_tokenizer
+from mola.models.loading import load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
@@ -49,10 +51,10 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
     experts = mixtures(tensors, mola_layers(on_meta))
     _check_rank(rank, experts)
-    data = _read(options, task)
     examples = None if options.test is None or task is None else load_examples(options.test, task, "test")
     if examples and task is not None:
-        make_questions(task, examples, None, options.scoring)
+        _check_test(options, task, examples)
+    data = _read(options, task)
     seconds: dict[str, float] = {}
     model, layers = None, {}
     if data or examples:
@@ -152,6 +154,13 @@ def _method(options: ConvertOptions) -> str:
     if not 0 < options.distill_learning_rate < math.inf:
         raise MolaError(f"`distill_learning_rate` must be above 0, got {options.distill_learning_rate}.")
     return method
+
+
+def _check_test(options: ConvertOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse questions that `accuracies` could not ask, before the model is loaded."""
+    tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
+    limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
+    checked_questions(tokenizer, task, examples, None, options.scoring, limit=limit)
 
 
 def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:

@@ -19,8 +19,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # raised without a file's name
 
 
 def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
-    """Refuse a file, or a folder with something in it, for a result that is a folder; creates nothing."""
-    folder = Path(os.path.expanduser(path))
+    """Refuse a file, or a folder with something in it, for a result that is a folder; creates nothing.
+
+    Returns:
+        The folder itself where `path` is a link, so that a rename does not replace that.
+    """
+    folder = Path(os.path.expanduser(path)).resolve()
     if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
     if os.path.isdir(folder) and any(folder.iterdir()):

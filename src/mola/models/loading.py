@@ -22,11 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mola._compat import set_adapter_to_infer
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.gguf import TOKENIZER_FILES, check_gguf_file, tokenizer_arguments
+from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta, read_config
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, finish_loading, loading_arguments
@@ -105,7 +107,7 @@ def check_adapter_fits(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
 ) -> None:
-    """Whether a mixture fits its base model, before the weights of that are loaded; others are left to PEFT.
+    """Whether a mixture or a LoRA fits its base model, before the weights of that are loaded; others are left to PEFT.
 
     Args:
         base_model: folder or hub id.
@@ -114,13 +116,18 @@ def check_adapter_fits(
         gguf_file: GGUF file in the model's folder, if it is one.
 
     Raises:
-        MolaError: another kind of model, or experts that do not fit it.
+        MolaError: another kind of model, or experts or a LoRA that do not fit it.
     """
-    if trust_remote_code or read_settings(Path(adapter))["peft_type"] != "MOLA":
+    method = read_settings(Path(adapter))["peft_type"]
+    if trust_remote_code or method not in ("MOLA", "LORA"):
+        return
+    on_meta = model_on_meta(os.fspath(base_model), gguf_file=gguf_file)
+    if method == "LORA":
+        check_lora(Path(adapter), on_meta, all_names=False)
         return
     try:
         config = MolaConfig.from_pretrained(os.fspath(adapter))
-        check_fits(model_on_meta(os.fspath(base_model), gguf_file=gguf_file), config, read_tensors(Path(adapter)))
+        check_fits(on_meta, config, read_tensors(Path(adapter)))
     except (MolaError, TypeError) as error:
         raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
 
@@ -206,6 +213,10 @@ def load_model(
     """
     adapters = as_mapping(adapter)
     configs = {name: check_adapter(folder) for name, folder in adapters.items()}
+    methods = {name: config["peft_type"] for name, config in configs.items()}
+    if len(set(methods.values())) > 1:
+        found = ", ".join(f"{name!r} is {method}" for name, method in methods.items())
+        raise MolaError(f"`adapter` must be of one method: {found}. Load them into models of their own.")
     target = resolve_device(device)
     torch_dtype, reason = resolve_dtype(dtype, target)
     quantization = quantization or Quantization()
@@ -235,6 +246,8 @@ def load_model(
     for name, folder in adapters.items():
         warn_other_base(base_model, folder, configs[name])
         model = attach(model, name, os.fspath(folder))
+    if len(adapters) > 1:  # PEFT makes trained tokens of the last one the active ones, where embeddings are tied
+        set_adapter_to_infer(model, next(iter(adapters)))
     return model.requires_grad_(False).eval()
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mola.data.encode import encode_examples
+from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
 from mola.data.templates import get_template
@@ -30,8 +30,6 @@ from mola.models.options import ModelOptions, check_model, model_for, tokenizer_
 from mola.options.fields import START, Group, mapping, option
 from mola.reporting.agreement import pair_means
 from mola.reporting.page import render_inspection
-
-_NO_LIMIT = 1 << 30
 
 
 @dataclass
@@ -205,8 +203,7 @@ def _check(options: InspectOptions) -> _Samples:
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
-    cutoff = max_positions(config) or _NO_LIMIT
-    dataset, _ = encode_examples(examples, tokenizer, template, cutoff_len=cutoff)
+    dataset = encode_whole(examples, tokenizer, template, max_positions(config))
     return _Samples(examples, dataset, task, template, tokenizer)
 
 

@@ -213,11 +213,12 @@ class MolaConfig(PeftConfig):
                 if wrong or not (names or (name == "target_modules" and self.target_parameters)):
                     raise MolaError(f"`{name}` must be a non-empty list of module names without spaces, got {names!r}.")
                 setattr(self, name, set(names))
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if is_regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
+        is_text = isinstance(self.target_modules, str)
+        if is_text and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            kind = "" if self.target_modules == "all-linear" else "the regular expression "
             raise MolaError(
                 "`layers_to_transform` and `layers_pattern` need `target_modules` as a list of names, "
-                f"got the regular expression {self.target_modules!r}."
+                f"got {kind}{self.target_modules!r}."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise MolaError("`layers_pattern` is only used together with `layers_to_transform`, which is not set.")

@@ -221,10 +221,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def _record(self, adapter_name: str, output: RouterOutput) -> None:
         # Recorded as it is: sums are taken outside, where gradient checkpointing does not recompute.
-        if self.router_losses is not None and self.router_losses.collecting:
-            self.router_outputs[adapter_name] = output
         if self.observer is not None and self.observer.collecting:
             self.observer.see(adapter_name, output)
+        if self.router_losses is not None and self.router_losses.collecting:
+            before = self.router_outputs.get(adapter_name)
+            if before is not None:  # the module runs several times in one forward pass
+                output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
+            self.router_outputs[adapter_name] = output
 
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
         """Chosen experts of `x: (..., in)` and their gates, without jitter."""

@@ -143,7 +143,7 @@ class RowAdapters:
                 "weight for all rows. Call the model once per adapter, with `set_adapter`."
             )
         self._batch = MixedBatch(list(names), _copies(tuner.model, options or {}))
-        self._layers = [module for module in modules if isinstance(module, MolaLinear)]
+        self._layers = [module for module in modules if isinstance(module, (MolaLinear, StackedParameters))]
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         self._handles: list[Any] = []
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, replicate_layers
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
@@ -26,24 +27,14 @@ from mola.tuner.initialization import check_shapes
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.mixed_batch import mixed_batch
+from mola.tuner.names import check_name
 from mola.tuner.per_layer import PerLayer
 from mola.tuner.reference_adapter import copy_experts, original_of
+from mola.tuner.replication import replicated_layers
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-
-
-def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:
-    num_layers = LayerStacks.of(model).num_layers or 0
-    if any(isinstance(module, MolaLinear) for module in model.modules()):
-        raise MolaError("`layer_replication` must be that of the model's first adapter: its layers are replaced by it.")
-    if not all(len(pair) == 2 and 0 <= pair[0] < pair[1] <= num_layers for pair in ranges):
-        raise MolaError(
-            f"`layer_replication` must be ranges [first, end) of the model's {num_layers} layers, such as [[0, 2], "
-            f"[1, {num_layers}]]: got {ranges!r}."
-        )
-    replicate_layers(model, ranges)
 
 
 class MolaModel(BaseTuner):
@@ -83,14 +74,23 @@ class MolaModel(BaseTuner):
             )
         if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
             raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
+        check_name(adapter_name, model)
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
         found = getattr(getattr(model, "config", None), "model_type", None)
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
         self._add_head(config)
-        if config.layer_replication:
-            _replicate_layers(model, config.layer_replication)
+        with replicated_layers(model, config.layer_replication):
+            self._inject(model, adapter_name, config, *args, **kwargs)
+        if original is not None:
+            copy_experts(model, original, adapter_name)
+        RouterLosses.install(model)
+        if not asks_before_loading(BaseTuner):
+            check_when_loaded(model)
+
+    def _inject(self, model: nn.Module, adapter_name: str, config: MolaConfig, *args: Any, **kwargs: Any) -> None:
+        """Resolve what depends on the model, and put the adapter into it."""
         self._stacks = LayerStacks.of(model)
         if config.target_modules or not config.target_parameters:
             config.target_modules, config.exclude_modules = resolve_target_modules(
@@ -104,11 +104,6 @@ class MolaModel(BaseTuner):
             # PEFT looks for them among linears only; `_check_places` has looked everywhere.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if original is not None:
-            copy_experts(model, original, adapter_name)
-        RouterLosses.install(model)
-        if not asks_before_loading(BaseTuner):
-            check_when_loaded(model)
 
     @staticmethod
     def _add_head(config: MolaConfig) -> None:
@@ -211,7 +206,7 @@ class MolaModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, StackedParameters):
+        if isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
             setattr(parent, child_name, new_module)  # PEFT's would look for a weight
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -224,11 +219,21 @@ class MolaModel(BaseTuner):
         Raises:
             MolaError: one of them has several experts somewhere; no layer has been touched then.
         """
-        self._check_mergeable(adapter_names)
+        self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        # Asked once for the whole model, before any layer is touched.
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Whether adapters, by default the active ones, could be merged: asked of all layers before one is touched.
+
+        Raises:
+            MolaError: several experts somewhere, a quantised base layer, or layers that share their weights.
+        """
+        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
+            if getattr(self.peft_config.get(adapter_name), "layer_replication", None):
+                raise MolaError(
+                    f"Adapter {adapter_name!r} cannot be merged: its `layer_replication` has layers that share their "
+                    "weights, to which each would add its own update. Keep it as an adapter."
+                )
         for name, module in self.model.named_modules():
             if isinstance(module, MolaLinear):
                 for adapter_name in module.active_adapters if adapter_names is None else adapter_names:
@@ -242,7 +247,7 @@ class MolaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_mergeable(adapter_names)
+            self.check_mergeable(adapter_names)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         RouterLosses.remove(model)
         return model

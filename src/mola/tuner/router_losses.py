@@ -145,11 +145,14 @@ class RouterLosses:
             layers = defaultdict(list)
             for indices, statistics in stacks:
                 for row, index in enumerate(indices):
-                    layers[index].append(RouterStatistics(*(each[row] for each in statistics)))
+                    router = RouterStatistics(*(each[row] for each in statistics))
+                    layers[index, router.expert_counts.shape[-1]].append(router)
+            # Routers of a layer are pooled, those with as many experts; on one device, as layers may be on several.
             per_layer = [balance_loss(pool(routers)) for routers in layers.values()]
-            # A layer with one expert has no router here; in the paper's code it adds exactly 1.
+            total = torch.stack([each.to(per_layer[0].device) for each in per_layer]).sum()
+            # A layer without a router, since it has one expert, adds exactly 1 in the paper's code.
             single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
-            return torch.stack(per_layer).sum() + len(single)
+            return total + len(single - {index for index, _ in layers})
         return _mean([balance_loss(statistics) for _, statistics in stacks])
 
     def _weighted_loss(self, adapter_name: str) -> torch.Tensor | None:
@@ -207,8 +210,12 @@ class RouterLosses:
         num_items = inputs.get("num_items_in_batch")
         share = 1.0 if num_items is None or self._label_mask is None else self._label_mask.sum() / num_items
         weighted = loss * share
-        if torch.is_tensor(getattr(output, "loss", None)):
+        if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
             output.loss = output.loss + weighted.to(output.loss.device)
+        elif isinstance(output, dict) and torch.is_tensor(output.get("loss")):
+            output = {**output, "loss": output["loss"] + weighted.to(output["loss"].device)}
+        elif hasattr(output, "_replace") and torch.is_tensor(getattr(output, "loss", None)):
+            output = output._replace(loss=output.loss + weighted.to(output.loss.device))
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
             output = (output[0] + weighted.to(output[0].device), *output[1:])
         elif not torch.is_tensor(log_probs):
@@ -238,14 +245,15 @@ class RouterLosses:
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
-        masks = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel() == num_tokens]
+        found = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel()]
+        # A module that runs several times in one forward pass (ALBERT's) sees all tokens as often.
+        masks = [m.reshape(-1).repeat(num_tokens // m.numel()) for m in found if num_tokens % m.numel() == 0]
         if self._stacks.num_encoder_layers:
             # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
             masks = masks[:1] if self._stacks.is_encoder(layer_index) else masks[-1:]
         if not masks:
             return None
-        mask = masks[0].reshape(-1)
-        return mask if len(masks) == 1 else mask * masks[1].reshape(-1).to(mask.device)
+        return masks[0] if len(masks) == 1 else masks[0] * masks[1].to(masks[0].device)
 
     # ------------------------------------------------------------------ small things
 

@@ -29,6 +29,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
     """
 
     other_param_names = ("settings",)
+    mixed_batch: Any = None  # set in calls with `adapter_names`, none of which has weights here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         weights: dict[str, torch.Tensor] = {}
-        if not (self.disable_adapters or self.merged):
+        if not (self.disable_adapters or self.merged or self.mixed_batch is not None):
             for name in self.active_adapters:
                 weights |= self._changed(name, weights)
         if not weights:
