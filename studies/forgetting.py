@@ -1,8 +1,8 @@
 """`python -m studies.forgetting`: how much of earlier kinds of questions do LoRA and mixtures of experts forget?
 
 - A sequence learns the five kinds of generated questions one after the other, as `mola continual` does. There is one
-  for every recipe, order of the kinds and seed. Learning rates may be searched for before: with other seeds, in an
-  order of its own, on validation questions.
+  for every recipe and seed, which has an order of the kinds of its own. Learning rates may be searched for before:
+  with other seeds, in an order of its own, on validation questions.
 - Every finished sequence is in the record with the answer to every question, right or wrong, and its folder is deleted.
 - The same command does what is left, shares it with other processes of the same command, and prints the tables.
 """
@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from studies.forgetting_options import CONTRASTS, KINDS, QUIET, RECIPES, TRAINING, ForgettingOptions, check, orders
-from studies.forgetting_tables import tables
+from studies.forgetting_options import CONTRASTS, KINDS, QUIET, RECIPES, TRAINING, ForgettingOptions, check, order_of
+from studies.forgetting_tables import chosen_rate, tables
 
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
@@ -40,19 +39,18 @@ from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrup
 from mola.training.checkpoints import RUN_FILE
 
 FORMAT = 1
-_MAY_GROW = ("recipes", "orders", "seeds")
+_MAY_GROW = ("recipes", "seeds")
 
 
 class Key(NamedTuple):
     """Names a sequence."""
 
     recipe: str
-    order: int  # 0 is that of the search
     seed: int
     rate: float | None  # of the search; None: the one that it chose
 
     def __str__(self) -> str:
-        return f"{self.recipe}, order {self.order}, seed {self.seed}{f', rate {self.rate:g}' if self.rate else ''}"
+        return f"{self.recipe}, seed {self.seed}{f', rate {self.rate:g}' if self.rate else ''}"
 
 
 class Study:
@@ -67,10 +65,10 @@ class Study:
             CONTRASTS if options.contrasts is options.recipes is None else mapping("contrasts", options.contrasts)
         )
         for recipe, rate in dict.fromkeys((key.recipe, key.rate) for key in self._keys()):
-            self._options(Key(recipe, 1, 0, rate), rate or options.learning_rate)  # before anything is trained
+            self._options(Key(recipe, 0, rate), rate or options.learning_rate)  # before anything is trained
         training = {**TRAINING, "learning_rate": options.learning_rate, "num_train_epochs": options.num_train_epochs}
         names = ("reference", "seeds", "rates", "tuning_seeds", "train_size", "validation_size", "test_size")
-        self.settings = {"recipes": self.recipes, "orders": orders(options.orders), "training": training}
+        self.settings = {"recipes": self.recipes, "training": training}
         self.settings |= {name: getattr(options, name) for name in names}
         self.settings["contrasts"] = pairs_of(contrasts, self.recipes)
         self.record: dict[str, Any] = {}
@@ -131,17 +129,17 @@ class Study:
         """Seed after seed, so that a study that is stopped has whole ones."""
         searched = [name for name, values in self.recipes.items() if values.get("learning_rate") is None]
         search = itertools.product(self.options.tuning_seeds, self.options.rates, searched)
-        study = itertools.product(self.options.seeds, range(1, self.options.orders + 1), self.recipes)
-        keys = [Key(recipe, 0, seed, rate) for seed, rate, recipe in search]
-        return keys + [Key(recipe, order, seed, None) for seed, order, recipe in study]
+        keys = [Key(recipe, seed, rate) for seed, rate, recipe in search]
+        return keys + [Key(recipe, seed, None) for seed, recipe in itertools.product(self.options.seeds, self.recipes)]
 
     def _options(self, key: Key, rate: float) -> ContinualOptions:
         values = {**TRAINING, **QUIET, "num_train_epochs": self.options.num_train_epochs, "learning_rate": rate}
         values |= convert(TrainAndTestOptions, self.recipes[key.recipe], f"recipes.{key.recipe}")
-        values |= {"test_split": "validation" if key.order == 0 else "test", "seed": key.seed, "data_seed": key.seed}
-        stages = {name: {"filters": {"category": KINDS[name]}} for name in orders(self.options.orders)[key.order]}
+        split = "test" if key.rate is None else "validation"
+        values |= {"test_split": split, "seed": key.seed, "data_seed": key.seed}
+        stages = {name: {"filters": {"category": KINDS[name]}} for name in order_of(_seed_of_order(key))}
         values |= {"base_model": self.options.base_model, "task": "sample", "data": str(self._data() / "dataset.hf")}
-        folder = self.folder / "-".join(map(str, key[: 3 if key.rate is None else 4]))
+        folder = self.folder / "-".join(map(str, key[: 2 if key.rate is None else 3]))
         return ContinualOptions(**values, stages=stages, output_dir=str(folder))
 
     def _one(self, key: Key, rate: float) -> None:
@@ -154,7 +152,8 @@ class Study:
         stages = [Path(stage.output_dir or "") for stage in options.stage_options.values()]
         trained = [read_json(stage / RUN_FILE) for stage in stages]
         tests = [[read_json(path) for path in sorted((stage / EVALUATION_FOLDER).glob("*.json"))] for stage in stages]
-        run = {"recipe": key.recipe, "order": key.order, "seed": key.seed, "learning_rate": rate}
+        run = {"recipe": key.recipe, "seed": key.seed, "learning_rate": rate, "is_search": key.rate is not None}
+        run["order"] = order_of(_seed_of_order(key))
         run |= {"trained": trained[0]["trainable_parameters"], "steps": [each["steps"] for each in trained]}
         run["matrix"] = [[task["accuracy"] for task in row["tasks"].values()] for row in result.results]
         run["marks"] = [[marks_of(test["samples"]) for test in row] for row in tests]
@@ -192,24 +191,16 @@ class Study:
         return self.folder / "-".join(["data", *map(str, _sizes(self.options).values())])
 
 
-def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
-    """The rate with the best mean OP on validation questions, the lowest of equals; None if not all are measured."""
-    settings = record["settings"]
-    found = {
-        rate: [run["op"] for run in record["runs"] if _key(run)[:2] == (recipe, 0) and run["learning_rate"] == rate]
-        for rate in sorted(settings["rates"])
-    }
-    if any(len(values) < len(settings["tuning_seeds"]) for values in found.values()):
-        return None
-    return max(found, key=lambda rate: float(np.mean(found[rate])))
-
-
 def _sizes(options: ForgettingOptions) -> dict[str, int]:
     return {split: getattr(options, f"{split}_size") for split in ("train", "validation", "test")}
 
 
 def _key(run: Mapping[str, Any]) -> Key:
-    return Key(run["recipe"], run["order"], run["seed"], run["learning_rate"] if run["order"] == 0 else None)
+    return Key(run["recipe"], run["seed"], run["learning_rate"] if run["is_search"] else None)
+
+
+def _seed_of_order(key: Key) -> int | None:
+    return key.seed if key.rate is None else None
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:

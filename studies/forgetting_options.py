@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "w
 TRAINING |= {"attn_implementation": "eager"}  # a fifth faster than sdpa on a CPU, see docs/performance.md
 QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
 QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
+_ORDERS = math.factorial(len(KINDS)) - 1  # one is that of the search
 _SET_HERE = (
     "base_model",
     "task",
@@ -56,9 +58,9 @@ class ForgettingOptions:
     contrasts: dict[str, Any] | str | None = option(
         None, "Also compare recipes with each other: recipe -> another, or a list of them; a mapping. Default: five."
     )
-    orders: int = option(3, "Number of orders of the five kinds, drawn from a fixed seed.")
     seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of new experts and of the order of samples."}
+        default_factory=lambda: [*range(15)],
+        metadata={"help": "Seeds of new experts and of samples; each has an order of the kinds of its own."},
     )
     learning_rate: float = option(0.002, "Learning rate of recipes without one of their own, where none is searched.")
     rates: list[float] = field(
@@ -81,8 +83,10 @@ def check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]]) 
             raise MolaError(f"`{name}` must be different numbers, at least one: got {values}.")
     if shared := set(options.seeds) & set(options.tuning_seeds if options.rates else ()):
         raise MolaError(f"`tuning_seeds` must be others than `seeds`: both have {sorted(shared)}.")
-    if not 1 <= options.orders <= 119:
-        raise MolaError(f"`orders` must be 1 to 119, the orders of five kinds but one: got {options.orders}.")
+    if not 0 <= min(options.seeds) <= max(options.seeds) < _ORDERS:
+        raise MolaError(
+            f"`seeds` must be 0 to {_ORDERS - 1}, since each has an order of the kinds of its own: got {options.seeds}."
+        )
     if options.reference not in recipes:
         raise MolaError(f"`reference` must be one of the recipes {', '.join(recipes)}: got {options.reference!r}.")
     for recipe, values in recipes.items():
@@ -92,8 +96,11 @@ def check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]]) 
         check_page(options.page)
 
 
-def orders(number: int) -> list[list[str]]:
-    """The order of the search and those of the study; more of them begin with the same."""
+def order_of(seed: int | None) -> list[str]:
+    """The order of the kinds that a seed of the study has for itself; None: that of the search.
+
+    Sequences that shared an order would depend on each other where an order suits a recipe.
+    """
     every = [list(order) for order in itertools.permutations(KINDS)]
     random.Random(0).shuffle(every)
-    return every[: number + 1]
+    return every[0 if seed is None else 1 + seed]

@@ -14,11 +14,11 @@ from mola.studies.comparison.tables import interval_cell, p_cell
 
 NO_RESULT = "No sequence has been run yet: there is no result."
 MEASURES = {"op": "OP", "pd": "PD"}
-Runs = dict[tuple[int, int], Mapping[str, Any]]  # of one recipe, by order and seed
+Runs = dict[int, Mapping[str, Any]]  # of one recipe, by seed, which has an order of its own
 
 
 class Comparison(NamedTuple):
-    """A recipe minus another in one measure, over the sequences with the same order and seed."""
+    """A recipe minus another in one measure, over the sequences with the same seed and order."""
 
     measure: str  # "op" or "pd"
     recipe: str
@@ -33,7 +33,7 @@ def tables(record: Mapping[str, Any]) -> str:
     settings, runs = record["settings"], _runs(record)
     parts = [_search_table(record)] if settings["rates"] else []
     if any(runs.values()):
-        parts += [_state(record, runs), _means_table(runs), _orders_table(settings, runs), _comparison_table(record)]
+        parts += [_state(record, runs), _means_table(runs), _sequences_table(settings, runs), _comparison_table(record)]
     return "\n\n".join(parts)
 
 
@@ -45,24 +45,23 @@ def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
     wanted = [(measure, recipe, other) for measure in MEASURES for recipe, other in pairs]
     shared = [sorted(runs[recipe].keys() & runs[other].keys()) for _, recipe, other in wanted]
     found = []
-    for (measure, recipe, other), keys in zip(wanted, shared, strict=True):
-        if keys:
+    for (measure, recipe, other), seeds in zip(wanted, shared, strict=True):
+        if seeds:
             ours, theirs = (
-                np.stack([by_question(runs[name][key], settings["orders"][key[0]], measure) for key in keys])
-                for name in (recipe, other)
+                np.stack([by_question(runs[name][seed], measure) for seed in seeds]) for name in (recipe, other)
             )
             difference = paired_difference(ours, theirs, sum(map(bool, shared)))
             found.append(Comparison(measure, recipe, other, difference))
     return found
 
 
-def by_question(run: Mapping[str, Any], order: Sequence[str], measure: str) -> np.ndarray:
+def by_question(run: Mapping[str, Any], measure: str) -> np.ndarray:
     """What every question adds to OP or PD, whose mean it is; kinds in one order for all sequences.
 
     With `T` kinds of `n` questions, a question's mark `m` in the end and `m_own` after the stage of its kind:
         OP: `m`        PD: `(m - m_own) T / (T - 1)`, of the last kind 0
     """
-    parts = {}
+    parts, order = {}, run["order"]
     for stage, kind in enumerate(order):
         last = as_numbers(run["marks"][-1][stage])
         change = (last - as_numbers(run["marks"][stage][stage])) * len(order) / (len(order) - 1)
@@ -70,19 +69,37 @@ def by_question(run: Mapping[str, Any], order: Sequence[str], measure: str) -> n
     return np.concatenate([parts[kind] for kind in sorted(parts)])
 
 
+def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
+    """The rate with the best mean OP on validation questions, the lowest of equals; None if not all are measured."""
+    settings, searched = record["settings"], [run for run in record["runs"] if run["is_search"]]
+    found = {
+        rate: [run["op"] for run in searched if (run["recipe"], run["learning_rate"]) == (recipe, rate)]
+        for rate in sorted(settings["rates"])
+    }
+    if any(len(values) < len(settings["tuning_seeds"]) for values in found.values()):
+        return None
+    return max(found, key=lambda rate: float(np.mean(found[rate])))
+
+
+def _choice(rate: float | None, rates: Sequence[float]) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:g}{' (at the edge)' if len(rates) > 1 and rate in (min(rates), max(rates)) else ''}"
+
+
 def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:
     """Finished sequences of the study, without those of the search."""
     found: dict[str, Runs] = {name: {} for name in record["settings"]["recipes"]}
     for run in record["runs"]:
-        if run["order"] > 0:
-            found[run["recipe"]][run["order"], run["seed"]] = run
+        if not run["is_search"]:
+            found[run["recipe"]][run["seed"]] = run
     return found
 
 
 def _state(record: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
     settings = record["settings"]
     done = sum(map(len, runs.values()))
-    wanted = len(settings["recipes"]) * len(settings["seeds"]) * (len(settings["orders"]) - 1)
+    wanted = len(settings["recipes"]) * len(settings["seeds"])
     seconds = sum(run["seconds_training"] + run["seconds_testing"] for run in record["runs"])
     text = f"{done} of {wanted} sequences are finished{'' if done == wanted else ': the tables will change'}. "
     text += f"All sequences{', those of the search too,' if settings['rates'] else ''} took {duration(seconds)} of "
@@ -103,9 +120,7 @@ def _means_table(runs: Mapping[str, Runs]) -> str:
                 values = np.array([run[measure] for run in every])
                 cells += [f"{100 * values.mean():{sign}.1f}", _interval(values, sign)]
             rows.append(cells)
-    note = (
-        "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over seeds and orders."
-    )
+    note = "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over the sequences."
     return f"### Means\n\n{markdown_table(header, rows)}\n\n{note}"
 
 
@@ -113,19 +128,14 @@ def _interval(values: np.ndarray, sign: str = "+") -> str:
     return interval_cell(t_interval(values), sign) if len(values) > 1 else ""
 
 
-def _orders_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
-    orders = range(1, len(settings["orders"]))
-    header = ["recipe", *(f"{title}, order {order}" for title in MEASURES.values() for order in orders)]
+def _sequences_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
     rows = []
-    for recipe, found in runs.items():
-        cells = [recipe]
-        for measure, sign in (("op", ""), ("pd", "+")):
-            for order in orders:
-                values = [run[measure] for (place, _), run in found.items() if place == order]
-                cells.append(f"{100 * np.mean(values):{sign}.1f}" if values else "")
-        rows.append(cells)
-    lines = [f"- Order {order}: {', '.join(settings['orders'][order])}." for order in orders]
-    return f"### By order\n\n{markdown_table(header, rows)}\n\n" + "\n".join(lines)
+    for seed in settings["seeds"]:
+        found = [by_seed.get(seed) for by_seed in runs.values()]
+        if order := next((", ".join(run["order"]) for run in found if run), None):
+            cells = (f"{100 * run['op']:.1f}, {100 * run['pd']:+.1f}" if run else "" for run in found)
+            rows.append([seed, order, *cells])
+    return f"### Every sequence\n\n{markdown_table(['seed', 'order', *runs], rows)}\n\nOP in per cent, PD in points."
 
 
 def _comparison_table(record: Mapping[str, Any]) -> str:
@@ -137,7 +147,7 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
         cells.append(found.verdict if found.seeds > 1 else "too few pairs")
         rows.append(cells)
     note = (
-        "Differences of sequences with the same order and seed; intervals for other sequences and other questions. p "
+        "Differences of sequences with the same seed and order; intervals for other sequences and other questions. p "
         f"and the joint interval count all {len(rows)} comparisons (Bonferroni). A higher OP is better, and so is "
         "a higher PD: less is forgotten."
     )
@@ -145,16 +155,19 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
 
 
 def _search_table(record: Mapping[str, Any]) -> str:
-    settings = record["settings"]
+    settings, searched = record["settings"], [run for run in record["runs"] if run["is_search"]]
+    if not searched:
+        return "The search for learning rates has not begun."
     rows = []
     for recipe, values in settings["recipes"].items():
         if values.get("learning_rate") is None:
             found = [
-                [r["op"] for r in record["runs"] if (r["recipe"], r["order"], r["learning_rate"]) == (recipe, 0, rate)]
+                [run["op"] for run in searched if (run["recipe"], run["learning_rate"]) == (recipe, rate)]
                 for rate in settings["rates"]
             ]
-            rows.append([recipe, *(f"{100 * np.mean(ops):.1f}" if ops else "" for ops in found)])
-    header = ("recipe", *(f"rate {rate:g}" for rate in settings["rates"]))
-    seeds, order = ", ".join(map(str, settings["tuning_seeds"])), ", ".join(settings["orders"][0])
+            cells = [recipe, *(f"{100 * np.mean(ops):.1f}" if ops else "" for ops in found)]
+            rows.append([*cells, _choice(chosen_rate(record, recipe), settings["rates"])])
+    header = ("recipe", *(f"rate {rate:g}" for rate in settings["rates"]), "chosen")
+    seeds, order = ", ".join(map(str, settings["tuning_seeds"])), ", ".join(searched[0]["order"])
     note = f"OP on validation questions in per cent, with seed {seeds} and the order {order}."
     return f"### Search for the learning rate\n\n{markdown_table(header, rows)}\n\n{note}"

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 from scipy import stats
 from studies.forgetting import Study, main
-from studies.forgetting_options import RECIPES, ForgettingOptions, orders
+from studies.forgetting_options import RECIPES, ForgettingOptions, order_of
 from studies.forgetting_tables import by_question, comparisons, tables
 
 from mola.evaluation.differences import paired_differences
@@ -36,14 +36,15 @@ def sequence(right, generator):
 
 
 def made_up(right, **settings):
-    """A record of sequences: recipe -> chance of a right answer for each pair of order and seed."""
+    """A record of sequences: recipe -> chance of a right answer for each seed."""
     generator = np.random.default_rng(0)
     runs = [
-        {**RUN, "recipe": recipe, "order": 1 + pair // 2, "seed": pair % 2, **sequence(value, generator)}
+        {**RUN, "recipe": recipe, "seed": seed, "order": order_of(seed), "is_search": False}
+        | sequence(value, generator)
         for recipe, values in right.items()
-        for pair, value in enumerate(values)
+        for seed, value in enumerate(values)
     ]
-    chosen = {"recipes": {name: RECIPES[name] for name in right}, "orders": orders(2), "seeds": [0, 1], "rates": []}
+    chosen = {"recipes": {name: RECIPES[name] for name in right}, "seeds": [0, 1, 2, 3], "rates": []}
     chosen["contrasts"] = [[name, name.removesuffix("-balance")] for name in right if name.endswith("-balance")]
     return {"settings": {**chosen, "reference": "lora", "tuning_seeds": [100], **settings}, "runs": runs}
 
@@ -83,8 +84,9 @@ def test_differences_are_paired_adjusted_and_put_into_words():
     lines = rows(tables(record))
     first = next(line for line in lines if line[:3] == ["OP", "2468", "lora"])
     assert (first[3:5], first[-1]) == (["4", f"{100 * ahead.value:+.1f}"], "better")
-    by_order = [f"{100 * np.mean(ops['lora'][start : start + 2]):.1f}" for start in (0, 2)]
-    assert next(line for line in lines if line[0] == "lora" and len(line) == 5)[1:3] == by_order
+    every = [line for line in lines if line[0] in ("0", "1", "2", "3")]
+    assert [line[1] for line in every] == [", ".join(order_of(seed)) for seed in range(4)]
+    assert [line[2].partition(",")[0] for line in every] == [f"{100 * op:.1f}" for op in ops["lora"]]
     means = next(line for line in lines if line[0] == "lora")
     assert means[:4] == ["lora", "1,234", "0.001", "4"]
     assert means[5] == f"{100 * np.mean(ops['lora']):.1f}"
@@ -95,45 +97,43 @@ def marks_in_the_end(record, recipe):
     found = []
     for run in record["runs"]:
         if run["recipe"] == recipe:
-            by_kind = dict(zip(record["settings"]["orders"][run["order"]], run["marks"][-1], strict=True))
+            by_kind = dict(zip(run["order"], run["marks"][-1], strict=True))
             found.append([float(mark) for kind in sorted(by_kind) for mark in by_kind[kind]])
     return np.array(found)
 
 
 def test_questions_add_up_to_both_measures():
     for run in made_up({"lora": [0.2, 0.5, 0.7, 0.9]})["runs"]:
-        order = orders(2)[run["order"]]
-        assert by_question(run, order, "op").mean() == pytest.approx(run["op"])
-        assert by_question(run, order, "pd").mean() == pytest.approx(run["pd"])
+        assert by_question(run, "op").mean() == pytest.approx(run["op"])
+        assert by_question(run, "pd").mean() == pytest.approx(run["pd"])
 
 
 def test_a_question_has_one_place_in_all_orders():
     """The third question of "senses" alone is right: it is the same column, wherever that kind comes."""
     columns = set()
-    for order in orders(5):
+    for order in map(order_of, (None, 0, 1, 2, 3)):
         row = ["0010" if kind == "senses" else "0000" for kind in order]
-        run = {"marks": [row[: stage + 1] for stage in range(5)]}
-        columns.add(tuple(by_question(run, order, "op")))
+        run = {"marks": [row[: stage + 1] for stage in range(5)], "order": order}
+        columns.add(tuple(by_question(run, "op")))
     assert len(columns) == 1
 
 
 def test_sequences_without_partner_are_left_out_and_one_pair_gives_no_verdict():
     record = made_up({"lora": [0.5, 0.9, 0.1], "5555": [0.6]})
-    text, first = tables(record), [run["op"] for run in record["runs"] if (run["order"], run["seed"]) == (1, 0)]
+    text, first = tables(record), [run["op"] for run in record["runs"] if run["seed"] == 0]
     points = f"{100 * (first[1] - first[0]):+.1f}"
     assert ["OP", "5555", "lora", "1", points, "", "", "", "too few pairs"] in rows(text)
     assert "4 of 8 sequences are finished: the tables will change." in text
 
 
-def test_orders_differ_and_more_begin_with_the_same():
-    assert orders(5)[:4] == orders(3)
-    assert len(set(map(tuple, orders(119)))) == 120
+def test_every_seed_and_the_search_have_orders_of_their_own():
+    assert len({tuple(order_of(seed)) for seed in (None, *range(119))}) == 120
 
 
 @pytest.fixture
 def words(tiny_model_dir, tmp_path):
     found = ["--base_model", tiny_model_dir, "--output_dir", tmp_path / "runs", "--record", tmp_path / "record.json"]
-    found += ["--recipes", json.dumps(TWO), "--orders", 1, "--seeds", 0, "--train_size", 16, "--validation_size", 4]
+    found += ["--recipes", json.dumps(TWO), "--seeds", 0, "--train_size", 16, "--validation_size", 4]
     return [str(word) for word in [*found, "--test_size", 5, "--num_train_epochs", 1, "--learning_rate", 0.02]]
 
 
@@ -183,14 +183,13 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeyp
     ):
         assert main([*words, *change]) == 2
         assert message in capsys.readouterr().err
-    more = Study(ForgettingOptions(**{**options_of(words), "seeds": [0, 1], "orders": 2}))
-    assert [key[:3] for key in more.left()][:2] == [("lora", 2, 0), ("mixture", 2, 0)]
-    assert len(more.left()) == 6
+    more = Study(ForgettingOptions(**{**options_of(words), "seeds": [0, 1]}))
+    assert [key[:2] for key in more.left()] == [("lora", 1), ("mixture", 1)]
 
 
 def options_of(words):
     found = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
-    sizes = {name: int(found[name]) for name in ("orders", "train_size", "validation_size", "test_size")}
+    sizes = {name: int(found[name]) for name in ("train_size", "validation_size", "test_size")}
     rates = {name: float(found[name]) for name in ("num_train_epochs", "learning_rate")}
     return {**found, **sizes, **rates, "seeds": [int(found["seeds"])]}
 
@@ -201,21 +200,23 @@ def test_the_rate_is_chosen_on_other_seeds_and_sequences_of_others_are_left_alon
     words = [*words, "--recipes", only, "--rates", "0.001", "0.02"]
     locks = tmp_path / "runs" / ".locks"
     locks.mkdir(parents=True)
-    with FileLock(locks / "lora-0-100-0.02"):  # as another process would
+    with FileLock(locks / "lora-100-0.02"):  # as another process would
         assert main([*words, "--at_most", "2"]) == 0
     runs = json.loads((tmp_path / "record.json").read_text())["runs"]
-    assert [(run["recipe"], run["order"], run["learning_rate"]) for run in runs] == [
-        ("lora", 0, 0.001),
-        ("fixed", 1, 0.05),
+    assert [(run["recipe"], run["is_search"], run["learning_rate"]) for run in runs] == [
+        ("lora", True, 0.001),
+        ("fixed", False, 0.05),
     ]
+    assert [run["order"] for run in runs] == [order_of(None), order_of(0)]
     assert {len(marks) for row in runs[0]["marks"] for marks in row} == {4}, "validation questions"
     assert main(words) == 0
     found = json.loads((tmp_path / "record.json").read_text())
-    op = {run["learning_rate"]: run["op"] for run in found["runs"] if run["order"] == 0}
+    op = {run["learning_rate"]: run["op"] for run in found["runs"] if run["is_search"]}
     assert sorted(op) == [0.001, 0.02]
     assert found["runs"][-1]["learning_rate"] == max(sorted(op), key=op.get)
     assert {len(marks) for row in found["runs"][-1]["marks"] for marks in row} == {5}
-    assert ["lora", *(f"{100 * op[rate]:.1f}" for rate in (0.001, 0.02))] in rows(tables(found))
+    chosen = f"{max(sorted(op), key=op.get):g} (at the edge)"
+    assert ["lora", *(f"{100 * op[rate]:.1f}" for rate in (0.001, 0.02)), chosen] in rows(tables(found))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,8 @@ def test_the_rate_is_chosen_on_other_seeds_and_sequences_of_others_are_left_alon
         (["--rates", "0.1", "--tuning_seeds", "0"], "`tuning_seeds` must be others than `seeds`: both have [0]"),
         (["--recipes", '{"lora": {"seed": 3}}'], "`seed` cannot be set in `recipes.lora`"),
         (["--recipes", '{"lora": {"num_expert": 3}}'], "`num_experts`"),
-        (["--orders", "0"], "`orders` must be 1 to 119"),
+        (["--seeds", "119"], "`seeds` must be 0 to 118"),
+        (["--seeds", "-1", "0"], "`seeds` must be 0 to 118"),
         (["--seeds", "1", "1"], "`seeds` must be different"),
         (["--page", "README.md"], "`page`"),
         (["--base_model", "nosuch"], "`base_model` must be a folder"),
