@@ -35,7 +35,7 @@ from mola.studies.comparison.options import pairs_of
 from mola.studies.continual_learning.continual import ContinualOptions, continual
 from mola.studies.continual_learning.record import EVALUATION_FOLDER
 from mola.studies.locks import POLL_SECONDS, Locks
-from mola.studies.train_and_test import TrainAndTestOptions, sigterm_as_interrupt
+from mola.studies.train_and_test import TrainAndTestOptions, signals_as_interrupt, stop_if_asked
 from mola.training.checkpoints import RUN_FILE
 
 FORMAT = 1
@@ -106,6 +106,7 @@ class Study:
         count, most = 0, self.options.at_most
         while (left := self.left()) and (most is None or count < most):
             for key in left:
+                stop_if_asked()
                 with self.locks.claim("-".join(map(str, key))) as is_mine:
                     self.read()
                     if not is_mine or key not in self.left() or (rate := self.rate(key)) is None:
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         study = Study(parse(ForgettingOptions, words, prog="python -m studies.forgetting"))
-        with sigterm_as_interrupt():
+        with signals_as_interrupt():
             study.work()
         text = tables(study.record)
         if study.options.page is not None:

@@ -39,7 +39,7 @@ from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result, read_results
 from mola.studies.locks import POLL_SECONDS, Locks
-from mola.studies.train_and_test import sigterm_as_interrupt
+from mola.studies.train_and_test import signals_as_interrupt, stop_if_asked
 from mola.training.checkpoints import RUN_FILE
 
 _ENTRY = {**dict.fromkeys(("task", "recipe", "marks", "mixture"), TEXT), "seed": INTEGER, "kl": NUMBER}
@@ -104,6 +104,7 @@ class Study:
         while left := self.left():
             is_idle = True
             for key in left:
+                stop_if_asked()
                 with self.locks.claim(f"{'-'.join(map(str, key))}.lock") as is_mine:
                     self.entries = self._read()
                     if is_mine and key in self.left():
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.page:
             check_page(options.page)
         study = Study(options)
-        with sigterm_as_interrupt():
+        with signals_as_interrupt():
             study.do_all()
         if options.page:
             write_part(options.page, markdown(study.entries))

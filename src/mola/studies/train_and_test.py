@@ -7,9 +7,9 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from transformers import TrainerCallback
@@ -115,6 +115,7 @@ def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCall
             options.overwrite_output_dir = True
     result = train(options, callbacks)
     gc.collect()  # the trainer and its model refer to each other
+    stop_if_asked()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return result.status == "finished"
@@ -128,8 +129,8 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
             cannot be done.
     """
     path = Path(options.output or "")
-    if not path.exists():
-        return evaluate(options).to_dict()
+    if not path.exists():  # what is left of a test of other settings, or before the folder was moved, is no result
+        return evaluate(replace(options, overwrite=True)).to_dict()
     try:
         result = read_json(path)
         old = {**result["settings"], "data": result["data_fingerprint"]}
@@ -161,14 +162,30 @@ def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
         raise
 
 
+_asked_to_stop = threading.Event()
+
+
+def stop_if_asked() -> None:
+    """Raise KeyboardInterrupt if a signal asked for it: what is raised while garbage is collected is lost."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    _asked_to_stop.set()
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a test as Ctrl-C does; a running training has its own way of stopping."""
-    if threading.current_thread() is not threading.main_thread():
+def signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a test as Ctrl-C does, see also `stop_if_asked`; a running training has its own way of stopping."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _stop:
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked_to_stop.clear()

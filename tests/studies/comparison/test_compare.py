@@ -1,6 +1,7 @@
 """`mola compare`: recipes x tasks x seeds, going on after a stop, allocations, statistics, tables, what is refused."""
 
 import csv
+import gc
 import io
 import json
 import os
@@ -29,12 +30,14 @@ from mola.evaluation.differences import (
     verdict_of,
 )
 from mola.evaluation.evaluate import evaluate
+from mola.evaluation.partial import PartialResults
 from mola.reporting.formatting import duration
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.outputs import Outcome, page
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
 from mola.studies.comparison.tables import comma_separated, effort_line, markdown, time_left
+from mola.studies.train_and_test import signals_as_interrupt, stop_if_asked
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.grids import slow
@@ -207,6 +210,48 @@ def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run
     again = run(**chosen)
     assert (again.status, again.open) == ("finished", 0)
     assert numbers(again.results) == numbers(expected)
+
+
+def test_a_test_that_was_cut_short_goes_on_in_another_folder(run, values, tmp_path, monkeypatch):
+    original = PartialResults.append
+
+    def append(self, records):
+        original(self, records)
+        raise KeyboardInterrupt
+
+    asked = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
+    asked |= {"evaluate_base": False, "test_batch_size": 2}
+    monkeypatch.setattr(PartialResults, "append", append)
+    assert run(**asked).status == "interrupted"
+    monkeypatch.undo()
+    assert list((tmp_path / "out").rglob("*.partial.jsonl"))
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    moved = compare(CompareOptions(**{**values(**asked), "output_dir": str(tmp_path / "moved")}))
+    assert moved.status == "finished"
+
+
+def test_a_signal_during_garbage_collection_is_not_lost(monkeypatch):
+    lost = []
+
+    class Loop:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)  # what is raised in here Python only prints
+
+    with signals_as_interrupt():
+        loop = Loop()
+        loop.itself = loop
+        del loop
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", lost.append)
+            gc.collect()
+        assert [each.exc_type for each in lost] == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()
+        with signals_as_interrupt():  # inside of another: the outer one still knows
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()
+    stop_if_asked()
 
 
 def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
@@ -455,9 +500,17 @@ def test_mean_lies_in_its_interval(accuracies):
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1))
 def test_groups_of_equal_budget(parameters):
-    groups = budget_groups(parameters)
+    reference = min(parameters)
+    groups = budget_groups(parameters, reference)
     assert groups.keys() == parameters.keys()
+    anchor = parameters[reference]
     for number in set(groups.values()):
         members = [parameters[name] for name in groups if groups[name] == number]
-        assert max(members) <= 1.05 * min(members)
+        if number == groups[reference]:
+            assert {abs(each - anchor) <= 0.05 * anchor for each in members} == {True}
+        else:
+            assert max(members) <= 1.05 * min(members)
+            assert not any(abs(each - anchor) <= 0.05 * anchor for each in members)
+    by_size = sorted(parameters, key=lambda name: parameters[name])
+    assert groups[by_size[0]] == 0
     assert sorted(set(groups.values())) == list(range(len(set(groups.values()))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mola.studies.comparison.compare as compare_module
 from mola import MolaError
+from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
 from mola.studies.comparison.power import Components, seeds_needed
@@ -67,9 +70,43 @@ def test_a_probe_in_the_search_has_the_same_options(run, tmp_path):
     assert rates == {f"even@learning_rate={rate}": rate for rate in RATES}
 
 
-def test_a_search_that_is_stopped_goes_on(run, monkeypatch):
+def test_a_search_that_another_process_finishes_meanwhile_counts(run, monkeypatch, tmp_path):
     asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
     asked["recipes"] = {"lora": RECIPES["lora"]}
+    run(**asked)
+    record = tmp_path / "out" / "compare.json"
+    content = read(record)
+    searched = [each for each in content["runs"] if "@" in each["recipe"]]
+    for each in searched:  # so that the second value is chosen, whatever the tiny model does
+        each["marks"] = ("1" if each["recipe"].endswith("0.02") else "0") * each["total"]
+        each["correct"] = each["marks"].count("1")
+        each["accuracy"] = each["correct"] / each["total"]
+    shutil.rmtree(tmp_path / "out" / "physics" / "lora")
+    record.write_text(json.dumps({**content, "runs": searched[:-1]}))
+    original, calls = compare_module.check_runs, []
+
+    def check_runs(options, runs):
+        calls.append(runs)
+        found = original(options, runs)
+        if len(calls) == 2:  # the record was read before
+            record.write_text(json.dumps({**content, "runs": searched}))
+        return found
+
+    monkeypatch.setattr(compare_module, "check_runs", check_runs)
+    result = run(**asked)
+    assert [each.chosen for each in result.found] == ["@learning_rate=0.02"]
+    (fresh,) = [each for each in result.results if each.recipe == "lora"]
+    assert fresh.settings["learning_rate"] == 0.02
+    monkeypatch.undo()
+    assert run(**asked).status == "finished"
+
+
+def test_a_search_that_is_stopped_goes_on(run, monkeypatch, tmp_path):
+    asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
+    asked["recipes"] = {"lora": RECIPES["lora"]}
+    page, before = tmp_path / "page.md", f"# Page\n\n{BEGIN}\nThere is no result yet.\n{END}\n"
+    page.write_text(before)
+    asked["tables"] = f"{page},{tmp_path / 'table.md'}"
     begun = []
 
     def stop_at_the_second(self, *args, **kwargs):
@@ -80,8 +117,12 @@ def test_a_search_that_is_stopped_goes_on(run, monkeypatch):
     monkeypatch.setattr(MetricsFile, "on_train_begin", stop_at_the_second)
     first = run(**asked)
     assert (first.status, first.open, first.found) == ("interrupted", 2, [])
+    assert page.read_text() == before, "a page holds results only"
+    assert "2 runs are left: all numbers will change." in (tmp_path / "table.md").read_text()
     monkeypatch.undo()
     again = run(**asked)
+    assert "### physics" in page.read_text()
+    assert "are left" not in (tmp_path / "table.md").read_text()
     assert (again.status, again.open) == ("finished", 0)
     assert [each.recipe for each in again.found] == ["lora"]
     assert again.power == []  # with one tuning seed nothing is known of others

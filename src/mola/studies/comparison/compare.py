@@ -32,7 +32,7 @@ from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables, time_left
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
-from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 
@@ -78,7 +78,7 @@ def compare(options: CompareOptions) -> CompareResult:
     check_same(results, searched)
     comparison = _Comparison(options, searched, runs, results, path)
     comparison.settle()
-    with sigterm_as_interrupt():
+    with signals_as_interrupt():
         return comparison.run()
 
 
@@ -122,7 +122,8 @@ class _Comparison:
             return
         if self.searched:
             self.found = found_by_search(self.options, self.results)
-            self.power = power_of(self.options, self.results, self.found, self.runs[0].num_questions)
+            questions = {run.key.task: run.num_questions for run in self.runs}
+            self.power = power_of(self.options, self.results, self.found, questions)
             chosen = {(each.task, each.recipe): each.chosen for each in self.found}
             self.runs = check_runs(self.options, self.options.tuned_runs(chosen))
         check_same(self.results, self.runs)
@@ -138,9 +139,11 @@ class _Comparison:
         )
         curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
         effort = effort_line(self.results)
-        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort, pairs)
+        left = self._num_open()
+        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort, pairs, left)
         write_tables(self.options.tables, outcome)
-        write_plots(self.options.plots, self.options, self.results, outcome)
+        if status == "finished":
+            write_plots(self.options.plots, self.options, self.results, outcome)
         return result
 
     def _open(self, runs: Sequence[Run]) -> list[Run]:
@@ -152,7 +155,7 @@ class _Comparison:
         return len(self._open(self.searched)) + len(self._open(self.runs))
 
     def _everything(self) -> bool:
-        if self._open(self.searched):
+        if self.searched and not self.found:  # also if others have finished the search since this process began
             if not self._all_runs(self.searched):
                 return False
             self.settle()
@@ -167,6 +170,7 @@ class _Comparison:
         while left := self._read_again(runs):
             is_idle = True
             for run in left:
+                stop_if_asked()
                 with self.locks.claim("-".join(map(str, run.key))) as is_mine:
                     if is_mine and run in self._read_again(runs) and self._is_ready(run):
                         is_idle = False

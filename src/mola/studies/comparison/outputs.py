@@ -20,13 +20,13 @@ from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tables import (
     CONTRAST_COLUMNS,
     CONTRAST_NOTE,
-    NOTE,
     by_budget,
     cells,
     columns_of,
     comma_separated,
     contrast_tables,
     markdown,
+    note_of,
     power_line,
     search_lines,
     search_markdown,
@@ -68,19 +68,30 @@ class Outcome:
     curves: Mapping[str, Curves] = field(default_factory=dict)  # by task, see `plots.bands`
     effort: str = ""  # see `effort_line`
     contrasts: Sequence[Contrast] = ()
+    left: int = 0  # runs without a result
 
     def markdown(self) -> str:
         """The search, a table per task, and what all has cost."""
         text = search_markdown(self.found, self.powers) + markdown(self.rows, self.reference, self.contrasts)
+        text = f"{self.state}\n\n{text}" if self.state else text
         return f"{text}\n{self.effort}\n" if self.effort else text
+
+    @property
+    def state(self) -> str:
+        """That it is not complete; empty if it is."""
+        return f"{self.left} runs are left: all numbers will change." if self.left else ""
 
 
 def write_tables(tables: str | None, outcome: Outcome) -> None:
-    """Write the tables in every form asked for; earlier ones are replaced, of pages with markers the part between."""
+    """Write the tables in every form asked for; earlier ones are replaced.
+
+    Of pages with markers it is the part between, and only when nothing is left: such a page is read as a result.
+    """
     for path in _paths(tables):
         text = _FORMS[path.suffix](outcome)
         if path.suffix == ".md" and has_markers(path):
-            write_part(path, text)
+            if not outcome.left:
+                write_part(path, text)
         else:
             atomic_write_text(path, text)
 
@@ -116,7 +127,7 @@ def page(outcome: Outcome) -> str:
         significant=sum(verdict in ("better", "worse") for verdict in verdicts),
         compared=len(verdicts),
         reference=reference,
-        note=NOTE.format(reference=reference),
+        note=" ".join(filter(None, [outcome.state, note_of(outcome.rows, reference)])),
         searches=[
             Table(tuple(head), lines, f"{task}: search")
             for task, members in groupby(outcome.found, key=lambda each: each.task)

@@ -14,7 +14,7 @@ from mola.studies.comparison.record import BASE, Result
 ALL_TASKS = "mean of the tasks"
 AT_END = "at the end"
 OVER_TRAINING = "over the training"
-_SAME_BUDGET = 0.05  # trained values that differ by less are one group
+_SAME_BUDGET = 0.05  # trained values that differ by no more are one group
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Row:
     task: str  # name of the task, or `ALL_TASKS`
     recipe: str  # name of the recipe, or `BASE`
     trainable_parameters: int  # mean over seeds; 0 for the base model
-    # 0, 1, ... by trained values, which differ by less than 5 % from the group's smallest; None for the base model
+    # 0, 1, ... by trained values, see `budget_groups`; None for the base model
     budget_group: int | None
     num_experts: list[list[int]]  # experts by layer of each seed's run, equal ones once
     mean: Mean  # accuracy
@@ -46,7 +46,7 @@ def summarize(
     `reference` is the recipe that the others are compared with; results of recipes and tasks not named are left out.
     With tests on the way every table comes twice, see `Row.measure`.
     """
-    groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)})
+    groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)}, reference)
     rows = []
     for measure, task, marks in marks_of_tables(results, (*recipes, BASE), tasks):
         for row in _rows(task, marks, reference, results, groups):
@@ -75,15 +75,22 @@ def _steps_to(target: float, results: Sequence[Result]) -> list[float | None]:
     return [steps_to(target, curve) for curve in curves]
 
 
-def budget_groups(parameters: dict[str, int]) -> dict[str, int]:
-    """Recipes with about equal numbers of trained values: name -> number of the group, smallest budget first."""
-    groups: dict[str, int] = {}
-    number, smallest = -1, 0
-    for name in sorted(parameters, key=lambda name: (parameters[name], name)):
-        if number < 0 or parameters[name] > smallest * (1 + _SAME_BUDGET):
-            number, smallest = number + 1, parameters[name]
-        groups[name] = number
-    return groups
+def budget_groups(parameters: dict[str, int], reference: str) -> dict[str, int]:
+    """Recipes with about equal numbers of trained values: name -> number of the group, smallest budget first.
+
+    One group are those within 5 % of the reference; of the others, those within 5 % of the smallest of a group.
+    """
+    anchor = parameters.get(reference, 0)
+    near = [name for name in parameters if abs(parameters[name] - anchor) <= _SAME_BUDGET * anchor]
+    groups = [near] if near else []
+    smallest = -1
+    for name in sorted(parameters.keys() - {*near}, key=lambda name: (parameters[name], name)):
+        if smallest < 0 or parameters[name] > smallest * (1 + _SAME_BUDGET):
+            smallest = parameters[name]
+            groups.append([])
+        groups[-1].append(name)
+    groups.sort(key=lambda names: min(parameters[name] for name in names))
+    return {name: number for number, names in enumerate(groups) for name in names}
 
 
 def _rows(

@@ -51,12 +51,30 @@ _CSV_COLUMNS = (
 NOTE = (
     "Accuracy in per cent, differences to {reference} in points, on the same questions with the same seeds; their 95 % "
     "intervals are for other seeds and other questions. p and verdict allow for the number of recipes: all verdicts of "
-    "a table together are right in 95 % of such studies. Groups: trained values within 5 %."
+    "a table together are right in 95 % of such studies."
 )
+_FEW_SEEDS = 5
 
 
 CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "p", "verdict")
 CONTRAST_NOTE = "p and verdict allow for the number of pairs in a table."
+
+
+def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:
+    """What the tables mean, with what these rows make necessary to say; `mark` stands around names of recipes."""
+    sentences = [NOTE.format(reference=f"{mark}{reference}{mark}")]
+    recipes = {row.recipe: row for row in rows if row.budget_group is not None}
+    if reference in recipes:
+        budget = recipes[reference].budget_group
+        same = [f"{mark}{name}{mark}" for name, row in recipes.items() if row.budget_group == budget]
+        if len(same) < len(recipes):
+            sentences.append(f"Trained values within 5 % of the reference's: {', '.join(same)}.")
+    if any(row.difference and row.difference.seeds < _FEW_SEEDS for row in rows):
+        sentences.append(
+            f"Fewer than {_FEW_SEEDS} seeds hardly tell how much seeds differ: intervals are too narrow, and verdicts "
+            "too sure, in more than 5 % of such studies."
+        )
+    return " ".join(sentences)
 
 
 def title_of(row: Row | Contrast) -> str:
@@ -66,9 +84,9 @@ def title_of(row: Row | Contrast) -> str:
 
 def terminal_tables(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> list[Table]:
     """One table per task, with a line between groups of equal budget; then those of `contrasts`."""
-    tables = []
+    tables, note = [], note_of(rows, reference)
     for title, members in groupby(rows, key=title_of):
-        table = Table(title=escape(title), caption=NOTE.format(reference=escape(reference)))
+        table = Table(title=escape(title), caption=escape(note))
         ordered = by_budget(list(members))
         for column in columns_of(ordered):
             table.add_column(column, justify="left" if column in ("recipe", "verdict") else "right", overflow="fold")
@@ -207,7 +225,7 @@ def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] 
         ordered = by_budget(list(members))
         lines = [cells(row, reference) + steps_cell(row) for row in ordered]
         parts += [f"### {title}", markdown_table(columns_of(ordered), lines)]
-    parts.append(NOTE.format(reference=f"`{reference}`"))
+    parts.append(note_of(rows, reference, "`"))
     for title, lines in contrast_tables(contrasts):
         parts += [f"### {title}", markdown_table(CONTRAST_COLUMNS, lines)]
     return "\n\n".join([*parts, *([CONTRAST_NOTE] if contrasts else [])]) + "\n"

@@ -67,8 +67,13 @@ class Power:
     seed_deviation: float
 
 
-def power_of(options: CompareOptions, results: Sequence[Result], found: Sequence[Found], questions: int) -> list[Power]:
-    """Power on every task, before a fresh seed is trained; none with one tuning seed or one recipe."""
+def power_of(
+    options: CompareOptions, results: Sequence[Result], found: Sequence[Found], questions: Mapping[str, int]
+) -> list[Power]:
+    """Power on every task before a fresh seed is trained; none with one tuning seed or one recipe.
+
+    `questions` are the test's, by task.
+    """
     powers = []
     recipes = [*(options.recipes or {})]
     for task in dict.fromkeys(each.task for each in found):
@@ -77,9 +82,10 @@ def power_of(options: CompareOptions, results: Sequence[Result], found: Sequence
         if len(marks) < len(recipes) or len(recipes) < 2 or len(options.tuning_seeds) < 2:
             continue
         parts = Components.pooled(_squares(marks, str(options.reference), options.tuning_seeds))
-        needed = seeds_needed(options.margin / 100, parts, questions, len(recipes) - 1, _POWER, LEVEL)
-        deviation = 100 * parts.between_seeds(questions) ** 0.5
-        powers.append(Power(task, options.margin, len(options.seeds), questions, needed, deviation))
+        number = questions[task]
+        needed = seeds_needed(options.margin / 100, parts, number, len(recipes) - 1, _POWER, LEVEL)
+        deviation = 100 * parts.between_seeds(number) ** 0.5
+        powers.append(Power(task, options.margin, len(options.seeds), number, needed, deviation))
     return powers
 
 

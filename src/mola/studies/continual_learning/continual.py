@@ -35,7 +35,7 @@ from mola.studies.continual_learning.record import (
 )
 from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
-from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
@@ -71,7 +71,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
     if before.get(START_KEY) != start:
         clear_tests(folder / START_FOLDER)  # of other weights
     sequence = _Sequence(options, stages, stage_entries(stages, record), start)
-    with sigterm_as_interrupt():
+    with signals_as_interrupt():
         return sequence.run()
 
 
@@ -117,6 +117,7 @@ class _Sequence:
             self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
             self._write("running")
         for number, stage in enumerate(self.stages, start=1):
+            stop_if_asked()
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
             if not is_finished(stage) and not train_or_go_on(stage.options):
                 return False
