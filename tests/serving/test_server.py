@@ -262,6 +262,14 @@ def test_fields_that_ask_for_nothing_pass(client, offline):
     assert result.choices[0].text == offline("first", PROMPTS[0])
 
 
+def test_fields_without_a_value_pass_whatever_they_are_called(http):
+    body = {"model": "first", "max_tokens": 2, "reasoning_effort": None, "service_tier": None, "store": False}
+    assert http.post("/v1/completions", json={**body, "prompt": "x"}).status_code == 200
+    said = {"role": "assistant", "content": "y", "refusal": None, "tool_calls": None}  # as an answer is sent back
+    messages = [{"role": "user", "content": "x"}, said, {"role": "user", "content": "z"}]
+    assert http.post("/v1/chat/completions", json={**body, "messages": messages}).status_code == 200
+
+
 @pytest.mark.parametrize(
     "content",
     [b'{"model": ', b"", b"[1]", b'"text"', b"null", b"\xff\xfe", b"[" * 15_000, b'{"seed": ' + b"9" * 10_000 + b"}"],

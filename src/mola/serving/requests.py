@@ -18,7 +18,16 @@ _Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
 class _Strict(BaseModel):
+    """Refuses fields that it does not know, unless they are null or false: clients send all that there are."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {k: v for k, v in body.items() if k in cls.model_fields or not (v is None or v is False)}
 
 
 class TextPart(_Strict):
