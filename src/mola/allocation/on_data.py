@@ -46,7 +46,7 @@ class SampleSource:
         examples = load_examples(self.data, task, self.split, limit=self.limit)
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
         config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or None
+        limit = getattr(config, "max_position_embeddings", None)
         return encode_whole(examples, tokenizer, get_template(task.template), limit)
 
 
