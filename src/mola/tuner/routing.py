@@ -156,7 +156,7 @@ def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, 
         values, places = torch.sort(logits, dim=dim, descending=True, stable=True)
         return values.narrow(dim, 0, count), places.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
-    rest = logits.detach()
+    rest = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # -inf is for those that are chosen
     for _ in range(count):
         if indices:
             rest = rest.scatter(dim, indices[-1], float("-inf"))

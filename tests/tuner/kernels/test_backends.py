@@ -105,6 +105,33 @@ def test_a_router_that_is_no_number_is_not_passed_over(name):
 
 
 @each(ROUTED)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_an_expert_is_chosen_once_though_others_are_at_minus_infinity(name, tokens):
+    inputs = make((tokens, IN))
+    with torch.no_grad():
+        inputs.x.copy_(inputs.x.abs() + 1)  # so that products are too large for float32, and below 0
+        inputs.router.fill_(-3e38)[1] = 0
+    update = inputs.x @ inputs.experts_A[1].t() @ inputs.experts_B[1] * inputs.settings.scaling
+    mixture = run(name, inputs)
+    torch.testing.assert_close(mixture.output, F.linear(inputs.x, inputs.weight) + update, atol=1e-4, rtol=1e-4)
+    if mixture.expert_indices is not None:
+        first, second = mixture.expert_indices.sort(0).values
+        assert (first != second).all()
+
+
+@each(RECORDED)
+@pytest.mark.parametrize("scaling", [8 / 3, 10 / 3, 16 / 8**0.5])
+def test_one_choice_gives_the_router_no_gradient_of_rounding(name, scaling):
+    inputs = make((40, IN), top_k=1, scaling=scaling)
+    mixture = run(name, inputs)
+    (through,) = torch.autograd.grad(mixture.output.sin().sum(), inputs.router, retain_graph=True)
+    assert not through.any()
+    (of_losses,) = torch.autograd.grad(mixture.output.sin().sum() + mixture.logits.square().sum(), inputs.router)
+    expected = 2 * (inputs.x @ inputs.router.t()).t() @ inputs.x
+    torch.testing.assert_close(of_losses, expected, atol=1e-3, rtol=1e-4)
+
+
+@each(ROUTED)
 def test_tensors_with_gaps_and_in_another_order(name):
     inputs = make(dropout="decode" not in name, fused=False)
     changed = {}

@@ -55,6 +55,18 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
     return Gates(logits, weights, expert_indices)
 
 
+def keep_losses_only(
+    through: torch.Tensor, grad_logits: torch.Tensor | None, settings: MixtureSettings
+) -> torch.Tensor:
+    """Of the logits' gradient `(E, N)`, with `top_k` 1, keep what losses of the router ask for, in place.
+
+    The only gate is 1 then. What rounding leaves of `v - w v / scaling` optimisers would make as large as any gradient.
+    """
+    if settings.top_k > 1:
+        return through
+    return through.zero_() if grad_logits is None else through.copy_(grad_logits)
+
+
 def gates_backward(
     grad_gated: torch.Tensor,
     gated: torch.Tensor,
@@ -79,6 +91,7 @@ def gates_backward(
     (size, num_tokens), num_experts = gated.shape, len(weights)
     both = gated.new_empty(size + num_experts, num_tokens)
     if _native is not None and _native.gates_backward(grad_gated, gated, weights, grad_logits, both, settings):
+        keep_losses_only(both[size:], grad_logits, settings)
         return both
     by_expert = num_experts, size // num_experts, -1
     # Products of float16 may be too large for it.
@@ -86,6 +99,7 @@ def gates_backward(
     agreement = (first * gated).view(by_expert).sum(1, dtype=weights.dtype)
     if settings.router == DEFAULT_ROUTER:
         top_k_softmax_backward(agreement, weights, settings.scaling, grad_logits, out=both[size:])
+        keep_losses_only(both[size:], grad_logits, settings)
     else:
         assert logits is not None
         through = router_backward(settings.router, logits, settings.top_k, agreement)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop
+from mola.tuner.kernels.gates import keep_losses_only
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import DEFAULT_ROUTER, router_logits_by_expert, top_k_softmax, top_k_softmax_backward
@@ -105,6 +106,7 @@ class Grouped(Backend):
             for values in ((grad_hidden * gated).sum(1), weights)
         )
         grad_chosen = top_k_softmax_backward(agreement, by_choice, inputs.settings.scaling)
+        keep_losses_only(grad_chosen, None, inputs.settings)
         if grad_logits is None:
             grad_logits = grad_chosen.new_zeros(len(inputs.router), len(rows))
         grad_logits = grad_logits.scatter_add(0, sort.expert_indices, grad_chosen).to(dtype)

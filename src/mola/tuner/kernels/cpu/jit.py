@@ -76,6 +76,15 @@ def _narrow_overload(value, like):
 
 
 # Inlined, here and below: of what is called, the process that compiles keeps another version than the disk.
+@numba.njit(forceinline=True)
+def is_among(number, numbers):
+    """Whether it is one of them."""
+    for each in numbers:  # noqa: SIM110 - numba knows no `any` of a generator
+        if each == number:
+            return True
+    return False
+
+
 @numba.njit(fastmath=MATH, forceinline=True)
 def choose(logits, chosen, gates, scaling):
     """Experts with the largest logits, which are written over, and their gates times scaling; both `(top_k,)`."""
@@ -86,6 +95,10 @@ def choose(logits, chosen, gates, scaling):
             value, most = logits[expert], logits[best]
             if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
                 best = expert
+        if logits[best] == -np.inf:  # it may be one that is chosen already
+            best = 0
+            while is_among(best, chosen[:k]):
+                best += 1
         if k == 0:
             largest = logits[best]
         chosen[k] = best

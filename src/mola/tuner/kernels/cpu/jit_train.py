@@ -68,7 +68,8 @@ def _gates_backward(sums, gated, weights, expert_indices, places, grad_logits, i
             agreement[k] = total
             mean += total
         for k in range(top_k):
-            value = agreement[k] - weights[k, n] * per_gate * mean
+            # With one choice the gate is 1: rounding would leave something, which optimisers make large.
+            value = agreement[k] - weights[k, n] * per_gate * mean if top_k > 1 else np.float32(0)
             if len(inner_logits) > 0:
                 expert = expert_indices[k, n]
                 from_losses = grad_logits[expert, n] if len(grad_logits) > 0 else np.float32(0)

@@ -18,6 +18,7 @@ from mola.tuner.kernels import native
 from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.dropout import drop, is_gpu_seed
+from mola.tuner.kernels.gates import keep_losses_only
 from mola.tuner.kernels.gemm import addmm_, base_output
 from mola.tuner.kernels.gpu import first_use
 from mola.tuner.kernels.tensors import as_rows
@@ -68,6 +69,7 @@ class Triton(Backend):
         x, rows = as_rows(inputs.x), as_rows(grad_output).to(settings.dtype)
         matrix_B = inputs.experts_B.flatten(0, 1) if matrix_B is None else matrix_B
         grad_both = launch.gates_backward(torch.mm(matrix_B, rows.t()), gated, weights, grad_logits, settings.scaling)
+        keep_losses_only(grad_both[len(gated) :], grad_logits, settings)
         size, params = len(gated), inputs.experts_A.dtype
         joined = packed[: len(grad_both)]  # with the router's first part, which is its weight in 16 bits
         grad_x = grad_A = grad_B = grad_router = None
