@@ -106,6 +106,7 @@ def test_streamed_text_equals_the_returned_text(tiny_model, tiny_tokenizer):
     ("arguments", "message"),
     [
         ({"temperature": -0.1}, "`temperature`.*-0.1"),
+        ({"temperature": 1e-40}, "`temperature`.*1e-40"),
         ({"temperature": float("nan")}, "`temperature`.*nan"),
         ({"temperature": float("inf")}, "`temperature`.*inf"),
         ({"top_p": 0.0}, "`top_p`.*0.0"),
@@ -124,7 +125,7 @@ def test_values_out_of_range_are_refused_before_loading(arguments, message, tmp_
 
 
 @given(
-    st.none() | st.floats(0, 100),
+    st.sampled_from([None, 0.0]) | st.floats(1e-6, 100),
     st.none() | st.floats(0, 1, exclude_min=True),
     st.none() | st.integers(1, 10_000),
 )

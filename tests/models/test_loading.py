@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig
 from mola.errors import MolaError
+from mola.models.adapters import attach
 from mola.models.loading import (
     check_adapter,
     check_base_model,
@@ -174,6 +175,35 @@ def test_several_adapters_load_by_name(names, tiny_model_dir, mola_adapter, tmp_
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
         model.set_adapter(names[1])
         torch.testing.assert_close(model(IDS).logits, expected_second, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_fails_leaves_the_base_model_as_it_was(tiny_model_dir, mola_adapter, lora_adapter, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    kinds, attributes, expected = [type(each) for each in base.modules()], set(vars(base)), base(IDS).logits
+    for number, (folder, _) in enumerate((mola_adapter, lora_adapter)):
+        broken = shutil.copytree(folder, tmp_path / str(number))
+        change_tensors(broken, lambda tensors: tensors.pop(sorted(tensors)[0]))
+        with pytest.raises(MolaError, match="missing"):
+            attach(base, "default", str(broken))
+        assert [type(each) for each in base.modules()] == kinds
+        assert set(vars(base)) == attributes
+        assert torch.equal(base(IDS).logits, expected)
+    assert attach(base, "default", str(mola_adapter[0])).active_adapter == "default"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        VBLoRAConfig(task_type="CAUSAL_LM", r=2, num_vectors=8, vector_length=4, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_of_peft_load(config, tiny_model_dir, tmp_path):
+    expected = save_adapter(tiny_model_dir, tmp_path, config)
+    found = load_model(tiny_model_dir, tmp_path, "float32", "cpu")(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_of_two_methods_are_refused_before_weights_load(no_weights_dir, mola_adapter, lora_adapter):

@@ -5,6 +5,8 @@ import math
 import re
 
 import pytest
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
@@ -13,6 +15,7 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 from mola.errors import MolaError  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
+from ..damage import change_tensors  # noqa: E402
 from ..waiting import PATIENCE, wait_until  # noqa: E402
 from .conftest import NEW_TOKENS, save_adapter  # noqa: E402
 
@@ -27,6 +30,13 @@ def root(tiny_model_dir, chat_model_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     for seed, name in enumerate(("one", "two")):
         save_adapter(tiny_model_dir, root / "trained" / name, 10 + seed)
+    others = {
+        "broken": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        "virtual": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    for name, config in others.items():
+        get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(root / name)
+    change_tensors(root / "broken", lambda tensors: tensors.pop(sorted(tensors)[0]))
     (root / "empty").mkdir()
     (root / "out").symlink_to(root.parent, target_is_directory=True)
     return root
@@ -200,15 +210,18 @@ WRONG = {
     "null": ("a\0b", "below"),
     "missing": ("nothing", "no such folder"),
     "no adapter": ("empty", "adapter_config.json"),
+    "a tensor is missing": ("broken", "1 tensors missing"),
+    "virtual tokens": ("virtual", "before the prompt"),
 }
 
 
 @pytest.mark.parametrize(("path", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_folders_are_refused(path, message, client, http):
+    before = complete(client).choices[0].text
     answer = load(http, "new", path)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
-    assert complete(client).choices[0].text
+    assert complete(client).choices[0].text == before
 
 
 def test_the_base_model_stays(http):

@@ -8,7 +8,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.insight.recording import recorded_gates
@@ -104,6 +110,24 @@ def test_rows_are_as_with_their_adapter_alone(model, seed):
 @pytest.mark.parametrize("names", [NAMES, NAMES[::-1], ["wide"] * 5, [BASE] * 5, sorted(NAMES)])
 def test_any_order_of_adapters(model, names):
     assert largest_difference(model, token_batch(5), tuple(names)) < 1e-5
+
+
+def test_a_model_that_passes_some_layers_all_tokens_in_one_dimension():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts": 4}
+    base = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=24))
+    targets = ["q_proj", "up_proj", "shared_expert_gate"]
+    model = get_peft_model(base, random_config(num_experts=2, target_modules=targets), adapter_name="first")
+    model.add_adapter("second", random_config(num_experts=3, r=2, target_modules=targets))
+    assert any("shared_expert." in name for name, each in model.named_modules() if isinstance(each, MolaLinear))
+    model.eval()
+    names = ["second", BASE, "first", "second"]
+    assert largest_difference(model, token_batch(4), names) < 1e-5
+    one_token = {name: value[:, :1] for name, value in token_batch(4).items()}
+    assert largest_difference(model, one_token, names) < 1e-5
+    with pytest.raises(MolaError, match="should be the same as the number of inputs"):
+        model(**token_batch(3), adapter_names=names)
 
 
 @pytest.mark.parametrize("seed", range(3))

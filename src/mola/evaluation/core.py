@@ -1,5 +1,6 @@
 """The core of an evaluation: a loaded model answers examples in memory, and the answers are counted."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from mola.evaluation.answering import Question, answer_questions, make_questions
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
 
@@ -97,6 +100,10 @@ def evaluate_examples(
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     limit = predicting.max_positions(model.config)
     questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
+    longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
+    if batch_size > 1 and longest > (predicting.longest_of_one_rope(model.config) or longest):
+        logger.warning("Samples are asked one by one: positions of this model depend on a batch's longest sample.")
+        batch_size = 1
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
     open_indices = [index for index in range(len(questions)) if index not in records]
     batches = [

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from mola.errors import MolaError
 from mola.generation import predicting
 
+_COLDEST = 1e-6  # logits divided by less are no numbers any more
+
 
 def decoding_settings(
     max_new_tokens: int = 128,
@@ -35,8 +37,8 @@ def decoding_settings(
     """
     if max_new_tokens < 1:
         raise MolaError(f"`max_new_tokens` must be at least 1: got {max_new_tokens}.")
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise MolaError(f"`temperature` must be 0 (greedy) or a positive number: got {temperature}.")
+    if temperature is not None and temperature != 0 and not _COLDEST <= temperature < float("inf"):
+        raise MolaError(f"`temperature` must be 0 (greedy) or a number from {_COLDEST:g} on: got {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise MolaError(f"`top_p` must be above 0 and at most 1: got {top_p}. Pass 1 to keep all tokens.")
     if top_k is not None and top_k < 1:

@@ -7,7 +7,7 @@
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,23 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 def max_positions(config: Any) -> int | None:
     """Longest sequence a model of this configuration takes; None when it names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def longest_of_one_rope(config: Any) -> int | None:
+    """Tokens beyond which position embeddings of a batch depend on its longest row; None if they never do.
+
+    Transformers chooses the frequencies of RoPE of the types `dynamic` and `longrope` once for all rows.
+    """
+    config = config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, Mapping)]
+    for each in kinds:
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            length = each.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return length or config.max_position_embeddings
+    return None
 
 
 def check_lengths(

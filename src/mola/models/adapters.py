@@ -8,7 +8,8 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from mola.files.failures import lack_of_memory
 from mola.files.reading import read_json
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
+from mola.tuner.router_losses import RouterLosses
 
 logger = logging.getLogger(__name__)
+
+_SHARED = "vblora_vector_bank"  # one tensor of all layers of VB-LoRA, saved once
 
 
 def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
@@ -129,7 +133,34 @@ def warn_other_base(
 
 
 def attach(model: Any, name: str, folder: str) -> PeftModel:
-    """Add one adapter and check that every one of its tensors found its place."""
+    """Add one adapter and check that every one of its tensors found its place.
+
+    Raises:
+        MolaError: it does not fit. A base model without adapters is as it was then; of a model with others the new one
+            has to be deleted.
+    """
+    with nullcontext() if isinstance(model, PeftModel) else _as_before(model):
+        return _attach(model, name, folder)
+
+
+@contextmanager
+def _as_before(base: Any) -> Iterator[None]:
+    """Take out of a base model what an adapter has put into it, if the block raises: nothing else knows it then."""
+    children = [(module, dict(module._modules)) for module in base.modules()]
+    attributes = set(vars(base))
+    try:
+        yield
+    except BaseException:
+        RouterLosses.remove(base)
+        for module, modules in children:
+            module._modules.clear()
+            module._modules.update(modules)
+        for name in set(vars(base)) - attributes:
+            delattr(base, name)
+        raise
+
+
+def _attach(model: Any, name: str, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             # Missing tensors are an error below, so PEFT's own warning would only repeat it.
@@ -142,8 +173,11 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
         if lack_of_memory(error):
             raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
-    missing = _keys_of(name, model.peft_config[name].peft_type, result.missing_keys)
-    for problem, keys in (("missing", missing), ("not used by it", result.unexpected_keys)):
+    config = model.peft_config[name]
+    missing = [key for key in _keys_of(name, config.peft_type, result.missing_keys) if _SHARED not in key]
+    # PEFT puts virtual tokens where no key of the model says so.
+    unknown = [key for key in result.unexpected_keys if not (config.is_prompt_learning and key == "prompt_embeddings")]
+    for problem, keys in (("missing", missing), ("not used by it", unknown)):
         if keys:
             raise MolaError(
                 f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "

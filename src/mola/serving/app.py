@@ -40,6 +40,8 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics
         # Long prompts take a while; one at a time, because tokenizers keep state.
         async with encoding:
             made = await run_in_threadpool(jobs.make, body)
+            while any(job.adapter != jobs.adapter(body.model) for job in made):  # another has taken its place meanwhile
+                made = await run_in_threadpool(jobs.make, body)
         ticket = queue.submit(made, body.model, streams=bool(body.stream))
         metrics.prompt_tokens.inc(_prompt_tokens(ticket))
         if body.stream:

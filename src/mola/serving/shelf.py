@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from starlette.concurrency import run_in_threadpool
 
-from mola.errors import MolaError
 from mola.generation.batching.forward import Adapters
 from mola.models.adapters import attach, check_adapter
 from mola.serving.errors import RequestError
@@ -43,6 +43,13 @@ class Shelf:
             raise RequestError(400, "`lora_name` must not be empty.", param="lora_name")
         self._check_name(name, in_place)
         await run_in_threadpool(check_adapter, folder)
+        if PeftConfig.from_pretrained(folder).is_prompt_learning:
+            raise RequestError(
+                400,
+                "adapters that put tokens before the prompt cannot be loaded into a server that runs: name it in "
+                "`--adapter`.",
+                param="lora_path",
+            )
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
         await self._queue.call(functools.partial(self._attach, inside, folder))
@@ -107,8 +114,8 @@ class Shelf:
         model = self._adapters.model
         try:
             model = attach(model, inside, folder)
-        except MolaError:
-            if inside in getattr(model, "peft_config", {}):
+        except Exception:
+            if isinstance(model, PeftModel) and inside in model.peft_config:
                 model.delete_adapter(inside)
             raise
         self._adapters.model = model.requires_grad_(False).eval()

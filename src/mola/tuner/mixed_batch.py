@@ -43,18 +43,20 @@ class MixedBatch:
 
     def __init__(self, names: list[str], copies: int = 1) -> None:
         self._names, self._copies = names, copies
+        self._width = 1  # tokens of each row in the call that runs
         self._sorted: dict[tuple[int, torch.device], _Sorted] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}  # for few tokens: where each row's experts lie
 
     def of_rows(self, num_rows: int) -> list[str]:
-        """Adapter of each of so many rows.
+        """Adapter of each of so many rows, which may be tokens: some models pass a layer all of them in one dimension.
 
         Raises:
-            MolaError: they are not as many as names, nor what `generate` makes of those.
+            MolaError: they are not as many as names, nor what `generate` makes of those, nor the tokens of either.
         """
         for copies in (1, self._copies):
-            if num_rows == copies * len(self._names):
-                return [name for name in self._names for _ in range(copies)]
+            for times in (copies, copies * self._width):
+                if num_rows == times * len(self._names):
+                    return [name for name in self._names for _ in range(times)]
         raise MolaError(  # PEFT's words, and those below: code that looks for them is to find them
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(self._names)} and {num_rows} respectively."
@@ -99,6 +101,12 @@ class MixedBatch:
             self._sorted[key] = _Sorted(adapters, [names.count(name) for name in adapters], *tensors)
         return self._sorted[key]
 
+    def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook before the model: how many tokens a row has."""
+        inputs = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+        given = next((each for each in inputs if torch.is_tensor(each) and each.dim() > 1), None)
+        self._width = 1 if given is None else given.shape[1]
+
     def tell(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Hook before PEFT's wrappers (of `modules_to_save` and the like), which know their own adapters only."""
         names = self.of_rows(len(args[0])) if args else self._names
@@ -142,6 +150,7 @@ class RowAdapters:
                 "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
                 "weight for all rows. Call the model once per adapter, with `set_adapter`."
             )
+        self._model = tuner.model
         self._batch = MixedBatch(list(names), _copies(tuner.model, options or {}))
         self._layers = [module for module in modules if isinstance(module, (MolaLinear, StackedParameters))]
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -155,6 +164,7 @@ class RowAdapters:
     def __enter__(self) -> None:
         tell = self._batch.tell
         self._handles = [each.register_forward_pre_hook(tell, with_kwargs=True) for each in self._wrappers]
+        self._handles.append(self._model.register_forward_pre_hook(self._batch.see, with_kwargs=True))
         for layer in self._layers:
             layer.mixed_batch = self._batch
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from mola import MolaConfig
 from mola.generation import predicting
+from mola.generation.batching.cache import _Layer
 from mola.generation.batching.engine import BatchEngine
 from mola.generation.batching.forward import Adapters, why_not_batched
 from mola.generation.batching.rows import Row
@@ -175,6 +176,41 @@ def test_other_models(make, tiny_tokenizer):
 def test_models_without_a_cache_of_keys_are_answered_one_by_one():
     config = FalconMambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, num_attention_heads=1)
     assert why_not_batched(FalconMambaForCausalLM(config)) is not None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_answered_one_by_one(kind):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    settings = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope, max_position_embeddings=32))
+    assert "depend on the longest row" in why_not_batched(model)
+    assert predicting.longest_of_one_rope(model.config) == 16
+    assert predicting.longest_of_one_rope(LlamaConfig(**settings)) is None
+
+
+def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
+    first, second = (
+        Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Heard()) for length in (3, 90)
+    )
+    engine = batched(adapted, prefill=200)
+    original = _Layer._reserve
+
+    def reserve(self, rows, *rest):
+        if self is engine._running.cache._own[-1] and rows > 1:
+            raise RuntimeError("out of memory")
+        original(self, rows, *rest)
+
+    with predicting.inference_state(adapted):
+        engine.add(first)
+        engine.step()
+        monkeypatch.setattr(_Layer, "_reserve", reserve)
+        engine.add(second)
+        while not engine.is_idle:
+            engine.step()
+    assert isinstance(second.listener.events[1], RuntimeError)
+    assert first.listener.events == ["begins", "ends"]
 
 
 def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):

@@ -47,6 +47,12 @@ class _Layer(DynamicLayer):
         """Columns after the next pass, and where they begin; called by the model."""
         return self.columns + num_queries(query), 0
 
+    def make_room(self, other: "_Layer") -> None:
+        """Allocate what `append` will need."""
+        if self.rows:
+            rows, columns = self.rows + other.rows, max(self.columns, other.columns)
+            self._reserve(rows, columns, other.keys, other.values)
+
     def append(self, other: "_Layer") -> None:
         """Put the rows of another cache below those here."""
         rows, columns = self.rows + other.rows, max(self.columns, other.columns)
@@ -114,7 +120,10 @@ class RowCache(Cache):
 
     def append(self, other: "RowCache") -> None:
         """Put the rows of another cache below those here; both end at the same column then."""
-        for layer, more in zip(self._own, other._own, strict=True):
+        pairs = list(zip(self._own, other._own, strict=True))
+        for layer, more in pairs:  # of all first: where memory does not suffice, no layer is changed
+            layer.make_room(more)
+        for layer, more in pairs:
             layer.append(more) if layer.rows else layer.__dict__.update(more.__dict__)
 
     def drop(self, row: int) -> None:

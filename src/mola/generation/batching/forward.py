@@ -1,6 +1,7 @@
 """One forward pass over rows of different lengths, each with its adapter; and for which models that can be done."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mola._compat import cache_argument, set_adapter_to_infer
 from mola.generation.batching.cache import RowCache
-from mola.generation.predicting import base_of, last_positions
+from mola.generation.predicting import base_of, inference_state, last_positions, longest_of_one_rope
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 
@@ -20,6 +21,8 @@ def why_not_batched(model: Any) -> str | None:
     if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
         return "its adapter puts tokens before the prompt"
     base = base_of(model)
+    if longest_of_one_rope(base.config) is not None:
+        return "its position embeddings depend on the longest row of a batch"
     taken = inspect.signature(base.forward).parameters
     missing = [each for each in ("attention_mask", "position_ids", "logits_to_keep") if each not in taken]
     if missing or cache_argument(base) is None:
@@ -27,6 +30,8 @@ def why_not_batched(model: Any) -> str | None:
     others = {type(each).__name__ for each in _layers(base) if type(each) not in _KINDS}
     return f"its cache has layers of another kind: {', '.join(sorted(others))}" if others else None
 
+
+logger = logging.getLogger(__name__)
 
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -49,7 +54,24 @@ class Adapters:
         self._names: list[str] = []
         is_adapted = isinstance(self.model, PeftModel)
         self._active = self.model.active_adapter if is_adapted else None
-        self.can_mix = is_adapted and why_not_mixed(self.model.base_model) is None
+        self.can_mix = is_adapted and self._can_mix()
+
+    def _can_mix(self) -> bool:
+        if any(config.is_prompt_learning for config in self.model.peft_config.values()):
+            return False
+        if why_not_mixed(self.model.base_model) is not None:
+            return False
+        if RowAdapters.suits(self.model.base_model):
+            return True
+        # PEFT's own refuses models that pass some layers all tokens in one dimension: found by trying.
+        ids = torch.zeros(2, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        try:
+            with inference_state(self.model):
+                self.model(input_ids=ids, adapter_names=[str(self._active), BASE])
+        except ValueError as error:
+            logger.info("Rows with different adapters take turns: %s", error)
+            return False
+        return True
 
     def delete(self, name: str) -> None:
         """Take an adapter out of the model."""
