@@ -180,7 +180,19 @@ def test_a_model_without_safetensors_is_loaded(tiny_model_dir, tiny_model, tmp_p
     assert found == allocate(options(tiny_model_dir, "alphalora")).scores
 
 
-def test_redundancy_is_the_distance_beside_that_of_other_layers(no_weights_dir, probe):
+@pytest.mark.parametrize(
+    ("settings", "scalings"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"alpha_pattern": {r"layers\.0\..*": 64}, "lora_alpha": 8}, [8, 1, 1, 1]),
+        ({"use_rslora": True, "r": [2, 2, 8, 8]}, [2, 2, 1, 1]),
+    ],
+    ids=["plain", "alpha_pattern", "use_rslora"],
+)
+def test_redundancy_is_the_distance_beside_that_of_other_layers(
+    no_weights_dir, tiny_model_dir, tmp_path, settings, scalings
+):
+    probe = save_probe(tiny_model_dir, tmp_path / "probe", **settings)
     scores = allocate(options(no_weights_dir, "redundancy", adapter=probe)).scores
     tensors = load_file(probe / "adapter_model.safetensors")
     distances = {}
@@ -190,7 +202,7 @@ def test_redundancy_is_the_distance_beside_that_of_other_layers(no_weights_dir, 
             updates = torch.einsum("erI,erO->eOI", *stacks)
             pairs = [(updates[i] - updates[j]).norm().item() for i in range(3) for j in range(i)]
             _, layer, name = re.fullmatch(r"(.*)\.layers\.(\d)\.(.*)\.mola_A", key).groups()
-            distances[name, int(layer)] = sum(pairs) / len(pairs)
+            distances[name, int(layer)] = scalings[int(layer)] * sum(pairs) / len(pairs)
     kinds = {name for name, _ in distances}
     usual = {kind: sum(distances[kind, layer] for layer in range(4)) / 4 for kind in kinds}
     expected = [sum(distances[kind, layer] / usual[kind] for kind in kinds) / len(kinds) for layer in range(4)]

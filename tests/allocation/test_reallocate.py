@@ -1,7 +1,6 @@
 """`mola reallocate`: another adapter folder that loads, computes what it should, and trains on."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -172,8 +171,38 @@ def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
     other.write_text(json.dumps(inspection_of(uniform, [[0.5, 0.5]] * 4)))
     with pytest.raises(MolaError, match="`inspection` must be of `adapter`: .* has 2 experts of .* which has 3"):
         moved(uniform, "2,", tmp_path / "new", inspection=str(other))
-    some = save_adapter(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[1]))
-    with pytest.raises(MolaError, match="how many layers"):
-        moved(some, "3,", tmp_path / "new")
-    shutil.rmtree(some)
     assert not (tmp_path / "new").exists()
+
+
+def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir, tmp_path):
+    some = save_adapter(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[0, 1], r=2))
+    with pytest.raises(MolaError, match="`base_model` is needed to know how many layers"):
+        moved(some, "24", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    for number, (numbers, more, experts) in enumerate(
+        [
+            ("24", {"base_model": str(no_weights_dir)}, [2, 2, 4, 4]),
+            ("3,1,5,5", {}, [3, 1, 5, 5]),
+            ("3,", {}, 3),
+        ]
+    ):
+        moved(some, numbers, tmp_path / str(number), **more)
+        assert json.loads((tmp_path / str(number) / "adapter_config.json").read_text())["num_experts"] == experts
+        assert logits(tiny_model_dir, tmp_path / str(number)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
+def test_a_linear_outside_the_layers_has_the_number_of_all(tiny_model_dir, tmp_path):
+    config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    folder = save_adapter(tiny_model_dir, tmp_path / "head", config)
+    with pytest.raises(MolaError, match="must be one number for all layers: .* adapts 'lm_head'"):
+        moved(folder, "2,2,3,3", tmp_path / "new")
+    moved(folder, "3,", tmp_path / "new")
+    assert logits(tiny_model_dir, tmp_path / "new").isfinite().all()
+
+
+def test_more_experts_than_principal_components(tiny_model_dir, tmp_path):
+    config = MolaConfig(num_experts=2, r=8, target_modules=["k_proj"], init_lora_weights="principal")
+    folder = save_adapter(tiny_model_dir, tmp_path / "principal", config)
+    moved(folder, "4,", tmp_path / "new")
+    assert logits(tiny_model_dir, tmp_path / "new").isfinite().all()

@@ -69,6 +69,27 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
     assert logits(load(tiny_model_dir, tmp_path / "fit")).shape == logits(model).shape
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
+def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, run):
+    config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    folder = saved(tiny_model_dir, tmp_path / "mixture", config)
+    (tmp_path / "text.txt").write_text("Some words that nobody asked about. " * 30)
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    data = ["--data", questions / "train.json", "--task", "sample", "--text", tmp_path / "text.txt"]
+    run("convert", folder, *flags, *data, "--output", tmp_path / "fit")
+    explained = report_of(tmp_path / "fit")["explained"]
+    assert explained["base_model.model.lm_head"] > 0.9  # of rank 4 at most, as the LoRA is: what is left is the gates'
+
+
+def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture, questions, tmp_path, run):
+    (tmp_path / "text.txt").write_text("One piece of text.")
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json", "--limit", 5]
+    run("convert", mixture, *flags, *data, "--test_text", tmp_path / "text.txt", "--output", tmp_path / "fit")
+    rows = {kind: sum(counts.values()) for kind, counts in report_of(tmp_path / "fit")["rows"].items()}
+    assert rows == {"answer": 5, "test answer": 12, "other text": 1}
+
+
 def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):
     run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -207,7 +228,7 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` counts only with `data` or `text`: got -1.0"),
         (["--rank", "2", "--scoring", "generate"], "`scoring` counts only with `test`: got 'generate'"),
         (["--rank", "2", "--text", "x", "--split", "test"], "`split` counts only with `data`: got 'test'"),
-        (["--rank", "2", "--limit", "7"], "`limit` counts only with `data` or `text` or `test` or `test_text`: got 7"),
+        (["--rank", "2", "--limit", "7"], "`limit` counts only with `data` or `text` or `test_text`: got 7"),
         (["--rank", "2", "--text", "x", "--distill_learning_rate", "1"], "counts only with `distill_steps`: got 1.0"),
         (
             ["--rank", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
@@ -252,6 +273,14 @@ def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
     path = mixture / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all"}))
     assert "`bias` of the adapter must be 'none'" in refusal("convert", mixture, *flags)
+
+
+def test_distilling_one_expert_everywhere_is_refused(tiny_model_dir, no_weights_dir, questions, tmp_path, refusal):
+    config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False)
+    folder = saved(tiny_model_dir, tmp_path / "one", config)
+    words = ["--to", "lora", "--rank", 2, "--base_model", no_weights_dir, "--output", tmp_path / "out"]
+    words += ["--data", questions / "train.json", "--task", "sample", "--distill_steps", 2]
+    assert "`distill_steps` (2) has nothing to train" in refusal("convert", folder, *words)
 
 
 def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal, run):

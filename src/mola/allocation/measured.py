@@ -62,7 +62,7 @@ def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
 def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> list[ModuleScore]:
     """How different the experts of a probe are, compared with the same linears of other layers.
 
-        d_m = mean over pairs of experts of (1 / r) * ||B_i A_i - B_j A_j||_F        of a module m
+        d_m = mean over pairs of experts of scaling * ||B_i A_i - B_j A_j||_F        of a module m
         score_m = d_m / (mean of d over all modules of that name)
 
     `check_layers` is called with the number of adapted layers before anything is computed.
@@ -75,8 +75,7 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> li
     distances = {}
     for module in probe.layers:
         experts_A, experts_B = probe.factors(module)
-        # `lora_alpha` is the same everywhere, and a common factor changes nothing.
-        distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, 1 / experts_A.shape[1]))
+        distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, probe.scaling(module)))
     scores = relative_scores(distances, base)
     if not any(each.score for each in scores):
         raise MolaError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mola.allocation.base import Base
+from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.reading import parse_json, read_text
@@ -24,6 +25,7 @@ _USE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
 class Probe:
     """The experts of a probe."""
 
+    config: Mapping[str, Any]  # its `adapter_config.json`
     layers: Mapping[str, int]  # from module name in the base model to its decoder layer
     tensors: Mapping[str, torch.Tensor]  # as in the file, on the CPU
 
@@ -32,6 +34,10 @@ class Probe:
         key = f"{PREFIX}{module}"
         return self.tensors[f"{key}.mola_A"], self.tensors[f"{key}.mola_B"]
 
+    def scaling(self, module: str) -> float:
+        """What the update of a module is multiplied by."""
+        return scaling_of(self.config, module, self.factors(module)[0].shape[1])
+
 
 def read_probe(adapter: str, base: Base) -> Probe:
     """Read the probe in a folder and check that an allocation can be made of it.
@@ -39,7 +45,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
     Raises:
         MolaError: no adapter of this method, made for another model, or with one expert in some module.
     """
-    check_mixture(adapter)
+    config = check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
     modules = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     layers = {}
@@ -56,7 +62,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
                 f"`adapter` must have at least 2 experts in every layer: {adapter!r} has one in layer {layer}, which "
                 "says nothing about how many it needs. Use a probe with the same number everywhere."
             )
-    return Probe(layers, tensors)
+    return Probe(config, layers, tensors)
 
 
 def check_mixture(adapter: str) -> dict[str, Any]:

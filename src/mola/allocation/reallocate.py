@@ -6,7 +6,7 @@
 Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.allocation.resize`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,11 +20,12 @@ from mola.allocation.probe import check_mixture, routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
 from mola.architecture.layer_stacks import layer_index
-from mola.architecture.notation import pattern_with, resolve_per_layer
+from mola.architecture.notation import layers_named, pattern_with, resolve_per_layer
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
+from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -50,6 +51,11 @@ class ReallocateOptions:
         None, "Experts used per token from now on, one or a list; by default as before. Another number changes answers."
     )
     seed: int = option(0, "Seed of the random numbers that new experts and routers start from.")
+    base_model: str | None = option(
+        None,
+        "The adapter's base model, to count its layers where neither adapter nor numbers name all of them.",
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,13 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         )
     tensors = read_tensors(Path(options.adapter))
     layers = _layers(tensors, options.adapter)
-    num_layers = _depth(config, options, layers.values())
+    adapted = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
+    known = _depth(config, options, adapted)
+    num_layers = known or adapted
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
     after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
     top_k = _top_k(config, options, before, after, num_layers)
+    _check_places(options, layers, after, top_k, is_known=known is not None)
     use = {} if options.inspection is None else _use(options.inspection, layers, tensors)
     generator = torch.Generator().manual_seed(options.seed)
     resized, unchanged = dict(tensors), 0
@@ -114,6 +123,8 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
             if tensor is not None:
                 resized[f"{key}.{part}"] = tensor
     config.num_experts, config.top_k = _compact(after), _compact(top_k)
+    if config.init_lora_weights == "principal" and any(new > old for old, new in zip(before, after, strict=True)):
+        config.init_lora_weights = True  # there may be too few components for more experts, and these did not start so
     with new_folder("output_dir", output) as folder:
         save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
@@ -153,19 +164,40 @@ def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int 
     return {name: layer_index(name) for name in names}
 
 
-def _depth(config: Any, options: ReallocateOptions, layers: Iterable[int | None]) -> int:
-    """Decoder layers of the base model, which only lists and adapted layers tell."""
-    lengths = [len(value) for value in (config.num_experts, config.top_k, config.r) if isinstance(value, list)]
-    if lengths:
-        return lengths[0]
-    adapted = 1 + max((layer for layer in layers if layer is not None), default=0)
-    if config.layers_to_transform is None:
-        return adapted
-    raise MolaError(
-        f"`adapter` must tell how many layers its model has: {options.adapter!r} adapts the layers "
-        f"{config.layers_to_transform} with the same numbers everywhere. Write one number per layer into `num_experts` "
-        "of its adapter_config.json."
-    )
+def _depth(config: Any, options: ReallocateOptions, at_least: int) -> int | None:
+    """Decoder layers of the base model, from what names all of them; None where nothing does."""
+    values = {"num_experts": config.num_experts, "top_k": config.top_k, "r": config.r}
+    named = [layers_named(value, name) for name, value in values.items()]
+    if options.base_model is not None:
+        model = model_on_meta(options.base_model, options.trust_remote_code)
+        named.insert(0, count_decoder_layers(model, options.base_model))
+    asked = layers_named(options.num_experts, "num_experts")
+    named.append(asked if asked is not None and asked >= at_least else None)
+    return next((number for number in named if number is not None), None)
+
+
+def _check_places(
+    options: ReallocateOptions,
+    layers: Mapping[str, int | None],
+    after: Sequence[int],
+    top_k: Sequence[int],
+    *,
+    is_known: bool,
+) -> None:
+    """Refuse numbers by layer where layers are not known, or a linear is in none."""
+    if len({*after}) == len({*top_k}) == 1:
+        return
+    if not is_known:
+        raise MolaError(
+            f"`base_model` is needed to know how many layers the numbers are for: {options.adapter!r} has the same "
+            "numbers everywhere, and may leave layers out. Pass its base model, or one number per layer."
+        )
+    outside = [module for module, layer in layers.items() if layer is None]
+    if outside:
+        raise MolaError(
+            f"`num_experts` must be one number for all layers: {options.adapter!r} adapts {outside[0]!r}, which is in "
+            "none of them."
+        )
 
 
 def _top_k(

@@ -94,6 +94,12 @@ def check_notation(value: Notation, name: str) -> None:
     _parse(value, name)
 
 
+def layers_named(value: Notation, name: str) -> int | None:
+    """Of how many decoder layers a notation has an entry each; None if it fits any number of them."""
+    parsed = _parse(value, name)
+    return len(parsed.values) if parsed.kind == "layers" else None
+
+
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
     """`num_experts_pattern` that belongs to a value of `num_experts`: what its JSON file holds, else what is given.
 

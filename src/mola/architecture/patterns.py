@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -45,6 +46,12 @@ def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") 
 def by_pattern(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
     """The number of the first key that the end of a module's name matches, from a dot on; else the default."""
     return next((value for key, value in (pattern or {}).items() if _matches(key, module)), default)
+
+
+def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
+    """What the update of a module of rank `r` is multiplied by, after an `adapter_config.json`."""
+    alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], name: str) -> None:

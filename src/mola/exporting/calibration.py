@@ -76,7 +76,7 @@ def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:
     Raises:
         MolaError: it is unreadable, or has fewer than two rows that fit.
     """
-    return _divided(*_read_rows(options, path, task, options.split), path)
+    return _divided(*_read_rows(options, path, task, options.split, options.limit), path)
 
 
 def read_test(options: ConvertOptions, task: Task) -> Calibration:
@@ -85,14 +85,14 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
     Raises:
         MolaError: it is unreadable.
     """
-    rows, too_long = _read_rows(options, str(options.test), task, "test")
+    rows, too_long = _read_rows(options, str(options.test), task, "test", None)
     return Calibration([], rows, too_long)
 
 
-def _read_rows(options: ConvertOptions, path: str, task: Task, split: str) -> tuple[list[Row], int]:
+def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit: int | None) -> tuple[list[Row], int]:
     """Rows, and how many are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
-    examples = load_examples(path, task, split, limit=options.limit)
+    examples = load_examples(path, task, split, limit=limit)
     cutoff = _longest(options)
     dataset, report = encode_examples(
         examples, tokenizer, get_template(task.template), cutoff_len=cutoff, truncation="drop"
@@ -101,14 +101,14 @@ def _read_rows(options: ConvertOptions, path: str, task: Task, split: str) -> tu
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
-    """The pieces of a text file.
+    """The pieces of a text file; those of `test_text` are all held out.
 
     Args:
         options: of the command.
         option: text or test_text.
 
     Raises:
-        MolaError: it is unreadable, or has fewer than two pieces.
+        MolaError: it is unreadable, or has no piece, of `text` fewer than two.
     """
     path = str(getattr(options, option))
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
@@ -118,7 +118,12 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
     size = min(_PIECE, _longest(options))
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return _divided([Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit], 0, path)
+    rows = [Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit]
+    if option == "text":
+        return _divided(rows, 0, path)
+    if not rows:
+        raise MolaError(f"`{option}` must have at least 2 tokens: {path!r} has fewer. Pass another.")
+    return Calibration([], rows)
 
 
 def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:

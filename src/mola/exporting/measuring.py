@@ -16,7 +16,7 @@ from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import paired_differences
 from mola.exporting.calibration import Row, answer_tokens, batches
 from mola.exporting.mixtures import Lora, Mixture, as_lora, gated
-from mola.exporting.moments import inputs_seen, run
+from mola.exporting.moments import every_logit, inputs_seen, run
 from mola.tuner.layer import MolaLinear
 
 
@@ -42,7 +42,7 @@ def explained_shares(
 
     with inputs_seen(several, see):
         for ids, _ in batches(rows):
-            run(model, ids)
+            run(model, ids, **every_logit(model, several.values()))
     return {name: 1 - (rest / all_).item() if all_ > 0 else None for name, (rest, all_) in sums.items()}
 
 

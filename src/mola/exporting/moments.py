@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from mola.errors import MolaError
-from mola.generation.predicting import last_positions
+from mola.generation.predicting import base_of, last_positions
 
 Rows = torch.Tensor  # token ids (samples, length), all real: batches are of one length, so there is no padding
 Features = Callable[[str, torch.Tensor], torch.Tensor]
@@ -132,7 +132,7 @@ def gather_all(
         numbers = range(len(batches))
         for number in track(numbers, "Reading the data", console=console, disable=not console.is_terminal):
             weight = weight if weights is None else weights[number]
-            run(model, batches[number])
+            run(model, batches[number], **every_logit(model, (modules[name] for name in place)))
     for names, sums in zip(groups, found, strict=True):
         if not all(torch.isfinite(each).all() for each in sums.values()):
             raise MolaError(f"inputs of {names[0]!r} must be finite numbers: they are not. Pass --dtype float32.")
@@ -152,6 +152,13 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+def every_logit(model: Any, modules: Iterable[nn.Module]) -> dict[str, int]:
+    """Arguments of `run` with which these modules see every token: the head sees those whose logits are asked for."""
+    find = getattr(base_of(model), "get_output_embeddings", None)
+    head = None if find is None else find()
+    return {"logits_to_keep": 0} if any(module is head for module in modules) else {}
 
 
 def run(model: Any, rows: Rows, **arguments: Any) -> torch.Tensor:

@@ -77,7 +77,7 @@ class ConvertOptions:
     task: str | None = option(None, "Task of `data` and `test`, a name or a task file (YAML).")
     split: str = option("train", "Split to read where `data` has several; `test` has its own.")
     text: str | None = option(None, "Text file of general text, to keep the LoRA near the mixture there as well.")
-    limit: int = option(2000, "Read only the first so many samples of `data`, and pieces of `text`.")
+    limit: int = option(2000, "Read only the first so many samples of `data`, and pieces of `text` and `test_text`.")
     seed: int = option(0, "Random seed: of routers and noise, of the order of batches that are trained on.")
     memory_gb: float = option(
         8.0, "Most memory for statistics of the layers' inputs at once: with less, the data are read more often."
@@ -102,7 +102,7 @@ _TAKES = {
 # Options that do nothing unless one of others is given.
 _NEEDS_ONE_OF = {
     **dict.fromkeys(("fit_passes", "answer_weight", "memory_gb"), ("data", "text")),
-    "limit": ("data", "text", "test", "test_text"),
+    "limit": ("data", "text", "test_text"),
     "split": ("data",),
     "scoring": ("test",),
     "distill_learning_rate": ("distill_steps",),

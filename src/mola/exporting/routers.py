@@ -12,7 +12,16 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from mola.architecture.targets import base_layer_of
 from mola.exporting.calibration import Calibration, token_ids
 from mola.exporting.low_rank import solve, square_root
-from mola.exporting.moments import Features, gather_all, inputs_seen, moment_bytes, run, with_same_input, within
+from mola.exporting.moments import (
+    Features,
+    every_logit,
+    gather_all,
+    inputs_seen,
+    moment_bytes,
+    run,
+    with_same_input,
+    within,
+)
 
 _MARGIN = 4.0  # mean lead of the right expert's logit: its gate among two is 0.98 then
 
@@ -129,5 +138,5 @@ def _right(
         for number, each in enumerate(data):
             model.set_adapter(str(number))
             for ids in token_ids(each.held_out):
-                run(model, ids)
+                run(model, ids, **every_logit(model, modules.values()))
     return {name: (counts[:, 0] / counts[:, 1].clamp(min=1)).mean().item() for name, counts in hits.items()}

@@ -51,6 +51,11 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
     experts = mixtures(tensors, mola_layers(on_meta))
     _check_rank(rank, experts)
+    if options.distill_steps and all(len(mixture.A) == 1 for mixture in experts.values()):
+        raise MolaError(
+            f"`distill_steps` ({options.distill_steps}) has nothing to train: every linear has one expert, which is "
+            "exported exactly. Leave it out."
+        )
     examples = None if options.test is None or task is None else load_examples(options.test, task, "test")
     if examples and task is not None:
         _check_test(options, task, examples)
@@ -182,8 +187,7 @@ def _read(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
     if options.test is not None and task is not None:
         found["test answer"] = read_test(options, task)
     if options.test_text is not None:
-        other = read_general_text(options, "test_text")
-        found["other text"] = Calibration([], [*other.fitted, *other.held_out])
+        found["other text"] = read_general_text(options, "test_text")
     return found
 
 

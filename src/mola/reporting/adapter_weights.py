@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
-from mola.architecture.patterns import by_pattern
+from mola.architecture.patterns import scaling_of
 from mola.errors import MolaError
 from mola.files.digests import check_digest
 from mola.files.finite import check_finite
@@ -88,9 +88,7 @@ def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> 
     module, layer = name.removesuffix(".mola_A"), layer_index(name)
     experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
     check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
-    r = experts_A.shape[1]
-    alpha = by_pattern(config.get("alpha_pattern"), module.removeprefix(PREFIX), config["lora_alpha"])
-    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    scaling = scaling_of(config, module.removeprefix(PREFIX), experts_A.shape[1])
     return module_redundancy(module, layer, experts_A, experts_B, scaling)
 
 
