@@ -119,16 +119,37 @@ def test_table_counts_what_was_saved(finished):
     ranks = sum(a + b for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
     inputs = 6 * 32 + 48
     rows = re.findall(
-        r"^\| ([\d-]+) \| (\d+) \| 2 \| 2 \| ([\d,]+) \| ([\d,]+) \|$",
+        r"^\| ([\d-]+) \| (\d+) \| (\d+) \| 2 \| ([\d,]+) \| ([\d,]+) \|$",
         ModelCard.load(finished / "README.md").text,
         re.M,
     )
     numbers = [(name, *(int(value.replace(",", "")) for value in values)) for name, *values in rows]
     assert numbers == [
-        ("0", 1, 2 * ranks, 0),
-        ("1-2", 2, 2 * 2 * ranks, 2 * inputs),
-        ("3", 4, 4 * 2 * ranks, 4 * inputs),
+        ("0", 1, 1, 2 * ranks, 0),
+        ("1-2", 2, 2, 2 * 2 * ranks, 2 * inputs),
+        ("3", 4, 2, 4 * 2 * ranks, 4 * inputs),
     ]
+
+
+def test_layers_that_are_not_adapted_and_targets_as_an_expression(flags, tmp_path):
+    folder = tmp_path / 'a "run"'
+    targets = r".*\.layers\.[02]\..*\.(q_proj|v_proj)"
+    assert main(flags(folder, num_experts="3,", target_modules=targets)) == 0
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([\d-]+) \| 3 \| 2 \| 2 ", text, re.M) == ["0", "2"]
+    assert f"Adapted modules: `{targets}`." in text
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        compile(block, "README.md", "exec")
+    allocation = json.loads((folder / "run.json").read_text(encoding="utf-8"))["allocation"]
+    assert (allocation["num_layers"], allocation["num_experts"]) == (2, 6)
+
+
+def test_a_local_path_is_no_name_on_the_hub(finished, tmp_path, monkeypatch):
+    record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    record["settings"].update(base_model="./models/base", data="data/rows.json")
+    monkeypatch.chdir(tmp_path)  # not where the run was
+    card = ModelCard(render_card(finished, record))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
 
 
 def test_its_code_loads_the_adapter(finished):

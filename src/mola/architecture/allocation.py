@@ -155,6 +155,16 @@ class AllocationPlan:
         return sum(layer.active_flops_per_token for layer in self.layers)
 
     @property
+    def adapted_layers(self) -> list[LayerPlan]:
+        """Layers with an adapted linear; what others have for a number of experts means nothing."""
+        return [layer for layer in self.layers if layer.expert_parameters]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per kind of module, of all adapted layers together."""
+        return sum(layer.num_experts for layer in self.adapted_layers)
+
+    @property
     def adapter_bytes(self) -> int:
         """Size of the saved adapter's tensors."""
         return sum(layer.adapter_bytes for layer in self.layers)
@@ -165,13 +175,13 @@ class AllocationPlan:
         return self.trainable_parameters / self.base_parameters if self.base_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `layers` (a list) and `totals`."""
+        """Plain values for JSON: `layers` (a list) and `totals`, which count adapted layers and their experts."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "kernels": list(self.kernels),
             "totals": {
-                "num_layers": len(self.layers),
-                "num_experts": sum(layer.num_experts for layer in self.layers),
+                "num_layers": len(self.adapted_layers),
+                "num_experts": self.num_experts,
                 "expert_parameters": self.expert_parameters,
                 "router_parameters": self.router_parameters,
                 "trainable_parameters": self.trainable_parameters,

@@ -104,9 +104,8 @@ def render(plan: AllocationPlan) -> Table:
             _share(layer.expert_parameters + layer.router_parameters, plan.base_parameters),
         )
     table.add_section()
-    total_experts = sum(layer.num_experts for layer in plan.layers)
     share = _share(plan.trainable_parameters, plan.base_parameters)
-    table.add_row("total", str(total_experts), "", "", *_costs(plan), share, style="bold")
+    table.add_row("total", str(plan.num_experts), "", "", *_costs(plan), share, style="bold")
     base = f" of {plan.base_parameters:,} ({share})" if plan.base_parameters else ""
     size = _size(plan.adapter_bytes)
     table.caption = f"trainable {plan.trainable_parameters:,}{base}; adapter {size} in float32"

@@ -3,6 +3,7 @@
 A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.ownership`.
 """
 
+import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mola.data.read import is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
@@ -115,12 +117,17 @@ def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
     """Only names that mean the same elsewhere: the hub refuses a folder of this machine. The licence is the user's."""
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
-        base_model=None if Path(base).exists() else base,
-        datasets=None if Path(data).exists() else [data],
+        base_model=base if _is_on_the_hub(base) else None,
+        datasets=[data] if _is_on_the_hub(data) else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["mola", "mixture-of-experts", "lora", "peft"],
     )
+
+
+def _is_on_the_hub(name: str) -> bool:
+    """By its looks: the card may be written from another folder than the one that relative paths are of."""
+    return is_hub_name(name) and not Path(name).exists()
 
 
 def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -131,6 +138,7 @@ def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record
 
 
 def _usage(place: str, base: str) -> str:
+    place, base = (json.dumps(name, ensure_ascii=False) for name in (place, base))
     return f"""\
 ## Use
 
@@ -141,8 +149,8 @@ import mola
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = AutoPeftModelForCausalLM.from_pretrained({place})
+tokenizer = AutoTokenizer.from_pretrained({place})
 ```
 
 With a base model that is loaded already:
@@ -152,8 +160,8 @@ import mola
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{place}")
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {place})
 ```"""
 
 
@@ -163,17 +171,19 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
         return f"The adapter is of type {config.get('peft_type')}: it has none."
     with opened(folder / "adapter_model.safetensors") as file:
         counts = {layer: values for layer, values in values_by_layer(shapes_in(file)).items() if layer is not None}
-    rows = {
-        layer: (*(of_layer(config, name, layer) for name in ("num_experts", "top_k", "r")), *counts[layer])
-        for layer in sorted(counts)
-    }
+    rows = {}
+    for layer in sorted(counts):
+        experts, top_k, r = (of_layer(config, name, layer) for name in ("num_experts", "top_k", "r"))
+        rows[layer] = experts, min(top_k, experts), r, *counts[layer]
     grouped = []
-    for row, members in groupby(rows, key=rows.__getitem__):
-        layers = list(members)
+    # A layer that is not adapted has no row, and ends a run of equal ones.
+    for (_, *row), members in groupby(enumerate(rows), key=lambda each: (each[1] - each[0], *rows[each[1]])):
+        layers = [layer for _, layer in members]
         name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
         grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
     header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
-    names = [*sorted(config.get("target_modules") or []), *(config.get("target_parameters") or [])]
+    targets = config.get("target_modules") or []
+    names = [*([targets] if isinstance(targets, str) else sorted(targets)), *(config.get("target_parameters") or [])]
     modules = ", ".join(f"`{name}`" for name in names)
     return f"{markdown_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
 
