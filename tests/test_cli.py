@@ -148,6 +148,13 @@ WRONG = [
     ({"eval_accumulation_steps": 0}, ["`eval_accumulation_steps`", "0"]),
     ({"max_grad_norm": -1}, ["`max_grad_norm`", "-1"]),
     ({"greater_is_better": "true"}, ["`greater_is_better`", "lower loss"]),
+    ({"save_strategy": "best", "eval_strategy": "no"}, ["`save_strategy` best", "`eval_strategy` is no"]),
+    ({"bf16_full_eval": "true"}, ["`bf16_full_eval`", "round the weights"]),
+    ({"label_names": "foo"}, ["`label_names`", "foo"]),
+    (
+        {"label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.5},
+        ["`label_smoothing_factor` (0.1)", "`router_aux_loss_coef` (0.5)"],
+    ),
     ({"do_predict": "true"}, ["`do_predict`", "mola evaluate"]),
     ({"dataloader_drop_last": "true", "per_device_train_batch_size": 11}, ["`dataloader_drop_last`", "10", "11"]),
     (

@@ -163,6 +163,16 @@ def test_balance_loss_counts_the_tokens_of_its_own_side(family):
     torch.testing.assert_close(model.get_balance_loss(), torch.stack(expected).mean())
 
 
+@pytest.mark.compatibility(column="train")
+def test_losses_keep_their_share_where_a_model_ignores_the_number_of_items():
+    """T5 takes `num_items_in_batch` and computes its mean all the same: the routers' losses follow what it does."""
+    model = adapt(build("t5"), "t5", router_aux_loss_coef=0.1).train()
+    inputs = batch("t5")
+    without = adapt(build("t5"), "t5").train()
+    assert torch.equal(without(**inputs).loss, without(**inputs, num_items_in_batch=99).loss)
+    torch.testing.assert_close(model(**inputs).loss, model(**inputs, num_items_in_batch=99).loss)
+
+
 # --- save/load ---------------------------------------------------------------------------------
 
 

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
+from mola import TrainOptions, train
 from mola.cli import main
 from mola.training.callbacks import MetricsFile
 from mola.training.digests import DIGESTS_FILE
@@ -249,6 +251,53 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_
     assert sorted(losses(folder)) == [1, 2]
     assert not (folder / ".saving-left").exists()
     assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign
+
+
+def test_an_optimiser_that_cannot_be_made_leaves_the_earlier_run(finished_run, error_line):
+    folder, arguments = finished_run
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    wrong = ["--overwrite_output_dir", "--optim=lomo"]
+    assert "`optim` lomo" in error_line([*arguments, *wrong]).replace("OptimizerNames.LOMO", "lomo")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_curve_survives_a_resume_with_counted_tokens(flags, tmp_path):
+    options = {"include_num_input_tokens_seen": "true", "save_strategy": "steps", "save_steps": 2, **NO_EVALUATION}
+    arguments = flags(**{**options, "max_steps": 4})
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_path):
+    class Full(TrainerCallback):
+        steps = 0
+
+        def on_step_begin(self, *args, **kwargs):
+            self.steps += 1
+            if self.steps == 2:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    options = TrainOptions(
+        base_model=str(tiny_model_dir),
+        data=str(rows_file),
+        output_dir=str(tmp_path / "run"),
+        dtype="float32",
+        template="meta",
+        per_device_train_batch_size=4,
+        max_steps=3,
+        warmup_steps=0,
+        auto_find_batch_size=True,
+        eval_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    assert train(options, [Full()]).steps == 3
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert read_record(tmp_path / "run")["effective_batch_size"] < 4
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-2"])

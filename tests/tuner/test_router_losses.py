@@ -567,6 +567,16 @@ def test_a_model_can_be_copied_between_forward_and_backward():
     assert routers(again)[0].router_losses is not routers(model)[0].router_losses
 
 
+def test_rounded_routers_are_told_once():
+    model = make(router_aux_loss_coef=0.0).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"The routers of adapter 'default' are trained in torch.bfloat16"):
+        model(**token_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**token_batch())
+        make(router_aux_loss_coef=0.0)(**token_batch())
+
+
 def test_layer_reduction_pools_routers_with_as_many_experts():
     model = make(
         num_experts="8,", num_experts_pattern={"self_attn.*": 2, "mlp.gate_proj": 1}, router_aux_loss_reduction="layer"

@@ -61,8 +61,12 @@ def main(arguments: Sequence[str]) -> None:
     try:
         script: Any = importlib.import_module(f"trl.scripts.{name}")
         types = script.make_parser().dataclass_types
+        if not any(hasattr(each, "lora_r") for each in types):
+            raise ValueError("it trains no adapter")
     except (ImportError, ValueError, AttributeError) as error:
-        raise MolaError(f"The first word must name a script of TRL, such as sft or dpo: got {name!r}.") from error
+        raise MolaError(
+            f"The first word must name a script of TRL that trains adapters, such as sft or dpo: got {name!r}."
+        ) from error
     dataclasses: Any = (*types, MixtureArguments)
     parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
     *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))

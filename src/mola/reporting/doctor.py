@@ -61,7 +61,7 @@ def _missing(run: Run) -> list[str]:
     """What the folder does not have, so that nothing can be said about it."""
     parts = {
         "the training loss (no metrics.jsonl)": "training" in run.curves,
-        "the evaluation loss (trained without --eval_strategy)": "evaluation" in run.curves,
+        "the evaluation loss (no evaluation data, or --eval_strategy no)": "evaluation" in run.curves,
         "routers over training (no routing.jsonl)": run.routing is not None,
         "likeness of experts (no adapter saved)": run.adapter is not None,
         "whether a LoRA answers as well (no export.json of `mola convert --to lora`)": run.export is not None,

@@ -62,7 +62,7 @@ def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
 
     def keep(entry: dict[str, Any]) -> bool:
         nonlocal ended
-        ended = ended or "train_runtime" in entry
+        ended = ended or "train_loss" in entry
         return not ended and entry["step"] <= step
 
     return keep
@@ -162,6 +162,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the signals; only the main thread of a program may."""
+        self.restore()  # a training that begins again, with smaller batches, has taken them over before
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)

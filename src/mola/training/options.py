@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from mola._compat import share_checkpointing
 from mola.data.encode import TRUNCATIONS
@@ -227,6 +228,16 @@ class TrainOptions(Quantization, TrainingArguments):
                 f"`metric_for_best_model` must be eval_loss: got {self.metric_for_best_model!r}. Training measures "
                 "the loss only; for accuracy run `mola evaluate` on the checkpoints."
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise MolaError(
+                    f"`{name}` would round the weights that are saved: the trainer casts the model before its last "
+                    "evaluation. Leave it out; `dtype` sets that of the base model."
+                )
+        if self.label_names is not None and "labels" not in self.label_names:
+            raise MolaError(f"`label_names` must have labels among them, got {self.label_names}. Leave it out.")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise MolaError("`use_liger_kernel` needs the package liger-kernel. Run: pip install liger-kernel")
         if self.greater_is_better:
             raise MolaError("`greater_is_better` must be false: a lower loss is better. Leave it out.")
         if self.do_predict:
@@ -272,6 +283,11 @@ class TrainOptions(Quantization, TrainingArguments):
             raise MolaError(
                 f"`eval_steps` ({self.eval_steps}) counts only with `eval_strategy` steps, which is epoch. "
                 "Pass --eval_strategy steps as well."
+            )
+        if evaluate == "no" and save == "best":
+            raise MolaError(
+                "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch or "
+                "steps, or another --save_strategy."
             )
         if evaluate == "no":
             self.load_best_model_at_end = False  # nothing tells which one is the best

@@ -51,11 +51,14 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
         check_adapter(options.adapter)
-        check_stacked(options, continued_config(options, options.adapter))
+        continued = continued_config(options, options.adapter)
+        check_stacked(options, continued)
+        _check_router_losses(options, continued)
         check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
     check_stacked(options, wanted)
+    _check_router_losses(options, wanted)
     allocation = cost_of_allocation(
         options.base_model,
         options.adapter_setting("num_experts"),
@@ -82,6 +85,16 @@ def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
         raise MolaError(
             f"`modules_to_save` must all exist in the model, these do not: {', '.join(missing)}. Modules of this "
             f"model: {', '.join(sorted(name for name in known if name and not name.isdigit()))}."
+        )
+
+
+def _check_router_losses(options: TrainOptions, config: PeftConfig) -> None:
+    """With label smoothing the trainer computes a loss of its own, which has none of a router."""
+    names = [name for name in ("router_aux_loss_coef", "router_z_loss_coef") if (getattr(config, name, None) or 0) > 0]
+    if options.label_smoothing_factor > 0 and names:
+        raise MolaError(
+            f"`label_smoothing_factor` ({options.label_smoothing_factor:g}) cannot be combined with `{names[0]}` "
+            f"({getattr(config, names[0]):g}), which would have no effect. Leave one out."
         )
 
 

@@ -132,16 +132,20 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     if options.process_index == 0:
         for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels, %s", choice)
-    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    PartialState().wait_for_everyone()
-    if options.process_index == 0:
-        start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     interruption = Interruption()
     trainer = _make_trainer(options, model, run, interruption)
     for callback in callbacks:
         trainer.add_callback(callback)
+    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
+    PartialState().wait_for_everyone()
+    if options.process_index == 0:
+        start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
     write_record(trainer, run.folder, {**run.record, "status": "running"})
     metrics, seconds = _trained(options, trainer, run, interruption)
+    if options.auto_find_batch_size:  # which may have found a smaller one
+        run.record["effective_batch_size"] = (
+            trainer._train_batch_size * options.gradient_accumulation_steps * options.world_size
+        )
     result = TrainResult(
         output_dir=str(run.folder),
         status="finished" if interruption.signal_number is None else "interrupted",
@@ -269,25 +273,30 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
-    trainer = MolaTrainer(
-        model=model,
-        args=options,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.evaluation,
-        data_collator=collate,
-        processing_class=run.tokenizer,
-        # In this order: what is to be saved is known first, and is looked at before it is.
-        callbacks=[
-            MetricsFile(run.folder / METRICS_FILE),
-            interruption,
-            CheckpointLast(),
-            FiniteLoss(),
-            FrozenInput(),
-            CheckpointDigests(),
-        ],
-    )
+    # In this order: what is to be saved is known first, and is looked at before it is.
+    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast(), FiniteLoss()]
+    own += [FrozenInput(), CheckpointDigests()]
+    try:
+        trainer = MolaTrainer(
+            model=model,
+            args=options,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.evaluation,
+            data_collator=collate,
+            processing_class=run.tokenizer,
+            callbacks=own,
+        )
+    except MolaError:
+        raise
+    except (ImportError, ValueError) as error:  # packages that are missing, options that exclude each other
+        raise MolaError(f"the trainer cannot be made with these options: {error}") from error
     if run.checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
     keep_dtypes(trainer)
     name_experts(trainer)
+    if not (options.fsdp or uses_deepspeed(options)):  # whose optimiser is of other parameters
+        try:
+            trainer.create_optimizer()
+        except (ImportError, ValueError) as error:
+            raise MolaError(f"`optim` {options.optim} cannot be made: {error}") from error
     return trainer

@@ -9,7 +9,6 @@ otherwise by 1.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections import defaultdict
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from mola.tuner.router_statistics import (
     router_statistics,
     z_loss,
 )
+from mola.tuner.router_warnings import RouterWarnings
 
 Stacks = list[tuple[list[int | None], RouterStatistics]]  # of routers: their decoder layers, and what they gave
 _ATTRIBUTE = "_mola_router_losses"
@@ -48,7 +48,8 @@ class RouterLosses:
         self._has_outputs = False  # whether layers hold outputs of the last forward passes in training mode
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
-        self._warned: set[str] = set()
+        self._unshifted = False  # labels are of the positions themselves, not of the tokens after them
+        self._warnings = RouterWarnings()
         self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
@@ -91,7 +92,8 @@ class RouterLosses:
         adapters = self._active_adapters()
         configs = [self._config(name) for name in adapters]
         self.collecting = self._has_outputs = any(_wants_loss(config) for config in configs)
-        self._warn_about_untrained_routers(adapters)
+        for name, config in zip(adapters, configs, strict=True):
+            self._warnings.look_at(name, self._layers, has_loss=_wants_loss(config))
         if self.collecting:
             self._signs.check()
             if module is not self.model:
@@ -100,7 +102,8 @@ class RouterLosses:
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
             inputs = call_arguments(module, args, kwargs)
-            self._set_masks(inputs, unshifted=any(config.task_type in _UNSHIFTED_TASKS for config in configs))
+            self._unshifted = any(config.task_type in _UNSHIFTED_TASKS for config in configs)
+            self._set_masks(inputs, unshifted=self._unshifted)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.collecting:
@@ -208,7 +211,9 @@ class RouterLosses:
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
             output.log_probs = add_loss(log_probs, loss, getattr(output, "label_mask", None), self._signs)
         num_items = inputs.get("num_items_in_batch")
-        share = 1.0 if num_items is None or self._label_mask is None else self._label_mask.sum() / num_items
+        # Models of other tasks take it too, and leave their loss as it is.
+        is_followed = num_items is not None and self._label_mask is not None and not self._unshifted
+        share = cast(Any, self._label_mask).sum() / num_items if is_followed else 1.0
         weighted = loss * share
         if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
             output.loss = output.loss + weighted.to(output.loss.device)
@@ -219,7 +224,7 @@ class RouterLosses:
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
             output = (output[0] + weighted.to(output[0].device), *output[1:])
         elif not torch.is_tensor(log_probs):
-            self._warn_once(
+            self._warnings.warn_once(
                 "no loss",
                 "The model returned no loss, so the router losses were not added to it. Add them yourself: "
                 "`loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.",
@@ -265,21 +270,6 @@ class RouterLosses:
             if not layer.disable_adapters:
                 return [name for name in layer.active_adapters if isinstance(self._config(name), MolaConfig)]
         return []
-
-    def _warn_about_untrained_routers(self, adapters: list[str]) -> None:
-        for name in adapters:
-            routed = [layer for layer in self._layers if layer.num_experts.get(name, 1) > 1]
-            if not _wants_loss(self._config(name)) and any(layer.top_k[name] == 1 for layer in routed):
-                self._warn_once(
-                    f"top_k {name}",
-                    f"Adapter {name!r} has `top_k=1`: the only gate is always 1, so the task loss gives the "
-                    "router no gradient and it never learns. Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`.",
-                )
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=2)
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

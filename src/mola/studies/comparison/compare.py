@@ -33,6 +33,7 @@ from mola.studies.comparison.tables import effort_line, power_line, search_table
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
+from mola.training.hub import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 
@@ -242,7 +243,8 @@ class _Comparison:
             content = {
                 "format": FORMAT,
                 "status": status,
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # it may be passed on: no folder of this machine
+                # It may be passed on: no folder of this machine, no secret.
+                "command": without_token([Path(sys.argv[0]).name, *sys.argv[1:]], self.options.hub_token),
                 "recipes": recipes,
                 "tasks": tasks,
                 **more,

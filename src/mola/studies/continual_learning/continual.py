@@ -36,6 +36,7 @@ from mola.studies.continual_learning.record import (
 from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
+from mola.training.hub import without_token
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
@@ -168,7 +169,7 @@ class _Sequence:
             **more,
             "stages": self.entries,
             START_KEY: self.start_sha256,
-            "command": sys.argv,
+            "command": without_token(sys.argv, self.options.hub_token),
             "settings": self.options.to_dict(),
             "versions": software_versions(),
             "machine": machine_description(),
