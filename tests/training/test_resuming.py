@@ -262,7 +262,7 @@ def test_an_optimiser_that_cannot_be_made_leaves_the_earlier_run(finished_run, e
 
 
 def test_the_curve_survives_a_resume_with_counted_tokens(flags, tmp_path):
-    options = {"include_num_input_tokens_seen": "true", "save_strategy": "steps", "save_steps": 2, **NO_EVALUATION}
+    options = {**NO_EVALUATION, "include_num_input_tokens_seen": "true", "save_strategy": "steps", "save_steps": 2}
     arguments = flags(**{**options, "max_steps": 4})
     assert main(arguments) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
