@@ -358,6 +358,14 @@ def test_a_tilde_is_the_home_folder_in_flags_and_recipes(tmp_path, monkeypatch):
     assert parse(PlanOptions, [words[0], words[2]], prog="mola plan").num_experts == "~"
 
 
+def test_integers_of_a_recipe_are_those_of_yaml_1_2(tmp_path):
+    text = "output_dir: 2024_05_01\nrun_name: 12:30\nseed: 010\nnum_experts: [16]\nr: [4, 8]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
+    assert (options.output_dir, options.run_name, options.seed) == ("2024_05_01", "12:30", 10)
+    assert (options.num_experts, options.r) == ("16,", "4,8")
+
+
 def test_first_word_of_prepare_is_its_task():
     from mola.data.prepare import PrepareOptions
 

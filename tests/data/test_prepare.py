@@ -81,6 +81,28 @@ def test_rows_with_columns_that_the_task_reads_go_through_it(tmp_path):
     assert load_examples(write(tmp_path, prepared), task, None)[0]["instruction"] == "PREFIX en"
 
 
+def test_what_is_prepared_of_such_a_task_is_not_prepared_again(tmp_path):
+    layout = {"name": "french", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
+    layout |= {"instruction": "Into French: {instruction}", "output": "It is {output}."}
+    (tmp_path / "french.yaml").write_text(yaml.safe_dump(layout))
+    raw = write(tmp_path, [{"instruction": f"Q{i}", "input": "", "output": f"x{i}"} for i in range(3)])
+    prepare(PrepareOptions(str(tmp_path / "french.yaml"), str(tmp_path / "new"), data=str(raw)))
+    (written,) = (tmp_path / "new").glob("*.json")
+    task = load_task(str(tmp_path / "french.yaml"))
+    examples = load_examples(written, task, None)
+    assert [example["instruction"] for example in examples] == [f"Into French: Q{i}" for i in range(3)]
+    assert [example["output"] for example in examples] == [f"It is x{i}." for i in range(3)]
+
+
+def test_a_column_called_answer_that_nobody_reads(tmp_path):
+    rows = [{"instruction": "Add 40 and 2", "output": "It is 42", "answer": 42}]
+    path, task = write(tmp_path, rows), replace(TASK, answer=None, fields={}, groups=())
+    assert load_examples(path, None, None)[0]["answer"] is None
+    assert load_examples(path, task, None)[0]["answer"] is None
+    with pytest.raises(MolaError, match="`answer` must be text: got 42"):
+        load_examples(path, TASK, None)
+
+
 def test_prepared_row_without_prompt_is_possible(tmp_path):
     path = write(tmp_path, [{"instruction": None, "input": None, "output": "text"}])
     assert load_examples(path, None, None)[0]["instruction"] is None

@@ -274,7 +274,15 @@ def test_missing_key_is_named(tmp_path, key):
         load_task(write_task(tmp_path, drop=(key,)))
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- a\n", "mapping"), ("", "mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- a\n", "mapping"),
+        ("", "mapping"),
+        ("name: a\ninstruction: one\ninstruction: two\n", "'instruction' occurs twice"),
+    ],
+)
 def test_file_that_is_no_mapping(tmp_path, text, message):
     path = tmp_path / "task.yml"
     path.write_text(text)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mola.data.read import read_rows
 from mola.data.tasks import StrataRule, Task, example_id
-from mola.data.write import columns_of
+from mola.data.write import columns_of, reads_prompts
 from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Row
 
 def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
     """Whether it is in the instruction / input / output form; columns that the task itself reads do not show that."""
-    is_written = task is None or not {"instruction", "output"} & set(task.columns) or {"id", "input"} <= row.keys()
+    is_written = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
     return "instruction" in row and "output" in row and is_written
 
 
@@ -86,7 +86,10 @@ def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task 
     """Example from a row in the instruction / input / output form."""
     row_id = example_id(row, index, split)
     text = {"instruction": row["instruction"], "input": row.get("input"), "output": row["output"]}
-    for name, value in {**text, "answer": row.get("answer")}.items():
+    answer = row.get("answer")
+    if not isinstance(answer, str) and (task is None or task.answer is None):
+        answer = None  # a column of the source, which nobody reads
+    for name, value in {**text, "answer": answer}.items():
         if not isinstance(value, str) and (value is not None or name == "output"):
             raise MolaError(
                 f"row `{row_id}`: `{name}` must be text: got {value!r}. Correct it, or run `mola prepare` on "
@@ -98,7 +101,7 @@ def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task 
         choices = row.get(task.answer.choices)
         num_choices = len(choices) if isinstance(choices, (list, tuple)) else None
     groups = task.group_values(row) if task is not None else {}
-    return {"id": row_id, **text, "answer": row.get("answer"), "num_choices": num_choices, **groups}
+    return {"id": row_id, **text, "answer": answer, "num_choices": num_choices, **groups}
 
 
 def _from_raw(

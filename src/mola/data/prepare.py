@@ -13,7 +13,7 @@ from mola.data.hashing import count_shared, hash_instruction
 from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
-from mola.data.write import is_prepared_folder, merged_row, write_splits
+from mola.data.write import is_prepared_folder, merged_row, reads_prompts, write_splits
 from mola.errors import MolaError
 from mola.files.folders import check_output_folder
 from mola.options.fields import option
@@ -162,5 +162,5 @@ def _prepared_rows(rows: list[dict[str, Any]], task: Task, split: str) -> tuple[
         check_columns(row, index, task, split)
     examples = [task.example(row, index, split) for index, row in kept]
     check_ids((example["id"] for example in examples), split)
-    merged = [merged_row(row, example) for (_, row), example in zip(kept, examples, strict=True)]
+    merged = [merged_row(row, example, reads_prompts(task)) for (_, row), example in zip(kept, examples, strict=True)]
     return merged, len(rows) - len(kept)

@@ -12,6 +12,7 @@ from mola.files.folders import complete_folder
 
 if TYPE_CHECKING:
     from mola.data.spool import Spool
+    from mola.data.tasks import Task
 
 DATASET_FOLDER = "dataset.hf"
 _FINGERPRINT_LENGTH = 16  # as Datasets makes them
@@ -23,9 +24,16 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def merged_row(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
-    """A source row with the answer as text, and with prompt and output as its last columns."""
+def reads_prompts(task: Task) -> bool:
+    """Whether a task reads columns that prepared rows have too: these then need an id, to be told from raw ones."""
+    return bool({"instruction", "output"} & set(task.columns))
+
+
+def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool = False) -> dict[str, Any]:
+    """A source row with the answer as text, `with_id` with its id, and with prompt and output as its last columns."""
     new = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+    if with_id:
+        new = {"id": example["id"], **new}
     if example["answer"] is not None:
         new["answer"] = example["answer"]
     return {**new, **{name: example[name] for name in PROMPT_COLUMNS}}

@@ -43,4 +43,5 @@ def write_part(path: str | Path, text: str) -> None:
     """
     before, _, rest = check_page(path).partition(BEGIN)
     after = rest[rest.index(END) :]
-    atomic_write_text(path, f"{before}{BEGIN}\n{text.strip()}\n\n{after}")
+    ending = "\r\n" if b"\r\n" in Path(path).read_bytes() else "\n"
+    atomic_write_text(path, f"{before}{BEGIN}\n{text.strip()}\n\n{after}".replace("\n", ending))

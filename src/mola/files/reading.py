@@ -11,7 +11,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,31 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Refuses brackets in brackets beyond any use: PyYAML's time grows with the square of their depth."""
+    """Refuses a key that is written twice, of which only the last would count.
+
+    Also brackets in brackets beyond any use: PyYAML's time grows with the square of their depth.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in what `<<` refers to. A key that is written beside `<<` replaces that of the mapping referred to."""
+        if node not in self._checked:  # later it holds the keys of both
+            self._checked.add(node)
+            keys = [self._key(key) for key, _ in node.value]
+            counts = Counter(key for key in keys if isinstance(key, Hashable))  # PyYAML refuses others
+            for key, count in counts.items():
+                if count > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} occurs twice", node.start_mark
+                    )
+        super().flatten_mapping(node)
+
+    def _key(self, node: yaml.Node) -> Any:
+        is_merge = node.tag == "tag:yaml.org,2002:merge"
+        return node.value if is_merge else self.construct_object(node, deep=True)
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Begin a list or a mapping in brackets."""

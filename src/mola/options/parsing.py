@@ -10,8 +10,7 @@ import json
 import os
 import re
 from argparse import Action, ArgumentParser
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
@@ -196,39 +195,16 @@ def _recipe_text(value: Any) -> str:
                 f"a recipe's mapping must hold text, numbers and truth values ({error}): quote it."
             ) from error
     if isinstance(value, list):
-        return ",".join(_recipe_text(item) for item in value)
+        text = ",".join(_recipe_text(item) for item in value)
+        return f"{text}," if len(value) == 1 and type(value[0]) is int else text  # one number: not its digits
     return str(value)
 
 
 class _RecipeLoader(BoundedLoader):
-    """YAML 1.2 where 1.1 surprises: `no` is a word, `1e-4` is a number, a repeated key is an error."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._checked: set[yaml.Node] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put in what `<<` refers to; a key that is written twice is an error, for only the last value would count.
-
-        One that is written beside `<<` is none: it replaces that of the mapping referred to.
-        """
-        if node not in self._checked:  # later it holds the keys of both
-            self._checked.add(node)
-            keys = [self._key(key) for key, _ in node.value]
-            counts = Counter(key for key in keys if isinstance(key, Hashable))  # PyYAML refuses others
-            for key, count in counts.items():
-                if count > 1:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} occurs twice", node.start_mark
-                    )
-        super().flatten_mapping(node)
-
-    def _key(self, node: yaml.Node) -> Any:
-        is_merge = node.tag == "tag:yaml.org,2002:merge"
-        return node.value if is_merge else self.construct_object(node, deep=True)
+    """YAML 1.2 where 1.1 surprises: `no` and `12:30` are words, `1e-4` is a number, `010` is ten."""
 
 
-_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
 _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -243,6 +219,8 @@ _RecipeLoader.add_implicit_resolver(
     ),
     list("-+.0123456789"),
 )
+_RecipeLoader.add_implicit_resolver(_REPLACED_TAGS[2], re.compile("^[-+]?[0-9]+$"), list("-+0123456789"))
+_RecipeLoader.add_constructor(_REPLACED_TAGS[2], lambda loader, node: int(node.value))
 
 
 def read_recipe(path: str) -> dict[str, Any]:

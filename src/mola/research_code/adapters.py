@@ -40,7 +40,10 @@ class Lists:
 
 def _plain(numbers: str | None) -> str | None:
     """A list without the brackets in which the research code lets it stand."""
-    return None if numbers is None else numbers.strip().strip("()[]")
+    if numbers is None:
+        return None
+    plain = numbers.strip().strip("()[]")
+    return f"{plain}," if plain != numbers.strip() and plain.isdecimal() else plain  # one number: not its digits
 
 
 def lists_of(options: Any) -> Lists:

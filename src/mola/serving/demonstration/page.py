@@ -99,13 +99,14 @@ def _answers(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    top_k: int,
-    seed: int,
+    top_k: int | None,
+    seed: int | None,
 ) -> Iterator[tuple[str, str, Answer | None]]:
     """Both answers, growing, and the one with the adapter when it is complete."""
-    decoding: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "seed": int(seed)}
+    # A field that was emptied is None.
+    decoding: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "seed": None if seed is None else int(seed)}
     if temperature > 0:
-        decoding |= {"temperature": temperature, "top_p": top_p, "top_k": int(top_k) or None}
+        decoding |= {"temperature": temperature, "top_p": top_p, "top_k": int(top_k or 0) or None}
     else:
         decoding["do_sample"] = False
     try:
