@@ -202,6 +202,17 @@ def test_train_refuses_words_that_make_no_option(words, part, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 trains on a GPU")
+def test_a_launcher_that_contradicts_the_dtype_is_refused(files, no_weights_dir, tmp_path, capsys, monkeypatch):
+    options = {"base_model": no_weights_dir, "data": files / "prepared.json", "output_dir": tmp_path / "run"}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(["train", *command(**options, dtype="float32")]) == 2
+    assert "`dtype` float32 and the launcher's `mixed_precision` bf16" in capsys.readouterr().err
+    for value in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+        assert main(["train", *command(**options, dtype="bfloat16", template="nosuch")]) == 2
+        assert "`template`" in capsys.readouterr().err
+
+
 def test_float16_is_refused_on_a_cpu(files, no_weights_dir, tmp_path, capsys):
     arguments = command(
         base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", dtype="float16"

@@ -53,6 +53,24 @@ def test_two_processes_equal_one(processes, flags, whole, tmp_path):
     assert not re.search(r"samples kept|steps of|finished|'loss'", output[1]), output[1]
 
 
+def test_losses_are_those_of_all_tokens(processes, flags, tmp_path):
+    """Answers of very different length; the last steps are not logged, evaluation batches differ in their tokens."""
+    rows = [
+        {"id": str(i), "instruction": f"Count {i}", "input": "", "output": "A." if i % 3 else "It is " + "D " * 20}
+        for i in range(16)
+    ]
+    others = [{**row, "output": "A." if i < 8 else "Zq7 " * 30} for i, row in enumerate(rows)]
+    for name, content in (("train", rows), ("eval", others)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    options = {"data": tmp_path / "train.json", "eval_data": tmp_path / "eval.json", "validation_size": 0}
+    options |= {"logging_steps": 3, "per_device_eval_batch_size": 4}
+    processes.mola(flags(tmp_path / "two", **options))
+    processes.mola(flags(tmp_path / "one", gradient_accumulation_steps=2, **options), processes=1)
+    two, one = (record(tmp_path / name)["metrics"] for name in ("two", "one"))
+    for name in ("train_loss", "eval_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
 def routing(folder):
     return [json.loads(line) for line in (folder / "routing.jsonl").read_text(encoding="utf-8").splitlines()]
 

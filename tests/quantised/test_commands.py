@@ -98,6 +98,9 @@ def test_the_adapter_loads_onto_any_form_of_its_base(trained, blocks_dir):
         outputs[name] = output(model)
         assert (outputs[name] - base).norm() > 0.05 * base.norm(), name
         assert torch.equal(outputs[name], output(model)), name
+        half = load_model(blocks_dir, trained, "bfloat16", "cpu", quantization=quantization)
+        formats = {parameter.dtype for key, parameter in half.named_parameters() if "mola_A" in key or "mola_B" in key}
+        assert formats == {torch.float32 if quantization else torch.bfloat16}
     scale = outputs["plain"].norm()
     assert 0 < (outputs["int8"] - outputs["plain"]).norm() < 0.1 * scale
     assert 0 < (outputs["nf4"] - outputs["plain"]).norm() < 0.6 * scale

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from mola import TrainOptions, train
 from mola.cli import main
+from mola.files.atomic import WRITE_TEST
 from mola.training.callbacks import MetricsFile
 from mola.training.digests import DIGESTS_FILE
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
@@ -226,6 +227,23 @@ def test_resume_refuses_what_the_run_did_not_begin_with(finished_run, error_line
     said = error_line([*arguments, "--resume_from_checkpoint=last", flag])
     assert f"`{flag[2:].partition('=')[0]}` (settings) differs" in said
     assert str(folder) in said
+
+
+def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, error_line, caplog):
+    saved = {**NO_EVALUATION, "save_strategy": "steps", "save_steps": 2}
+    arguments = flags(**saved | {"num_train_epochs": 1, "max_steps": 2})
+    assert main([*arguments, "--per_device_train_batch_size=2"]) == 0
+    rest = [each for each in arguments if "max_steps" not in each]
+    wrong = [*rest, "--per_device_train_batch_size=5", "--resume_from_checkpoint=last", "--warmup_steps=0"]
+    assert "with this effective batch all are done at epoch 0.40 of 1" in error_line(wrong)
+    assert main([*rest, "--per_device_train_batch_size=4", "--resume_from_checkpoint=last", "--warmup_steps=0"]) == 0
+    assert "goes on with 4 samples per step, it began with 2" in caplog.text
+
+
+def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{WRITE_TEST}abc").touch()
+    assert main(flags(**{**NO_EVALUATION, "max_steps": 2})) == 0
 
 
 def test_resume_warns_of_another_base_model(finished_run, tmp_path, caplog):

@@ -17,6 +17,8 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.failures import writing
 
+WRITE_TEST = ".write-test-"  # names of files that `check_writable` makes for a moment
+
 
 def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -> Path:
     """`check_writable` for a result that must not replace another one unasked; `option` is the path's, for the message.
@@ -91,7 +93,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         raise MolaError(f"`{target}` must be a file to write: it is a folder. Add a file name to the path.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".write-test-"):
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=WRITE_TEST):
             pass
         with contextlib.suppress(FileNotFoundError):
             os.lstat(target)  # finds a name that is too long, or that holds what no name can hold

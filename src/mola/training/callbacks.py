@@ -183,8 +183,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end, if a signal came."""
-        if args.world_size > 1:
-            self._share(args.device)
+        self.share(args)
         if self.signal_number is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -195,6 +194,7 @@ class Interruption(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A signal that came after the last step, while the trainer evaluated or saved."""
+        self.share(args)
         self._keep_last_checkpoint(args)
 
     def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
@@ -202,9 +202,11 @@ class Interruption(TrainerCallback):
         if self.signal_number is not None and args.save_total_limit == 1:
             args.save_total_limit = 2
 
-    def _share(self, device: torch.device) -> None:
-        """All processes stop after the same step, or those left would wait for the others for ever."""
-        number = torch.tensor(self.signal_number or 0, device=device)
+    def share(self, args: TrainingArguments) -> None:
+        """All processes stop at the same place, or those left would wait for the others for ever."""
+        if args.world_size == 1:
+            return
+        number = torch.tensor(self.signal_number or 0, device=args.device)
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         self.signal_number = int(number) or None
 

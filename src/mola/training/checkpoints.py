@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE, check_digest, damaged_record
 from mola.files.reading import read_json_object
-from mola.files.schema import ANYTHING, TEXT, check_form
+from mola.files.schema import ANYTHING, INTEGER, TEXT, check_form
 from mola.options.fields import first_difference
 from mola.training.digests import DIGESTS_FILE, changed_file
 
@@ -173,8 +173,17 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     if not before:
         logger.warning("There is no readable %s beside %s: cannot tell if data are the same.", RUN_FILE, checkpoint)
         return
-    form = {f"{name}?": ({str: ANYTHING}, None) for name in (*_SAME_WHEN_RESUMED, "settings")}
+    form: dict[str, Any] = {f"{name}?": ({str: ANYTHING}, None) for name in (*_SAME_WHEN_RESUMED, "settings")}
+    form["effective_batch_size?"] = INTEGER
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
+    began, now = (each.get("effective_batch_size") for each in (before, record))
+    if None not in (began, now) and began != now:
+        logger.warning(
+            "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
+            "are left out or come again.",
+            now,
+            began,
+        )
     known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
     for name, keys in [*((name, None) for name in _SAME_WHEN_RESUMED), ("settings", known)]:
         old, new = before.get(name) or {}, record.get(name) or {}
@@ -184,6 +193,21 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
                 f"{old.get(key)!r} in {checkpoint.parent}, now {new.get(key)!r}. Use the same options and data, or "
                 "start a new run with --adapter."
             )
+
+
+def check_nothing_is_left(checkpoint: Path, num_train_epochs: float) -> None:
+    """Refuse to call a run finished whose steps are done, with larger batches than before, and its epochs are not.
+
+    Raises:
+        MolaError: as said.
+    """
+    epoch = read_json_object(checkpoint / STATE_FILE).get("epoch")
+    if isinstance(epoch, (int, float)) and epoch < num_train_epochs - 0.01:
+        raise MolaError(
+            f"`resume_from_checkpoint` counts steps, and with this effective batch all are done at epoch {epoch:.2f} "
+            f"of {num_train_epochs:g}. Use the batch size, accumulation and processes that the run began with, or more "
+            "epochs."
+        )
 
 
 def _warn_of_other_random_numbers(checkpoint: Path, processes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -186,6 +187,7 @@ class TrainOptions(Quantization, TrainingArguments):
                 "`dtype` float16 (or `fp16`) cannot be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
+        self._check_launcher()
         self._check_quantization(device, torch_dtype)
         if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
@@ -259,6 +261,16 @@ class TrainOptions(Quantization, TrainingArguments):
             raise MolaError(
                 "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
                 "Leave it out."
+            )
+
+    def _check_launcher(self) -> None:
+        """Transformers would compute in what accelerate's configuration has, whatever `dtype` says."""
+        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        wanted = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        if given not in ("", "no", wanted):
+            raise MolaError(
+                f"`dtype` {self.base_dtype} and the launcher's `mixed_precision` {given} (ACCELERATE_MIXED_PRECISION) "
+                "contradict each other. Set mixed_precision to 'no': `dtype` decides."
             )
 
     def _check_ranges(self) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable
 from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
 from mola.reporting import REPORT_FILE
@@ -85,7 +85,9 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
     if os.path.exists(path) and not path.is_dir():
         raise MolaError(f"`output_dir` must be a folder: {folder!r} is a file. Pass another name.")
     goes_on = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), path))
-    if os.path.isdir(path) and any(path.iterdir()) and not (overwrite or goes_on):
+    # Other processes of this run may be trying whether they can write.
+    is_used = os.path.isdir(path) and any(not each.name.startswith(WRITE_TEST) for each in path.iterdir())
+    if is_used and not (overwrite or goes_on):
         raise MolaError(
             f"`output_dir` must be empty: {folder!r} is not. Pass another folder, --resume_from_checkpoint last to "
             "go on with its run, or --overwrite_output_dir to replace it."

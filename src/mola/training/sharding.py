@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
+from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
 from mola.training.zero import launched_with, stage_of_checkpoint, uses_deepspeed, zero_stage
@@ -51,6 +52,8 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
             "launch, or leave `fsdp` out."
         )
     check_device(options.device)
+    if options.optim == OptimizerNames.ADAFACTOR:
+        raise MolaError("`optim` adafactor does not work on sharded weights. Pass another, such as adamw_torch.")
     accelerate = importlib.metadata.version("accelerate")
     if Version(accelerate) < Version(_FSDP_ACCELERATE):
         raise MolaError(

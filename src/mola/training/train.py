@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
 from mola.insight import ROUTING_FILE
@@ -36,7 +37,14 @@ from mola.training.callbacks import (
     ResumedCheckpoints,
     TrainingClock,
 )
-from mola.training.checkpoints import RUN_FILE, check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
+from mola.training.checkpoints import (
+    RUN_FILE,
+    check_best_checkpoint,
+    check_nothing_is_left,
+    check_same_run,
+    checkpoint_step,
+    find_checkpoint,
+)
 from mola.training.compiling import FrozenInput, compiled_if_asked
 from mola.training.data import TrainingData, prepare_data
 from mola.training.digests import CheckpointDigests
@@ -192,6 +200,7 @@ def _checked_run(options: TrainOptions) -> _Run:
         if options.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
         if first_step >= steps:
+            check_nothing_is_left(checkpoint, options.num_train_epochs if options.max_steps < 1 else 0)
             # Nothing is left, but in an epoch that was begun the trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
     return _Run(folder, checkpoint, first_step, tokenizer, data, record)
@@ -209,6 +218,7 @@ def _trained(
     try:
         with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
+        interruption.share(options)  # a signal after the last step, to one of the processes
         seconds = clock.seconds
         if trainer.state.global_step == run.first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
@@ -298,5 +308,5 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
         try:
             trainer.create_optimizer()
         except (ImportError, ValueError) as error:
-            raise MolaError(f"`optim` {options.optim} cannot be made: {error}") from error
+            raise MolaError(f"`optim` {OptimizerNames(options.optim).value} cannot be made: {error}") from error
     return trainer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations import deepspeed as integration
+from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
@@ -70,6 +71,11 @@ def check_deepspeed(options: TrainingArguments, is_quantized: bool) -> None:
         raise MolaError(
             "`deepspeed` cannot be combined with a quantised base: its checkpoints do not load into packed weights. "
             "Leave the quantisation out, or train with one model per process (recipes/accelerate/ddp.yaml)."
+        )
+    if options.optim == OptimizerNames.ADAFACTOR:
+        raise MolaError(
+            "`optim` adafactor cannot be used with DeepSpeed, which flattens weights: its moments are of rows and "
+            "columns. Pass another, such as adamw_torch."
         )
     if options.bf16 or options.fp16:
         raise MolaError(

@@ -128,12 +128,16 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         initialize(start, *parts, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        router = self.mola_router.get(adapter_name)
+        kept = [(self.mola_router, self.mola_router.get(adapter_name))]
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if weight is not None and not weight.is_floating_point():  # packed: PEFT takes what it is unpacked to
+            kept += [(part, part.get(adapter_name)) for part in (self.mola_A, self.mola_B)]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if router is not None:
-            # The router stays float32 on a half-precision base: put back the values from before the cast.
-            moved = self.mola_router[adapter_name]
-            self.mola_router[adapter_name] = nn.Parameter(router.detach().to(moved.device), moved.requires_grad)
+        for part, before in kept:
+            if before is not None:
+                # The router stays float32 on a half-precision base: put back the values from before the cast.
+                moved = part[adapter_name]
+                part[adapter_name] = nn.Parameter(before.detach().to(moved.device), moved.requires_grad)
 
     # ------------------------------------------------------------------ forward
 
