@@ -38,7 +38,7 @@ from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import TrainAndTestOptions, signals_as_interrupt, stop_if_asked
 from mola.training.checkpoints import RUN_FILE
 
-FORMAT = 1
+FORMAT = 2
 _MAY_GROW = ("recipes", "seeds")
 
 

@@ -176,9 +176,14 @@ def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
 
 def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir, tmp_path):
     some = save_adapter(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[0, 1], r=2))
+    path = some / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    moved(some, "24", tmp_path / "new")  # by the base model that it names
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["num_experts"] == [2, 2, 4, 4]
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": "someone/model"}))
     with pytest.raises(MolaError, match="`base_model` is needed to know how many layers"):
-        moved(some, "24", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        moved(some, "24", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     for number, (numbers, more, experts) in enumerate(
         [
             ("24", {"base_model": str(no_weights_dir)}, [2, 2, 4, 4]),

@@ -5,9 +5,10 @@ import re
 import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
-from mola import MolaError
+from mola import MolaConfig, MolaError
 from tests.ecosystem.families import (
     AUTO_CLASSES,
     FAMILIES,
@@ -164,13 +165,27 @@ def test_balance_loss_counts_the_tokens_of_its_own_side(family):
 
 
 @pytest.mark.compatibility(column="train")
-def test_losses_keep_their_share_where_a_model_ignores_the_number_of_items():
-    """T5 takes `num_items_in_batch` and computes its mean all the same: the routers' losses follow what it does."""
-    model = adapt(build("t5"), "t5", router_aux_loss_coef=0.1).train()
-    inputs = batch("t5")
-    without = adapt(build("t5"), "t5").train()
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_losses_keep_their_share_where_a_model_ignores_the_number_of_items(family):
+    """It takes `num_items_in_batch` and computes its mean all the same: the routers' losses follow what it does."""
+    model = adapt(build(family), family, router_aux_loss_coef=0.1).train()
+    inputs = batch(family)
+    without = adapt(build(family), family).train()
     assert torch.equal(without(**inputs).loss, without(**inputs, num_items_in_batch=99).loss)
     torch.testing.assert_close(model(**inputs).loss, model(**inputs, num_items_in_batch=99).loss)
+
+
+def test_losses_follow_the_number_of_items_where_the_model_does():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    base = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=sizes, decoder=sizes, vocab_size=64))
+    targets = {"target_modules": ["q_proj"], "task_type": "SEQ_2_SEQ_LM"}
+    model = get_peft_model(base, MolaConfig(num_experts=3, r=2, router_aux_loss_coef=1.0, **targets)).train()
+    ids = torch.arange(3, 19).view(2, 8)
+    whole = model(input_ids=ids, labels=ids).loss
+    half = model(input_ids=ids, labels=ids, num_items_in_batch=2 * ids.numel()).loss
+    torch.testing.assert_close(half, whole / 2, rtol=0.05, atol=0.0)  # attention has a dropout
 
 
 # --- save/load ---------------------------------------------------------------------------------

@@ -50,5 +50,5 @@ def test_what_mixtures_do_not_have_is_refused(trl):
         assert mixture_config(given, MixtureArguments()).target_parameters == ["experts.down_proj"]
     with pytest.raises(MolaError, match="`num_experts`"):
         mixture_config(trl.ModelConfig(use_peft=True), MixtureArguments(mola_num_experts="2,x"))
-    with pytest.raises(MolaError, match="script of TRL, such as sft or dpo: got 'nosuch'"):
+    with pytest.raises(MolaError, match="script of TRL that trains adapters, such as sft or dpo: got 'nosuch'"):
         main(["nosuch"])

@@ -43,7 +43,7 @@ def several(adapters=ADAPTERS, dtype=torch.float32, **options):
         if model is None:
             model = get_peft_model(base, config, adapter_name=name, autocast_adapter_dtype=dtype != torch.float64)
         else:
-            model.add_adapter(name, config, autocast_adapter_dtype=dtype != torch.float64)
+            model.add_adapter(name, config)
     return model.to(dtype) if dtype == torch.float64 else model.eval()
 
 

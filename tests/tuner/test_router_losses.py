@@ -627,6 +627,28 @@ def test_a_module_that_runs_several_times_counts_every_time():
     torch.testing.assert_close(output["loss"], task_loss + COEF * model.get_balance_loss())
 
 
+def test_labels_of_another_length_are_no_mask():
+    """As of a classifier with several labels: their number divides that of the tokens, and says nothing of these."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lin, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, input_ids, labels=None):
+            logits = self.head(self.lin(self.embed(input_ids)).mean(1))
+            return {"loss": (logits - labels).square().mean(), "logits": logits}
+
+    torch.manual_seed(0)
+    config = MolaConfig(num_experts=4, target_modules=["lin"], router_aux_loss_coef=COEF, init_lora_weights=False)
+    model, inputs = get_peft_model(Classifier(), config).train(), []
+    (layer,) = routers(model)
+    layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    model(input_ids=torch.arange(16).view(2, 8), labels=torch.ones(2, 4))
+    logits = inputs[0].flatten(0, 1) @ layer.mola_router["default"].t()
+    torch.testing.assert_close(model.get_balance_loss(), reference_balance(logits, 2))
+
+
 @pytest.mark.parametrize("kind", ["dict", "named tuple"])
 def test_losses_are_added_to_any_output_that_names_its_loss(kind):
     Named = namedtuple("Named", ["loss", "logits"])

@@ -6,6 +6,8 @@
 Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.allocation.resize`.
 """
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -173,7 +175,12 @@ def _depth(config: Any, options: ReallocateOptions, at_least: int) -> int | None
         named.insert(0, count_decoder_layers(model, options.base_model))
     asked = layers_named(options.num_experts, "num_experts")
     named.append(asked if asked is not None and asked >= at_least else None)
-    return next((number for number in named if number is not None), None)
+    found = next((number for number in named if number is not None), None)
+    recorded = config.base_model_name_or_path
+    if found is None and recorded and os.path.isdir(recorded):  # where it was trained; a name on the Hub may be gone
+        with contextlib.suppress(MolaError):
+            found = count_decoder_layers(model_on_meta(recorded, options.trust_remote_code), recorded)
+    return found
 
 
 def _check_places(

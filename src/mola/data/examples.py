@@ -47,6 +47,13 @@ def load_examples(
     if all(_is_prepared(row, task) for _, row in rows):
         examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
+        if task is not None and reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
+            logger.warning(
+                "%s goes through the task %s, which reads `instruction` or `output`. If `mola prepare` wrote it, "
+                "prepare it again: rows have `id` and `input` now, by which they are known.",
+                path,
+                task.name,
+            )
         examples = _from_raw(rows, path, task, split, limit)
     check_ids((example["id"] for example in examples), str(path))
     return examples

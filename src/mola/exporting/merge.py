@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
@@ -69,7 +71,7 @@ def merge(options: MergeOptions) -> Path:
             mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
             mixture.base_model.check_mergeable()
     tokenizer = load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)
-    dtype = _own_dtype(config) if options.dtype == "auto" else options.dtype
+    dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
@@ -85,9 +87,14 @@ def merge(options: MergeOptions) -> Path:
     return output
 
 
-def _own_dtype(config: Any) -> str:
-    """The dtype that the configuration names, by name; float32 where it names none that we compute in."""
-    return next((name for name, dtype in DTYPES.items() if dtype == getattr(config, "dtype", None)), "float32")
+def _own_dtype(config: Any, base_model: str) -> str:
+    """The dtype that the configuration names, else that of a folder's weights; float32 where neither is one of ours."""
+    own = getattr(config, "dtype", None)
+    files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
+    if files:
+        with safe_open(files[0], "pt") as file:
+            own = file.get_tensor(next(iter(file.keys()))).dtype
+    return next((name for name, dtype in DTYPES.items() if dtype == own), "float32")
 
 
 def main(options: MergeOptions) -> int:

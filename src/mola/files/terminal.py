@@ -1,13 +1,11 @@
 """Tables on standard output: whole, also in a pipe or a file."""
 
-import os
-
 from rich.console import Console
 
 _NO_LIMIT = 1000  # columns; a table takes what it needs, and rich would assume 80 and cut cells
 
 
 def table_console() -> Console:
-    """A console as wide as the terminal or `COLUMNS`; where there is neither, wide enough for every table."""
+    """A console as wide as the terminal; where there is none, wide enough for every table."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_NO_LIMIT)
+    return console if console.is_terminal else Console(width=_NO_LIMIT)

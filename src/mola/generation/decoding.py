@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.errors import MolaError
 from mola.generation import predicting
 
-_COLDEST = 1e-6  # logits divided by less are no numbers any more
+_COLDEST = 1e-30  # logits divided by less may be no numbers any more
 
 
 def decoding_settings(

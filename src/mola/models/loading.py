@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mola._compat import set_adapter_to_infer
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
@@ -247,7 +246,7 @@ def load_model(
         warn_other_base(base_model, folder, configs[name])
         model = attach(model, name, os.fspath(folder))
     if len(adapters) > 1:  # PEFT makes trained tokens of the last one the active ones, where embeddings are tied
-        set_adapter_to_infer(model, next(iter(adapters)))
+        model.set_adapter(next(iter(adapters)))
     return model.requires_grad_(False).eval()
 
 

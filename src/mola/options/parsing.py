@@ -11,7 +11,6 @@ import os
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -63,6 +62,7 @@ def parse(
     if recipe is not None:
         values = read_recipe(recipe)
         arguments = _recipe_flags(values, recipe, parser, flags, get_type_hints(options_class)) + arguments
+    arguments = _with_home(arguments)
     _, stray = parser.parse_known_args(arguments)
     if stray:
         raise MolaError(_unknown(stray[0], flags))
@@ -76,10 +76,6 @@ def parse(
         raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise MolaError(str(error)) from error
-    for each in fields(options):
-        value = getattr(options, each.name)
-        if (expanded := _at_home(each.name, value)) != value:
-            setattr(options, each.name, expanded)
     return options
 
 
@@ -98,21 +94,26 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
         MolaError: a name is unknown or a value does not fit.
     """
     parser, flags = _make_parser(options_class)
-    options = parser.parse_args(_recipe_flags(values, source, parser, flags, get_type_hints(options_class)))
+    words = _recipe_flags(values, source, parser, flags, get_type_hints(options_class))
+    options = parser.parse_args(_with_home(words))
     names = [flags[f"--{key}"].dest for key in values]
-    return {name: _at_home(name, getattr(options, name)) for name in names}
+    return {name: getattr(options, name) for name in names}
 
 
+_FLAG = re.compile(r"--[\w-]+(=|$)")
 _FREE_TEXT = ("prompt", "instruction", "input")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # also in NAME=PATH and between commas
 
 
-def _at_home(name: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_at_home(name, each) for each in value]
-    if not isinstance(value, str) or name in _FREE_TEXT:
-        return value
-    return _HOME.sub(lambda _: os.path.expanduser("~"), value)
+def _with_home(arguments: Sequence[str]) -> list[str]:
+    """The words with the home folder in place of `~`, but in options that hold any text."""
+    words, name = [], ""
+    for word in arguments:
+        flag, sign, value = word.partition("=") if _FLAG.match(word) else ("", "", word)
+        name = flag.lstrip("-").replace("-", "_") or name
+        text = value if name in _FREE_TEXT else _HOME.sub(lambda _: os.path.expanduser("~"), value)
+        words.append(f"{flag}{sign}{text}")
+    return words
 
 
 def _make_parser(

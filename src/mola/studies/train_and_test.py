@@ -163,6 +163,7 @@ def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
 
 
 _asked_to_stop = threading.Event()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stop_if_asked() -> None:
@@ -179,10 +180,11 @@ def _stop(number: int, frame: Any) -> NoReturn:
 @contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[None]:
     """SIGTERM ends a test as Ctrl-C does, see also `stop_if_asked`; a running training has its own way of stopping."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _stop:
+    if threading.current_thread() is not threading.main_thread() or _stop in map(signal.getsignal, _SIGNALS):
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heard}
     try:
         yield
     finally:

@@ -61,7 +61,7 @@ from mola.training.setup import (
     load_tokenizer_for,
     stores_packed,
 )
-from mola.training.sharding import check_sharding, keep_dtypes
+from mola.training.sharding import check_sharding, is_sharded, keep_dtypes
 from mola.training.trainer import MolaTrainer
 from mola.training.zero import check_deepspeed, name_experts, uses_deepspeed, whole_weights
 from mola.tuner.kernels.dispatch import forced_backend
@@ -304,7 +304,7 @@ def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interrupti
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
     keep_dtypes(trainer)
     name_experts(trainer)
-    if not (options.fsdp or uses_deepspeed(options)):  # whose optimiser is of other parameters
+    if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters
         try:
             trainer.create_optimizer()
         except (ImportError, ValueError) as error:

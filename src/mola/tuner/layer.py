@@ -94,6 +94,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k: dict[str, int] = {}
         # Filled by assignment in a training forward when the model's `router_losses` asks for it.
         self.router_outputs: dict[str, RouterOutput] = {}
+        self.router_runs: dict[str, int] = {}  # of how many calls they are; 1 where it has no number
         self.router_losses: RouterCollector | None = None
         self.observer: RouterObserver | None = None  # set while routers are recorded, see `mola.insight`
         self.merged_adapters: list[str] = []
@@ -230,6 +231,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         if self.router_losses is not None and self.router_losses.collecting:
             before = self.router_outputs.get(adapter_name)
             if before is not None:  # the module runs several times in one forward pass
+                self.router_runs[adapter_name] = self.router_runs.get(adapter_name, 1) + 1
                 output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
             self.router_outputs[adapter_name] = output
 

@@ -74,7 +74,8 @@ class MolaModel(BaseTuner):
             )
         if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
             raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
-        check_name(adapter_name, model)
+        if not config.inference_mode:  # only what is saved again can lose tensors
+            check_name(adapter_name, model)
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
         found = getattr(getattr(model, "config", None), "model_type", None)

@@ -22,22 +22,22 @@ def replicated_layers(model: nn.Module, ranges: list[tuple[int, int]] | None) ->
         return
     lists = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     lists = [each for each in lists if isinstance(each[2], nn.ModuleList)]
-    configs = [(each, each.num_hidden_layers) for each in _configs(model)]
+    counts = layer_counts(model)
     _replicate_layers(model, ranges)
     try:
         yield
     except BaseException:
         for module, name, layers in lists:
             setattr(module, name, layers)
-        for config, num_layers in configs:
+        for config, num_layers in counts:
             config.num_hidden_layers = num_layers
         raise
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Configurations of the model and its parts that count decoder layers."""
+def layer_counts(model: nn.Module) -> list[tuple[Any, int]]:
+    """Configurations of the model and its parts, with the number of layers that each has now."""
     found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    return [config for config in found.values() if hasattr(config, "num_hidden_layers")]
+    return [(each, each.num_hidden_layers) for each in found.values() if hasattr(each, "num_hidden_layers")]
 
 
 def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:

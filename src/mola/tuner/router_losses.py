@@ -48,7 +48,7 @@ class RouterLosses:
         self._has_outputs = False  # whether layers hold outputs of the last forward passes in training mode
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
-        self._unshifted = False  # labels are of the positions themselves, not of the tokens after them
+        self._follows_items = True  # whether the model's loss is of its share of `num_items_in_batch`
         self._warnings = RouterWarnings()
         self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
@@ -102,8 +102,10 @@ class RouterLosses:
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
             inputs = call_arguments(module, args, kwargs)
-            self._unshifted = any(config.task_type in _UNSHIFTED_TASKS for config in configs)
-            self._set_masks(inputs, unshifted=self._unshifted)
+            tasks = {config.task_type for config in configs}
+            unshifted = not tasks.isdisjoint(_UNSHIFTED_TASKS)
+            self._follows_items = not unshifted or ("SEQ_2_SEQ_LM" in tasks and _uses_loss_function(self.model))
+            self._set_masks(inputs, unshifted=unshifted)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.collecting:
@@ -124,6 +126,7 @@ class RouterLosses:
             # since a compiler that sees the old one cleared makes another graph for one that is empty.
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
+                layer.router_runs = {}
         self._attention_mask = self._label_mask = None
         self._has_outputs = False
 
@@ -177,7 +180,8 @@ class RouterLosses:
             if output is None:
                 continue
             shape = layer.num_experts[adapter_name], layer.top_k[adapter_name]
-            key = *shape, output.logits.device, self._stacks.is_encoder(layer.layer_index)
+            runs = layer.router_runs.get(adapter_name, 1)
+            key = *shape, output.logits.device, self._stacks.is_encoder(layer.layer_index), runs
             # Numbers of tokens are compared, not looked up: compiled code would be made anew for each of them.
             same = [each for each in alike[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
             if not same:
@@ -185,10 +189,10 @@ class RouterLosses:
                 alike[key] += same
             same[0].append((layer.layer_index, output))
         stacks = []
-        for routers in (each for found in alike.values() for each in found):
+        for runs, routers in ((key[-1], each) for key, found in alike.items() for each in found):
             indices, outputs = zip(*routers, strict=True)
             stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
-            mask = self._token_mask(adapter_name, stacked.logits.shape[1], indices[0])
+            mask = self._token_mask(adapter_name, stacked.logits.shape[1], indices[0], runs)
             stacks.append((list(indices), router_statistics(stacked, mask)))
         return stacks
 
@@ -212,7 +216,7 @@ class RouterLosses:
             output.log_probs = add_loss(log_probs, loss, getattr(output, "label_mask", None), self._signs)
         num_items = inputs.get("num_items_in_batch")
         # Models of other tasks take it too, and leave their loss as it is.
-        is_followed = num_items is not None and self._label_mask is not None and not self._unshifted
+        is_followed = num_items is not None and self._label_mask is not None and self._follows_items
         share = cast(Any, self._label_mask).sum() / num_items if is_followed else 1.0
         weighted = loss * share
         if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
@@ -242,17 +246,19 @@ class RouterLosses:
         elif inputs.get("shift_labels") is not None:  # alone: beside labels they may be of `logits_to_keep` only
             self._label_mask = inputs["shift_labels"].ne(-100)
 
-    def _token_mask(self, adapter_name: str, num_tokens: int, layer_index: int | None) -> torch.Tensor | None:
+    def _token_mask(
+        self, adapter_name: str, num_tokens: int, layer_index: int | None, runs: int
+    ) -> torch.Tensor | None:
         """The `(num_tokens,)` mask of counted tokens, or None when all count.
 
         The "layer" reduction counts padding, as the paper's code does. A module that sees another
-        number of tokens than the mask has (experts of a MoE base) counts all of its own.
+        number of tokens than the mask has (experts of a MoE base) counts all of its own. One that runs several times
+        in a forward pass (ALBERT's) sees the tokens as often.
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
-        found = [m for m in (self._attention_mask, self._label_mask) if m is not None and m.numel()]
-        # A module that runs several times in one forward pass (ALBERT's) sees all tokens as often.
-        masks = [m.reshape(-1).repeat(num_tokens // m.numel()) for m in found if num_tokens % m.numel() == 0]
+        found = [m for m in (self._attention_mask, self._label_mask) if m is not None]
+        masks = [m.reshape(-1).repeat(runs) for m in found if num_tokens == runs * m.numel()]
         if self._stacks.num_encoder_layers:
             # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
             masks = masks[:1] if self._stacks.is_encoder(layer_index) else masks[-1:]
@@ -281,6 +287,12 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.to(values[0].device) for each in values]).mean()
+
+
+def _uses_loss_function(model: nn.Module) -> bool:
+    """Whether it computes its loss as causal models do (T5Gemma); others (T5, BART) take the mean in any case."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def _wants_loss(config: MolaConfig) -> bool:

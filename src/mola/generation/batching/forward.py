@@ -78,6 +78,7 @@ class Adapters:
         others = [other for other in self.model.peft_config if other != name]
         if not others:  # PEFT's model cannot do without any
             self.model = self.model.base_model.unload()
+            vars(self.model).pop("peft_config", None)  # PEFT 0.18 leaves it
             return
         if self.model.active_adapter == name:
             set_adapter_to_infer(self.model, others[0])
