@@ -20,6 +20,7 @@ from mola import MolaConfig, MolaError, MolaLinear
 from mola.insight.recording import recorded_gates
 from mola.tuner.kernels.cpu import decode as cpu_decode
 
+from ..versions import needs
 from .kernels.native import needs_numba
 from .models import random_config, tiny_llama, token_batch
 
@@ -155,7 +156,7 @@ def test_few_tokens(way, length, dtype, monkeypatch):
     if way == "torch":
         monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)
     inputs = token_batch(7, length)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for seed in range(3):
         assert largest_difference(model, inputs, draw(seed, 7)) < tolerance
 
@@ -277,6 +278,10 @@ def filled(model, part):
     return model
 
 
+adds_saved_modules = needs("peft", "0.19", "0.18 looks for tied modules in what other adapters saved, and fails")
+
+
+@adds_saved_modules
 @pytest.mark.parametrize("active", ["growing", "narrow"])
 def test_modules_to_save_of_some_adapters(active):
     adapters = {
@@ -292,6 +297,7 @@ def test_modules_to_save_of_some_adapters(active):
     assert_untouched(model)
 
 
+@adds_saved_modules
 @pytest.mark.parametrize("active", ["growing", "wide"])
 def test_trainable_tokens_of_some_adapters(active):
     adapters = {
