@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from mola.evaluation.differences import MeanSquares
@@ -61,6 +62,8 @@ def seeds_needed(
         if not error > 0:
             return seeds
         bound = float(stats.t.ppf(1 - (1 - level) / (2 * comparisons), seeds - 1))
-        if float(stats.nct.sf(bound, seeds - 1, margin / error)) >= power:
+        with np.errstate(divide="ignore"):  # SciPy 1.13 divides by zero far from the mean, and gives 0 all the same
+            reached = float(stats.nct.sf(bound, seeds - 1, margin / error))
+        if reached >= power:
             return seeds
     return None
