@@ -97,6 +97,12 @@ def encode_examples(
     _check_options(examples, tokenizer, cutoff_len, add_eos_token, truncation)
     eos = tokenizer.eos_token_id if add_eos_token else None
     samples = list(tokenized(examples, tokenizer, template, eos))
+    return _dataset(samples, cutoff_len, train_on_inputs, truncation)
+
+
+def _dataset(
+    samples: Sequence[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str
+) -> tuple[datasets.Dataset, EncodeReport]:
     too_long = [sample for sample in samples if len(sample.ids) > cutoff_len]
     longest = max(len(sample.ids) for sample in samples)
     if too_long and truncation == "error":
@@ -158,13 +164,15 @@ def encode_whole(
         MolaError: a sample is longer; and as `encode_examples`.
     """
     limit = _NO_LIMIT if positions is None else positions
-    for example, sample in zip(examples, tokenized(examples, tokenizer, template, tokenizer.eos_token_id), strict=True):
+    _check_options(examples, tokenizer, limit, True, "error")
+    samples = list(tokenized(examples, tokenizer, template, tokenizer.eos_token_id))
+    for sample in samples:
         if len(sample.ids) > limit:
             raise MolaError(
-                f"`data` must fit into the model's {limit} positions: sample {example['id']!r} has {len(sample.ids)} "
+                f"`data` must fit into the model's {limit} positions: sample {sample.row_id!r} has {len(sample.ids)} "
                 "tokens. Shorten it, or leave it out."
             )
-    return encode_examples(examples, tokenizer, template, cutoff_len=limit)[0]
+    return _dataset(samples, limit, train_on_inputs=False, truncation="error")[0]
 
 
 def _check_options(

@@ -48,7 +48,7 @@ class _Layer(DynamicLayer):
         return self.columns + num_queries(query), 0
 
     def make_room(self, other: "_Layer") -> None:
-        """Allocate what `append` will need."""
+        """Allocate what `append` needs, to be called before."""
         if self.rows:
             rows, columns = self.rows + other.rows, max(self.columns, other.columns)
             self._reserve(rows, columns, other.keys, other.values)
@@ -57,7 +57,6 @@ class _Layer(DynamicLayer):
         """Put the rows of another cache below those here."""
         rows, columns = self.rows + other.rows, max(self.columns, other.columns)
         self._shift(columns - self.columns)
-        self._reserve(rows, columns, other.keys, other.values)
         for kept, new in ((self.keys, other.keys), (self.values, other.values)):
             kept[self.rows : rows, :, columns - other.columns : columns] = other._used(new)
         self.rows, self.columns = rows, columns
@@ -83,8 +82,6 @@ class _Layer(DynamicLayer):
     def _shift(self, by: int) -> None:
         if by == 0:
             return
-        if by > 0:
-            self._reserve(self.rows, self.columns + by, self.keys, self.values)
         source, target = slice(max(-by, 0), self.columns), slice(max(by, 0), self.columns + by)
         for kept in (self.keys, self.values):
             kept[: self.rows, :, target] = kept[: self.rows, :, source].clone()

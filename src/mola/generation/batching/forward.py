@@ -15,10 +15,12 @@ from mola.generation.batching.cache import RowCache
 from mola.generation.predicting import base_of, inference_state, last_positions, longest_of_one_rope
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
+logger = logging.getLogger(__name__)
+
 
 def why_not_batched(model: Any) -> str | None:
     """Why answers of a model are made one after the other; None if rows can come and go."""
-    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+    if isinstance(model, PeftModel) and _puts_tokens_before(model):
         return "its adapter puts tokens before the prompt"
     base = base_of(model)
     if longest_of_one_rope(base.config) is not None:
@@ -31,7 +33,9 @@ def why_not_batched(model: Any) -> str | None:
     return f"its cache has layers of another kind: {', '.join(sorted(others))}" if others else None
 
 
-logger = logging.getLogger(__name__)
+def _puts_tokens_before(model: PeftModel) -> bool:
+    return any(config.is_prompt_learning for config in model.peft_config.values())
+
 
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -57,9 +61,7 @@ class Adapters:
         self.can_mix = is_adapted and self._can_mix()
 
     def _can_mix(self) -> bool:
-        if any(config.is_prompt_learning for config in self.model.peft_config.values()):
-            return False
-        if why_not_mixed(self.model.base_model) is not None:
+        if _puts_tokens_before(self.model) or why_not_mixed(self.model.base_model) is not None:
             return False
         if RowAdapters.suits(self.model.base_model):
             return True
