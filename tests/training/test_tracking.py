@@ -66,7 +66,7 @@ class RouterValue(TrainerCallback):
 @pytest.fixture
 def own_value(monkeypatch):
     """Every trainer of the command gets `RouterValue`."""
-    make = train._make_trainer
+    make = train.make_trainer
 
     def with_callback(*arguments):
         trainer = make(*arguments)
@@ -75,7 +75,7 @@ def own_value(monkeypatch):
         trainer.add_callback(callback)
         return trainer
 
-    monkeypatch.setattr(train, "_make_trainer", with_callback)
+    monkeypatch.setattr(train, "make_trainer", with_callback)
 
 
 def logged(folder, name):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
-from transformers.utils import is_liger_kernel_available
 
 from mola._compat import share_checkpointing
-from mola.data.encode import TRUNCATIONS
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import Quantization, check_mixed_precision, check_quantization
 from mola.options.fields import START, Group, mapping, option
 from mola.training.compiling import check_compiler
 from mola.training.meeting import meeting
+from mola.training.option_checks import (
+    check_adapter_options,
+    check_choices,
+    check_launcher,
+    check_ranges,
+    check_schedule,
+)
 from mola.training.trackers import check_trackers
 from mola.training.zero import settle_backend
 
@@ -51,25 +54,6 @@ TRAINING_ONLY = (
     "router_z_loss_coef",
     "router_jitter_noise",
 )
-
-_LOSS_NAMES = (None, "loss", "eval_loss")
-# Lowest and highest value, and the rule in words.
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "per_device_train_batch_size": (1, math.inf, "at least 1"),
-    "per_device_eval_batch_size": (1, math.inf, "at least 1"),
-    "gradient_accumulation_steps": (1, math.inf, "at least 1"),
-    "num_train_epochs": (1e-9, math.inf, "above 0"),
-    "learning_rate": (1e-30, math.inf, "above 0"),
-    "weight_decay": (0, math.inf, "at least 0"),
-    "loraplus_lr_ratio": (1e-30, math.inf, "above 0"),
-    "warmup_steps": (0, math.inf, "at least 0"),
-    "ddp_timeout": (1, math.inf, "at least 1 (seconds)"),
-    "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
-    "validation_size": (0, math.inf, "at least 0"),
-    "eval_limit": (1, math.inf, "at least 1"),
-    "eval_accumulation_steps": (1, math.inf, "at least 1"),
-    "max_grad_norm": (0, math.inf, "at least 0"),
-}
 
 
 @dataclass
@@ -167,9 +151,12 @@ class TrainOptions(Quantization, TrainingArguments):
     hub_strategy: str = option("end", "Only end: the finished run is uploaded, once.")
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_ranges()
-        self._check_schedule()
+        check_choices(self)
+        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            setattr(self, name, mapping(name, getattr(self, name)) or None)
+        check_adapter_options(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
+        check_ranges(self)
+        check_schedule(self)
         device = resolve_device("cpu" if self.use_cpu else None)
         if device.type == "cpu":
             self.use_cpu = True
@@ -187,7 +174,7 @@ class TrainOptions(Quantization, TrainingArguments):
                 "`dtype` float16 (or `fp16`) cannot be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
-        self._check_launcher()
+        check_launcher(self)
         self._check_quantization(device, torch_dtype)
         if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
@@ -206,53 +193,6 @@ class TrainOptions(Quantization, TrainingArguments):
             if getattr(self, name, None) and getattr(self, f"{name}_kwargs", None) is None:
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False})
 
-    def _check_choices(self) -> None:
-        if not self.output_dir:
-            raise MolaError(
-                "`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR."
-            )
-        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            setattr(self, name, mapping(name, getattr(self, name)) or None)
-        if self.truncation not in TRUNCATIONS:
-            raise MolaError(f"`truncation` must be one of {', '.join(TRUNCATIONS)}: got {self.truncation!r}.")
-        if self.validation_size > 1 and self.validation_size % 1:
-            raise MolaError(
-                f"`validation_size` must be a number of samples or a share below 1: got {self.validation_size}."
-            )
-        if self.validation_size and (self.eval_data is not None or self.eval_split != TrainOptions.eval_split):
-            other = "eval_data" if self.eval_data is not None else "eval_split"
-            raise MolaError(
-                f"`validation_size` ({self.validation_size:g}) takes samples out of the training data, and "
-                f"`{other}` ({getattr(self, other)!r}) names others. Leave one of the two out."
-            )
-        if self.metric_for_best_model not in _LOSS_NAMES:
-            raise MolaError(
-                f"`metric_for_best_model` must be eval_loss: got {self.metric_for_best_model!r}. Training measures "
-                "the loss only; for accuracy run `mola evaluate` on the checkpoints."
-            )
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise MolaError(
-                    f"`{name}` would round the weights that are saved: the trainer casts the model before its last "
-                    "evaluation. Leave it out; `dtype` sets that of the base model."
-                )
-        if self.label_names is not None and "labels" not in self.label_names:
-            raise MolaError(f"`label_names` must have labels among them, got {self.label_names}. Leave it out.")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise MolaError("`use_liger_kernel` needs the package liger-kernel. Run: pip install liger-kernel")
-        if self.greater_is_better:
-            raise MolaError("`greater_is_better` must be false: a lower loss is better. Leave it out.")
-        if self.do_predict:
-            raise MolaError("`do_predict` is no part of training: run `mola evaluate` afterwards. Leave it out.")
-        if self.adapter is not None:
-            given = [name for name in ADAPTER_DEFAULTS if getattr(self, name) is not None]
-            given = [name for name in given if name not in TRAINING_ONLY]
-            if given:
-                raise MolaError(
-                    f"`adapter` brings its own {', '.join(f'`{name}`' for name in given)}: leave these options out, "
-                    "or leave `adapter` out to start with new experts."
-                )
-
     def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
         check_quantization(self, device, dtype)
         mixed = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
@@ -261,53 +201,6 @@ class TrainOptions(Quantization, TrainingArguments):
             raise MolaError(
                 "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
                 "Leave it out."
-            )
-
-    def _check_launcher(self) -> None:
-        """Transformers would compute in what accelerate's configuration has, whatever `dtype` says."""
-        given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-        wanted = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
-        if given not in ("", "no", wanted):
-            raise MolaError(
-                f"`dtype` {self.base_dtype} and the launcher's `mixed_precision` {given} (ACCELERATE_MIXED_PRECISION) "
-                "contradict each other. Set mixed_precision to 'no': `dtype` decides."
-            )
-
-    def _check_ranges(self) -> None:
-        for name, (low, high, rule) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
-                raise MolaError(f"`{name}` must be {rule}: got {value}.")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {self.max_steps}.")
-
-    def _check_schedule(self) -> None:
-        """What is evaluated and saved when; Transformers ignores some contradictions in silence."""
-        evaluate, save = (getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy))
-        if evaluate not in ("no", "steps", "epoch") or save not in ("no", "steps", "epoch", "best"):
-            return  # TrainingArguments names the choices
-        if save != "steps" and self.save_steps != TrainingArguments.save_steps:
-            raise MolaError(
-                f"`save_steps` ({self.save_steps}) counts only with `save_strategy` steps, which is {save}. "
-                "Pass --save_strategy steps as well."
-            )
-        if evaluate == "epoch" and self.eval_steps is not None:
-            raise MolaError(
-                f"`eval_steps` ({self.eval_steps}) counts only with `eval_strategy` steps, which is epoch. "
-                "Pass --eval_strategy steps as well."
-            )
-        if evaluate == "no" and save == "best":
-            raise MolaError(
-                "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch or "
-                "steps, or another --save_strategy."
-            )
-        if evaluate == "no":
-            self.load_best_model_at_end = False  # nothing tells which one is the best
-        elif self.load_best_model_at_end and save not in (evaluate, "best"):
-            raise MolaError(
-                "`load_best_model_at_end` needs a checkpoint at every evaluation: `eval_strategy` is "
-                f"{evaluate}, `save_strategy` is {save}. Make them equal, pass --eval_strategy no if there is no "
-                "evaluation data, or pass --load_best_model_at_end false to keep the last weights."
             )
 
     def to_dict(self) -> dict[str, Any]:

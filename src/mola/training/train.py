@@ -13,64 +13,33 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.training_args import OptimizerNames
+from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry
-from mola.models.adapters import check_adapter, warn_other_base
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
-from mola.training.callbacks import (
-    CheckpointLast,
-    FiniteLoss,
-    Interruption,
-    MetricsFile,
-    ResumedCheckpoints,
-    TrainingClock,
-)
-from mola.training.checkpoints import (
-    RUN_FILE,
-    check_best_checkpoint,
-    check_nothing_is_left,
-    check_same_run,
-    checkpoint_step,
-    find_checkpoint,
-)
-from mola.training.compiling import FrozenInput, compiled_if_asked
-from mola.training.data import TrainingData, prepare_data
-from mola.training.digests import CheckpointDigests
-from mola.training.hub import check_hub_options, create_repository, upload
-from mola.training.needed_logits import NeededLogits, computes_needed_logits
+from mola.training.callbacks import Interruption, TrainingClock
+from mola.training.checked_run import CheckedRun, check_run
+from mola.training.checkpoints import RUN_FILE
+from mola.training.compiling import compiled_if_asked
+from mola.training.hub import create_repository, upload
 from mola.training.options import TrainOptions
-from mola.training.run_folder import METRICS_FILE, check_output_dir, check_start_is_kept, save_result, start_run
-from mola.training.run_record import describe_run, write_record
-from mola.training.setup import (
-    build_model,
-    check_model_options,
-    check_steps,
-    effective_batch_size,
-    load_tokenizer_for,
-    stores_packed,
-)
-from mola.training.sharding import check_sharding, is_sharded, keep_dtypes
-from mola.training.trainer import MolaTrainer
-from mola.training.zero import check_deepspeed, name_experts, uses_deepspeed, whole_weights
-from mola.tuner.kernels.dispatch import forced_backend
+from mola.training.run_folder import METRICS_FILE, save_result, start_run
+from mola.training.run_record import write_record
+from mola.training.setup import build_model
+from mola.training.trainer import make_trainer
+from mola.training.zero import whole_weights
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
 logger = logging.getLogger(__name__)
-
-_PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
 
 
 @dataclass
@@ -117,21 +86,9 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         return _train(options, callbacks)
 
 
-@dataclass
-class _Run:
-    """What is settled before weights are loaded."""
-
-    folder: Path
-    checkpoint: Path | None
-    first_step: int
-    tokenizer: PreTrainedTokenizerBase
-    data: TrainingData
-    record: dict[str, Any]
-
-
 def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> TrainResult:
     with whole_weights():
-        run = _checked_run(options)
+        run = check_run(options)
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
@@ -141,7 +98,7 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
         for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels, %s", choice)
     interruption = Interruption()
-    trainer = _make_trainer(options, model, run, interruption)
+    trainer = make_trainer(options, model, run, interruption)
     for callback in callbacks:
         trainer.add_callback(callback)
     # Not before: as long as anything can be wrong, in any process, the earlier run stays.
@@ -170,44 +127,8 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     return result
 
 
-def _checked_run(options: TrainOptions) -> _Run:
-    """Everything that can be wrong before weights are loaded; settles what options leave open."""
-    check_hub_options(options)
-    if options.adapter is not None:
-        check_start_is_kept(options.adapter, options.output_dir)
-    # It tries to write, which others would take for an earlier run's file.
-    with options.main_process_first(local=False):
-        folder = check_output_dir(
-            options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
-        )
-    checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
-    check_sharding(options, checkpoint)
-    if uses_deepspeed(options):
-        check_deepspeed(options, is_quantized=stores_packed(options))
-    first_step = checkpoint_step(checkpoint) if checkpoint else 0
-    forced_backend()  # raises for a name that there is not
-    allocation = check_model_options(options)
-    tokenizer = load_tokenizer_for(options)
-    data = prepare_data(options, tokenizer)
-    steps = check_steps(options, data)
-    logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
-    if data.evaluation is None:
-        options.eval_strategy, options.load_best_model_at_end = "no", False
-    record = describe_run(options, data, allocation)
-    if checkpoint is not None:
-        check_same_run(checkpoint, record)
-        warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
-        if options.load_best_model_at_end:
-            check_best_checkpoint(checkpoint)
-        if first_step >= steps:
-            check_nothing_is_left(checkpoint, options.num_train_epochs if options.max_steps < 1 else 0)
-            # Nothing is left, but in an epoch that was begun the trainer would do one more step.
-            options.num_train_epochs, options.max_steps = 0, -1
-    return _Run(folder, checkpoint, first_step, tokenizer, data, record)
-
-
 def _trained(
-    options: TrainOptions, trainer: Trainer, run: _Run, interruption: Interruption
+    options: TrainOptions, trainer: Trainer, run: CheckedRun, interruption: Interruption
 ) -> tuple[dict[str, Any], float]:
     """Trains and evaluates: metrics, and seconds of training."""
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
@@ -236,7 +157,7 @@ def _trained(
     return metrics, seconds
 
 
-def _save(options: TrainOptions, trainer: Trainer, run: _Run, result: TrainResult) -> None:
+def _save(options: TrainOptions, trainer: Trainer, run: CheckedRun, result: TrainResult) -> None:
     """Adapter, record and card, here and on the Hub."""
     saved = save_result(trainer.save_model, run.folder, is_main_process=trainer.is_world_process_zero())
     run.record |= asdict(result)
@@ -277,36 +198,3 @@ def main(options: TrainOptions) -> int:
     if result.status == "interrupted":
         print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
     return exit_code
-
-
-def _make_trainer(options: TrainOptions, model: PeftModel, run: _Run, interruption: Interruption) -> Trainer:
-    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
-    if computes_needed_logits(model, options):
-        collate = NeededLogits(collate)
-    # In this order: what is to be saved is known first, and is looked at before it is.
-    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast(), FiniteLoss()]
-    own += [FrozenInput(), CheckpointDigests()]
-    try:
-        trainer = MolaTrainer(
-            model=model,
-            args=options,
-            train_dataset=run.data.train,
-            eval_dataset=run.data.evaluation,
-            data_collator=collate,
-            processing_class=run.tokenizer,
-            callbacks=own,
-        )
-    except MolaError:
-        raise
-    except (ImportError, ValueError) as error:  # packages that are missing, options that exclude each other
-        raise MolaError(f"the trainer cannot be made with these options: {error}") from error
-    if run.checkpoint is not None:
-        trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
-    keep_dtypes(trainer)
-    name_experts(trainer)
-    if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters
-        try:
-            trainer.create_optimizer()
-        except (ImportError, ValueError) as error:
-            raise MolaError(f"`optim` {OptimizerNames(options.optim).value} cannot be made: {error}") from error
-    return trainer

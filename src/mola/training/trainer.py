@@ -6,10 +6,58 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
+from mola.errors import MolaError
+from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
+from mola.training.checked_run import CheckedRun
+from mola.training.compiling import FrozenInput
+from mola.training.digests import CheckpointDigests
+from mola.training.needed_logits import NeededLogits, computes_needed_logits
+from mola.training.options import TrainOptions
+from mola.training.run_folder import METRICS_FILE
+from mola.training.sharding import is_sharded, keep_dtypes
+from mola.training.zero import name_experts, uses_deepspeed
 from mola.tuner.loraplus import split_groups
+
+_PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
+
+
+def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, interruption: Interruption) -> MolaTrainer:
+    """With mola's collator and callbacks, and an optimiser where it can be made before training."""
+    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
+    if computes_needed_logits(model, options):
+        collate = NeededLogits(collate)
+    # In this order: what is to be saved is known first, and is looked at before it is.
+    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast(), FiniteLoss()]
+    own += [FrozenInput(), CheckpointDigests()]
+    try:
+        trainer = MolaTrainer(
+            model=model,
+            args=options,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.evaluation,
+            data_collator=collate,
+            processing_class=run.tokenizer,
+            callbacks=own,
+        )
+    except MolaError:
+        raise
+    except (ImportError, ValueError) as error:  # packages that are missing, options that exclude each other
+        raise MolaError(f"the trainer cannot be made with these options: {error}") from error
+    if run.checkpoint is not None:
+        trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
+    keep_dtypes(trainer)
+    name_experts(trainer)
+    if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters
+        try:
+            trainer.create_optimizer()
+        except (ImportError, ValueError) as error:
+            raise MolaError(f"`optim` {OptimizerNames(options.optim).value} cannot be made: {error}") from error
+    return trainer
 
 
 class MolaTrainer(Trainer):

@@ -1,0 +1,84 @@
+"""What is settled, and everything that can be wrong, before the weights of a run are loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mola.models.adapters import check_adapter, warn_other_base
+from mola.training.checkpoints import (
+    check_best_checkpoint,
+    check_nothing_is_left,
+    check_same_run,
+    checkpoint_step,
+    find_checkpoint,
+)
+from mola.training.data import TrainingData, prepare_data
+from mola.training.hub import check_hub_options
+from mola.training.options import TrainOptions
+from mola.training.run_folder import check_output_dir, check_start_is_kept
+from mola.training.run_record import describe_run
+from mola.training.setup import (
+    check_model_options,
+    check_steps,
+    effective_batch_size,
+    load_tokenizer_for,
+    stores_packed,
+)
+from mola.training.sharding import check_sharding
+from mola.training.zero import check_deepspeed, uses_deepspeed
+from mola.tuner.kernels.dispatch import forced_backend
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CheckedRun:
+    """Of one run: its folder, where it goes on, its data and the record to be written."""
+
+    folder: Path
+    checkpoint: Path | None
+    first_step: int
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    record: dict[str, Any]
+
+
+def check_run(options: TrainOptions) -> CheckedRun:
+    """Everything that can be wrong before weights are loaded; settles what options leave open."""
+    check_hub_options(options)
+    if options.adapter is not None:
+        check_start_is_kept(options.adapter, options.output_dir)
+    # It tries to write, which others would take for an earlier run's file.
+    with options.main_process_first(local=False):
+        folder = check_output_dir(
+            options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
+        )
+    checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    check_sharding(options, checkpoint)
+    if uses_deepspeed(options):
+        check_deepspeed(options, is_quantized=stores_packed(options))
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    forced_backend()  # raises for a name that there is not
+    allocation = check_model_options(options)
+    tokenizer = load_tokenizer_for(options)
+    data = prepare_data(options, tokenizer)
+    steps = check_steps(options, data)
+    logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
+    if data.evaluation is None:
+        options.eval_strategy, options.load_best_model_at_end = "no", False
+    record = describe_run(options, data, allocation)
+    if checkpoint is not None:
+        check_same_run(checkpoint, record)
+        warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
+        if options.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
+        if first_step >= steps:
+            check_nothing_is_left(checkpoint, options.num_train_epochs if options.max_steps < 1 else 0)
+            # Nothing is left, but in an epoch that was begun the trainer would do one more step.
+            options.num_train_epochs, options.max_steps = 0, -1
+    return CheckedRun(folder, checkpoint, first_step, tokenizer, data, record)
