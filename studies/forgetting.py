@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from studies.forgetting_options import CONTRASTS, KINDS, QUIET, RECIPES, TRAINING, ForgettingOptions, check, order_of
-from studies.forgetting_tables import chosen_rate, tables
+from studies.forgetting_tables import chosen_rate, is_finished, tables
 
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals_as_interrupt():
             study.work()
         text = tables(study.record)
-        if study.options.page is not None:
+        if study.options.page is not None and is_finished(study.record):
             write_part(study.options.page, text)
     except KeyboardInterrupt:
         print("interrupted. Go on with the same command.", file=sys.stderr)

@@ -72,7 +72,7 @@ class ForgettingOptions:
     validation_size: int = option(30, "Validation questions of each kind.")
     test_size: int = option(40, "Test questions of each kind.")
     at_most: int | None = option(None, "Stop after so many sequences; 0 prints the tables only.")
-    page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
+    page: str | None = option(None, "When nothing is left, also write the tables into this page, between its markers.")
 
 
 def check(options: ForgettingOptions, recipes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mola.evaluation.differences import Difference, paired_difference, t_interval
+from mola.evaluation.differences import Difference, Part, paired_difference, t_interval
 from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.tables import interval_cell, p_cell
 
 NO_RESULT = "No sequence has been run yet: there is no result."
 MEASURES = {"op": "OP", "pd": "PD"}
+_LEAST = {"op": 0.0, "pd": -1.0}  # of a sequence; the most is 1
 Runs = dict[int, Mapping[str, Any]]  # of one recipe, by seed, which has an order of its own
 
 
@@ -33,8 +34,18 @@ def tables(record: Mapping[str, Any]) -> str:
     settings, runs = record["settings"], _runs(record)
     parts = [_search_table(record)] if settings["rates"] else []
     if any(runs.values()):
-        parts += [_state(record, runs), _means_table(runs), _sequences_table(settings, runs), _comparison_table(record)]
+        parts += [_state(record), _means_table(runs), _sequences_table(settings, runs), _comparison_table(record)]
     return "\n\n".join(parts)
+
+
+def is_finished(record: Mapping[str, Any]) -> bool:
+    """Whether every sequence of the study is done, so that its page may say what came out."""
+    settings = record.get("settings")
+    return bool(settings) and _num_done(record) == len(settings["recipes"]) * len(settings["seeds"])
+
+
+def _num_done(record: Mapping[str, Any]) -> int:
+    return sum(map(len, _runs(record).values()))
 
 
 def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
@@ -50,7 +61,8 @@ def comparisons(record: Mapping[str, Any]) -> list[Comparison]:
             ours, theirs = (
                 np.stack([by_question(runs[name][seed], measure) for seed in seeds]) for name in (recipe, other)
             )
-            difference = paired_difference(ours, theirs, sum(map(bool, shared)))
+            parts = [Part(ours.shape[1], 1 - _LEAST[measure])]
+            difference = paired_difference(ours, theirs, sum(map(bool, shared)), parts)
             found.append(Comparison(measure, recipe, other, difference))
     return found
 
@@ -96,9 +108,8 @@ def _runs(record: Mapping[str, Any]) -> dict[str, Runs]:
     return found
 
 
-def _state(record: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:
-    settings = record["settings"]
-    done = sum(map(len, runs.values()))
+def _state(record: Mapping[str, Any]) -> str:
+    settings, done = record["settings"], _num_done(record)
     wanted = len(settings["recipes"]) * len(settings["seeds"])
     seconds = sum(run["seconds_training"] + run["seconds_testing"] for run in record["runs"])
     text = f"{done} of {wanted} sequences are finished{'' if done == wanted else ': the tables will change'}. "
@@ -118,14 +129,11 @@ def _means_table(runs: Mapping[str, Runs]) -> str:
             cells.append(f"{100 * own.mean():.1f}")
             for measure, sign in (("op", ""), ("pd", "+")):
                 values = np.array([run[measure] for run in every])
-                cells += [f"{100 * values.mean():{sign}.1f}", _interval(values, sign)]
+                interval = t_interval(values, _LEAST[measure], 1.0) if len(values) > 1 else None
+                cells += [f"{100 * values.mean():{sign}.1f}", interval_cell(interval, sign)]
             rows.append(cells)
     note = "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over the sequences."
     return f"### Means\n\n{markdown_table(header, rows)}\n\n{note}"
-
-
-def _interval(values: np.ndarray, sign: str = "+") -> str:
-    return interval_cell(t_interval(values), sign) if len(values) > 1 else ""
 
 
 def _sequences_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:

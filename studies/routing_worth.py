@@ -56,7 +56,9 @@ class WorthOptions:
         default_factory=lambda: ["runs/study"], metadata={"help": "The `output_dir` of each, with the adapters."}
     )
     output: str = option("studies/routing_worth.json", "File of all results.")
-    page: str | None = option(None, "Also write the tables into this page, between its two marker comments.")
+    page: str | None = option(
+        None, "When all is done, also write the tables into this page, between its two marker comments."
+    )
     recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
     seeds: list[int] | None = option(None, "Seeds to export; default: all.")
     rank: int = option(8, "Rank of the LoRAs.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 LEVEL = 0.95
 
@@ -25,12 +25,12 @@ class Mean:
 class Difference:
     """A recipe minus the reference, on the same questions with the same seeds."""
 
-    value: float  # mean difference of the accuracies. Intervals are given as far as they lie between -1 and 1.
+    value: float  # mean difference of the accuracies. Intervals are given as far as differences can reach.
     # t interval over seeds: would other seeds say the same, on these questions? None with one seed
     seeds_95: tuple[float, float] | None
     # t interval over questions, each the mean over seeds: would other questions say the same?
     questions_95: tuple[float, float]
-    # for other seeds *and* other questions, see `two_way_error`; None with one seed
+    # for other seeds *and* other questions, see `two_way_error` and `_interval`; None with one seed
     both_95: tuple[float, float] | None
     # the same at a level at which all recipes compared are right together in 95 % of studies (Bonferroni)
     joint_95: tuple[float, float] | None
@@ -38,6 +38,15 @@ class Difference:
     # `better` or `worse` if `joint_95` excludes 0, else the largest difference it leaves room for; see `verdict_of`
     verdict: str
     seeds: int  # number of seeds
+
+
+class Part(NamedTuple):
+    """Questions that count alike, of which none is in another part."""
+
+    questions: int  # how many
+    reach: (
+        float  # by how much a mean difference moves from 0, if one of these recipes knows all of them, the other none
+    )
 
 
 def mean_accuracy(accuracies: Sequence[float]) -> Mean:
@@ -51,36 +60,43 @@ def mean_accuracy(accuracies: Sequence[float]) -> Mean:
 
 
 def paired_differences(
-    recipes: dict[str, np.ndarray], reference: np.ndarray, comparisons: int | None = None
+    recipes: dict[str, np.ndarray],
+    reference: np.ndarray,
+    comparisons: int | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> dict[str, Difference]:
     """Every recipe against the reference.
 
     Args:
-        recipes: name -> marks `(seeds, questions)`, from 0 to 1.
+        recipes: name -> marks `(seeds, questions)`; all from 0 to 1, if there are no `parts`.
         reference: marks of the reference, with the same seeds and questions.
         comparisons: how many differences are looked at together; None for as many as there are recipes here.
+        parts: of the questions, if they do not all count alike or their marks are others.
     """
     family = comparisons or len(recipes)
-    return {name: paired_difference(marks, reference, family) for name, marks in recipes.items()}
+    return {name: paired_difference(marks, reference, family, parts) for name, marks in recipes.items()}
 
 
-def paired_difference(marks: np.ndarray, reference: np.ndarray, comparisons: int = 1) -> Difference:
-    """One of `paired_differences`; the marks are as there."""
+def paired_difference(
+    marks: np.ndarray, reference: np.ndarray, comparisons: int = 1, parts: Sequence[Part] | None = None
+) -> Difference:
+    """One of `paired_differences`; the arguments are as there."""
     values = marks.astype(float) - reference
-    value, questions = float(values.mean()), values.shape[1]
-    over_questions = _interval(value, _error_over_questions(values), questions, LEVEL)
+    value, parts = float(values.mean()), parts or [Part(values.shape[1], 1.0)]
+    reach = sum(part.reach for part in parts)
+    over_questions = _interval(value, _error_over_questions(values), parts, LEVEL)
     if min(values.shape) < 2:
         few = "one seed" if len(values) < 2 else "one question"
         return Difference(value, None, over_questions, None, None, None, f"{few}: no verdict", len(values))
     spread = two_way_error(values)
-    joint = _interval(value, spread, questions, 1 - (1 - LEVEL) / comparisons)
+    joint = _interval(value, spread, parts, 1 - (1 - LEVEL) / comparisons)
     return Difference(
         value,
-        t_interval(values.mean(1), -1.0, 1.0),
+        t_interval(values.mean(1), -reach, reach),
         over_questions,
-        _interval(value, spread, questions, LEVEL),
+        _interval(value, spread, parts, LEVEL),
         joint,
-        min(1.0, comparisons * _two_sided(value, spread, questions)),
+        min(1.0, comparisons * _two_sided(value, spread, parts)),
         verdict_of(value, joint),
         len(values),
     )
@@ -90,12 +106,13 @@ def verdict_of(value: float, joint: tuple[float, float]) -> str:
     """What an interval of a difference says: `better`, `worse`, or what it leaves room for.
 
     "No difference above X points" is a result, not a lack of one: with the interval's confidence the recipes are that
-    near to each other. A difference that is certain but that small is called better or worse all the same.
+    near to each other; it is rounded up. A difference that is certain but small is called better or worse all the same.
     """
     low, high = joint
     if low > 0 or high < 0:
         return "better" if value > 0 else "worse"
-    return f"no difference above {100 * max(0.0, -low, high):.1f} points"
+    bound = math.ceil(round(1000 * max(-low, high), 9)) / 10
+    return f"no difference above {bound:.1f} points"
 
 
 class Spread(NamedTuple):
@@ -153,23 +170,52 @@ def _error_over_questions(values: np.ndarray) -> Spread:
     return Spread(float(stats.sem(means)) if np.ptp(means) > 0 else 0.0, len(means) - 1.0)
 
 
-def _interval(value: float, spread: Spread, questions: int, level: float) -> tuple[float, float]:
-    """Student's interval; where every answer differs alike, what other questions leave room for (Clopper-Pearson).
-
-    Of `Q` questions none was another matter: the share of such questions is at most `1 - ((1 - level) / 2) ** (1 / Q)`.
-    """
-    if spread.error > 0:
-        reach = float(stats.t.ppf((1 + level) / 2, spread.df)) * spread.error
-    else:
-        reach = 1 - ((1 - level) / 2) ** (1 / questions)
-    return max(value - reach, -1.0), min(value + reach, 1.0)
+def _interval(value: float, spread: Spread, parts: Sequence[Part], level: float) -> tuple[float, float]:
+    """Student's interval, with what questions leave room for that are of another matter than those asked."""
+    reach = sum(part.reach for part in parts)
+    spread = _with_unseen(spread, parts)
+    half = float(stats.t.ppf((1 + level) / 2, spread.df)) * spread.error
+    half = max(half, _unseen_share(math.log((1 - level) / 2), parts))
+    return max(value - half, -reach), min(value + half, reach)
 
 
-def _two_sided(value: float, spread: Spread, questions: int) -> float:
+def _two_sided(value: float, spread: Spread, parts: Sequence[Part]) -> float:
     """The level, from 1 down, at which `_interval` ends at 0."""
-    if spread.error > 0:
-        return 2 * float(stats.t.sf(abs(value) / spread.error, spread.df))
-    return min(1.0, 2 * max(0.0, 1 - abs(value)) ** questions)
+    spread = _with_unseen(spread, parts)
+    return max(2 * float(stats.t.sf(abs(value) / spread.error, spread.df)), _level_of_unseen(abs(value), parts))
+
+
+def _with_unseen(spread: Spread, parts: Sequence[Part]) -> Spread:
+    r"""A standard error with two more questions in every part, answered right by one recipe alone, one by each.
+
+    What nearly all questions agree on has nearly no error, which is too little: few questions of another matter may
+    have been missed. With `n` questions in a part:
+        error ** 2 + sum(2 (reach / n) ** 2)
+    The second is a constant, so the degrees of freedom (Satterthwaite) grow with its share.
+
+    Source: after Agresti and Coull 1998, The American Statistician 52:119, who add such cases to a share.
+    """
+    known = sum(2 * (part.reach / part.questions) ** 2 for part in parts)
+    total = spread.error**2 + known
+    df = total**2 * spread.df / spread.error**4 if spread.error**4 > 0 else math.inf
+    return Spread(math.sqrt(total), df)
+
+
+def _unseen_share(log_level: float, parts: Sequence[Part]) -> float:
+    """How far questions may move the mean of which none was seen, at a level on either side (Clopper-Pearson).
+
+    If none of `n` questions is of another matter, their share is at most `1 - level ** (1 / n)`.
+    """
+    return -sum(part.reach * math.expm1(log_level / part.questions) for part in parts)
+
+
+def _level_of_unseen(value: float, parts: Sequence[Part]) -> float:
+    """Two times the level at which `_unseen_share` is `value`, which is at least 0; at most 1."""
+    low = -800.0 * max(part.questions for part in parts)  # where exp gives 0
+    if _unseen_share(low, parts) <= value:
+        return 0.0
+    log_level = float(optimize.brentq(lambda each: _unseen_share(each, parts) - value, low, 0.0)) if value else 0.0
+    return min(1.0, 2 * math.exp(log_level))
 
 
 def t_interval(

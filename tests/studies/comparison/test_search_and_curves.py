@@ -21,7 +21,7 @@ from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_t
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
 from mola.studies.comparison.tables import power_line
-from mola.studies.comparison.tuning import Power
+from mola.studies.comparison.tuning import Power, _edges
 from mola.training.callbacks import MetricsFile
 from tests.studies.comparison.comparisons import RECIPES, read
 
@@ -44,6 +44,7 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
             assert {each.settings["learning_rate"] for each in runs} == {rate}
         best = max(found.accuracies, key=found.accuracies.get)
         assert found.chosen == best
+        assert (found.edges, found.measure) == (["learning_rate"], AT_END)  # of two values both are at the edge
         one = by_key["physics", found.recipe, 0]
         assert f"@learning_rate={one.settings['learning_rate']}" == best
         assert one.fingerprints["test"] != runs[0].fingerprints["test"]
@@ -55,6 +56,18 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
     again = run(**ONE_TASK, **SEARCH, evaluate_base=False, seeds=[0])
     assert again.found == result.found
     assert len(again.results) == len(result.results)
+
+
+def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
+    tried = {
+        f"@{rate},{rank},{name}": {"rate": rate, "r": rank, "name": name}
+        for rate in (2, 1, 3)
+        for rank in (4, 8)
+        for name in "ab"
+    }
+    assert _edges(tried, "@2,4,a") == ["r"]
+    assert _edges(tried, "@1,8,b") == ["rate", "r"]
+    assert _edges({"@1": {"rate": 1}}, "@1") == []
 
 
 def test_a_probe_in_the_search_has_the_same_options(run, tmp_path):
@@ -262,5 +275,6 @@ def test_no_number_of_seeds_replaces_questions():
     parts = Components(seeds=0.0, questions=0.25, rest=0.0)
     assert seeds_needed(0.01, parts, 20, 1, 0.8, 0.95) is None
     power = Power("physics", margin=5.0, seeds=10, questions=200, needed=12, seed_deviation=4.0)
-    assert "it takes 12 seeds on 200 questions" in power_line(power)
+    assert "5 points at the end with a probability of 80 %, it takes 12 seeds on 200 questions" in power_line(power)
+    assert "5 points over the training with" in power_line(replace(power, measure=OVER_TRAINING))
     assert "it takes more questions" in power_line(replace(power, needed=None))

@@ -1,6 +1,6 @@
-"""Experts by layer of recipes that leave it to `mola allocate`; kept as files, so that a stop costs nothing."""
+"""Experts by layer of recipes that leave it to `mola allocate`; kept as files and in the record."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,49 +11,79 @@ from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.checks import Run
+from mola.studies.comparison.options import Key
 
 _PATTERN = "num_experts_pattern"
 _PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the exponent that was used
+_OF_A_MACHINE = (*_PLACES, "base_model", "data")  # the record may go to another one
 
 
 class Allocations:
     """Makes allocations, or takes those that were made before.
 
     In the folder of the comparison an allocation is `TASK/RECIPE.json`, one that was made from a probe
-    `TASK/RECIPE-seed-N.json`.
+    `TASK/RECIPE-seed-N.json`. The record has them under these names, without the ending.
+
+    Attributes:
+        known: what the record keeps of all that were made here or are in it; other processes add to it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.known: dict[str, dict[str, Any]] = {}
         self._made: dict[str, dict[str, Any]] = {}
 
-    def make_and_check(self, runs: Sequence[Run]) -> None:
-        """Make those that need no probe, and check what can be checked of the others; an error names the recipe."""
+    def make_and_check(self, runs: Sequence[Run], done: Collection[Key]) -> None:
+        """Make those that can be made, and check what can be checked of the others; an error names the recipe.
+
+        `done` are finished runs, which can be probes.
+        """
         for run in runs:
             if run.allocation is None:
                 continue
             try:
                 if run.probe is None:
                     self.make(run)
+                elif run.key._replace(recipe=run.probe) in done:
+                    self.options(run)
                 else:
                     _check_probed(run.allocation, run.options.target_modules)
             except MolaError as error:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
 
     def make(self, run: Run, adapter: str | None = None) -> dict[str, Any]:
-        """What the file of a run's allocation holds; `adapter` is that of its probe.
+        """The numbers of a run's allocation, and how they were found; `adapter` is that of its probe.
 
         Raises:
-            MolaError: as `allocate`; there is a file of another allocation; a probe is needed and is not there.
+            MolaError: as `allocate`; there is another allocation; a probe is needed and is not there.
         """
         assert run.allocation is not None
+        place = self._place(run)
+        if place in self.known:
+            where, advice = (
+                f"`allocations` of the `record` has, as {place!r},",
+                "Rename the recipe, or pass another `record`.",
+            )
+            _check_same(self.known[place], run.allocation, _OF_A_MACHINE, where, advice)
+            return self.known[place]
+        found = self._from_file_or_new(run, adapter)
+        settings = {name: value for name, value in found["settings"].items() if name not in _OF_A_MACHINE}
+        numbers = {name: found[name] for name in ("num_experts", _PATTERN) if name in found}
+        self.known[place] = {**numbers, "settings": settings}
+        return self.known[place]
+
+    def _place(self, run: Run) -> str:
         seed = f"-seed-{run.key.seed}" if run.probe else ""
         # Without a probe nothing of what a search tries can change it.
         recipe = run.key.recipe if run.probe else run.key.plain_recipe
-        path = self.folder / run.key.task / f"{recipe}{seed}.json"
+        return f"{run.key.task}/{recipe}{seed}"
+
+    def _from_file_or_new(self, run: Run, adapter: str | None) -> dict[str, Any]:
+        assert run.allocation is not None
+        path = self.folder / f"{self._place(run)}.json"
         found = read_json_object(path)
         if found:
-            _check_same(found, run.allocation, path)
+            _check_same(found, run.allocation, _PLACES, f"{str(path)!r} is", "Delete it, or pass another `output_dir`.")
             return found
         if run.probe and not (adapter and Path(adapter).is_dir()):
             raise MolaError(
@@ -84,11 +114,13 @@ def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
     allocate(replace(allocation, **stand_in))  # type: ignore[arg-type]
 
 
-def _check_same(found: dict[str, Any], allocation: AllocateOptions, path: Path) -> None:
+def _check_same(
+    found: dict[str, Any], allocation: AllocateOptions, places: Collection[str], where: str, advice: str
+) -> None:
     # A file of an earlier version lacks later options, which had their defaults.
     wanted, old = asdict(allocation), asdict(AllocateOptions("", "", 0)) | found.get("settings", {})
-    name = first_difference(old, wanted, (name for name in wanted if name not in _PLACES))
+    name = first_difference(old, wanted, (name for name in wanted if name not in places))
     is_whole = isinstance(found.get("num_experts"), list) and allocation.per_module == (_PATTERN in found)
     if name is not None or not is_whole:
         what = f"an allocation with another `{name}`: {old[name]!r}" if name else "no whole allocation"
-        raise MolaError(f"{str(path)!r} is {what}. Delete it, or pass another `output_dir`.")
+        raise MolaError(f"{where} {what}. {advice}")

@@ -12,6 +12,7 @@ from mola.allocation.allocate import AllocateOptions
 from mola.data.encode import data_fingerprint
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.models.identity import weights_identity
 from mola.options.parsing import convert
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
@@ -21,14 +22,15 @@ from mola.training.setup import check_model_options, check_steps, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Told apart by their content, in the fingerprints, wherever the files are.
+# Told apart by their content, in the fingerprints and `base_model`, wherever the files are.
 PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
 # Options that change neither data nor steps: data that were checked once need no second look.
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 
-# Evaluation, allocation asked for, its probe, (fingerprints, number of questions)
-_Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, tuple[dict[str, str], int]]
+_Data = tuple[dict[str, str], int, str]  # fingerprints, number of questions, base model
+# Evaluation, allocation asked for, its probe, data
+_Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, _Data]
 
 
 @dataclass
@@ -44,11 +46,12 @@ class Run:
     settings: dict[str, Any]  # the options that are no defaults: what has to be equal for a result to be kept
     fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
     num_questions: int  # how many test samples there are
+    base_model: str  # which weights, see `mola.models.identity`
 
 
 def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     """The runs in their order, all of them checked without loading weights; an error names task and recipe."""
-    looked_at: dict[str, tuple[dict[str, str], int]] = {}
+    looked_at: dict[str, _Data] = {}
     tests: dict[tuple[str, str], _Looked] = {}
     runs = []
     for key, run_options in runs_options.items():
@@ -56,7 +59,7 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
         asked = dict(options.allocations.get(key.plain_recipe, {}))
         if place not in tests:  # seeds make no difference here
             try:
-                looked = _look(key, run_options, looked_at)
+                looked = _look(key, run_options, looked_at, options.test_every)
                 probe = asked.pop("probe", None)
                 probe = probe and probe + key.candidate
                 probed = runs_options[key._replace(recipe=probe)] if probe else None
@@ -73,9 +76,12 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
 
 
 def _look(
-    key: Key, run_options: TrainAndTestOptions, looked_at: dict[str, tuple[dict[str, str], int]]
-) -> tuple[dict[str, str], int]:
-    """Fingerprints of the data, and the number of questions, of a recipe on a task; not twice for the same data."""
+    key: Key,
+    run_options: TrainAndTestOptions,
+    looked_at: dict[str, _Data],
+    test_every: int | None,
+) -> _Data:
+    """Data, questions and weights of a recipe on a task; not twice for the same."""
     check_model_options(run_options)
     values = run_options.to_dict()
     same = {name: value for name, value in values.items() if name not in (*_OF_THE_ADAPTER, *NOT_COMPARED, "seed")}
@@ -84,8 +90,14 @@ def _look(
         logger.info("Checking %s on %s.", key.recipe, key.task)
         _, examples, _ = check_evaluation(evaluation_of(run_options))
         data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
-        check_steps(run_options, data)
-        looked_at[name] = {**data.fingerprints, "test": data_fingerprint(examples)}, len(examples)
+        steps = check_steps(run_options, data)
+        if test_every is not None and test_every >= steps:
+            raise MolaError(
+                f"`test_every` ({test_every}) must be less than the {steps} steps of a run, or no test is on the way. "
+                "Lower it, or leave it out."
+            )
+        fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
+        looked_at[name] = fingerprints, len(examples), weights_identity(run_options.base_model or "")
     return looked_at[name]
 
 

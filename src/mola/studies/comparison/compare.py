@@ -26,7 +26,7 @@ from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
 from mola.studies.comparison.plots import bands
-from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
+from mola.studies.comparison.record import BASE, FORMAT, Record, Result, check_same, read_record
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables, time_left
@@ -72,12 +72,12 @@ def compare(options: CompareOptions) -> CompareResult:
             other settings, or a loss is not finite.
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
-    results = read_results(path)
+    record = read_record(path)
     check_files(options.tables, options.plots)
     searched = check_runs(options, options.tuning_runs)
     runs = check_runs(options, options.runs)
-    check_same(results, searched)
-    comparison = _Comparison(options, searched, runs, results, path)
+    check_same(record.results, searched)
+    comparison = _Comparison(options, searched, runs, record, path)
     comparison.settle()
     with signals_as_interrupt():
         return comparison.run()
@@ -104,16 +104,17 @@ class _Comparison:
     """Does what is left and keeps the record up to date."""
 
     def __init__(
-        self, options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run], results: list[Result], path: Path
+        self, options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run], record: Record, path: Path
     ) -> None:
         self.options = options
         self.searched = searched
         self.runs = runs
-        self.results = results
+        self.results = record.results
         self.path = path
         self.folder = Path(options.output_dir or "")
         self.locks = Locks(self.folder / ".locks")
         self.allocations = Allocations(self.folder)
+        self.allocations.known |= record.allocations
         self.found: list[Found] = []
         self.power: list[Power] = []
 
@@ -132,20 +133,26 @@ class _Comparison:
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
         with self.locks.lock("allocations"):
-            self.allocations.make_and_check([*self._open(self.searched), *self._open(self.runs)])
+            left = [*self._open(self.searched), *self._open(self.runs)]
+            self.allocations.make_and_check(left, {result.key for result in self.results})
         status = recorded(self._everything, self._write)
         rows, pairs = self._write(status)
         result = CompareResult(
             status, rows, self.results, self._num_open(), str(self.path), self.found, self.power, pairs
         )
-        curves = {task: bands(self.results, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
-        effort = effort_line(self.results)
-        left = self._num_open()
-        outcome = Outcome(rows, str(self.options.reference), self.found, self.power, curves, effort, pairs, left)
+        shown = self._asked_for()
+        curves = {task: bands(shown, task, [*(self.options.recipes or {})]) for task in self.options.tasks or {}}
+        effort, reference = effort_line(self.results), str(self.options.reference)
+        outcome = Outcome(rows, reference, self.found, self.power, curves, effort, pairs, result.open)
         write_tables(self.options.tables, outcome)
         if status == "finished":
-            write_plots(self.options.plots, self.options, self.results, outcome)
+            write_plots(self.options.plots, self.options, shown, outcome)
         return result
+
+    def _asked_for(self) -> list[Result]:
+        """Results of these tasks, recipes and seeds: of others nobody has compared the settings, see `check_same`."""
+        keys = {run.key for run in self.runs}
+        return [each for each in self.results if each.key in keys or each.recipe == BASE]
 
     def _open(self, runs: Sequence[Run]) -> list[Run]:
         """Those without a result."""
@@ -198,8 +205,9 @@ class _Comparison:
             if not train_or_go_on(run.options, on_the_way):
                 return False
         test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
-        self._add(result_of(run, evaluate_once(test, run.fingerprints["test"])))
-        self._make_probed_allocations(run, runs)
+        result = result_of(run, evaluate_once(test, run.fingerprints["test"]))
+        self._make_probed_allocations(run, runs)  # first: who finds the result takes them from the record
+        self._add(result)
         if not self.options.keep_adapters:
             for name in _WEIGHTS:
                 (folder / name).unlink(missing_ok=True)
@@ -228,8 +236,9 @@ class _Comparison:
 
     def _read_again(self, runs: Sequence[Run]) -> list[Run]:
         """Take in what other processes have finished, which work on the same record; what is left of these runs."""
-        known = {result.key for result in self.results}
-        self.results += [result for result in read_results(self.path) if result.key not in known]
+        record, known = read_record(self.path), {result.key for result in self.results}
+        self.results += [result for result in record.results if result.key not in known]
+        self.allocations.known |= record.allocations
         return self._open(runs)
 
     def _write(self, status: str, **more: Any) -> tuple[list[Row], list[Contrast]]:
@@ -238,8 +247,9 @@ class _Comparison:
         assert isinstance(tasks, dict)
         with self.locks.lock("record"):
             self._read_again(self.runs)
-            rows = summarize(self.results, [*recipes], [*tasks], reference, self.options.target_accuracy)
-            pairs = contrasts(self.results, self.options.pairs, [*tasks])
+            shown = self._asked_for()
+            rows = summarize(shown, [*recipes], [*tasks], reference, self.options.target_accuracy)
+            pairs = contrasts(shown, self.options.pairs, [*tasks])
             content = {
                 "format": FORMAT,
                 "status": status,
@@ -248,6 +258,7 @@ class _Comparison:
                 "recipes": recipes,
                 "tasks": tasks,
                 **more,
+                "allocations": self.allocations.known,
                 "search": [asdict(each) for each in self.found],
                 "power": [asdict(each) for each in self.power],
                 "summary": {

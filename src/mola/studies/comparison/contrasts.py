@@ -28,11 +28,11 @@ def contrasts(results: Sequence[Result], pairs: Sequence[tuple[str, str]], tasks
     """
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     found = []
-    for measure, task, marks in marks_of_tables(results, names, tasks) if pairs else ():
+    for measure, task, marks, parts in marks_of_tables(results, names, tasks) if pairs else ():
         shared = {pair: sorted(marks[pair[0]].keys() & marks[pair[1]].keys()) for pair in pairs}
         for (recipe, other), seeds in shared.items():
             if seeds:
                 ours, theirs = (np.stack([marks[name][seed] for seed in seeds]) for name in (recipe, other))
-                difference = paired_difference(ours, theirs, sum(map(bool, shared.values())))
+                difference = paired_difference(ours, theirs, sum(map(bool, shared.values())), parts)
                 found.append(Contrast(task, measure, recipe, other, difference))
     return found

@@ -99,7 +99,7 @@ def write_tables(tables: str | None, outcome: Outcome) -> None:
 def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Result], outcome: Outcome) -> None:
     """Draw every picture asked for, unless there is nothing to draw yet."""
     rows, names = outcome.rows, ([*(options.tasks or {})], [*(options.recipes or {})])
-    if not any(row.difference or row.measure != AT_END for row in rows):
+    if not any((row.difference and row.difference.joint_95) or row.measure != AT_END for row in rows):
         return
     for path in _paths(plots):
         picture = draw(results, rows, *names, path.suffix[1:], outcome.contrasts)

@@ -43,8 +43,9 @@ def seeds_needed(
     r"""Fewest seeds with which a true difference is found with a probability of `power`.
 
     With `S` seeds the difference of one recipe to the reference has the standard error
-        sqrt(s^2_seeds / S + s^2_questions / Q + s^2_rest / (S Q))
-    and is tested two-sided at `(1 - level) / comparisons` with `S - 1` degrees of freedom (noncentral t).
+        sqrt(s^2_seeds / S + s^2_questions / Q + s^2_rest / (S Q) + 2 / Q^2)
+    (the last for questions of another matter, as intervals have it), and is tested two-sided at
+    `(1 - level) / comparisons` with `S - 1` degrees of freedom (noncentral t).
 
     Args:
         margin: the true difference.
@@ -58,9 +59,7 @@ def seeds_needed(
         The number, or None if 1,000 are not enough: then it takes more questions.
     """
     for seeds in range(2, _MOST_SEEDS + 1):
-        error = math.sqrt(parts.between_seeds(questions) / seeds + parts.questions / questions)
-        if not error > 0:
-            return seeds
+        error = math.sqrt(parts.between_seeds(questions) / seeds + parts.questions / questions + 2 / questions**2)
         bound = float(stats.t.ppf(1 - (1 - level) / (2 * comparisons), seeds - 1))
         with np.errstate(divide="ignore"):  # SciPy 1.13 divides by zero far from the mean, and gives 0 all the same
             reached = float(stats.nct.sf(bound, seeds - 1, margin / error))

@@ -1,13 +1,14 @@
 """The record of a comparison: every finished run with the answers' marks, in one JSON file.
 
-The file alone is enough to go on: run folders may be gone, and a comparison can be continued on another machine.
+The file alone is enough to go on: run folders may be gone, and a comparison can be continued on another machine. So it
+holds the allocations that were made, too: one from a probe could not be made again without the probe's adapter.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mola.errors import MolaError
 from mola.files.atomic import check_writable
@@ -29,9 +30,11 @@ _RUN = {
     "num_experts": [INTEGER],
     "eval_loss": (NUMBER, None),
     "fingerprints": {str: ANYTHING},
+    "base_model?": TEXT,
     "steps?": INTEGER,
     "curve?": [[ANYTHING, ANYTHING]],
 }
+_ALLOCATIONS = {str: {"num_experts": [INTEGER], "num_experts_pattern?": ANYTHING, "settings": {str: ANYTHING}}}
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Result:
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
+    base_model: str = ""  # which weights, see `mola.models.identity`; records of earlier versions do not have it
     steps: int = 0  # of the training; records of earlier versions do not have it
     curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
 
@@ -64,21 +68,35 @@ class Result:
         return Key(self.task, self.recipe, self.seed)
 
 
+class Record(NamedTuple):
+    """What an earlier call, or another process, has written."""
+
+    results: list[Result]
+    allocations: dict[str, dict[str, Any]]  # see `mola.studies.comparison.allocations.Allocations`
+
+
 def read_results(path: Path) -> list[Result]:
-    """Results that an earlier call has written; none if there is no file.
+    """The results in a record; none if there is no file. Raises as `read_record`."""
+    return read_record(path).results
+
+
+def read_record(path: Path) -> Record:
+    """The record of a comparison; an empty one if there is no file.
 
     Raises:
         MolaError: the file cannot be written, or is no record of a comparison.
     """
     check_writable(path)
     if not path.exists():
-        return []
+        return Record([], {})
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"its `format` is {content['format']!r}, not {FORMAT}")
         results = [Result(**entry) for entry in content["runs"]]
+        allocations = content.get("allocations", {})
         check_form(content["runs"], [_RUN], str(path), "Restore it.")
+        check_form(allocations, _ALLOCATIONS, str(path), "Restore it.")
         for result in results:
             if any(len(marks) != result.total or step < 1 for step, marks in result.curve):
                 raise ValueError(f"`curve` of {result.key} does not fit `total`")
@@ -89,20 +107,24 @@ def read_results(path: Path) -> list[Result]:
             f"`record` must be a new file or the record of a comparison: {str(path)!r} cannot be read ({error}). "
             "Pass another name."
         ) from error
-    return results
+    return Record(results, allocations)
 
 
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
-    """Refuse to go on with results that other options or data have given; the message names run and difference."""
-    wanted = {run.key: run for run in runs}
+    """Refuse to go on with results that other options, data or weights have given; the message names the difference."""
+    wanted = {Key(run.key.task, BASE, 0): run for run in runs} | {run.key: run for run in runs}
     for result in results:
         run = wanted.get(result.key)
         if run is None:
             continue  # of another task, recipe or seed: it is kept
-        parts: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
-            ("setting", result.settings, json.loads(json.dumps(run.settings))),
-            ("data", result.fingerprints, run.fingerprints),
-        )
+        tested = {"test": run.fingerprints["test"]} if result.recipe == BASE else run.fingerprints
+        settings = {} if result.recipe == BASE else run.settings
+        parts: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
+            ("setting", result.settings, json.loads(json.dumps(settings))),
+            ("data", {name: result.fingerprints.get(name) for name in tested}, tested),
+        ]
+        if result.base_model:
+            parts.append(("model", {"base_model": result.base_model}, {"base_model": run.base_model}))
         for part, old, new in parts:
             name = first_difference(old, new)
             if name is not None:

@@ -1,12 +1,13 @@
 """From finished runs to the rows of a table: by task, and over all tasks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from mola.evaluation.differences import Difference, Mean, mean_accuracy, paired_differences
+from mola.evaluation.differences import Difference, Mean, Part, mean_accuracy, paired_differences
 from mola.studies.comparison.curve import steps_to
 from mola.studies.comparison.marks import curve_of, marks_by_seed
 from mola.studies.comparison.record import BASE, Result
@@ -48,26 +49,38 @@ def summarize(
     """
     groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)}, reference)
     rows = []
-    for measure, task, marks in marks_of_tables(results, (*recipes, BASE), tasks):
-        for row in _rows(task, marks, reference, results, groups):
+    for table in marks_of_tables(results, (*recipes, BASE), tasks):
+        for row in _rows(table, reference, results, groups):
             steps = None
-            if target and measure == OVER_TRAINING and task != ALL_TASKS:
-                steps = _steps_to(target, [each for each in _of(results, row.recipe) if each.task == task])
-            rows.append(replace(row, measure=measure, steps_to_target=steps))
+            if target and table.measure == OVER_TRAINING and table.task != ALL_TASKS:
+                steps = _steps_to(target, [each for each in _of(results, row.recipe) if each.task == table.task])
+            rows.append(replace(row, steps_to_target=steps))
     return rows
 
 
-def marks_of_tables(
-    results: Sequence[Result], names: Sequence[str], tasks: Sequence[str]
-) -> Iterator[tuple[str, str, dict[str, dict[int, np.ndarray]]]]:
-    """Measure, task, and marks by recipe and seed, of every table that there is."""
+class TableMarks(NamedTuple):
+    """What one table is made from."""
+
+    measure: str
+    task: str
+    marks: dict[str, dict[int, np.ndarray]]  # by recipe and seed
+    parts: list[Part]  # of the questions, see `mola.evaluation.differences.paired_difference`
+
+
+def marks_of_tables(results: Sequence[Result], names: Sequence[str], tasks: Sequence[str]) -> Iterator[TableMarks]:
+    """Of every table that there is."""
+    tested = [each for each in results if each.recipe in names]  # others have other questions, those of a search
+    questions = {each.task: each.total for each in tested}
     for measure in (AT_END, OVER_TRAINING) if any(each.curve for each in results) else (AT_END,):
         over = measure == OVER_TRAINING
         for task in tasks:
             by_name = {name: [each for each in _of(results, name) if each.task == task] for name in names}
-            yield measure, task, {name: marks_by_seed(found, over) for name, found in by_name.items()}
+            marks = {name: marks_by_seed(found, over) for name, found in by_name.items()}
+            yield TableMarks(measure, task, marks, [Part(questions.get(task, 0), 1.0)])
         if len(tasks) > 1:
-            yield measure, ALL_TASKS, {name: _over_tasks(results, name, tasks, over) for name in names}
+            marks = {name: _over_tasks(results, name, tasks, over) for name in names}
+            parts = [Part(questions.get(task, 0), 1 / len(tasks)) for task in tasks]
+            yield TableMarks(measure, ALL_TASKS, marks, parts)
 
 
 def _steps_to(target: float, results: Sequence[Result]) -> list[float | None]:
@@ -93,27 +106,23 @@ def budget_groups(parameters: dict[str, int], reference: str) -> dict[str, int]:
     return {name: number for number, names in enumerate(groups) for name in names}
 
 
-def _rows(
-    task: str,
-    marks: dict[str, dict[int, np.ndarray]],
-    reference: str,
-    results: Sequence[Result],
-    groups: dict[str, int],
-) -> list[Row]:
-    differences = _differences(marks, reference)
+def _rows(table: TableMarks, reference: str, results: Sequence[Result], groups: Mapping[str, int]) -> list[Row]:
+    differences, task = _differences(table, reference), table.task
     rows = []
-    for name, by_seed in marks.items():
+    for name, by_seed in table.marks.items():
         if by_seed:
             mean = mean_accuracy([float(row.mean()) for row in by_seed.values()])
             experts = [each.num_experts for each in _of(results, name) if task in (ALL_TASKS, each.task)]
             unique = [list(values) for values in dict.fromkeys(map(tuple, experts))]
             parameters = _parameters(results, name)
-            rows.append(Row(task, name, parameters, groups.get(name), unique, mean, differences.get(name)))
+            difference = differences.get(name)
+            rows.append(Row(task, name, parameters, groups.get(name), unique, mean, difference, table.measure))
     return rows
 
 
-def _differences(marks: dict[str, dict[int, np.ndarray]], reference: str) -> dict[str, Difference]:
+def _differences(table: TableMarks, reference: str) -> dict[str, Difference]:
     """Each recipe on the seeds that it has in common with the reference."""
+    marks = table.marks
     by_seeds: dict[tuple[int, ...], list[str]] = {}
     for name, by_seed in marks.items():
         common = tuple(sorted(by_seed.keys() & marks[reference].keys()))
@@ -123,7 +132,8 @@ def _differences(marks: dict[str, dict[int, np.ndarray]], reference: str) -> dic
     comparisons = sum(map(len, by_seeds.values()))
     for seeds, names in by_seeds.items():
         stacked = {name: np.stack([marks[name][seed] for seed in seeds]) for name in names}
-        found |= paired_differences(stacked, np.stack([marks[reference][seed] for seed in seeds]), comparisons)
+        theirs = np.stack([marks[reference][seed] for seed in seeds])
+        found |= paired_differences(stacked, theirs, comparisons, table.parts)
     return found
 
 

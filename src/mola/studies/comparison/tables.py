@@ -155,8 +155,9 @@ def search_tables(found: Sequence[Found]) -> list[Table]:
     """What was tried, and chosen, for each recipe: one table per task."""
     tables = []
     for task, members in groupby(found, key=lambda each: each.task):
-        table = Table(title=escape(f"{task}: search"), caption=escape(SEARCH_NOTE))
-        lines = search_lines(list(members))
+        tried = list(members)
+        table = Table(title=escape(f"{task}: search"), caption=escape(search_note(tried)))
+        lines = search_lines(tried)
         for column in lines[0]:
             table.add_column(column, overflow="fold")
         for line in lines[1:]:
@@ -175,14 +176,19 @@ def search_lines(found: Sequence[Found]) -> list[list[str]]:
             [
                 each.recipe,
                 *(f"{100 * each.accuracies[mark]:.1f}" for mark in marks),
-                each.chosen.lstrip(MARK) + (" (at the edge)" if each.is_at_the_edge else ""),
+                each.chosen.lstrip(MARK) + (f" (at the edge: {', '.join(each.edges)})" if each.edges else ""),
             ]
             for each in found
         ),
     ]
 
 
-SEARCH_NOTE = "Accuracy in per cent, mean over the tuning seeds, on questions that are no part of the test."
+def search_note(found: Sequence[Found]) -> str:
+    """What the table of a search means."""
+    return (
+        f"Accuracy {found[0].measure} in per cent, mean over the tuning seeds, on questions that are no part of the "
+        "test. At the edge: of an option the lowest or highest value is the best, and one beyond may be better."
+    )
 
 
 def power_line(power: Power) -> str:
@@ -193,9 +199,9 @@ def power_line(power: Power) -> str:
         else "no number of seeds up to 1,000 is enough: it takes more questions"
     )
     return (
-        f"{power.task}: to see a difference of {power.margin:g} points with a probability of 80 %, {needed} on "
-        f"{power.questions} questions (between seeds a difference varies by {power.seed_deviation:.1f} points, by the "
-        f"search); there are {power.seeds}."
+        f"{power.task}: to see a difference of {power.margin:g} points {power.measure} with a probability of 80 %, "
+        f"{needed} on {power.questions} questions (between seeds a difference varies by "
+        f"{power.seed_deviation:.1f} points, by the search); there are {power.seeds}."
     )
 
 
@@ -238,7 +244,7 @@ def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
         head, *lines = search_lines(list(members))
         parts += [f"### {task}: search", markdown_table(head, lines)]
     if parts:
-        parts += [SEARCH_NOTE, *map(power_line, powers)]
+        parts += [search_note(found), *map(power_line, powers)]
     return "".join(f"{part}\n\n" for part in parts)
 
 

@@ -1,8 +1,9 @@
 """The search for options: what it has found for each recipe, and how many seeds a comparison with them needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from mola.studies.comparison.marks import marks_by_seed
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.record import Result
+from mola.studies.comparison.summary import AT_END, OVER_TRAINING
 
 _POWER = 0.8
 
@@ -23,12 +25,8 @@ class Found:
     recipe: str
     accuracies: dict[str, float]  # of every candidate: mean over the tuning seeds of what is compared
     chosen: str  # the best candidate; of equal ones the first
-
-    @property
-    def is_at_the_edge(self) -> bool:
-        """Whether a value beyond those tried might be better still; with one option and its values in order."""
-        names = list(self.accuracies)
-        return len(names) > 1 and self.chosen in (names[0], names[-1])
+    edges: list[str] = field(default_factory=list)  # options whose best number is the lowest or highest one tried
+    measure: str = AT_END  # which accuracy, see `mola.studies.comparison.summary.Row`
 
 
 def found_by_search(options: CompareOptions, results: Sequence[Result]) -> list[Found]:
@@ -39,8 +37,25 @@ def found_by_search(options: CompareOptions, results: Sequence[Result]) -> list[
         keys = [key for key in options.tuning_runs if (key.task, key.plain_recipe) == (task, recipe)]
         if keys and done.issuperset(keys):
             means = {mark: _outcome(results, task, recipe + mark, options) for mark in options.candidates}
-            found.append(Found(task, recipe, means, max(means, key=lambda mark: means[mark])))
+            chosen = max(means, key=lambda mark: means[mark])
+            found.append(Found(task, recipe, means, chosen, _edges(options.candidates, chosen), _measure(options)))
     return found
+
+
+def _edges(candidates: Mapping[str, Mapping[str, Any]], chosen: str) -> list[str]:
+    """Options beyond whose values a better one may lie; those that are no numbers have no order."""
+    found = []
+    for name, best in candidates[chosen].items():
+        values = {each[name] for each in candidates.values()}
+        is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if is_number and len(values) > 1 and best in (min(values), max(values)):
+            found.append(name)
+    return found
+
+
+def _measure(options: CompareOptions) -> str:
+    """What a search compares: the accuracy over the training where there are curves."""
+    return AT_END if options.test_every is None else OVER_TRAINING
 
 
 def _outcome(results: Sequence[Result], task: str, recipe: str, options: CompareOptions) -> float:
@@ -49,9 +64,10 @@ def _outcome(results: Sequence[Result], task: str, recipe: str, options: Compare
 
 
 def _marks(results: Sequence[Result], task: str, recipe: str, options: CompareOptions) -> dict[int, np.ndarray]:
-    """What a search compares: the accuracy over the training where there are curves, else at the end."""
     chosen = [each for each in results if (each.task, each.recipe) == (task, recipe)]
-    return marks_by_seed([each for each in chosen if each.seed in options.tuning_seeds], options.test_every is not None)
+    return marks_by_seed(
+        [each for each in chosen if each.seed in options.tuning_seeds], _measure(options) == OVER_TRAINING
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Power:
     needed: int | None  # seeds, to see a difference of `margin` with a probability of 0.8; None: more questions are
     # the standard deviation between seeds of a difference, in points, questions being the same
     seed_deviation: float
+    measure: str = AT_END  # which accuracy, see `mola.studies.comparison.summary.Row`
 
 
 def power_of(
@@ -85,7 +102,7 @@ def power_of(
         number = questions[task]
         needed = seeds_needed(options.margin / 100, parts, number, len(recipes) - 1, _POWER, LEVEL)
         deviation = 100 * parts.between_seeds(number) ** 0.5
-        powers.append(Power(task, options.margin, len(options.seeds), number, needed, deviation))
+        powers.append(Power(task, options.margin, len(options.seeds), number, needed, deviation, _measure(options)))
     return powers
 
 
