@@ -1,6 +1,7 @@
 """Runs with a planted fault: the doctor names it, and what follows from it. Healthy ones are left alone."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,6 +14,9 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.reporting.doctor import DoctorOptions, doctor
+from mola.reporting.findings import findings
+from mola.reporting.late_use import LateUse
+from mola.reporting.load_run import gather
 
 from .conftest import change
 
@@ -173,6 +177,109 @@ def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, c
     assert "1. top_k 1 without balance loss" in printed
     assert "--router_aux_loss_coef 1e-3" in printed
     assert "Not looked at: routers over training" in printed
+
+
+def losses(folder, values, **last):
+    entries = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
+    text = "".join(json.dumps(entry) + "\n" for entry in [*entries, *([last] if last else [])])
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_a_run_that_failed(finished_run, tmp_path, tiny_model_dir, data):
+    folder = tmp_path / "run"
+    values = {"base_model": str(tiny_model_dir), "task": "sample", "data": str(data), "output_dir": str(folder)}
+    values |= {"learning_rate": 1e30, "max_steps": 20, "logging_steps": 2, "use_cpu": True, "disable_tqdm": True}
+    with pytest.raises(MolaError, match="training has diverged"):
+        train(TrainOptions(**values, num_experts="4", r="2", target_modules=TARGETS, eval_strategy="no"))
+    first = doctor(DoctorOptions(str(folder)))[0]
+    assert first.name == "the run failed"
+    assert "training has diverged" in first.seen
+    assert main(["report", str(folder)]) == 0
+
+
+def test_a_run_that_has_not_ended(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    change(folder / "run.json", lambda content: content.update(status="running"))
+    losses(folder, [1.9, 0.7, 9.8])
+    assert main(["doctor", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "Not looked at: the rest of the training (`status` in run.json is running)." in printed
+    assert "Not looked at: the training loss (fewer than 4 entries in metrics.jsonl)." in printed
+
+
+def test_batches_that_differ_much_are_no_high_rate(finished_run, tmp_path):
+    """Losses of single samples of two kinds, as logged at a rate of 1e-4."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    both = [
+        5.57,
+        2.4,
+        0.95,
+        4.46,
+        3.48,
+        4.72,
+        1.22,
+        1.09,
+        0.73,
+        0.7,
+        5.61,
+        0.9,
+        5.2,
+        1.1,
+        4.9,
+        5.57,
+        0.96,
+        5.45,
+        0.68,
+        5.4,
+    ]
+    losses(folder, both)
+    assert "learning rate too high" not in [each.name for each in doctor(DoctorOptions(str(folder)))]
+    losses(folder, [2.0, 1.5, 1.1, 1.0, 0.9, 0.95, 5.0, 7.5, 7.1, 7.3, 7.2, 7.4])
+    assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]
+
+
+def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run, tmp_path):
+    """The best weights are evaluated once more at the end: logged there, it is none of the last weights."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    entries = [{"step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (30, 0.3), (40, 0.1), (50, 0.1))]
+    entries += [{"step": 20, "eval_loss": 0.95}, {"step": 50, "eval_loss": 1.8}, {"step": 50, "train_loss": 0.5}]
+    entries.append({"step": 50, "eval_loss": 0.95})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    change(folder / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-20"))
+    gap = "evaluation loss far above training loss"
+    assert gap not in [each.name for each in doctor(DoctorOptions(str(folder)))]
+    assert gather(str(folder)).curves["evaluation"] == [(20, 0.95), (50, 1.8)]
+    change(folder / "run.json", lambda content: content.update(best_checkpoint=None))
+    entries.pop()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    assert gap in [each.name for each in doctor(DoctorOptions(str(folder)))]
+
+
+def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    difference = {"lora": {"value": 0.0, "questions_95": [-0.2, 0.2]}}
+    export = {"method": "regression", "rank": 8, "accuracy": {}, "differences": difference}
+    export |= {"divergence": {"answer": 0.002}, "explained_by_kind": {}, "loss": {}}
+    (folder / "export.json").write_text(json.dumps(export), encoding="utf-8")
+    assert LORA in [each.name for each in doctor(DoctorOptions(str(folder)))]
+    os.utime(folder / "export.json", (0, 0))
+    assert main(["doctor", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert LORA not in printed
+    assert "its export.json is older than the adapter" in printed
+
+
+def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
+    for weight, advice in ((0, "Switch the balance loss on"), (0.05, "--router_aux_loss_coef, 0.05 now")):
+        change(
+            folder / "run.json",
+            lambda content, weight=weight: content["adapter_settings"].update(router_aux_loss_coef=weight),
+        )
+        found = {each.name: each.change for each in findings(gather(str(folder)), dead)}
+        assert advice in found[DEAD]
+        assert advice in found[COLLAPSED]
 
 
 def test_damaged_telemetry_is_refused_by_name(finished_run, tmp_path):

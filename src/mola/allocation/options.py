@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
@@ -41,7 +41,7 @@ class AllocateOptions:
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
     task: str | None = option(None, "Task of `data`: its name or a YAML file.")
     split: str = option("train", "Split of `data` to read where it has several.")
-    limit: int = option(32, "Samples of `data` to read, the first so many.")
+    limit: int = option(32, "Samples of `data` to read, the first so many; activation ends at 1,024 tokens.")
     min_experts: int = option(1, "Fewest experts of a layer.")
     max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
     beta: float | None = option(
@@ -108,6 +108,13 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
         value = getattr(options, source)
         if value is not None and source not in reads:
             raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.name in ("task", "split", "limit") and value != item.default and "data" not in reads:
+            raise MolaError(
+                f"`{item.name}` ({value!r}) is about `data`, which `method` {options.method!r} does not read. Leave it "
+                "out."
+            )
     if "data" in reads:
         if options.data is None or options.task is None:
             raise MolaError(f"`method` {name} looks at samples: pass --data FILE --task TASK.")

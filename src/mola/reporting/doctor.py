@@ -1,15 +1,15 @@
 """`mola doctor`: what is wrong with a run, in words, and what to change. No model is loaded."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import Console
 
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
-from mola.reporting.findings import Finding, describe, findings
+from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings
 from mola.reporting.late_use import read_late_use
-from mola.reporting.load_run import Run, gather
+from mola.reporting.load_run import Run, gather, old_results
 
 
 @dataclass
@@ -54,16 +54,22 @@ def main(options: DoctorOptions) -> int:
 
 def _look(options: DoctorOptions) -> tuple[Run, list[Finding]]:
     run = gather(options.run_dir, export=options.export)
+    if "export" in old_results(run):  # of another adapter
+        run = replace(run, export=None)
     return run, findings(run, read_late_use(run.folder / ROUTING_FILE))
 
 
 def _missing(run: Run) -> list[str]:
     """What the folder does not have, so that nothing can be said about it."""
+    status = run.record.get("status", "finished")
+    export = "no export.json" if not run.paths["export"].is_file() else "its export.json is older than the adapter"
+    is_over, num_losses = status not in ("running", "interrupted"), len(run.curves.get("training", []))
     parts = {
-        "the training loss (no metrics.jsonl)": "training" in run.curves,
+        f"the rest of the training (`status` in run.json is {status})": is_over,
+        f"the training loss (fewer than {FEWEST_LOSSES} entries in metrics.jsonl)": num_losses >= FEWEST_LOSSES,
         "the evaluation loss (no evaluation data, or --eval_strategy no)": "evaluation" in run.curves,
-        "routers over training (no routing.jsonl)": run.routing is not None,
-        "likeness of experts (no adapter saved)": run.adapter is not None,
-        "whether a LoRA answers as well (no export.json of `mola convert --to lora`)": run.export is not None,
+        "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None,
+        "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
+        f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": run.export is not None,
     }
     return [name for name, is_there in parts.items() if not is_there]

@@ -5,17 +5,20 @@ Bounds are far from what healthy runs show (docs/doctor.md has both), so silence
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from itertools import pairwise
+from statistics import fmean, median
 
 from mola.reporting.late_use import LateUse
-from mola.reporting.load_run import Run
+from mola.reporting.load_run import Run, step_of_weights
 
+FEWEST_LOSSES = 4  # log entries that say whether a loss has risen
 _DEAD = 0.15  # of all experts
 _COLLAPSED = 0.25  # of the modules whose routers have a choice
 _SAME = 0.99  # of the choices that the same experts get
 _ALIKE = 0.9  # overlap of what experts read, and of what they write: 1 for the same subspace
 _UNDECIDED = 0.02  # margin between the two largest gates
 _RISE = 1.5  # of the lowest training loss
+_NOISE = 4  # standard errors
 _NEAR_KL, _NEAR_POINTS = 0.01, 0.01  # nats per token, and share of questions
 
 
@@ -38,6 +41,16 @@ def is_far_above(eval_loss: float, train_loss: float) -> bool:
     return eval_loss > max(2 * train_loss, train_loss + 0.5)
 
 
+def _failed(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    if run.record.get("status") != "failed":
+        return None
+    return Finding(
+        "the run failed",
+        str(run.record.get("error") or "run.json does not say why."),
+        "Mend that first: what else is said here is about a part of the training.",
+    )
+
+
 def _dead_experts(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     shares = [share for use in late.values() for share in use.shares]
     dead = shares.count(0.0)
@@ -46,9 +59,18 @@ def _dead_experts(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "dead experts",
         f"{dead} of {len(shares)} experts were chosen by no token in the last quarter of training.",
-        "Switch the balance loss on (--router_aux_loss_coef 1e-3, or more), or give fewer experts to these layers: "
-        "`mola reallocate` keeps the ones that work.",
+        f"{_balance_advice(run)}, or give fewer experts to these layers: `mola reallocate --inspection` keeps the ones "
+        "that work.",
     )
+
+
+def _balance_advice(run: Run) -> str:
+    weight = run.record.get("adapter_settings", {}).get("router_aux_loss_coef")
+    if not weight and run.adapter is not None:
+        weight = run.adapter.config.get("router_aux_loss_coef")
+    if weight:
+        return f"Raise the weight of the balance loss (--router_aux_loss_coef, {weight} now)"
+    return "Switch the balance loss on (--router_aux_loss_coef 1e-3, or more)"
 
 
 def _collapsed_routers(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
@@ -59,8 +81,8 @@ def _collapsed_routers(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "collapsed routers",
         f"In {len(collapsed)} of {len(free)} modules nearly every token chose the same experts in the last quarter.",
-        "Switch the balance loss on or raise it (--router_aux_loss_coef), lower --learning_rate, or add "
-        "--router_jitter_noise 0.1; a router that has no choice to make costs parameters for nothing.",
+        f"{_balance_advice(run)}, lower --learning_rate, or add --router_jitter_noise 0.1; a router that has no "
+        "choice to make costs parameters for nothing.",
     )
 
 
@@ -79,25 +101,32 @@ def _no_gradient(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    training, evaluation = run.curves.get("training"), run.curves.get("evaluation")
+    """Of the weights that were saved, as `mola train` says it."""
+    kept = step_of_weights(run.record)
+    training, evaluation = (
+        [entry for entry in run.curves.get(name, []) if kept is None or entry[0] <= kept]
+        for name in ("training", "evaluation")
+    )
     if not training or not evaluation or not is_far_above(evaluation[-1][1], last_mean(training)):
         return None
+    earlier = "End earlier (--eval_strategy steps --load_best_model_at_end), lower" if kept is None else "Lower"
     return Finding(
         "evaluation loss far above training loss",
         f"{evaluation[-1][1]:.4f} at step {evaluation[-1][0]}, training {last_mean(training):.4f}.",
-        "End earlier (--eval_strategy steps --load_best_model_at_end), lower --learning_rate or the number of epochs, "
-        "raise --lora_dropout, or take more data.",
+        f"{earlier} --learning_rate or the number of epochs, raise --lora_dropout, or take more data.",
     )
 
 
 def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    curve = run.curves.get("training", [])
-    if len(curve) < 4:
+    losses = [loss for _, loss in run.curves.get("training", [])]
+    if len(losses) < FEWEST_LOSSES:
         return None
-    window = max(2, len(curve) // 10)
-    means = [fmean(loss for _, loss in curve[start : start + window]) for start in range(len(curve) - window + 1)]
-    lowest, end = min(curve[0][1], *means), means[-1]  # one that is trained on may begin low
-    if end == end and (end <= _RISE * lowest or end <= lowest + 0.2):
+    window = max(2, len(losses) // 10)
+    means = [fmean(losses[start : start + window]) for start in range(len(losses) - window + 1)]
+    lowest, end = min(losses[0], *means), means[-1]  # one that is trained on may begin low
+    # Neighbours differ by the noise of batches: with normal noise by 0.95 standard deviations, as a median.
+    noise = median(abs(one - next_one) for one, next_one in pairwise(losses)) / 0.95
+    if end <= _RISE * lowest or end <= lowest + max(0.2, _NOISE * noise * (2 / window) ** 0.5):
         return None
     return Finding(
         "learning rate too high",
@@ -160,6 +189,7 @@ def last_mean(curve: Sequence[tuple[float, float]]) -> float:
 
 
 _RULES: tuple[Callable[[Run, Mapping[str, LateUse]], Finding | None], ...] = (
+    _failed,
     _rate_too_high,
     _evaluation_gap,
     _no_gradient,

@@ -244,8 +244,8 @@ def _table(result: InspectResult) -> Table:
             *(f"{fmean(getattr(row, name) for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
             str(sum(len(row.dead_experts) for row in rows)),
             f"{fmean(row.distance for row in others):.3g}",
-            _two_digits(fmean(row.input_overlap for row in others)),
-            _two_digits(fmean(row.output_overlap for row in others)),
+            _two_digits(_known_mean([row.input_overlap for row in others])),
+            _two_digits(_known_mean([row.output_overlap for row in others])),
             _two_digits(agreement.get((layer, layer), math.nan)),
             _two_digits(math.nan if layer is None else agreement.get((layer, below), math.nan)),
         ]
@@ -259,6 +259,12 @@ def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
     for row in rows:
         layers[row.layer_index].append(row)
     return layers
+
+
+def _known_mean(values: Sequence[float]) -> float:
+    """Mean of those that are numbers: an expert whose factor is still 0 spans nothing that could overlap."""
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 def _two_digits(value: float) -> str:

@@ -64,7 +64,7 @@ def gather(
     return Run(
         folder,
         record,
-        read_losses(folder / "metrics.jsonl"),
+        read_losses(folder / "metrics.jsonl", step_of_weights(record)),
         read_adapter_weights(folder),
         read_routing_log(_intervals(folder / ROUTING_FILE)),
         _result("before", paths["before"], EVALUATION, "mola evaluate"),
@@ -91,16 +91,39 @@ def read_record(run_dir: str) -> dict[str, Any]:
     return record
 
 
-def read_losses(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Training and evaluation loss by step in a `metrics.jsonl`, the last one where a step has several."""
+def step_of_weights(record: Mapping[str, Any]) -> int | None:
+    """The step whose weights a run has kept, if it has kept the best ones; None for the last."""
+    number = str(record.get("best_checkpoint") or "").rpartition("-")[2]
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int, float]]]:
+    """Training and evaluation loss by step in a `metrics.jsonl`, the last one where a step has several.
+
+    `kept` is the step whose weights were saved, unless they are the last ones: the evaluation after the training is of
+    these, though it is logged at the last step.
+    """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
+    is_over = False
     for entry in json_lines(path):
         if entry.get("loss") is not None or entry.get("eval_loss") is not None:
             check_form(entry, LOSS, str(path), _CURE)
-        for label, key in (("training", "loss"), ("evaluation", "eval_loss")):
-            if entry.get(key) is not None:
-                curves[label][entry["step"]] = entry[key]
+        is_over = "train_loss" in entry or (is_over and "loss" not in entry)  # a run that goes on has more of both
+        if entry.get("loss") is not None:
+            curves["training"][entry["step"]] = entry["loss"]
+        if entry.get("eval_loss") is not None:
+            curves["evaluation"][kept if is_over and kept is not None else entry["step"]] = entry["eval_loss"]
     return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
+
+
+def old_results(run: Run) -> list[str]:
+    """Names of results that are older than the adapter: a folder that was trained in again may still hold them."""
+    weights = run.folder / "adapter_model.safetensors"
+    return [
+        name
+        for name in ("after", "inspection", "export")
+        if weights.is_file() and run.paths[name].is_file() and run.paths[name].stat().st_mtime < weights.stat().st_mtime
+    ]
 
 
 def _intervals(path: Path) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import of_layer, opened, own_numbers, shapes_in, values_by_layer
 from mola.reporting.formatting import markdown_table
-from mola.reporting.load_run import read_losses
+from mola.reporting.load_run import read_losses, step_of_weights
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses
 
 CARD_FILE = "README.md"
@@ -78,7 +78,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
     if path.exists() and not is_own_file(path):
         logger.warning("%s was not written by mola, or was changed since: it is kept, no model card is written.", path)
         return None
-    has_plot = plot_losses(read_losses(folder / "metrics.jsonl"), folder / PLOT_FILE)
+    has_plot = plot_losses(read_losses(folder / "metrics.jsonl", step_of_weights(record)), folder / PLOT_FILE)
     if not has_plot:
         (folder / PLOT_FILE).unlink(missing_ok=True)
     text = render_card(folder, record, evaluations, has_plot=has_plot)

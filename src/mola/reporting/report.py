@@ -11,7 +11,7 @@ from mola.files.atomic import atomic_write_text, check_writable
 from mola.files.ownership import is_own_file, with_mark
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE
-from mola.reporting.load_run import Run, gather, read_record
+from mola.reporting.load_run import gather, old_results, read_record
 from mola.reporting.page import render_page
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def report(options: ReportOptions) -> Path:
     read_record(options.run_dir)
     target = _target(options)
     run = gather(options.run_dir, options.before, options.after, options.inspection, options.export)
-    _warn_of_old_results(run)
+    for name in old_results(run):
+        logger.warning("%s is older than the adapter: was it made with an earlier one?", run.paths[name])
     return atomic_write_text(target, with_mark(render_page(run)))
 
 
@@ -63,15 +64,6 @@ def main(options: ReportOptions) -> int:
     path = report(options)
     Console().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _warn_of_old_results(run: Run) -> None:
-    """A folder that was trained in again may still hold results of the adapter before."""
-    weights = run.folder / "adapter_model.safetensors"
-    for name in ("after", "inspection", "export"):
-        path = run.paths[name]
-        if weights.is_file() and path.is_file() and path.stat().st_mtime < weights.stat().st_mtime:
-            logger.warning("%s is older than the adapter: was it made with an earlier one?", path)
 
 
 def _target(options: ReportOptions) -> Path:

@@ -21,7 +21,7 @@ class RoutingLog:
     curves: Mapping[str, Sequence[list[tuple[int, float]]]]
     dead: list[tuple[int, float]]  # by step, how many experts no token chose, over all modules
     num_experts: int  # experts of all modules that have a router
-    last: Sequence[Mapping[str, Any]]  # the records of the last interval, one per module
+    last: Sequence[Mapping[str, Any]]  # the records of the last interval whose gates are numbers, one per module
     step: int  # the step at its end
 
 
@@ -31,6 +31,7 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
     curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in VALUES}
     dead: list[tuple[int, float]] = []
     last: Sequence[Mapping[str, Any]] = []
+    last_step = 0
     for entry in entries:
         modules, step = entry["modules"], entry["step"]
         if not modules:
@@ -46,11 +47,12 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
                 if known:
                     curve.append((step, fmean(known)))
         dead.append((step, sum(len(module["dead_experts"]) for module in modules)))
-        last = modules
+        if not any(gate is None for module in modules for gate in module["mean_gates"]):
+            last, last_step = modules, step
     if not last:
         return None
     num_experts = sum(len(module["mean_gates"]) for module in last)
-    return RoutingLog(parts, curves, dead, num_experts, last, dead[-1][0])
+    return RoutingLog(parts, curves, dead, num_experts, last, last_step)
 
 
 def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:

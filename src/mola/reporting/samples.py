@@ -63,7 +63,7 @@ def _outcomes(pairs: Sequence[Pair]) -> list[str]:
 def _rank(pair: Pair, experts: Mapping[str, Any]) -> tuple[bool, int]:
     """Samples with experts first, then those that say most about the training."""
     identifier = str((pair[1] or pair[0] or {})["id"])
-    return identifier not in experts, _outcomes([pair]) == ["still right"]
+    return identifier not in experts, _outcome(pair) in ("still right", "right")
 
 
 def _sample(pair: Pair, experts: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ INTERVAL = {
     "modules": [
         {
             **PLACE,
+            "mean_gates": [(NUMBER, None), ...],  # None where routers gave no numbers
             "dead_experts": [INTEGER],
             **{f"{name}?": (NUMBER, None) for name in ("balance", "entropy", "drift")},
         }
@@ -28,6 +29,9 @@ RECORD = {
     "seconds?": (NUMBER, None),
     "trainable_parameters?": (INTEGER, None),
     "steps?": (INTEGER, None),
+    "status?": (TEXT, None),
+    "error?": (TEXT, None),
+    "best_checkpoint?": (TEXT, None),
 }
 SCORE = {"accuracy": NUMBER, "correct": INTEGER, "total": INTEGER, "interval_95": [NUMBER, NUMBER]}
 SAMPLE = {
