@@ -14,6 +14,7 @@ from mola import MolaConfig, MolaError
 from mola.checkpoints.published import read_published, read_tensors
 from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.tensors import read_settings
+from mola.exporting.convert import ConvertOptions, convert
 
 CASE = Path(__file__).parents[1] / "golden" / "case_a"
 Q, V = "self_attn.q_proj", "self_attn.v_proj"
@@ -195,6 +196,39 @@ def test_missing_tensors_are_reported(case, suffix, message):
     assert len(kept) < len(tensors)
     with pytest.raises(MolaError, match=message):
         read_published(save(values, kept), 2)
+
+
+def test_ranks_and_names_that_the_model_does_not_have_are_left_out(case):
+    values, tensors, save = case
+    longer = values | {"r": values["r"] * 2, "target_modules": [" q_proj", *values["target_modules"], "foo_proj"]}
+    config, found = read_published(save(longer, tensors), 2)
+    expected, state_dict = read_published(CASE, 2)
+    assert (config.r, set(config.target_modules)) == (expected.r, set(expected.target_modules))
+    assert_equal(found, state_dict)
+    with pytest.raises(MolaError, match="3 numbers, experts in 4 layers"):
+        read_published(save(values | {"r": values["r"][:3]}, tensors), 2)
+
+
+def test_what_is_left_out_is_reported_and_missing_tensors_are_refused(case, tmp_path):
+    values, tensors, save = case
+    longer = values | {"r": values["r"] * 2, "target_modules": [*values["target_modules"], "foo_proj"]}
+    options = {"source_format": "published", "base_model": str(CASE.parent / "base_tiny"), "top_k": "2"}
+    report = str(convert(ConvertOptions([str(save(longer, tensors))], str(tmp_path / "out"), **options)))
+    assert "r: 8 numbers in the file, of which the first 4 count there" in report
+    assert "the base model has no 'foo_proj'" in report
+    kept = {key: tensor for key, tensor in tensors.items() if ".v_proj." not in key}
+    with pytest.raises(MolaError, match="names v_proj, of which there are no tensors"):
+        convert(ConvertOptions([str(save(values, kept))], str(tmp_path / "none"), **options))
+
+
+def test_a_base_model_that_the_research_code_does_not_have_is_named(tmp_path):
+    for kind, said in (("llama", False), ("gemma2", True)):
+        config, tensors = adapter([2, 2], base_model_type=kind)
+        source = tmp_path / kind
+        config.save_pretrained(source)
+        save_file(tensors, source / "adapter_model.safetensors", {"format": "pt"})
+        report = str(convert(ConvertOptions([str(source)], str(tmp_path / f"{kind}-out"), target_format="published")))
+        assert ("cannot compute one with the type gemma2" in report) == said
 
 
 @pytest.mark.parametrize("name", ["lora_alpha", "target_modules", "r"])

@@ -193,6 +193,20 @@ def test_task_of_the_user_with_words(tmp_path):
         task.example({"sentence1": "a", "sentence2": "b", "label": -1}, 0)
 
 
+def test_words_and_filters_are_those_of_yaml_1_2(tmp_path):
+    """`no` and `yes` are words, and texts that say true or false are labels like the truth values."""
+    text = Path(write_task(tmp_path)).read_text(encoding="utf-8")
+    words = "{yes: 'Yes', no: 'No', true: 'Right', false: 'Wrong'}"
+    rule = f"answer: {{column: label, words: {words}}}\nfilters: {{sentence1: no}}\n"
+    head, _, rest = text.partition("answer:")
+    (tmp_path / "words.yaml").write_text(head + rule + rest[rest.index("\nanswer_pattern") :], encoding="utf-8")
+    task = load_task(str(tmp_path / "words.yaml"))
+    assert task.keeps({"sentence1": "no", "sentence2": "b", "label": "no"})
+    labels = {"yes": "Yes", "no": "No", "true": "Right", "false": "Wrong", True: "Right", False: "Wrong"}
+    for label, word in labels.items():
+        assert task.example({"sentence1": "no", "sentence2": "b", "label": label}, 0)["answer"] == word
+
+
 def test_word_outside_the_task_is_unanswered(tmp_path):
     task = load_task(write_task(tmp_path, {"answer_pattern": r"The answer is (\w+)"}))
     assert task.extract_answer("The answer is Maybe.") is None
@@ -248,6 +262,8 @@ def test_task_of_free_text(tmp_path):
         ({"answer_pattern": "(A)(B)"}, "exactly one group: got 2"),
         ({"answer_pattern": None}, "go together"),
         ({"answer": None}, "go together"),
+        ({"fields": {"answer": {"column": "sentence1"}}}, "`answer` is what the `answer` rule gives"),
+        ({"columns": ["sentence1", "sentence2", "label", "answer"]}, "`answer` is what the `answer` rule gives"),
         ({"metric": "bleu"}, "`metric` must be 'accuracy'"),
         ({"more_metrics": "f1"}, "`more_metrics` must be a list of texts: got 'f1'"),
         ({"more_metrics": ["bleu"]}, r"`more_metrics` must hold names out of f1, matthews.*got \['bleu'\]"),

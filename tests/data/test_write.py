@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -88,6 +90,51 @@ def test_folder_appears_only_without_an_error(tmp_path):
         (folder / "a").write_text("x")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def write_two(folder):
+    with complete_folder(folder) as (new, _):
+        for name in ("dataset_dict.json", "a.json"):
+            (new / name).write_text("fourth")
+
+
+def files(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("place", ["mount", "working folder"])
+def test_folder_that_has_to_stay_gets_the_files(tmp_path, monkeypatch, place):
+    """A volume cannot be renamed, and a shell that works in a folder would stand in one that is gone."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if place == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    else:
+        monkeypatch.chdir(folder)
+    number = folder.stat().st_ino
+    for text in ("first", "second"):
+        with complete_folder(folder) as (new, scratch):
+            (new / "dataset_dict.json").write_text(text)
+            (new / f"{text}.json").write_text(text)
+            (scratch / "left").write_text("")
+        assert files(folder) == {"dataset_dict.json": text, f"{text}.json": text}
+    with pytest.raises(KeyError):
+        write_and_fail(folder)
+    assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
+    replaced = []
+
+    def replace(path, target, replace=os.replace):
+        replaced.append(Path(path).name)
+        if Path(path).name == "dataset_dict.json" and Path(path).parent.suffix == ".tmp":
+            raise OSError(28, "full")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(MolaError, match="full"):
+        write_two(folder)
+    assert replaced[:4] == ["dataset_dict.json", "second.json", "a.json", "dataset_dict.json"]  # what completes it last
+    assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
+    assert folder.stat().st_ino == number
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):

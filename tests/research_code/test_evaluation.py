@@ -104,7 +104,8 @@ def test_own_file_wins_over_the_other_spelling(command, tmp_path):
     ("flags", "parts"),
     [
         ({"test_dataset": "nowhere/scienceq_test.json"}, ["nowhere/scienceq_test.json"]),
-        ({"mola_weights": "nowhere"}, ["`adapter`", "nowhere"]),
+        ({"mola_weights": "nowhere"}, ["`mola_weights`", "nowhere"]),
+        ({"lora_target_modules": "(q_proj,v_proj)"}, ["`lora_target_modules`", "q_proj,v_proj"]),
         ({"number_experts": "2,2,2,2"}, ["`number_experts`", "2,2,2,2", "2,2,3,3"]),
         ({"top_k": "1"}, ["`top_k`", "1,1,1,1", "2,2,2,2"]),
         ({"lora_target_modules": "q_proj"}, ["`lora_target_modules`", "q_proj"]),
@@ -123,7 +124,13 @@ def test_wrong_flags_end_in_one_line(flags, parts, command, capsys):
 
 @pytest.mark.parametrize("form", ["[2,2,3,3]", "(2, 2, 3, 3)"])
 def test_lists_in_brackets(form, command):
-    assert command(number_experts=form, top_k="[2,2,2,2]") == 0
+    assert command(number_experts=form, top_k="[2,2,2,2]", lora_target_modules=f"[{SEVEN}]") == 0
+    assert command(lora_target_modules=str(SEVEN.split(",")), overwrite=True) == 0
+
+
+def test_all_linear_is_what_the_adapter_was_made_with(command):
+    """It is saved as names."""
+    assert command(lora_target_modules="all-linear") == 0
 
 
 def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, tiny_model_dir, capsys):
@@ -215,3 +222,26 @@ def test_adapter_of_the_research_code_is_converted_once(golden, monkeypatch, cap
     assert run_script(SCRIPT, monkeypatch, *words, "--save_path", "three.json", "--top_k", 1) == 2
     assert "case_a.mola" in error_line(SCRIPT, capsys)
     assert not Path("three.json").exists()
+
+
+def test_adapter_made_with_lists_longer_than_the_model(golden, monkeypatch, capsys):
+    """The research code cuts them, and its defaults have 32 numbers; it passes over names that nothing has."""
+    path = Path("case_a/adapter_config.json")
+    settings = read(path)
+    path.write_text(
+        json.dumps(settings | {"r": settings["r"] * 2, "target_modules": [*settings["target_modules"], " x"]})
+    )
+    words = ["--test_dataset", "scienceq_test.json", "--base_model", "base_tiny", "--mola_weights", "case_a"]
+    words += ["--dtype", "float32", "--max_new_tokens", 2, "--save_path", "one.json"]
+    assert run_script(SCRIPT, monkeypatch, *words, "--top_k", ",".join("2" * 8)) == 2
+    assert "got 8 entries, the model has 4 layers" in error_line(SCRIPT, capsys)
+    assert run_script(SCRIPT, monkeypatch, *words, "--top_k", "2,2,2,2") == 0
+    assert read("case_a.mola/adapter_config.json")["r"] == settings["r"]
+
+
+def test_converted_adapter_of_the_working_folder_lies_beside_it(golden, monkeypatch):
+    words = ["--test_dataset", "../scienceq_test.json", "--base_model", "../base_tiny", "--mola_weights", "."]
+    words += ["--dtype", "float32", "--max_new_tokens", 2, "--save_path", "../one.json", "--top_k", "2"]
+    monkeypatch.chdir("case_a")
+    assert run_script(SCRIPT, monkeypatch, *words) == 0
+    assert Path("../case_a.mola/adapter_config.json").is_file()

@@ -50,7 +50,8 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
 
     Returns:
         A configuration and a state dict in mola's layout, for `get_peft_model` and
-        `set_peft_model_state_dict`.
+        `set_peft_model_state_dict`. Ranks of layers that the model does not have, and names in `target_modules` that
+        nothing in it has, which that code passes over, are left out.
 
     Raises:
         MolaError: a file is missing or unreadable, a key is not of this format, experts are not
@@ -63,13 +64,21 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
     state_dict: dict[str, torch.Tensor] = {}
     for module, found in experts.items():
         state_dict.update(found.stacked(module))
+    if len(settings["r"]) < len(counts):
+        raise MolaError(
+            f"`r` in {folder / 'adapter_config.json'} must have one number per layer: {len(settings['r'])} numbers, "
+            f"experts in {len(counts)} layers. The file is incomplete."
+        )
+    adapted, targets = {module.rpartition(".")[2] for module in experts}, settings["target_modules"]
+    if isinstance(targets, list):
+        targets = [name for name in targets if name in adapted]
     config = MolaConfig(
-        r=settings["r"],
+        r=settings["r"][: len(counts)],
         num_experts=counts,
         top_k=top_k if isinstance(top_k, int) else list(top_k),
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings.get("lora_dropout", 0.0),
-        target_modules=settings["target_modules"],
+        target_modules=targets,
         task_type=settings.get("task_type"),
         base_model_name_or_path=settings.get("base_model_name_or_path"),
     )

@@ -79,6 +79,15 @@ def to_published(
     return settings, published
 
 
+_REASONS = {
+    "use_rslora": "Its scale is lora_alpha / r: set `lora_alpha` to lora_alpha * sqrt(r), and this to false.",
+    **dict.fromkeys(
+        ("num_experts_pattern", "rank_pattern", "alpha_pattern"), "It has one number for all linears of a layer."
+    ),
+    "router": "It has linear routers only.",
+}
+
+
 def _check_expressible(config: MolaConfig) -> None:
     refused = {
         "bias": config.bias != "none" and config.bias,
@@ -99,7 +108,7 @@ def _check_expressible(config: MolaConfig) -> None:
         if value:
             raise MolaError(
                 f"`{name}` cannot be expressed in the research code's format, got {getattr(config, name)!r}. "
-                "Only adapters of the same linears in every decoder layer can be written."
+                f"{_REASONS.get(name, 'Only adapters of the same linears in every decoder layer can be written.')}"
             )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -42,6 +43,7 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     notes: list[str] = []
     if options.source_format == "published":
         config, tensors = _read_published(source, options, num_layers)
+        notes = _left_out(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
     else:
         linears = [name for name, module in model.named_modules() if adaptable(module)]
         config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
@@ -97,6 +99,23 @@ def _read_published(
     return config, tensors
 
 
+def _left_out(source: Path, config: MolaConfig, names: Collection[str]) -> list[str]:
+    """What the file says and its tensors do not have; refused where the base model, of these `names`, has it."""
+    settings, notes = read_settings(source), []
+    listed, layers = len(settings["r"]), len(cast(list[int], config.r))
+    if listed > layers:
+        notes.append(f"r: {listed} numbers in the file, of which the first {layers} count there, one for each layer")
+    absent = [name for name in settings["target_modules"] if name not in (config.target_modules or ())]
+    if missing := [name for name in absent if name in names]:
+        raise MolaError(
+            f"`target_modules` in {str(source)!r} names {', '.join(missing)}, of which there are no tensors. The file "
+            "is incomplete."
+        )
+    if absent:
+        notes.append(f"target_modules: the base model has no {', '.join(map(repr, absent))}; not adapted there either")
+    return notes
+
+
 def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
     """`mola convert --to published`; see `mola.exporting.convert.convert`."""
     source = Path(os.path.expanduser(options.source[0]))
@@ -132,4 +151,21 @@ def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
         target_modules=published_settings["target_modules"],
         routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
         not_saved=not_saved,
+        notes=_not_computed_there(config, tensors),
     )
+
+
+def _not_computed_there(config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """That the base model is not the research code's own LLaMA, which has no grouped queries."""
+    outputs = [
+        min((tensor.shape[-1] for key, tensor in tensors.items() if key.endswith(f"{name}.mola_B")), default=0)
+        for name in ("q_proj", "k_proj")
+    ]
+    kind = config.base_model_type
+    if all(outputs) and outputs[1] < outputs[0]:
+        base = "grouped queries"
+    elif kind not in (None, "llama"):
+        base = f"the type {kind}"
+    else:
+        return []
+    return [f"base model: the research code knows the first LLaMA only and cannot compute one with {base}"]

@@ -15,6 +15,8 @@ from mola.files.failures import writing
 
 logger = logging.getLogger(__name__)
 
+# Without them a folder is taken for nothing that mola writes.
+_LAST = ("dataset_dict.json", "dataset_info.json", "adapter_config.json", "config.json")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # raised without a file's name
 
 
@@ -92,15 +94,18 @@ def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:
 def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[Path, Path]]:
     """Write or replace a folder under a temporary name; it takes its place when the block ends without an error.
 
+    A folder that cannot be renamed, or should not be, since a file system is mounted there or this process works in
+    it, gets the files one after the other, those in `_LAST` at the end.
+
     Yields:
         The folder to fill, and a second one for scratch files that goes away in any case.
 
     Raises:
         MolaError: the folder cannot be written. Other errors of the block, also an OSError of a file elsewhere, pass.
     """
-    mark = uuid.uuid4().hex
+    mark, stays = uuid.uuid4().hex, _stays(folder)
     temporary, scratch, old = (
-        folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("tmp", "scratch", "old")
+        (folder if stays else folder.parent) / f".{folder.name}.{mark}.{ending}" for ending in ("tmp", "scratch", "old")
     )
     try:
         try:
@@ -111,7 +116,7 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
         with _write_errors(option, within=(temporary, scratch)):
             yield temporary, scratch
         with _write_errors(option):
-            _put_in_place(temporary, folder, old)
+            (_put_inside if stays else _put_in_place)(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,6 +127,32 @@ def new_folder(option: str, folder: Path) -> Iterator[Path]:
     """`complete_folder` without scratch files, for results that libraries write; refuses one that cannot be written."""
     with writing(f"`{option}`"), complete_folder(folder, option) as (temporary, _):
         yield temporary
+
+
+def _stays(folder: Path) -> bool:
+    """Whether a folder has to stay the same directory."""
+    try:
+        return folder.is_dir() and (os.path.ismount(folder) or folder.samefile(os.curdir))
+    except OSError:  # this process works in a folder that is gone
+        return False
+
+
+def _put_inside(temporary: Path, folder: Path, old: Path) -> None:
+    """Files of a folder to the one above, where what was there before goes away."""
+    before = [path for path in folder.iterdir() if not path.name.startswith(temporary.name.rpartition(".")[0])]
+    old.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for path in [*before, *sorted(temporary.iterdir(), key=lambda path: (path.name in _LAST, path.name))]:
+            target = (old if path.parent == folder else folder) / path.name
+            os.replace(path, target)
+            moved.append((path, target))
+    except OSError:
+        for path, target in reversed(moved):
+            os.replace(target, path)
+        old.rmdir()
+        raise
+    _remove(old, folder)
 
 
 def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
@@ -135,6 +166,10 @@ def _put_in_place(temporary: Path, folder: Path, old: Path) -> None:
     except OSError:
         os.replace(old, folder)
         raise
+    _remove(old, folder)
+
+
+def _remove(old: Path, folder: Path) -> None:
     try:
         shutil.rmtree(old)
     except OSError as error:

@@ -109,7 +109,8 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 class BoundedLoader(yaml.SafeLoader):
     """Refuses a key that is written twice, of which only the last would count.
 
-    Also brackets in brackets beyond any use: PyYAML's time grows with the square of their depth.
+    Also brackets in brackets beyond any use: PyYAML's time grows with the square of their depth. Values are those of
+    YAML 1.2 where 1.1 surprises: `no` and `12:30` are words, `1e-4` is a number, `010` is ten.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -140,6 +141,25 @@ class BoundedLoader(yaml.SafeLoader):
         super().fetch_flow_collection_start(TokenClass)
 
 
+_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+BoundedLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+BoundedLoader.add_implicit_resolver(
+    _REPLACED_TAGS[0], re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+BoundedLoader.add_implicit_resolver(
+    _REPLACED_TAGS[1],
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"
+    ),
+    list("-+.0123456789"),
+)
+BoundedLoader.add_implicit_resolver(_REPLACED_TAGS[2], re.compile("^[-+]?[0-9]+$"), list("-+0123456789"))
+BoundedLoader.add_constructor(_REPLACED_TAGS[2], lambda loader, node: int(node.value))
+
+
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[str]:
     """Lines of a JSON lines log whose entries `keep` wants when a run goes on; none of a file that is not there.
 
@@ -155,7 +175,7 @@ def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[str]:
     return kept
 
 
-def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value of a YAML text, by a loader that runs no code.
 
     Raises:
@@ -163,7 +183,7 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
             endless or larger than a million values.
     """
     try:
-        reader = loader(text)
+        reader = BoundedLoader(text)
         try:
             node = reader.get_single_node()
             if node is None:

@@ -13,11 +13,10 @@ from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from mola.errors import MolaError
-from mola.files.reading import BoundedLoader, parse_yaml, read_text
+from mola.files.reading import parse_yaml, read_text
 from mola.options.help import ShowHelp
 
 
@@ -201,29 +200,6 @@ def _recipe_text(value: Any) -> str:
     return str(value)
 
 
-class _RecipeLoader(BoundedLoader):
-    """YAML 1.2 where 1.1 surprises: `no` and `12:30` are words, `1e-4` is a number, `010` is ten."""
-
-
-_REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(
-    _REPLACED_TAGS[0], re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_RecipeLoader.add_implicit_resolver(
-    _REPLACED_TAGS[1],
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"
-    ),
-    list("-+.0123456789"),
-)
-_RecipeLoader.add_implicit_resolver(_REPLACED_TAGS[2], re.compile("^[-+]?[0-9]+$"), list("-+0123456789"))
-_RecipeLoader.add_constructor(_REPLACED_TAGS[2], lambda loader, node: int(node.value))
-
-
 def read_recipe(path: str) -> dict[str, Any]:
     """Read a YAML recipe: a mapping from option names to values.
 
@@ -235,7 +211,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise MolaError(f"`config` cannot be read: {path!r} ({error}).") from error
     try:
-        recipe = parse_yaml(text, _RecipeLoader)
+        recipe = parse_yaml(text)
     except ValueError as error:
         raise MolaError(f"`config` is no YAML: {path!r}: {error}. Correct the file.") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):

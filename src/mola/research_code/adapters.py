@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.notation import pattern_with, resolve_per_layer
+from mola.architecture.targets import linear_shapes
 from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
 from mola.exporting.convert import ConvertOptions, convert
@@ -46,10 +48,20 @@ def _plain(numbers: str | None) -> str | None:
     return f"{plain}," if plain != numbers.strip() and plain.isdecimal() else plain  # one number: not its digits
 
 
+def _names(text: str | None) -> str | None:
+    """Names between commas, without the brackets and quotes of a list; another text, such as a pattern, as it is."""
+    found = re.fullmatch(r"\s*(?:\[(.*)\]|\((.*)\))\s*", text or "")
+    if found is None:
+        return text
+    names = [name.strip().strip("'\"") for name in (found[1] or found[2] or "").split(",")]
+    return ",".join(names) if all(re.fullmatch(r"[\w.-]+", name) for name in names) else text
+
+
 def lists_of(options: Any) -> Lists:
     """What the flags of a script say about its adapter."""
     given = {item.name: getattr(options, item.name, None) for item in fields(Lists)}
-    return Lists(**given | {name: _plain(given[name]) for name in ("number_experts", "top_k", "lora_r")})
+    given |= {name: _plain(given[name]) for name in ("number_experts", "top_k", "lora_r")}
+    return Lists(**given | {"lora_target_modules": _names(given["lora_target_modules"])})
 
 
 def process_count() -> int:
@@ -72,7 +84,7 @@ def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code
     """
     published = read_json_object(Path(folder) / "adapter_config.json")
     if foreign_format(published) == "published":
-        folder = _converted(folder, base_model, lists.top_k, len(published["r"]), trust_remote_code)
+        folder = _converted(folder, base_model, lists.top_k, trust_remote_code)
     settings = check_adapter(folder)
     if settings["peft_type"] == "MOLA":
         _check_lists(folder, settings, base_model, lists, trust_remote_code)
@@ -81,14 +93,15 @@ def usable_adapter(folder: str, base_model: str, lists: Lists, trust_remote_code
     return folder
 
 
-def _converted(source: str, base_model: str, top_k: str | None, num_layers: int, trust_remote_code: bool) -> str:
+def _converted(source: str, base_model: str, top_k: str | None, trust_remote_code: bool) -> str:
     if top_k is None:
         raise MolaError(
             f"`top_k` must be given for an adapter of the research code: the files in {source!r} do not hold it, and a "
             "wrong one gives other outputs without an error. Pass --top_k with the value of its training (2 was the "
             "default)."
         )
-    target = Path(f"{source.rstrip('/')}.mola")
+    target = Path(f"{Path(source).resolve()}.mola")
+    num_layers = count_decoder_layers(model_on_meta(base_model, trust_remote_code), base_model)
     # Numbers, not the text: "2" and "2,2,2,2" are the same adapter.
     record = {"source": _fingerprint(Path(source)), "top_k": resolve_per_layer(top_k, num_layers, "top_k")}
     if target.exists():
@@ -170,9 +183,10 @@ def _check_lists(
     if lists.lora_alpha is not None:
         given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
     if lists.lora_target_modules is not None:
-        wanted = names_between_commas(lists.lora_target_modules)
+        wanted, targets = names_between_commas(lists.lora_target_modules), settings.get("target_modules")
+        if isinstance(wanted, str) and _same_linears(model, wanted, targets):
+            wanted = targets  # "all-linear" is saved as names
         given["lora_target_modules"] = sorted(wanted) if isinstance(wanted, list) else wanted
-        targets = settings.get("target_modules")
         saved["lora_target_modules"] = sorted(targets) if isinstance(targets, list) else targets
     for flag, value in given.items():
         if value != saved[flag]:
@@ -180,6 +194,10 @@ def _check_lists(
                 f"`{flag}` must be what the adapter was made with: got {_text(value)}, {folder!r} has "
                 f"{_text(saved[flag])}. Leave the flag out: the adapter says it itself."
             )
+
+
+def _same_linears(model: Any, one: Any, other: Any) -> bool:
+    return {each.name for each in linear_shapes(model, one)} == {each.name for each in linear_shapes(model, other)}
 
 
 def _text(value: Any) -> str:

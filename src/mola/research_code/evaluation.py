@@ -11,6 +11,7 @@ from mola.evaluation.evaluate import main as evaluate_main
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.options.fields import option
 from mola.research_code.adapters import lists_of, usable_adapter
+from mola.research_code.flag_names import flag_names
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,13 @@ def main(options: ResearchEvaluateOptions) -> int:
     """
     check_new_file("save_path", options.save_path, options.overwrite)
     lists = lists_of(options)
-    adapter = usable_adapter(options.mola_weights, options.base_model, lists, options.trust_remote_code)
-    data = _either_spelling(options.test_dataset)
     same = {name: getattr(options, name) for name in _SAME_OPTIONS}
-    code = evaluate_main(
-        EvaluateOptions(**same, task="scienceqa", data=data, adapter=adapter, output=options.save_path)
-    )
+    with flag_names({"data": "test_dataset", "adapter": "mola_weights", "output": "save_path"}):
+        adapter = usable_adapter(options.mola_weights, options.base_model, lists, options.trust_remote_code)
+        data = _either_spelling(options.test_dataset)
+        code = evaluate_main(
+            EvaluateOptions(**same, task="scienceqa", data=data, adapter=adapter, output=options.save_path)
+        )
     result = json.loads(Path(options.save_path).read_text(encoding="utf-8"))
     atomic_write_json(options.save_path, {**research_result(result), **result})
     return code

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
 from mola.errors import MolaError
 from mola.files.folders import check_output_folder, complete_folder
 from mola.options.fields import option
+from mola.research_code.flag_names import flag_names
 
 SPLITS = ("train", "validation", "test")
 SCIENCEQA_FOLDER = "science_qa.hf"
@@ -53,7 +53,7 @@ def main(options: ScienceQAOptions | InstructionOptions) -> int:
     """Run the script that the options belong to."""
     import datasets
 
-    with _flag_names():
+    with flag_names({"data": "dataset"}):
         if isinstance(options, ScienceQAOptions):
             print(datasets.load_from_disk(str(prepare_scienceqa(options) / SCIENCEQA_FOLDER)))
         else:
@@ -182,12 +182,3 @@ def _is_instruction_folder(folder: Path) -> bool:
         return all(set(info["features"]) == set(PROMPT_COLUMNS) for info in infos)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def _flag_names() -> Iterator[None]:
-    """`data` of mola's messages is `dataset` here."""
-    try:
-        yield
-    except MolaError as error:
-        raise MolaError(str(error).replace("`data`", "`dataset`")) from error

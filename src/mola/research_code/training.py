@@ -16,6 +16,7 @@ from mola.data.examples import load_examples
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.research_code.adapters import lists_of, process_count, usable_adapter
+from mola.research_code.flag_names import flag_names
 from mola.research_code.trackers import tracker_environment, tracker_settings
 from mola.research_code.training_options import (
     BALANCE_COEF,
@@ -39,6 +40,20 @@ _SAME_OPTIONS = (
     *("learning_rate", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token"),
     *("template", "seed", "dtype"),
 )
+# What `mola train` calls otherwise; its other options have no flag here, or the same name.
+_FLAGS = {
+    "data": "data_path",
+    "num_experts": "number_experts",
+    "r": "lora_r",
+    "target_modules": "lora_target_modules",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "validation_size": "val_set_size",
+}
+_PHRASES = {
+    "--adapter": "`mola train --adapter`",
+    "Name the task, or prepare": "Prepare",
+}
 # Weights of the whole model under the names of the running program; no adapter configuration beside them.
 _WHOLE_MODEL = "pytorch_model.bin"
 
@@ -81,12 +96,13 @@ def train_settings(options: SharedOptions) -> dict[str, Any]:
 
 def main(options: SharedOptions) -> int:
     """Check the flags, show the same as a `mola train` command, train."""
-    settings = train_settings(options)
-    environment = tracker_environment(options)
-    if os.environ.get("RANK", "0") == "0":
-        logger.info("The same as: %s", as_command(settings, environment))
-    os.environ.update(environment)
-    return train_main(TrainOptions(**settings))
+    with flag_names(_FLAGS | {"template": options.template_flag}, _PHRASES):
+        settings = train_settings(options)
+        environment = tracker_environment(options)
+        if os.environ.get("RANK", "0") == "0":
+            logger.info("The same as: %s", as_command(settings, environment))
+        os.environ.update(environment)
+        return train_main(TrainOptions(**settings))
 
 
 def as_command(settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:

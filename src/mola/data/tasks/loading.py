@@ -153,6 +153,10 @@ def _check_task(task: Task) -> None:
     if task.answer is not None:
         used |= {task.answer.column, task.answer.choices or task.answer.column}
         extra = {"answer", "options"} if task.answer.choices else {"answer"}
+        for name in sorted(extra & ({*task.fields} | {*task.columns} - used)):
+            raise MolaError(
+                f"`{name}` is what the `answer` rule gives: no field or other column can be called so. Rename it."
+            )
     for column in sorted(used - set(task.columns)):
         raise MolaError(f"`columns` must list every column in use: `{column}` is not in it. Add it.")
     available = {*task.columns, *task.fields, *extra}

@@ -14,6 +14,9 @@ BINARY_METRICS = ("f1", "matthews")
 EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
 
 
+_TRUTH = {"true": "True", "false": "False"}  # in files without truth values, which a task's `true` means too
+
+
 @dataclass(frozen=True)
 class AnswerRule:
     """Where the answer of a row is: `column`, with either `choices` (letters) or `words` (labels)."""
@@ -26,12 +29,13 @@ class AnswerRule:
         """Answer, options text (``""`` for words) and number of choices of one row."""
         value = row[self.column]
         if self.words is not None:
-            if str(value) not in self.words:
+            label = _TRUTH.get(str(value), str(value))
+            if label not in self.words:
                 raise MolaError(
                     f"row `{row_id}`: `{self.column}` must be one of {', '.join(self.words)}: got {value!r}. "
                     "Correct the row, or add the label to `words` of the task."
                 )
-            return self.words[str(value)], "", len(set(self.words.values()))
+            return self.words[label], "", len(set(self.words.values()))
         choices = row[str(self.choices)]
         if (
             not isinstance(choices, (list, tuple))
