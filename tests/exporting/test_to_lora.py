@@ -81,13 +81,14 @@ def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, 
     assert explained["base_model.model.lm_head"] > 0.9  # of rank 4 at most, as the LoRA is: what is left is the gates'
 
 
-def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture, questions, tmp_path, run, caplog):
     (tmp_path / "text.txt").write_text("One piece of text.")
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json", "--limit", 5]
     run("convert", mixture, *flags, *data, "--test_text", tmp_path / "text.txt", "--output", tmp_path / "fit")
     rows = {kind: sum(counts.values()) for kind, counts in report_of(tmp_path / "fit")["rows"].items()}
     assert rows == {"answer": 5, "test answer": 12, "other text": 1}
+    assert "Only the first 5 samples of" in caplog.text
 
 
 def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from transformers import GenerationConfig
 
+from mola import MolaConfig
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, generate_text
@@ -174,6 +176,31 @@ def test_command_prints_the_text_alone(stream, options, tiny_model, tiny_tokeniz
     prompt = get_template("meta").prompt("Add.", "2 and 3")
     expected = generate_text(tiny_model, tiny_tokenizer, prompt, max_new_tokens=12)
     assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "asked", "used"),
+    [
+        (".", None, "alpaca_short"),
+        ("checkpoint-4", None, "alpaca_short"),
+        (".", "meta", "meta"),
+        (None, None, "alpaca"),
+    ],
+)
+def test_an_adapter_is_asked_in_the_prompts_of_its_training(place, asked, used, options, tiny_model, tmp_path, capsys):
+    """As `run.json` has it, in the adapter's folder or above a checkpoint."""
+    torch.manual_seed(0)
+    config = MolaConfig(num_experts=2, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapter = tmp_path / (place or ".")
+    get_peft_model(tiny_model, config).save_pretrained(adapter)
+    if place is not None:
+        (tmp_path / "run.json").write_text('{"template": "alpaca_short"}', encoding="utf-8")
+    options.adapter, options.template, options.instruction = str(adapter), asked, "Add."
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    options.instruction, options.prompt = None, get_template(used).prompt("Add.")
+    assert main(options) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_command_seed_takes_effect(options, capsys):

@@ -29,6 +29,7 @@ def test_run_folder_is_complete_and_loads_everywhere(flags, tmp_path, tiny_model
     assert record["adapter_settings"]["num_experts"] == "1224"
     assert {"mola", "torch", "transformers", "peft", "python"} <= record["versions"].keys()
     assert len(record["data_fingerprints"]["train"]) == 64
+    assert record["template"] == "meta"
     assert record["metrics"]["train_loss"] > 0
     assert sorted(losses(folder)) == list(range(1, record["steps"] + 1))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from mola.exporting.options import ConvertOptions
 from mola.files.reading import read_text
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 256  # tokens of a piece of text
 _TOKENS = 1024  # of a batch: logits of all of them are compared
@@ -92,12 +95,19 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
 def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit: int | None) -> tuple[list[Row], int]:
     """Rows, and how many are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
-    examples = load_examples(path, task, split, limit=limit)
+    examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
+    if limit is not None and len(examples) > limit:
+        examples = examples[:limit]
+        _say_limit(f"samples of {path}", limit)
     cutoff = _longest(options)
     dataset, report = encode_examples(
         examples, tokenizer, get_template(task.template), cutoff_len=cutoff, truncation="drop"
     )
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
+
+
+def _say_limit(what: str, limit: int) -> None:
+    logger.warning("Only the first %d %s are read. `limit` sets how many.", limit, what)
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
@@ -118,7 +128,10 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
     size = min(_PIECE, _longest(options))
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    rows = [Row(piece, piece) for piece in pieces if len(piece) > 1][: options.limit]
+    rows = [Row(piece, piece) for piece in pieces if len(piece) > 1]
+    if len(rows) > options.limit:
+        rows = rows[: options.limit]
+        _say_limit(f"pieces of {path}", options.limit)
     if option == "text":
         return _divided(rows, 0, path)
     if not rows:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TextStreamer
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
+from mola.files.reading import read_json_object
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
@@ -33,7 +35,10 @@ class GenerateOptions(ModelOptions):
     input: str | None = option(None, "Context of the instruction.")
 
     _answer: ClassVar = Group("answer")
-    template: str = option("alpaca", "Prompt template for instructions.")
+    template: str | None = option(
+        None,
+        "Prompt template for instructions. Default: that of the adapter's training, if its folder tells, else alpaca.",
+    )
     max_new_tokens: int = option(128, "Longest answer in tokens.")
     temperature: float | None = option(
         None, "Sampling temperature; 0 is greedy. Giving it, top_p or top_k turns sampling on."
@@ -65,7 +70,7 @@ def main(options: GenerateOptions) -> int:
     if prompt is not None:
         _answer(model, tokenizer, prompt, options)
         return 0
-    template = get_template(options.template)
+    template = get_template(_template_of(options))
     for line in _read_lines():
         try:
             _answer(model, tokenizer, template.prompt(line, ""), options)
@@ -80,12 +85,22 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def _template_of(options: GenerateOptions) -> str:
+    """What was asked for, or what the adapter was trained with: other prompts are none that it knows."""
+    if options.template is not None or options.adapter is None:
+        return options.template or "alpaca"
+    folder = Path(options.adapter).expanduser()
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    records = (read_json_object(place / "run.json") for place in places)
+    return next((str(record["template"]) for record in records if record.get("template")), "alpaca")
+
+
 def _checked_prompt(options: GenerateOptions) -> str | None:
     """Prompt of a single run, None for the loop."""
     decoding_settings(**_decoding(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
-    template = get_template(options.template)
+    template = get_template(_template_of(options))
     if options.prompt is not None and (options.instruction is not None or options.input is not None):
         raise MolaError(
             "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "

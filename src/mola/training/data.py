@@ -38,12 +38,14 @@ class TrainingData:
         evaluation: encoded evaluation samples, or None.
         reports: what encoding did, by part.
         fingerprints: sha256 of the examples, by part.
+        template: name of the prompt template.
     """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
     reports: dict[str, EncodeReport]
     fingerprints: dict[str, str]
+    template: str
 
 
 def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -55,7 +57,8 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     if options.data is None:
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
-    template = get_template(options.template or (task.template if task is not None else "alpaca"))
+    name = options.template or (task.template if task is not None else "alpaca")
+    template = get_template(name)
     filters = mapping("filters", options.filters)
     train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)
@@ -66,9 +69,9 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
             f"{options.base_model} has {limit} positions. Lower `cutoff_len`."
         )
     encoded, reports, fingerprints = {}, {}, {}
-    for name, examples in (("train", train), ("evaluation", evaluation)):
+    for part, examples in (("train", train), ("evaluation", evaluation)):
         if examples:
-            encoded[name], reports[name] = encode_examples(
+            encoded[part], reports[part] = encode_examples(
                 examples,
                 tokenizer,
                 template,
@@ -77,9 +80,9 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
                 add_eos_token=options.add_eos_token,
                 truncation=options.truncation,
             )
-            fingerprints[name] = data_fingerprint(examples)
-            logger.info("%s data: %s", name, reports[name].summary())
-    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints)
+            fingerprints[part] = data_fingerprint(examples)
+            logger.info("%s data: %s", part, reports[part].summary())
+    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, name)
 
 
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:

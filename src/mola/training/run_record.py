@@ -28,6 +28,7 @@ def describe_run(options: TrainOptions, data: TrainingData, allocation: dict[str
         "processes": options.world_size,
         "allocation": allocation,
         "quantization": recorded_quantization(options),
+        "template": data.template,
         "data": {name: asdict(report) for name, report in data.reports.items()},
         "data_fingerprints": data.fingerprints,
         "versions": software_versions(),
