@@ -6,12 +6,15 @@ from dataclasses import dataclass, field, fields
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig, MolaError
 from mola.integrations.mixture_settings import (
     FIELDS,
     check_version,
     continue_mixture,
+    continued_config,
     keep_router_losses,
     read_settings,
     refuse_others,
@@ -76,6 +79,22 @@ def test_another_structure_is_not_continued(name, value, tiny_model_dir, tiny_mo
     folder = first_adapter(tiny_model_dir, tmp_path)
     with pytest.raises(MolaError, match=f"`mola_{name}` is .* in .*, not .*: leave it out"):
         continue_mixture(tiny_model, str(folder), {name: value})
+
+
+def test_names_in_another_order_are_the_same(tiny_model_dir, tiny_model, tmp_path):
+    """A configuration sorts some of its lists; a YAML has them as they were written."""
+    settings = {"modules_to_save": ["norm", "lm_head"], "layers_to_transform": [3, 1], "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny_model, MolaConfig(num_experts=2, task_type="CAUSAL_LM", **settings))
+    model.save_pretrained(tmp_path)
+    again = {**settings, "modules_to_save": ["lm_head", "norm"], "layers_to_transform": [1, 3]}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert continued_config(base, str(tmp_path), again).modules_to_save
+    with pytest.raises(MolaError, match=r"`modules_to_save` is .* not \['norm'\]"):
+        continued_config(base, str(tmp_path), {"modules_to_save": ["norm"]})
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(MolaError, match="is not the file that was saved"):
+        continued_config(base, str(tmp_path), again)
 
 
 def test_lora_is_not_continued(tiny_model, tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 
+import accelerate
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mola
 from mola import MolaConfig, MolaError, MolaLinear
@@ -89,6 +90,47 @@ def test_load_adapter_of_transformers(base, inputs, saved):
     with pytest.warns(UserWarning, match="multiple adapters"):  # PEFT says so for every method
         model.load_adapter(str(folder), adapter_name="second")
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_an_offloaded_base_is_refused(num_experts, inputs, tmp_path):
+    """Accelerate brings the weights of modules that are called; experts had none, or random ones."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    parts = [
+        "model.embed_tokens",
+        "model.norm",
+        "lm_head",
+        "model.rotary_emb",
+        *(f"model.layers.{i}" for i in range(3)),
+    ]
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.3": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "off")
+    settings = {"num_experts": num_experts, "top_k": 1}
+    with pytest.raises(MolaError, match="the base model must not be offloaded: the weights of 'model.layers.3"):
+        get_peft_model(base, random_config(**settings))
+    adapted = get_peft_model(tiny_llama(), random_config(**settings)).eval()
+    adapted = accelerate.cpu_offload(adapted, execution_device="cpu")
+    with pytest.raises(MolaError, match="the experts have no values: the model was offloaded"):
+        adapted(input_ids=inputs["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_the_same_name_with_one_expert_leaves_no_router(tmp_path):
+    """As when a cell of a notebook is run again with another number."""
+    base = tiny_llama()
+    get_peft_model(base, random_config(num_experts=4))
+    get_peft_model(base, random_config(num_experts=1, top_k=1)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_configuration_that_is_written_before_the_weights_has_no_digest(base, tmp_path):
+    """As Transformers' `save_pretrained` does it: the file that lies there will be another."""
+    model = get_peft_model(clone(base), random_config())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["weights_sha256"]
+    model.peft_config["default"].save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["weights_sha256"] is None
 
 
 def test_inject_adapter_in_model(base, inputs):

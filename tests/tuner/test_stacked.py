@@ -1,5 +1,7 @@
 """Experts that a base model keeps stacked in one parameter: `target_parameters`, held to PEFT's LoRA."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -221,6 +223,22 @@ def test_without_linears():
     assert len(stacks(model)) == 2
     assert not any(isinstance(module, MolaLinear) for module in model.modules())
     model.train()(**token_batch()).loss.backward()
+
+
+def test_linears_get_mixtures_unless_they_are_left_out(tmp_path):
+    """None is the default, beside `target_parameters` too; in a file of earlier versions it meant none."""
+    model = get_peft_model(base(), config(target_modules=None))
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, MolaLinear)]
+    assert len(mixtures) == 2 * 4  # attention: q, k, v and o
+    assert model.peft_config["default"].target_modules
+    bare = get_peft_model(base(), config(target_modules=[]))
+    bare.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["target_modules"] == []
+    path.write_text(json.dumps(settings | {"target_modules": None}))
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(bare.eval()))
 
 
 def test_compiled_it_is_one_graph_with_the_same_gradients():

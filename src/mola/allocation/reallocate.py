@@ -129,7 +129,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         config.init_lora_weights = True  # there may be too few components for more experts, and these did not start so
     with new_folder("output_dir", output) as folder:
         save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder), auto_mapping_dict=None)
     return ReallocateResult(str(output), before, after, effective_top_k(after, top_k), unchanged, len(layers))
 
 

@@ -8,6 +8,7 @@
 import io
 import json
 import math
+import os
 import shlex
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -20,7 +21,8 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
-from mola.models.loading import check_adapter, load_config, resolve_device, resolve_dtype
+from mola.models.adapters import warn_other_base
+from mola.models.loading import check_adapter, check_adapter_fits, load_config, resolve_device, resolve_dtype
 from mola.options.fields import option
 
 # Flags of the harness that an option of this command sets, and that option.
@@ -91,6 +93,8 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     """Everything that can be wrong without the tasks' data; the harness's own arguments."""
     if find_spec("lm_eval") is None:
         raise MolaError("`mola lm-eval` needs the package lm-eval. Install it with pip install 'mola-peft[lm-eval]'.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MolaError("`mola lm-eval` runs in one process: start it without a launcher (`WORLD_SIZE` is above 1).")
     limit = options.limit
     if limit is not None and not (0 < limit < 1 or (math.isfinite(limit) and limit >= 1 and limit == int(limit))):
         raise MolaError(f"`limit` must be a number of samples or a share between 0 and 1: got {limit:g}.")
@@ -105,7 +109,9 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     dtype = str(resolve_dtype(options.dtype, device)[0]).removeprefix("torch.")
     load_config(options.base_model, options.trust_remote_code)
     if options.adapter is not None:
-        check_adapter(options.adapter)
+        config = check_adapter(options.adapter)
+        check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code)
+        warn_other_base(options.base_model, options.adapter, config)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
@@ -178,7 +184,8 @@ def _check_tasks(options: LmEvalOptions, arguments: Namespace) -> None:
     try:
         manager = settings.process_tasks(settings.metadata)
         manager.load(settings.tasks)
-    except (ValueError, KeyError, OSError) as error:  # no such task; no such file, no network
+    # No such task; no such file, no network; a package that a task needs; data that come as a script.
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError) as error:
         raise MolaError(
             f"`tasks` must name tasks whose data is at hand or can be downloaded: {options.tasks!r}: "
             f"{type(error).__name__}: {error}. `lm-eval ls tasks` lists the names; `include_path` adds own ones."

@@ -99,7 +99,7 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     config.inference_mode = True
     with new_folder("output", output) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder), auto_mapping_dict=None)
     return MixtureReport(
         output,
         list(options.source),

@@ -58,7 +58,7 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     config.base_model_name_or_path = base_model
     with new_folder("output", output) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder), auto_mapping_dict=None)
     modules = adapted_modules(tensors)
     experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
     return ConvertReport(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
+from mola.files.digests import check_digest
 from mola.training.options import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
@@ -117,6 +119,7 @@ def continued_config(
         MolaError: it is no mixture, or of another structure than `settings` say.
     """
     config = PeftConfig.from_pretrained(folder, **kwargs)
+    check_digest(Path(folder, kwargs.get("subfolder") or ""))
     if not isinstance(config, MolaConfig):
         raise MolaError(f"{folder!r} is of type {config.peft_type}, no mixture: it cannot be trained on here.")
     layers = LayerStacks.of(model).num_layers or 1
@@ -128,6 +131,8 @@ def continued_config(
             is_same = resolve_per_layer(own, layers, name) == resolve_per_layer(other, layers, name)
             if name == "num_experts":
                 is_same = is_same and pattern_with(other, None) in (None, {}, config.num_experts_pattern)
+        elif name in ("target_parameters", "modules_to_save", "layers_to_transform"):  # in any order
+            is_same = isinstance(own, list) and isinstance(other, list) and sorted(own) == sorted(other)
         else:  # target modules may be the same in other words
             is_same = name == "target_modules" and (
                 linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)

@@ -128,6 +128,8 @@ class MolaConfig(PeftConfig):
             raise MolaError(f"`task_type` is wrong: {error}") from error
         if from_checkpoint:
             self._check_complete()
+            if self.target_parameters and self.target_modules is None:  # of a version that then adapted no linears
+                self.target_modules = []
         self.peft_type = PeftType("MOLA")
         for name, default in (("r", 8), ("num_experts", "2468"), ("top_k", 2), ("lora_alpha", 16)):
             if getattr(self, name) is None:
@@ -224,9 +226,13 @@ class MolaConfig(PeftConfig):
             raise MolaError("`layers_pattern` is only used together with `layers_to_transform`, which is not set.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, see PEFT, with the digest of the weights that are in the folder already."""
+        """Write `adapter_config.json`, see PEFT, with the digest of the weights that are in the folder already.
+
+        Only where the caller says that they are there, by `auto_mapping_dict` as PEFT does: Transformers writes them
+        afterwards.
+        """
         saved = copy.copy(self)
-        saved.weights_sha256 = weights_sha256(save_directory)
+        saved.weights_sha256 = weights_sha256(save_directory) if "auto_mapping_dict" in kwargs else None
         super(MolaConfig, saved).save_pretrained(save_directory, **kwargs)
         patterns = {name: pattern for name in _PATTERNS if (pattern := getattr(saved, name))}
         if patterns:  # PEFT sorts all keys, and of patterns the first one that matches counts

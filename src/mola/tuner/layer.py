@@ -118,6 +118,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.mola_B[adapter_name] = nn.Parameter(torch.empty(*shape, self.out_features))
         if settings.num_experts > 1:
             self.mola_router[adapter_name] = nn.Parameter(torch.empty(settings.num_experts, self.in_features))
+        elif adapter_name in self.mola_router:  # of an earlier adapter of this name
+            del self.mola_router[adapter_name]
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -199,6 +201,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         # Read from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
         parts: Any = self._modules
         experts_A, experts_B = parts["mola_A"]._parameters[adapter_name], parts["mola_B"]._parameters[adapter_name]
+        if experts_A.is_meta and not x.is_meta:
+            raise MolaError(
+                "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
+                "weights of modules that are called only. Keep it on its device."
+            )
         dropout = parts["mola_dropout"]._modules[adapter_name]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -37,6 +37,16 @@ from mola.tuner.stacked import StackedParameters
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
+def _check_not_offloaded(name: str, module: nn.Module) -> None:
+    """A hook of accelerate brings the weights of a module that is called, and experts lie in none."""
+    weight: Any = getattr(base_layer_of(module), "weight", None)
+    if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
+        raise MolaError(
+            f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
+            "called, and experts cannot. Load it without `device_map`, or with one for which there is room."
+        )
+
+
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
@@ -93,7 +103,7 @@ class MolaModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, config: MolaConfig, *args: Any, **kwargs: Any) -> None:
         """Resolve what depends on the model, and put the adapter into it."""
         self._stacks = LayerStacks.of(model)
-        if config.target_modules or not config.target_parameters:
+        if config.target_modules or config.target_modules is None or not config.target_parameters:
             config.target_modules, config.exclude_modules = resolve_target_modules(
                 model, self._stacks, config.target_modules, config.exclude_modules
             )
@@ -127,6 +137,7 @@ class MolaModel(BaseTuner):
         for name in adapted:
             settings = self._per_layer.settings(config, name, self._stacks.index(name))
             if adaptable(modules[name]):
+                _check_not_offloaded(name, modules[name])
                 features: Any = _get_in_out_features(base_layer_of(modules[name]))
                 check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
         check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")

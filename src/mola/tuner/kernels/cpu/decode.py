@@ -77,7 +77,7 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
         return None
     parts = layer._modules
     experts_B = parts["mola_B"]._parameters.get(adapter_name)
-    if experts_B is None:
+    if experts_B is None or experts_B.is_meta:
         return None
     is_compiling, others = torch.compiler.is_compiling(), None
     if is_compiling:  # then B alone is looked at: compiled code compares what it reads, before every call
