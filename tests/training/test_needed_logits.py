@@ -69,7 +69,7 @@ def test_models_that_can(options):
 
 @pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"use_liger_kernel": True}])
 def test_where_something_else_reads_the_logits(setting, options, caplog, monkeypatch):
-    monkeypatch.setattr("mola.training.options.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("mola.training.option_checks.is_liger_kernel_available", lambda: True)
     with caplog.at_level("INFO"):
         assert not computes_needed_logits(tiny_llama(), options(**setting))
     assert f"`{next(iter(setting))}` reads them" in caplog.text
@@ -129,7 +129,7 @@ def test_a_run_computes_them_and_ends_the_same(flags, tmp_path, monkeypatch):
     assert main(flags(tmp_path / "needed", **settings)) == 0
     counts = [list(positions)]
     positions.clear()
-    monkeypatch.setattr("mola.training.train.computes_needed_logits", lambda *_: False)
+    monkeypatch.setattr("mola.training.trainer.computes_needed_logits", lambda *_: False)
     assert main(flags(tmp_path / "all", **settings)) == 0
     counts += [list(positions)]
     assert sum(counts[0]) < 0.9 * sum(counts[1])
