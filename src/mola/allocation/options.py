@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
@@ -108,12 +108,12 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
         value = getattr(options, source)
         if value is not None and source not in reads:
             raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if item.name in ("task", "split", "limit") and value != item.default and "data" not in reads:
+    for about_data in ("task", "split", "limit"):
+        value = getattr(options, about_data)
+        if value != getattr(AllocateOptions, about_data) and "data" not in reads:
             raise MolaError(
-                f"`{item.name}` ({value!r}) is about `data`, which `method` {options.method!r} does not read. Leave it "
-                "out."
+                f"`{about_data}` ({value!r}) is about `data`, which `method` {options.method!r} does not read. Leave "
+                "it out."
             )
     if "data" in reads:
         if options.data is None or options.task is None:

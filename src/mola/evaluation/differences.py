@@ -44,9 +44,8 @@ class Part(NamedTuple):
     """Questions that count alike, of which none is in another part."""
 
     questions: int  # how many
-    reach: (
-        float  # by how much a mean difference moves from 0, if one of these recipes knows all of them, the other none
-    )
+    # by how much a mean difference moves from 0, if one of the recipes knows all of them, the other none
+    reach: float
 
 
 def mean_accuracy(accuracies: Sequence[float]) -> Mean:

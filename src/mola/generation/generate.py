@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TextStreamer
 
-from mola.data.templates import get_template
+from mola.data.templates import Template, get_template
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.generation.decoding import decoding_settings, generate_text
@@ -56,7 +56,8 @@ def main(options: GenerateOptions) -> int:
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
-    prompt = _checked_prompt(options)
+    template = get_template(_template_of(options))
+    prompt = _checked_prompt(options, template)
     check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
@@ -70,7 +71,6 @@ def main(options: GenerateOptions) -> int:
     if prompt is not None:
         _answer(model, tokenizer, prompt, options)
         return 0
-    template = get_template(_template_of(options))
     for line in _read_lines():
         try:
             _answer(model, tokenizer, template.prompt(line, ""), options)
@@ -95,12 +95,11 @@ def _template_of(options: GenerateOptions) -> str:
     return next((str(record["template"]) for record in records if record.get("template")), "alpaca")
 
 
-def _checked_prompt(options: GenerateOptions) -> str | None:
+def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:
     """Prompt of a single run, None for the loop."""
     decoding_settings(**_decoding(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
-    template = get_template(_template_of(options))
     if options.prompt is not None and (options.instruction is not None or options.input is not None):
         raise MolaError(
             "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "

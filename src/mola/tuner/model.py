@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -19,32 +19,21 @@ from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_sav
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.parameters import find_stacks
-from mola.architecture.patterns import check_matches
-from mola.architecture.targets import adaptable, base_layer_of, resolve_target_modules
+from mola.architecture.targets import adaptable, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
-from mola.tuner.initialization import check_shapes
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.mixed_batch import mixed_batch
 from mola.tuner.names import check_name
 from mola.tuner.per_layer import PerLayer
+from mola.tuner.places import check_places
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.replication import replicated_layers
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-
-
-def _check_not_offloaded(name: str, module: nn.Module) -> None:
-    """A hook of accelerate brings the weights of a module that is called, and experts lie in none."""
-    weight: Any = getattr(base_layer_of(module), "weight", None)
-    if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
-        raise MolaError(
-            f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
-            "called, and experts cannot. Load it without `device_map`, or with one for which there is room."
-        )
 
 
 class MolaModel(BaseTuner):
@@ -110,9 +99,11 @@ class MolaModel(BaseTuner):
         # Without decoder layers (one custom block, say) a single value still means something.
         self._per_layer = PerLayer.resolved(config, self._stacks.num_layers or 1)
         self._stacked = self._find_stacks(model, config)
-        self._check_places(config, dict(model.named_modules()))
+        modules = dict(model.named_modules())
+        adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
+        check_places(config, modules, adapted, self._per_layer, self._stacks, self._stacked)
         with warnings.catch_warnings():
-            # PEFT looks for them among linears only; `_check_places` has looked everywhere.
+            # PEFT looks for them among linears only; `check_places` has looked everywhere.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -130,31 +121,6 @@ class MolaModel(BaseTuner):
         named = copy.copy(config)
         named.target_modules = set(config.target_parameters)
         return find_stacks(model, config.target_parameters, lambda name: self._check_target_module_exists(named, name))
-
-    def _check_places(self, config: MolaConfig, modules: dict[str, nn.Module]) -> None:
-        # All modules before the first one is replaced, so that a refused model is left as it was.
-        adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
-        for name in adapted:
-            settings = self._per_layer.settings(config, name, self._stacks.index(name))
-            if adaptable(modules[name]):
-                _check_not_offloaded(name, modules[name])
-                features: Any = _get_in_out_features(base_layer_of(modules[name]))
-                check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
-        check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
-        stacks = [stack.name for stack in self._stacked]
-        for stack in self._stacked:
-            settings = self._per_layer.settings(config, stack.name, stack.layer_index)
-            check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
-        for field in ("rank_pattern", "alpha_pattern"):
-            check_matches(getattr(config, field), [*adapted, *stacks], field)
-        linears = {*adapted, *(name for name, module in modules.items() if isinstance(module, MolaLinear))}
-        stacked = {name for name, module in modules.items() if isinstance(module, StackedParameters)}
-        both = sorted(linears & {*stacked, *(stack.module for stack in self._stacked)})
-        if both:
-            raise MolaError(
-                f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
-                f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
-            )
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
         # For `ensure_weight_tying`. PEFT goes on with the user's object, so it is told there, too.

@@ -1,0 +1,74 @@
+"""Whether an adapter can be put where its configuration says, before the first module is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+
+from mola.architecture.allocation import StackShape
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.patterns import check_matches
+from mola.architecture.targets import adaptable, base_layer_of
+from mola.errors import MolaError
+from mola.tuner.config import MolaConfig
+from mola.tuner.initialization import check_shapes
+from mola.tuner.layer import MolaLinear
+from mola.tuner.per_layer import PerLayer
+from mola.tuner.stacked import StackedParameters
+
+
+def check_places(
+    config: MolaConfig,
+    modules: Mapping[str, nn.Module],
+    adapted: Sequence[str],
+    per_layer: PerLayer,
+    layer_stacks: LayerStacks,
+    stacked_parameters: Sequence[StackShape],
+) -> None:
+    """Refuse a configuration that does not fit the model, which is then left as it was.
+
+    Args:
+        config: of the adapter.
+        modules: of the model, by name.
+        adapted: names of those that get mixtures.
+        per_layer: its numbers.
+        layer_stacks: the model's layers.
+        stacked_parameters: those that get LoRAs.
+
+    Raises:
+        MolaError: a shape, a pattern or a place does not fit.
+    """
+    for name in adapted:
+        settings = per_layer.settings(config, name, layer_stacks.index(name))
+        if adaptable(modules[name]):
+            _check_not_offloaded(name, modules[name])
+            features: Any = _get_in_out_features(base_layer_of(modules[name]))
+            check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
+    check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
+    stacks = [stack.name for stack in stacked_parameters]
+    for stack in stacked_parameters:
+        settings = per_layer.settings(config, stack.name, stack.layer_index)
+        check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
+    for field in ("rank_pattern", "alpha_pattern"):
+        check_matches(getattr(config, field), [*adapted, *stacks], field)
+    linears = {*adapted, *(name for name, module in modules.items() if isinstance(module, MolaLinear))}
+    stacked = {name for name, module in modules.items() if isinstance(module, StackedParameters)}
+    both = sorted(linears & {*stacked, *(stack.module for stack in stacked_parameters)})
+    if both:
+        raise MolaError(
+            f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
+            f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
+        )
+
+
+def _check_not_offloaded(name: str, module: nn.Module) -> None:
+    """A hook of accelerate brings the weights of a module that is called, and experts lie in none."""
+    weight: Any = getattr(base_layer_of(module), "weight", None)
+    if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
+        raise MolaError(
+            f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
+            "called, and experts cannot. Load it without `device_map`, or with one for which there is room."
+        )
