@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from mola.files.failures import within_memory
 from mola.options.parsing import parse
 
 _LONGEST_MESSAGE = 4000
+_PIPE = 141  # what shells say of a program whose output nobody reads
 _LESS_MEMORY = (
     "Pass a smaller batch or shorter texts, where the command has options for these, --dtype bfloat16, or a quantised "
     "base model."
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mola` command.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 130 after an interruption.
+        The exit code: 0, 2 for wrong input, 130 after an interruption, 141 when nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -144,6 +146,8 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
     try:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error has it
         logging.getLogger("mola").setLevel(logging.INFO)
         # Between two libraries: PEFT asks for the old name of a property of Transformers.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -164,6 +168,10 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        print(f"{name}: nobody reads its output any more", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its end
+        return _PIPE
 
 
 def _one_line(message: str) -> str:

@@ -97,9 +97,7 @@ def test_outputs_are_plain_greedy_whatever_the_batch_and_the_generation_config(
                 if ids[0, -1] == tiny_tokenizer.eos_token_id:
                     break
         expected.append(tiny_tokenizer.decode(ids[0, start:], skip_special_tokens=True))
-    hostile = GenerationConfig(
-        do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=7, num_beams=2, eos_token_id=50
-    )
+    hostile = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=7, num_beams=2)
     base = model.get_base_model() if method != "none" else model
     base.generation_config = hostile
     model.train()

@@ -33,6 +33,14 @@ def test_same_seed_gives_the_same_text_and_others_another(tiny_model, tiny_token
     assert len(set(texts)) == 3
 
 
+def test_end_tokens_of_the_model_end_an_answer_too(tiny_model, tiny_tokenizer):
+    text = sample(tiny_model, tiny_tokenizer)
+    end = next(character for character in text if character.isascii() and character.isalpha())
+    turn = tiny_tokenizer.convert_tokens_to_ids(end)
+    tiny_model.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, turn]  # such as the end of a turn
+    assert sample(tiny_model, tiny_tokenizer) == text[: text.index(end) + 1] != text
+
+
 def test_seed_leaves_the_random_state_of_torch_alone(tiny_model, tiny_tokenizer):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from mola.serving.writing import Writer
+from mola.serving.writing import Decoder, Writer
 
 from ..conftest import build_byte_tokenizer
 
@@ -31,7 +31,7 @@ FALLBACK = fallback_tokenizer()
 def write(tokenizer, token_ids, stops=(), streams=True):
     """Pieces, whole text, reason, tokens used."""
     pieces = []
-    writer = Writer(tokenizer, pieces.append if streams else None, stops)
+    writer = Writer(Decoder(tokenizer, [tokenizer.eos_token_id]), pieces.append if streams else None, stops)
     for token_id in token_ids:
         if not writer.take(token_id):
             break
@@ -89,5 +89,16 @@ def test_end_token_and_special_stops_end_without_text():
 def test_tokenizers_that_take_back_spaces_send_at_the_end():
     tokenizer = build_byte_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
-    token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    assert write(tokenizer, token_ids)[0] == ["a b"]
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    token_ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
+    assert write(tokenizer, token_ids)[0] == ["a. b"]
+    assert write(tokenizer, token_ids, [". "]) == (["a"], "a", "stop", 4)
+
+
+def test_stops_may_be_tokens_that_are_only_marked_as_special():
+    tokenizer = build_byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<sep>", special=True)])
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    separator = tokenizer.convert_tokens_to_ids("<sep>")
+    assert "<sep>" not in tokenizer.all_special_tokens
+    assert write(tokenizer, [a, separator, b], ["<sep>"]) == (["a"], "a", "stop", 2)

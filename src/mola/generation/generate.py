@@ -89,10 +89,17 @@ def _template_of(options: GenerateOptions) -> str:
     """What was asked for, or what the adapter was trained with: other prompts are none that it knows."""
     if options.template is not None or options.adapter is None:
         return options.template or "alpaca"
-    folder = Path(options.adapter).expanduser()
+    if options.prompt is not None:
+        return "alpaca"  # which is not used
+    folder = Path(options.adapter).expanduser().resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    records = (read_json_object(place / "run.json") for place in places)
-    return next((str(record["template"]) for record in records if record.get("template")), "alpaca")
+    for path in (place / "run.json" for place in places):
+        record = read_json_object(path)
+        if not record and path.exists():
+            logger.warning("%s cannot be read: the adapter's template is not known. Pass `template`.", path)
+        if record.get("template"):
+            return str(record["template"])
+    return "alpaca"
 
 
 def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:

@@ -2,11 +2,12 @@
 
 - Batches go from the longest prompt to the shortest: little padding, and memory runs out at once or never.
 - Padding is on the left and done here, so the tokenizer's own state is neither used nor changed.
-- The model's `generation_config` is set aside while decoding: what a checkpoint ships (sampling,
-  repetition penalties, length limits) must not change a result.
+- The model's `generation_config` is set aside while decoding, but for its end tokens: what else a checkpoint ships
+  (sampling, repetition penalties, length limits) must not change a result.
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     """Token ids of each prompt with the tokenizer's begin token, never with its end token.
 
     Raises:
-        MolaError: a prompt has no token at all.
+        MolaError: a prompt has no token at all, or is no Unicode text.
     """
+    for prompt in prompts:
+        if re.search("[\ud800-\udfff]", prompt):  # bytes that are no UTF-8, as Python reads them
+            raise MolaError(f"`prompt` must be Unicode text, saved as UTF-8: got {prompt[:80]!r}. Write it as such.")
     encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
     for prompt, ids in zip(prompts, encoded, strict=True):
         # A tokenizer set to append the end token would make the model start a new text.
@@ -33,6 +37,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         if not ids:
             raise MolaError(f"`prompt` must hold at least one token: got {prompt!r}. Pass some text.")
     return encoded
+
+
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and the model's own, such as one that ends a turn and no text."""
+    config = getattr(base_of(model), "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 
 def max_positions(config: Any) -> int | None:
@@ -107,11 +119,11 @@ def last_positions(count: int, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
-    """Eval mode, no gradients and a neutral `generation_config`; everything is put back afterwards."""
+    """Eval mode, no gradients, and a `generation_config` with end tokens alone; everything is put back afterwards."""
     base = base_of(model)
     training = [(module, module.training) for module in model.modules()]
     generation_config = base.generation_config
-    base.generation_config = GenerationConfig()
+    base.generation_config = GenerationConfig(eos_token_id=getattr(generation_config, "eos_token_id", None))
     model.eval()
     try:
         with torch.no_grad():  # not inference_mode: tensors a model caches must stay usable in training
@@ -138,7 +150,7 @@ def generate_batch(
     config = GenerationConfig(
         pad_token_id=_pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_token_ids(model, tokenizer) or None,
         use_cache=True,
         **decoding,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 
 from mola.checkpoints.formats import conversion_hint
@@ -68,6 +68,12 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     hint = conversion_hint(config, str(folder))
     if hint:
         raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
+    if str(config["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise MolaError(
+            f"`adapter` must be of a method that the installed PEFT knows: {path} has `peft_type` "
+            f"{config['peft_type']!r}, not one of {known}. Update PEFT, or install what brings this method."
+        )
     read_tensors(folder)  # cut off, damaged or not finite: known before a base model is loaded
     return config
 
@@ -97,6 +103,17 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
         raise MolaError(f"the adapter's configuration cannot be put into the base model: {error}") from error
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
     return adapted
+
+
+def changes_base(config: Mapping[str, Any]) -> str | None:
+    """What an adapter changes in the base model that switching it off, or others on, does not undo; None for nothing.
+
+    Args:
+        config: the content of its `adapter_config.json`.
+    """
+    if config.get("bias") not in (None, "none"):
+        return f"trained the base model's biases (`bias` {config['bias']!r})"
+    return "repeats the base model's layers (`layer_replication`)" if config.get("layer_replication") else None
 
 
 def as_mapping(

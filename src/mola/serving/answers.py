@@ -2,13 +2,12 @@
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mola.serving.tickets import Piece, Told
+from mola.serving.tickets import Piece
 
-Spell = Callable[[int], tuple[str, list[int] | None]]  # see `JobMaker.spell`
+Spell = Callable[[int, bool], tuple[str, list[int] | None]]  # see `JobMaker.spell`
 
 
 class ChatForm:
@@ -16,6 +15,7 @@ class ChatForm:
 
     def __init__(self, model: str, spell: Spell) -> None:
         self._spell = spell
+        self._begun: set[int] = set()  # choices of which a token was told
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ class ChatForm:
         """Chunks for one piece."""
         chunks = []
         if piece.text or piece.told:
-            chunks.append(self._chunk(piece.choice, {"content": piece.text}, None, self._logprobs(piece.told)))
+            chunks.append(self._chunk(piece.choice, {"content": piece.text}, None, self._logprobs(piece)))
         return chunks if piece.reason is None else [*chunks, self._chunk(piece.choice, {}, piece.reason)]
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class ChatForm:
             {
                 "index": piece.choice,
                 "message": {"role": "assistant", "content": piece.text},
-                "logprobs": self._logprobs(piece.told),
+                "logprobs": self._logprobs(piece),
                 "finish_reason": piece.reason,
             }
             for piece in pieces
@@ -52,18 +52,19 @@ class ChatForm:
         choices = [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]
         return self._common | {"object": "chat.completion.chunk", "choices": choices}
 
-    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
-        if not told:
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not piece.told:
             return None
-        content = [
-            self._token(each.token_id, each.logprobs.own)
-            | {"top_logprobs": [self._token(*pair) for pair in each.logprobs.top]}
-            for each in told
-        ]
+        content = []
+        for each in piece.told:
+            is_first = piece.choice not in self._begun
+            self._begun.add(piece.choice)
+            top = [self._token(*pair, is_first) for pair in each.logprobs.top]
+            content.append(self._token(each.token_id, each.logprobs.own, is_first) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text, data = self._spell(token_id)
+    def _token(self, token_id: int, logprob: float, is_first: bool) -> dict[str, Any]:
+        text, data = self._spell(token_id, is_first)
         return {"token": text, "logprob": logprob, "bytes": data}
 
 
@@ -72,7 +73,7 @@ class CompletionForm:
 
     def __init__(self, model: str, spell: Spell) -> None:
         self._spell = spell
-        self._written: Counter[int] = Counter()  # characters of each choice whose tokens were told
+        self._written: dict[int, int] = {}  # characters of each choice whose tokens were told
         self._common = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -101,18 +102,18 @@ class CompletionForm:
         return {"index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        texts, offsets = [self._spell(each.token_id)[0] for each in piece.told], []
-        for text in texts:
-            offsets.append(self._written[piece.choice])
-            self._written[piece.choice] += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [each.logprobs.own for each in piece.told],
-            "top_logprobs": [
-                {self._spell(token_id)[0]: value for token_id, value in each.logprobs.top} for each in piece.told
-            ],
-            "text_offset": offsets,
-        }
+        texts, tops, offsets = [], [], []
+        for each in piece.told:
+            is_first = piece.choice not in self._written
+            offsets.append(self._written.setdefault(piece.choice, 0))
+            texts.append(self._spell(each.token_id, is_first)[0])
+            self._written[piece.choice] += len(texts[-1])
+            top: dict[str, float] = {}
+            for token_id, value in each.logprobs.top:  # from the most probable, which keeps a text that two have
+                top.setdefault(self._spell(token_id, is_first)[0], value)
+            tops.append(top)
+        own = [each.logprobs.own for each in piece.told]
+        return {"tokens": texts, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
 
 
 def count_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

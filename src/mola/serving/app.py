@@ -81,6 +81,7 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        queue.check_alive()
         return {"status": "ok"} | queue.counts()
 
     return app

@@ -50,7 +50,8 @@ def engine_for(
     if isinstance(adapters.model, PeftModel) and not adapters.can_mix:
         logger.warning("Answers with different adapters of this kind are not made side by side, but by turns.")
     logger.info("Up to %d answers side by side, %d tokens together (%d bytes each).", max_batch_size, total, size)
-    return BatchEngine(adapters, tokenizer.eos_token_id, max_batch_size, prefill, total), total
+    ends = predicting.end_token_ids(adapters.model, tokenizer)
+    return BatchEngine(adapters, ends, max_batch_size, prefill, total), total
 
 
 def _free_memory(model: Any) -> int:

@@ -87,7 +87,9 @@ def _as_request_error(error: Exception) -> RequestError:
 
 def internal() -> RequestError:
     """What a client is told about a bug; the server's log has the traceback."""
-    return RequestError(500, "the server failed to answer this request; its log says why.")
+    # Starlette raises the error once more, upon which the connection is cut: the client has to know.
+    text = "the server failed to answer this request; its log says why."
+    return RequestError(500, text, headers={"Connection": "close"})
 
 
 def from_validation(error: RequestValidationError) -> RequestError:

@@ -13,6 +13,7 @@ from mola.generation.batching.sampling import Sampling
 from mola.generation.decoding import decoding_settings
 from mola.serving.errors import RequestError
 from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
+from mola.serving.writing import special_tokens
 
 _SEEDS = 2**63
 
@@ -44,15 +45,22 @@ class JobMaker:
         self._tokenizer = tokenizer
         self.adapters = dict(adapters)
         self._limits = limits
+        self._before = next(iter(tokenizer("a", add_special_tokens=False)["input_ids"][-1:]), None)
 
     @property
     def names(self) -> list[str]:
         """Names that requests may use as `model`."""
         return list(self.adapters)
 
-    def spell(self, token_id: int) -> tuple[str, list[int] | None]:
-        """The text of one token and its bytes; for a part of a character the tokenizer's own name, and None."""
+    def spell(self, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
+        """The text of one token and its bytes; for a part of a character the tokenizer's own name, and None.
+
+        `is_first`: whether an answer begins with it, where some tokenizers leave out a space.
+        """
         text = str(self._tokenizer.decode([token_id]))
+        if not is_first and self._before is not None:
+            before = str(self._tokenizer.decode([self._before]))
+            text = str(self._tokenizer.decode([self._before, token_id])).removeprefix(before)
         if "\ufffd" in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
         return text, list(text.encode())
@@ -151,9 +159,8 @@ class JobMaker:
         return min(most, room) if asked is None else asked
 
     def _check_stops(self, stops: Sequence[str]) -> None:
-        special = [str(token) for token in self._tokenizer.all_special_tokens]
         for stop in stops:
-            inside = [token for token in special if token in stop and token != stop]
+            inside = [token for token in special_tokens(self._tokenizer) if token in stop and token != stop]
             if inside:
                 raise RequestError(
                     400,

@@ -19,6 +19,7 @@ from mola.serving.errors import RequestError
 from mola.serving.jobs import Job
 from mola.serving.metrics import Metrics
 from mola.serving.tickets import Answer, Ticket
+from mola.serving.writing import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,13 @@ class AnswerQueue:
         metrics: Metrics,
         hint: str = "",
     ) -> None:
-        self._adapters, self._engine, self._tokenizer, self._metrics = adapters, engine, tokenizer, metrics
+        self._adapters, self._engine, self._metrics = adapters, engine, metrics
+        self._decoder = Decoder(tokenizer, predicting.end_token_ids(adapters.model, tokenizer))
         self._max_running, self._max_waiting = max_running, max_waiting
         self._hint = hint
         self._tickets: dict[Ticket, None] = {}
         self._seconds = _FIRST_GUESS
-        self._is_stopping = self._is_closed = False
+        self._is_stopping = self._is_closed = self._is_broken = False
         self._news = threading.Condition()  # guards the three below
         self._rows: list[Row] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -102,7 +104,7 @@ class AnswerQueue:
         self.check_room()
         ticket = Ticket(jobs, model, streams, self._forget)
         self._tickets[ticket] = None
-        rows = [Answer(ticket, choice, self._tokenizer, self._metrics).row() for choice in range(len(jobs))]
+        rows = [Answer(ticket, choice, self._decoder, self._metrics).row() for choice in range(len(jobs))]
         with self._news:
             self._rows += rows
             self._news.notify()
@@ -112,6 +114,7 @@ class AnswerQueue:
         """Refuse a request that could not be put in the queue, as `submit` does."""
         if self._is_stopping:
             raise _stopping()
+        self.check_alive()
         if len(self._tickets) < self._max_running + self._max_waiting:
             return
         if self._hint:
@@ -124,8 +127,14 @@ class AnswerQueue:
             headers={"Retry-After": str(max(1, math.ceil(self._seconds)))},
         )
 
+    def check_alive(self) -> None:
+        """Raise a `RequestError` if no answer can be made any more."""
+        if self._is_broken:
+            raise _broken()
+
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function that changes the model, between two tokens."""
+        self.check_alive()
         future: Future[Any] = Future()
         with self._news:
             self._calls.append((function, future))
@@ -134,6 +143,7 @@ class AnswerQueue:
 
     async def remove(self, adapter: str) -> None:
         """Take an adapter out of the model once no answer uses it; the caller sees to it that none follows."""
+        self.check_alive()
         future: Future[None] = Future()
         with self._news:
             self._leaving[adapter] = future
@@ -177,12 +187,18 @@ class AnswerQueue:
     # ------------------------------------------------------------------ on the thread that makes answers
 
     def _work(self) -> None:
-        with predicting.inference_state(self._adapters.model):
-            while self._take_news():
-                if not self._engine.is_idle:
-                    self._engine.step()
-                self._metrics.batch_size.set(self._engine.num_active)
-            self._adapters.leave()
+        try:
+            with predicting.inference_state(self._adapters.model):
+                while self._take_news():
+                    if not self._engine.is_idle:
+                        self._engine.step()
+                    self._metrics.batch_size.set(self._engine.num_active)
+                self._adapters.leave()
+        except Exception as error:  # a mistake of ours: nobody may wait for this thread
+            logger.critical("No answer can be made any more. Restart the server.", exc_info=error)
+            self._is_broken = True
+            for ticket in list(self._tickets):
+                ticket.arrive(_broken())
         for future in (*(future for _, future in self._calls), *self._leaving.values()):
             future.cancel()
 
@@ -209,10 +225,18 @@ class AnswerQueue:
 def _run(function: Callable[[], Any], future: Future[Any], adapters: Adapters) -> None:
     adapters.leave()
     try:
-        future.set_result(function())
+        try:
+            result = function()
+        finally:
+            adapters.changed()
     except Exception as error:
         future.set_exception(error)
-    adapters.changed()
+    else:
+        future.set_result(result)
+
+
+def _broken() -> RequestError:
+    return RequestError(500, "this server cannot make answers any more; its log says why. It has to be restarted.")
 
 
 def _stopping() -> RequestError:

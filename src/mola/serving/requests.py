@@ -186,18 +186,24 @@ class CompletionRequest(AnswerRequest):
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
 
-class LoadRequest(_Strict):
+class UnloadRequest(_Strict):
+    """Body of `/v1/unload_lora_adapter`, with vLLM's names."""
+
+    lora_name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            _check_characters(body)
+        return body
+
+
+class LoadRequest(UnloadRequest):
     """Body of `/v1/load_lora_adapter`, with vLLM's names."""
 
-    lora_name: str
     lora_path: str
     load_inplace: bool = False
-
-
-class UnloadRequest(_Strict):
-    """Body of `/v1/unload_lora_adapter`."""
-
-    lora_name: str
 
 
 def _check_characters(body: dict[str, Any]) -> None:

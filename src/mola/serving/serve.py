@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
-from mola.models.loading import check_adapter, check_adapter_fits
+from mola.models.adapters import changes_base, check_adapter
+from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import START, Group, option
 from mola.serving.addresses import is_loopback
@@ -161,14 +162,13 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
     config = check_model(options)
     folders = adapter_folders(options)
-    for folder in folders.values():
-        check_adapter(folder)
+    alone = _check_neighbours(folders, options.adapter_root)
     tokenizer = tokenizer_for(options)
     with bind(options.host, options.port) as bound:
         # Names inside the model are ours: PEFT takes no dots, requests do.
         inside = {name: f"served{number}" for number, name in enumerate(folders)}
         model = model_for(options, {inside[name]: folder for name, folder in folders.items()})
-        names = {base_name(options): None, **inside}
+        names = inside if alone else {base_name(options): None, **inside}
         adapters, metrics = Adapters(model), Metrics()
         batch = options.max_batch_size, options.max_batch_prefill_tokens, options.max_batch_total_tokens
         engine, total = engine_for(adapters, tokenizer, *batch)
@@ -226,6 +226,26 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
             raise MolaError(f"`adapter` {folder!r} is named {name!r}, as is {whose}. Name it: OTHER_NAME={folder}.")
         folders[name] = folder
     return folders
+
+
+def _check_neighbours(folders: dict[str, str], adapter_root: str | None) -> bool:
+    """Look at every adapter's files; whether the only one is such that nothing can be served beside it.
+
+    Raises:
+        MolaError: one of them is broken, or such a one has neighbours.
+    """
+    for name, folder in folders.items():
+        reason = changes_base(check_adapter(folder))
+        if reason is None:
+            continue
+        if len(folders) > 1 or adapter_root is not None:
+            raise MolaError(
+                f"`adapter` {folder!r} {reason}, which would be so for the base model and all other adapters too. "
+                "Serve it alone: leave out the others and `adapter_root`."
+            )
+        logger.warning("The base model has no name here: %r %s.", name, reason)
+        return True
+    return False
 
 
 def _last_part(folder: str) -> str:

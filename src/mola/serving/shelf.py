@@ -8,8 +8,9 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from starlette.concurrency import run_in_threadpool
 
+from mola._compat import set_adapter_to_infer
 from mola.generation.batching.forward import Adapters
-from mola.models.adapters import attach, check_adapter
+from mola.models.adapters import attach, changes_base, check_adapter
 from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
@@ -42,7 +43,13 @@ class Shelf:
         if not name.strip():
             raise RequestError(400, "`lora_name` must not be empty.", param="lora_name")
         self._check_name(name, in_place)
-        await run_in_threadpool(check_adapter, folder)
+        config = await run_in_threadpool(check_adapter, folder)
+        if (reason := changes_base(config)) is not None:
+            raise RequestError(
+                400,
+                f"this adapter {reason}, which would be so for all others too. Serve it alone, by `--adapter`.",
+                param="lora_path",
+            )
         if PeftConfig.from_pretrained(folder).is_prompt_learning:
             raise RequestError(
                 400,
@@ -118,4 +125,6 @@ class Shelf:
             if isinstance(model, PeftModel) and inside in model.peft_config:
                 model.delete_adapter(inside)
             raise
+        # PEFT makes trained tokens of the last one the active ones, where embeddings are tied.
+        set_adapter_to_infer(model, model.active_adapter)
         self._adapters.model = model.requires_grad_(False).eval()

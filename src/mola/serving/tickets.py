@@ -8,15 +8,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from mola.files.failures import lack_of_memory
 from mola.generation.batching.rows import Row
 from mola.generation.batching.sampling import TokenLogprobs
 from mola.serving.errors import RequestError, internal
 from mola.serving.jobs import Job
 from mola.serving.metrics import Metrics
-from mola.serving.writing import Writer
+from mola.serving.writing import Decoder, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +85,10 @@ class Ticket:
 class Answer:
     """Listens to one choice of a ticket."""
 
-    def __init__(self, ticket: Ticket, choice: int, tokenizer: PreTrainedTokenizerBase, metrics: Metrics) -> None:
+    def __init__(self, ticket: Ticket, choice: int, decoder: Decoder, metrics: Metrics) -> None:
         self._ticket, self._choice, self._metrics = ticket, choice, metrics
         self._told: list[Told] = []
-        self._writer = Writer(tokenizer, self._send if ticket.streams else None, ticket.jobs[choice].stops)
+        self._writer = Writer(decoder, self._send if ticket.streams else None, ticket.jobs[choice].stops)
 
     def row(self) -> Row:
         """What is to be made."""

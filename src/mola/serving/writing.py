@@ -5,29 +5,50 @@ leaves out what later tokens could still change: half a character, or the beginn
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that the vocabulary does not have
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
+
+
+class Decoder:
+    """A tokenizer, and what all answers have to know of it.
+
+    Args:
+        tokenizer: of the model.
+        end_token_ids: tokens that end an answer by themselves.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]) -> None:
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids
+        self.special = special_tokens(tokenizer)
+        self.takes_back_spaces = _takes_back_spaces(tokenizer)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of tokens, without special ones."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a byte of a character that the vocabulary does not have."""
+        return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token_id))) is not None
 
 
 class Writer:
     """Takes the tokens of one answer.
 
     Args:
-        tokenizer: of the model.
+        decoder: of the model's tokenizer.
         send: takes every piece of text; None for an answer that is sent as a whole.
         stops: texts that end the answer and do not belong to it.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, send: Callable[[str], None] | None, stops: Sequence[str]
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decoder: Decoder, send: Callable[[str], None] | None, stops: Sequence[str]) -> None:
+        self._decoder = decoder
         self._send = send
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special = decoder.special
         self._stop_ids = {special[text] for text in stops if text in special}
         self._stops = [text for text in stops if text not in special]
         self._sent = 0
@@ -42,23 +63,25 @@ class Writer:
             self._stopped = True
         elif self._send is not None or self._stops:
             self._write(self._unchangeable(), is_final=False)
+            if self._decoder.takes_back_spaces and any(stop in self._decoded() for stop in self._stops):
+                self._stopped = True
         return not self._stopped
 
     def finish(self) -> str:
         """Send what is left; OpenAI's reason for the end, `"stop"` or `"length"`."""
         ids = self.token_ids
         self._write(self._decoded(), is_final=True)
-        return "stop" if self._stopped or (ids and ids[-1] == self._tokenizer.eos_token_id) else "length"
+        return "stop" if self._stopped or (ids and ids[-1] in self._decoder.end_token_ids) else "length"
 
     def _unchangeable(self) -> str:
-        if self._tokenizer.clean_up_tokenization_spaces:
-            return ""  # such a tokenizer takes back spaces
-        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self.token_ids[-1]))):
+        if self._decoder.takes_back_spaces:
+            return ""
+        if self._decoder.is_byte(self.token_ids[-1]):
             return self.text  # a run of byte tokens is decoded as one
         return self._decoded().rstrip(_INCOMPLETE)
 
     def _decoded(self) -> str:
-        return str(self._tokenizer.decode(self.token_ids, skip_special_tokens=True))
+        return self._decoder.decode(self.token_ids)
 
     def _write(self, text: str, is_final: bool) -> None:
         places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
@@ -74,6 +97,20 @@ class Writer:
             if self._send is not None and len(text) > self._sent:
                 self._send(text[self._sent :])
             self._sent = len(text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every token that answers never show, named as one of the tokenizer's own or only marked as special."""
+    marked = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
+
+
+def _takes_back_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether decoding drops spaces before later characters; many tokenizers say so and do not."""
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _longest_beginning(text: str, stops: Sequence[str]) -> int:

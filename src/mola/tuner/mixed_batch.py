@@ -21,6 +21,7 @@ from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
+_MIXED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # inside its own wrappers
 BASE = "__base__"  # PEFT's name for the model without an adapter
 
 
@@ -185,8 +186,14 @@ def why_not_mixed(tuner: Any) -> str | None:
     configs = tuner.peft_config.values()
     if any(getattr(config, "target_parameters", None) for config in configs):
         return "`target_parameters` change weights that all rows share"
+    wrappers = [module for module in tuner.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    for wrapper in wrappers:
+        if not isinstance(wrapper.original_module, _MIXED_BY_PEFT):
+            return f"PEFT does not mix trained modules that are {type(wrapper.original_module).__name__}"
     if RowAdapters.suits(tuner):
         return None
+    if any({*tuner.peft_config} - wrapper._adapters for wrapper in wrappers):
+        return "PEFT mixes trained modules only where every adapter has them"
     if any(config.peft_type != "LORA" or config.use_dora for config in configs):
         return "this method of PEFT has one active adapter for all rows"
     return None

@@ -108,13 +108,13 @@ def again(rows):
     return [Row(row.adapter, row.prompt, row.sampling, Heard()) for row in rows]
 
 
-def batched(model, size=5, prefill=24, total=10_000, eos=None):
-    return BatchEngine(Adapters(model), eos, size, prefill, total)
+def batched(model, size=5, prefill=24, total=10_000, ends=()):
+    return BatchEngine(Adapters(model), ends, size, prefill, total)
 
 
 def alone(model, tokenizer, rows):
     """What `generate` gives."""
-    tokenizer.eos_token_id = None
+    tokenizer.eos_token_id = predicting.base_of(model).generation_config.eos_token_id = None
     return run(SingleEngine(Adapters(model), tokenizer), again(rows))
 
 
@@ -213,6 +213,27 @@ def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
     assert first.listener.events == ["begins", "ends"]
 
 
+def test_the_cache_is_as_large_as_what_it_holds_and_never_the_most_of_both(adapted):
+    """Many short answers, of which one stays, and then a long prompt."""
+    rows = [Row("first", [5] * 4, Sampling(decoding_settings(60 if index == 3 else 4)), Heard()) for index in range(16)]
+    engine = batched(adapted, size=16, prefill=1000, total=2000)
+    long = Row("first", [5] * 500, Sampling(decoding_settings(8)), Heard())
+    with predicting.inference_state(adapted):
+        for row in rows:
+            engine.add(row)
+        for _ in range(8):
+            engine.step()
+        assert engine.num_active == 1
+        engine.add(long)
+        most = 0
+        while not engine.is_idle:
+            engine.step()
+            keys = engine._running.cache._own[0].keys
+            most = max(most, keys.shape[0] * keys.shape[-2])
+        assert most < 4 * 600
+        assert [rows[3].listener.tokens, long.listener.tokens] == run(batched(adapted), again([rows[3], long]))
+
+
 def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
     from peft import PromptTuningConfig
 
@@ -228,7 +249,7 @@ def test_end_tokens_and_leaving_clients_free_their_place(adapted, tiny_tokenizer
         eos = full[leaver][5]
         mine = again(rows)
         mine[leaver].listener.leaves_after = 1
-        engine = batched(adapted, size=3, eos=eos)
+        engine = batched(adapted, size=3, ends=[300, eos])
         for row in mine:
             engine.add(row)
         while not engine.is_idle:
@@ -303,7 +324,7 @@ def test_a_failure_ends_those_it_happened_to_alone(adapted):
 
 @pytest.mark.parametrize("kind", ["batch", "single"])
 def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
-    tiny_tokenizer.eos_token_id = None
+    tiny_tokenizer.eos_token_id = predicting.base_of(adapted).generation_config.eos_token_id = None
     rows = [
         Row("first", [5, 6, 7], Sampling(decoding_settings(4, **values), 3, num_logprobs=count), Heard())
         for values, count in (({}, 2), ({"temperature": 0.7}, 0), ({}, None))
@@ -325,7 +346,7 @@ def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
 
 @pytest.mark.parametrize("kind", ["batch", "single"])
 def test_penalties_count_what_the_answer_said(kind, adapted, tiny_tokenizer):
-    tiny_tokenizer.eos_token_id = None
+    tiny_tokenizer.eos_token_id = predicting.base_of(adapted).generation_config.eos_token_id = None
     plain = Row("first", [5, 6, 7], Sampling(decoding_settings(30)), Heard())
     present = Row("first", [5, 6, 7], Sampling(decoding_settings(30), presence_penalty=1e4), Heard())
     frequent = Row("first", [5, 6, 7], Sampling(decoding_settings(30), frequency_penalty=1e4), Heard())

@@ -91,12 +91,14 @@ class _Layer(DynamicLayer):
         had_rows, had_columns = (self.keys.shape[0], self.keys.shape[-2]) if self.keys.numel() else (0, 0)
         if rows <= had_rows and columns <= had_columns:
             return
-        rows, columns = max(_rounded(rows, _ROWS), had_rows), max(_rounded(columns, _COLUMNS), had_columns)
+        # What is needed now: the most rows times the most columns that there ever were could be far more.
+        rows, columns = _rounded(rows, _ROWS), _rounded(columns, _COLUMNS)
         # Zeros: whatever lies in fresh memory could be no number, which masks do not hide.
         grown = [each.new_zeros(rows, each.shape[1], columns, each.shape[-1]) for each in like]
+        used = slice(min(rows, had_rows)), slice(None), slice(min(columns, had_columns))
         if had_rows:
             for new, old in zip(grown, (self.keys, self.values), strict=True):
-                new[:had_rows, :, :had_columns] = old
+                new[used] = old[used]
         self.keys, self.values = grown
 
     def _used(self, tensor: torch.Tensor) -> torch.Tensor:

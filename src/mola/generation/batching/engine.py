@@ -5,7 +5,7 @@ read side by side; a long one in parts, by turns with others. So nobody waits fo
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class BatchEngine:
 
     Args:
         adapters: of the model.
-        eos_token_id: ends an answer; None for none.
+        end_token_ids: each of them ends an answer.
         max_batch_size: rows at the same time.
         max_prefill_tokens: tokens of prompts that one step reads, padding included.
         max_total_tokens: rows times the longest of them, prompt and answer; what the cache may hold.
@@ -47,13 +47,13 @@ class BatchEngine:
     def __init__(
         self,
         adapters: Adapters,
-        eos_token_id: int | None,
+        end_token_ids: Collection[int],
         max_batch_size: int,
         max_prefill_tokens: int,
         max_total_tokens: int,
     ) -> None:
         self._adapters = adapters
-        self._eos_token_id = eos_token_id
+        self._end_token_ids = frozenset(end_token_ids)
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
         self._max_total_tokens = max_total_tokens
@@ -181,7 +181,8 @@ class BatchEngine:
             row.answer.append(token)
             count = row.sampling.num_logprobs
             goes_on = row.listener.takes(token, None if count is None else logprobs(logits, token, count))
-            if goes_on and token != self._eos_token_id and len(row.answer) < row.sampling.max_new_tokens:
+            is_last = token in self._end_token_ids or len(row.answer) >= row.sampling.max_new_tokens
+            if goes_on and not is_last:
                 return True
             row.listener.ends()
         except Exception as error:  # of one answer alone

@@ -65,12 +65,13 @@ class Adapters:
             return False
         if RowAdapters.suits(self.model.base_model):
             return True
-        # PEFT's own refuses models that pass some layers all tokens in one dimension: found by trying.
-        ids = torch.zeros(2, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        # PEFT's own refuses some models, such as those that pass layers all tokens in one dimension: found by trying.
+        names = [*self.model.peft_config, BASE]
+        ids = torch.zeros(len(names), 2, dtype=torch.long, device=next(self.model.parameters()).device)
         try:
             with inference_state(self.model):
-                self.model(input_ids=ids, adapter_names=[str(self._active), BASE])
-        except ValueError as error:
+                self.model(input_ids=ids, adapter_names=names)
+        except Exception as error:  # of whatever kind: such rows take turns
             logger.info("Rows with different adapters take turns: %s", error)
             return False
         return True

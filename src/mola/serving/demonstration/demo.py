@@ -12,7 +12,7 @@ from typing import ClassVar
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
-from mola.models.loading import check_adapter
+from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.options.fields import START, option
 from mola.serving.addresses import is_loopback
@@ -86,6 +86,11 @@ def _check(options: DemoOptions) -> None:
     if not 0 < options.port < 2**16:
         raise MolaError(f"`port` must be from 1 to 65535: got {options.port}.")
     check_model(options)
-    check_adapter(options.adapter)
+    reason = changes_base(check_adapter(options.adapter))
+    if reason is not None:
+        raise MolaError(
+            f"`adapter` {options.adapter!r} {reason}, so the page could not show the base model beside it. Ask it with "
+            "`mola generate`."
+        )
     if not is_loopback(options.host):
         logger.warning("Anyone who reaches %s can use this page: it asks for no password.", options.host)

@@ -1,0 +1,188 @@
+"""Adapters of other kinds beside each other in one server: all get what `generate` answers, or none is let in."""
+
+import concurrent.futures
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
+
+from mola import MolaConfig  # noqa: E402
+from mola.errors import MolaError  # noqa: E402
+from mola.generation.decoding import generate_text  # noqa: E402
+from mola.models.loading import load_model, load_tokenizer  # noqa: E402
+from mola.serving.demonstration.demo import DemoOptions, running_demo  # noqa: E402
+from mola.serving.serve import ServeOptions, running_server  # noqa: E402
+
+from ..waiting import PATIENCE  # noqa: E402
+
+TOKEN = "a-secret-token"
+PROMPTS = ["What is it?", "Once upon a time"]
+LINEARS = ["q_proj", "v_proj"]
+
+
+def mixture(**settings):
+    return MolaConfig(num_experts=2, top_k=2, r=2, target_modules=LINEARS, task_type="CAUSAL_LM", **settings)
+
+
+def lora(**settings):
+    return LoraConfig(r=2, target_modules=LINEARS, task_type="CAUSAL_LM", **settings)
+
+
+def trained(base, folder, config, seed):
+    """An adapter whose every tensor is somewhere else than at its start."""
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tied_dir(endless_model_dir, tmp_path_factory):
+    """The endless model whose head is its embeddings."""
+    folder = tmp_path_factory.mktemp("tied") / "tied"
+    model = LlamaForCausalLM.from_pretrained(endless_model_dir)
+    config = model.config
+    config.tie_word_embeddings = True
+    tied = LlamaForCausalLM(config)
+    tied.load_state_dict(model.state_dict() | {"lm_head.weight": model.state_dict()["model.embed_tokens.weight"]})
+    tied.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(endless_model_dir).save_pretrained(folder)
+    return folder
+
+
+def server(base, folders, **fields):
+    options = {"base_model": str(base), "port": 0, "dtype": "float32", "device": "cpu", "api_key": TOKEN}
+    return running_server(ServeOptions(**options, adapter=[f"{k}={v}" for k, v in folders.items()], **fields))
+
+
+def client(url):
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE)
+
+
+def ask(http, name, prompt):
+    answer = http.post("/v1/completions", json={"model": name, "prompt": prompt, "max_tokens": 8})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def expected(base, folders):
+    tokenizer = load_tokenizer(base)
+    texts = {}
+    for name, folder in {base.name: None, **folders}.items():
+        model = load_model(base, folder, dtype="float32", device="cpu")
+        for prompt in PROMPTS:
+            texts[name, prompt] = generate_text(model, tokenizer, prompt, max_new_tokens=8)
+    return texts
+
+
+def answers(http, wanted):
+    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+        found = {key: pool.submit(ask, http, *key) for key in wanted}
+        return {key: future.result() for key, future in found.items()}
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
+@pytest.mark.parametrize("kind", [mixture, lora])
+def test_modules_that_one_has_trained_whole(kind, modules, is_turned, endless_model_dir, tmp_path):
+    folders = {
+        "plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0),
+        "whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1),
+    }
+    if is_turned:
+        folders = dict(reversed(folders.items()))
+    wanted = expected(endless_model_dir, folders)
+    assert len(set(wanted.values())) == len(wanted)
+    with server(endless_model_dir, folders) as url, client(url) as http:
+        assert answers(http, wanted) == wanted
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
+@pytest.mark.parametrize("kind", [mixture, lora])
+def test_such_a_one_that_comes_while_the_server_runs(kind, modules, endless_model_dir, tmp_path):
+    first = {"plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0)}
+    second = {"whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1)}
+    wanted = expected(endless_model_dir, first | second)
+    with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, client(url) as http:
+        load(http, "whole", "whole", 200)
+        assert answers(http, wanted) == wanted
+
+
+def test_trained_tokens_of_one_that_comes_leave_the_others_answers_alone(tied_dir, tmp_path):
+    first = {"plain": trained(tied_dir, tmp_path / "plain", mixture(), 0)}
+    tokens = [*range(40, 120)]
+    second = {"tokens": trained(tied_dir, tmp_path / "tokens", mixture(trainable_token_indices=tokens), 1)}
+    wanted = expected(tied_dir, first | second)
+    with server(tied_dir, first, adapter_root=str(tmp_path)) as url, client(url) as http:
+        load(http, "tokens", "tokens", 200)
+        assert {key: ask(http, *key) for key in wanted} == wanted  # one after the other, the first adapter's first
+
+
+def load(http, name, path, status):
+    answer = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"layer_replication": [[0, 3], [1, 4]]}], ids=["bias", "layers"])
+def test_adapters_that_change_the_base_model_itself_are_served_alone(settings, endless_model_dir, tmp_path, caplog):
+    """The tiny model has no biases; what counts is that an adapter may have trained them."""
+    alone = {"alone": trained(endless_model_dir, tmp_path / "alone", lora(**settings), 0)}
+    plain = {"plain": trained(endless_model_dir, tmp_path / "plain", lora(), 1)}
+    wanted = {key: text for key, text in expected(endless_model_dir, alone).items() if key[0] == "alone"}
+    with server(endless_model_dir, alone) as url, client(url) as http:
+        assert answers(http, wanted) == wanted
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["alone"]
+    assert "The base model has no name here" in caplog.text
+    for others, fields in ((plain, {}), ({}, {"adapter_root": str(tmp_path)})):
+        with pytest.raises(MolaError, match="Serve it alone"), server(endless_model_dir, alone | others, **fields):
+            pass
+    with server(endless_model_dir, plain, adapter_root=str(tmp_path)) as url, client(url) as http:
+        assert "Serve it alone" in load(http, "alone", "alone", 400)["error"]["message"]
+    with (
+        pytest.raises(MolaError, match="mola generate"),
+        running_demo(
+            DemoOptions(base_model=str(endless_model_dir), adapter=alone["alone"], dtype="float32", device="cpu")
+        ),
+    ):
+        pass
+
+
+def test_wrong_loads_end_in_one_error_and_leave_no_trace(endless_model_dir, tmp_path):
+    folder = trained(endless_model_dir, tmp_path / "unknown", lora(), 0)
+    path = tmp_path / "unknown" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "FOO"}))
+    trained(endless_model_dir, tmp_path / "plain", lora(), 0)
+    with pytest.raises(MolaError, match="'FOO', not one of"):
+        load_model(endless_model_dir, folder)
+    with server(endless_model_dir, {}, adapter_root=str(tmp_path)) as url, client(url) as http:
+        assert "'FOO', not one of" in load(http, "x", "unknown", 400)["error"]["message"]
+        half = b'{"lora_name": "a\\ud800b", "lora_path": "plain"}'
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            answer = http.post(path, content=half, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400
+            assert "surrogate" in answer.json()["error"]["message"]
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [endless_model_dir.name]
+
+
+def test_when_no_answer_can_be_made_any_more_everybody_hears_of_it(endless_model_dir, monkeypatch):
+    def fail(self):
+        raise RuntimeError("a mistake of ours")
+
+    with server(endless_model_dir, {}) as url, client(url) as http:
+        assert http.get("/health").status_code == 200
+        monkeypatch.setattr("mola.generation.batching.engine.BatchEngine.step", fail)
+        for _ in range(2):
+            answer = http.post("/v1/completions", json={"model": endless_model_dir.name, "prompt": "a"})
+            assert answer.status_code == 500
+            assert "has to be restarted" in answer.json()["error"]["message"]
+        assert http.get("/health").status_code == 500
