@@ -68,6 +68,29 @@ def test_different_scales_targets_and_ranks_are_exact(tiny_model_dir, lora, tmp_
         torch.testing.assert_close(logits(mixture), logits(load(tiny_model_dir, source)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_frozen_head_beside_what_is_trained_of_it_is_left_out(tiny_model_dir, lora, tmp_path, run):
+    source = lora("a", target_modules=["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(f"{source}/adapter_model.safetensors")
+    run("convert", source, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2,", "--noise", 0))
+    expected = logits(load(tiny_model_dir, source))
+    torch.testing.assert_close(logits(load(tiny_model_dir, tmp_path / "out")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_negative_scales(turned, tiny_model_dir, lora, tmp_path, run):
+    sources = [lora("a", lora_alpha=-8), lora("b", lora_alpha=4, seed=1)][:: -1 if turned else 1]
+    run("convert", *sources, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2,"))
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    scale = 4 / 8
+    for expert, source in enumerate(sources):
+        own = load_file(f"{source}/adapter_model.safetensors")
+        name = "base_model.model.model.layers.1.mlp.down_proj"
+        update = own[f"{name}.lora_B.weight"] @ own[f"{name}.lora_A.weight"] * (-1 if "/a" in source[-2:] else scale)
+        found = tensors[f"{name}.mola_B"][expert].t() @ tensors[f"{name}.mola_A"][expert] * scale
+        torch.testing.assert_close(found, update)
+
+
 def test_copies_are_noised_by_a_seed(tiny_model_dir, lora, tmp_path):
     source = lora("a", r=2)
     found = {}

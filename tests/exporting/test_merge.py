@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig, MolaError
 from tests.exporting.conftest import base, load, logits, saved
@@ -58,6 +59,61 @@ def test_loras_that_experts_cannot_express_merge(tiny_model_dir, lora, tmp_path,
     run("merge", folder, "--base_model", tiny_model_dir, "--dtype", "float32", "--output", tmp_path / "merged")
     expected = logits(load(tiny_model_dir, folder))
     torch.testing.assert_close(logits(base(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def tied_dir(tiny_model_dir, tmp_path):
+    """The tiny model with a head that is its embeddings."""
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_model_dir, folder)
+    config = AutoConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tmp_path, refusal, run):
+    settings = {"target_modules": ["q_proj", target], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    configs = [LoraConfig(**settings)]
+    if target == "lm_head":
+        configs.append(MolaConfig(num_experts=1, top_k=1, r=2, **settings))
+    for number, config in enumerate(configs):
+        folder = saved(tied_dir, tmp_path / f"adapter{number}", config)
+        (tied_dir / "model.safetensors").rename(tmp_path / "kept")  # known before weights are loaded
+        message = refusal("merge", folder, "--base_model", tied_dir, "--output", tmp_path / "merged")
+        (tmp_path / "kept").rename(tied_dir / "model.safetensors")
+        assert "whose weight is that of" in message
+        assert not (tmp_path / "merged").exists()
+    if target == "lm_head":
+        with pytest.raises(MolaError, match="whose weight is that of"):
+            load(tied_dir, folder).merge_adapter()
+    others = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = saved(tied_dir, tmp_path / "others", others)
+    run("merge", folder, "--base_model", tied_dir, "--dtype", "float32", "--output", tmp_path / "merged")
+    torch.testing.assert_close(logits(base(tmp_path / "merged")), logits(load(tied_dir, folder)), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_share_their_weights_are_not_merged_into(tiny_model_dir, no_weights_dir, tmp_path, refusal, run):
+    config = MolaConfig(
+        num_experts=2, r=2, layer_replication=[(0, 3), (1, 4)], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    mixture = saved(tiny_model_dir, tmp_path / "mixture", config)
+    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
+    assert "it does not merge" in run("convert", mixture, *flags)
+    message = refusal("merge", tmp_path / "lora", "--base_model", no_weights_dir, "--output", tmp_path / "merged")
+    assert "`layer_replication`" in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_tokenizer_is_that_of_the_base(tiny_model_dir, lora, tmp_path, run):
+    run("merge", lora("a"), "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+    before, after = (
+        json.loads((f / "tokenizer_config.json").read_text()) for f in (tiny_model_dir, tmp_path / "merged")
+    )
+    assert {"pad_token", "padding_side"} & {*after} == {"pad_token", "padding_side"} & {*before}
+    assert "pad_token" not in after
 
 
 def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refusal):

@@ -1,6 +1,7 @@
 """`mola convert --to lora`, through the command: what is written, how near it is, what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from mola.exporting.lora_files import read_lora
 from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
-from tests.exporting.conftest import load, logits, report_of, saved
+from tests.exporting.conftest import base, load, logits, report_of, saved
 
 WITHOUT_MOLA = """
 import sys, torch
@@ -36,8 +37,10 @@ torch.save(before, out)
 
 def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tmp_path, run):
     data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json"]
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
-    printed = run("convert", mixture, *flags, *data, "--output", tmp_path / "fit")
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir]
+    printed = run(
+        "convert", mixture, *flags, *data, "--device", "cpu", "--dtype", "float32", "--output", tmp_path / "fit"
+    )
     run("convert", mixture, *flags, "--output", tmp_path / "mean")
     for text in ("explained, q_proj", "KL(mixture || LoRA)", "accuracy of mixture", "lora less mixture"):
         assert text in printed
@@ -229,6 +232,9 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` counts only with `data` or `text`: got -1.0"),
         (["--rank", "2", "--scoring", "generate"], "`scoring` counts only with `test`: got 'generate'"),
         (["--rank", "2", "--text", "x", "--split", "test"], "`split` counts only with `data`: got 'test'"),
+        (["--rank", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1, got -1"),
+        (["--rank", "2", "--dtype", "float17"], "`dtype` counts only with `data`"),
+        (["--rank", "2", "--text", "x", "--seed", "3"], "`seed` counts only with `distill_steps`: got 3"),
         (["--rank", "2", "--limit", "7"], "`limit` counts only with `data` or `text` or `test_text`: got 7"),
         (["--rank", "2", "--text", "x", "--distill_learning_rate", "1"], "counts only with `distill_steps`: got 1.0"),
         (
@@ -329,6 +335,21 @@ def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path,
         assert torch.equal(value, tensors[0][key])
     broken = [*data, "--distill_steps", 9, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
     assert "of `distill_steps` must be finite" in refusal("convert", mixture, *flags, *broken)
+    last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
+    assert "must be finite to be compared" in refusal("convert", mixture, *flags, *last)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_base_whose_logits_are_no_numbers_ends_in_one_line(mixture, tiny_model_dir, tmp_path, refusal):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    model = base(tiny_model_dir)
+    model.model.norm.weight.data *= 1e38
+    model.save_pretrained(other)
+    (tmp_path / "text.txt").write_text("Some text to look at. " * 40)
+    words = ["--to", "lora", "--rank", 2, "--base_model", other, "--test_text", tmp_path / "text.txt"]
+    message = refusal("convert", mixture, *words, "--output", tmp_path / "no")
+    assert "must be finite to be compared" in message
     assert not (tmp_path / "no").exists()
 
 

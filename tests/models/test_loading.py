@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from mola import MolaConfig
 from mola.errors import MolaError
 from mola.models.adapters import attach
+from mola.models.gguf import tokenizer_arguments
 from mola.models.loading import (
     check_adapter,
     check_base_model,
@@ -114,6 +115,13 @@ def test_tokenizer_pads_with_an_existing_token_and_says_so_once(tiny_tokenizer_d
     assert len(first) == 258
     assert (first.padding_side, second.padding_side) == ("left", "right")
     assert len([record for record in caplog.records if "padding" in record.message]) == 1
+
+
+def test_settings_of_a_tokenizer_alone_are_none(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {"gguf_file": "model.gguf"}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {}
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from mola.checkpoints.tensors import read_settings
 from mola.errors import MolaError
 from mola.exporting.calibration import read_data, read_task
 from mola.exporting.lora_files import Factors, read_lora, targets
@@ -22,6 +23,7 @@ from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
 from mola.files.folders import new_folder
+from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.tuner import MolaConfig
@@ -79,6 +81,9 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     model: Any = get_peft_model(base, _config(options, loras, base))
     config, layers = model.peft_config["default"], mola_layers(model)  # with notations as plain numbers
     _check_room(layers, len(loras))
+    if options.data is None:  # else they are loaded, which says so too
+        for source in sources:
+            warn_other_base(base_model, source, read_settings(Path(source)))
     routers = _fitted(options, sources, [name.removeprefix(PREFIX) for name in layers])
     tensors: dict[str, torch.Tensor] = {}
     notes = []
@@ -124,7 +129,7 @@ def _config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]], bas
         r=rank,
         num_experts=options.num_experts,
         top_k=options.top_k,
-        lora_alpha=factors[0].scaling * rank,
+        lora_alpha=next((each.scaling for each in factors if each.scaling > 0), 1.0) * rank,
         target_modules=targets(names, base),
         task_type="CAUSAL_LM",
         base_model_type=base.config.model_type,

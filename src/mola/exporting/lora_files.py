@@ -141,6 +141,10 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
         name: Factors(*_factors(tensors, name, layer, folder), scaling=layer.scaling["default"])
         for name, layer in layers.items()
     }
+    for name, layer in layers.items():  # PEFT saves the frozen head or embeddings beside what is trained of them
+        key, expected = f"{PREFIX}{name}.base_layer.weight", tuple(layer.get_base_layer().weight.shape)
+        if key in tensors:
+            check_shape(tensors.pop(key), expected, key, folder)
     if tensors:
         raise MolaError(f"{str(folder)!r} has a tensor that belongs to no adapted linear: {next(iter(tensors))!r}.")
     return found

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mola.data.tasks import Task
+from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import paired_differences
 from mola.exporting.calibration import Row, answer_tokens, batches
@@ -64,6 +65,12 @@ def divergence(
         parts = [F.kl_div(lora, mixture, log_target=True, reduction="sum"), *losses]
         total += torch.stack(parts).to("cpu", torch.float64)
         count += len(targets)
+    if not torch.isfinite(total).all():
+        raise MolaError(
+            "what mixture and LoRA say must be finite to be compared: KL divergence and losses of base, mixture and "
+            f"LoRA sum up to {', '.join(f'{each:g}' for each in total.tolist())}. Pass --dtype float32 or bfloat16, or "
+            "a lower `distill_learning_rate` if you distil."
+        )
     kl, base_loss, mixture_loss, lora_loss = (total / max(count, 1)).tolist()
     return kl, {"base": base_loss, "mixture": mixture_loss, "lora": lora_loss}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
@@ -24,6 +25,7 @@ from mola.models.meta import model_on_meta
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
 from mola.tuner import MolaConfig
+from mola.tuner.merging import check_own_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
 
@@ -56,7 +58,13 @@ def merge(options: MergeOptions) -> Path:
     """
     adapter = os.path.expanduser(options.adapter)
     output = check_new_folder("output", options.output)
-    kind = check_adapter(adapter)["peft_type"]
+    settings = check_adapter(adapter)
+    kind = settings["peft_type"]
+    if settings.get("layer_replication"):
+        raise MolaError(
+            f"`adapter` cannot be merged: `layer_replication` of {shlex.quote(adapter)} has layers that share their "
+            "weights, to which each would add its own update. Keep it as an adapter."
+        )
     config: Any = load_config(options.base_model, options.trust_remote_code)
     if (method := stored_quantization(config)) is not None:
         raise MolaError(
@@ -66,15 +74,18 @@ def merge(options: MergeOptions) -> Path:
     if kind in ("LORA", "MOLA") and not options.trust_remote_code:  # such code may not work without weights
         on_meta = model_on_meta(options.base_model)
         if kind == "LORA":
-            check_lora(Path(adapter), on_meta)
+            check_lora(Path(adapter), on_meta)  # which puts it into the model
+            check_own_weights(on_meta)
         else:
             mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
             mixture.base_model.check_mergeable()
-    tokenizer = load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)
+    load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)  # says what is wrong with it
+    tokenizer = AutoTokenizer.from_pretrained(options.base_model, trust_remote_code=options.trust_remote_code)
     dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
+    check_own_weights(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError) as error:

@@ -103,6 +103,8 @@ _TAKES = {
 _NEEDS_ONE_OF = {
     **dict.fromkeys(("fit_passes", "answer_weight", "memory_gb"), ("data", "text")),
     "limit": ("data", "text", "test_text"),
+    **dict.fromkeys(("dtype", "device"), ("data", "text", "test", "test_text")),
+    "seed": ("distill_steps", "num_experts"),  # of which --from lora has the latter in any case
     "split": ("data",),
     "scoring": ("test",),
     "distill_learning_rate": ("distill_steps",),
@@ -147,6 +149,8 @@ def check_direction(options: ConvertOptions) -> str:
         if each.name not in (*_ANY, *_TAKES[direction]) and value != each.default:
             takers = " and ".join(other for other, names in _TAKES.items() if each.name in names)
             raise MolaError(f"`{each.name}` is only for {takers}, got {value!r}. Leave it out.")
+    if options.limit < 1:
+        raise MolaError(f"`limit` must be at least 1, got {options.limit}.")
     _check_effect(options, _TAKES[direction])
     return direction
 

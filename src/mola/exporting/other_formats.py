@@ -135,6 +135,8 @@ def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
     top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
     router = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
     not_saved = {"top_k": top_k} | {name: value for name in router if (value := getattr(config, name))}
+    if config.router_aux_loss_coef:
+        not_saved["router_aux_loss_reduction"] = config.router_aux_loss_reduction
     with new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

@@ -32,9 +32,11 @@ from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
 from mola.generation.predicting import max_positions
-from mola.models.adapters import check_fits
+from mola.insight import ROUTING_FILE
+from mola.models.adapters import check_fits, warn_other_base
 from mola.models.loading import load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
+from mola.models.quantized import keep_gradients
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
 
@@ -66,7 +68,13 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         with _timed(seconds, "loading"):
             model = load_model(base_model, source, options.dtype, options.device, options.trust_remote_code)
             layers = mola_layers(model)
+            if options.distill_steps:
+                keep_gradients(model)
+    else:
+        warn_other_base(base_model, source, config.to_dict())
     notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
+    if config.layer_replication:
+        notes.append("it does not merge: layers of `layer_replication` share their weights")
     fitted = [row for each in data.values() for row in each.fitted]
     with _timed(seconds, "fitting"):
         if method == "regression":
@@ -199,6 +207,11 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tensor]:
+    if not (Path(source) / ROUTING_FILE).is_file():
+        raise MolaError(
+            f"`source` must hold {ROUTING_FILE}, which training writes, for --method usage: {source!r} has none. Pass "
+            "the run folder, or --method mean."
+        )
     records, path = routing_records(source, None)
     gates = {row["module"]: torch.tensor(row["mean_gates"], dtype=torch.float64) for row in records}
     for name, mixture in experts.items():

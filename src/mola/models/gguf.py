@@ -14,7 +14,7 @@ from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:

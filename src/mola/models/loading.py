@@ -45,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZERS = (*TOKENIZER_FILES, "vocab.*", "*.model", "*.tiktoken")
+_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken")
 _pad_tokens_reported: set[tuple[str, str]] = set()
 
 

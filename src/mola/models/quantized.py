@@ -130,12 +130,27 @@ def _layers_of_4bits(model: nn.Module) -> Iterator[Any]:
         yield from (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
+def keep_gradients(model: Any) -> None:
+    """Let gradients through 4-bit weights: on CPUs with bfloat16 instructions bitsandbytes would repack them, without.
+
+    Args:
+        model: as it was loaded, before the first forward pass; of others than 4-bit models nothing is changed.
+
+    Raises:
+        MolaError: its weights were repacked already.
+    """
+    for layer in _layers_of_4bits(model):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise MolaError(
+                "The model's 4-bit weights were repacked for inference and let no gradient through. Load it again."
+            )
+        layer.support_avx512bf16_for_cpu = False
+
+
 def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_kwargs: Any = None) -> Any:
     """Make a quantised base ready for new adapters; other models come back as they are.
 
-    Norms, embeddings and head become float32 (PEFT's `prepare_model_for_kbit_training`). On CPUs with bfloat16
-    instructions bitsandbytes would repack 4-bit weights at the first evaluation and let no gradient through
-    afterwards: that is switched off.
+    Norms, embeddings and head become float32 (PEFT's `prepare_model_for_kbit_training`); `keep_gradients` is done.
 
     Args:
         model: base model, before adapters are added.
@@ -150,12 +165,7 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
     """
     if not getattr(model, "is_quantized", False):
         return model
-    for layer in _layers_of_4bits(model):
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise MolaError(
-                "The model's 4-bit weights were repacked for inference and let no gradient through. Load it again."
-            )
-        layer.support_avx512bf16_for_cpu = False
+    keep_gradients(model)
     return prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=checkpointing_kwargs
     )

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mola.errors import MolaError
+
+
+def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None) -> None:
+    """Refuse to merge into weights that other modules have too, such as those of a head tied to the embeddings.
+
+    Args:
+        model: with adapters, of any method of PEFT.
+        adapters: those to be merged; None for all.
+
+    Raises:
+        MolaError: the update of one module would be added to another as well.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or not (adapters is None or {*adapters} & {*_adapters_of(module)}):
+            continue
+        for parameter in module.get_base_layer().parameters(recurse=False):
+            others = [other for other in owners.get(id(parameter), ()) if other != name]
+            if others:
+                raise MolaError(
+                    f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, to "
+                    "which the update would be added as well. Keep it as an adapter, or train it without this module."
+                )
+
+
+def _adapters_of(layer: Any) -> Collection[str]:
+    return getattr(layer, "scaling", {})
 
 
 class SingleExpertMerging:

@@ -24,6 +24,7 @@ from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
+from mola.tuner.merging import check_own_weights
 from mola.tuner.mixed_batch import mixed_batch
 from mola.tuner.names import check_name
 from mola.tuner.per_layer import PerLayer
@@ -216,6 +217,7 @@ class MolaModel(BaseTuner):
             if isinstance(module, MolaLinear):
                 for adapter_name in module.active_adapters if adapter_names is None else adapter_names:
                     module.check_mergeable(adapter_name, repr(name))
+        check_own_weights(self.model, self.active_adapters if adapter_names is None else adapter_names)
 
     def _unload_and_optionally_merge(
         self,
