@@ -1,13 +1,15 @@
 """Scoring by likelihood: the most probable of the options is the answer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation.choices import answer_options, answer_prefix
+from mola.evaluation.answering import Question
+from mola.evaluation.choices import answer_options, around_answer
 from mola.evaluation.core import evaluate_examples
 from mola.generation import predicting
 
@@ -55,10 +57,18 @@ def test_option_log_probabilities_of_several_tokens_match_the_definition(tiny_mo
             assert math.isclose(value, expected, rel_tol=1e-4, abs_tol=1e-4)
 
 
-def test_answer_prefix_is_the_place_the_task_reads(task):
+def test_around_answer_is_the_place_the_task_reads(task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "A fern. The answer is A. So A it is."}
-    assert answer_prefix(example, task) == "A fern. The answer is "
+    assert around_answer(example, task)[0] == "A fern. The answer is "
     assert answer_options(example, task) == ["A", "B"]
+
+
+def test_an_answer_that_begins_another_is_rated_with_what_follows():
+    """Or "1" could not be less probable than "10"."""
+    question = Question({}, "How much? ", "Answer: ", ("1", "10", "2"), ".")
+    assert question.option_texts("</s>") == [f"How much? Answer: {each}." for each in ("1", "10", "2")]
+    assert replace(question, suffix="").option_texts("</s>")[0] == "How much? Answer: 1</s>"
+    assert replace(question, options=("1", "2")).option_texts("</s>") == ["How much? Answer: 1", "How much? Answer: 2"]
 
 
 @pytest.mark.parametrize(
@@ -67,4 +77,4 @@ def test_answer_prefix_is_the_place_the_task_reads(task):
 def test_likelihood_refuses_what_it_cannot_score(change, task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "The answer is A."} | change
     with pytest.raises(MolaError, match="'x'.*'generate'"):
-        answer_prefix(example, task)
+        around_answer(example, task)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_result_file_has_the_documented_fields(options, examples):
     assert written == result.to_dict()
     assert set(written) == {
         *("accuracy", "correct", "total", "unanswered", "interval_95", "metrics", "groups", "samples"),
-        *("settings", "versions", "data_fingerprint", "seconds", "machine"),
+        *("settings", "versions", "data_fingerprint", "task_fingerprint", "seconds", "machine"),
     }
     assert set(written["samples"][0]) == {"id", "prompt", "output", "predicted", "answer", "correct"}
     assert written["settings"] == asdict(options)
@@ -109,6 +110,17 @@ def test_unfinished_run_on_other_data_is_refused(column, value, named, options, 
     rows[3][column] = value
     data.write_text(json.dumps(rows))
     with pytest.raises(MolaError, match=named):
+        evaluate(options)
+
+
+def test_unfinished_run_with_another_rule_for_answers_is_refused(options, monkeypatch, tmp_path):
+    text = (resources.files("mola.data.tasks") / "scienceqa.yaml").read_text(encoding="utf-8")
+    own = tmp_path / "own.yaml"
+    own.write_text(text.replace("name: scienceqa", "name: own"))
+    options = replace(options, task=str(own))
+    interrupt_after(options, monkeypatch, 1)
+    own.write_text(own.read_text().replace("answer_pattern: '", "answer_pattern: '(?i)"))
+    with pytest.raises(MolaError, match="task_fingerprint"):
         evaluate(options)
 
 

@@ -1,7 +1,11 @@
 """What is asked of a model: the last logits alone, of rows that lie together."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from mola.data.templates import get_template, template_names
+from mola.data.tokenized import tokenized
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters, Forward
 
@@ -46,3 +50,30 @@ def test_running_batch(tiny_model, head_inputs):
         forward(cache, [[5, 6, 7], [8, 9]], [3, 2], {})
         forward(cache, [[10], [11]], [4, 3], {})
     assert head_inputs == [((2, 1), True)] * 2
+
+
+@pytest.fixture
+def blanks_tokenizer():
+    """Splits as GPT-2's: two line breaks are one token at the end of a text, and two before a word."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["</s>", *alphabet, "\u010a\u010a"]  # the last are two line breaks
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u010a", "\u010a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_prompt_before_its_answer_has_the_tokens_of_training(name, blanks_tokenizer):
+    template = get_template(name)
+    example = {"id": "x", "instruction": "Which one?", "input": "", "output": "Answer: it"}
+    sample = next(iter(tokenized([example], blanks_tokenizer, template, None)))
+    prompt = template.prompt("Which one?", "")
+    assert predicting.encode_before_answer(blanks_tokenizer, [prompt, "Why"])[0] == sample.ids[: sample.start]
+    if prompt.endswith("\n\n"):
+        assert predicting.encode_prompts(blanks_tokenizer, [prompt])[0] != sample.ids[: sample.start]
+
+
+def test_some_template_needs_that():
+    assert any(get_template(name).prompt("Which one?", "").endswith("\n\n") for name in template_names())

@@ -15,7 +15,7 @@ WITHOUT_FLASH = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not
 def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypatch):
     built = []
     build = setup.build_model
-    monkeypatch.setattr("mola.training.train.build_model", lambda options: built.append(build(options)) or built[-1])
+    monkeypatch.setattr("mola.training.train.build_model", lambda *given: built.append(build(*given)) or built[-1])
     for name in ("eager", "sdpa"):
         more = {"attn_implementation": name, "lora_dropout": 0, "num_train_epochs": 1}
         assert main(flags(tmp_path / name, **more, **NO_EVALUATION)) == 0

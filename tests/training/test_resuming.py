@@ -118,6 +118,77 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
     assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [3 * epochs]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(number, flags, tmp_path, monkeypatch, capsys, caplog):
+    """And the same command with `last` makes up for the evaluation."""
+    options = {**INTERRUPTIBLE, "num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 1}
+    assert main(flags(tmp_path / "whole", **options)) == 0
+    seen = []
+
+    class Signalling(MetricsFile):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if any("train_loss" in entry for entry in state.log_history):
+                seen.append(state.global_step)
+                if len(seen) == 2:
+                    os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mola.training.trainer.MetricsFile", Signalling)
+        assert main(flags(**options)) == 130
+    assert len(seen) < 5
+    assert "leaving the evaluation" in caplog.text
+    assert "Traceback" not in capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert read_record(folder)["status"] == "interrupted"
+    assert_same_weights(folder, tmp_path / "whole")
+    assert main([*flags(**options), "--resume_from_checkpoint", "last"]) == 0
+    assert read_record(folder)["status"] == "finished"
+    records = [read_record(each)["metrics"]["eval_loss"] for each in (folder, tmp_path / "whole")]
+    assert records[0] == records[1]
+
+
+def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, tmp_path, run_and_signal):
+    """Whatever is in the folder of that adapter by then."""
+    plain = {**NO_EVALUATION, "max_steps": 8, "num_train_epochs": None, "warmup_steps": 0}
+    for name, alpha in (("start", 4), ("other", 64)):
+        assert main(flags(tmp_path / name, **{**plain, "max_steps": 1}, lora_alpha=alpha)) == 0
+    onward = {**plain, "adapter": tmp_path / "start"}
+    assert main(flags(tmp_path / "whole", **onward)) == 0
+    code, errors = run_and_signal(flags(**onward), tmp_path / "run", signal.SIGINT)
+    assert code == 130, errors
+    shutil.rmtree(tmp_path / "start")
+    shutil.copytree(tmp_path / "other", tmp_path / "start")
+    assert main([*flags(**onward), "--resume_from_checkpoint", "last"]) == 0
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["lora_alpha"] == 4
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedule, flags, tmp_path):
+    """Not with the 0 at which the shorter one ended."""
+    options = {**NO_EVALUATION, "lr_scheduler_type": schedule, "save_strategy": "epoch", "warmup_steps": 0}
+    assert main(flags(tmp_path / "whole", **{**options, "num_train_epochs": 2})) == 0
+    assert main(flags(**{**options, "num_train_epochs": 1})) == 0
+    assert main([*flags(**{**options, "num_train_epochs": 2}), "--resume_from_checkpoint", "last"]) == 0
+    rates = [
+        {entry["step"]: entry["learning_rate"] for entry in read_metrics(each) if "learning_rate" in entry}
+        for each in (tmp_path / "run", tmp_path / "whole")
+    ]
+    assert rates[1][4] > 0
+    assert rates[0][4] == pytest.approx(rates[1][4], rel=1e-12)
+    assert rates[0][6] == pytest.approx(rates[1][6], rel=1e-12)
+
+
+@pytest.mark.parametrize("restores", ["true", "false"])
+def test_time_counts_whichever_callbacks_are_restored(restores, finished_run):
+    folder, arguments = finished_run
+    add_an_hour(folder / "checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-6")
+    again = [*arguments, "--resume_from_checkpoint=last", f"--restore_callback_states_from_checkpoint={restores}"]
+    assert main(again) == 0
+    assert 3600 < read_record(folder)["seconds"] < 4000
+
+
 @pytest.fixture(scope="module")
 def made():
     """Where `finished_run` is kept, once it is made."""

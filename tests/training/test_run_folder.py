@@ -66,9 +66,7 @@ def test_use_of_experts_is_recorded_unless_it_is_switched_off(flags, tmp_path, t
 def test_base_keeps_its_dtype_and_its_values(flags, tiny_model_dir, monkeypatch):
     """The very model that was trained, looked at after training."""
     built = []
-    monkeypatch.setattr(
-        "mola.training.train.build_model", lambda options: built.append(build_model(options)) or built[0]
-    )
+    monkeypatch.setattr("mola.training.train.build_model", lambda *given: built.append(build_model(*given)) or built[0])
     assert main(flags(dtype="bfloat16", max_steps=2, num_experts=2, **NO_EVALUATION)) == 0
     trained = dict(built[0].named_parameters())
     experts = {name for name in trained if ".mola_" in name}

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.tasks import Task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation.choices import answer_options, answer_prefix
+from mola.evaluation.choices import answer_options, around_answer
 from mola.generation import predicting
 
 SCORINGS = ("generate", "likelihood")
@@ -24,11 +24,17 @@ class Question:
     prompt: str  # text before the answer
     prefix: str = ""  # likelihood only: text of the output before its answer
     options: tuple[str, ...] = ()  # likelihood only: the possible answers
+    suffix: str = ""  # likelihood only: text of the output after its answer
 
-    @property
-    def option_texts(self) -> list[str]:
-        """Prompt and output up to and with the answer, for every option."""
-        return [self.prompt + self.prefix + option for option in self.options]
+    def option_texts(self, end: str) -> list[str]:
+        """Prompt and output up to and with the answer, for every option.
+
+        Where one begins as another ("1" and "10") what follows the answer is part of both, the `end` of a text if
+        nothing else does: the shorter one could not be less probable than the longer.
+        """
+        begins = any(a != b and b.startswith(a) for a in self.options for b in self.options)
+        suffix = (self.suffix or end) if begins else ""
+        return [self.prompt + self.prefix + option + suffix for option in self.options]
 
 
 def make_questions(
@@ -57,7 +63,8 @@ def make_questions(
         prompt = layout.prompt(example["instruction"], example["input"])
         if scoring == "likelihood":
             options = tuple(answer_options(example, task))
-            questions.append(Question(example, prompt, answer_prefix(example, task), options))
+            before, after = around_answer(example, task)
+            questions.append(Question(example, prompt, before, options, after))
         else:
             questions.append(Question(example, prompt))
     return questions
@@ -79,8 +86,7 @@ def question_lengths(
     """
     texts, names = [], []
     for question in questions:
-        longest = max(question.options, key=len, default="")
-        texts.append(question.prompt + question.prefix + longest)
+        texts.append(max(question.option_texts(_end(tokenizer)), key=len, default=question.prompt))
         names.append(question.example["id"])
     encoded = predicting.encode_prompts(tokenizer, texts)
     num_new_tokens = max_new_tokens if scoring == "generate" else 0
@@ -123,18 +129,22 @@ def _answer_batch(
 ) -> Iterator[tuple[str, str | None]]:
     """Output text and extracted answer of each question."""
     if questions[0].options:
-        texts = [question.option_texts for question in questions]
+        texts = [question.option_texts(_end(tokenizer)) for question in questions]
         scores = predicting.option_log_probabilities(model, tokenizer, texts)
         for question, values in zip(questions, scores, strict=True):
             answer = question.options[values.index(max(values))]
             yield question.prefix + answer, answer
         return
-    prompts = predicting.encode_prompts(tokenizer, [question.prompt for question in questions])
+    prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions])
     outputs = predicting.generate_batch(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )
     for question, output in zip(questions, outputs, strict=True):
         yield output, task.extract_answer(output, question.example["num_choices"])
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.eos_token or "")
 
 
 def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:

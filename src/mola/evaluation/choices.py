@@ -25,8 +25,8 @@ def answer_options(example: Mapping[str, Any], task: Task) -> list[str]:
     return list(LETTERS[:num_choices])
 
 
-def answer_prefix(example: Mapping[str, Any], task: Task) -> str:
-    """Text of the expected output up to its answer, such as `"Answer: The answer is "`.
+def around_answer(example: Mapping[str, Any], task: Task) -> tuple[str, str]:
+    """Text of the expected output before and after its answer, such as `"Answer: The answer is "` and `"."`.
 
     The answer may also occur elsewhere in the output ("A cat ..."): the place meant is the last one where
     putting any other option makes the task extract that option. Samples of one output layout have one prefix.
@@ -39,7 +39,7 @@ def answer_prefix(example: Mapping[str, Any], task: Task) -> str:
     for place in reversed(list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", output))):
         before, after = output[: place.start()], output[place.end() :]
         if all(task.extract_answer(before + option + after, example["num_choices"]) == option for option in options):
-            return before
+            return before, after
     raise MolaError(
         f"`scoring` 'likelihood' needs an output that states the answer: sample {example['id']!r} "
         f"has the answer {answer!r} and the output {output[:80]!r}. Use `scoring` 'generate'."

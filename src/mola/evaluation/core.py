@@ -19,6 +19,8 @@ from mola.generation import predicting
 
 logger = logging.getLogger(__name__)
 
+_SEE_PADDING = ("rwkv", "recurrent_gemma")  # masked or not: it is part of their state
+
 MAX_NEW_TOKENS = 16  # enough for a short answer
 
 
@@ -39,6 +41,7 @@ class EvaluateResult:
         settings: the options used.
         versions: of mola, torch, transformers, peft and Python.
         data_fingerprint: SHA-256 of the examples, the same as in a training run's `run.json`.
+        task_fingerprint: SHA-256 of how the task asks and how it reads answers.
         seconds: wall time of answering all samples, without loading; resumed parts included.
         machine: cpu, gpu, threads.
     """
@@ -54,6 +57,7 @@ class EvaluateResult:
     settings: dict[str, Any]
     versions: dict[str, str]
     data_fingerprint: str
+    task_fingerprint: str
     seconds: float
     machine: dict[str, Any]
 
@@ -103,6 +107,9 @@ def evaluate_examples(
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
     if batch_size > 1 and longest > (predicting.longest_of_one_rope(model.config) or longest):
         logger.warning("Samples are asked one by one: positions of this model depend on a batch's longest sample.")
+        batch_size = 1
+    if batch_size > 1 and getattr(model.config, "model_type", None) in _SEE_PADDING:
+        logger.warning("Samples are asked one by one: models of this kind see the padding of a batch.")
         batch_size = 1
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
     open_indices = [index for index in range(len(questions)) if index not in records]
@@ -189,6 +196,7 @@ def _result(
         settings=settings,
         versions=software_versions(),
         data_fingerprint=data_fingerprint(examples),
+        task_fingerprint=task.fingerprint(),
         seconds=sum(record["seconds"] for record in records),
         machine=machine_description(),
     )

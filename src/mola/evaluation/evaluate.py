@@ -144,6 +144,7 @@ def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[s
     return {
         **settings,
         "task_version": task.version,
+        "task_fingerprint": task.fingerprint(),
         "data_fingerprint": data_fingerprint(examples),
         "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],

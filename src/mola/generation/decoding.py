@@ -73,6 +73,7 @@ def generate_text(
     do_sample: bool | None = None,
     seed: int | None = None,
     streamer: Any = None,
+    before_answer: bool = False,
 ) -> str:
     """Text the model writes after `prompt`, without the prompt and without special tokens.
 
@@ -86,6 +87,7 @@ def generate_text(
         top_k: sampling from the most probable tokens.
         do_sample: None samples if a sampling value is given.
         seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it.
+        before_answer: the prompt is that of a template: its last tokens are those that it had in training.
         streamer: receives the tokens while they come, such as a `transformers.TextStreamer`.
 
     Returns:
@@ -95,7 +97,8 @@ def generate_text(
         MolaError: a value out of range, or a prompt too long for the model.
     """
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
-    encoded = predicting.encode_prompts(tokenizer, [prompt])
+    encode = predicting.encode_before_answer if before_answer else predicting.encode_prompts
+    encoded = encode(tokenizer, [prompt])
     predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.max_positions(model.config))
     with seeded(seed), predicting.inference_state(model):
         return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]

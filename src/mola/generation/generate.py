@@ -123,7 +123,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -
     streamer = None
     if options.stream:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer)
+    is_template = options.prompt is None
+    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer, before_answer=is_template)
     if streamer is None:
         print(text)
     sys.stdout.flush()

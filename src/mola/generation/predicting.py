@@ -39,6 +39,26 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return encoded
 
 
+def encode_before_answer(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """As `encode_prompts`, with the tokens that a prompt has where an answer follows, as it does in training.
+
+    A prompt that ends in blanks may end in another token than before a letter: two line breaks are one token of
+    GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
+    """
+    encoded = encode_prompts(tokenizer, prompts)
+    if not tokenizer.is_fast:
+        return encoded
+    longer = tokenizer([f"{prompt}A" for prompt in prompts], return_offsets_mapping=True)
+    for index, (prompt, ids, offsets) in enumerate(
+        zip(prompts, longer["input_ids"], longer["offset_mapping"], strict=True)
+    ):
+        in_text = [place for place, part in enumerate(longer.sequence_ids(index)) if part is not None]
+        border = next((place for place in in_text if offsets[place][1] > len(prompt)), len(ids))
+        if border > in_text[0]:
+            encoded[index] = list(ids[:border])
+    return encoded
+
+
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and the model's own, such as one that ends a turn and no text."""
     config = getattr(base_of(model), "generation_config", None)

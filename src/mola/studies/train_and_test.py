@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from mola.data.read import split_names
+from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.files.reading import read_json
@@ -140,6 +141,9 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
     new = {**asdict(options), "data": fingerprint}
+    if "task_fingerprint" in result:  # which older results lack
+        rule = load_task(options.task).fingerprint()
+        old["template or answer_pattern"], new["template or answer_pattern"] = result["task_fingerprint"], rule
     places = ("adapter", "output", "overwrite")  # the folder may have been moved
     key = first_difference(old, new, (key for key in new if key not in places))
     if key is not None:

@@ -1,4 +1,4 @@
-"""What happens during a run besides training: the loss curve file, interruption, the finite-loss check."""
+"""What happens during a run besides training: the loss curve file, time, checkpoints, the finite-loss check."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import logging
 import math
 import os
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, atomic_write_text
@@ -110,13 +109,31 @@ class ResumedCheckpoints(TrainerCallback):
         path = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if state.best_global_step and path.is_dir() and not os.path.isdir(state.best_model_checkpoint or ""):
             state.best_model_checkpoint = str(path)
-        if args.train_sampling_strategy == "group_by_length" and not _is_whole(state.epoch):
+        if args.train_sampling_strategy == "group_by_length" and not is_whole_epoch(state.epoch):
             logger.warning(
                 "With `train_sampling_strategy` group_by_length the order within an epoch is drawn anew when a run is "
                 "resumed: until its end this epoch may repeat or leave out samples."
             )
         if args.should_save and args.output_dir:
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+
+
+class ResumedRate(TrainerCallback):
+    """Begins a resumed run with the learning rate of its own schedule: the trainer restores the earlier one's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same number, if the schedule is the same; with more epochs another."""
+        schedule = kwargs.get("lr_scheduler")
+        schedule = getattr(schedule, "scheduler", schedule)  # inside accelerate's
+        if not state.global_step or not isinstance(schedule, LambdaLR):
+            return
+        for group, rate, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 class CheckpointLast(TrainerCallback):
@@ -131,7 +148,7 @@ class CheckpointLast(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the checkpoint off."""
-        self._is_wanted = control.should_save and (control.should_training_stop or _is_whole(state.epoch))
+        self._is_wanted = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
         if self._is_wanted:
             control.should_save = False
 
@@ -143,94 +160,9 @@ class CheckpointLast(TrainerCallback):
         self._is_wanted = False
 
 
-def _is_whole(epoch: float | None) -> bool:
+def is_whole_epoch(epoch: float | None) -> bool:
+    """Whether an epoch is not being trained, but at its end."""
     return epoch is not None and abs(epoch - round(epoch)) <= _EPOCH_TOLERANCE
-
-
-class Interruption(TrainerCallback):
-    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
-
-    Attributes:
-        signal_number: the signal that stopped the run, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take over the signals; only the main thread of a program may."""
-        self.restore()  # a training that begins again, with smaller batches, has taken them over before
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the signals back."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Give the signals back, also after an error in training."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for a checkpoint and the end, if a signal came."""
-        self.share(args)
-        if self.signal_number is not None:
-            control.should_save = True
-            control.should_training_stop = True
-            self._keep_last_checkpoint(args)
-            if args.save_strategy == SaveStrategy.BEST:
-                args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
-        return control
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A signal that came after the last step, while the trainer evaluated or saved."""
-        self.share(args)
-        self._keep_last_checkpoint(args)
-
-    def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
-        """With a limit of one the trainer ends with the best checkpoint alone, and the run could not go on here."""
-        if self.signal_number is not None and args.save_total_limit == 1:
-            args.save_total_limit = 2
-
-    def share(self, args: TrainingArguments) -> None:
-        """All processes stop at the same place, or those left would wait for the others for ever."""
-        if args.world_size == 1:
-            return
-        number = torch.tensor(self.signal_number or 0, device=args.device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        self.signal_number = int(number) or None
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """The trainer also ends an epoch that a signal cut short: no evaluation of it.
-
-        An epoch that was complete when the signal came is evaluated, since the resumed run will not do it.
-        """
-        if self.signal_number is not None and not _is_whole(state.epoch):
-            control.should_evaluate = False
-        return control
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.signal_number is not None:
-            self.restore()
-            os.kill(os.getpid(), number)
-            return
-        self.signal_number = number
-        logger.warning(
-            "%s: saving a checkpoint after this step, then stopping. Once more stops at once, without saving.",
-            signal.Signals(number).name,
-        )
 
 
 class FiniteLoss(TrainerCallback):

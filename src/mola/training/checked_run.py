@@ -74,6 +74,7 @@ def check_run(options: TrainOptions) -> CheckedRun:
     record = describe_run(options, data, allocation)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
+        options.eval_on_start = False  # it was evaluated when it began
         warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
         if options.load_best_model_at_end:
             check_best_checkpoint(checkpoint)

@@ -28,7 +28,8 @@ _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 # How samples become tokens, their order, and what the optimiser's state brings with it: another value would be ignored.
 _SAME_SETTINGS = (
     *("template", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
-    *("optim", "learning_rate", "loraplus_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "learning_rate", "loraplus_lr_ratio", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -39,26 +40,16 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
     config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
     check_quantized_base(options.base_model, config, options, options.device, training=True)
-    check_attention(
-        options.attn_implementation,
-        DTYPES[options.base_dtype],
-        options.base_model,
-        options.trust_remote_code,
-        options.gguf_file,
-    )
     if options.on_loading or (stored_quantization(config) and options.modules_to_save):
         model = model_on_meta(options.base_model, options.trust_remote_code)
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
         check_adapter(options.adapter)
-        continued = continued_config(options, options.adapter)
-        check_stacked(options, continued)
-        _check_router_losses(options, continued)
+        check_settings(options, continued_config(options, options.adapter))
         check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
-    check_stacked(options, wanted)
-    _check_router_losses(options, wanted)
+    check_settings(options, wanted)
     allocation = cost_of_allocation(
         options.base_model,
         options.adapter_setting("num_experts"),
@@ -74,6 +65,27 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
     if wanted.modules_to_save:
         _check_modules_to_save(wanted.modules_to_save, options)
     return allocation.to_dict()["totals"]
+
+
+def check_settings(options: TrainOptions, config: PeftConfig) -> None:
+    """What options can say that model, machine or adapter cannot do.
+
+    Args:
+        options: of a run.
+        config: of its adapter.
+
+    Raises:
+        MolaError: attention that does not run, an optimiser that cannot train the adapter, losses that have no effect.
+    """
+    check_attention(
+        options.attn_implementation,
+        DTYPES[options.base_dtype],
+        options.base_model or "",
+        options.trust_remote_code,
+        options.gguf_file,
+    )
+    check_stacked(options, config)
+    _check_router_losses(options, config)
 
 
 def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
@@ -205,8 +217,11 @@ def load_tokenizer_for(options: TrainOptions) -> PreTrainedTokenizerBase:
     return load_tokenizer(options.base_model or "", "right", options.trust_remote_code, options.gguf_file)
 
 
-def build_model(options: TrainOptions) -> PeftModel:
-    """Base model with new experts, or with those of `adapter`, ready to train."""
+def build_model(options: TrainOptions, checkpoint: Path | None = None) -> PeftModel:
+    """Base model with new experts, or with those of `adapter`, ready to train.
+
+    A run that goes on has the adapter of its checkpoint: what is in the folder of `adapter` may be another one now.
+    """
     base: Any = load_model(
         options.base_model or "",
         None,
@@ -220,13 +235,12 @@ def build_model(options: TrainOptions) -> PeftModel:
     set_seed(options.seed)
     if options.adapter is None:
         return get_peft_model(base, adapter_config(options))
+    adapter = options.adapter if checkpoint is None else str(checkpoint)
     try:
-        return PeftModel.from_pretrained(
-            base, options.adapter, is_trainable=True, config=continued_config(options, options.adapter)
-        )
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True, config=continued_config(options, adapter))
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
         if lack_of_memory(error):
             raise
-        raise MolaError(f"`adapter` does not fit the base model: {options.adapter!r}: {error}") from error
+        raise MolaError(f"`adapter` does not fit the base model: {adapter!r}: {error}") from error

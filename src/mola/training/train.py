@@ -25,11 +25,12 @@ from mola.insight.telemetry import ExpertTelemetry
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
-from mola.training.callbacks import Interruption, TrainingClock
+from mola.training.callbacks import TrainingClock
 from mola.training.checked_run import CheckedRun, check_run
 from mola.training.checkpoints import RUN_FILE
 from mola.training.compiling import compiled_if_asked
 from mola.training.hub import create_repository, upload
+from mola.training.interruption import Interruption
 from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, save_result, start_run
 from mola.training.run_record import write_record
@@ -93,7 +94,7 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
     with whole_weights():
-        model = build_model(options)
+        model = build_model(options, run.checkpoint)
     if options.process_index == 0:
         for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels, %s", choice)
@@ -134,17 +135,18 @@ def _trained(
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
         telemetry.add_to(trainer)
-    clock = TrainingClock()
-    trainer.add_callback(clock)
+    trainer.add_callback(TrainingClock())
     try:
         with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
         interruption.share(options)  # a signal after the last step, to one of the processes
-        seconds = clock.seconds
+        # `restore_callback_states_from_checkpoint` puts another clock in the place of the first.
+        seconds = next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
         if trainer.state.global_step == run.first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
         if run.data.evaluation is not None and interruption.signal_number is None:
-            metrics.update(trainer.evaluate())
+            with interruption.leaving():
+                metrics.update(trainer.evaluate())
     except BaseException as error:
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}

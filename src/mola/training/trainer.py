@@ -12,10 +12,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
-from mola.training.callbacks import CheckpointLast, FiniteLoss, Interruption, MetricsFile, ResumedCheckpoints
+from mola.training.callbacks import CheckpointLast, FiniteLoss, MetricsFile, ResumedCheckpoints, ResumedRate
 from mola.training.checked_run import CheckedRun
 from mola.training.compiling import FrozenInput
 from mola.training.digests import CheckpointDigests
+from mola.training.interruption import Interruption
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE
@@ -50,6 +51,7 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
         raise MolaError(f"the trainer cannot be made with these options: {error}") from error
     if run.checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
+        trainer.add_callback(ResumedRate())
     keep_dtypes(trainer)
     name_experts(trainer)
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters

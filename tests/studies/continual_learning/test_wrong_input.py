@@ -33,6 +33,12 @@ WRONG = [
     ({"stages": {"a": {}, "b": {"warmup_steps": 50}}}, ["stage `b`", "`warmup_steps`", "50"]),
     ({"stages": {"a": {}, "b": {"filters": {"topc": "x"}}}}, ["stage `b`", "`filters`", "`topc`", "topic"]),
     ({"stages": {"a": {}, "b": {"filters": {"topic": "art"}}}}, ["stage `b`", "`filters`", "'art'", "'physics'"]),
+    ({"stages": {"a": {}, "b": {"hub_model_id": "x/y"}}}, ["stage `b`", "`hub_model_id`", "push_to_hub"]),
+    (
+        {"router_aux_loss_coef": 0.01, "stages": {"a": {}, "b": {"label_smoothing_factor": 0.1}}},
+        ["stage `b`", "`label_smoothing_factor`", "`router_aux_loss_coef`"],
+    ),
+    ({"stages": {"a": {}, "b": {"attn_implementation": "nosuch"}}}, ["stage `b`", "`attn_implementation`", "'nosuch'"]),
     ({"task": None}, ["stage `physics`", "`task`"]),
     ({"data": None}, ["stage `physics`", "`data`"]),
     ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),

@@ -1,5 +1,7 @@
 """What a task does: a row becomes an example, and generated text gives an answer."""
 
+import hashlib
+import json
 import re
 import string
 from collections.abc import Mapping
@@ -221,6 +223,12 @@ class Task:
     def group_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns of `groups` that have a value in this row."""
         return {group: row[group] for group in self.groups if row.get(group) is not None}
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) of what can change a score while the examples stay as they are."""
+        words = None if self.answer is None else self.answer.words
+        rules = [self.template, self.answer_pattern, words, self.more_metrics]
+        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def extract_answer(self, text: str, num_choices: int | None = None) -> str | None:
         """Answer in generated text: the first match of `answer_pattern`.

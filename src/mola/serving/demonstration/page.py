@@ -112,7 +112,8 @@ def _answers(
     try:
         if not (text or "").strip():
             raise MolaError("`instruction` must hold some text: got none. Write one.")
-        prompt = text if template == _AS_IT_IS else get_template(template).prompt(text, "")
+        decoding["before_answer"] = template != _AS_IT_IS
+        prompt = get_template(template).prompt(text, "") if decoding["before_answer"] else text
         adapted = plain = Answer("", [], 0)
         for adapted in answerer.answer(prompt, with_adapter=True, **decoding):
             yield adapted.text, "", None

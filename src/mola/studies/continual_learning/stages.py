@@ -1,7 +1,7 @@
 """The stages of a sequence, checked before any of them is trained: data, lengths, steps, allocation, tests."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
-from mola.training.setup import check_model_options, check_steps, load_tokenizer_for
+from mola.training.hub import check_hub_options
+from mola.training.setup import (
+    adapter_config,
+    check_model_options,
+    check_settings,
+    check_steps,
+    continued_config,
+    load_tokenizer_for,
+    training_changes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +45,15 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     """The stages in the order of training, all of them checked without loading weights; an error names the stage."""
     first = next(iter(options.stage_options.values()))
     check_model_options(first)
+    config: Any = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
     tokenizer = load_tokenizer_for(first)
     stages = []
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
+            check_hub_options(stage_options)
+            changes = training_changes(stage_options)
+            check_settings(stage_options, replace(config, **changes) if changes else config)
             test = evaluation_of(stage_options)
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)

@@ -1,0 +1,121 @@
+"""A signal ends a run in order: with a checkpoint, and the record of an interrupted run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from mola.training.callbacks import is_whole_epoch
+
+logger = logging.getLogger(__name__)
+
+
+class _LeftError(Exception):
+    """Raised out of the last evaluation."""
+
+
+class Interruption(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
+
+    From the beginning of training on; `restore` gives the signals back.
+
+    Attributes:
+        signal_number: the signal that stopped the run, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._is_trained = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals; only the main thread of a program may."""
+        self.restore()  # a training that begins again, with smaller batches, has taken them over before
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """For the evaluation after training, which a signal ends at its next batch; the block is left then.
+
+        With several processes it is done to its end: the others would wait for the one that left.
+        """
+        self._is_trained = True
+        with contextlib.suppress(_LeftError):
+            yield
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the last evaluation, if a signal came."""
+        if self._is_trained and self.signal_number is not None and args.world_size == 1:
+            raise _LeftError
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end, if a signal came."""
+        self.share(args)
+        if self.signal_number is not None:
+            control.should_save = True
+            control.should_training_stop = True
+            self._keep_last_checkpoint(args)
+            if args.save_strategy == SaveStrategy.BEST:
+                args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A signal that came after the last step, while the trainer evaluated or saved."""
+        self.share(args)
+        self._keep_last_checkpoint(args)
+
+    def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
+        """With a limit of one the trainer ends with the best checkpoint alone, and the run could not go on here."""
+        if self.signal_number is not None and args.save_total_limit == 1:
+            args.save_total_limit = 2
+
+    def share(self, args: TrainingArguments) -> None:
+        """All processes stop at the same place, or those left would wait for the others for ever."""
+        if args.world_size == 1:
+            return
+        number = torch.tensor(self.signal_number or 0, device=args.device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        self.signal_number = int(number) or None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """The trainer also ends an epoch that a signal cut short: no evaluation of it.
+
+        An epoch that was complete when the signal came is evaluated, since the resumed run will not do it.
+        """
+        if self.signal_number is not None and not is_whole_epoch(state.epoch):
+            control.should_evaluate = False
+        return control
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.signal_number is not None:
+            self.restore()
+            os.kill(os.getpid(), number)
+            return
+        self.signal_number = number
+        what = "leaving the evaluation" if self._is_trained else "saving a checkpoint after this step, then stopping"
+        logger.warning("%s: %s. Once more stops at once, without saving.", signal.Signals(number).name, what)
