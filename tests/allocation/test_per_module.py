@@ -3,18 +3,23 @@
 import itertools
 import json
 from collections import Counter, defaultdict
+from io import StringIO
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors import safe_open
 
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.base import read_base
-from mola.allocation.measured import ModuleScore
+from mola.allocation.measured import ModuleScore, relative_scores
 from mola.allocation.numbers import Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.allocation.reallocate import ReallocateOptions, reallocate
+from mola.allocation.tables import module_table
 from mola.architecture.allocation import plan_allocation
 from mola.architecture.patterns import by_pattern
 from mola.cli import main
@@ -46,6 +51,24 @@ def cases(draw):
     high = draw(st.integers(low, low + 12))
     budget = draw(st.integers(low * len(kinds), high * len(kinds)))
     return found, len(kinds), Rule(budget, low, draw(st.sampled_from([high, None])), draw(st.sampled_from([1.0, 2.5])))
+
+
+def test_kinds_of_one_name_compete_each_with_its_likes():
+    """GPT-2 has a `c_proj` in attention and one in the MLP."""
+    names = [f"transformer.h.{layer}.{kind}.c_proj" for layer in range(4) for kind in ("attn", "mlp")]
+    values = {name: (1.0 if ".attn." in name else 100.0) * (1 + index // 2) for index, name in enumerate(names)}
+    base = SimpleNamespace(layer_of={name: index // 2 for index, name in enumerate(names)})
+    scores = relative_scores(values, base)
+    for kind in ("attn", "mlp"):
+        assert fmean(each.score for each in scores if f".{kind}." in each.module) == pytest.approx(1)
+    shuffled = numbers_of_modules(scores, Rule(8, 1, None, shuffle=1))
+    plain = numbers_of_modules(scores, Rule(8, 1, None))
+    for kind in ("attn", "mlp"):
+        own = [[each.num_experts for each in found if f".{kind}." in each.module] for found in (plain, shuffled)]
+        assert sorted(own[0]) == sorted(own[1])
+    printed = Console(width=200, file=StringIO())
+    printed.print(module_table(plain, 4, "title"))
+    assert "attn.c_proj" in printed.file.getvalue()
 
 
 @given(cases(), st.integers(0, 9))

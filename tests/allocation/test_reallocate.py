@@ -196,6 +196,18 @@ def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir,
         assert logits(tiny_model_dir, tmp_path / str(number)).isfinite().all()
 
 
+def test_replicated_layers_count(tiny_model_dir, tmp_path, capsys):
+    """The adapter has six layers, its base model four."""
+    config = MolaConfig(num_experts=4, r=2, layer_replication=[(0, 3), (1, 4)], init_lora_weights=False)
+    adapter = save_adapter(tiny_model_dir, tmp_path / "deep", config)
+    assert moved(adapter, "8,", tmp_path / "eight").num_experts == [8] * 6
+    assert moved(adapter, "246", tmp_path / "six").num_experts == [2, 2, 4, 4, 6, 6]
+    assert logits(tiny_model_dir, tmp_path / "six").isfinite().all()
+    words = ["reallocate", "--adapter", adapter, "--num_experts", "8,", "--output_dir", tmp_path / "with a space"]
+    assert main([*map(str, words)]) == 0
+    assert f"--adapter '{tmp_path}/with a space'" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
 def test_a_linear_outside_the_layers_has_the_number_of_all(tiny_model_dir, tmp_path):
     config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mola.reporting.charts import Axis, Column, shade, thinned, value_axis
 from mola.reporting.document import environment
-from mola.reporting.formatting import duration, kinds_of, number, percent
+from mola.reporting.formatting import duration, number, percent
 from mola.reporting.routing_log import layer_parts
 from tests.reporting.pages import Page
 
@@ -70,14 +70,6 @@ def test_parts_of_layers(indices):
     assert [layer for part in parts for layer in part] == sorted(indices)
     assert len(parts) == min(3, len(indices))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_kinds():
-    attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
-    assert set(kinds_of([*attention, "model.layers.0.mlp.up_proj"]).values()) == {"q_proj", "up_proj"}
-    experts = [f"model.layers.{layer}.experts.{expert}.up" for layer in (0, 1) for expert in (0, 1)]
-    assert kinds_of(experts)[experts[1]] == "experts.1.up"
-    assert kinds_of(["lm_head"]) == {"lm_head": "lm_head"}
 
 
 def test_shades():

@@ -1,9 +1,14 @@
 """`mola inspect`: what it reports is what the layers do and hold."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mola import MolaConfig, MolaError, MolaLinear, load_model
 from mola.cli import main
@@ -60,6 +65,49 @@ def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
     assert all(0 <= value <= 1 for row in agreement["cramers_v"] for value in row)
     assert found["leave_one_out"] is found["leave_one_out_baseline"] is None
     assert "agreement" in printed
+
+
+def test_text_without_a_prompt(tiny_model_dir, adapter, tmp_path):
+    """Of a tokenizer that puts no token in front, as SmolLM2's: no token is the prompt's."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save_pretrained(base)
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"id": "1", "instruction": null, "input": "", "output": "Some text to read."}\n')
+    output = tmp_path / "seen.json"
+    assert run(base, adapter, data, "--task", "openorca", "--json", output) == 0
+    usage = json.loads(output.read_text())["usage"]
+    assert "prompt" not in usage
+    assert usage["answer"] == usage["all"]
+
+
+@pytest.mark.parametrize("result", ["--json", "--html"])
+def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e38
+    model.save_pretrained(base)
+    assert run(base, adapter, sample, "--dtype", "float32", result, tmp_path / "result") == 2
+    assert "what routers decide must be finite numbers" in capsys.readouterr().err
+    assert not (tmp_path / "result").exists()
+
+
+def test_an_adapter_saved_by_pickle_has_all_sections(tiny_model_dir, adapter, sample, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(adapter / "adapter_model.safetensors"), other / "adapter_model.bin")
+    config = json.loads((other / "adapter_config.json").read_text())
+    del config["weights_sha256"]
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    pages = []
+    for number, folder in enumerate((adapter, other)):
+        assert run(tiny_model_dir, folder, sample, "--limit", 2, "--html", tmp_path / f"{number}.html") == 0
+        pages.append(Page((tmp_path / f"{number}.html").read_text()))
+    for key in ("allocation", "redundancy"):
+        assert pages[0].section(key).text == pages[1].section(key).text
 
 
 def test_a_page_without_a_run(tiny_model_dir, adapter, sample, tmp_path, capsys):

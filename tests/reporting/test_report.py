@@ -6,13 +6,18 @@ import shlex
 
 import pytest
 
+from mola import MolaConfig
 from mola.cli import COMMANDS, main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.options.parsing import parse
+from mola.reporting.adapter_weights import read_adapter_weights
+from mola.reporting.inspect import InspectOptions
 from mola.reporting.page import render_inspection
 from mola.reporting.report import ReportOptions, report
 from mola.training.run_folder import clear_run
+from tests.conftest import save_adapter
 from tests.damage import change_tensors, flip_bit
 from tests.reporting.conftest import change
 from tests.reporting.pages import Page
@@ -187,6 +192,38 @@ def test_missing_part(run_dir, file, section, words):
     for box in found.section(section).all("div", class_="missing"):
         for command in box.all("pre"):
             check_command(command.text)
+
+
+def test_commands_measure_what_was_trained(run_dir):
+    """In its prompts, on its rows, on the base model as it was loaded."""
+    asked = {"template": "alpaca_short", "filters": {"category": ["Tense"]}, "trust_remote_code": True}
+
+    def edit(record):
+        record["settings"].update(asked, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    change(run_dir / "run.json", edit)
+    for file in ("after.json", "inspect.json"):
+        (run_dir / file).unlink()
+    page = page_of(run_dir)
+    for section, wanted in (("accuracy", EvaluateOptions), ("gates", InspectOptions)):
+        (command,) = {each.text for each in page.section(section).all("pre")}
+        check_command(command)
+        options = parse(wanted, shlex.split(command)[2:], prog="")
+        given = {name: getattr(options, name) for name in asked}
+        given["filters"] = json.loads(given["filters"]) if isinstance(given["filters"], str) else given["filters"]
+        assert given == asked
+        assert (options.load_in_4bit, options.bnb_4bit_quant_type) == (True, "nf4")
+
+
+def test_numbers_of_layers_are_those_of_the_configuration(run_dir):
+    """Some modules have more experts; the card and the plan show the layer's own number."""
+    folder = run_dir.parent / "other"
+    config = MolaConfig(num_experts=[2, 2, 1, 1], num_experts_pattern={r"layers\.0\..*q_proj": 6}, top_k=1, r=2)
+    config.task_type = "CAUSAL_LM"
+    base = json.loads((run_dir / "run.json").read_text())["settings"]["base_model"]
+    save_adapter(base, folder, config)
+    layers = read_adapter_weights(folder).layers
+    assert [layer.num_experts for layer in layers] == [2, 2, 1, 1]
 
 
 def check_command(text):
@@ -427,6 +464,7 @@ def test_layers_without_experts_are_no_neighbours(run_dir):
         tensors.update({name: tensor[:2].contiguous() for name, tensor in kept.items()})
 
     change_tensors(run_dir, change_layers)
+    change(run_dir / "adapter_config.json", lambda config: config.update(num_experts=2))
     rows = page_of(run_dir).table("allocation", "Experts by layer").rows
     assert [row[0] for row in rows[1:]] == ["0", "2–3"]
 

@@ -6,6 +6,7 @@
 The file is a value of `num_experts`, for `mola plan`, `mola train` and in Python.
 """
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -158,8 +159,8 @@ def main(options: AllocateOptions) -> int:
     else:
         text = options.output or ",".join(map(str, result.num_experts))
         lines.append(f"Written to {options.output}. Use it:" if options.output else "Use it:")
-        model = f"--base_model {options.base_model}"
-        lines += [f"  mola {name} {model} --num_experts {text} ..." for name in ("plan", "train")]
+        words = shlex.join(["--base_model", options.base_model, "--num_experts", text])
+        lines += [f"  mola {name} {words} ..." for name in ("plan", "train")]
     print("\n".join(lines))
     return 0
 

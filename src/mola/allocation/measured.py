@@ -13,6 +13,7 @@ from rich.progress import track
 from mola.allocation.base import Base
 from mola.allocation.probe import read_probe, routing_records
 from mola.allocation.weights import weights_of
+from mola.architecture.kinds import kinds_of
 from mola.errors import MolaError
 from mola.insight.redundancy import expert_distances, mean_pairwise
 from mola.insight.spectra import eigenvalues, power_law_exponent
@@ -134,18 +135,13 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
     return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
-def kind_of(module: str) -> str:
-    """The last part of a module's name, which its likes in other layers share."""
-    return module.rpartition(".")[2]
-
-
 def relative_scores(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
-    """Of each module its value, divided by the mean of all modules of that name."""
-    kinds: dict[str, list[float]] = defaultdict(list)
+    """Of each module its value, divided by the mean of all modules of that kind."""
+    kinds, of_kind = kinds_of(values), defaultdict[str, list[float]](list)
     for module, value in values.items():
-        kinds[kind_of(module)].append(value)
-    usual = {kind: fmean(of_kind) for kind, of_kind in kinds.items()}
-    return of_modules({name: value / (usual[kind_of(name)] or 1.0) for name, value in values.items()}, base)
+        of_kind[kinds[module]].append(value)
+    usual = {kind: fmean(found) for kind, found in of_kind.items()}
+    return of_modules({name: value / (usual[kinds[name]] or 1.0) for name, value in values.items()}, base)
 
 
 def of_modules(values: Mapping[str, float], base: Base) -> list[ModuleScore]:

@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mola.allocation.measured import ModuleScore, Scores, kind_of
+from mola.allocation.measured import ModuleScore, Scores
 from mola.allocation.rounding import experts_from_scores
+from mola.architecture.kinds import kinds_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def numbers_of_modules(found: Sequence[ModuleScore], rule: Rule) -> list[ModuleE
     counts = Counter(each.layer_index for each in found).values()
     bounds = rule.min_experts, rule.max_experts
     total = sum(map(int.__mul__, counts, experts_from_scores([1.0] * len(counts), rule.budget, *bounds)))
-    numbers = rule.numbers([each.score for each in found], [kind_of(each.module) for each in found], total)
+    numbers = rule.numbers([each.score for each in found], [*kinds_of(each.module for each in found).values()], total)
     return [ModuleExperts(*each, number) for each, number in zip(found, numbers, strict=True)]
 
 

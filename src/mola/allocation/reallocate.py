@@ -8,6 +8,7 @@ Reads and writes adapter folders only; what happens to the experts of a layer is
 
 import contextlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -149,7 +150,7 @@ def main(options: ReallocateOptions) -> int:
     table_console().print(table)
     print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
-        f"  mola train --adapter {result.output_dir} ..."
+        f"  mola train --adapter {shlex.quote(result.output_dir)} ..."
     )
     return 0
 
@@ -167,7 +168,9 @@ def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int 
 
 
 def _depth(config: Any, options: ReallocateOptions, at_least: int) -> int | None:
-    """Decoder layers of the base model, from what names all of them; None where nothing does."""
+    """Decoder layers of the adapted model, from what names all of them; None where nothing does."""
+    if config.layer_replication:  # which has other layers than its base
+        return sum(end - start for start, end in config.layer_replication)
     values = {"num_experts": config.num_experts, "top_k": config.top_k, "r": config.r}
     named = [layers_named(value, name) for name, value in values.items()]
     if options.base_model is not None:

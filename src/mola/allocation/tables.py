@@ -7,8 +7,9 @@ from rich.bar import Bar
 from rich.markup import escape
 from rich.table import Table
 
-from mola.allocation.measured import Scores, kind_of
+from mola.allocation.measured import Scores
 from mola.allocation.numbers import ModuleExperts
+from mola.architecture.kinds import kinds_of
 
 _BAR_WIDTH = 30
 
@@ -29,11 +30,12 @@ def layer_table(scores: Scores, num_experts: Sequence[int], title: str) -> Table
 def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:
     """Numbers of the linears, with the sums of each kind; from and to where a layer has several of a kind."""
     table = Table(title=escape(title))
+    kinds = kinds_of(each.module for each in modules)
     cells: dict[tuple[int, str], list[int]] = defaultdict(list)
     sums: dict[str, int] = defaultdict(int)
     for each in modules:
-        cells[each.layer_index, kind_of(each.module)].append(each.num_experts)
-        sums[kind_of(each.module)] += each.num_experts
+        cells[each.layer_index, kinds[each.module]].append(each.num_experts)
+        sums[kinds[each.module]] += each.num_experts
     for column in ("layer", *sums):
         table.add_column(escape(column), justify="right")
     for layer in range(num_layers):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mola.data.tokenized import IGNORED
+from mola.errors import MolaError
 from mola.insight.ablation import LeftOut
 from mola.insight.agreement import AgreementCounter
 from mola.insight.recording import ModuleGates, gates_of_tokens
@@ -83,27 +84,38 @@ def look_at(
         `token=word` and so on, and over all tokens of every group, named `column=value`; agreement over all tokens.
 
     Raises:
-        MolaError: no module has a router.
+        MolaError: no module has a router, or what one decides is no number.
     """
-    counters: dict[str, UsageCounter] = {name: UsageCounter() for name in ("all", "prompt", "answer")}
+    counters: dict[str, UsageCounter] = {"all": UsageCounter()}
     agreement, gates = AgreementCounter(), {}
     samples = enumerate(zip(dataset, groups, strict=True))
     bar = {"total": len(groups), "console": Console(stderr=True), "disable": not show_progress}
     for number, (sample, group) in track(samples, "Looking at the experts", **bar):  # type: ignore[arg-type]
         ids = list(sample["input_ids"])
         recorded = gates_of_tokens(model, ids)
+        _check_finite(recorded)
         is_answer = torch.tensor([label != IGNORED for label in sample["labels"]])
         masks = {"all": torch.ones_like(is_answer), "prompt": ~is_answer, "answer": is_answer}
         types = token_types(ids)
         masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in set(types)}
         masks |= {f"{column}={value}": masks["all"] for column, value in group.items()}
         for name, mask in masks.items():
-            counters.setdefault(name, UsageCounter()).add(recorded, mask)
+            if name == "all" or mask.any():  # text without a prompt has no token of that
+                counters.setdefault(name, UsageCounter()).add(recorded, mask)
         agreement.add(recorded)
         if number in examples:
             gates[number] = [_mean_gates(each, is_answer) for each in recorded]
     usage = {name: counter.usage() for name, counter in counters.items()}
     return Seen(usage, agreement.modules, agreement.cramers_v().tolist(), gates)
+
+
+def _check_finite(recorded: Sequence[ModuleGates]) -> None:
+    for each in recorded:
+        if not torch.isfinite(each.entropies).all():
+            raise MolaError(
+                f"what routers decide must be finite numbers: in {each.module} they are not. In float16 this model's "
+                "activations may be too large: pass --dtype bfloat16 or float32."
+            )
 
 
 def _mean_gates(recorded: ModuleGates, mask: torch.Tensor) -> dict[str, Any]:

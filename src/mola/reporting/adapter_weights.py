@@ -7,15 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
+from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
-from mola.files.digests import check_digest
+from mola.files.digests import check_digest, find_weights
 from mola.files.finite import check_finite
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
@@ -33,7 +36,7 @@ class LayerExperts:
     """One decoder layer of an adapter; its modules have the same settings, unless `own_numbers` says otherwise."""
 
     layer_index: int | None  # the layer
-    num_experts: int  # experts of each module; the most, if some have a number of their own
+    num_experts: int  # experts of each module; the layer's own number, if some modules have others
     top_k: int  # of them chosen for a token
     r: int  # rank of each
     expert_values: int  # trained values of the experts of all modules
@@ -51,8 +54,8 @@ class AdapterWeights:
 
 def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     """Read the adapter in a run folder, one module at a time; None if there is none."""
-    config, path = read_json_object(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    if not config or not path.is_file():
+    config, path = read_json_object(folder / "adapter_config.json"), find_weights(folder)
+    if not config or path is None:
         return None
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
@@ -73,9 +76,9 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
         for name in sorted(shapes, key=_place):
             if name.endswith("mola_A") and shapes[name][0] > 1:
                 redundancy.append(_redundancy(file, path, name, config))
-    for name, shape in shapes.items():
+    for name in shapes:
         # Those of `target_parameters` count the base model's experts.
-        own = 1 if _STACKED.search(name) else shape[0]
+        own = 1 if _STACKED.search(name) else of_layer(config, "num_experts", layer_index(name))
         experts[layer_index(name)] = max(own, experts.get(layer_index(name), 0))
     layers = [
         LayerExperts(layer, experts[layer], *(of_layer(config, name, layer) for name in ("top_k", "r")), *both)
@@ -125,8 +128,11 @@ def of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
 def opened(path: Path) -> Iterator[Any]:
     """A file of tensors, read one by one; an unreadable one is refused."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        with TemporaryDirectory() as folder:
+            if path.suffix == ".bin":  # which is read as a whole
+                save_file(read_tensors(path.parent), path := Path(folder) / "adapter_model.safetensors")
+            with safe_open(path, "pt") as file:
+                yield file
     except (OSError, SafetensorError) as error:
         raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
 

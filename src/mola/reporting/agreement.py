@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from mola.architecture.kinds import kinds_of
 from mola.architecture.layer_stacks import layer_index
 from mola.reporting.charts import shade
 from mola.reporting.commands import inspect_command
 from mola.reporting.document import Table
-from mola.reporting.formatting import kinds_of, layer_name, layer_order, number
+from mola.reporting.formatting import layer_name, layer_order, number
 from mola.reporting.heat import Cell, HeatMap, change_map
 from mola.reporting.load_run import Run
 

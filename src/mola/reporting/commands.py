@@ -1,7 +1,10 @@
 """The commands that make what a report does not have yet."""
 
+import json
 import shlex
+from typing import Any
 
+from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
 
@@ -9,7 +12,7 @@ def evaluate_command(run: Run, name: str) -> str:
     """The command for `before` or `after`."""
     words = ["mola", "evaluate", *_base(run), "--task", run.record["settings"].get("task") or "TASK"]
     adapter = ["--adapter", str(run.folder)] if name == "after" else []
-    return shlex.join([*words, *adapter, "--data", _data(run), "--output", str(run.paths[name])])
+    return shlex.join([*words, *adapter, *_rows(run), "--output", str(run.paths[name])])
 
 
 def inspect_command(run: Run) -> str:
@@ -17,12 +20,31 @@ def inspect_command(run: Run) -> str:
     words = ["mola", "inspect", *_base(run), "--adapter", str(run.folder)]
     task = run.record["settings"].get("task")
     words += ["--task", task] if task else []
-    words += ["--data", _data(run), *(["--overwrite"] if run.inspection else [])]
+    words += [*_rows(run), *(["--overwrite"] if run.inspection else [])]
     return shlex.join([*words, "--json", str(run.paths["inspection"])])
 
 
 def _base(run: Run) -> list[str]:
-    return ["--base_model", str(run.record["settings"]["base_model"])]
+    """The base model, loaded as it was in the run."""
+    settings = run.record["settings"]
+    names = ("trust_remote_code", *QUANTIZATION_OPTIONS)
+    return ["--base_model", str(settings["base_model"]), *_flags({name: settings.get(name) for name in names})]
+
+
+def _rows(run: Run) -> list[str]:
+    """Data and the rows of them, in the prompts of the run."""
+    names = ("template", "filters")
+    return ["--data", _data(run), *_flags({name: run.record["settings"].get(name) for name in names})]
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    """Those that were given; none is on unless it is."""
+    given = {name: value for name, value in values.items() if value}
+    return [
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def _data(run: Run) -> str:

@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mola.architecture.layer_stacks import layer_index
-
 NO_VALUE = "–"
 MOST_ROWS = 500  # of a table of numbers
 _SPACE = "\u00a0"  # a number and its unit stay in one line
@@ -86,20 +84,6 @@ def _markdown_cell(value: Any) -> str:
 def rows_said(count: int) -> str:
     """What to add to the name of a table that may be too long to be shown in full."""
     return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"
-
-
-def kinds_of(modules: Iterable[str]) -> dict[str, str]:
-    """What modules of all layers have in common, by module: `q_proj`, or more of the name where that is ambiguous."""
-    names = list(modules)
-    inside = {name: _after_layer(name) for name in names}
-    last = {kind: kind.rpartition(".")[2] for kind in inside.values()}
-    is_clear = len(set(last.values())) == len(last)
-    return {name: last[kind] if is_clear else kind for name, kind in inside.items()}
-
-
-def _after_layer(name: str) -> str:
-    parts, index = name.split("."), layer_index(name)
-    return name if index is None else ".".join(parts[parts.index(str(index)) + 1 :]) or name
 
 
 def _is_missing(value: Any) -> bool:

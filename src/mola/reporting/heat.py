@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mola.architecture.kinds import kinds_of
 from mola.reporting.charts import shade
-from mola.reporting.formatting import NO_VALUE, kinds_of, layer_name, layer_order, percent
+from mola.reporting.formatting import NO_VALUE, layer_name, layer_order, percent
 
 _MOST_CELLS = 30_000  # of all maps together: less than a megabyte
 _MOST_VIEWS = 24  # buttons to choose from
