@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig, MolaError
+from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
 
 
@@ -74,7 +75,7 @@ def tied_dir(tiny_model_dir, tmp_path):
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tmp_path, refusal, run):
+def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tmp_path, refusal):
     settings = {"target_modules": ["q_proj", target], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     configs = [LoraConfig(**settings)]
     if target == "lm_head":
@@ -89,8 +90,17 @@ def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tm
     if target == "lm_head":
         with pytest.raises(MolaError, match="whose weight is that of"):
             load(tied_dir, folder).merge_adapter()
-    others = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    folder = saved(tied_dir, tmp_path / "others", others)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("more", [{}, {"trainable_token_indices": [3, 5]}, {"modules_to_save": ["lm_head"]}], ids=list)
+@pytest.mark.parametrize("kind", [LoraConfig, MolaConfig])
+def test_other_modules_of_a_tied_model_merge(kind, more, tied_dir, tmp_path, run):
+    one = {} if kind is LoraConfig else {"num_experts": 1, "top_k": 1}
+    config = kind(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM", **one, **more)
+    folder = saved(tied_dir, tmp_path / "others", config)
+    change_tensors(folder, lambda tensors: [tensor.add_(0.1) for tensor in tensors.values()])
     run("merge", folder, "--base_model", tied_dir, "--dtype", "float32", "--output", tmp_path / "merged")
     torch.testing.assert_close(logits(base(tmp_path / "merged")), logits(load(tied_dir, folder)), atol=1e-4, rtol=1e-4)
 

@@ -72,9 +72,8 @@ def distill(
         optimizer.zero_grad()
     for parameter in parameters:
         parameter.requires_grad_(False)
-    if not all(
-        torch.isfinite(parameter).all() for parameter in parameters
-    ):  # the last step's, of which there is no loss
+    # Of the last step there is no loss.
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
         raise MolaError(
             f"the LoRA must stay finite: it is not. Pass a `distill_learning_rate` below {learning_rate:g}."
         )

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,10 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not (adapters is None or {*adapters} & {*_adapters_of(module)}):
+        # Trained tokens are merged once for both.
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
+            continue
+        if adapters is not None and not {*adapters} & {*getattr(module, "scaling", {})}:
             continue
         for parameter in module.get_base_layer().parameters(recurse=False):
             others = [other for other in owners.get(id(parameter), ()) if other != name]
@@ -38,10 +42,6 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
                     f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, to "
                     "which the update would be added as well. Keep it as an adapter, or train it without this module."
                 )
-
-
-def _adapters_of(layer: Any) -> Collection[str]:
-    return getattr(layer, "scaling", {})
 
 
 class SingleExpertMerging:
