@@ -19,6 +19,7 @@ from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
 from mola.studies.comparison.power import Components, seeds_needed
+from mola.studies.comparison.record import BASE
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
 from mola.studies.comparison.tables import power_line
 from mola.studies.comparison.tuning import Power, _edges
@@ -34,7 +35,7 @@ SEARCH = {"tune": {"learning_rate": RATES}, "tuning_seeds": [7, 8], "learning_ra
 
 
 def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_questions(run, tmp_path):
-    result = run(**ONE_TASK, **SEARCH, evaluate_base=False, seeds=[0])
+    result = run(**ONE_TASK, **SEARCH, seeds=[0])
     assert (result.status, result.open) == ("finished", 0)
     by_key = {each.key: each for each in result.results}
     for found in result.found:
@@ -48,12 +49,12 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
         one = by_key["physics", found.recipe, 0]
         assert f"@learning_rate={one.settings['learning_rate']}" == best
         assert one.fingerprints["test"] != runs[0].fingerprints["test"]
-    assert {row.recipe for row in result.rows} == {*RECIPES}  # the search is in no table
+    assert {row.recipe for row in result.rows} == {*RECIPES, BASE}  # the search is in no table
     record = read(tmp_path / "out" / "compare.json")
     assert [each["chosen"] for each in record["search"]] == [each.chosen for each in result.found]
     assert [power.seeds for power in result.power] == [1]
-    # Nothing is left to do, and the choice is found again.
-    again = run(**ONE_TASK, **SEARCH, evaluate_base=False, seeds=[0])
+    # Nothing is left to do, and the choice is found again; the base model was asked other questions than the search.
+    again = run(**ONE_TASK, **SEARCH, seeds=[0])
     assert again.found == result.found
     assert len(again.results) == len(result.results)
 
