@@ -72,7 +72,7 @@ def tied_dir(tiny_model_dir, tmp_path):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tmp_path, refusal):

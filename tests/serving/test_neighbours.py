@@ -20,6 +20,8 @@ from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from ..waiting import PATIENCE  # noqa: E402
 
+# PEFT before 0.19 says so where not every adapter has trained the same modules; the outputs are right.
+pytestmark = pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
 TOKEN = "a-secret-token"
 PROMPTS = ["What is it?", "Once upon a time"]
 LINEARS = ["q_proj", "v_proj"]
