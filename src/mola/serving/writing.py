@@ -101,7 +101,8 @@ class Writer:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Every token that answers never show, named as one of the tokenizer's own or only marked as special."""
-    marked = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # which mistral-common's has not
+    marked = {str(token): token_id for token_id, token in added.items() if token.special}
     return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
 
 
