@@ -80,12 +80,19 @@ def check_mixture(adapter: str) -> dict[str, Any]:
     return config
 
 
-def routing_records(adapter: str | None, inspection: str | None) -> tuple[list[dict[str, Any]], str]:
+def routing_records(
+    adapter: str | None,
+    inspection: str | None,
+    option: str = "adapter",
+    advice: str = "Run `mola inspect --json FILE` on it and pass --inspection FILE.",
+) -> tuple[list[dict[str, Any]], str]:
     """Use of experts by module, and what to call its source in a message.
 
     Args:
         adapter: run folder whose `routing.jsonl` is read, the last line of it, unless `inspection` is given.
         inspection: file of `mola inspect --json`, of which the use over all tokens is read.
+        option: what the caller calls the run folder.
+        advice: what to do where that has no such file.
 
     Raises:
         MolaError: the file is missing, or does not hold what it should.
@@ -94,8 +101,7 @@ def routing_records(adapter: str | None, inspection: str | None) -> tuple[list[d
         path, wanted = Path(adapter or "") / ROUTING_FILE, "modules"
         if not path.is_file():
             raise MolaError(
-                f"`adapter` must hold {ROUTING_FILE}, which training writes: {str(adapter)!r} has none. Run `mola "
-                "inspect --json FILE` on it and pass --inspection FILE."
+                f"`{option}` must hold {ROUTING_FILE}, which training writes: {str(adapter)!r} has none. {advice}"
             )
     else:
         path, wanted = Path(inspection), "usage"

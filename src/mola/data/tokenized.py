@@ -47,7 +47,7 @@ def tokenized(
     Raises:
         MolaError: an example lacks a field, or its output is no text.
     """
-    encode = _encode_fast if tokenizer.is_fast else _encode_slow
+    encode = encode_with_border if tokenizer.is_fast else _encode_slow
     for begin in range(0, len(examples), _BATCH):
         batch = examples[begin : begin + _BATCH]
         texts = [_text_parts(example, template) for example in batch]
@@ -75,10 +75,14 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
     return prompt, output
 
 
-def _encode_fast(
+def encode_with_border(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
 ) -> Iterator[tuple[list[int], int, int]]:
-    """(ids without special tokens after the text, special tokens before it, first token of the output)."""
+    """Prompt and output of each text in one tokenisation, by a fast tokenizer.
+
+    Yields:
+        Ids without special tokens after the text, special tokens before it, first token of the output.
+    """
     encoding = tokenizer(
         [prompt + output for prompt, output in texts],
         return_offsets_mapping=True,
@@ -103,7 +107,7 @@ def _encode_fast(
 def _encode_slow(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
 ) -> Iterator[tuple[list[int], int, int]]:
-    """As `_encode_fast`; without offsets, prompt and output are tokenised separately and joined."""
+    """As `encode_with_border`; without offsets, prompt and output are tokenised separately and joined."""
     special = _special_prefix(tokenizer)
     for prompt, output in texts:
         head, tail = (

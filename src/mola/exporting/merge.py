@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.models.adapters import check_fits
 from mola.models.devices import DTYPES
-from mola.models.loading import check_adapter, load_config, load_model, load_tokenizer
+from mola.models.loading import check_adapter, load_config, load_model, own_tokenizer
 from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
 from mola.tuner import MolaConfig
-from mola.tuner.merging import check_own_weights
+from mola.tuner.merging import check_not_replicated, check_own_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
 
@@ -60,11 +59,7 @@ def merge(options: MergeOptions) -> Path:
     output = check_new_folder("output", options.output)
     settings = check_adapter(adapter)
     kind = settings["peft_type"]
-    if settings.get("layer_replication"):
-        raise MolaError(
-            f"`adapter` cannot be merged: `layer_replication` of {shlex.quote(adapter)} has layers that share their "
-            "weights, to which each would add its own update. Keep it as an adapter."
-        )
+    check_not_replicated(settings.get("layer_replication"), f"`adapter` {shlex.quote(adapter)}")
     config: Any = load_config(options.base_model, options.trust_remote_code)
     if (method := stored_quantization(config)) is not None:
         raise MolaError(
@@ -79,8 +74,7 @@ def merge(options: MergeOptions) -> Path:
         else:
             mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
             mixture.base_model.check_mergeable()
-    load_tokenizer(options.base_model, trust_remote_code=options.trust_remote_code)  # says what is wrong with it
-    tokenizer = AutoTokenizer.from_pretrained(options.base_model, trust_remote_code=options.trust_remote_code)
+    tokenizer = own_tokenizer(options.base_model, options.trust_remote_code)
     dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
     if not hasattr(model.base_model, "merge_and_unload"):

@@ -32,7 +32,6 @@ from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
 from mola.generation.predicting import max_positions
-from mola.insight import ROUTING_FILE
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.loading import load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
@@ -207,12 +206,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tensor]:
-    if not (Path(source) / ROUTING_FILE).is_file():
-        raise MolaError(
-            f"`source` must hold {ROUTING_FILE}, which training writes, for --method usage: {source!r} has none. Pass "
-            "the run folder, or --method mean."
-        )
-    records, path = routing_records(source, None)
+    records, path = routing_records(source, None, "source", "Pass the run folder, or --method mean.")
     gates = {row["module"]: torch.tensor(row["mean_gates"], dtype=torch.float64) for row in records}
     for name, mixture in experts.items():
         if len(mixture.A) > 1 and (name not in gates or len(gates[name]) != len(mixture.A)):

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError
 
 
@@ -48,15 +49,10 @@ def encode_before_answer(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[s
     encoded = encode_prompts(tokenizer, prompts)
     if not tokenizer.is_fast:
         return encoded
-    longer = tokenizer([f"{prompt}A" for prompt in prompts], return_offsets_mapping=True)
-    for index, (prompt, ids, offsets) in enumerate(
-        zip(prompts, longer["input_ids"], longer["offset_mapping"], strict=True)
-    ):
-        in_text = [place for place, part in enumerate(longer.sequence_ids(index)) if part is not None]
-        border = next((place for place in in_text if offsets[place][1] > len(prompt)), len(ids))
-        if border > in_text[0]:
-            encoded[index] = list(ids[:border])
-    return encoded
+    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts])
+    return [
+        ids[:start] if start > prefix else alone for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
+    ]
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -131,6 +131,27 @@ def check_adapter_fits(
         raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
 
 
+def own_tokenizer(
+    base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None, **settings: Any
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model as it is, but for the `settings`; see `load_tokenizer`, which makes it pad.
+
+    Raises:
+        MolaError: no tokenizer there.
+    """
+    arguments = tokenizer_arguments(base_model, gguf_file)
+    folder = Path(base_model)
+    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
+    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
+        raise MolaError(
+            f"`base_model` has no tokenizer that loads: {base_model!r} holds none of {', '.join(_TOKENIZERS)}."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code, **arguments, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}") from error
+
+
 def load_tokenizer(
     base_model: str | os.PathLike[str],
     padding_side: str = "left",
@@ -158,17 +179,7 @@ def load_tokenizer(
     name = os.fspath(base_model)
     if padding_side not in ("left", "right"):
         raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
-    arguments = tokenizer_arguments(name, gguf_file)
-    folder = Path(name)
-    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
-    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
-        raise MolaError(f"`base_model` has no tokenizer that loads: {name!r} holds none of {', '.join(_TOKENIZERS)}.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, padding_side=padding_side, trust_remote_code=trust_remote_code, **arguments
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise MolaError(f"`base_model` has no tokenizer that loads: {name!r}: {error}") from error
+    tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
         if substitute is None:

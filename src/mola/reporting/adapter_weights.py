@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,11 +128,12 @@ def of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
 def opened(path: Path) -> Iterator[Any]:
     """A file of tensors, read one by one; an unreadable one is refused."""
     try:
-        with TemporaryDirectory() as folder:
-            if path.suffix == ".bin":  # which is read as a whole
-                save_file(read_tensors(path.parent), path := Path(folder) / "adapter_model.safetensors")
-            with safe_open(path, "pt") as file:
-                yield file
+        with ExitStack() as stack:
+            readable = path
+            if path.suffix == ".bin":  # which can be read as a whole only
+                readable = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
+                save_file(read_tensors(path.parent), readable)
+            yield stack.enter_context(safe_open(readable, "pt"))
     except (OSError, SafetensorError) as error:
         raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.files.digests import find_weights
 from mola.files.reading import json_lines, read_json_object
 from mola.files.schema import check_form
 from mola.insight import ROUTING_FILE
@@ -118,11 +119,13 @@ def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int
 
 def old_results(run: Run) -> list[str]:
     """Names of results that are older than the adapter: a folder that was trained in again may still hold them."""
-    weights = run.folder / "adapter_model.safetensors"
+    weights = find_weights(run.folder)
     return [
         name
         for name in ("after", "inspection", "export")
-        if weights.is_file() and run.paths[name].is_file() and run.paths[name].stat().st_mtime < weights.stat().st_mtime
+        if weights is not None
+        and run.paths[name].is_file()
+        and run.paths[name].stat().st_mtime < weights.stat().st_mtime
     ]
 
 

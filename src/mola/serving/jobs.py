@@ -45,7 +45,11 @@ class JobMaker:
         self._tokenizer = tokenizer
         self.adapters = dict(adapters)
         self._limits = limits
-        self._before = next(iter(tokenizer("a", add_special_tokens=False)["input_ids"][-1:]), None)
+        self._special = special_tokens(tokenizer)
+        self._before = list(
+            tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        )  # a token to spell others behind
+        self._text_before = str(tokenizer.decode(self._before))
 
     @property
     def names(self) -> list[str]:
@@ -57,10 +61,10 @@ class JobMaker:
 
         `is_first`: whether an answer begins with it, where some tokenizers leave out a space.
         """
-        text = str(self._tokenizer.decode([token_id]))
-        if not is_first and self._before is not None:
-            before = str(self._tokenizer.decode([self._before]))
-            text = str(self._tokenizer.decode([self._before, token_id])).removeprefix(before)
+        if is_first:
+            text = str(self._tokenizer.decode([token_id]))
+        else:
+            text = str(self._tokenizer.decode([*self._before, token_id])).removeprefix(self._text_before)
         if "\ufffd" in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
         return text, list(text.encode())
@@ -160,7 +164,7 @@ class JobMaker:
 
     def _check_stops(self, stops: Sequence[str]) -> None:
         for stop in stops:
-            inside = [token for token in special_tokens(self._tokenizer) if token in stop and token != stop]
+            inside = [token for token in self._special if token in stop and token != stop]
             if inside:
                 raise RequestError(
                     400,

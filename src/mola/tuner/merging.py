@@ -15,6 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from mola.errors import MolaError
 
 
+def check_not_replicated(layer_replication: Any, adapter: str) -> None:
+    """Refuse an adapter with `layer_replication`; `adapter` is what the message calls it."""
+    if layer_replication:
+        raise MolaError(
+            f"{adapter} cannot be merged: its `layer_replication` has layers that share their weights, to which each "
+            "would add its own update. Keep it as an adapter."
+        )
+
+
 def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None) -> None:
     """Refuse to merge into weights that other modules have too, such as those of a head tied to the embeddings.
 

@@ -24,7 +24,7 @@ from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
-from mola.tuner.merging import check_own_weights
+from mola.tuner.merging import check_not_replicated, check_own_weights
 from mola.tuner.mixed_batch import mixed_batch
 from mola.tuner.names import check_name
 from mola.tuner.per_layer import PerLayer
@@ -208,11 +208,8 @@ class MolaModel(BaseTuner):
             MolaError: several experts somewhere, a quantised base layer, or layers that share their weights.
         """
         for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
-            if getattr(self.peft_config.get(adapter_name), "layer_replication", None):
-                raise MolaError(
-                    f"Adapter {adapter_name!r} cannot be merged: its `layer_replication` has layers that share their "
-                    "weights, to which each would add its own update. Keep it as an adapter."
-                )
+            config = self.peft_config.get(adapter_name)
+            check_not_replicated(getattr(config, "layer_replication", None), f"Adapter {adapter_name!r}")
         for name, module in self.model.named_modules():
             if isinstance(module, MolaLinear):
                 for adapter_name in module.active_adapters if adapter_names is None else adapter_names:

@@ -95,8 +95,8 @@ class _Layer(DynamicLayer):
         rows, columns = _rounded(rows, _ROWS), _rounded(columns, _COLUMNS)
         # Zeros: whatever lies in fresh memory could be no number, which masks do not hide.
         grown = [each.new_zeros(rows, each.shape[1], columns, each.shape[-1]) for each in like]
-        used = slice(min(rows, had_rows)), slice(None), slice(min(columns, had_columns))
         if had_rows:
+            used = slice(min(rows, had_rows)), slice(None), slice(min(columns, had_columns))
             for new, old in zip(grown, (self.keys, self.values), strict=True):
                 new[used] = old[used]
         self.keys, self.values = grown

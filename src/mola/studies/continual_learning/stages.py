@@ -52,8 +52,10 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
             check_hub_options(stage_options)
-            changes = training_changes(stage_options)
-            check_settings(stage_options, replace(config, **changes) if changes else config)
+            if number > 1:  # which goes on with the adapter of the one before
+                changes = training_changes(stage_options)
+                config = replace(config, **changes) if changes else config
+                check_settings(stage_options, config)
             test = evaluation_of(stage_options)
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
