@@ -25,9 +25,10 @@ RECIPES: dict[str, dict[str, Any]] = {"lora": {"num_experts": 1, "r": 43, "lora_
 RECIPES |= {f"{name}-balance": {**mixture, **_BALANCE} for name, mixture in _MIXTURES.items()}
 CONTRASTS: dict[str, Any] = {"2468": ["5555", "8642"], **{f"{name}-balance": name for name in _MIXTURES}}
 # The same for all recipes. A rate that sinks to 0 lets every stage end calmly.
-TRAINING = {"dtype": "auto", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
+# float32, since processors differ in how they compute bfloat16, and many take several times as long.
+TRAINING = {"dtype": "float32", "template": "alpaca_short", "cutoff_len": 256, "lora_dropout": 0.0, "adam_beta2": 0.99}
 TRAINING |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
-TRAINING |= {"attn_implementation": "eager"}  # a fifth faster than sdpa on a CPU, see docs/performance.md
+TRAINING |= {"attn_implementation": "eager"}
 QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "expert_telemetry": False}
 QUIET |= {"disable_tqdm": True, "scoring": "likelihood", "test_batch_size": 40}
 _ORDERS = math.factorial(len(KINDS)) - 1  # one is that of the search
