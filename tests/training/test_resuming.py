@@ -311,6 +311,17 @@ def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, e
     assert "goes on with 4 samples per step, it began with 2" in caplog.text
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(flags, caplog):
+    arguments = flags(**NO_EVALUATION | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
+    assert main([*arguments, "--dtype=bfloat16"]) == 0
+    on = [*(each for each in arguments if "max_steps" not in each), "--max_steps=3", "--resume_from_checkpoint=last"]
+    said = "goes on in float32, it began in bfloat16: --dtype bfloat16 keeps that"
+    assert main([*on, "--dtype=bfloat16"]) == 0
+    assert said not in caplog.text
+    assert main([*on, "--dtype=float32", "--max_steps=4"]) == 0
+    assert said in caplog.text
+
+
 def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"{WRITE_TEST}abc").touch()

@@ -177,14 +177,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     form: dict[str, Any] = {f"{name}?": ({str: ANYTHING}, None) for name in (*_SAME_WHEN_RESUMED, "settings")}
     form["effective_batch_size?"] = INTEGER
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
-    began, now = (each.get("effective_batch_size") for each in (before, record))
-    if None not in (began, now) and began != now:
-        logger.warning(
-            "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
-            "are left out or come again.",
-            now,
-            began,
-        )
+    _warn_of_changes(before, record)
     known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
     for name, keys in [*((name, None) for name in _SAME_WHEN_RESUMED), ("settings", known)]:
         old, new = before.get(name) or {}, record.get(name) or {}
@@ -194,6 +187,27 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
                 f"{old.get(key)!r} in {checkpoint.parent}, now {new.get(key)!r}. Use the same options and data, or "
                 "start a new run with --adapter."
             )
+
+
+def _warn_of_changes(before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    began, now = (each.get("effective_batch_size") for each in (before, record))
+    if None not in (began, now) and began != now:
+        logger.warning(
+            "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
+            "are left out or come again.",
+            now,
+            began,
+        )
+    began, now = (_precision(each.get("settings") or {}) for each in (before, record))
+    if None not in (began, now) and began != now:  # the default is another on another processor
+        logger.warning("The run goes on in %s, it began in %s: --dtype %s keeps that.", now, began, began)
+
+
+def _precision(settings: Mapping[str, Any]) -> str | None:
+    """Format in which a run computes; None if its record does not say."""
+    if not {"bf16", "fp16"} <= settings.keys():
+        return None
+    return "bfloat16" if settings["bf16"] else "float16" if settings["fp16"] else "float32"
 
 
 def check_nothing_is_left(checkpoint: Path, num_train_epochs: float) -> None:

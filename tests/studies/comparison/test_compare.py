@@ -34,6 +34,7 @@ from mola.evaluation.differences import (
 from mola.evaluation.evaluate import evaluate
 from mola.evaluation.partial import PartialResults
 from mola.reporting.formatting import duration
+from mola.studies.comparison import checks
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.outputs import Outcome, page
 from mola.studies.comparison.record import BASE, read_results
@@ -387,6 +388,33 @@ def test_another_base_model_is_refused(run, tiny_model_dir, tmp_path):
     Path(record).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(MolaError, match="physics/base model/seed-0 was made with another model"):
         run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other), output_dir=str(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_record_may_go_to_a_machine_whose_dtype_is_another(native, run, monkeypatch, tmp_path):
+    """`auto` is bfloat16 on some processors and float32 on others; a dtype that is named is the same on all."""
+    shared = {"tasks": ONE["tasks"], "seeds": [0], "recipes": {"lora": RECIPES["lora"]}}
+    for dtype in ("auto", "float32"):
+        run(**shared, dtype=dtype, record=str(tmp_path / dtype), output_dir=str(tmp_path / "first" / dtype))
+    before = read(tmp_path / "auto")["runs"][0]["dtype"]
+    monkeypatch.setattr("mola.models.devices.cpu_has_native_bfloat16", lambda: native)
+    checks._defaults.cache_clear()
+    elsewhere = str(tmp_path / "elsewhere")
+    assert run(**shared, dtype="float32", record=str(tmp_path / "float32"), output_dir=elsewhere).open == 0
+    again = {**shared, "record": str(tmp_path / "auto"), "output_dir": elsewhere}
+    if before == ("bfloat16" if native else "float32"):
+        assert run(**again, dtype="auto").open == 0
+    else:
+        with pytest.raises(MolaError, match=f"was made with another model `dtype`: '{before}', now"):
+            run(**again, dtype="auto")
+    assert run(**again, dtype=before).open == 0
+
+
+def test_recipes_may_have_a_dtype_of_their_own(run):
+    recipes = {name: {**RECIPES["lora"], "dtype": name} for name in ("float32", "bfloat16")}
+    for _ in range(2):
+        result = run(tasks=ONE["tasks"], seeds=[0], recipes=recipes, reference="float32", dtype="auto")
+        assert [each.dtype for each in result.results if each.recipe != BASE] == ["float32", "bfloat16"]
 
 
 def test_one_seed_without_curves_has_no_picture(run, tmp_path):

@@ -24,11 +24,13 @@ logger = logging.getLogger(__name__)
 
 # Told apart by their content, in the fingerprints and `base_model`, wherever the files are.
 PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
+# Told apart by the dtype that they come to on this machine.
+_PRECISION = ("dtype", "bf16", "fp16")
 # Options that change neither data nor steps: data that were checked once need no second look.
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 
-_Data = tuple[dict[str, str], int, str]  # fingerprints, number of questions, base model
+_Data = tuple[dict[str, str], int, str, str]  # fingerprints, number of questions, base model, its dtype
 # Evaluation, allocation asked for, its probe, data
 _Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, _Data]
 
@@ -47,6 +49,7 @@ class Run:
     fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
     num_questions: int  # how many test samples there are
     base_model: str  # which weights, see `mola.models.identity`
+    dtype: str  # of the base, which `auto` chooses for each machine
 
 
 def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
@@ -97,7 +100,8 @@ def _look(
                 "Lower it, or leave it out."
             )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
-        looked_at[name] = fingerprints, len(examples), weights_identity(run_options.base_model or "")
+        weights = weights_identity(run_options.base_model or "")
+        looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype
     return looked_at[name]
 
 
@@ -125,7 +129,11 @@ def _allocate_options(
 def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:
     defaults, values = _defaults(options.use_cpu), options.to_dict()
     names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys()
-    changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name] and name not in PLACES}
+    names -= {*PLACES, *_PRECISION}
+    changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name]}
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if values[name] != (options.base_dtype == dtype):  # mixed precision that does not follow from the dtype
+            changed[name] = values[name]
     return {**changed, **({"allocate": dict(allocation)} if allocation else {})}
 
 

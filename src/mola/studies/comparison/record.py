@@ -30,7 +30,7 @@ _RUN = {
     "num_experts": [INTEGER],
     "eval_loss": (NUMBER, None),
     "fingerprints": {str: ANYTHING},
-    "base_model?": TEXT,
+    **dict.fromkeys(("base_model?", "dtype?"), TEXT),
     "steps?": INTEGER,
     "curve?": [[ANYTHING, ANYTHING]],
 }
@@ -58,8 +58,10 @@ class Result:
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
-    base_model: str = ""  # which weights, see `mola.models.identity`; records of earlier versions do not have it
-    steps: int = 0  # of the training; records of earlier versions do not have it
+    # Records of earlier versions lack what follows.
+    base_model: str = ""  # which weights, see `mola.models.identity`
+    dtype: str = ""  # of the base
+    steps: int = 0  # of the training
     curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
 
     @property
@@ -112,19 +114,20 @@ def read_record(path: Path) -> Record:
 
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
     """Refuse to go on with results that other options, data or weights have given; the message names the difference."""
-    wanted = {Key(run.key.task, BASE, 0): run for run in runs} | {run.key: run for run in runs}
+    # The base model is tested with the options of a task's first run.
+    wanted = {Key(run.key.task, BASE, 0): run for run in reversed(runs)} | {run.key: run for run in runs}
     for result in results:
         run = wanted.get(result.key)
         if run is None:
             continue  # of another task, recipe or seed: it is kept
         tested = {"test": run.fingerprints["test"]} if result.recipe == BASE else run.fingerprints
         settings = {} if result.recipe == BASE else run.settings
+        known = [name for name in ("base_model", "dtype") if getattr(result, name)]
         parts: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
             ("setting", result.settings, json.loads(json.dumps(settings))),
             ("data", {name: result.fingerprints.get(name) for name in tested}, tested),
+            ("model", {name: getattr(result, name) for name in known}, {name: getattr(run, name) for name in known}),
         ]
-        if result.base_model:
-            parts.append(("model", {"base_model": result.base_model}, {"base_model": run.base_model}))
         for part, old, new in parts:
             name = first_difference(old, new)
             if name is not None:

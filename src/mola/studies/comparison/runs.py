@@ -95,6 +95,7 @@ def _tested(run: Run, tested: Mapping[str, Any], seconds_before: float = 0.0) ->
         "seconds_testing": round(seconds_before + tested["seconds"], 1),
         "fingerprints": run.fingerprints,
         "base_model": run.base_model,
+        "dtype": run.dtype,
         "versions": software_versions(),
         "machine": machine_description(),
     }
