@@ -30,7 +30,7 @@ def base(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def samples(base, data):
-    return SampleSource(data, "sample", "train", 4).read(base)
+    return SampleSource(data, "sample", None, "train", 4).read(base)
 
 
 def weight_gradients(model, base, samples):
@@ -58,6 +58,13 @@ def test_gradients_are_those_of_the_weights(base, samples, tiny_model_dir):
             relative.append(own / (sum(of_kind) / len(of_kind)))
         assert score == pytest.approx(sum(relative) / len(relative), rel=1e-3)
     assert sum(scores) / len(scores) == pytest.approx(1)
+
+
+def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny_tokenizer):
+    asked = SampleSource(data, "sample", "alpaca", "train", 4).read(base)
+    for short, long in zip(samples, asked, strict=True):
+        texts = [tiny_tokenizer.decode(each["input_ids"]) for each in (short, long)]
+        assert ["Below is an instruction" in text for text in texts] == [False, True]
 
 
 def test_activations_count_the_strongest_directions(base, samples):
@@ -108,6 +115,7 @@ def test_the_budget_is_exact_and_the_file_says_how(method, tiny_model_dir, data,
         ({"method": "gradient", "data": "x.json", "task": "sample", "limit": 0}, "`limit` must be at least 1: got 0"),
         ({"method": "2468", "data": "x.json"}, "`data` \\('x.json'\\) is not read by `method` '2468'"),
         ({"method": "gradient", "data": "missing.json", "task": "sample"}, "missing.json"),
+        ({"method": "2468", "template": "alpaca"}, "`template` .'alpaca'. is about `data`"),
     ],
 )
 def test_wrong_options_are_refused(words, message, no_weights_dir):

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, evaluate, main
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate, main
 
 
 def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, tmp_path):
@@ -49,6 +49,16 @@ def test_wrong_options_are_refused_before_the_weights_are_read(change, message, 
     wrong = EvaluateOptions(**asdict(options) | {"base_model": str(folder)} | change)
     with pytest.raises(MolaError, match=message):
         evaluate(wrong)
+
+
+def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_model, tmp_path, caplog):
+    get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    options.adapter = str(tmp_path / "adapter")
+    for trained, asked, is_said in (("meta", None, True), ("meta", "meta", False), ("alpaca", None, False)):
+        (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
+        caplog.clear()
+        check_evaluation(EvaluateOptions(**asdict(options) | {"template": asked}))
+        assert ("trained with the prompt template meta and is asked with alpaca:" in caplog.text) == is_said
 
 
 def test_limit_takes_the_first_samples(options):

@@ -72,6 +72,21 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
     assert logits(load(tiny_model_dir, tmp_path / "fit")).shape == logits(model).shape
 
 
+def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, questions, tmp_path, run):
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]
+    measured = {}
+    for trained, asked in ((None, None), (None, "alpaca"), ("alpaca", None), ("alpaca", "alpaca_short")):
+        if trained:
+            (mixture / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
+        template = ["--template", asked] if asked else []
+        folder = tmp_path / f"{trained}-{asked}"
+        run("convert", mixture, *flags, *data, *template, "--output", folder)
+        measured[trained, asked] = report_of(folder)["divergence"]
+    assert measured["alpaca", None] == measured[None, "alpaca"] != measured[None, None]
+    assert measured["alpaca", "alpaca_short"] == measured[None, None]  # the task's own
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
 def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, run):
     config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)

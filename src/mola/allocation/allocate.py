@@ -188,7 +188,7 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[ModuleScore], 
         )
     if name in _ON_DATA:
         check_layers(sum(base.is_adapted))
-        source = SampleSource(str(options.data), str(options.task), options.split, options.limit)
+        source = SampleSource(str(options.data), str(options.task), options.template, options.split, options.limit)
         samples = source.read(base)
         scores, why = _ON_DATA[name]
         return scores(base, samples, load_for_scores(base, options.device)), why

@@ -29,10 +29,11 @@ _TOKENS = 1024  # of which an input's spectrum is taken
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Where samples come from: a data file, its task and split, and how many."""
+    """Where samples come from: a data file, its task, prompts and split, and how many."""
 
     data: str
     task: str
+    template: str | None  # None: the task's own
     split: str
     limit: int
 
@@ -47,7 +48,7 @@ class SampleSource:
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
         config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
-        return encode_whole(examples, tokenizer, get_template(task.template), limit)
+        return encode_whole(examples, tokenizer, get_template(self.template or task.template), limit)
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

@@ -40,6 +40,7 @@ class AllocateOptions:
     )
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
     task: str | None = option(None, "Task of `data`: its name or a YAML file.")
+    template: str | None = option(None, "Prompt template of `data`; by default the task's own.")
     split: str = option("train", "Split of `data` to read where it has several.")
     limit: int = option(32, "Samples of `data` to read, the first so many; activation ends at 1,024 tokens.")
     min_experts: int = option(1, "Fewest experts of a layer.")
@@ -108,7 +109,7 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
         value = getattr(options, source)
         if value is not None and source not in reads:
             raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
-    for about_data in ("task", "split", "limit"):
+    for about_data in ("task", "template", "split", "limit"):
         value = getattr(options, about_data)
         if value != getattr(AllocateOptions, about_data) and "data" not in reads:
             raise MolaError(

@@ -28,6 +28,7 @@ from mola.files.terminal import table_console
 from mola.generation import predicting
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.prompts import warn_of_other_template
 from mola.options.fields import START, Group, mapping, option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
@@ -132,6 +133,7 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)
     limit = predicting.max_positions(config)
+    warn_of_other_template(options.adapter, options.template or task.template)
     checked_questions(tokenizer, task, examples, options.template, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
 

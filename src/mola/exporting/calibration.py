@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mola.exporting.options import ConvertOptions
 from mola.files.reading import read_text
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config, load_tokenizer
+from mola.models.prompts import trained_template
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Calibration:
 
 
 def read_task(options: ConvertOptions) -> Task | None:
-    """The task of `data` and `test`.
+    """The task of `data` and `test`, with the template that was asked for, or that of the adapter's training.
 
     Raises:
         MolaError: it is missing with one of them, given with neither, or wrong.
@@ -70,7 +71,11 @@ def read_task(options: ConvertOptions) -> Task | None:
             f"`task` must be given with `data` or `test`, and with these only: got task {options.task!r}, data "
             f"{options.data!r}, test {options.test!r}."
         )
-    return None if options.task is None else load_task(options.task)
+    if options.task is None:
+        return None
+    task = load_task(options.task)
+    trained = trained_template(options.source[0]) if options.target_format == "lora" else None
+    return replace(task, template=get_template(options.template or trained or task.template).name)
 
 
 def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:

@@ -75,6 +75,9 @@ class ConvertOptions:
         "for each adapter, in their order: routers are fitted to tell them apart.",
     )
     task: str | None = option(None, "Task of `data` and `test`, a name or a task file (YAML).")
+    template: str | None = option(
+        None, "Prompt template of `data` and `test`. Default: that of the adapter's training, else the task's own."
+    )
     split: str = option("train", "Split to read where `data` has several; `test` has its own.")
     text: str | None = option(None, "Text file of general text, to keep the LoRA near the mixture there as well.")
     limit: int = option(2000, "Read only the first so many samples of `data`, and pieces of `text` and `test_text`.")
@@ -87,7 +90,7 @@ class ConvertOptions:
 
 
 _ANY = ("source", "output", "source_format", "target_format", "trust_remote_code")
-_DATA = ("data", "task", "split", "limit", "seed", "dtype", "device")
+_DATA = ("data", "task", "template", "split", "limit", "seed", "dtype", "device")
 # What each direction takes besides; the first names of each must be given.
 _TAKES = {
     "--from published": ("base_model", "top_k"),
@@ -106,6 +109,7 @@ _NEEDS_ONE_OF = {
     **dict.fromkeys(("dtype", "device"), ("data", "text", "test", "test_text")),
     "seed": ("distill_steps", "num_experts"),  # of which --from lora has the latter in any case
     "split": ("data",),
+    "template": ("task",),
     "scoring": ("test",),
     "distill_learning_rate": ("distill_steps",),
 }

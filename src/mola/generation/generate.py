@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,10 @@ from transformers import TextStreamer
 
 from mola.data.templates import Template, get_template
 from mola.errors import MolaError
-from mola.files.reading import read_json_object
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.prompts import trained_template
 from mola.options.fields import START, Group, option
 
 logger = logging.getLogger(__name__)
@@ -91,15 +90,7 @@ def _template_of(options: GenerateOptions) -> str:
         return options.template or "alpaca"
     if options.prompt is not None:
         return "alpaca"  # which is not used
-    folder = Path(options.adapter).expanduser().resolve()
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    for path in (place / "run.json" for place in places):
-        record = read_json_object(path)
-        if not record and path.exists():
-            logger.warning("%s cannot be read: the adapter's template is not known. Pass `template`.", path)
-        if record.get("template"):
-            return str(record["template"])
-    return "alpaca"
+    return trained_template(options.adapter) or "alpaca"
 
 
 def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:

@@ -27,6 +27,7 @@ from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.prompts import warn_of_other_template
 from mola.options.fields import START, Group, mapping, option
 from mola.reporting.agreement import pair_means
 from mola.reporting.page import render_inspection
@@ -200,6 +201,7 @@ def _check(options: InspectOptions) -> _Samples:
             check_new_file(name, path, options.overwrite)
     task = load_task(options.task)
     template = get_template(options.template or task.template)
+    warn_of_other_template(options.adapter, options.template or task.template)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")

@@ -10,6 +10,7 @@ from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
 from mola.data.encode import data_fingerprint
+from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.models.identity import weights_identity
@@ -111,6 +112,8 @@ def _allocate_options(
     shared: dict[str, Any] = {"trust_remote_code": run_options.trust_remote_code}
     if probed is None:  # else it says what is adapted
         shared["target_modules"] = run_options.target_modules
+    if "data" in asked and "task" in asked and run_options.template != load_task(str(asked["task"])).template:
+        shared["template"] = run_options.template
     values = {"base_model": run_options.base_model, **shared, **asked}
     allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
     if allocation.per_module and run_options.num_experts_pattern:
