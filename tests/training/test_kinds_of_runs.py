@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -174,3 +175,12 @@ def test_wrong_pattern_stops_before_weights_are_loaded(flags, capsys):
     assert "`num_experts_pattern`" in capsys.readouterr().err
     assert main(flags(loraplus_lr_ratio=0)) == 2
     assert "`loraplus_lr_ratio` must be above 0: got 0" in capsys.readouterr().err
+
+
+def test_one_process_uses_one_gpu(flags, tmp_path, monkeypatch, caplog):
+    """The trainer would take all that it sees, with a batch for each."""
+    seen = property(lambda options: options.__dict__.get("_n_gpu") or 3)
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", seen)
+    assert main(flags(num_train_epochs=1, per_device_train_batch_size=2, **NO_EVALUATION)) == 0
+    assert "One of 3 GPUs is used" in caplog.text
+    assert read_record(tmp_path / "run")["effective_batch_size"] == 2

@@ -39,6 +39,13 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
     assert "eval_loss" not in record["metrics"]
 
 
+@pytest.mark.parametrize("name", ["validation_size", "eval_data"])
+def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_file, caplog):
+    value = {"validation_size": 2, "eval_data": rows_file}[name]
+    assert main(flags(**{name: value}, num_train_epochs=1, **NO_EVALUATION)) == 0
+    assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
+
+
 def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=0))
     assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1)) == 0

@@ -291,6 +291,31 @@ def test_reentrant_checkpointing_is_refused():
         model(**token_batch())
 
 
+def copy_as_data_parallel_does(model):
+    """As `torch.nn.parallel.replicate` makes it on each GPU: without parameters, but with tensors in their place."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * 1)
+    return copies[model]
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_copies_of_data_parallel_compute_the_same(num_experts):
+    model, batch = make(router_aux_loss_coef=0.0, num_experts=num_experts), token_batch()
+    expected = model(**batch).loss
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    loss = copy_as_data_parallel_does(model)(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert_same_gradients(gradients(model), wanted)
+
+
 def test_data_parallel_is_refused():
     replica = make().base_model.model._replicate_for_data_parallel()
     with pytest.raises(MolaError, match="DataParallel"):

@@ -68,6 +68,10 @@ def check_run(options: TrainOptions) -> CheckedRun:
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
     steps = check_steps(options, data)
+    if options.num_gpus > 1:
+        logger.warning(
+            "One of %d GPUs is used. To use all start one process for each, with torchrun.", options.num_gpus
+        )
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False

@@ -88,6 +88,9 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
     """Training and evaluation examples: from another source, another split, or taken from the training part."""
     if options.eval_strategy == IntervalStrategy.NO:
+        for name in ("eval_data", "validation_size"):
+            if getattr(options, name):
+                logger.warning("`%s` is not used, since `eval_strategy` is no: all of `data` is trained on.", name)
         return train, []
     filters = mapping("filters", options.filters)
     if options.eval_data is not None:

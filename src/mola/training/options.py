@@ -185,6 +185,9 @@ class TrainOptions(Quantization, TrainingArguments):
         settle_backend(self, device)
         with meeting(self):
             super().__post_init__()
+        self.num_gpus = self.n_gpu  # those that this process sees
+        if self.num_gpus > 1:
+            self._n_gpu = 1  # the trainer would copy the model to all of them in every step, and multiply the batch
         share_checkpointing(self)
         if self.torch_compile:
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)

@@ -170,7 +170,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if type(weight) is not nn.Parameter or weight.dtype is not x.dtype:
             return None
         if bias is not None and bias.dtype is not x.dtype:
@@ -200,7 +200,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         """What a backend is given; arguments as those of `add_experts`."""
         # Read from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
         parts: Any = self._modules
-        experts_A, experts_B = parts["mola_A"]._parameters[adapter_name], parts["mola_B"]._parameters[adapter_name]
+        experts_A, experts_B = (_tensor(parts[each], adapter_name) for each in ("mola_A", "mola_B"))
         if experts_A.is_meta and not x.is_meta:
             raise MolaError(
                 "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
@@ -222,7 +222,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             needs_router_output=self._records(),
         )
         result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
-        router = parts["mola_router"]._parameters.get(adapter_name)
+        router = _tensor(parts["mola_router"], adapter_name)
         return MixtureInputs(x, result, weight, bias, experts_A, experts_B, router, None, settings)
 
     def _records(self) -> bool:
@@ -273,3 +273,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "mola." + super().__repr__()
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """A parameter that a module holds, without the detour through `__getattr__`; None if it has none of that name."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found  # plain tensors in copies of nn.DataParallel

@@ -264,7 +264,7 @@ def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
     with pytest.raises(MolaError, match="made with another setting `learning_rate`"):
         run(**only, learning_rate=0.01)
     record.unlink()
-    with pytest.raises(MolaError, match="holds a run with another `learning_rate`"):
+    with pytest.raises(MolaError, match="was begun with another setting `learning_rate`"):
         run(**only, learning_rate=0.01)
     weights = tmp_path / "out" / "physics" / "lora" / "seed-0" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns

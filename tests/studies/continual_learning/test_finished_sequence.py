@@ -1,10 +1,11 @@
 """A finished sequence: its results, its stages, where it starts and how it is described."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mola import ContinualOptions, TrainOptions, train
+from mola import ContinualOptions, MolaError, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from tests.studies.continual_learning.sequences import FOLDERS, SETTINGS, STAGES, contents, flags, read
@@ -130,6 +131,15 @@ def test_options_of_one_stage_do_not_reach_the_next(values):
         options = ContinualOptions(**values(stages=stages, lora_dropout=dropout))
         assert [stage.lora_dropout for stage in options.stage_options.values()] == expected
         assert [stage.filters for stage in options.stage_options.values()] == [{"topic": "physics"}, None, None]
+
+
+def test_a_start_in_the_folder_to_be_replaced_is_kept(whole, run, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "sequence"))
+    last = folder / FOLDERS[-1]
+    before = contents(folder)
+    with pytest.raises(MolaError, match="`adapter` must lie outside of `output_dir`"):
+        run(output_dir=str(folder), adapter=str(last), overwrite_output_dir=True, num_experts=None)
+    assert contents(folder) == before
 
 
 def test_a_finished_adapter_can_be_the_start(whole, run, tmp_path):

@@ -10,6 +10,7 @@ from mola.allocation.options import check_options
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
+from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 
@@ -81,6 +82,7 @@ class Allocations:
     def _from_file_or_new(self, run: Run, adapter: str | None) -> dict[str, Any]:
         assert run.allocation is not None
         path = self.folder / f"{self._place(run)}.json"
+        begin_or_go_on(path, {"model": {"base_model": run.base_model}})
         found = read_json_object(path)
         if found:
             _check_same(found, run.allocation, _PLACES, f"{str(path)!r} is", "Delete it, or pass another `output_dir`.")

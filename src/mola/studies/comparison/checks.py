@@ -4,8 +4,8 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
@@ -13,6 +13,7 @@ from mola.data.encode import data_fingerprint
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.files.digests import weights_sha256
 from mola.models.identity import weights_identity
 from mola.options.parsing import convert
 from mola.studies.comparison.options import CompareOptions, Key
@@ -27,11 +28,13 @@ logger = logging.getLogger(__name__)
 PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
 # Told apart by the dtype that they come to on this machine.
 _PRECISION = ("dtype", "bf16", "fp16")
+# Of a test: places, and what the rest of a run's identity says.
+_NOT_OF_A_TEST = ("adapter", "data", "base_model", "output", "overwrite", "device", "dtype")
 # Options that change neither data nor steps: data that were checked once need no second look.
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 
-_Data = tuple[dict[str, str], int, str, str]  # fingerprints, number of questions, base model, its dtype
+_Data = tuple[dict[str, str], int, str, str, str]  # fingerprints, number of questions, base model, its dtype, task
 # Evaluation, allocation asked for, its probe, data
 _Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, _Data]
 
@@ -47,21 +50,34 @@ class Run:
     probe: str | None  # recipe whose adapter (same task and seed) the allocation is made from
     test_every: int | None  # steps between two tests during the training
     settings: dict[str, Any]  # the options that are no defaults: what has to be equal for a result to be kept
-    fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
+    fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples and of a starting adapter, by part
     num_questions: int  # how many test samples there are
     base_model: str  # which weights, see `mola.models.identity`
     dtype: str  # of the base, which `auto` chooses for each machine
+    rule: str  # sha256 of the task's template and of how it reads answers
+
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """By part, what has to be equal to go on with the run."""
+        model = {"base_model": self.base_model, "dtype": self.dtype}
+        return {"setting": self.settings, "data": self.fingerprints, "model": model, "task": {"rule": self.rule}}
+
+    @property
+    def base_identity(self) -> dict[str, dict[str, Any]]:
+        """The same for the test of the base model on the run's task."""
+        settings = {name: value for name, value in asdict(self.test).items() if name not in _NOT_OF_A_TEST}
+        return {**self.identity, "setting": settings, "data": {"test": self.fingerprints["test"]}}
 
 
 def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     """The runs in their order, all of them checked without loading weights; an error names task and recipe."""
     looked_at: dict[str, _Data] = {}
-    tests: dict[tuple[str, str], _Looked] = {}
+    tests: dict[tuple[str, str, int | None], _Looked] = {}
     runs = []
     for key, run_options in runs_options.items():
-        place = key.task, key.recipe
+        place = key.task, key.recipe, run_options.seed if run_options.validation_size else None
         asked = dict(options.allocations.get(key.plain_recipe, {}))
-        if place not in tests:  # seeds make no difference here
+        if place not in tests:  # seeds make no difference here, but to which rows are taken out of the training data
             try:
                 looked = _look(key, run_options, looked_at, options.test_every)
                 probe = asked.pop("probe", None)
@@ -79,6 +95,19 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
     return runs
 
 
+def check_search(searched: Sequence[Run], runs: Sequence[Run]) -> None:
+    """Refuse a search on the questions of the test, whatever they are called."""
+    tests = {(run.key.task, run.key.recipe): run for run in runs}
+    for run in searched:
+        tested = tests[run.key.task, run.key.plain_recipe]
+        if run.fingerprints["test"] == tested.fingerprints["test"]:
+            raise MolaError(
+                f"task `{run.key.task}`, recipe `{run.key.plain_recipe}`: `tuning_split` ({run.test.split!r}) has the "
+                f"questions of the test ({tested.test.data!r}, split {tested.test.split!r}). A choice on them says "
+                "nothing about others: name another split."
+            )
+
+
 def _look(
     key: Key,
     run_options: TrainAndTestOptions,
@@ -88,11 +117,12 @@ def _look(
     """Data, questions and weights of a recipe on a task; not twice for the same."""
     check_model_options(run_options)
     values = run_options.to_dict()
-    same = {name: value for name, value in values.items() if name not in (*_OF_THE_ADAPTER, *NOT_COMPARED, "seed")}
+    left_out = {*_OF_THE_ADAPTER, *NOT_COMPARED, "seed"} - {"adapter", "seed" if run_options.validation_size else ""}
+    same = {name: value for name, value in values.items() if name not in left_out}
     name = json.dumps(same, sort_keys=True, default=str)
     if name not in looked_at:
         logger.info("Checking %s on %s.", key.recipe, key.task)
-        _, examples, _ = check_evaluation(evaluation_of(run_options))
+        task, examples, _ = check_evaluation(evaluation_of(run_options))
         data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
         steps = check_steps(run_options, data)
         if test_every is not None and test_every >= steps:
@@ -100,9 +130,16 @@ def _look(
                 f"`test_every` ({test_every}) must be less than the {steps} steps of a run, or no test is on the way. "
                 "Lower it, or leave it out."
             )
+        if test_every is not None and run_options.load_best_model_at_end and "evaluation" in data.fingerprints:
+            raise MolaError(
+                "`test_every` asks the model as it is after so many steps, and `load_best_model_at_end` ends the run "
+                "with earlier weights: pass --load_best_model_at_end false, or leave `test_every` out."
+            )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
+        if run_options.adapter:
+            fingerprints["adapter"] = weights_sha256(run_options.adapter) or ""
         weights = weights_identity(run_options.base_model or "")
-        looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype
+        looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype, task.fingerprint()
     return looked_at[name]
 
 

@@ -8,6 +8,7 @@
 """
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from rich.markup import escape
 from mola.files.atomic import atomic_write_json
 from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations
-from mola.studies.comparison.checks import Run, check_runs
+from mola.studies.comparison.begun import begin_or_go_on
+from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.contrasts import Contrast, contrasts
 from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.options import CompareOptions, Key
@@ -33,6 +35,7 @@ from mola.studies.comparison.tables import effort_line, power_line, search_table
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
+from mola.training.checkpoints import checkpoints_in
 from mola.training.hub import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -76,6 +79,7 @@ def compare(options: CompareOptions) -> CompareResult:
     check_files(options.tables, options.plots)
     searched = check_runs(options, options.tuning_runs)
     runs = check_runs(options, options.runs)
+    check_search(searched, runs)
     check_same([each for each in record.results if each.recipe != BASE], searched)  # which other questions are asked
     comparison = _Comparison(options, searched, runs, record, path)
     comparison.settle()
@@ -199,6 +203,7 @@ class _Comparison:
         if run.allocation is not None:
             for name, value in self.allocations.options(run).items():
                 setattr(run.options, name, value)
+        begin_or_go_on(folder, run.identity)
         if not is_finished(run):
             (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
             on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
@@ -211,6 +216,8 @@ class _Comparison:
         if not self.options.keep_adapters:
             for name in _WEIGHTS:
                 (folder / name).unlink(missing_ok=True)
+            for checkpoint in checkpoints_in(folder):
+                shutil.rmtree(checkpoint)
         return True
 
     def _make_probed_allocations(self, probe: Run, runs: Sequence[Run]) -> None:
@@ -227,7 +234,9 @@ class _Comparison:
             with self.locks.lock(f"base-{task}"):
                 self._read_again(self.runs)
                 if Key(task, BASE, 0) not in {result.key for result in self.results}:
-                    test = replace(run.test, output=str(self.folder / task / "base.json"))
+                    path = self.folder / task / "base.json"
+                    begin_or_go_on(path, run.base_identity)
+                    test = replace(run.test, output=str(path))
                     self._add(base_result_of(run, evaluate_once(test, run.fingerprints["test"])))
 
     def _add(self, result: Result) -> None:
@@ -237,7 +246,11 @@ class _Comparison:
     def _read_again(self, runs: Sequence[Run]) -> list[Run]:
         """Take in what other processes have finished, which work on the same record; what is left of these runs."""
         record, known = read_record(self.path), {result.key for result in self.results}
-        self.results += [result for result in record.results if result.key not in known]
+        new = [result for result in record.results if result.key not in known]
+        check_same([each for each in new if each.recipe != BASE], self.searched)
+        if self.found or not self.searched:  # before, nobody knows the options of the runs
+            check_same(new, self.runs)
+        self.results += new
         self.allocations.known |= record.allocations
         return self._open(runs)
 

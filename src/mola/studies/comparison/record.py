@@ -30,7 +30,7 @@ _RUN = {
     "num_experts": [INTEGER],
     "eval_loss": (NUMBER, None),
     "fingerprints": {str: ANYTHING},
-    **dict.fromkeys(("base_model?", "dtype?"), TEXT),
+    **dict.fromkeys(("base_model?", "dtype?", "rule?"), TEXT),
     "steps?": INTEGER,
     "curve?": [[ANYTHING, ANYTHING]],
 }
@@ -61,6 +61,7 @@ class Result:
     # Records of earlier versions lack what follows.
     base_model: str = ""  # which weights, see `mola.models.identity`
     dtype: str = ""  # of the base
+    rule: str = ""  # of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training
     curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
 
@@ -112,6 +113,15 @@ def read_record(path: Path) -> Record:
     return Record(results, allocations)
 
 
+def _part(result: Result, part: str, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a result says of a part of a run's identity; what is wanted, if a record of an earlier version does not."""
+    if part == "setting":
+        return wanted if result.recipe == BASE and not result.settings else result.settings
+    if part == "data":
+        return {name: result.fingerprints.get(name) for name in wanted}
+    return {name: getattr(result, name) or value for name, value in wanted.items()}
+
+
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
     """Refuse to go on with results that other options, data or weights have given; the message names the difference."""
     # The base model is tested with the options of a task's first run.
@@ -120,15 +130,9 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
         run = wanted.get(result.key)
         if run is None:
             continue  # of another task, recipe or seed: it is kept
-        tested = {"test": run.fingerprints["test"]} if result.recipe == BASE else run.fingerprints
-        settings = {} if result.recipe == BASE else run.settings
-        known = [name for name in ("base_model", "dtype") if getattr(result, name)]
-        parts: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-            ("setting", result.settings, json.loads(json.dumps(settings))),
-            ("data", {name: result.fingerprints.get(name) for name in tested}, tested),
-            ("model", {name: getattr(result, name) for name in known}, {name: getattr(run, name) for name in known}),
-        ]
-        for part, old, new in parts:
+        identity = json.loads(json.dumps(run.base_identity if result.recipe == BASE else run.identity))
+        for part, new in identity.items():
+            old = _part(result, part, new)
             name = first_difference(old, new)
             if name is not None:
                 raise MolaError(

@@ -8,8 +8,7 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
-from mola.options.fields import first_difference
-from mola.studies.comparison.checks import PLACES, Run
+from mola.studies.comparison.checks import Run
 from mola.studies.comparison.curve import marks_of, read_curve
 from mola.studies.comparison.record import BASE, Result
 from mola.training.checkpoints import RUN_FILE
@@ -21,24 +20,12 @@ def is_finished(run: Run) -> bool:
     """Whether the run's folder holds its finished training.
 
     Raises:
-        MolaError: it holds one of other options or data.
+        MolaError: it has other tests on the way.
     """
     folder = Path(run.options.output_dir or "")
     record = read_json_object(folder / RUN_FILE)
     if record.get("status") != "finished" or not (folder / _WEIGHTS).is_file():
         return False
-    wanted = json.loads(json.dumps(run.options.to_dict()))
-    parts = (
-        (record.get("settings", {}), {name: value for name, value in wanted.items() if name not in PLACES}),
-        (record.get("data_fingerprints", {}), {k: v for k, v in run.fingerprints.items() if k != "test"}),
-    )
-    for old, new in parts:
-        name = first_difference(old, new, new)
-        if name is not None:
-            raise MolaError(
-                f"{str(folder)!r} holds a run with another `{name}`: {old.get(name)!r}, now {new[name]!r}. Delete that "
-                "folder, or pass another `output_dir`."
-            )
     if [step for step, _ in read_curve(folder)[0]] != _test_steps(run, record["steps"]):
         raise MolaError(
             f"{str(folder)!r} holds a run without the tests on the way that `test_every` {run.test_every} asks for. "
@@ -56,9 +43,9 @@ def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     """What the record keeps of a run whose folder holds the adapter; `tested` is the content of its result file."""
     folder = Path(run.options.output_dir or "")
     record, config = (read_json_object(folder / name) for name in (RUN_FILE, "adapter_config.json"))
-    experts = config["num_experts"]
+    experts = config.get("num_experts", 1)  # LoRA has no such field
     if not isinstance(experts, list):
-        experts = [experts] * record["allocation"]["num_layers"]
+        experts = [experts] * record["allocation"].get("num_layers", 1)  # an adapter trained on may not tell
     curve, seconds_of_curve = read_curve(folder)
     return Result(
         *run.key,
@@ -84,7 +71,7 @@ def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
         num_experts=[],
         eval_loss=None,
         seconds_training=0.0,
-        settings={},
+        settings=json.loads(json.dumps(run.base_identity["setting"])),
     )
 
 
@@ -96,6 +83,7 @@ def _tested(run: Run, tested: Mapping[str, Any], seconds_before: float = 0.0) ->
         "fingerprints": run.fingerprints,
         "base_model": run.base_model,
         "dtype": run.dtype,
+        "rule": run.rule,
         "versions": software_versions(),
         "machine": machine_description(),
     }

@@ -47,9 +47,10 @@ def summarize(
     `reference` is the recipe that the others are compared with; results of recipes and tasks not named are left out.
     With tests on the way every table comes twice, see `Row.measure`.
     """
-    groups = budget_groups({name: _parameters(results, name) for name in recipes if _of(results, name)}, reference)
     rows = []
     for table in marks_of_tables(results, (*recipes, BASE), tasks):
+        sizes = {name: _parameters(results, name, table.task) for name in recipes if table.marks[name]}
+        groups = budget_groups(sizes, reference)
         for row in _rows(table, reference, results, groups):
             steps = None
             if target and table.measure == OVER_TRAINING and table.task != ALL_TASKS:
@@ -114,7 +115,7 @@ def _rows(table: TableMarks, reference: str, results: Sequence[Result], groups: 
             mean = mean_accuracy([float(row.mean()) for row in by_seed.values()])
             experts = [each.num_experts for each in _of(results, name) if task in (ALL_TASKS, each.task)]
             unique = [list(values) for values in dict.fromkeys(map(tuple, experts))]
-            parameters = _parameters(results, name)
+            parameters = _parameters(results, name, task)
             difference = differences.get(name)
             rows.append(Row(task, name, parameters, groups.get(name), unique, mean, difference, table.measure))
     return rows
@@ -141,8 +142,9 @@ def _of(results: Sequence[Result], recipe: str) -> list[Result]:
     return [each for each in results if each.recipe == recipe]
 
 
-def _parameters(results: Sequence[Result], recipe: str) -> int:
-    return round(fmean(each.trainable_parameters for each in _of(results, recipe)))
+def _parameters(results: Sequence[Result], recipe: str, task: str) -> int:
+    found = [each for each in _of(results, recipe) if task in (ALL_TASKS, each.task)]
+    return round(fmean(each.trainable_parameters for each in found))
 
 
 def _over_tasks(results: Sequence[Result], recipe: str, tasks: Sequence[str], over: bool) -> dict[int, np.ndarray]:

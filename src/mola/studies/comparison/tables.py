@@ -63,18 +63,32 @@ CONTRAST_NOTE = "p and verdict allow for the number of pairs in a table."
 def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:
     """What the tables mean, with what these rows make necessary to say; `mark` stands around names of recipes."""
     sentences = [NOTE.format(reference=f"{mark}{reference}{mark}")]
-    recipes = {row.recipe: row for row in rows if row.budget_group is not None}
-    if reference in recipes:
-        budget = recipes[reference].budget_group
-        same = [f"{mark}{name}{mark}" for name, row in recipes.items() if row.budget_group == budget]
-        if len(same) < len(recipes):
-            sentences.append(f"Trained values within 5 % of the reference's: {', '.join(same)}.")
+    sentences += _equal_budgets(rows, reference, mark)
     if any(row.difference and row.difference.seeds < _FEW_SEEDS for row in rows):
         sentences.append(
             f"Fewer than {_FEW_SEEDS} seeds hardly tell how much seeds differ: intervals are too narrow, and verdicts "
             "too sure, in more than 5 % of such studies."
         )
     return " ".join(sentences)
+
+
+def _equal_budgets(rows: Sequence[Row], reference: str, mark: str) -> list[str]:
+    """One sentence, or one for each task where they differ; none where all recipes are alike."""
+    by_task: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.budget_group is not None:
+            by_task.setdefault(row.task, {})[row.recipe] = row.budget_group
+    lists = {}
+    for task, groups in by_task.items():
+        same = [f"{mark}{name}{mark}" for name, group in groups.items() if group == groups.get(reference)]
+        lists[task] = "" if reference not in groups or len(same) == len(groups) else f"{', '.join(same)}."
+    if len({*lists.values()}) == 1:
+        lists = {"": next(iter(lists.values()))}
+    return [
+        f"Trained values within 5 % of the reference's{f' on {task}' if task else ''}: {names}"
+        for task, names in lists.items()
+        if names
+    ]
 
 
 def title_of(row: Row | Contrast) -> str:

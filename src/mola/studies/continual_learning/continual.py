@@ -37,6 +37,7 @@ from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
 from mola.training.hub import without_token
+from mola.training.run_folder import check_start_is_kept
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
@@ -62,6 +63,8 @@ def continual(options: ContinualOptions) -> ContinualResult:
     record = read_record(folder, options.overwrite_output_dir)
     stages = check_stages(options)
     if options.overwrite_output_dir:
+        if options.adapter is not None:
+            check_start_is_kept(options.adapter, options.output_dir)
         # Not before: as long as anything can be wrong the earlier sequence stays.
         clear_sequence(folder, record)
         record = None
