@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Phi4MultimodalConfig
 
 from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.targets import linear_shapes, resolve_target_modules
 
 SIDES = {"encoder": 2, "decoder": 3}
 
@@ -46,6 +49,40 @@ def test_layers_of_the_language_model_only_are_counted():
     stacks = LayerStacks.of(WithTower())
     assert stacks == LayerStacks(2, language_model="text")
     assert [stacks.index(name) for name in ("text.layers.1", "tower.layers.1", "textual.layers.1")] == [1, None, None]
+
+
+class HoldsTower(nn.Module):
+    """A language model that holds its tower, as Phi-4-multimodal: its configuration has no part of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"num_hidden_layers": 2, "vision_config": {"num_hidden_layers": 3}}
+        layers, encoder = (nn.ModuleList([nn.Linear(2, 2) for _ in range(number)]) for number in (2, 3))
+        self.model = nn.ModuleDict({"embed": nn.ModuleDict({"layers": encoder}), "layers": layers})
+
+
+def test_a_tower_within_the_language_model_is_left_out():
+    stacks = LayerStacks.of(HoldsTower())
+    assert stacks == LayerStacks(2, language_model="model.layers")
+    assert [stacks.index(name) for name in ("model.layers.1", "model.embed.layers.1")] == [1, None]
+
+
+def test_phi_4_multimodal():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = {**size, "num_hidden_layers": 4, "image_size": 28, "patch_size": 14, "crop_size": 28}
+    audio = {**size, "num_blocks": 2, "ext_pw_out_channel": 32, "nemo_conv_channels": 32, "input_size": 16}
+    tokens = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = Phi4MultimodalConfig(
+        **size, **tokens, num_hidden_layers=3, num_key_value_heads=2, vision_config=vision, audio_config=audio
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    stacks = LayerStacks.of(model)
+    targets, excluded = resolve_target_modules(model, stacks, None)
+    assert targets == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    shapes = linear_shapes(model, targets, excluded)
+    assert [each.layer_index for each in shapes] == [0] * 4 + [1] * 4 + [2] * 4
+    assert all(each.name.startswith("model.layers.") for each in shapes)
 
 
 def test_a_model_that_is_its_own_decoder_has_no_towers():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig
 from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.targets import (
@@ -270,3 +270,17 @@ def test_names_outside_the_layers_have_no_index():
 def test_excluded_modules_have_no_shape(excluded):
     shapes = linear_shapes(tiny_llama(), ["q_proj"], exclude_modules=excluded)
     assert [shape.layer_index for shape in shapes] == [0, 2]
+
+
+def test_linears_that_a_mixer_reads_are_left_out():
+    """Mamba computes `dt_proj.weight @ x`, and all three in one kernel on GPUs: experts there would do nothing."""
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert {each.name.rpartition(".")[2] for each in linear_shapes(model, "all-linear")} == {"in_proj"}
+    for targets in (["in_proj", "dt_proj"], r".*\.(in|x)_proj"):
+        with pytest.raises(MolaError, match="reads its weight in a kernel and does not call it"):
+            linear_shapes(model, targets)
+    assert len(linear_shapes(model, r".*\.(in|x)_proj", ["x_proj"])) == 2
+    with pytest.raises(MolaError, match=r"this model has: conv1d, in_proj, lm_head\."):
+        default_target_modules([name for name, _ in model.named_modules()], "mamba")

@@ -221,6 +221,15 @@ def test_what_is_left_out_is_reported_and_missing_tensors_are_refused(case, tmp_
         convert(ConvertOptions([str(save(values, kept))], str(tmp_path / "none"), **options))
 
 
+def test_a_name_that_is_no_list_is_one_name(case, tmp_path):
+    values, tensors, save = case
+    kept = {key: tensor for key, tensor in tensors.items() if ".q_proj." in key}
+    source = save(values | {"target_modules": "q_proj"}, kept)
+    options = {"source_format": "published", "base_model": str(CASE.parent / "base_tiny"), "top_k": "2"}
+    report = str(convert(ConvertOptions([str(source)], str(tmp_path / "out"), **options)))
+    assert "the base model has no" not in report
+
+
 def test_a_base_model_that_the_research_code_does_not_have_is_named(tmp_path):
     for kind, said in (("llama", False), ("gemma2", True)):
         config, tensors = adapter([2, 2], base_model_type=kind)

@@ -59,6 +59,16 @@ def test_peft_model_from_pretrained(base, inputs, saved):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_many_experts_everywhere_load_again(base, inputs, tmp_path):
+    """One integer above 256 is taken for digits, so the list stays a list."""
+    config = MolaConfig(num_experts="300,", r=1, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(clone(base), config)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(clone(base), tmp_path / "adapter")
+    assert again.peft_config["default"].num_experts == [300] * 4
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
 def test_low_cpu_mem_usage(base, inputs, saved):
     folder, expected = saved
     model = PeftModel.from_pretrained(clone(base), folder, low_cpu_mem_usage=True)

@@ -67,7 +67,7 @@ class LayerStacks:
     Attributes:
         num_layers: how many there are; None if nothing tells.
         num_encoder_layers: how many of them are in the encoder of an encoder-decoder; 0 for other models.
-        language_model: name of the module that holds the language model where there are towers beside it.
+        language_model: name of the module that is the language model, or its layers, where there are towers beside it.
     """
 
     num_layers: int | None
@@ -131,8 +131,14 @@ def _side(module_name: str) -> str | None:
 
 
 def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | None:
+    parts = {name: part for name, part in model_config.items() if isinstance(part, Mapping)}
     get_decoder = getattr(model, "get_decoder", None)
-    if get_decoder is None or not isinstance(model_config.get("text_config"), Mapping):
+    if "text_config" in parts:
+        decoder = get_decoder() if get_decoder is not None else None
+        return next((name for name, module in model.named_modules() if name and module is decoder), None)
+    if not any(key in part for part in parts.values() for key in _DEPTH_KEYS):
         return None
-    decoder = get_decoder()
-    return next((name for name, module in model.named_modules() if name and module is decoder), None)
+    # As Phi-4-multimodal: the model is the language model and holds the towers, too.
+    depth = count_layers(model_config, ())
+    lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    return min(lists, key=lambda name: name.count("."), default=None)

@@ -31,7 +31,7 @@ Notation: TypeAlias = int | str | Sequence[int]
 
 _GROUPED = "num_experts"  # the only field that knows digit groups and shapes
 _PATTERN = "num_experts_pattern"  # what its file may hold besides
-_LARGEST_PLAIN_NUM_EXPERTS = 256
+LARGEST_PLAIN_NUM_EXPERTS = 256
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _DIGITS = re.compile(r"[0-9]{2,}")
 
@@ -224,10 +224,10 @@ def _checked_entries(values: Sequence[Any], name: str, place: str = "") -> tuple
 def _checked_plain(value: int, name: str) -> int:
     if value < 1:
         raise MolaError(f"`{name}` must be at least 1, got {value}. {_cure(name)}")
-    if name == _GROUPED and value > _LARGEST_PLAIN_NUM_EXPERTS:
+    if name == _GROUPED and value > LARGEST_PLAIN_NUM_EXPERTS:
         raise MolaError(
             f"`{name}` as one integer is the number of experts in every layer, at most "
-            f"{_LARGEST_PLAIN_NUM_EXPERTS}: got {value}. Was the digit shape meant? Then quote it "
+            f"{LARGEST_PLAIN_NUM_EXPERTS}: got {value}. Was the digit shape meant? Then quote it "
             f"as a string: '{value}'. If not, write '{value},'."
         )
     return value

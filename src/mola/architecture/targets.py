@@ -21,6 +21,7 @@ from mola.architecture.allocation import LinearShape
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.layer_stacks import count_layers as count_layers
 from mola.architecture.layer_stacks import layer_index as layer_index
+from mola.architecture.read_weights import is_read
 from mola.errors import MolaError
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,7 +65,7 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
         return found
     parents = {name.rpartition(".")[0] for name in names}
     candidates = sorted({_leaf(name) for name in names if name and name not in parents})
-    candidates = [name for name in candidates if not _NOT_LINEAR_NAME.search(name)]
+    candidates = [n for n in candidates if not (_NOT_LINEAR_NAME.search(n) or is_read(model_type, n))]
     raise MolaError(
         f"`target_modules` must be given for this architecture, there is no default for model type "
         f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(candidates) or 'none'}."
@@ -137,6 +138,11 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
                 f"{', '.join(_linear_names(modules))}; or use `exclude_modules`."
             )
+        if is_read(_model_type(model), name):
+            raise MolaError(
+                f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
+                "it, so that experts there would do nothing. Leave it out, or use `exclude_modules`."
+            )
 
 
 def linear_shapes(
@@ -180,9 +186,9 @@ def resolve_target_modules(
         MolaError: as `default_target_modules` and `check_target_modules`.
     """
     if target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        names = [name for name, _ in model.named_modules()]
-        target_modules = set(default_target_modules(names, model_type))
+        within = f"{stacks.language_model}." if stacks.language_model else ""
+        names = [name for name, _ in model.named_modules() if name.startswith(within)]
+        target_modules = set(default_target_modules(names, _model_type(model)))
         return target_modules, stacks.also_excluding_towers(exclude_modules)
     check_target_modules(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
@@ -232,7 +238,10 @@ def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> lis
     if not _is_all_linear(targets):
         return [(name, module) for name, module in modules if matches(name, targets)]
     heads = _heads(model)
-    return [(name, module) for name, module in modules if adaptable(module) and not any(module is h for h in heads)]
+    linears = [
+        (name, module) for name, module in modules if adaptable(module) and not is_read(_model_type(model), name)
+    ]
+    return [(name, module) for name, module in linears if not any(module is head for head in heads)]
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -285,6 +294,10 @@ def _nothing_matches(missing: list[str], modules: Mapping[str, nn.Module], is_pa
 
 def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(_leaf(name) for name, module in modules.items() if adaptable(module)))
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _leaf(name: str) -> str:

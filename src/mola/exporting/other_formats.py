@@ -105,7 +105,9 @@ def _left_out(source: Path, config: MolaConfig, names: Collection[str]) -> list[
     listed, layers = len(settings["r"]), len(cast(list[int], config.r))
     if listed > layers:
         notes.append(f"r: {listed} numbers in the file, of which the first {layers} count there, one for each layer")
-    absent = [name for name in settings["target_modules"] if name not in (config.target_modules or ())]
+    targets = settings["target_modules"]
+    listed_targets = targets if isinstance(targets, list) else []  # a text may be an expression
+    absent = [name for name in listed_targets if name not in (config.target_modules or ())]
     if missing := [name for name in absent if name in names]:
         raise MolaError(
             f"`target_modules` in {str(source)!r} names {', '.join(missing)}, of which there are no tensors. The file "

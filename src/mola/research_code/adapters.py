@@ -170,6 +170,8 @@ def _check_lists(
     num_layers = count_decoder_layers(model, base_model)
     saved: dict[str, Any] = {}
     given: dict[str, Any] = {}
+    if missing := [name for name in ("num_experts", "r", "top_k", "lora_alpha") if settings.get(name) is None]:
+        raise MolaError(f"adapter_config.json in {folder!r} has no {', '.join(missing)}: it is damaged. Restore it.")
     for flag, name in (("number_experts", "num_experts"), ("lora_r", "r"), ("top_k", "top_k")):
         saved[flag] = resolve_per_layer(settings[name], num_layers, name)
         if getattr(lists, flag) is not None:

@@ -189,6 +189,12 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
         if not resume:
             check_start_is_kept(start, options.output_dir, "resume_from_checkpoint")
             adapter = usable_adapter(start, options.base_model, lists, options.trust_remote_code)
+            method = read_json_object(Path(adapter) / "adapter_config.json").get("peft_type")
+            if method != "MOLA":  # the scripts set what only a mixture has, such as the weight of the balance loss
+                raise MolaError(
+                    f"`resume_from_checkpoint` must be an adapter of mola here: {start!r} is of type {method}. "
+                    "--adapter goes on with it."
+                )
             return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
         if "adapter" in resume:
             usable_adapter(resume["adapter"], options.base_model, lists, options.trust_remote_code)

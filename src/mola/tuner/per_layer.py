@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mola.architecture.allocation import check_top_k, top_k_of_module
-from mola.architecture.notation import resolve_per_layer
+from mola.architecture.notation import LARGEST_PLAIN_NUM_EXPERTS, resolve_per_layer
 from mola.architecture.patterns import by_pattern
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
@@ -33,7 +33,8 @@ class PerLayer:
         # A notation may be a file that is gone tomorrow.
         for name in names:
             values = getattr(lists, name)
-            setattr(config, name, values[0] if len(set(values)) == 1 else values)
+            is_plain = len(set(values)) == 1 and (name != "num_experts" or values[0] <= LARGEST_PLAIN_NUM_EXPERTS)
+            setattr(config, name, values[0] if is_plain else values)
         return lists
 
     def settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:

@@ -82,6 +82,24 @@ def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, t
     assert [part for part in ("`number_experts` (2,2,3,3)", "`top_k` (1)", "LORA", "lora") if part not in line] == []
 
 
+@pytest.mark.parametrize("name", ["top_k", "lora_alpha"])
+def test_a_field_that_is_missing_is_named(name, finished, command, tmp_path, capsys):
+    config = adapter_config(finished)
+    (finished / "adapter_config.json").write_text(json.dumps({**config, name: None}), encoding="utf-8")
+    capsys.readouterr()
+    assert command(resume_from_checkpoint=finished, output_dir=tmp_path / "next", top_k=2) == 2
+    assert f"has no {name}: it is damaged" in error_line(TRAIN, capsys)
+
+
+def test_an_adapter_of_another_method_is_refused(command, tmp_path, tiny_model, capsys):
+    """The scripts set the weight of the balance loss, which only a mixture has."""
+    get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    capsys.readouterr()
+    lists = dict.fromkeys(("number_experts", "top_k", "lora_r", "lora_alpha", "lora_target_modules"))
+    assert command(resume_from_checkpoint=tmp_path / "lora", **lists) == 2
+    assert "is of type LORA. `mola train --adapter` goes on with it" in error_line(TRAIN, capsys)
+
+
 def test_run_goes_on_from_its_checkpoint_to_the_same_weights(command, tmp_path):
     whole = {"num_epochs": 2, "save_steps": 2, "learning_rate": 1e-2}
     assert command(**whole, output_dir=tmp_path / "whole") == 0
