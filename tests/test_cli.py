@@ -189,6 +189,7 @@ def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no
         (["stray"], "'stray' belongs to no flag"),
         (["--r"], "expected one argument"),
         (["--config"], "`--config` needs"),
+        (["--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once: got a.yaml, b.yaml"),
         (["--learning_r", "1"], "no flag --learning_r."),
         (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output_dir"),
         (["--outptu-dir", "x"], "no flag --outptu-dir. Did you mean --output_dir"),

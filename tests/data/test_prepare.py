@@ -94,6 +94,54 @@ def test_what_is_prepared_of_such_a_task_is_not_prepared_again(tmp_path):
     assert [example["output"] for example in examples] == [f"It is x{i}." for i in range(3)]
 
 
+@pytest.mark.parametrize("drawn", [{}, {"num_samples": 2, "num_validation": 0, "num_test": 0}])
+def test_rows_do_not_go_through_a_task_that_reads_prompts_twice(drawn, tmp_path):
+    layout = {"name": "french", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
+    layout |= {"instruction": "Into French: {instruction}", "output": "It is {output}."}
+    (tmp_path / "french.yaml").write_text(yaml.safe_dump(layout))
+    raw = write(tmp_path, [{"instruction": f"Q{i}", "input": "", "output": f"x{i}"} for i in range(3)])
+    options = PrepareOptions(str(tmp_path / "french.yaml"), str(tmp_path / "new"), data=str(raw))
+    prepare(options)
+    (written,) = (tmp_path / "new").glob("*.json")
+    with pytest.raises(MolaError, match="did not go through the task `french` before"):
+        prepare(replace(options, data=str(written), output_dir=str(tmp_path / "twice"), **drawn))
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("drawn", [{}, {"num_samples": 2, "num_validation": 0, "num_test": 0}])
+def test_columns_that_are_written_over_are_named(drawn, tmp_path, capsys):
+    layout = {"name": "own", "version": 1, "template": "meta", "columns": ["question", "label"]}
+    layout |= {"instruction": "{question}", "output": "{answer}", "input": "", "metric": "accuracy"}
+    layout |= {"answer": {"column": "label", "words": {"a": "Yes", "b": "No"}}, "answer_pattern": "(Yes|No)"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(layout))
+    row = {"label": "a", "answer": "because", "input": "a text"}
+    raw = write(tmp_path, [{"question": f"Q{number}", **row} for number in range(3)])
+    prepare(PrepareOptions(str(tmp_path / "own.yaml"), str(tmp_path / "new"), data=str(raw), **drawn))
+    assert "warning: `answer`, `input` of the source is not kept" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_name_too_long_is_refused(tmp_path):
+    with pytest.raises(MolaError, match="`output_dir` cannot be written"):
+        prepare(PrepareOptions("sample", str(tmp_path / ("x" * 300)), train_size=5, validation_size=0, test_size=0))
+
+
+def test_numbers_that_json_does_not_have_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "score": NaN}\n')
+    layout = {"name": "own", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(layout | {"instruction": "{instruction}", "output": "{output}"}))
+    with pytest.raises(MolaError, match="in column `score`. Write null there"):
+        prepare(PrepareOptions(str(tmp_path / "own.yaml"), str(tmp_path / "new"), data=str(path)))
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_a_column_that_is_there_twice_is_refused(ending, tmp_path):
+    row = '{"instruction": "a", "output": "b", "output": "c"}'
+    (tmp_path / f"rows{ending}").write_text(f"[{row}]" if ending == ".json" else row)
+    with pytest.raises(MolaError, match="the name 'output' is there twice in one object"):
+        load_examples(tmp_path / f"rows{ending}", None, None)
+
+
 def test_a_column_called_answer_that_nobody_reads(tmp_path):
     rows = [{"instruction": "Add 40 and 2", "output": "It is 42", "answer": 42}]
     path, task = write(tmp_path, rows), replace(TASK, answer=None, fields={}, groups=())

@@ -495,3 +495,22 @@ def test_metrics_of_the_packaged_tasks():
     assert {name: metrics for name, metrics in found.items() if metrics} == {"cola": ("matthews",), "mrpc": ("f1",)}
     assert load_task("mrpc").binary_labels == ("No", "Yes")
     assert load_task("scienceqa").binary_labels is None
+
+
+@pytest.mark.parametrize(("words", "value"), [('{"true": Yes, "false": No}', "true"), ("{true: Yes, false: No}", True)])
+def test_truth_values_are_the_same_quoted_or_not(words, value, tmp_path):
+    rule = f"answer: {{column: label, words: {words}}}".replace("Yes", "'Yes'").replace("No", "'No'")
+    layout = "name: own\nversion: 1\ntemplate: meta\ncolumns: [label]\ninstruction: x\noutput: '{answer}'\n"
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{layout}{rule}\nanswer_pattern: '(Yes|No)'\nmetric: accuracy\n", encoding="utf-8")
+    task = load_task(str(path))
+    assert task.answer.resolve({"label": value}, "0")[0] == "Yes"
+
+
+def test_labels_that_become_equal_are_refused(tmp_path):
+    layout = "name: own\nversion: 1\ntemplate: meta\ncolumns: [label]\ninstruction: x\noutput: '{answer}'\n"
+    path = tmp_path / "own.yaml"
+    rule = "answer: {column: label, words: {1: 'Yes', '1': 'No'}}\nanswer_pattern: '(Yes|No)'\nmetric: accuracy\n"
+    path.write_text(layout + rule, encoding="utf-8")
+    with pytest.raises(MolaError, match="`words` must have different labels: got 1, '1'"):
+        load_task(str(path))

@@ -61,6 +61,13 @@ def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_mo
         assert ("trained with the prompt template meta and is asked with alpaca:" in caplog.text) == is_said
 
 
+def test_a_name_too_long_for_the_journal_is_refused(options, no_weights_dir):
+    options.base_model = str(no_weights_dir)
+    options.output = str(Path(options.output).with_name("r" * 245 + ".json"))
+    with pytest.raises(MolaError, match="cannot be written"):
+        evaluate(options)
+
+
 def test_limit_takes_the_first_samples(options):
     options.limit = 3
     assert [sample["id"] for sample in evaluate(options).samples] == ["test-0", "test-1", "test-2"]

@@ -78,3 +78,17 @@ def test_likelihood_refuses_what_it_cannot_score(change, task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "The answer is A."} | change
     with pytest.raises(MolaError, match="'x'.*'generate'"):
         around_answer(example, task)
+
+
+def test_scores_that_are_no_numbers_end_in_one_line(tiny_model, tiny_tokenizer, task, examples):
+    """They made the first option of every sample the answer."""
+    with torch.no_grad():
+        tiny_model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(MolaError, match=r"those of sample 'test-\d+' are NaN"):
+        evaluate_examples(tiny_model, tiny_tokenizer, task, examples, scoring="likelihood", show_progress=False)
+
+
+def test_data_without_answers_are_told_from_a_task_without(tiny_model, tiny_tokenizer, task, examples):
+    rows = [{**examples[0], "answer": None}]
+    with pytest.raises(MolaError, match="`data` must have answers: .* or prepare the source with `mola prepare`"):
+        evaluate_examples(tiny_model, tiny_tokenizer, task, rows, show_progress=False)

@@ -15,6 +15,7 @@ from mola.data.encode import data_fingerprint
 from mola.errors import MolaError
 from mola.evaluation.core import evaluate_examples
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
+from mola.evaluation.lm_eval import LmEvalOptions, _result
 from mola.evaluation.partial import PartialResults
 
 
@@ -158,3 +159,13 @@ def test_existing_result_is_kept_unless_overwrite(options, tmp_path):
     assert (tmp_path / "result.json").read_text() == "precious"
     options.overwrite = True
     assert evaluate(options).total == 11
+
+
+def test_a_result_that_is_no_number_is_null(tmp_path, caplog):
+    """The harness writes NaN, which is no JSON; it took the whole result with it."""
+    (tmp_path / "results_1.json").write_text('{"results": {"wikitext": {"perplexity": NaN, "bits": 1.5}}}')
+    options = LmEvalOptions(base_model="m", tasks="wikitext", output=str(tmp_path / "out.json"))
+    _result(options, tmp_path)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["results"] == {"wikitext": {"perplexity": None, "bits": 1.5}}
+    assert "1 numbers of the result are not finite" in caplog.text

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,7 +72,7 @@ def _read_json(file: IO[str], place: Path) -> list[Any]:
     if not text.strip():
         return []
     try:
-        rows = parse_json(text)
+        rows = parse_json(text, object_pairs_hook=_different_keys)
     except json.JSONDecodeError as error:
         cure = "Correct the line."
         if error.msg == "Extra data":
@@ -91,7 +91,7 @@ def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield parse_json(line)
+            yield parse_json(line, object_pairs_hook=_different_keys)
         except ValueError as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise MolaError(
@@ -103,8 +103,7 @@ def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
 def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
     reader = csv.DictReader(file, strict=True)
     names = reader.fieldnames or ()
-    if len(set(names)) < len(names):
-        raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
+    _check_names(names, place)
     for row in reader:
         # DictReader marks surplus values with the key None and missing ones with the value None.
         if None in row or None in row.values():
@@ -115,6 +114,22 @@ def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
         yield row
 
 
+def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Plain JSON would keep the last of two equal keys in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice in one object"
+        )
+    return found
+
+
+def _check_names(names: Sequence[str], place: Path) -> None:
+    if len(set(names)) < len(names):
+        raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
+
+
 def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
@@ -123,6 +138,7 @@ def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]
         check_regular(place)
         # ParquetFile, not read_table: the latter turns parts of the path like `split=train` into columns.
         with pyarrow.parquet.ParquetFile(place, buffer_size=1 << 20) as file:
+            _check_names(file.schema_arrow.names, place)
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
             for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=names or None):
                 yield from batch.to_pylist()

@@ -13,7 +13,7 @@ from mola.data.hashing import count_shared, hash_instruction
 from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
-from mola.data.write import is_prepared_folder, merged_row, reads_prompts, write_splits
+from mola.data.write import Merge, is_prepared_folder, write_splits
 from mola.errors import MolaError
 from mola.files.folders import check_output_folder
 from mola.options.fields import option
@@ -79,18 +79,21 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     sizes = _drawn_sizes(options)
     if sizes is not None:
         return prepare_drawn(task, _data(options, task), sizes, options.seed, output_dir)
+    merge = Merge(task)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for name, rows in _source_splits(options, task).items():
-        splits[name], filtered = _prepared_rows(rows, task, name)
+        splits[name], filtered = _prepared_rows(rows, merge, name)
         counts[name] = {"rows": len(splits[name]), "filtered": filtered}
     if not any(splits.values()):
-        raise MolaError(f"`data` must have rows for the task `{task.name}`: its filters left out every row.")
+        why = "all sizes are 0" if options.task == "sample" else "its filters left out every row"
+        raise MolaError(f"`data` must have rows for the task `{task.name}`: {why}.")
     heads = [np.array([hash_instruction(row) for row in rows], dtype=np.uint64) for rows in splits.values()]
     shared = count_shared(heads)
     write_splits(splits, output_dir)
     for name, count in counts.items():
         print(f"{name}: {count['rows']} rows, {count['filtered']} left out by the task's filters")
+    merge.say_replaced()
     if shared:
         print(f"warning: {shared} instructions occur in more than one split")
     print(f"written to {output_dir}")
@@ -155,12 +158,12 @@ def _data(options: PrepareOptions, task: Task) -> str:
     return data
 
 
-def _prepared_rows(rows: list[dict[str, Any]], task: Task, split: str) -> tuple[list[dict[str, Any]], int]:
+def _prepared_rows(rows: list[dict[str, Any]], merge: Merge, split: str) -> tuple[list[dict[str, Any]], int]:
     """Rows with the prompt, output and answer filled in, and how many the filters left out."""
+    task = merge.task
     kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
     for index, row in kept:
         check_columns(row, index, task, split)
     examples = [task.example(row, index, split) for index, row in kept]
     check_ids((example["id"] for example in examples), split)
-    merged = [merged_row(row, example, reads_prompts(task)) for (_, row), example in zip(kept, examples, strict=True)]
-    return merged, len(rows) - len(kept)
+    return [merge(row, example) for (_, row), example in zip(kept, examples, strict=True)], len(rows) - len(kept)

@@ -132,8 +132,11 @@ def _hub_error(source: str, error: Exception) -> MolaError:
 
 def _load_folder(place: Path) -> Any:
     """Dataset or DatasetDict in a folder written by `save_to_disk`."""
-    if not (place / "dataset_dict.json").exists() and not (place / "state.json").exists():
-        inside = ", ".join(sorted(entry.name for entry in place.iterdir())[:8]) or "nothing"
+    if not any(os.path.exists(place / name) for name in ("dataset_dict.json", "state.json")):
+        try:
+            inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
+        except OSError as error:
+            raise unreadable(place, error) from error
         raise MolaError(
             f"`data` must be a file or a folder written by `save_to_disk`: `{place}` holds {inside}. "
             "Pass one of the files or folders inside."

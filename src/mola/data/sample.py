@@ -43,7 +43,7 @@ def generate_splits(
     """
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise MolaError(f"`sizes` needs integers of 0 or more: got {size!r} for '{name}'. Correct it.")
+            raise MolaError(f"`{name}_size` must be an integer of 0 or more: got {size!r}. Correct it.")
     if not 1 <= kinds <= len(TOPICS):
         raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Ask for fewer kinds, or leave it out.")
     writer = _Writer(seed, TOPICS[:kinds])
@@ -99,6 +99,6 @@ class _Writer:
                 self._seen.add(question)
                 return question
         raise MolaError(
-            f"`sizes` asks for more questions than can be generated: the topic {topic.category!r} is used up after "
-            f"{len(self._seen)} questions in all. Ask for fewer."
+            f"`train_size`, `validation_size` and `test_size` ask for more questions than there are: the topic "
+            f"{topic.category!r} is used up after {len(self._seen)} questions in all. Ask for fewer."
         )

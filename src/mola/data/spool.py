@@ -50,7 +50,11 @@ class Spool(AbstractContextManager):
             MolaError: it has a value that JSON does not know, or of another kind than other rows.
         """
         try:
-            line = json.dumps(row).encode("ascii")
+            line = json.dumps(row, allow_nan=False).encode("ascii")
+        except ValueError as error:
+            raise MolaError(
+                f"`data` must hold JSON values: {error} in {_not_finite(row)}. Write null there."
+            ) from error
         except TypeError as error:
             raise MolaError(f"`data` must hold JSON values: {error}. Drop the column from the source.") from error
         self._file.write(line + b"\n")
@@ -115,3 +119,13 @@ def _one_kind(column: str) -> Iterator[None]:
         raise MolaError(
             f"`data` must have values of one kind in every column: `{column}`: {error}. Correct the column, or drop it."
         ) from error
+
+
+def _not_finite(row: Mapping[str, Any]) -> str:
+    """The column that holds NaN or an infinite number."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            return f"column `{name}`"
+    return "a row"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mola.errors import MolaError
 from mola.files.digests import file_sha256
 from mola.files.folders import complete_folder
 
@@ -37,6 +38,42 @@ def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool
     if example["answer"] is not None:
         new["answer"] = example["answer"]
     return {**new, **{name: example[name] for name in PROMPT_COLUMNS}}
+
+
+class Merge:
+    """`merged_row` for the rows of a source, all through one task; refuses rows that went through it before.
+
+    Attributes:
+        replaced: columns of the source that the task does not read and that were written over.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.replaced: set[str] = set()
+
+    def __call__(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+        """The merged row.
+
+        Raises:
+            MolaError: the task reads prompts, and the row has them as `mola prepare` writes them.
+        """
+        with_id = reads_prompts(self.task)
+        if with_id and {"id", *PROMPT_COLUMNS} <= row.keys():
+            raise MolaError(
+                f"`data` must be rows that did not go through the task `{self.task.name}` before: {row['id']!r} has "
+                "`id`, `input`, `instruction` and `output`, as `mola prepare` writes them. Pass the source."
+            )
+        merged = merged_row(row, example, with_id)
+        for name in {*PROMPT_COLUMNS, "answer"} - {*self.task.columns}:
+            if row.get(name) not in (None, "") and merged[name] != row[name]:
+                self.replaced.add(name)
+        return merged
+
+    def say_replaced(self) -> None:
+        """Print a warning, if a column was written over."""
+        if self.replaced:
+            names = ", ".join(f"`{name}`" for name in sorted(self.replaced))
+            print(f"warning: {names} of the source is not kept: the task `{self.task.name}` writes its own")
 
 
 def is_prepared_folder(folder: Path) -> bool:

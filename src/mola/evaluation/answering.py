@@ -1,5 +1,6 @@
 """From examples to answers: prompts, checks that need no model, batches, extraction."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ def make_questions(
     questions = []
     for example in examples:
         if not example.get("answer"):
+            if task.answer is not None:
+                raise MolaError(
+                    f"`data` must have answers: sample {example['id']!r} has `answer` {example.get('answer')!r}. Add "
+                    "the column, or prepare the source with `mola prepare`."
+                )
             raise MolaError(
                 f"`task` must have answers to be evaluated: sample {example['id']!r} of {task.name!r} has "
                 f"`answer` {example.get('answer')!r}. Evaluate a task with an answer rule."
@@ -132,6 +138,11 @@ def _answer_batch(
         texts = [question.option_texts(_end(tokenizer)) for question in questions]
         scores = predicting.option_log_probabilities(model, tokenizer, texts)
         for question, values in zip(questions, scores, strict=True):
+            if any(map(math.isnan, values)):
+                raise MolaError(
+                    f"scores must be numbers to be compared: those of sample {question.example['id']!r} are NaN. Pass "
+                    "--dtype float32 or bfloat16, and look whether the weights of `base_model` are finite."
+                )
             answer = question.options[values.index(max(values))]
             yield question.prefix + answer, answer
         return

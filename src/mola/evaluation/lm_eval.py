@@ -7,6 +7,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import shlex
@@ -37,6 +38,8 @@ _OWN_FLAGS = {
     "trust_remote_code": "trust_remote_code",
 }
 _OWN_MODEL_ARGUMENTS = {"pretrained": "base_model", "peft": "adapter", "dtype": "dtype"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -196,7 +199,11 @@ def _result(options: LmEvalOptions, folder: Path) -> dict[str, Any]:
     """The harness's result, in `output` if that is given."""
     (file,) = folder.rglob("results_*.json")
     made_by = {"settings": asdict(options), "versions": software_versions()}
-    result = {**json.loads(file.read_text(encoding="utf-8")), "mola": made_by}
+    not_finite: list[str] = []
+    measured = json.loads(file.read_text(encoding="utf-8"), parse_constant=not_finite.append)  # which gives None
+    if not_finite:
+        logger.warning("%d numbers of the result are not finite, and null in it.", len(not_finite))
+    result = {**measured, "mola": made_by}
     if options.output is not None:
         target = Path(options.output)
         for samples in sorted(folder.rglob("samples_*.jsonl")):

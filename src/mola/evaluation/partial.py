@@ -7,11 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import append_lines
+from mola.files.atomic import append_lines, check_writable
 from mola.files.reading import check_regular, parse_json
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ class PartialResults:
     """
 
     def __init__(self, output: str | os.PathLike[str], identity: Mapping[str, Any]):
-        self.path = Path(f"{os.fspath(output)}.partial.jsonl")
+        self.path = check_writable(f"{os.fspath(output)}.partial.jsonl")
         # Through JSON once, so that tuples and lists compare equal after reading.
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
@@ -34,7 +33,7 @@ class PartialResults:
         Raises:
             MolaError: the journal is from a run with another identity, or damaged.
         """
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return []
         try:
             lines = self._complete_lines()

@@ -48,11 +48,15 @@ def check_output_folder(
         MolaError: `folder` is a file, or is not empty and cannot be replaced.
     """
     _restore_replaced(folder, is_own)
-    if not folder.exists():
+    # `Path.exists` would raise where a folder above must not be entered, or a name is too long.
+    if not os.path.exists(folder):
         return
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise MolaError(f"`{option}` must be a folder: `{folder}` is a file. Choose another name.")
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise MolaError(f"`{option}` cannot be read: `{folder}` ({error.strerror}). Choose another folder.") from error
     if names and not overwrite:
         raise MolaError(
             f"`{option}` must be empty: `{folder}` is not. Choose another folder, or pass `{overwrite_option}` to "

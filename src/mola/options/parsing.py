@@ -149,11 +149,13 @@ def _unknown(word: str, flags: Mapping[str, Action]) -> str:
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", const="")
+    parser.add_argument("--config", nargs="?", const="", action="append", default=[])
     found, rest = parser.parse_known_args(arguments)
-    if found.config == "":
+    if "" in found.config:
         raise MolaError("`--config` needs the name of a YAML file after it.")
-    return rest, found.config
+    if len(found.config) > 1:
+        raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
+    return rest, next(iter(found.config), None)
 
 
 def _recipe_flags(

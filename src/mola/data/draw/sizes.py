@@ -1,13 +1,12 @@
 """`mola prepare --num_samples`: splits drawn from one source."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mola.data.source import single_source
 from mola.data.tasks import Task
-from mola.data.write import PROMPT_COLUMNS, merged_row, reads_prompts, write_spooled
+from mola.data.write import PROMPT_COLUMNS, Merge, write_spooled
 from mola.errors import MolaError
 from mola.files.folders import complete_folder
 
@@ -42,10 +41,11 @@ def prepare_drawn(task: Task, data: str, sizes: Mapping[str, int], seed: int, ou
     source = single_source(data)
     wanted = {split: size for split, size in sizes.items() if size}
     with complete_folder(output_dir) as (folder, scratch), Spool(scratch / "rows", last=PROMPT_COLUMNS) as spool:
-        merge = partial(merged_row, with_id=reads_prompts(task))
+        merge = Merge(task)
         subset = draw_subset(source, task, wanted, seed, spool, merge)
         write_spooled(spool, subset.numbers, folder, scratch)
     print(subset.summary())
+    merge.say_replaced()
     print(f"written to {output_dir}")
     candidates = subset.candidates
     return {

@@ -7,7 +7,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mola.data.tasks.task import BINARY_METRICS, EXAMPLE_KEYS, AnswerRule, FieldRule, StrataRule, Task, field_names
+from mola.data.tasks.task import (
+    BINARY_METRICS,
+    EXAMPLE_KEYS,
+    TRUTH,
+    AnswerRule,
+    FieldRule,
+    StrataRule,
+    Task,
+    field_names,
+)
 from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.files.reading import parse_yaml, read_text
@@ -140,7 +149,12 @@ def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
         )
     if words is None:
         return AnswerRule(column=rule["column"], choices=choices)
-    return AnswerRule(column=rule["column"], words={str(label): word for label, word in words.items()})
+    labels = [TRUTH.get(str(label), str(label)) for label in words]
+    if len(set(labels)) < len(labels):
+        raise MolaError(
+            f"`words` must have different labels: got {', '.join(map(repr, words))}, of which two are equal."
+        )
+    return AnswerRule(column=rule["column"], words=dict(zip(labels, words.values(), strict=True)))
 
 
 def _check_task(task: Task) -> None:

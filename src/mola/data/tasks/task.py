@@ -16,7 +16,7 @@ BINARY_METRICS = ("f1", "matthews")
 EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
 
 
-_TRUTH = {"true": "True", "false": "False"}  # in files without truth values, which a task's `true` means too
+TRUTH = {"true": "True", "false": "False"}  # in files without truth values, which a task's `true` means too
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AnswerRule:
         """Answer, options text (``""`` for words) and number of choices of one row."""
         value = row[self.column]
         if self.words is not None:
-            label = _TRUTH.get(str(value), str(value))
+            label = TRUTH.get(str(value), str(value))
             if label not in self.words:
                 raise MolaError(
                     f"row `{row_id}`: `{self.column}` must be one of {', '.join(self.words)}: got {value!r}. "
