@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.resources import files
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_text_without_a_prompt(tiny_model_dir, adapter, tmp_path):
     usage = json.loads(output.read_text())["usage"]
     assert "prompt" not in usage
     assert usage["answer"] == usage["all"]
+
+
+def test_a_group_called_as_kinds_of_tokens_are_is_refused(no_weights_dir, adapter, sample, tmp_path, capsys):
+    text = files("mola.data.tasks").joinpath("sample.yaml").read_text(encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(text.replace("groups: [category]", "groups: [token]"), encoding="utf-8")
+    assert run(no_weights_dir, adapter, sample, "--task", tmp_path / "own.yaml") == 2
+    assert "must not have `token`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("result", ["--json", "--html"])

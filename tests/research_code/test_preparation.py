@@ -159,7 +159,9 @@ def test_saved_dataset_with_images_and_another_split_is_a_source(tmp_path, monke
     assert scienceqa(tmp_path, monkeypatch, tmp_path / "d") == 0
     assert [len(saved) for saved in prepared(tmp_path).values()] == [2, 2, 2]
     assert str(prepared(tmp_path)["train"].data.schema.field("image").type) == "null"
-    assert "warning: the split more is not used" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: the split more is not used" in printed
+    assert "warning: 1 instructions occur in more than one split" in printed
 
 
 @settings(max_examples=15, deadline=None)  # every example writes files

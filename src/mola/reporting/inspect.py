@@ -200,6 +200,10 @@ def _check(options: InspectOptions) -> _Samples:
         if path is not None:
             check_new_file(name, path, options.overwrite)
     task = load_task(options.task)
+    if "token" in task.groups:
+        raise MolaError(
+            f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
+        )
     template = get_template(options.template or task.template)
     warn_of_other_template(options.adapter, options.template or task.template)
     filters = mapping("filters", options.filters)

@@ -1,12 +1,16 @@
 """The research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mola.data.draw.sizes import HELD_OUT_SIZE, drawn_sizes
+from mola.data.hashing import count_shared, hash_instruction
 from mola.data.source import Source, single_source, source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
@@ -82,14 +86,16 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
         complete_folder(save_path, "save_path") as (folder, scratch),
         Spool(scratch / "rows", SCIENCEQA_COLUMNS, PROMPT_COLUMNS, _scienceqa_types()) as spool,
     ):
-        numbers = {}
+        numbers, heads = {}, []
         for split in reversed(SPLITS):
-            start, images = len(spool), 0
+            start, images, hashes = len(spool), 0, array("Q")
             for row in _without_image(sources[split], task, split):
                 if row is None:
                     images += 1
                 else:
                     spool.add(row)
+                    hashes.append(hash_instruction(row))
+            heads.append(np.array(hashes, dtype=np.uint64))
             numbers[split] = range(start, len(spool))
             kept = len(numbers[split])
             print(f"{split}: {kept} rows, {images} with an image left out")
@@ -97,6 +103,8 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
                 print(f"warning: {split} is empty")
         if not len(spool):
             raise MolaError(f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose another.")
+        if shared := count_shared(heads):
+            print(f"warning: {shared} instructions occur in more than one split")
         for split in sources.keys() - set(SPLITS):
             print(f"warning: the split {split} is not used")
         for split, chosen in numbers.items():
