@@ -18,7 +18,7 @@ BIN = $(VENV)/bin
 # Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
-.PHONY: quickstart test test-min test-mid test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean
+.PHONY: quickstart test test-min test-mid test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean same-python
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -35,6 +35,7 @@ test-mid: .venv-mid/.test
 	$(RUN_TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.quickstart $(VENV)/.extras
+	$(BIN)/python -m mola.models.smollm2 $(SMOLLM2)
 	MOLA_FUZZ_EXAMPLES=100 $(RUN_TESTS) --hypothesis-profile many
 
 # Another number: make fuzz FUZZ_EXAMPLES=1000
@@ -58,7 +59,7 @@ test-peft: $(VENV)/.peft-suite
 # Everything takes roughly two hours on one core, much of it torch.compile. A part, here the step times on SmolLM2
 # (roughly 15 minutes): make bench BENCH="--suite step --model smollm2". Options: .venv/bin/python -m benchmarks --help
 SMOLLM2 = .cache/SmolLM2-135M-Instruct
-bench: $(VENV)/.quickstart
+bench: $(VENV)/.dev $(VENV)/.quickstart
 	$(BIN)/python -m mola.models.smollm2 $(SMOLLM2)
 	$(BIN)/python -m benchmarks $(BENCH)
 
@@ -83,7 +84,17 @@ style: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-$(VENV)/.venv:
+# An environment keeps its Python: make test PYTHON=python3.13 VENV=.venv-3.13
+ifneq ($(filter command environment,$(origin PYTHON)),)
+VERSION = import sys; print(sys.version_info[:2])
+same-python:
+	@test ! -x $(BIN)/python || test "$$($(PYTHON) -c '$(VERSION)')" = "$$($(BIN)/python -c '$(VERSION)')" || \
+		{ echo "$(VENV) was made with another Python than $(PYTHON). Pass another VENV as well, or remove it." >&2; exit 1; }
+else
+same-python:
+endif
+
+$(VENV)/.venv: | same-python
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -92,7 +103,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 	@touch $@
 
 # uv, because pip only knows how to take the highest versions.
-.venv-min/.test: pyproject.toml
+.venv-min/.test: pyproject.toml | same-python
 	$(PYTHON) -m venv --clear .venv-min
 	.venv-min/bin/python -m pip install --quiet uv
 	.venv-min/bin/uv pip install --quiet --python .venv-min/bin/python --resolution lowest-direct --editable ".[test]"
@@ -100,7 +111,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 
 # Below what changed last in each: see docs/compatibility.md.
 MID = "torch==2.12.*" "transformers==5.16.*" "peft==0.20.*" "trl==0.29.*" "accelerate==1.13.*" "datasets==4.6.*" "numpy==2.3.*"
-.venv-mid/.test: pyproject.toml
+.venv-mid/.test: pyproject.toml Makefile | same-python
 	$(PYTHON) -m venv --clear .venv-mid
 	.venv-mid/bin/python -m pip install --quiet uv
 	.venv-mid/bin/uv pip install --quiet --python .venv-mid/bin/python --editable ".[test]" $(MID)

@@ -27,7 +27,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import table_console
-from mola.options.fields import option
+from mola.options.fields import first_difference, option
 from mola.options.parsing import parse
 
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,12 @@ def measure(options: ExportOptions) -> dict[str, Any]:
     """Make the rows that the output file does not have."""
     path = Path(options.output)
     document = json.loads(path.read_text()) if path.is_file() else {"settings": asdict(options), "rows": []}
+    compared = asdict(options).keys() - {"output", "ways", "ranks"}
+    if name := first_difference(document["settings"], asdict(options), sorted(compared)):
+        raise MolaError(
+            f"`output` has rows with another `{name}`: {document['settings'].get(name)!r}, now "
+            f"{getattr(options, name)!r}. Pass another file."
+        )
     if wrong := set(options.ways) - _WAYS.keys():
         raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
     done = {(row["way"], row["rank"]) for row in document["rows"]}

@@ -114,6 +114,7 @@ def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple
     expected, rows = {}, []
     for name, folder in [("base", None), *folders.items()]:
         model = load_model(options.base_model, folder, options.dtype, options.device)
+        generate_text(model, tokenizer, "A first answer", max_new_tokens=2)  # it pays for the start
         start = time.perf_counter()
         for subject in _SUBJECTS:
             prompt = f"A short story about the {subject}:"

@@ -319,5 +319,5 @@ def test_an_existing_result_is_kept(tiny_model_dir, tmp_path, capsys):
 
 def test_a_missing_smollm2_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "PROJECT", tmp_path)
-    assert main(["--model", "smollm2", "--output", str(tmp_path / "results.json")]) == 2
+    assert main(["--model", "smollm2", "--suite", "step", "--output", str(tmp_path / "results.json")]) == 2
     assert "Run `make bench`" in capsys.readouterr().err

@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; trials in it are not run again")
     given = parser.parse_args()
     results = json.loads(given.output.read_text()) if given.output and given.output.exists() else []
+    key = {"way": given.way, "seed": given.seed, "until": given.until}
+    if any(result.get(name, value) != value for result in results for name, value in key.items()):
+        parser.error(f"{given.output} has trials of another --way, --seed or --until: pass another file")
     done = {result["number"] for result in results}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,7 +140,7 @@ def main() -> None:
         processes = Processes(folder)
         trials = Trials(processes, given.way, model, write_rows(folder / "rows.json"), folder, given.until)
         for number in sorted(set(range(given.trials)) - done):
-            results.append(trials.trial(number, given.seed))
+            results.append(key | trials.trial(number, given.seed))
             print(json.dumps(results[-1]), flush=True)
             if given.output:
                 given.output.write_text(json.dumps(results, indent=1))

@@ -21,6 +21,7 @@ from tests.ecosystem.families import (
     layers,
     logits,
 )
+from tests.tuner.kernels.native import needs_compiler
 
 # Their linears are those of a family beside them.
 ALIKE = ("mistral", "qwen3", "gemma2", "qwen2-moe")
@@ -360,6 +361,7 @@ def test_compiled(family):
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor():
     check_compiled("gpt2", "inductor")  # LLaMA: tests/training/test_compiled.py

@@ -192,7 +192,9 @@ def test_a_run_that_diverges_is_recorded_to_its_end(make, model, tmp_path):
             torch.nn.init.constant_(module.mola_router["default"], float("nan"))
     trainer.args.max_steps = 4
     trainer.train()
-    for line in lines(tmp_path)[2:]:
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for line in found[2:]:
         assert None in line["modules"][0]["mean_gates"]
         assert line["modules"][0]["drift"] is None
 

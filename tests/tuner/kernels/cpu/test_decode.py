@@ -26,6 +26,7 @@ from tests.versions import needs
 from ...counting import CountOperators
 from ...models import VOCABULARY, random_config, tiny_llama, token_batch
 from ..inputs import in_float64, make_inputs
+from ..native import needs_compiler
 
 pytest.importorskip("numba", reason="needs numba (the extra `cpu`)")
 
@@ -226,7 +227,7 @@ def test_a_compiler_sees_one_operator(dtypes, num_tokens):
         torch.testing.assert_close(output, layer(x), **tolerance)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 @torch.no_grad()
 def test_compiled_by_a_backend(backend):
     torch._dynamo.reset()
@@ -417,8 +418,9 @@ def test_an_input_with_more_digits_than_the_experts_is_rounded_as_always(calls):
     for part in (layer.mola_A, layer.mola_B):
         part.to(torch.bfloat16)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), layer(x).detach())
+        output = layer(x)
     assert calls == []
+    torch.testing.assert_close(output, layer(x).detach(), atol=1e-2, rtol=3e-2)  # another order of roundings
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
