@@ -255,6 +255,16 @@ def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run
     assert gap in [each.name for each in doctor(DoctorOptions(str(folder)))]
 
 
+def test_weights_from_before_the_first_entry_are_compared_with_it(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    entries = [{"step": step, "loss": loss} for step, loss in ((10, 0.9), (20, 0.3))]
+    entries += [{"step": step, "eval_loss": loss} for step, loss in ((8, 3.0), (16, 3.5))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    change(folder / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-8"))
+    (gap,) = [each for each in doctor(DoctorOptions(str(folder))) if "evaluation loss" in each.name]
+    assert "3.0000 at step 8, training 0.9000" in gap.seen
+
+
 def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     difference = {"lora": {"value": 0.0, "questions_95": [-0.2, 0.2]}}

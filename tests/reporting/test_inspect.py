@@ -103,6 +103,18 @@ def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, ad
     assert not (tmp_path / "result").exists()
 
 
+def test_a_loss_that_is_no_number_ends_in_one_line(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    """Behind the last router: what they decide is finite."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    model.save_pretrained(base)
+    flags = ("--dtype", "float32", "--leave_one_out", "layers", "--json", tmp_path / "result")
+    assert run(base, adapter, sample, *flags) == 2
+    assert "the model's loss must be a finite number" in capsys.readouterr().err
+
+
 def test_an_adapter_saved_by_pickle_has_all_sections(tiny_model_dir, adapter, sample, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(adapter, other, ignore=shutil.ignore_patterns("*.safetensors"))

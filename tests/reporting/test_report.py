@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -354,6 +355,43 @@ def test_an_adapter_of_another_method(run_dir):
     found = page_of(run_dir)
     assert "The adapter is of type LORA" in found.section("allocation").text
     assert "No module has several experts." in found.section("redundancy").text
+
+
+def test_a_run_without_routers_is_told_nothing_of_them(run_dir, tiny_model_dir, tmp_path, capsys):
+    """No command could say more of them."""
+    lora = save_adapter(tiny_model_dir, tmp_path / "lora", MolaConfig(num_experts=1, r=2, task_type="CAUSAL_LM"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(lora / name, run_dir)
+    for name in ("routing.jsonl", "inspect.json"):
+        (run_dir / name).unlink()
+    found = page_of(run_dir)
+    names = [node.attributes["id"] for node in found.root.all("section")]
+    assert not {"gates", "routing", "agreement"} & {*names}
+    assert "No module has several experts." in found.section("redundancy").text
+    assert "mola inspect" not in found.root.text
+    assert main(["doctor", str(run_dir)]) == 0
+    assert "routers over training" not in (printed := capsys.readouterr().out)
+    assert "whether a LoRA answers as well" not in printed
+
+
+def test_experts_of_another_text_are_not_shown(run_dir):
+    """Files without ids have the same ones, of their rows' numbers."""
+
+    def edit(inspection):
+        for example in inspection["examples"]:
+            example["prompt"] += " Another one."
+
+    change(run_dir / "inspect.json", edit)
+    assert not page_of(run_dir).section("samples").all("table")
+
+
+def test_test_data_are_asked_for_where_a_file_has_the_training_rows_only(run_dir):
+    change(run_dir / "run.json", lambda record: record["settings"].update(data="train.jsonl.gz"))
+    for name in ("before.json", "after.json", "inspect.json"):
+        (run_dir / name).unlink()
+    commands = [box.text for box in page_of(run_dir).root.all("pre") if box.text.startswith("mola")]
+    assert commands
+    assert all("--data TEST_DATA" in command for command in commands if "--data" in command)
 
 
 def test_values_that_are_not_known(run_dir):

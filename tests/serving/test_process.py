@@ -19,6 +19,7 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 from mola import cli  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
+from mola.serving import server  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
 from ..waiting import PATIENCE, wait_until  # noqa: E402
@@ -213,6 +214,29 @@ def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
     assert "Loading" not in caplog.text
 
 
+def test_a_port_that_is_taken_while_the_model_loads_is_one_line(options, monkeypatch):
+    """Two may bind it before one listens."""
+    load = server.bind
+
+    def and_another(host, port):
+        bound = load(host, port)
+        other = socket.socket()
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `bind` does
+        other.bind(bound.getsockname())
+        other.listen()
+        others.append(other)
+        return bound
+
+    others = []
+    monkeypatch.setattr(server, "bind", and_another)
+    options.port = 0
+    try:
+        with pytest.raises(MolaError, match="cannot be listened on: Address already in use"):
+            main(options)
+    finally:
+        others[0].close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of open files per process to ask for")
 @pytest.mark.parametrize(("max_connections", "warns"), [(256, True), (200, False)])
 def test_fewer_files_than_connections_are_warned_about(max_connections, warns, options, caplog):
@@ -276,3 +300,11 @@ def test_help_names_the_options(capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     assert "--shutdown_timeout" in capsys.readouterr().out
+
+
+def test_an_answer_made_alone_is_counted(options):
+    with running_server(options) as url, Client().stream("POST", f"{url}/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()  # held, or the connection is closed
+        next(lines)
+        text = get(f"{url}/metrics").text
+    assert re.findall(r"^mola_(?:batch_size|requests_running) (.+)$", text, re.M) == ["1.0", "1.0"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from mola import TrainOptions, train
 from mola.cli import main
@@ -326,6 +326,34 @@ def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"{WRITE_TEST}abc").touch()
     assert main(flags(**{**NO_EVALUATION, "max_steps": 2})) == 0
+
+
+def test_a_resumed_run_without_telemetry_drops_what_came_after_its_checkpoint(flags, tmp_path):
+    options = NO_EVALUATION | {"num_experts": "1224", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    assert main(flags(**options)) == 0
+    on = [
+        *flags(**options),
+        f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}",
+        "--expert_telemetry=false",
+    ]
+    assert main(on) == 0
+    lines = (tmp_path / "run" / "routing.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_chat_templates_with_names_are_replaced(flags, tiny_model_dir, tmp_path):
+    """They are saved into a folder, which was there already when a run went on."""
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(base)
+    options = {"base_model": base, "save_strategy": "epoch", "num_train_epochs": 1}
+    assert main(flags(**NO_EVALUATION | options)) == 0
+    (named,) = (tmp_path / "run").glob("*/rag.jinja")
+    named.write_text("another one")
+    on = [*flags(**NO_EVALUATION | options | {"num_train_epochs": 2}), "--resume_from_checkpoint=last"]
+    assert main(on) == 0
+    assert named.read_text() == "{{ documents }}"
 
 
 def test_resume_warns_of_another_base_model(finished_run, tmp_path, caplog):

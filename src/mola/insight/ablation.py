@@ -1,5 +1,6 @@
 """What an expert is worth: the loss on answers without it, less that of the whole model."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import track
 from torch import nn
 
 from mola.data.tokenized import IGNORED
+from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 
 LEAVE_ONE_OUT = ("none", "layers", "modules")
@@ -95,6 +97,9 @@ def losses_without(
     """The loss of the whole model, and its change without each expert; `(1 + experts) * samples` forward passes.
 
     The model is in eval mode, samples have `input_ids` and `labels`, `wanted` is from `experiments`.
+
+    Raises:
+        MolaError: the loss of the whole model is no finite number.
     """
     loss, found = 0.0, []
     steps: list[Experiment | None] = [None, *wanted]
@@ -102,6 +107,11 @@ def losses_without(
     for each in track(steps, f"Leaving out {len(wanted)} experts", **bar):  # type: ignore[arg-type]
         if each is None:
             loss = answer_loss(model, samples)
+            if not math.isfinite(loss):
+                raise MolaError(
+                    f"the model's loss must be a finite number to see how it changes: got {loss}. In float16 this "
+                    "model's activations may be too large: pass --dtype bfloat16 or float32."
+                )
             continue
         with expert_left_out(each.layers, each.expert):
             change = answer_loss(model, samples) - loss

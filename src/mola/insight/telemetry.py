@@ -207,6 +207,13 @@ class ExpertTelemetry(TrainerCallback):
         return torch.tensor(saved["sums"], dtype=torch.float64)
 
 
+def drop_later_lines(path: Path, step: int) -> None:
+    """Drop what a run that goes on from a step without telemetry had recorded after it."""
+    if path.exists():
+        kept = kept_lines(path, lambda entry: _is_whole_and_before(entry, step + 1))
+        atomic_write_text(path, "".join(line + "\n" for line in kept))
+
+
 def _checkpoint_folder(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 

@@ -25,6 +25,12 @@ def has_agreement(inspection: Mapping[str, Any] | None) -> bool:
     return len(found["modules"]) > 1
 
 
+def may_agree(run: Run) -> bool:
+    """Whether a look at the run's experts shows, or could show, how routers agree."""
+    found = (run.inspection or {}).get("agreement")
+    return run.has_routers and (found is None or len(found["modules"]) > 1)
+
+
 def agreement_section(run: Run) -> dict[str, Any]:
     """How far the choice of one router tells that of another one, by layers and by kinds of module."""
     if run.inspection is None or not has_agreement(run.inspection):

@@ -4,6 +4,7 @@ import json
 import shlex
 from typing import Any
 
+from mola.data.file_formats import FILE_ENDINGS
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
@@ -48,8 +49,9 @@ def _flags(values: dict[str, Any]) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    """The test data if a result names them, else those of the run: their split `test` is read."""
+    """The test data if a result names them, else those of the run, if they may have a split `test`: it is read."""
     for result in (run.after, run.before, run.inspection):
         if result is not None and result["settings"].get("data"):
             return str(result["settings"]["data"])
-    return str(run.record["settings"]["data"])
+    data = str(run.record["settings"]["data"])
+    return "TEST_DATA" if data.removesuffix(".gz").endswith(FILE_ENDINGS) else data  # a file has training rows only

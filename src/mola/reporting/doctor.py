@@ -64,12 +64,14 @@ def _missing(run: Run) -> list[str]:
     status = run.record.get("status", "finished")
     export = "no export.json" if not run.paths["export"].is_file() else "its export.json is older than the adapter"
     is_over, num_losses = status not in ("running", "interrupted"), len(run.curves.get("training", []))
+    is_lora = not run.has_routers
     parts = {
         f"the rest of the training (`status` in run.json is {status})": is_over,
         f"the training loss (fewer than {FEWEST_LOSSES} entries in metrics.jsonl)": num_losses >= FEWEST_LOSSES,
         "the evaluation loss (no evaluation data, or --eval_strategy no)": "evaluation" in run.curves,
-        "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None,
+        "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
-        f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": run.export is not None,
+        f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": run.export is not None
+        or not run.has_routers,
     }
     return [name for name, is_there in parts.items() if not is_there]

@@ -107,6 +107,7 @@ def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
         [entry for entry in run.curves.get(name, []) if kept is None or entry[0] <= kept]
         for name in ("training", "evaluation")
     )
+    training = training or run.curves.get("training", [])[:1]  # weights from before the first entry
     if not training or not evaluation or not is_far_above(evaluation[-1][1], last_mean(training)):
         return None
     earlier = "End earlier (--eval_strategy steps --load_best_model_at_end), lower" if kept is None else "Lower"

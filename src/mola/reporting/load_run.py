@@ -40,6 +40,11 @@ class Run:
         """What the run is called: its repository on the hub, or its folder."""
         return str(self.record.get("repository") or self.folder.resolve().name)
 
+    @property
+    def has_routers(self) -> bool:
+        """Whether a module has several experts, or nobody knows yet."""
+        return self.adapter is None or bool(self.adapter.redundancy) or self.routing is not None
+
 
 def gather(
     run_dir: str,

@@ -23,15 +23,25 @@ def samples_section(run: Run) -> dict[str, Any]:
     """Questions with the answers before and after, and the experts behind the answers."""
     if run.after is None and run.before is None:
         return {"counts": [], "samples": [], "left_out": 0, "command": evaluate_command(run, "after")}
-    inspected = (run.inspection or {}).get("examples") or []
-    experts = {str(example["id"]): example["experts"] for example in inspected}
     pairs = _pairs(run)
+    experts = _experts(run, pairs)
     shown = sorted(range(len(pairs)), key=lambda index: (_rank(pairs[index], experts), index))[:_MOST_SAMPLES]
     return {
         "counts": [(sum(_outcome(pair) == word for pair in pairs), word) for word in _outcomes(pairs)],
         "samples": [_sample(pairs[index], experts) for index in sorted(shown)],
         "left_out": len(pairs) - len(shown),
-        "command": None if experts else inspect_command(run),
+        "command": None if experts or not run.has_routers else inspect_command(run),
+    }
+
+
+def _experts(run: Run, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """By id, the experts behind samples that were looked at; those of another text with the same id are not."""
+    prompts = {str(sample["id"]): sample["prompt"] for old, new in pairs for sample in (old, new) if sample is not None}
+    inspected = {str(example["id"]): example for example in (run.inspection or {}).get("examples") or []}
+    return {
+        identifier: example["experts"]
+        for identifier, example in inspected.items()
+        if example.get("prompt") in (None, prompts.get(identifier))
     }
 
 

@@ -72,6 +72,7 @@ class AnswerQueue:
         hint: str = "",
     ) -> None:
         self._adapters, self._engine, self._metrics = adapters, engine, metrics
+        metrics.batch_size.set_function(lambda: engine.num_active)
         self._decoder = Decoder(tokenizer, predicting.end_token_ids(adapters.model, tokenizer))
         self._max_running, self._max_waiting = max_running, max_waiting
         self._hint = hint
@@ -192,7 +193,6 @@ class AnswerQueue:
                 while self._take_news():
                     if not self._engine.is_idle:
                         self._engine.step()
-                    self._metrics.batch_size.set(self._engine.num_active)
                 self._adapters.leave()
         except Exception as error:  # a mistake of ours: nobody may wait for this thread
             logger.critical("No answer can be made any more. Restart the server.", exc_info=error)

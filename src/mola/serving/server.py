@@ -36,10 +36,14 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if opened is not None:
             opened.close()
-        raise MolaError(
-            f"`host` {host!r} and `port` {port} cannot be listened on: {error.strerror or error}. Choose another "
-            "port, or end the program that uses it."
-        ) from error
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> MolaError:
+    return MolaError(
+        f"`host` {host!r} and `port` {port} cannot be listened on: {error.strerror or error}. Choose another port, or "
+        "end the program that uses it."
+    )
 
 
 def url_of(bound: socket.socket) -> str:
@@ -93,6 +97,11 @@ class Server(uvicorn.Server):
         """Serve until a signal; the model is free afterwards. Whether the server had started."""
         try:
             self.run(sockets=[bound])
+        except OSError as error:
+            if self.started:
+                raise
+            host, port = bound.getsockname()[:2]
+            raise _cannot_listen(host, port, error) from error  # another server has bound it, too, and was faster
         finally:
             self._queue.close()
         return self.started

@@ -65,7 +65,7 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     if options.load_best_model_at_end and state.best_model_checkpoint is not None:
         step = state.best_global_step or step
     logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    logged = [entry for entry in logged if entry[0] <= step]
+    logged = [entry for entry in logged if entry[0] <= step] or logged[:1]  # weights from before the first entry
     if not logged or "eval_loss" not in metrics:
         return None
     eval_loss = metrics["eval_loss"]

@@ -152,14 +152,17 @@ def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: b
         is_main_process: whether this process moves the files.
 
     Returns:
-        Names of the files that were moved.
+        Names of the files that were moved, below `folder`.
     """
     moved = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=_SAVING) as temporary:
         save(temporary)
         if is_main_process:
-            for file in sorted(Path(temporary).iterdir()):
-                if file.name not in _NOT_IN_RESULT:
-                    os.replace(file, folder / file.name)
-                    moved.append(file.name)
+            # Some lie in folders, as chat templates with a name.
+            for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+                name = file.relative_to(temporary)
+                if name.parts[0] not in _NOT_IN_RESULT:
+                    (folder / name).parent.mkdir(exist_ok=True, parents=True)
+                    os.replace(file, folder / name)
+                    moved.append(name.as_posix())
     return moved

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from mola.errors import MolaError
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
-from mola.insight.telemetry import ExpertTelemetry
+from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
@@ -135,6 +135,8 @@ def _trained(
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
         telemetry.add_to(trainer)
+    elif trainer.is_world_process_zero():
+        drop_later_lines(run.folder / ROUTING_FILE, run.first_step)
     trainer.add_callback(TrainingClock())
     try:
         with failures_explained(options), compiled_if_asked(trainer):

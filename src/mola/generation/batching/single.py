@@ -48,9 +48,8 @@ class _Hearing(LogitsProcessor):
 class SingleEngine:
     """Has the interface of `BatchEngine`."""
 
-    num_active = 0  # between steps
-
     def __init__(self, adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.num_active = 0
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._waiting: deque[Row] = deque()
@@ -74,10 +73,13 @@ class SingleEngine:
         if row.listener.is_unwanted():
             return
         row.listener.begins()
+        self.num_active = 1
         try:
             self._answer(row)
         except Exception as error:
             row.listener.fails(error)
+        finally:
+            self.num_active = 0
 
     def _answer(self, row: Row) -> None:
         hearing, sampling = _Hearing(row), row.sampling
