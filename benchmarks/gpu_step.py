@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as profiled:
         step()
     events = [event for event in profiled.events() if not is_gpu or event.device_type.name == "CUDA"]
-    kernels = [str(choice) for choice in kernels_report(model)]
+    with torch.autocast(options.device, torch.bfloat16):
+        kernels = [str(choice) for choice in kernels_report(model)]
     print(json.dumps({"kernels": kernels, "events": len(events), "linears": 28}, indent=2))
     return 0
 

@@ -51,7 +51,8 @@ def assert_close(found, expected, tolerance=0.05):
 
 def test_the_kernel_of_a_gpu_is_used_and_computes_what_the_others_do(force):
     model, results = make(**ROUTED), {}
-    chosen = {choice.backend for choice in kernels_report(model)}
+    with torch.autocast(DEVICE, torch.bfloat16):
+        chosen = {choice.backend for choice in kernels_report(model)}
     assert chosen == {"triton" if torch.cuda.get_device_capability() >= (8, 0) else "dense"}
     for name in (next(iter(chosen)), "dense", "reference"):
         force(name)

@@ -263,3 +263,12 @@ def test_deepcopy_is_independent():
     with torch.no_grad():
         other.mola_A["default"].zero_()
     assert layer.mola_A["default"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it(dtype):
+    base = nn.Linear(16, 8, bias=False)
+    base.weight = nn.Parameter(base.weight.detach().to(dtype), requires_grad=False)
+    layer = MolaLinear(base, "default", ExpertSettings(3, 2, 2, 16.0))
+    for part in (layer.mola_A, layer.mola_B, layer.mola_router):
+        assert part["default"].dtype == torch.float32

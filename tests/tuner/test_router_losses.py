@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.tuner.added_loss import LossSigns, add_loss
@@ -314,6 +314,46 @@ def test_copies_of_data_parallel_compute_the_same(num_experts):
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert_same_gradients(gradients(model), wanted)
+
+
+def test_frozen_lower_layers_are_no_checkpointing():
+    """Nothing below their routers is trained, so that their logits need no gradient."""
+    model, batch = make(), token_batch()
+    for module in routers(model):
+        if module.layer_index == 0:
+            module.requires_grad_(False)
+    model(**batch).loss.backward()
+    trained = [router for module in routers(model) for router in module.mola_router.values() if router.requires_grad]
+    assert trained
+    assert all(router.grad is not None for router in trained)
+
+
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+def test_labels_of_masked_language_models_are_not_shifted(task_type):
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = BertForMaskedLM(BertConfig(vocab_size=50, **size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    config = random_config(router_aux_loss_coef=COEF, target_modules=["query", "value"], task_type=task_type)
+    model = get_peft_model(base, config).train()
+    ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(1))
+    labels = torch.full_like(ids, -100)
+    labels[:, 0] = labels[:, 3] = 7
+    model(input_ids=ids, labels=labels)
+    found = model.get_balance_loss()
+    terms = reference_terms(model.eval(), {"input_ids": ids}, labels != -100)
+    expected = [reference_balance(logits, module.top_k["default"]) for module, logits in terms]
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_runs_of_a_module_do_not_outlive_what_it_gave():
+    model = make()
+    (first, *_) = routers(model)
+    first.router_runs["default"] = 12
+    assert all(module.router_runs == {} for module in routers(copy.deepcopy(model)))
+    model.add_adapter("second", random_config(router_aux_loss_coef=COEF))
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert "default" not in first.router_runs
 
 
 def test_data_parallel_is_refused():

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
@@ -96,8 +97,10 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     with whole_weights():
         model = build_model(options, run.checkpoint)
     if options.process_index == 0:
-        for choice in kernels_report(model, modes=["training"]):
-            logger.info("Kernels, %s", choice)
+        precision = torch.float16 if options.fp16 else torch.bfloat16
+        with torch.autocast(options.device.type, precision, enabled=options.bf16 or options.fp16):  # as in the run
+            for choice in kernels_report(model, modes=["training"]):
+                logger.info("Kernels, %s", choice)
     interruption = Interruption()
     trainer = make_trainer(options, model, run, interruption)
     for callback in callbacks:

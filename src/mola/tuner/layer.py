@@ -65,7 +65,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     """
 
     adapter_layer_names = ("mola_A", "mola_B", "mola_router")
-    other_param_names = ("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout", "router_outputs")
+    other_param_names = (
+        *("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout"),
+        *("router_outputs", "router_runs"),
+    )
     mixed_batch: Any = None  # a `MixedBatch` in calls with `adapter_names`
 
     def __init__(
@@ -133,7 +136,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         kept = [(self.mola_router, self.mola_router.get(adapter_name))]
         weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is not None and not weight.is_floating_point():  # packed: PEFT takes what it is unpacked to
+        # Packed: PEFT takes what it is unpacked to, or a format of 8 bits, in which no expert can be held.
+        if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
             kept += [(part, part.get(adapter_name)) for part in (self.mola_A, self.mola_B)]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for part, before in kept:
@@ -259,7 +263,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Router outputs belong to a running forward pass; with their graph they cannot be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}, "observer": None}
+        return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

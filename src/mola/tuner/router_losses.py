@@ -33,6 +33,13 @@ from mola.tuner.router_warnings import RouterWarnings
 Stacks = list[tuple[list[int | None], RouterStatistics]]  # of routers: their decoder layers, and what they gave
 _ATTRIBUTE = "_mola_router_losses"
 _UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# By `loss_type` of Transformers' models, for adapters without a task type; PEFT has none for masked language models.
+_TASKS_OF_LOSSES = {
+    "ForMaskedLM": "FEATURE_EXTRACTION",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 class RouterLosses:
@@ -102,7 +109,7 @@ class RouterLosses:
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
             inputs = call_arguments(module, args, kwargs)
-            tasks = {config.task_type for config in configs}
+            tasks = {config.task_type or _task_of(self.model) for config in configs}
             unshifted = not tasks.isdisjoint(_UNSHIFTED_TASKS)
             self._follows_items = not unshifted or ("SEQ_2_SEQ_LM" in tasks and _uses_loss_function(self.model))
             self._set_masks(inputs, unshifted=unshifted)
@@ -115,7 +122,7 @@ class RouterLosses:
         for name in self._active_adapters():
             term = self._weighted_loss(name)
             if term is not None:
-                loss = term if loss is None else loss + term
+                loss = term if loss is None else loss + term.to(loss.device)
         if loss is None:
             return output
         return self._attach(output, loss, call_arguments(module, args, kwargs))
@@ -197,10 +204,12 @@ class RouterLosses:
         return stacks
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
-        routed = [layer for layer in self._layers if adapter_name in layer.router_outputs]
-        if not torch.is_grad_enabled() or not any(layer.mola_router[adapter_name].requires_grad for layer in routed):
-            return
-        if any(not layer.router_outputs[adapter_name].logits.requires_grad for layer in routed):
+        trained = [
+            layer.router_outputs[adapter_name].logits
+            for layer in self._layers
+            if adapter_name in layer.router_outputs and layer.mola_router[adapter_name].requires_grad
+        ]
+        if torch.is_grad_enabled() and not all(logits.requires_grad for logits in trained):
             raise MolaError(
                 "`router_aux_loss_coef` and `router_z_loss_coef` do not work with re-entrant gradient "
                 "checkpointing: the routers' losses get no gradient there. Pass "
@@ -218,7 +227,7 @@ class RouterLosses:
         # Models of other tasks take it too, and leave their loss as it is.
         is_followed = num_items is not None and self._label_mask is not None and self._follows_items
         share = cast(Any, self._label_mask).sum() / num_items if is_followed else 1.0
-        weighted = loss * share
+        weighted = loss * (share.to(loss.device) if isinstance(share, torch.Tensor) else share)
         if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
             output.loss = output.loss + weighted.to(output.loss.device)
         elif isinstance(output, dict) and torch.is_tensor(output.get("loss")):
@@ -287,6 +296,13 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.to(values[0].device) for each in values]).mean()
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """The task type that a model is for; None for a causal language model, and where it does not tell."""
+    task = _TASKS_OF_LOSSES.get(getattr(model, "loss_type", None) or "")
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return task or ("SEQ_2_SEQ_LM" if is_encoder_decoder else None)
 
 
 def _uses_loss_function(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mola import MolaError
 from mola.tuner.kernels.autograd import compute
@@ -190,6 +191,19 @@ def test_it_is_tried_once_and_then_used():
 def test_it_may_be_tried_first_where_nothing_is_recorded(mode):
     with mode(), torch.autocast(DEVICE, torch.bfloat16):
         assert TRITON.supports(make()) is None
+
+
+def test_it_may_be_tried_first_within_a_checkpointed_layer():
+    """Tensors that the trial saves are none of the layer's, which is computed again without it."""
+    x = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+
+    def layer(x):
+        assert TRITON.supports(make()) is None
+        return x.exp().sin()
+
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, (x.exp().cos() * x.exp()).detach())
+    assert len(first_use._found) == 1
 
 
 def wrong_gates(original):
