@@ -164,7 +164,7 @@ def test_hub_name_is_passed_to_datasets(monkeypatch):
     assert read_rows("owner/name-1.0", "train") == ROWS
     assert asked == [("owner/name-1.0", "train")]
     assert split_names("owner/name-1.0") == ["owner/name-1.0", "train"]
-    with pytest.raises(MolaError, match="must be one of train, test"):
+    with pytest.raises(MolaError, match="must be one of train, test .* Choose one, or pass its folder, such as .*train"):
         read_rows("owner/name-1.0")
 
 

@@ -181,5 +181,6 @@ def _select(loaded: Any, split: str | None, source: str) -> Any:
     if split is None and len(names) == 1:
         return loaded[names[0]]
     if split not in loaded:
-        raise MolaError(f"`split` must be one of {', '.join(names)} for `{source}`: got {split!r}. Choose one.")
+        folder = f", or pass its folder, such as {source}/{names[0]}" if os.path.isdir(source) else ""
+        raise MolaError(f"`split` must be one of {', '.join(names)} for `{source}`: got {split!r}. Choose one{folder}.")
     return loaded[split]
