@@ -7,9 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig
 from transformers.pytorch_utils import Conv1D
 
+from mola.architecture.linears import adaptable
 from mola.architecture.targets import (
     LLAMA_LINEARS,
-    adaptable,
     check_target_modules,
     count_layers,
     default_target_modules,

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertForQuestionAnswering
 
 from mola import MolaError, PlanOptions, plan
-from mola.architecture.targets import adaptable
+from mola.architecture.linears import adaptable
 from tests.ecosystem.families import adapt, batch, build, layers
 
 POSITIONS = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}

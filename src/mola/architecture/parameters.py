@@ -10,7 +10,8 @@ from torch import nn
 
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.targets import base_layer_of, matches, original_modules
+from mola.architecture.linears import base_layer_of, original_modules
+from mola.architecture.targets import matches
 from mola.errors import MolaError
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

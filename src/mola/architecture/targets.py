@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.allocation import LinearShape
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.layer_stacks import count_layers as count_layers
 from mola.architecture.layer_stacks import layer_index as layer_index
+from mola.architecture.linears import adaptable, base_layer_of, original_modules, sizes_of
 from mola.architecture.read_weights import is_read
 from mola.errors import MolaError
 
@@ -31,8 +29,6 @@ _FUSED_LINEARS = ("qkv_proj", "gate_up_proj")
 Targets = list[str] | set[str] | str
 
 _ALL_LINEAR = "all-linear"
-# The last one is never called: nn.MultiheadAttention reads its weight.
-_NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, NonDynamicallyQuantizableLinear)
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 _NOT_LINEAR_NAME = re.compile(r"norm|ln_|embed|dropout|act|rotary|wte|wpe|^\d+$", re.IGNORECASE)
 
@@ -70,27 +66,6 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
         f"`target_modules` must be given for this architecture, there is no default for model type "
         f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(candidates) or 'none'}."
     )
-
-
-def adaptable(module: nn.Module) -> bool:
-    """Whether the method can adapt this module.
-
-    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D` and quantised linears
-    that state `in_features` and `out_features`. A module that a PEFT method already wrapped counts by
-    its base layer.
-
-    Args:
-        module: any module of a model.
-
-    Returns:
-        False for embeddings, convolutions, norms and modules that only contain linears.
-    """
-    base = base_layer_of(module)
-    if isinstance(base, _NOT_ADAPTABLE):
-        return False
-    if isinstance(base, (nn.Linear, Conv1D)):
-        return True
-    return all(isinstance(getattr(base, size, None), int) for size in ("in_features", "out_features"))
 
 
 def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modules: Targets | None = None) -> None:
@@ -164,7 +139,7 @@ def linear_shapes(
     check_target_modules(model, target_modules, exclude_modules)
     stacks = LayerStacks.of(model)
     return [
-        LinearShape(name, stacks.index(name), *_sizes(module))
+        LinearShape(name, stacks.index(name), *sizes_of(module))
         for name, module in _select(model, target_modules, exclude_modules)
     ]
 
@@ -204,33 +179,6 @@ def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
                 "of a mixture-of-experts base model in one parameter. `target_parameters` gives each of them one "
                 "LoRA. The linears are in its attention and its shared experts."
             )
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    base: Any = base_layer_of(module)
-    if isinstance(base, Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
-    # Not from the weight: quantised ones are packed.
-    return base.in_features, base.out_features
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """The module that a PEFT method wrapped, or the module itself."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
-
-
-def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` without what is inside a module that a PEFT method wrapped."""
-    wrapped: list[str] = []
-    for name, module in model.named_modules():
-        if wrapped and name.startswith(wrapped[-1]):
-            continue
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            wrapped.append(name + ".")
-        if name:
-            yield name, module
 
 
 def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mola.errors import MolaError
-from mola.files.reading import check_regular, parse_json
+from mola.files.reading import check_regular, first_repeated, parse_json
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 # What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.
@@ -115,14 +115,9 @@ def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
 
 
 def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Plain JSON would keep the last of two equal keys in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice in one object"
-        )
-    return found
+    if (name := first_repeated(name for name, _ in pairs)) is not None:
+        raise ValueError(f"the name {name!r} is there twice in one object")
+    return dict(pairs)
 
 
 def _check_names(names: Sequence[str], place: Path) -> None:

@@ -50,6 +50,8 @@ class Merge:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.replaced: set[str] = set()
+        self._with_id = reads_prompts(task)
+        self._not_read = {*PROMPT_COLUMNS, "answer"} - {*task.columns}
 
     def __call__(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
         """The merged row.
@@ -57,14 +59,13 @@ class Merge:
         Raises:
             MolaError: the task reads prompts, and the row has them as `mola prepare` writes them.
         """
-        with_id = reads_prompts(self.task)
-        if with_id and {"id", *PROMPT_COLUMNS} <= row.keys():
+        if self._with_id and {"id", *PROMPT_COLUMNS} <= row.keys():
             raise MolaError(
                 f"`data` must be rows that did not go through the task `{self.task.name}` before: {row['id']!r} has "
                 "`id`, `input`, `instruction` and `output`, as `mola prepare` writes them. Pass the source."
             )
-        merged = merged_row(row, example, with_id)
-        for name in {*PROMPT_COLUMNS, "answer"} - {*self.task.columns}:
+        merged = merged_row(row, example, self._with_id)
+        for name in self._not_read:
             if row.get(name) not in (None, "") and merged[name] != row[name]:
                 self.replaced.add(name)
         return merged

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mola.architecture.allocation import effective_top_k
+from mola.architecture.linears import adaptable
 from mola.architecture.notation import resolve_per_layer
-from mola.architecture.targets import adaptable
 from mola.checkpoints.conversion_report import ConvertReport
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.moe_peft import read_moe_peft

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 
-from mola.architecture.targets import base_layer_of
+from mola.architecture.linears import base_layer_of
 from mola.exporting.calibration import Calibration, token_ids
 from mola.exporting.low_rank import solve, square_root
 from mola.exporting.moments import (

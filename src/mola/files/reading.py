@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,12 @@ BoundedLoader.add_implicit_resolver(
 )
 BoundedLoader.add_implicit_resolver(_REPLACED_TAGS[2], re.compile("^[-+]?[0-9]+$"), list("-+0123456789"))
 BoundedLoader.add_constructor(_REPLACED_TAGS[2], lambda loader, node: int(node.value))
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there twice: plain JSON would keep the last of two equal keys in silence."""
+    counts = Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[str]:

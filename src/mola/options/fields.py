@@ -2,13 +2,12 @@
 
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.reading import parse_json
+from mola.files.reading import first_repeated, parse_json
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -109,11 +108,8 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 
 def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Plain JSON would keep the last of two equal keys in silence."""
-    counts = Counter(key for key, _ in pairs)
-    for key in counts:
-        if counts[key] > 1:
-            raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
+    if (key := first_repeated(key for key, _ in pairs)) is not None:
+        raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
     return dict(pairs)
 
 

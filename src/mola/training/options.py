@@ -198,13 +198,17 @@ class TrainOptions(Quantization, TrainingArguments):
 
     def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
         check_quantization(self, device, dtype)
-        mixed = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
-        check_mixed_precision(self, DTYPES[mixed] if mixed else None)
+        check_mixed_precision(self, self.mixed_dtype)
         if self.on_loading and self.torch_compile:
             raise MolaError(
                 "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
                 "Leave it out."
             )
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """Format of products in mixed precision; None without it."""
+        return DTYPES["bfloat16"] if self.bf16 else DTYPES["float16"] if self.fp16 else None
 
     def to_dict(self) -> dict[str, Any]:
         """All options, for records and trackers; secrets are masked."""

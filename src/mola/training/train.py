@@ -97,8 +97,8 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     with whole_weights():
         model = build_model(options, run.checkpoint)
     if options.process_index == 0:
-        precision = torch.float16 if options.fp16 else torch.bfloat16
-        with torch.autocast(options.device.type, precision, enabled=options.bf16 or options.fp16):  # as in the run
+        mixed = options.mixed_dtype
+        with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
             for choice in kernels_report(model, modes=["training"]):
                 logger.info("Kernels, %s", choice)
     interruption = Interruption()

@@ -18,8 +18,9 @@ from torch import nn
 from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.linears import adaptable
 from mola.architecture.parameters import find_stacks
-from mola.architecture.targets import adaptable, resolve_target_modules
+from mola.architecture.targets import resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear

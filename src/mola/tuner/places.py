@@ -10,8 +10,8 @@ from torch import nn
 
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.linears import adaptable, base_layer_of
 from mola.architecture.patterns import check_matches
-from mola.architecture.targets import adaptable, base_layer_of
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.initialization import check_shapes

@@ -19,6 +19,7 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.added_loss import LossSigns, add_loss
 from mola.tuner.config import MolaConfig
+from mola.tuner.labels import labels_of
 from mola.tuner.layer import MolaLinear
 from mola.tuner.router_statistics import (
     RouterOutput,
@@ -32,14 +33,6 @@ from mola.tuner.router_warnings import RouterWarnings
 
 Stacks = list[tuple[list[int | None], RouterStatistics]]  # of routers: their decoder layers, and what they gave
 _ATTRIBUTE = "_mola_router_losses"
-_UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-# By `loss_type` of Transformers' models, for adapters without a task type; PEFT has none for masked language models.
-_TASKS_OF_LOSSES = {
-    "ForMaskedLM": "FEATURE_EXTRACTION",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 class RouterLosses:
@@ -109,9 +102,7 @@ class RouterLosses:
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
             inputs = call_arguments(module, args, kwargs)
-            tasks = {config.task_type or _task_of(self.model) for config in configs}
-            unshifted = not tasks.isdisjoint(_UNSHIFTED_TASKS)
-            self._follows_items = not unshifted or ("SEQ_2_SEQ_LM" in tasks and _uses_loss_function(self.model))
+            unshifted, self._follows_items = labels_of(self.model, [config.task_type for config in configs])
             self._set_masks(inputs, unshifted=unshifted)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -296,19 +287,6 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.to(values[0].device) for each in values]).mean()
-
-
-def _task_of(model: nn.Module) -> str | None:
-    """The task type that a model is for; None for a causal language model, and where it does not tell."""
-    task = _TASKS_OF_LOSSES.get(getattr(model, "loss_type", None) or "")
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return task or ("SEQ_2_SEQ_LM" if is_encoder_decoder else None)
-
-
-def _uses_loss_function(model: nn.Module) -> bool:
-    """Whether it computes its loss as causal models do (T5Gemma); others (T5, BART) take the mean in any case."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
 
 
 def _wants_loss(config: MolaConfig) -> bool:

@@ -33,11 +33,16 @@ def begin_or_go_on(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> No
             f"{str(place)!r} is not empty, and no readable {path.name} beside it says what it was begun with. Delete "
             "it, or pass another `output_dir`."
         )
-    for part, new in wanted.items():
-        old = found.get(part) or {}
-        name = first_difference(old, new)
-        if name is not None:
-            raise MolaError(
-                f"{str(place)!r} was begun with another {part} `{name}`: {old.get(name)!r}, now {new.get(name)!r}. Use "
-                "the same, delete it, or pass another `output_dir`."
-            )
+    if change := first_change(found, wanted):
+        raise MolaError(
+            f"{str(place)!r} was begun with another {change}. Use the same, delete it, or pass another `output_dir`."
+        )
+
+
+def first_change(old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first difference of two identities as text, such as "setting `r`: 8, now 4"; None if there is none."""
+    for part, values in new.items():
+        before = old.get(part) or {}
+        if (name := first_difference(before, values)) is not None:
+            return f"{part} `{name}`: {before.get(name)!r}, now {values.get(name)!r}"
+    return None

@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.files.atomic import check_writable
 from mola.files.reading import read_json
 from mola.files.schema import ANYTHING, INTEGER, NUMBER, TEXT, check_form
-from mola.options.fields import first_difference
+from mola.studies.comparison.begun import first_change
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 
@@ -131,12 +131,8 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
         if run is None:
             continue  # of another task, recipe or seed: it is kept
         identity = json.loads(json.dumps(run.base_identity if result.recipe == BASE else run.identity))
-        for part, new in identity.items():
-            old = _part(result, part, new)
-            name = first_difference(old, new)
-            if name is not None:
-                raise MolaError(
-                    f"the result of {result.key} was made with another {part} `{name}`: {old.get(name)!r}, now "
-                    f"{new.get(name)!r}. Use the same, rename the recipe, take that entry out of the `record`, or "
-                    "pass another one."
-                )
+        if change := first_change({part: _part(result, part, new) for part, new in identity.items()}, identity):
+            raise MolaError(
+                f"the result of {result.key} was made with another {change}. Use the same, rename the recipe, take "
+                "that entry out of the `record`, or pass another one."
+            )
