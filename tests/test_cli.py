@@ -327,7 +327,8 @@ def test_recipe_words_and_numbers(tmp_path, text, value):
     (tmp_path / "r.yaml").write_text(f"key: {text}", encoding="utf-8")
     read = read_recipe(str(tmp_path / "r.yaml"))["key"]
     assert read == value
-    assert type(read) is type(value)
+    assert isinstance(read, type(value))
+    assert isinstance(read, bool) == isinstance(value, bool)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +377,15 @@ def test_integers_of_a_recipe_are_those_of_yaml_1_2(tmp_path):
     options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
     assert (options.output_dir, options.run_name, options.seed) == ("2024_05_01", "12:30", 10)
     assert (options.num_experts, options.r) == ("16,", "4,8")
+
+
+def test_text_of_a_recipe_that_looks_like_a_number_stays_as_written(tmp_path):
+    text = "output_dir: 007\nrun_name: 1e3\nlearning_rate: 1e-4\nmax_steps: 010\nr: [04]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
+    assert (options.output_dir, options.run_name) == ("007", "1e3")
+    assert (options.learning_rate, options.max_steps) == (1e-4, 10)
+    assert options.r == "04,"
 
 
 def test_first_word_of_prepare_is_its_task():

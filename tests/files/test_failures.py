@@ -1,5 +1,6 @@
 """Errors of libraries that are no bugs: real ones, of this machine's memory and files."""
 
+import contextlib
 import errno
 import json
 import resource
@@ -107,6 +108,8 @@ def test_training_without_enough_memory_says_what_to_do(tiny_model_dir, tmp_path
         "max_steps": 1,
         "warmup_steps": 0,
     }
+    with contextlib.suppress(ImportError):
+        import numba  # noqa: F401  # first imported under the limit it stays broken for the rest of the process
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     at_most(resource.RLIMIT_AS, used + (300 << 20))
     assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 2

@@ -15,7 +15,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def weights_identity(base_model: str | os.PathLike[str]) -> str:
-    """Sha256 over the weight files of a folder; of a model on the hub, its name and commit.
+    """Sha256 over the weight files of a folder, "" if it has none; of a model on the hub, its name and commit.
 
     Files are read once in a process, unless they change.
     """
@@ -24,6 +24,8 @@ def weights_identity(base_model: str | os.PathLike[str]) -> str:
         commit = extract_commit_hash(cached_file(str(base_model), CONFIG_NAME), None)
         return f"{base_model}@{commit}"
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+    if not files:
+        return ""
     digests = {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 

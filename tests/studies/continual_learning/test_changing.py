@@ -122,6 +122,25 @@ def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_
     assert (result.status, result.base["words"]["correct"] >= 0) == ("finished", True)
 
 
+def test_other_weights_of_the_base_model_are_refused(begun, base_model):
+    folder, options = begun
+    before = contents(folder)
+    weights = base_model / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    try:
+        with pytest.raises(MolaError, match="stage `physics` was begun with other weights than those in `base_model`"):
+            continual(ContinualOptions(**options))
+    finally:
+        weights.write_bytes(kept)
+    assert contents(folder) == before
+    record = read(folder / "continual.json")
+    known = record.pop("base_model_weights")
+    (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
+    assert continual(ContinualOptions(**{**options, "stages": FIRST_TWO})).status == "finished"
+    assert read(folder / "continual.json")["base_model_weights"] == known
+
+
 @pytest.mark.parametrize("change", [{"folder": 3}, {"settings": []}, {"data_fingerprints": None}])
 def test_a_record_of_another_form_is_refused(begun, change):
     folder, options = begun

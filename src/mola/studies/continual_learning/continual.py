@@ -8,7 +8,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from mola.files.atomic import atomic_write_json
 from mola.files.digests import weights_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import table_console
+from mola.models.identity import weights_identity
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.continual_learning.record import (
+    BASE_KEY,
     EVALUATION_FOLDER,
     RECORD_FILE,
     START_FOLDER,
     START_KEY,
     adapter_sha256,
+    check_same_base,
     check_same_sequence,
     check_same_start,
     clear_sequence,
@@ -72,9 +75,12 @@ def continual(options: ContinualOptions) -> ContinualResult:
     check_same_sequence(before, stages, folder)
     start = None if options.adapter is None else weights_sha256(options.adapter)
     check_same_start(before, stages[0], start)
-    if before.get(START_KEY) != start:
+    now = weights_identity(stages[0].options.base_model or "")
+    check_same_base(before, stages[0], now)
+    weights = {START_KEY: start, BASE_KEY: now or before.get(BASE_KEY, "")}
+    if before.get(START_KEY) != start or before.get(BASE_KEY, weights[BASE_KEY]) != weights[BASE_KEY]:
         clear_tests(folder / START_FOLDER)  # of other weights
-    sequence = _Sequence(options, stages, stage_entries(stages, record), start)
+    sequence = _Sequence(options, stages, stage_entries(stages, record), weights)
     with signals_as_interrupt():
         return sequence.run()
 
@@ -101,12 +107,12 @@ class _Sequence:
         options: ContinualOptions,
         stages: Sequence[Stage],
         entries: list[dict[str, Any]],
-        start_sha256: str | None,
+        weights: Mapping[str, str | None],
     ) -> None:
         self.options = options
         self.stages = stages
         self.entries = entries
-        self.start_sha256 = start_sha256
+        self.weights = weights
         self.folder = Path(options.output_dir or "")
         self.start = time.perf_counter()
         self.result = ContinualResult(str(self.folder), "running", [stage.name for stage in stages], None, [], 0.0)
@@ -171,7 +177,7 @@ class _Sequence:
             **asdict(self.result),
             **more,
             "stages": self.entries,
-            START_KEY: self.start_sha256,
+            **self.weights,
             "command": without_token(sys.argv, self.options.hub_token),
             "settings": self.options.to_dict(),
             "versions": software_versions(),

@@ -25,6 +25,7 @@ RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
+BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
 _ADAPTER_FILE = "adapter_model.safetensors"
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
@@ -128,6 +129,19 @@ def check_same_start(record: Mapping[str, Any], first: Stage, start: str | None)
         raise MolaError(
             f"stage `{first.name}` was begun from other weights than those in `adapter`, {first.options.adapter!r}, "
             f"now. Put them back, delete {str(first.folder)!r} and the later ones, or pass another `output_dir`."
+        )
+
+
+def check_same_base(record: Mapping[str, Any], first: Stage, weights: str) -> None:
+    """Refuse to go on if the first stage was begun with other weights of the base model than there are now.
+
+    Where there are none now (""), a finished sequence can still be read.
+    """
+    if weights and record.get(BASE_KEY, weights) != weights and not is_empty(first.folder):
+        raise MolaError(
+            f"stage `{first.name}` was begun with other weights than those in `base_model`, "
+            f"{first.options.base_model!r}, now. Put them back, delete {str(first.folder)!r} and the later ones, or "
+            "pass another `output_dir`."
         )
 
 
