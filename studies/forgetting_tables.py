@@ -12,7 +12,7 @@ from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.tables import interval_cell, p_cell
 
-NO_RESULT = "No sequence has been run yet: there is no result."
+NO_RESULT = "There is no result yet."
 MEASURES = {"op": "OP", "pd": "PD"}
 _LEAST = {"op": 0.0, "pd": -1.0}  # of a sequence; the most is 1
 Runs = dict[int, Mapping[str, Any]]  # of one recipe, by seed, which has an order of its own

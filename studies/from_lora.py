@@ -138,7 +138,9 @@ def table(record: Mapping[str, Any]) -> str:
     """Means over seeds, and by how much the mixture of the LoRAs is ahead, in Markdown."""
     heads = ("", "steps", "trained values", "loss", "accuracy", "mixture of the LoRAs less this: loss", "points")
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * 6]
-    runs = {name: sorted((r for r in record["runs"] if r["name"] == name), key=lambda r: r["seed"]) for name in RUNS}
+    found = {name: {run["seed"]: run for run in record["runs"] if run["name"] == name} for name in RUNS}
+    seeds = sorted(set.intersection(*map(set, found.values())))  # whole ones
+    runs = {name: [by_seed[seed] for seed in seeds] for name, by_seed in found.items()}
 
     def measured(name: str, end: int) -> tuple[np.ndarray, np.ndarray]:
         marks = np.array([[float(mark) for mark in run["marks"][end]] for run in runs[name]])
@@ -154,10 +156,13 @@ def table(record: Mapping[str, Any]) -> str:
             # What has not learned all kinds stands beside the mixture before its first step.
             our_loss, our_marks = measured("made", 0 if end == 0 or name in KINDS else -1)
             points = paired_difference(our_marks, marks)
-            values = [(our_loss - loss).mean(), *t_interval(our_loss - loss)]
-            cells[5] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*values)
-            values = [100 * each for each in (points.value, *(points.seeds_95 or (points.value,) * 2))]
-            cells[6] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*values)
+            less = our_loss - loss
+            cells[5] = f"{less.mean():+.3f}" + (
+                "" if len(less) < 2 else " ({:+.3f} to {:+.3f})".format(*t_interval(less))
+            )
+            cells[6] = f"{100 * points.value:+.1f}"
+            if points.seeds_95:
+                cells[6] += " ({:+.1f} to {:+.1f})".format(*(100 * each for each in points.seeds_95))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from studies.routing_worth_tables import NOTE, key_of, markdown, tables
+from studies.routing_worth_tables import key_of, markdown, note_of, tables
 
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
@@ -59,6 +59,7 @@ class WorthOptions:
     page: str | None = option(
         None, "When all is done, also write the tables into this page, between its two marker comments."
     )
+    tasks: list[str] | None = option(None, "Tasks whose mixtures are exported; default: all.")
     recipes: list[str] | None = option(None, "Recipes to export; default: all with a layer of several experts.")
     seeds: list[int] | None = option(None, "Seeds to export; default: all.")
     rank: int = option(8, "Rank of the LoRAs.")
@@ -74,7 +75,7 @@ class Study:
         if options.fit_rows < 2:
             raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
         self.mixtures, self.folders = _mixtures(options.record, options.runs)
-        for name, wanted in (("recipe", options.recipes), ("seed", options.seeds)):
+        for name, wanted in (("task", options.tasks), ("recipe", options.recipes), ("seed", options.seeds)):
             known = {getattr(key, name): None for key in self.mixtures}
             for each in wanted or ():
                 if each not in known:
@@ -84,7 +85,8 @@ class Study:
                     )
         if not self._chosen():
             raise MolaError(
-                f"`record` must hold a mixture of these `recipes` and `seeds`: {_names(options.record)} has none."
+                "`record` must hold a mixture of these `tasks`, `recipes` and `seeds`: "
+                f"{_names(options.record)} has none."
             )
         check_writable(self.output)
         self.entries = self._read()
@@ -97,9 +99,8 @@ class Study:
         return [key for key in self._chosen() if key not in done]
 
     def _chosen(self) -> list[Key]:
-        recipes, seeds = self.options.recipes, self.options.seeds
-        chosen = [key for key in self.mixtures if recipes is None or key.recipe in recipes]
-        return [key for key in chosen if seeds is None or key.seed in seeds]
+        wanted = self.options.tasks, self.options.recipes, self.options.seeds
+        return [key for key in self.mixtures if all(w is None or k in w for k, w in zip(key, wanted, strict=True))]
 
     def do_all(self) -> None:
         """What nobody has done or is doing; then wait for the others, and do what they leave."""
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             table.add_row(*map(escape, row))
         table_console().print(table)
-    print(f"{NOTE} Everything is in {options.output}")
+    print(f"{note_of(study.entries)} Everything is in {options.output}")
     return 0
 
 

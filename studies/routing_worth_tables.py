@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
@@ -13,15 +14,22 @@ from mola.evaluation.differences import paired_difference
 from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.options import Key
+from mola.studies.comparison.tables import few_seeds
 
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
 _COLUMNS += ("least", "most", "KL")
 _QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
 NOTE = (
     "Accuracy in per cent, LoRA less mixture in points, on the same questions; its interval is for other seeds and "
-    "other questions (of one seed for other questions), the verdict allows for all rows. Least and most: of one seed. "
-    "KL(mixture || LoRA): nats per token of held-out training answers."
+    "other questions (of one seed for other questions), the verdict allows for all rows of its task. Least and "
+    "most: of one seed. KL(mixture || LoRA): nats per token of held-out training answers."
 )
+
+
+def note_of(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What the tables mean."""
+    seeds = Counter(key_of(entry)[:2] for entry in entries)
+    return " ".join([NOTE, *few_seeds(seeds.values())])
 
 
 def key_of(entry: Mapping[str, Any]) -> Key:
@@ -32,11 +40,11 @@ def key_of(entry: Mapping[str, Any]) -> Key:
 def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
     """Head and rows: of every task and recipe, and of all runs' differences."""
     rows, all_points = [], []
-    recipes = len({key_of(entry)[:2] for entry in entries})
+    recipes = Counter(task for task, _ in {key_of(entry)[:2] for entry in entries})
     for (task, recipe), group in groupby(sorted(entries, key=key_of), key=lambda entry: key_of(entry)[:2]):
         runs = list(group)
         lora, mixture = (np.stack([as_numbers(run[name]) for run in runs]) for name in ("marks", "mixture"))
-        difference = paired_difference(lora, mixture, recipes)
+        difference = paired_difference(lora, mixture, recipes[task])
         points = 100 * (lora - mixture).mean(1)
         all_points += list(points)
         ends = difference.both_95 or difference.questions_95
@@ -53,7 +61,7 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], li
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The tables for a page."""
-    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), NOTE, _effort(entries)])
+    return "\n\n".join([*(markdown_table(*each) for each in tables(entries)), note_of(entries), _effort(entries)])
 
 
 def _effort(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from studies.routing_worth import main
-from studies.routing_worth_tables import markdown, tables
+from studies.routing_worth_tables import markdown, note_of, tables
 
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
@@ -132,6 +132,16 @@ def test_the_tables_are_means_and_quantiles_of_the_marks():
     ]
 
 
+def test_verdicts_allow_for_the_rows_of_a_task():
+    marks = {"marks": "1100", "mixture": "1000", "kl": 0.5, "seconds": {"testing": 1.0}, "machine": {}}
+    entries = [{"task": "t", "recipe": each, "seed": seed, **marks} for each in "ab" for seed in range(2)]
+    alone = tables(entries)[0][1]
+    others = [{**entry, "task": "u"} for entry in entries] + [{**entries[0], "task": "u", "recipe": "c"}]
+    assert tables([*entries, *others])[0][1][:2] == alone
+    assert "Fewer than 5 seeds" in note_of(entries)
+    assert "Fewer" not in note_of([{**entry, "seed": seed} for entry in entries for seed in range(5)])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -158,6 +168,7 @@ def test_entries_of_another_comparison_are_refused(changed, message, words, comp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--tasks", "cola"], "`tasks` must be of mixtures in .* got 'cola': there is physics."),
         (["--recipes", "lora"], "`recipes` must be of mixtures in .* got 'lora': there is 2468."),
         (["--seeds", "7"], "`seeds` must be of mixtures in .* got 7: there is 0, 1."),
         (["--fit_rows", "1"], "`fit_rows` must be at least 2, .* got 1."),
@@ -185,7 +196,9 @@ def test_mixtures_of_several_comparisons_stand_in_one_record(words, tmp_path, ca
     assert "physics/2468/seed-0 is in" in capsys.readouterr().err
     (second / "physics").rename(second / "mechanics")
     change(second / "compare.json", lambda content: [run.update(task="mechanics") for run in content["runs"]])
-    assert main([*flags, *more, "--seeds", "1"]) == 0
+    assert main([*flags, *more, "--seeds", "1", "--tasks", "physics"]) == 0
+    shutil.rmtree(first / "physics")  # no folder but of those that are asked for is needed
+    assert main([*flags, *more, "--seeds", "1", "--tasks", "mechanics"]) == 0
     entries = read(output)["runs"]
     assert [(each["task"], each["seed"]) for each in entries] == [("physics", 1), ("mechanics", 1)]
     assert entries[0]["marks"] == entries[1]["marks"]
@@ -235,8 +248,9 @@ def test_two_processes_share_the_work(words):
 
 
 def test_the_page_has_the_tables_of_the_record():
+    """Of all tasks, or of those before one that is still being done."""
     between = PAGE.read_text(encoding="utf-8").partition("<!-- tables -->\n")[2].partition("<!-- /tables -->")[0]
-    wanted = {"There is no result yet."}  # also while a part of the mixtures is in the record
-    if RECORD.exists():
-        wanted.add(markdown(read(RECORD)["runs"]))
-    assert between.strip() in wanted
+    entries = read(RECORD)["runs"]
+    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
+    finished = [tasks[: number + 1] for number in range(len(tasks))]
+    assert between.strip() in [markdown([each for each in entries if each["task"] in some]) for some in finished]

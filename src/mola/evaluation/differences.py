@@ -174,7 +174,7 @@ def _interval(value: float, spread: Spread, parts: Sequence[Part], level: float)
     reach = sum(part.reach for part in parts)
     spread = _with_unseen(spread, parts)
     half = float(stats.t.ppf((1 + level) / 2, spread.df)) * spread.error
-    half = max(half, _unseen_share(math.log((1 - level) / 2), parts))
+    half = max(half, unseen_share(level, parts))
     return max(value - half, -reach), min(value + half, reach)
 
 
@@ -198,6 +198,11 @@ def _with_unseen(spread: Spread, parts: Sequence[Part]) -> Spread:
     total = spread.error**2 + known
     df = total**2 * spread.df / spread.error**4 if spread.error**4 > 0 else math.inf
     return Spread(math.sqrt(total), df)
+
+
+def unseen_share(level: float, parts: Sequence[Part]) -> float:
+    """How far questions of which none was seen may move the mean, two-sided: no interval at this level is narrower."""
+    return _unseen_share(math.log((1 - level) / 2), parts)
 
 
 def _unseen_share(log_level: float, parts: Sequence[Part]) -> float:

@@ -437,6 +437,10 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path):
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
         ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set by the task"),
+        (
+            {"recipes": {"a": {}, "b": {"test_limit": 4}}},
+            "task `physics`: the recipes 'a' and 'b' must have the same test questions, got 8 and 4",
+        ),
         ({"recipes": {"a": {"learning_rate": -1}}}, "recipe `a`: `learning_rate`"),
         ({"recipes": {"a": {"allocate": {"method": "triangle"}}}}, "must have `method` and `budget`"),
         ({"recipes": {"a": {"num_experts": "2", "allocate": {"method": "uniform", "budget": 8}}}}, "Leave one out"),

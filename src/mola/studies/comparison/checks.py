@@ -92,7 +92,21 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
             settings["test_every"] = options.test_every
         test, allocation, probe, data = tests[place]
         runs.append(Run(key, run_options, test, allocation, probe, options.test_every, settings, *data))
+    _check_same_questions(runs)
     return runs
+
+
+def _check_same_questions(runs: Sequence[Run]) -> None:
+    """Refuse recipes that are tested on other questions than the first: they would be compared answer by answer."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        first = firsts.setdefault(run.key.task, run)
+        if run.fingerprints["test"] != first.fingerprints["test"]:
+            raise MolaError(
+                f"task `{run.key.task}`: the recipes {first.key.recipe!r} and {run.key.recipe!r} must have the same "
+                f"test questions, got {first.num_questions} and {run.num_questions}. Set what chooses them (`filters`, "
+                "`task`, `test_limit`...) in `tasks`."
+            )
 
 
 def check_search(searched: Sequence[Run], runs: Sequence[Run]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from mola.evaluation.differences import MeanSquares
+from mola.evaluation.differences import MeanSquares, Part, unseen_share
 
 _MOST_SEEDS = 1000
 
@@ -45,7 +45,8 @@ def seeds_needed(
     With `S` seeds the difference of one recipe to the reference has the standard error
         sqrt(s^2_seeds / S + s^2_questions / Q + s^2_rest / (S Q) + 2 / Q^2)
     (the last for questions of another matter, as intervals have it), and is tested two-sided at
-    `(1 - level) / comparisons` with `S - 1` degrees of freedom (noncentral t).
+    `(1 - level) / comparisons` with `S - 1` degrees of freedom (noncentral t). It has to be above what so few questions
+    cannot exclude, too, see `unseen_share`.
 
     Args:
         margin: the true difference.
@@ -58,11 +59,14 @@ def seeds_needed(
     Returns:
         The number, or None if 1,000 are not enough: then it takes more questions.
     """
+    least = unseen_share(1 - (1 - level) / comparisons, [Part(questions, 1.0)])
+    if margin <= least:
+        return None
     for seeds in range(2, _MOST_SEEDS + 1):
         error = math.sqrt(parts.between_seeds(questions) / seeds + parts.questions / questions + 2 / questions**2)
         bound = float(stats.t.ppf(1 - (1 - level) / (2 * comparisons), seeds - 1))
         with np.errstate(divide="ignore"):  # SciPy 1.13 divides by zero far from the mean, and gives 0 all the same
-            reached = float(stats.nct.sf(bound, seeds - 1, margin / error))
+            reached = float(stats.nct.sf(max(bound, least / error), seeds - 1, margin / error))
         if reached >= power:
             return seeds
     return None

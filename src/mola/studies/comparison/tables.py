@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from statistics import fmean, median
 
@@ -64,12 +64,17 @@ def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:
     """What the tables mean, with what these rows make necessary to say; `mark` stands around names of recipes."""
     sentences = [NOTE.format(reference=f"{mark}{reference}{mark}")]
     sentences += _equal_budgets(rows, reference, mark)
-    if any(row.difference and row.difference.seeds < _FEW_SEEDS for row in rows):
-        sentences.append(
-            f"Fewer than {_FEW_SEEDS} seeds hardly tell how much seeds differ: intervals are too narrow, and verdicts "
-            "too sure, in more than 5 % of such studies."
-        )
-    return " ".join(sentences)
+    return " ".join([*sentences, *few_seeds(row.difference.seeds for row in rows if row.difference)])
+
+
+def few_seeds(seeds: Iterable[int]) -> list[str]:
+    """A sentence, if one of these numbers of seeds is so low that intervals over them say too much."""
+    if all(number >= _FEW_SEEDS for number in seeds):
+        return []
+    return [
+        f"Fewer than {_FEW_SEEDS} seeds hardly tell how much seeds differ: intervals are too narrow, and verdicts "
+        "too sure, in more than 5 % of such studies."
+    ]
 
 
 def _equal_budgets(rows: Sequence[Row], reference: str, mark: str) -> list[str]:
