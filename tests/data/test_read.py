@@ -145,7 +145,9 @@ def test_other_folder_says_what_it_holds(tmp_path):
             call(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["missing", "data/missing.jsonl", "a/b/c", "data/x.json.gz", "../up", "d/e.hf"])
+@pytest.mark.parametrize(
+    "path", ["missing", "data/missing.jsonl", "a/b/c", "a/b:", "a/b:c/d", "data/x.json.gz", "../up", "d/e.hf"]
+)
 def test_missing_path_is_not_looked_up_on_the_hub(path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     for call in (read_rows, split_names):
@@ -156,16 +158,19 @@ def test_missing_path_is_not_looked_up_on_the_hub(path, monkeypatch):
 def test_hub_name_is_passed_to_datasets(monkeypatch):
     asked = []
 
-    def load(name, split=None):
-        asked.append((name, split))
+    def load(*names, split=None):
+        asked.append((*names, split))
         dataset = datasets.Dataset.from_list(ROWS)
         return dataset if split else datasets.DatasetDict(train=dataset, test=dataset)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: [name, "train"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: [*names, "train"])
     assert read_rows("owner/name-1.0", "train") == ROWS
     assert asked == [("owner/name-1.0", "train")]
     assert split_names("owner/name-1.0") == ["owner/name-1.0", "train"]
+    assert read_rows("owner/name:cola", "train") == ROWS
+    assert asked[1:] == [("owner/name", "cola", "train")]
+    assert split_names("owner/name:cola") == ["owner/name", "cola", "train"]
     with pytest.raises(MolaError, match="must be one of train, test .* Choose one."):
         read_rows("owner/name-1.0")
 

@@ -195,7 +195,9 @@ def test_command_prints_the_text_alone(stream, options, tiny_model, tiny_tokeniz
         (None, None, "alpaca"),
     ],
 )
-def test_an_adapter_is_asked_in_the_prompts_of_its_training(place, asked, used, options, tiny_model, tmp_path, capsys):
+def test_an_adapter_is_asked_in_the_prompts_of_its_training(
+    place, asked, used, options, tiny_model, tmp_path, capsys, caplog
+):
     """As `run.json` has it, in the adapter's folder or above a checkpoint."""
     torch.manual_seed(0)
     config = MolaConfig(num_experts=2, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -205,6 +207,7 @@ def test_an_adapter_is_asked_in_the_prompts_of_its_training(place, asked, used, 
         (tmp_path / "run.json").write_text('{"template": "alpaca_short"}', encoding="utf-8")
     options.adapter, options.template, options.instruction = str(adapter), asked, "Add."
     assert main(options) == 0
+    assert ("does not say in which prompts it was trained" in caplog.text) == (place is None)
     said = capsys.readouterr().out
     options.instruction, options.prompt = None, get_template(used).prompt("Add.")
     assert main(options) == 0

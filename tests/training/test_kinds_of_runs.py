@@ -1,6 +1,7 @@
 """What a run can be: trained on from an adapter, checkpointed, accumulated, with options of the trainer and of PEFT."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mola import MolaError, TrainOptions
 from mola.cli import main
+from mola.training.setup import build_model
+from mola.training.sharding import check_sharding
 from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
 from tests.versions import needs
@@ -131,6 +135,35 @@ def test_options_of_the_trainer_and_of_peft_work(flags, tmp_path, options):
 def test_modules_to_save_are_saved(flags, tmp_path):
     assert main(flags(modules_to_save="lm_head", max_steps=2, **NO_EVALUATION)) == 0
     assert any("lm_head" in name for name in load_file(tmp_path / "run" / WEIGHTS))
+
+
+def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flags, tmp_path):
+    """In bfloat16 steps this small would be rounded away."""
+    options = {
+        "modules_to_save": "lm_head",
+        "dtype": "bfloat16",
+        "learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "max_steps": 1,
+    }
+    assert main(flags(**options, **NO_EVALUATION)) == 0
+    (head,) = (tensor for name, tensor in load_file(tmp_path / "run" / WEIGHTS).items() if "lm_head" in name)
+    assert head.dtype is torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_a_base_that_will_be_sharded_is_loaded_into_the_memory_of_the_machine(tiny_model_dir, rows_file, monkeypatch):
+    """Whatever the device of the process is: it may not have room for the whole model."""
+    monkeypatch.setattr(TrainOptions, "device", torch.device("meta"))
+    options = TrainOptions(base_model=str(tiny_model_dir), data=str(rows_file), output_dir="unused", dtype="float32")
+    monkeypatch.setattr("mola.training.setup.is_sharded", lambda options: True)
+    assert {parameter.device.type for parameter in build_model(options).parameters()} == {"cpu"}
+
+
+def test_a_quantised_base_is_not_sharded():
+    options = SimpleNamespace(fsdp=["full_shard"], world_size=2, device=torch.device("cuda"))
+    with pytest.raises(MolaError, match="`fsdp` cannot be combined with a quantised base"):
+        check_sharding(options, None, is_quantized=True)
 
 
 def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):

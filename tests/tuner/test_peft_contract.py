@@ -185,6 +185,18 @@ def test_the_reference_of_preference_trainers_starts_as_a_copy():
             assert not torch.equal(tensors["fresh"], tensors["default"])
 
 
+def test_the_reference_is_as_exact_as_the_adapter_on_a_base_in_half_precision():
+    model = get_peft_model(TwoLinears().bfloat16(), config(num_experts=3, top_k=2))
+    for layer in layers(model):
+        for tensors in (layer.mola_A, layer.mola_B):
+            tensors["default"].data += 1e-4 * torch.randn_like(tensors["default"])
+    model.add_adapter("ref", model.peft_config["default"])
+    for layer in layers(model):
+        for tensors in (layer.mola_A, layer.mola_B, layer.mola_router):
+            assert torch.equal(tensors["ref"], tensors["default"])
+            assert not tensors["ref"].requires_grad
+
+
 # ---------------------------------------------------------------------- heads of a task
 
 

@@ -102,6 +102,43 @@ def test_load_adapter_of_transformers(base, inputs, saved):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("low", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_frozen_adapters_stay_frozen_on_a_base_in_half_precision(low, base, inputs, saved):
+    """PEFT casts experts to float32, and a parameter that is made anew is a trainable one."""
+    folder, _ = saved
+    model = PeftModel.from_pretrained(clone(base).bfloat16(), folder, low_cpu_mem_usage=low)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {p.dtype for name, p in model.named_parameters() if ".mola_" in name} == {torch.float32}
+    model = get_peft_model(clone(base).bfloat16(), random_config())
+    model.load_adapter(folder, "second", low_cpu_mem_usage=low)
+    model.add_adapter("third", random_config(num_experts=3))
+    trained = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"default"}
+    model.set_adapter("second")
+    trained = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"second"}
+
+
+def test_routers_are_in_float32_whatever_the_default_is(base):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = get_peft_model(clone(base).bfloat16(), random_config(), autocast_adapter_dtype=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for name, p in model.named_parameters() if "mola_router" in name} == {torch.float32}
+
+
+def test_experts_that_were_shared_out_end_in_one_error(base, inputs):
+    """DeepSpeed leaves nothing in place of a weight that it has not gathered."""
+    model = get_peft_model(clone(base), random_config())
+    layer = next(module for module in model.modules() if isinstance(module, MolaLinear))
+    layer.mola_A["default"].data = torch.empty(0)
+    with pytest.raises(MolaError, match="DeepSpeed ZeRO-3 has shared them out"):
+        model.train()(**inputs)
+
+
 @pytest.mark.parametrize("num_experts", [1, 2])
 def test_an_offloaded_base_is_refused(num_experts, inputs, tmp_path):
     """Accelerate brings the weights of modules that are called; experts had none, or random ones."""

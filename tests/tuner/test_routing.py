@@ -127,3 +127,9 @@ def test_jitter_stays_in_its_range():
     assert (noisy >= 1.8).all()
     assert (noisy <= 2.2).all()
     assert noisy.std() > 0.05
+
+
+def test_little_jitter_of_numbers_in_half_precision_is_not_rounded_away():
+    noisy = jitter(torch.full((1000,), 2.0, dtype=torch.bfloat16), 1e-3)
+    assert noisy.std() > 1e-3
+    assert abs(noisy.mean() - 2.0) < 1e-3

@@ -331,6 +331,15 @@ def test_a_reference_is_a_copy():
     assert torch.equal(logits(model), expected)
 
 
+def test_an_offloaded_base_is_refused(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    parts = ["model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"]
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    offloaded = Auto.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "off")
+    with pytest.raises(MolaError, match=r"must not be offloaded: the weights of 'model\.layers\.1.*experts'"):
+        get_peft_model(offloaded, config(target_modules=[]))
+
+
 # ---------------------------------------------------------------------- merging
 
 
@@ -352,6 +361,16 @@ def test_merging_equals_the_adapter(kind, options):
     assert [(name, type(each)) for name, each in merged.named_modules()] == [
         (name, type(each)) for name, each in model.named_modules()
     ]
+
+
+def test_a_weight_of_two_modules_is_not_merged():
+    model = get_peft_model(
+        base(tie_word_embeddings=True), config(target_modules=[], target_parameters=["embed_tokens.weight"])
+    )
+    head = model.get_base_model().lm_head.weight.detach().clone()
+    with pytest.raises(MolaError, match="whose weight is that of"):
+        model.merge_and_unload()
+    assert torch.equal(model.get_base_model().lm_head.weight, head)
 
 
 def test_beside_a_mixture_nothing_is_merged():

@@ -59,6 +59,7 @@ def load_examples(
     return examples
 
 
+_CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
 _Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, which ids are made of
 
 
@@ -116,10 +117,11 @@ def _from_raw(
 ) -> list[dict[str, Any]]:
     if task is None:
         missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
+        columns = columns_of([row for _, row in rows])
+        chats = _CHATS if {"messages", "conversations"} & {*columns} else ""
         raise MolaError(
             f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
-            f"{', '.join(columns_of([row for _, row in rows]))}. Name the task, or prepare the data with "
-            "`mola prepare`."
+            f"{', '.join(columns)}. {chats}Name the task, or prepare the data with `mola prepare`."
         )
     kept = [(index, row) for index, row in rows if task.keeps(row)]
     if len(kept) < len(rows):

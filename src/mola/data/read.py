@@ -12,7 +12,7 @@ from typing import Any
 from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, unreadable
 from mola.errors import MolaError
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _BATCH_SIZE = 1000
 
 
@@ -21,7 +21,8 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
 
     Args:
         path: a ``.json`` (array), ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, a
-            folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``.
+            folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``, of
+            one with several configurations ``owner/name:configuration``.
         split: which split of a folder or Hub dataset; a single file has no splits and ignores it.
 
     Returns:
@@ -105,15 +106,20 @@ def split_names(path: str | Path) -> list[str]:
     import datasets
 
     try:
-        return list(datasets.get_dataset_split_names(source))
+        return list(datasets.get_dataset_split_names(*hub_dataset(source)))
     except Exception as error:  # the Hub client has no common base class
         raise _hub_error(source, error) from error
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a string that is no existing path looks like a dataset on the Hub, ``owner/name``."""
-    name = source.removesuffix(".gz")
+    """Whether a string that is no existing path looks like a dataset on the Hub, ``owner/name[:configuration]``."""
+    name = source.partition(":")[0].removesuffix(".gz")
     return _HUB_NAME.fullmatch(source) is not None and not name.endswith((*FILE_ENDINGS, ".hf"))
+
+
+def hub_dataset(source: str) -> tuple[str, ...]:
+    """``owner/name``, and the configuration if the source names one."""
+    return tuple(source.split(":"))
 
 
 def _not_there(source: str) -> MolaError:
@@ -126,7 +132,8 @@ def _not_there(source: str) -> MolaError:
 def _hub_error(source: str, error: Exception) -> MolaError:
     return MolaError(
         f"`data`: no file or folder `{source}` exists, and the Hub dataset of this name could not be loaded "
-        f"({type(error).__name__}: {error}). Check the path, or the name and the connection."
+        f"({type(error).__name__}: {error}). Check the path, or the name and the connection. Of a dataset with "
+        "several configurations pass owner/name:configuration."
     )
 
 
@@ -165,7 +172,7 @@ def _read_hub(source: str, split: str | None, columns: Collection[str] | None, i
 
     more: dict[str, Any] = {"streaming": True} if is_stream else {}
     try:
-        loaded = datasets.load_dataset(source, split=split, **more)
+        loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
         yield from _batches(_select(loaded, split, source), columns)
     except MolaError:
         raise

@@ -90,7 +90,14 @@ def _template_of(options: GenerateOptions) -> str:
         return options.template or "alpaca"
     if options.prompt is not None:
         return "alpaca"  # which is not used
-    return trained_template(options.adapter) or "alpaca"
+    trained = trained_template(options.adapter)
+    if trained is None:
+        logger.warning(
+            "%s does not say in which prompts it was trained: it is asked with the template alpaca. Pass `template`, "
+            "or the whole text as `prompt`.",
+            options.adapter,
+        )
+    return trained or "alpaca"
 
 
 def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:

@@ -2,10 +2,12 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from mola.files.reading import read_json_object
+from mola.files.reading import read_json_object, read_text
 
+_CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
 _RECORD = "run.json"  # of `mola train`
 
 logger = logging.getLogger(__name__)
@@ -32,3 +34,35 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
             "The adapter was trained with the prompt template %s and is asked with %s: --template %s asks as before.",
             *(trained, asked, trained),
         )
+
+
+def own_chat_template(adapter: str | os.PathLike[str]) -> str | None:
+    """The chat template that an adapter was trained with, as TRL leaves it beside one; None if there is none.
+
+    `mola train` leaves the base model's there, and trains in prompts of its own.
+    """
+    if trained_template(adapter) is not None:
+        return None
+    path = Path(adapter, _CHAT_TEMPLATE)
+    if path.is_file():
+        return read_text(path)
+    found = read_json_object(Path(adapter, "tokenizer_config.json")).get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def chat_templates(folders: Mapping[str, str]) -> dict[str, str]:
+    """Name -> chat template of adapters that have their own; a warning for those that were trained in no chat.
+
+    `folders`: name -> folder.
+    """
+    found = {}
+    for name, folder in folders.items():
+        if (trained := trained_template(folder)) is not None:
+            logger.warning(
+                "%r was trained with the prompt template %s. Chats are written as the base model has it: send that "
+                "template's text as `prompt` to /v1/completions.",
+                *(name, trained),
+            )
+        elif (template := own_chat_template(folder)) is not None:
+            found[name] = template
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mola.data.read import is_hub_name
+from mola.data.read import hub_dataset, is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
@@ -118,7 +118,7 @@ def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
         base_model=base if _is_on_the_hub(base) else None,
-        datasets=[data] if _is_on_the_hub(data) else None,
+        datasets=[hub_dataset(data)[0]] if _is_on_the_hub(data) else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["mola", "mixture-of-experts", "lora", "peft"],

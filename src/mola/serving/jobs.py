@@ -39,11 +39,25 @@ class Job:
 
 
 class JobMaker:
-    """Makes jobs for one loaded model; `adapters`: name in requests -> the model's name for it, None for the base."""
+    """Makes jobs for one loaded model.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, str | None], limits: Limits) -> None:
+    Args:
+        tokenizer: of the base model.
+        adapters: name in requests -> the model's name for it, None for the base.
+        limits: of a request.
+        chat_templates: the model's name for an adapter -> its own; the others have the base model's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Mapping[str, str | None],
+        limits: Limits,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self.adapters = dict(adapters)
+        self.chat_templates = dict(chat_templates or {})
         self._limits = limits
         self._special = special_tokens(tokenizer)
         self._before = list(
@@ -103,7 +117,7 @@ class JobMaker:
             )
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         jobs: list[Job] = []
-        for ids in self._encode(request):
+        for ids in self._encode(request, adapter):
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
             for _ in range(count):
                 sampling = Sampling(
@@ -116,20 +130,23 @@ class JobMaker:
                 jobs.append(Job(adapter, ids, sampling, request.stops()))
         return jobs
 
-    def _encode(self, request: AnswerRequest) -> list[list[int]]:
+    def _encode(self, request: AnswerRequest, adapter: str | None) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
             return predicting.encode_prompts(self._tokenizer, request.prompts())
         assert isinstance(request, ChatRequest)
-        if not self._tokenizer.chat_template:
+        template = None if adapter is None else self.chat_templates.get(adapter)
+        if not (template or self._tokenizer.chat_template):
             raise RequestError(
                 400,
-                "this base model has no chat template, so `messages` have no form it knows. Send the text itself as "
-                "`prompt` to /v1/completions.",
+                "there is no chat template of base model or adapter, so `messages` have no form they know. Send the "
+                "text itself as `prompt` to /v1/completions.",
                 param="messages",
             )
         messages = [message.plain() for message in request.messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
         except TemplateError as error:
             raise RequestError(
                 400, f"`messages` do not fit the model's chat template: {error}", param="messages"

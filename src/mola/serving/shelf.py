@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from mola._compat import set_adapter_to_infer
 from mola.generation.batching.forward import Adapters
 from mola.models.adapters import attach, changes_base, check_adapter
+from mola.models.prompts import own_chat_template
 from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
@@ -57,6 +58,7 @@ class Shelf:
                 "`--adapter`.",
                 param="lora_path",
             )
+        template = await run_in_threadpool(own_chat_template, folder)
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
         await self._queue.call(functools.partial(self._attach, inside, folder))
@@ -66,6 +68,8 @@ class Shelf:
             await self._queue.remove(inside)
             raise
         before = self._jobs.adapters.get(name)
+        if template is not None:
+            self._jobs.chat_templates[inside] = template
         self._jobs.adapters[name] = inside
         if before is not None:
             await self._queue.remove(before)

@@ -29,7 +29,7 @@ from mola.training.setup import (
     load_tokenizer_for,
     stores_packed,
 )
-from mola.training.sharding import check_sharding
+from mola.training.sharding import check_sharding, is_sharded
 from mola.training.zero import check_deepspeed, uses_deepspeed
 from mola.tuner.kernels.dispatch import forced_backend
 
@@ -59,7 +59,7 @@ def check_run(options: TrainOptions) -> CheckedRun:
             options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
         )
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
-    check_sharding(options, checkpoint)
+    check_sharding(options, checkpoint, is_quantized=is_sharded(options) and stores_packed(options))
     if uses_deepspeed(options):
         check_deepspeed(options, is_quantized=stores_packed(options))
     first_step = checkpoint_step(checkpoint) if checkpoint else 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -23,6 +24,7 @@ from mola.models.quantized import check_packable, prepare_for_training, quantiza
 from mola.options.fields import names_between_commas
 from mola.training.data import TrainingData
 from mola.training.options import TRAINING_ONLY, TrainOptions
+from mola.training.sharding import is_sharded
 from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
 
@@ -226,13 +228,21 @@ def build_model(options: TrainOptions, checkpoint: Path | None = None) -> PeftMo
         options.base_model or "",
         None,
         options.base_dtype,
-        options.device,
+        "cpu" if is_sharded(options) else options.device,  # which takes its part of each layer, see FSDP
         options.trust_remote_code,
         options.attn_implementation,
         options,
     )
     base = prepare_for_training(base, bool(options.activation_checkpointing), options.activation_checkpointing_kwargs)
     set_seed(options.seed)
+    model = _with_adapter(base, options, checkpoint)
+    for parameter in model.parameters():  # of `modules_to_save`; experts are in float32
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _with_adapter(base: Any, options: TrainOptions, checkpoint: Path | None) -> PeftModel:
     if options.adapter is None:
         return get_peft_model(base, adapter_config(options))
     adapter = options.adapter if checkpoint is None else str(checkpoint)

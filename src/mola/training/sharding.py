@@ -32,15 +32,16 @@ def is_sharded(options: TrainingArguments) -> bool:
     return bool(options.fsdp) or launched_with("FSDP")
 
 
-def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
+def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quantized: bool = False) -> None:
     """Refuse what could not shard, or could not save an adapter.
 
     Args:
         options: of the run; processes are known.
         checkpoint: where the run goes on from, or None.
+        is_quantized: whether the base model's weights are packed.
 
     Raises:
-        MolaError: one process, a CPU, FSDP1, sharded state dicts, or a checkpoint of another kind.
+        MolaError: one process, a CPU, FSDP1, sharded state dicts, a quantised base, or a checkpoint of another kind.
     """
     if checkpoint is not None:
         _check_checkpoint(options, checkpoint)
@@ -52,6 +53,12 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None) -> None:
             "launch, or leave `fsdp` out."
         )
     check_device(options.device)
+    if is_quantized:
+        raise MolaError(
+            "`fsdp` cannot be combined with a quantised base: packed weights are not sharded, every process would "
+            "hold all of them. Leave the quantisation out, or train with one model per process "
+            "(recipes/accelerate/ddp.yaml)."
+        )
     if options.optim == OptimizerNames.ADAFACTOR:
         raise MolaError("`optim` adafactor does not work on sharded weights. Pass another, such as adamw_torch.")
     accelerate = importlib.metadata.version("accelerate")

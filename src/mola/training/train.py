@@ -36,6 +36,7 @@ from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, save_result, start_run
 from mola.training.run_record import write_record
 from mola.training.setup import build_model
+from mola.training.sharding import is_sharded
 from mola.training.trainer import make_trainer
 from mola.training.zero import whole_weights
 
@@ -96,7 +97,7 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
         run.record["repository"] = create_repository(options)
     with whole_weights():
         model = build_model(options, run.checkpoint)
-    if options.process_index == 0:
+    if options.process_index == 0 and not is_sharded(options):  # whose weights are not yet where they are computed
         mixed = options.mixed_dtype
         with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
             for choice in kernels_report(model, modes=["training"]):

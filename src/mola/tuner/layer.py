@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from mola.errors import MolaError
+from mola.tuner.frozen import flags_kept
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import decode_layer, mixture, register
@@ -120,7 +121,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.mola_A[adapter_name] = nn.Parameter(torch.empty(*shape, self.in_features))
         self.mola_B[adapter_name] = nn.Parameter(torch.empty(*shape, self.out_features))
         if settings.num_experts > 1:
-            self.mola_router[adapter_name] = nn.Parameter(torch.empty(settings.num_experts, self.in_features))
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            router = torch.empty(settings.num_experts, self.in_features, dtype=dtype)
+            self.mola_router[adapter_name] = nn.Parameter(router)
         elif adapter_name in self.mola_router:  # of an earlier adapter of this name
             del self.mola_router[adapter_name]
         self.reset_parameters(adapter_name)
@@ -139,12 +142,12 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         # Packed: PEFT takes what it is unpacked to, or a format of 8 bits, in which no expert can be held.
         if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
             kept += [(part, part.get(adapter_name)) for part in (self.mola_A, self.mola_B)]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for part, before in kept:
-            if before is not None:
-                # The router stays float32 on a half-precision base: put back the values from before the cast.
-                moved = part[adapter_name]
-                part[adapter_name] = nn.Parameter(before.detach().to(moved.device), moved.requires_grad)
+        with flags_kept(self):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            for part, before in kept:
+                if before is not None:
+                    # The router stays float32 on a half-precision base: put back the values from before the cast.
+                    part[adapter_name] = nn.Parameter(before.detach().to(part[adapter_name].device))
 
     # ------------------------------------------------------------------ forward
 
@@ -210,8 +213,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
                 "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
                 "weights of modules that are called only. Keep it on its device."
             )
+        if experts_A.ndim != 3:
+            raise MolaError(
+                f"the experts have no values here, but the shape {tuple(experts_A.shape)}: DeepSpeed ZeRO-3 has shared "
+                "them out. Train with `mola train`, which tells it what a layer needs, or with ZeRO-2 or FSDP2."
+            )
         dropout = parts["mola_dropout"]._modules[adapter_name]
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = experts_A.dtype if self.cast_input_dtype_enabled else x.dtype

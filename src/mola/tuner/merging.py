@@ -42,7 +42,8 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
         # Trained tokens are merged once for both.
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
             continue
-        if adapters is not None and not {*adapters} & {*getattr(module, "scaling", {})}:
+        known = {*getattr(module, "scaling", {}), *getattr(module, "settings", {})}  # the second of `StackedParameters`
+        if adapters is not None and not {*adapters} & known:
             continue
         for parameter in module.get_base_layer().parameters(recurse=False):
             others = [other for other in owners.get(id(parameter), ()) if other != name]

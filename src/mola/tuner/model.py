@@ -23,6 +23,7 @@ from mola.architecture.parameters import find_stacks
 from mola.architecture.targets import resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
+from mola.tuner.frozen import flags_kept
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.merging import check_not_replicated, check_own_weights
@@ -108,6 +109,10 @@ class MolaModel(BaseTuner):
             # PEFT looks for them among linears only; `check_places` has looked everywhere.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with flags_kept(self):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     @staticmethod
     def _add_head(config: MolaConfig) -> None:

@@ -50,6 +50,7 @@ def check_places(
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
     stacks = [stack.name for stack in stacked_parameters]
     for stack in stacked_parameters:
+        _check_not_offloaded(stack.module, modules[stack.module], stack.parameter)
         settings = per_layer.settings(config, stack.name, stack.layer_index)
         check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -64,9 +65,9 @@ def check_places(
         )
 
 
-def _check_not_offloaded(name: str, module: nn.Module) -> None:
+def _check_not_offloaded(name: str, module: nn.Module, parameter: str = "weight") -> None:
     """A hook of accelerate brings the weights of a module that is called, and experts lie in none."""
-    weight: Any = getattr(base_layer_of(module), "weight", None)
+    weight: Any = getattr(base_layer_of(module), parameter, None)
     if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
         raise MolaError(
             f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "

@@ -32,5 +32,6 @@ def copy_experts(model: nn.Module, original: str, copy: str) -> None:
     for module in model.modules():
         if isinstance(module, (MolaLinear, StackedParameters)):
             for tensors in (getattr(module, name) for name in module.adapter_layer_names):
-                if original in tensors:
-                    tensors[copy].copy_(tensors[original])
+                if original in tensors:  # with its dtype, which PEFT has cast by now, and that of `copy` not yet
+                    trained = tensors[copy].requires_grad
+                    tensors[copy] = nn.Parameter(tensors[original].detach().clone(), requires_grad=trained)

@@ -257,11 +257,13 @@ class RouterLosses:
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
-        found = [m for m in (self._attention_mask, self._label_mask) if m is not None]
+        # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
+        both = (self._attention_mask, self._label_mask)
+        in_encoder = bool(self._stacks.num_encoder_layers) and self._stacks.is_encoder(layer_index)
+        found = [mask for mask in (both[:1] if in_encoder else both) if mask is not None]
         masks = [m.reshape(-1).repeat(runs) for m in found if num_tokens == runs * m.numel()]
         if self._stacks.num_encoder_layers:
-            # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
-            masks = masks[:1] if self._stacks.is_encoder(layer_index) else masks[-1:]
+            masks = masks[-1:]
         if not masks:
             return None
         return masks[0] if len(masks) == 1 else masks[0] * masks[1].to(masks[0].device)

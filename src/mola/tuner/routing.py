@@ -167,4 +167,5 @@ def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:
     """Multiply by uniform noise from `[1 - noise, 1 + noise]` (Switch Transformers, section 2.2)."""
-    return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - noise, 1.0 + noise)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # bfloat16 knows hardly a number so near to 1
+    return hidden_states * torch.empty_like(hidden_states, dtype=dtype).uniform_(1.0 - noise, 1.0 + noise)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mola.tuner.kernels import dropout
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dispatch import BACKENDS
-from mola.tuner.kernels.dropout import drop, keep_probability, sample_dropout_mask
+from mola.tuner.kernels.dropout import _sample_booleans, drop, keep_probability, sample_dropout_mask
 
 from ..models import random_config, tiny_llama
 from .inputs import leaves, make_inputs
@@ -131,6 +131,12 @@ def test_masks_follow_the_seed_of_torch(kind):
     torch.manual_seed(1)
     assert torch.equal(first, draw())
     assert not torch.equal(first, second)
+
+
+def test_nearly_everything_may_be_dropped():
+    x = torch.ones(1000)
+    assert keep_probability(x, 1 - 1e-7) > 0
+    assert drop(x, _sample_booleans(x, 1 - 1e-7)).sum() < 10
 
 
 def test_booleans_drop_in_any_shape():

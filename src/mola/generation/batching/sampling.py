@@ -79,6 +79,7 @@ class Chooser:
         decoding = sampling.decoding
         self.num_logprobs = sampling.num_logprobs
         self._processors = LogitsProcessorList(penalties(sampling, prompt_length))
+        self._reads_tokens = bool(self._processors)  # those below do not
         self._generator = None
         if decoding["do_sample"]:
             self._generator = torch.Generator(device)
@@ -100,7 +101,8 @@ class Chooser:
         """The next token after `token_ids`, of prompt and answer; `logits` are float32, `(vocabulary,)`."""
         scores = logits.unsqueeze(0)
         if self._processors:
-            said: Any = torch.tensor([token_ids], device=logits.device)
+            read = token_ids if self._reads_tokens else ()
+            said: Any = torch.tensor([read], dtype=torch.long, device=logits.device)
             scores = self._processors(said, scores)
         if self._generator is None:
             return int(scores.argmax())

@@ -61,9 +61,13 @@ def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep_probability(x, p))
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] >= round(p * _STEPS) - _STEPS // 2).view(x.shape)
+    return (draws.view(torch.int16)[: x.numel()] >= _steps(p) - _STEPS // 2).view(x.shape)
 
 
 def keep_probability(x: torch.Tensor, p: float) -> float:
     """Probability with which `_sample_booleans` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
-    return 1.0 - (round(p * _STEPS) / _STEPS if x.device.type == "cpu" else p)
+    return 1.0 - (_steps(p) / _STEPS if x.device.type == "cpu" else p)
+
+
+def _steps(p: float) -> int:
+    return min(round(p * _STEPS), _STEPS - 1)

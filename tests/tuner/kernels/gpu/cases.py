@@ -237,6 +237,7 @@ def broken(*arguments):
 def test_a_wrong_kernel_is_caught_and_never_used(part, change, reason, monkeypatch, caplog):
     monkeypatch.setattr(launch, part, change(getattr(launch, part)))
     inputs = make()
+    monkeypatch.setitem(launch._drops, inputs.x.device, True)  # it is looked at by itself, too
     with caplog.at_level(logging.WARNING):
         assert select(inputs).name == "dense"
         found = TRITON.supports(inputs)
@@ -247,6 +248,24 @@ def test_a_wrong_kernel_is_caught_and_never_used(part, change, reason, monkeypat
     layer = MolaLinear(nn.Linear(24, 10), "default", ExpertSettings(3, 5, 2, 16.0)).to(DEVICE, torch.bfloat16)
     assert layer(inputs.x.detach()).shape == (3, 7, 10)
     assert select(inputs).name == "dense"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [(broken, "RuntimeError: no kernel image"), (lambda rows, seed, *total: rows, "it keeps 100% instead of 75 %")],
+)
+def test_dropout_that_does_not_work_is_left_to_torch(wrong, reason, monkeypatch, caplog):
+    """The kernel is that of the dense backend too, in any dtype and on any card."""
+    monkeypatch.setattr(launch, "_drops", {})
+    monkeypatch.setattr(launch, "drop", wrong)
+    x = torch.ones(3, 5, device=DEVICE)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            mask, keep_probability = sample_dropout_mask(x, 0.3)
+            assert mask.dtype is torch.bool
+            assert abs(keep_probability - 0.7) < 1e-4
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"Dropout of Triton is not used on {x.device}: {reason}" in line
 
 
 def test_the_trial_leaves_random_numbers_as_they_are():

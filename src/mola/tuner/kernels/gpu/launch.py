@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ _TILE = 1024  # numbers of a program's tile of experts and tokens
 _MAX_DROPPED = 2**32  # elements, which Philox counts in 32 bits
 _SEEDS, _STEPS = 2**40, 2**16  # a number of 64 bits: one of so many seeds, and above it a probability in steps
 _poison = [False]
+_drops: dict[torch.device, bool] = {}
+logger = logging.getLogger(__name__)
 
 
 class Gates(NamedTuple):
@@ -114,8 +117,11 @@ def gates_backward(
 
 
 def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
-    """A seed on the device, which holds the probability too, and that of keeping; None for too many elements."""
-    if x.numel() >= _MAX_DROPPED:
+    """A seed on the device, which holds the probability too, and that of keeping.
+
+    None for too many elements, and on a device where the kernel does not do what it should.
+    """
+    if x.numel() >= _MAX_DROPPED or not _drops_on(x.device):
         return None
     steps = min(round(p * _STEPS), _STEPS - 1)
     seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(steps * _SEEDS, (steps + 1) * _SEEDS)
@@ -138,6 +144,31 @@ def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = No
             rows, seed, target, rows.numel(), SEEDS=_SEEDS, STEPS=_STEPS, ADD=total is not None, BLOCK=_QUARTER
         )
     return target
+
+
+def _drops_on(device: torch.device) -> bool:
+    """Whether `drop` works on a device, looked at once as in `first_use`; not yet while a CUDA graph is captured."""
+    if device not in _drops:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        reason = _why_not_dropped(device)
+        if reason is not None:
+            logger.warning("Dropout of Triton is not used on %s: %s.", device, reason)
+        _drops[device] = reason is None
+    return _drops[device]
+
+
+def _why_not_dropped(device: torch.device) -> str | None:
+    try:
+        with torch.no_grad(), poisoned():
+            ones, seed = torch.ones(8192, device=device), torch.tensor([_STEPS // 4 * _SEEDS + 1], device=device)
+            kept, again = drop(ones, seed), drop(ones, seed)
+            share = kept.mean().item()
+            if not torch.equal(kept, again) or not ((kept == 0) | (kept == 1)).all():
+                return "it drops other elements the second time, or changes what it keeps"
+            return None if abs(share - 0.75) < 0.05 else f"it keeps {share:.0%} instead of 75 %"
+    except Exception as error:  # of a compiler or driver, as in `first_use`
+        return f"{type(error).__name__}: {error}"
 
 
 def _tiles(num_experts: int, r: int, num_tokens: int) -> tuple[dict[str, int], tuple[int]]:
