@@ -18,6 +18,9 @@ BIN = $(VENV)/bin
 # Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
+# Two installs into one environment would get in each other's way.
+.NOTPARALLEL:
+
 .PHONY: quickstart test test-min test-mid test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean same-python
 
 quickstart: $(VENV)/.quickstart

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from mola import TrainOptions, __version__
 from mola.cli import COMMANDS, main, run
@@ -202,7 +201,6 @@ def test_train_refuses_words_that_make_no_option(words, part, capsys):
     assert part in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 trains on a GPU")
 def test_a_launcher_that_contradicts_the_dtype_is_refused(files, no_weights_dir, tmp_path, capsys, monkeypatch):
     options = {"base_model": no_weights_dir, "data": files / "prepared.json", "output_dir": tmp_path / "run"}
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -216,7 +214,11 @@ def test_a_launcher_that_contradicts_the_dtype_is_refused(files, no_weights_dir,
 
 def test_float16_is_refused_on_a_cpu(files, no_weights_dir, tmp_path, capsys):
     arguments = command(
-        base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", dtype="float16"
+        base_model=no_weights_dir,
+        data=files / "prepared.json",
+        output_dir=tmp_path / "run",
+        dtype="float16",
+        use_cpu="true",
     )
     assert main(["train", *arguments]) == 2
     assert "bfloat16 or float32" in capsys.readouterr().err

@@ -136,18 +136,22 @@ def test_training_whose_folder_can_not_be_written_any_more(training, small, tmp_
     folder = small.path / "run"
 
     def take_away():
-        while newest_complete(folder) is None:
-            time.sleep(0.01)
+        while newest_complete(folder) is None and not has_ended.wait(0.01):
+            pass
         for _ in range(1000):  # busy as long as a file is open to be written
             try:
                 return small.make_read_only()
             except subprocess.CalledProcessError:
                 time.sleep(0.002)
 
-    thread = threading.Thread(target=take_away)
+    has_ended = threading.Event()
+    thread = threading.Thread(target=take_away, daemon=True)
     thread.start()
-    code = main(training(folder, max_steps=400, save_total_limit=2))
-    thread.join()
+    try:
+        code = main(training(folder, max_steps=400, save_total_limit=2))
+    finally:
+        has_ended.set()
+        thread.join()
     assert code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Read-only file system" in message

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -15,7 +14,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from mola._process import is_own_module
 from tests.waiting import PATIENCE, wait_until
 
-from .conftest import ROOT, assert_same_run, free_port, record
+from ..ports import free_port
+from .conftest import ROOT, assert_same_run, record
 from .forks import number_of_lines
 from .test_ddp import ROUTER_LOSSES
 from .test_fsdp import TOLERANCE
@@ -81,12 +81,10 @@ def test_killed_process_ends_the_launcher_and_the_run_goes_on(processes, flags, 
         if not is_early:
             wait_until((folder / "checkpoint-8" / "trainer_state.json").exists, process)
         workers[1].kill()
-        killed = time.monotonic()
         code, output = finish(process)
     finally:
         process.kill()
     assert code != 0
-    assert time.monotonic() - killed < 60, output
     more = "--overwrite_output_dir" if is_early else "--resume_from_checkpoint=last"
     code, output = finish(start(TORCHRUN, [*arguments, more]))
     assert code == 0, output

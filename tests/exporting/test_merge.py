@@ -146,6 +146,8 @@ def test_a_quantised_base_is_refused(no_weights_dir, lora, tmp_path, refusal):
     text = path.read_text()
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps({**json.loads(text), "quantization_config": settings}))
-    message = refusal("merge", lora("a"), "--base_model", no_weights_dir, "--output", tmp_path / "merged")
-    path.write_text(text)
+    try:
+        message = refusal("merge", lora("a"), "--base_model", no_weights_dir, "--output", tmp_path / "merged")
+    finally:
+        path.write_text(text)
     assert "`base_model` must not be quantised" in message

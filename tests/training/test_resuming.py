@@ -16,6 +16,7 @@ from mola.cli import main
 from mola.files.atomic import WRITE_TEST
 from mola.training.callbacks import MetricsFile
 from mola.training.digests import DIGESTS_FILE
+from tests.ports import free_port
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 from tests.waiting import PATIENCE, wait_until
 
@@ -244,7 +245,7 @@ def test_checkpoint_without_optimizer_is_not_resumed(flags, tmp_path, error_line
 @pytest.mark.slow
 def test_signal_to_one_of_two_processes_stops_both(flags, tmp_path):
     folder = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [sys.executable, "-m", "mola.cli", *flags(num_train_epochs=100, use_cpu="true", **NO_EVALUATION)]
     processes = [
         subprocess.Popen(

@@ -46,6 +46,17 @@ def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_f
     assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
 
 
+def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=6))
+    data = tmp_path / "data" / "dataset.hf"
+    named = {"train_split": "test", "eval_split": "train", "eval_limit": 3}
+    taken = {"validation_size": 4, "eval_limit": 2}
+    for name, options, totals in (("named", named, [6, 3]), ("taken", taken, [4, 2])):
+        assert main(flags(tmp_path / name, data=data, num_train_epochs=1, **options)) == 0
+        found = read_record(tmp_path / name)["data"]
+        assert [found[part]["total"] for part in ("train", "evaluation")] == totals
+
+
 def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=0))
     assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1)) == 0

@@ -33,6 +33,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
         # Explicit False: with None Transformers would ask on the terminal.
         return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError) as error:
+        _check_own_code(base_model, error)
         raise MolaError(
             f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {_WANTED}"
         ) from error
@@ -54,6 +55,7 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
+        _check_own_code(base_model, error)
         raise MolaError(
             f"`base_model` must be a causal language model: {base_model!r} of type "
             f"{config.model_type!r} cannot be built as one ({_one_line(error)})."
@@ -86,6 +88,14 @@ def _place(base_model: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
     return str(path)
+
+
+def _check_own_code(base_model: str, error: Exception) -> None:
+    if "custom code" in str(error):
+        raise MolaError(
+            f"`base_model` {base_model!r} comes with code of its own, which would have to be run. Look at it, and pass "
+            "--trust_remote_code true if you trust it."
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

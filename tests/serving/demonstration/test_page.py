@@ -20,15 +20,10 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.serving.demonstration.demo import DemoOptions, running_demo
 from tests.browser import browser, complaints, requested_addresses
+from tests.ports import free_port
 from tests.waiting import PATIENCE
 
 gradio = pytest.importorskip("gradio", reason="needs gradio")
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

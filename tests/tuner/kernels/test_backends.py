@@ -214,7 +214,7 @@ def test_shapes_that_do_not_fit_end_in_an_error(name, field, shape):
     inputs = make((42, IN), fused=False)._replace(**{field: torch.zeros(shape)})
     with torch.set_grad_enabled(name in RECORDED):
         if BY_NAME[name].supports(inputs) is not None:
-            name = "dense"  # it leaves to operators of torch to say what does not fit
+            return  # it is not used, and another one refuses them
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             compute(BY_NAME[name], inputs)
 

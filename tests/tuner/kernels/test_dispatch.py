@@ -141,7 +141,8 @@ def test_a_forced_backend_is_taken_where_it_is_slower_too(name, force):
 
 
 def test_a_forced_backend_computes_a_layer(force, monkeypatch):
-    layer = MolaLinear(nn.Linear(32, 64).requires_grad_(False), "default", ExpertSettings(8, 4, 2, 8.0))
+    settings = ExpertSettings(8, 4, 2, 8.0, init_lora_weights=False)
+    layer = MolaLinear(nn.Linear(32, 64).requires_grad_(False), "default", settings)
     x, used, outputs, names = torch.randn(3, 32), [], [], ["decode", "grouped", "dense", "reference"]
     monkeypatch.setattr(dispatch, "compute", lambda *arguments: used.append(arguments[0].name) or compute(*arguments))
     with torch.no_grad():
