@@ -48,11 +48,11 @@ def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_f
 
 def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=6))
-    data = tmp_path / "data" / "dataset.hf"
-    named = {"train_split": "test", "eval_split": "train", "eval_limit": 3}
-    taken = {"validation_size": 4, "eval_limit": 2}
+    named = {"data": "dataset.hf", "train_split": "test", "eval_split": "train", "eval_limit": 3}
+    taken = {"data": "train.json", "validation_size": 4, "eval_limit": 2}
     for name, options, totals in (("named", named, [6, 3]), ("taken", taken, [4, 2])):
-        assert main(flags(tmp_path / name, data=data, num_train_epochs=1, **options)) == 0
+        options["data"] = tmp_path / "data" / options["data"]
+        assert main(flags(tmp_path / name, num_train_epochs=1, **options)) == 0
         found = read_record(tmp_path / name)["data"]
         assert [found[part]["total"] for part in ("train", "evaluation")] == totals
 
