@@ -52,7 +52,7 @@ def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
     taken = {"data": "train.json", "validation_size": 4, "eval_limit": 2}
     for name, options, totals in (("named", named, [6, 3]), ("taken", taken, [4, 2])):
         options["data"] = tmp_path / "data" / options["data"]
-        assert main(flags(tmp_path / name, num_train_epochs=1, **options)) == 0
+        assert main(flags(tmp_path / name, num_train_epochs=1, warmup_steps=0, **options)) == 0
         found = read_record(tmp_path / name)["data"]
         assert [found[part]["total"] for part in ("train", "evaluation")] == totals
 
