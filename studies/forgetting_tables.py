@@ -177,5 +177,8 @@ def _search_table(record: Mapping[str, Any]) -> str:
             rows.append([*cells, _choice(chosen_rate(record, recipe), settings["rates"])])
     header = ("recipe", *(f"rate {rate:g}" for rate in settings["rates"]), "chosen")
     seeds, order = ", ".join(map(str, settings["tuning_seeds"])), ", ".join(searched[0]["order"])
-    note = f"OP on validation questions in per cent, with seed {seeds} and the order {order}."
+    note = (
+        f"OP on validation questions in per cent, with seed {seeds} and the order {order}. At the edge: the lowest or "
+        "highest rate is the best, and one beyond may be better."
+    )
     return f"### Search for the learning rate\n\n{markdown_table(header, rows)}\n\n{note}"

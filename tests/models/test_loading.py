@@ -282,7 +282,11 @@ def test_a_base_model_with_an_adapter_in_its_folder_says_so(
 def test_folder_without_adapter_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(MolaError, match=r"no adapter_config\.json"):
         load_model(tiny_model_dir, tmp_path)
-    with pytest.raises(MolaError, match="no such folder"):
+    with pytest.raises(
+        MolaError, match=r"'me/my-adapter', no such folder.*hf download me/my-adapter --local-dir my-adapter"
+    ):
+        load_model(tiny_model_dir, "me/my-adapter")
+    with pytest.raises(MolaError, match=r"no such folder\. Pass the folder that training or `mola convert` wrote\.$"):
         check_adapter(tmp_path / "missing")
 
 

@@ -50,7 +50,7 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
         raise MolaError(
             f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
-            "Pass the folder that training or `mola convert` wrote."
+            f"Pass the folder that training or `mola convert` wrote.{_hint_of_the_hub(folder)}"
         )
     if find_weights(folder) is None:
         raise MolaError(
@@ -76,6 +76,13 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         )
     read_tensors(folder)  # cut off, damaged or not finite: known before a base model is loaded
     return config
+
+
+def _hint_of_the_hub(folder: Path) -> str:
+    name = folder.as_posix()
+    if os.path.exists(folder) or folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        return ""
+    return f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}"
 
 
 def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> PeftModel:

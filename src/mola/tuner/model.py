@@ -114,6 +114,17 @@ class MolaModel(BaseTuner):
         with flags_kept(self):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not for mixtures: gates of several routers have no sum.
+
+        Raises:
+            MolaError: always.
+        """
+        raise MolaError(
+            "`add_weighted_adapter` cannot add up mixtures, whose routers choose for themselves. `mola convert --to "
+            "lora` makes LoRAs of them, which PEFT adds up, and `mola convert --from lora` a mixture of LoRAs."
+        )
+
     @staticmethod
     def _add_head(config: MolaConfig) -> None:
         # PEFT writes the heads of these tasks into the user's object, after it has been copied here.
