@@ -145,6 +145,26 @@ def test_every_weight_is_computed_in_its_own_format(processes, flags, tmp_path):
         assert formats == ["bfloat16 float32 float32"], "of base, experts, router"
 
 
+# What `accelerate launch --use_fsdp` sets where nothing else is said.
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["gaussian", "principal"])
+def test_what_a_launcher_sets_by_itself_changes_nothing(processes, flags, tmp_path, start):
+    """`accelerate launch` has the first process give all weights to the others, those of experts too."""
+    options = {**ROUTER_LOSSES, "init_lora_weights": start, "num_experts": 2, "r": 2}
+    processes.mola(flags(tmp_path / "two", **options), shard=True, environment=LAUNCHED)
+    processes.mola(flags(tmp_path / "one", gradient_accumulation_steps=2, **options), processes=1)
+    assert_same_run(tmp_path / "two", tmp_path / "one", TOLERANCE)
+
+
 @pytest.mark.slow
 def test_signal_to_one_process_leaves_a_run_that_goes_on(processes, flags, tmp_path):
     options = {**ROUTER_LOSSES, **SHARDED, "num_train_epochs": 10}
