@@ -37,6 +37,10 @@ _NEUTRAL = {
     "fan_in_fan_out": (False, None),
     "layers_to_transform": (None,),
     "modules_to_save": (None, []),
+    # Of later versions of PEFT: another scale, other ranks, other places.
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (False, None)),
+    **{name: ({}, None) for name in ("rank_pattern", "alpha_pattern")},
+    **dict.fromkeys(("layer_replication", "target_parameters", "exclude_modules", "trainable_token_indices"), (None,)),
     "peft_type": ("LORA",),
 }
 

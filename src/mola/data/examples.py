@@ -155,6 +155,10 @@ def check_columns(
         missing.append(strata.column)
     if not missing:
         return
+    if "instruction" in row and "output" not in row:
+        raise MolaError(
+            f"prepared rows have `output` beside `instruction`: row {number} of `{source}` has none. Add it."
+        )
     more = "" if strata is None else f", and `{strata.column}` to draw samples"
     found = "its columns" if columns is None else "the columns of the first row"
     raise MolaError(

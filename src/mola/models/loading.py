@@ -180,7 +180,8 @@ def load_tokenizer(
     if padding_side not in ("left", "right"):
         raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
     tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
-    if tokenizer.pad_token_id is None:
+    pads, vocabulary = tokenizer.pad_token_id, _vocabulary(name, trust_remote_code, gguf_file)
+    if pads is None or (vocabulary is not None and pads >= vocabulary):
         substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
         if substitute is None:
             raise MolaError(
@@ -190,8 +191,15 @@ def load_tokenizer(
         tokenizer.pad_token = substitute
         if (name, substitute) not in _pad_tokens_reported:
             _pad_tokens_reported.add((name, substitute))
-            logger.warning("The tokenizer of %s has no padding token; padding with %r.", name, substitute)
+            what = "no padding token" if pads is None else f"a padding token, {pads}, that the model does not know"
+            logger.warning("The tokenizer of %s has %s; padding with %r.", name, what, substitute)
     return tokenizer
+
+
+def _vocabulary(base_model: str, trust_remote_code: bool, gguf_file: str | None) -> int | None:
+    """Tokens for which the model has embeddings, as its configuration says."""
+    config: Any = read_config(base_model, trust_remote_code, gguf_file)
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def load_model(

@@ -31,7 +31,7 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
     trained = None if adapter is None else trained_template(adapter)
     if trained not in (None, asked):
         logger.warning(
-            "The adapter was trained with the prompt template %s and is asked with %s: --template %s asks as before.",
+            "The adapter was trained with the prompt template %s and is asked with %s: `template` %s asks as before.",
             *(trained, asked, trained),
         )
 

@@ -111,11 +111,19 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
             f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
             "convert by hand with `mola convert` and pass its output."
         )
+    command = (
+        f"`mola convert {shlex.quote(source)} --from published --base_model {shlex.quote(base_model)} --top_k {top_k} "
+        "--output DIR`"
+    )
     if process_count() > 1:
         raise MolaError(
             f"{source!r} is an adapter of the research code, which one process has to convert before several train: "
-            f"run `mola convert {shlex.quote(source)} --from published --base_model {shlex.quote(base_model)} --top_k "
-            f"{top_k} --output DIR` and pass DIR."
+            f"run {command} and pass DIR."
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise MolaError(
+            f"{source!r} is an adapter of the research code, and nothing can be written beside it: run {command} and "
+            "pass DIR."
         )
     report = convert(
         ConvertOptions(

@@ -6,6 +6,11 @@ from contextlib import contextmanager
 
 from mola.errors import MolaError
 
+# Commands to copy, columns of a row, fields of a file: these are no flags, whatever they are called.
+_NO_FLAGS = re.compile(
+    r"(\bmola [a-z-]+\b[^`]*|row `[^`]*`: `\w+`|`\w+`(?= (?:in|of) \S*adapter_config\.json))", re.DOTALL
+)
+
 
 @contextmanager
 def flag_names(names: Mapping[str, str], phrases: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -13,14 +18,15 @@ def flag_names(names: Mapping[str, str], phrases: Mapping[str, str] | None = Non
 
     Args:
         names: option of a command -> flag of the script.
-        phrases: other texts that a script has to say differently.
+        phrases: other texts that a script has to say differently: pattern -> what comes in its place.
     """
     try:
         yield
     except MolaError as error:
         text = str(error)
-        for phrase, other in (phrases or {}).items():
-            text = text.replace(phrase, other)
+        for pattern, other in (phrases or {}).items():
+            text = re.sub(pattern, other, text)
+        parts = _NO_FLAGS.split(text)  # every second one is such a text
         for name, flag in names.items():
-            text = re.sub(rf"(?<=`){name}(?=`)|(?<=--){name}\b", flag, text)
-        raise MolaError(text) from error
+            parts[::2] = [re.sub(rf"(?<=`){name}(?=`)|(?<=--){name}\b", flag, part) for part in parts[::2]]
+        raise MolaError("".join(parts)) from error

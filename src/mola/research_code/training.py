@@ -42,6 +42,7 @@ _SAME_OPTIONS = (
 )
 # What `mola train` calls otherwise; its other options have no flag here, or the same name.
 _FLAGS = {
+    "adapter": "resume_from_checkpoint",
     "data": "data_path",
     "num_experts": "number_experts",
     "r": "lora_r",
@@ -51,7 +52,8 @@ _FLAGS = {
     "validation_size": "val_set_size",
 }
 _PHRASES = {
-    "--adapter": "`mola train --adapter`",
+    r" --gradient_accumulation_steps \d+": "",  # which follows from `batch_size`
+    r"--(adapter|activation_checkpointing|per_device_eval_batch_size|save_total_limit)\b": r"`mola train --\1`",
     "Name the task, or prepare": "Prepare",
 }
 # Weights of the whole model under the names of the running program; no adapter configuration beside them.
@@ -100,9 +102,14 @@ def main(options: SharedOptions) -> int:
         settings = train_settings(options)
         environment = tracker_environment(options)
         if os.environ.get("RANK", "0") == "0":
-            logger.info("The same as: %s", as_command(settings, environment))
+            where = f", in {process_count()} processes," if process_count() > 1 else ""
+            logger.info("The same%s as: %s", where, as_command(settings, environment))
         os.environ.update(environment)
-        return train_main(TrainOptions(**settings))
+        try:
+            train_options = TrainOptions(**settings)
+        except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks, beside ours
+            raise MolaError(str(error)) from error
+        return train_main(train_options)
 
 
 def as_command(settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
@@ -124,6 +131,8 @@ def _flag_text(value: Any) -> str:
 def _check_numbers(options: SharedOptions) -> None:
     """What is computed with before `TrainOptions` sees it."""
     size, epochs = options.val_set_size, options.num_epochs
+    if options.save_steps < 1:
+        raise MolaError(f"`save_steps` must be at least 1: got {options.save_steps}.")
     if not math.isfinite(size) or size < 0 or (size > 1 and size % 1):
         raise MolaError(
             f"`val_set_size` must be a number of samples or a share below 1: got {size}. Pass 0 for no evaluation."
@@ -164,7 +173,7 @@ def _warmup(options: SharedOptions, accumulation: int) -> float:
     per_epoch = math.ceil(math.ceil(rows / (options.micro_batch_size * process_count())) / accumulation)
     steps = math.ceil(options.num_epochs * per_epoch)
     warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps))
-    if warmup < WARMUP_STEPS:
+    if warmup < WARMUP_STEPS and os.environ.get("RANK", "0") == "0":
         logger.warning(
             "Warm-up is %d of %d steps; the research code's %d would keep the learning rate low for most of the run. "
             "--warmup_steps chooses another number.",
@@ -197,7 +206,10 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
                 )
             return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
         if "adapter" in resume:
-            usable_adapter(resume["adapter"], options.base_model, lists, options.trust_remote_code)
+            try:
+                usable_adapter(resume["adapter"], options.base_model, lists, options.trust_remote_code)
+            except MolaError as error:
+                raise MolaError(f"the run that goes on began from {resume['adapter']!r}: {error}") from error
             return {"lora_dropout": options.lora_dropout, **balance, **resume}
     return {
         "num_experts": lists.number_experts,
@@ -223,6 +235,8 @@ def _resumed_run(start: str, options: SharedOptions) -> dict[str, Any]:
         )
     if (path / STATE_FILE).is_file():
         return {"resume_from_checkpoint": start, **_adapter_of_run(path.parent)}
+    if path.is_file():
+        raise MolaError(f"`resume_from_checkpoint` must be a folder: {start!r} is a file. Pass the one it lies in.")
     if not path.is_dir():
         raise MolaError(
             f"`resume_from_checkpoint` must be a checkpoint-N folder or the folder of an adapter: {start!r} does not "

@@ -65,6 +65,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     forced_backend()  # raises for a name that there is not
     allocation = check_model_options(options)
+    if options.adapter is not None and checkpoint is None:
+        warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
     steps = check_steps(options, data)

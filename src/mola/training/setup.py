@@ -141,6 +141,7 @@ def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
         MolaError: a setting is out of range, or the adapter's method does not have it.
     """
     config = PeftConfig.from_pretrained(adapter)
+    config.base_model_name_or_path = options.base_model  # from here on; PEFT keeps a name that is there
     changes = training_changes(options)
     if not changes:
         return config

@@ -1,0 +1,50 @@
+"""Messages name the flags of a script, and nothing else is renamed."""
+
+import pytest
+
+from mola.checkpoints.formats import conversion_hint
+from mola.errors import MolaError
+from mola.exporting.convert import ConvertOptions
+from mola.options.parsing import parse
+from mola.research_code import training
+from mola.research_code.flag_names import flag_names
+from mola.training.advice import memory_advice
+from mola.training.options import TrainOptions
+
+EVALUATION = {"data": "test_dataset", "adapter": "mola_weights", "output": "save_path"}
+
+
+def said(text, names=EVALUATION, phrases=None):
+    with pytest.raises(MolaError) as caught, flag_names(names, phrases):
+        raise MolaError(text)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("`output` exists: pass --output again", "`save_path` exists: pass --save_path again"),
+        ("row `test-0`: `output` must be text", "row `test-0`: `output` must be text"),
+        ("`output` in a/adapter_config.json must be one", "`output` in a/adapter_config.json must be one"),
+        ("`adapter`: run `mola convert a --output DIR`.", "`mola_weights`: run `mola convert a --output DIR`."),
+    ],
+)
+def test_flags_alone_are_renamed(text, expected):
+    assert said(text) == expected
+
+
+def test_a_command_to_copy_is_one():
+    settings = {"peft_type": "LORA", "r": [8, 8], "routing_strategy": "mola", "num_experts": [2, 2]}
+    hint = conversion_hint(settings, "a b")
+    words = said(hint).partition("mola convert ")[2]
+    assert words == hint.partition("mola convert ")[2]
+    assert "--output NEW_FOLDER" in words
+    assert parse(ConvertOptions, ["a", "--output=b"], prog="mola convert", positional="source").output == "b"
+
+
+def test_advice_names_flags_that_the_scripts_have():
+    options = TrainOptions(output_dir="unused", per_device_train_batch_size=8, gradient_accumulation_steps=16)
+    advice = said(memory_advice(options), training._FLAGS, training._PHRASES)
+    assert advice.startswith("Pass --micro_batch_size 4, which gives the same effective batch; or `mola train --act")
+    assert "accumulation" not in advice
+    assert "`mola train --per_device_eval_batch_size`" in advice
