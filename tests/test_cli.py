@@ -130,6 +130,10 @@ WRONG = [
     ({"save_strategy": "steps"}, ["`load_best_model_at_end`", "epoch", "steps"]),
     ({"save_steps": 2}, ["`save_steps`", "--save_strategy steps"]),
     ({"eval_steps": 2}, ["`eval_steps`", "--eval_strategy steps"]),
+    (
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 4},
+        ["`load_best_model_at_end`", "`save_steps` is 4", "`eval_steps` 2"],
+    ),
     ({"metric_for_best_model": "accuracy"}, ["`metric_for_best_model`", "'accuracy'"]),
     ({"validation_size": 10}, ["`validation_size`", "10"]),
     ({"validation_size": 0.99}, ["`validation_size`", "0.99"]),

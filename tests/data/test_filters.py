@@ -52,6 +52,7 @@ def test_several_columns_must_all_fit(files):
         ({"topc": "physics"}, ["`filters`", "`topc`", "topic"]),
         ({"topic": "art"}, ["`filters`", "'art'", "5 rows", "'physics'", "'music'"]),
         ({"grade": "1"}, ["`filters`", "'1'", "0, 1, 2"]),
+        ({"topic": ["physics", "musik"]}, ["`topic` is 'musik'", "'music'"]),
         ({"topic": "physics", "grade": 1}, ["`grade` is 1", "2 rows left", "0, 2"]),
     ],
 )

@@ -279,6 +279,14 @@ def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path
     assert "its export.json is older than the adapter" in printed
 
 
+def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):
+    """Of 32 chosen experts a fresh router's two largest gates are 0.02 apart, of two 0.2."""
+    run = gather(str(finished_run))
+    for chosen, margin, is_said in ((2, 0.019, True), (2, 0.2, False), (32, 0.016, False), (32, 0.001, True)):
+        late = {name: LateUse(10, [chosen / 64] * 64, margin) for name in "ab"}
+        assert (LORA in {each.name for each in findings(run, late)}) == is_said
+
+
 def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mola import TrainOptions, train
 from mola.cli import main
 from mola.files.atomic import WRITE_TEST
-from mola.training.callbacks import MetricsFile
+from mola.training.callbacks import MetricsFile, ResumedCheckpoints
+from mola.training.checkpoints import best_checkpoint
 from mola.training.digests import DIGESTS_FILE
 from tests.ports import free_port
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
@@ -290,7 +291,7 @@ def test_resume_refuses_another_allocation_or_other_data(finished_run, error_lin
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--template=vigogne", "--cutoff_len=100", "--truncation=left", "--train_on_inputs=true"),
+        *("--cutoff_len=100", "--truncation=left", "--train_on_inputs=true"),
         *("--learning_rate=5e-2", "--optim=adafactor", "--weight_decay=0.5", "--adam_beta2=0.5", "--seed=7"),
     ],
 )
@@ -299,6 +300,33 @@ def test_resume_refuses_what_the_run_did_not_begin_with(finished_run, error_line
     said = error_line([*arguments, "--resume_from_checkpoint=last", flag])
     assert f"`{flag[2:].partition('=')[0]}` (settings) differs" in said
     assert str(folder) in said
+
+
+def test_resume_refuses_other_prompts_whatever_says_them(finished_run, error_line, capsys):
+    """The template may be that of the task, which no option shows."""
+    folder, arguments = finished_run
+    said = error_line([*arguments, "--resume_from_checkpoint=last", "--template=vigogne"])
+    assert "`template` (prompts) differs: 'meta'" in said
+    record = read_record(folder)
+    record["template"] = "alpaca_short"
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "`template` (prompts) differs: 'alpaca_short'" in error_line([*arguments, "--resume_from_checkpoint=last"])
+
+
+def test_the_best_checkpoint_of_a_copied_folder_is_the_copy(tmp_path):
+    """The folder that the state names may hold another run by now."""
+    for name in ("first", "copy"):
+        (tmp_path / name / "checkpoint-4").mkdir(parents=True)
+    state = {"best_model_checkpoint": str(tmp_path / "first" / "checkpoint-4"), "best_global_step": 4}
+    assert best_checkpoint(state, tmp_path / "copy") == tmp_path / "copy" / "checkpoint-4"
+    (tmp_path / "copy" / "checkpoint-4").rmdir()
+    assert best_checkpoint(state, tmp_path / "copy") == tmp_path / "first" / "checkpoint-4"
+    arguments = TrainingArguments(output_dir=str(tmp_path / "copy"), use_cpu=True)
+    for expected in ("first", "copy"):
+        (tmp_path / expected / "checkpoint-4").mkdir(exist_ok=True)
+        trainer_state = TrainerState(**state)
+        ResumedCheckpoints(tmp_path / "copy").on_train_begin(arguments, trainer_state, TrainerControl())
+        assert trainer_state.best_model_checkpoint == str(tmp_path / expected / "checkpoint-4")
 
 
 def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, error_line, caplog):

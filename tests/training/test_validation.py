@@ -46,6 +46,14 @@ def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_f
     assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
 
 
+def test_evaluation_samples_that_are_trained_on_are_counted(flags, rows_file, tmp_path, caplog):
+    rows = json.loads(rows_file.read_text(encoding="utf-8"))
+    other = [{**row, "id": f"other-{row['id']}"} for row in rows[:2]] + [{**rows[2], "id": "new", "output": "Other."}]
+    (tmp_path / "eval.json").write_text(json.dumps(other), encoding="utf-8")
+    assert main(flags(eval_data=tmp_path / "eval.json", num_train_epochs=1)) == 0
+    assert "2 of 3 evaluation samples are trained on, too" in caplog.text
+
+
 def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=6))
     named = {"data": "dataset.hf", "train_split": "test", "eval_split": "train", "eval_limit": 3}
@@ -67,7 +75,8 @@ def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):
 def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path):
     options = {"train_size": 8, "validation_size": 4, "test_size": 4}
     prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
-    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    # Saved as often as evaluated, or the best weights could not be kept.
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "max_steps": 4}
     assert main(flags(data=tmp_path / "data" / "dataset.hf", **steps)) == 0
     record = read_record(tmp_path / "run")
     assert [record["data"][name]["kept"] for name in ("train", "evaluation")] == [8, 4]

@@ -243,7 +243,7 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
 
 def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
     """Whether anything is trained; raises where dropping was not asked for."""
-    if train_on_inputs or sample.start < len(sample.ids):
+    if max(0 if train_on_inputs else sample.start, 1) < len(sample.ids):  # no token predicts the first one
         return True
     if truncation in ("error", "left"):
         raise MolaError(

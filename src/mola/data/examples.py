@@ -65,6 +65,7 @@ _Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, 
 
 def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
     """Rows that have the wanted values; a column or a value that no row has is an error, not an empty result."""
+    every = rows
     for column, wanted in filters.items():
         if not any(column in row for _, row in rows):
             raise MolaError(
@@ -73,13 +74,16 @@ def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Row
             )
         values = wanted if isinstance(wanted, list) else [wanted]
         kept = [(index, row) for index, row in rows if row.get(column) in values]
-        if not kept:
+        missing = [value for value in values if all(row.get(column) != value for _, row in every)]
+        if not kept or missing:
             found = list(dict.fromkeys(repr(row.get(column)) for _, row in rows))
             more = ", ..." if len(found) > _SHOWN_VALUES else ""
             raise MolaError(
-                f"`filters` must leave rows: `{column}` is {wanted!r} in none of the {len(rows)} rows left of "
-                f"`{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of these."
+                f"`filters` must leave rows: `{column}` is {missing[0] if missing else wanted!r} in none of the "
+                f"{len(rows)} rows left of `{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of "
+                "these."
             )
+        logger.info("%s: `filters` leave %d of %d rows by `%s`", path, len(kept), len(rows), column)
         rows = kept
     return rows
 

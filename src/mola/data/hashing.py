@@ -25,6 +25,11 @@ def hash_instruction(example: Mapping[str, Any]) -> int:
     return 0 if instruction is None else hash_text(json.dumps([instruction, example["input"]]))
 
 
+def hash_head(example: Mapping[str, Any]) -> int:
+    """`hash_instruction`; of a text without one `hash_example`."""
+    return hash_instruction(example) or hash_example(example)
+
+
 def count_shared(splits: Iterable[NDArray[np.uint64]]) -> int:
     """Values other than 0 that occur in more than one split."""
     values, counts = np.unique(np.concatenate([np.unique(part) for part in splits]), return_counts=True)

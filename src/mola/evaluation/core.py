@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from mola.generation import predicting
 
 logger = logging.getLogger(__name__)
 
-_SEE_PADDING = ("rwkv", "recurrent_gemma")  # masked or not: it is part of their state
+_SEE_PADDING = ("rwkv", "recurrent_gemma", "xlstm")  # masked or not: it is part of their state
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
 
@@ -119,7 +120,7 @@ def evaluate_examples(
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        bar = progress.add_task(task.name, total=len(questions), completed=len(records))
+        bar = progress.add_task(escape(task.name), total=len(questions), completed=len(records))
 
         def collect(batch: list[dict[str, Any]]) -> None:
             records.update({record["index"]: record for record in batch})

@@ -16,7 +16,7 @@ _DEAD = 0.15  # of all experts
 _COLLAPSED = 0.25  # of the modules whose routers have a choice
 _SAME = 0.99  # of the choices that the same experts get
 _ALIKE = 0.9  # overlap of what experts read, and of what they write: 1 for the same subspace
-_UNDECIDED = 0.02  # margin between the two largest gates
+_UNDECIDED = 0.02  # margin between the two largest gates of two; of more, whose gates are smaller, less
 _RISE = 1.5  # of the lowest training loss
 _NOISE = 4  # standard errors
 _NEAR_KL, _NEAR_POINTS = 0.01, 0.01  # nats per token, and share of questions
@@ -157,7 +157,7 @@ def _lora_would_do(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 def _undecided(late: Mapping[str, LateUse]) -> Finding | None:
     margins = [use.margin for use in late.values()]
     # With gates that are all alike a choice of few experts is random; with all experts it is none.
-    if not margins or fmean(margins) >= _UNDECIDED:
+    if not margins or fmean(use.margin * max(1.0, sum(use.shares) / 2) for use in late.values()) >= _UNDECIDED:
         return None
     return Finding(
         "a LoRA would do",

@@ -105,10 +105,13 @@ class ResumedCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the best one, if the folder was moved; end a rotation in which the run was killed."""
-        path = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if state.best_global_step and path.is_dir() and not os.path.isdir(state.best_model_checkpoint or ""):
-            state.best_model_checkpoint = str(path)
+        """Find the best one, if the folder was moved or copied; end a rotation in which the run was killed."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        # As the trainer spells the folder, which keeps the best one by its name.
+        for folder in (args.output_dir or self.folder, self.folder):
+            if state.best_global_step and os.path.isdir(os.path.join(folder, name)):
+                state.best_model_checkpoint = os.path.join(folder, name)
+                break
         if args.train_sampling_strategy == "group_by_length" and not is_whole_epoch(state.epoch):
             logger.warning(
                 "With `train_sampling_strategy` group_by_length the order within an epoch is drawn anew when a run is "

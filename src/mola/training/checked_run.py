@@ -77,6 +77,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False
+        if options.save_strategy == "best":
+            options.save_strategy = "epoch"  # no evaluation says which one is the best
     record = describe_run(options, data, allocation)
     if checkpoint is not None:
         check_same_run(checkpoint, record)

@@ -27,7 +27,7 @@ ADAPTER_FILES = (CONFIG_FILE, _WEIGHTS_FILE)
 _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 # How samples become tokens, their order, and what the optimiser's state brings with it: another value would be ignored.
 _SAME_SETTINGS = (
-    *("template", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
+    *("cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
     *("optim", "optim_args", "learning_rate", "loraplus_lr_ratio", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
@@ -179,8 +179,16 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
     _warn_of_changes(before, record)
     known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
-    for name, keys in [*((name, None) for name in _SAME_WHEN_RESUMED), ("settings", known)]:
-        old, new = before.get(name) or {}, record.get(name) or {}
+    # By the task, if no option says it.
+    templates: tuple[Any, ...] = tuple(
+        {"template": each["template"]} if each.get("template") else {} for each in (before, record)
+    )
+    parts: list[tuple[str, Any, Any, Any]] = [
+        (name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_WHEN_RESUMED
+    ]
+    parts += [("settings", before.get("settings") or {}, record.get("settings") or {}, known)]
+    parts += [("prompts", *templates, None)] if all(templates) else []
+    for name, old, new, keys in parts:
         if (key := first_difference(old, new, keys)) is not None:
             raise MolaError(
                 f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({name.replace('_', ' ')}) differs: "
@@ -253,9 +261,10 @@ def check_best_checkpoint(checkpoint: Path) -> None:
 
 
 def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
-    """The best checkpoint so far by a trainer's state: where it was written, or in `folder`, if that was moved."""
+    """The best checkpoint so far by a trainer's state: in `folder`, moved or copied as that may be, or elsewhere."""
     recorded = state.get("best_model_checkpoint")
     if not recorded:
         return None
     check_form(recorded, TEXT, STATE_FILE, "It is the `best_model_checkpoint`; resume from another checkpoint.")
-    return Path(recorded) if os.path.isdir(recorded) else folder / Path(recorded).name
+    here = folder / Path(recorded).name
+    return here if here.is_dir() or not os.path.isdir(recorded) else Path(recorded)

@@ -14,6 +14,7 @@ from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.examples import load_examples
+from mola.data.hashing import hash_example
 from mola.data.read import has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
@@ -62,6 +63,7 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     filters = mapping("filters", options.filters)
     train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)
+    _warn_of_shared(train, evaluation)
     limit = max_positions(load_config(options.base_model or "", options.trust_remote_code, options.gguf_file))
     if limit is not None and options.cutoff_len > limit:
         raise MolaError(
@@ -83,6 +85,17 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
             fingerprints[part] = data_fingerprint(examples)
             logger.info("%s data: %s", part, reports[part].summary())
     return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, name)
+
+
+def _warn_of_shared(train: Examples, evaluation: Examples) -> None:
+    known = {hash_example(example) for example in train} if evaluation else set()
+    if shared := sum(hash_example(example) in known for example in evaluation):
+        logger.warning(
+            "%d of %d evaluation samples are trained on, too: their loss says little, and the best weights are chosen "
+            "by it. Take them out of one of the two.",
+            shared,
+            len(evaluation),
+        )
 
 
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:

@@ -132,3 +132,13 @@ def check_schedule(options: Any) -> None:
             f"{evaluate}, `save_strategy` is {save}. Make them equal, pass --eval_strategy no if there is no "
             "evaluation data, or pass --load_best_model_at_end false to keep the last weights."
         )
+    elif options.load_best_model_at_end and evaluate == save == "steps":
+        every = options.eval_steps or options.logging_steps
+        if options.save_steps == TrainingArguments.save_steps:
+            options.save_steps = every
+        if options.save_steps != every:
+            raise MolaError(
+                "`load_best_model_at_end` needs a checkpoint at every evaluation: `save_steps` is "
+                f"{options.save_steps}, `eval_steps` {every}{'' if options.eval_steps else ' (as `logging_steps`)'}. "
+                "Make them equal, or pass --load_best_model_at_end false to keep the last weights."
+            )

@@ -128,6 +128,8 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     )
     if result.warning is not None:
         logger.warning(result.warning)
+    if options.load_best_model_at_end and result.status == "finished" and result.best_checkpoint is None:
+        logger.warning("No evaluation chose a best checkpoint: the run ends with its last weights.")
     _save(options, trainer, run, result)
     return result
 
