@@ -121,6 +121,33 @@ def test_frozen_adapters_stay_frozen_on_a_base_in_half_precision(low, base, inpu
     assert trained == {"second"}
 
 
+def test_shapes_on_the_meta_device_are_those_of_the_base(base, inputs):
+    model = get_peft_model(clone(base), random_config()).to("meta")
+    ids = inputs["input_ids"].to("meta")
+    for mode in (model.train, model.eval):
+        mode()
+        assert model(input_ids=ids).logits.shape == (*ids.shape, base.config.vocab_size)
+
+
+def test_a_tensor_parallel_base_is_refused(base):
+    """As Transformers marks its linears; nothing of shapes would tell."""
+    model = clone(base)
+    model.model.layers[1].self_attn.o_proj._hf_tp_plan = "rowwise"
+    with pytest.raises(MolaError, match="must not be tensor-parallel: the weight of 'model.layers.1.self_attn.o_proj'"):
+        get_peft_model(model, random_config())
+
+
+def test_a_start_from_weights_that_cannot_be_unpacked_is_refused(base):
+    model = clone(base)
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(MolaError, match="'principal' needs the base's weights: those of .*q_proj', a Linear"):
+        get_peft_model(model, random_config(init_lora_weights="principal", num_experts=2, r=2))
+    alone = get_peft_model(model, random_config(num_experts=1, top_k=1, target_modules=["q_proj"]))
+    with pytest.raises(MolaError, match="Merging needs a plain floating-point base weight"):
+        alone.merge_and_unload()
+
+
 def test_routers_are_in_float32_whatever_the_default_is(base):
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -21,6 +21,7 @@ from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
+from mola.insight.float64 import in_float64
 from mola.models.loading import load_config, load_model, load_tokenizer
 
 _RANK = 8  # components of a linear's input that count, in the mean
@@ -73,7 +74,7 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
                 model(input_ids=ids, labels=labels).loss.backward()
             for name, (x, gradient) in seen.items():
                 products = (x @ x.T) * (gradient @ gradient.T)
-                found[name].append(float(products.double().sum()))
+                found[name].append(float(in_float64(products).sum()))
             seen.clear()
     model.disable_input_require_grads()
     if not any(any(values) for values in found.values()):
@@ -161,7 +162,7 @@ def _watched(base: Base, model: Any) -> Iterator[dict[str, tuple[torch.Tensor, t
 
 def _explained(x: torch.Tensor) -> torch.Tensor:
     """Shares of the variance that the components of rows `(tokens, features)` explain, largest first."""
-    centred = (x - x.mean(dim=0)).double()
+    centred = in_float64(x - x.mean(dim=0))
     gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)

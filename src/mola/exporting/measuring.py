@@ -39,7 +39,7 @@ def explained_shares(
         B, A = updates[name]
         y = gated(layers[name], experts[name].A, x) @ experts[name].B.to(x).flatten(0, 1)
         rest = y - (x @ A.to(x).t()) @ B.to(x).t()
-        sums[name] += torch.stack([each.square().sum() for each in (rest, y)]).to("cpu", torch.float64)
+        sums[name] += torch.stack([each.square().sum() for each in (rest, y)]).cpu().double()
 
     with inputs_seen(several, see):
         for ids, _ in batches(rows):
@@ -63,7 +63,7 @@ def divergence(
             lora = log_probabilities(model, ids, wanted)
         losses = [F.nll_loss(each, targets.to(each.device), reduction="sum") for each in (base, mixture, lora)]
         parts = [F.kl_div(lora, mixture, log_target=True, reduction="sum"), *losses]
-        total += torch.stack(parts).to("cpu", torch.float64)
+        total += torch.stack(parts).cpu().double()
         count += len(targets)
     if not torch.isfinite(total).all():
         raise MolaError(

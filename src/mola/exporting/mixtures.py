@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from mola.insight.float64 import in_float64
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.routing import route_all
 
@@ -47,12 +48,12 @@ class Mixture(NamedTuple):
 
     def left(self, gates: torch.Tensor | None = None) -> torch.Tensor:
         """float64 `(out, E r)`: all experts side by side, each times its gate."""
-        B = self.B.double()
+        B = in_float64(self.B)
         return (B if gates is None else B * gates.to(B).view(-1, 1, 1)).flatten(0, 1).t()
 
     def right(self) -> torch.Tensor:
         """float64 `(E r, in)`."""
-        return self.A.double().flatten(0, 1)
+        return in_float64(self.A).flatten(0, 1)
 
 
 def mola_layers(model: nn.Module) -> dict[str, MolaLinear]:

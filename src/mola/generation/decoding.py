@@ -110,6 +110,12 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    others = [each for each in (torch.mps, torch.xpu) if each.is_available()]  # `fork_rng` keeps CPU and CUDA
+    states = [each.get_rng_state() for each in others]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            for each, state in zip(others, states, strict=True):
+                each.set_rng_state(state)

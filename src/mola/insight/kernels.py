@@ -97,9 +97,11 @@ def inputs_for_shapes(
 
 
 def _inputs_of(layer: MolaLinear, adapter_name: str, mode: str) -> MixtureInputs:
-    experts_A, weight = layer.mola_A[adapter_name], getattr(layer.get_base_layer(), "weight", None)
+    experts_A = layer.mola_A[adapter_name]
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
     # Packed weights of a quantised layer say nothing about its input.
-    dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else experts_A.dtype
+    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    dtype = weight.dtype if is_plain else experts_A.dtype
     x = torch.empty(1, TOKENS[mode], layer.in_features, dtype=dtype, device=experts_A.device)
     with torch.set_grad_enabled(mode == "training"):
         base: FrozenLinear | torch.Tensor | None = layer.frozen_linear(x)

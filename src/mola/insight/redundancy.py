@@ -1,6 +1,10 @@
 """How different the experts of a module are, from their factors: no product `B A` is formed."""
 
+import functools
+
 import torch
+
+from mola.insight.float64 import in_float64
 
 _COLUMNS = 1024  # that are taken at once
 
@@ -45,7 +49,7 @@ def subspace_overlaps(stack: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 `(E, E)`; NaN where a factor is zero.
     """
-    _, lengths, directions = torch.linalg.svd(stack.detach().double(), full_matrices=False)
+    _, lengths, directions = torch.linalg.svd(in_float64(stack.detach()), full_matrices=False)
     smallest = lengths[:, :1] * max(stack.shape[1:]) * torch.finfo(torch.float32).eps
     is_spanned = lengths > smallest  # (E, r)
     basis = directions * is_spanned.unsqueeze(-1)
@@ -77,8 +81,5 @@ def _gram(stack: torch.Tensor) -> torch.Tensor:
     """Inner products of all rows, float64 `(E r, E r)`, without a copy of the stack as a whole."""
     rows = stack.detach().flatten(0, 1)
     # float64: the squared distance of like experts is a small difference of large numbers.
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in rows.split(_COLUMNS, dim=1):
-        columns = part.double()
-        gram.addmm_(columns, columns.t())
-    return gram
+    products = (columns @ columns.t() for columns in map(in_float64, rows.split(_COLUMNS, dim=1)))
+    return functools.reduce(torch.Tensor.add_, products)

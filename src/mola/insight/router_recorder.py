@@ -142,9 +142,9 @@ class RouterWatch:
     def sums(self) -> torch.Tensor:
         """All sums, float64 on the CPU: a row per router with how often each expert was chosen (padded to the largest
         number of experts), each expert's gates (padded as well), entropy, margin and tokens."""
-        total = torch.zeros(len(self.routers), 2 * self._width + FURTHER, dtype=torch.float64)
+        total = torch.zeros(len(self.routers), 2 * self._width + FURTHER, dtype=torch.float64, device="cpu")
         for sums in self._sums.values():
-            total += sums.to("cpu", torch.float64)
+            total += sums.cpu().double()
         return total
 
     def reset(self, sums: torch.Tensor | None = None) -> None:

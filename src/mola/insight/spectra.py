@@ -3,6 +3,7 @@
 import torch
 
 from mola.errors import MolaError
+from mola.insight.float64 import in_float64
 
 
 def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
             f"a spectrum needs a matrix of floating-point numbers: got shape {tuple(weight.shape)} of {weight.dtype}."
         )
     # float64: the ratio of the largest to the middle eigenvalue can exceed what float32 resolves in a Gram matrix.
-    matrix = weight.detach().double()
+    matrix = in_float64(weight.detach())
     if not torch.isfinite(matrix).all():
         raise MolaError("a spectrum needs finite numbers: the matrix holds NaN or infinity.")
     gram = matrix @ matrix.t() if matrix.shape[0] <= matrix.shape[1] else matrix.t() @ matrix

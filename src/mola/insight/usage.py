@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mola.errors import MolaError
+from mola.insight.float64 import in_float64
 from mola.insight.recording import ModuleGates
 
 FURTHER = 3  # sums of a module besides two for each expert: entropies, margins, tokens
@@ -57,7 +58,7 @@ class UsageCounter:
             MolaError: a module saw another number of tokens than the mask has.
         """
         for each in recorded:
-            gates, entropies = each.gates.double(), each.entropies.double()
+            gates, entropies = in_float64(each.gates), in_float64(each.entropies)
             if token_mask is not None:
                 if token_mask.numel() != len(gates):
                     raise MolaError(

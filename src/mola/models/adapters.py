@@ -192,10 +192,12 @@ def _attach(model: Any, name: str, folder: str) -> PeftModel:
         with warnings.catch_warnings():
             # Missing tensors are an error below, so PEFT's own warning would only repeat it.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # Where the model is: by itself PEFT reads them onto a first GPU, whoever uses that.
+            how: Any = {"adapter_name": name, "autocast_adapter_dtype": False, "torch_device": str(_device_of(model))}
             if not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
+                model = PeftModel.from_pretrained(model, folder, **how)
             # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
-            result = model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+            result = model.load_adapter(folder, **how)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if lack_of_memory(error):
             raise
@@ -211,6 +213,10 @@ def _attach(model: Any, name: str, folder: str) -> PeftModel:
                 f"such as {keys[0]!r}. Pass the base model it was trained on, or save the adapter again."
             )
     return model
+
+
+def _device_of(model: Any) -> torch.device:
+    return next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
 
 
 def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:

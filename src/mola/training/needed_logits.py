@@ -76,7 +76,8 @@ def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        mixed = getattr(options, "mixed_dtype", None)  # as in the run
+        with torch.no_grad(), torch.autocast(tokens.device.type, mixed, enabled=mixed is not None):
             every = model(input_ids=tokens, labels=labels).loss.float()
             needed = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss.float()
         is_same = torch.allclose(every, needed, rtol=1e-2, atol=1e-3, equal_nan=True)

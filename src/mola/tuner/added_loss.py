@@ -26,7 +26,7 @@ class LossSigns:
         if not is_wrong.is_cuda:
             self._refuse_if(is_wrong)
         elif not torch.cuda.is_current_stream_capturing():
-            copy = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_wrong, non_blocking=True)
+            copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(is_wrong, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._copies.append((copy, event))

@@ -15,7 +15,7 @@ from mola.tuner.frozen import flags_kept
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import decode_layer, mixture, register
-from mola.tuner.kernels.tensors import has_hooks
+from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
 from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
@@ -185,7 +185,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
         device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not x.dtype:
+        if autocast_is_on(device) and torch.get_autocast_dtype(device) is not x.dtype:
             return None
         return FrozenLinear(weight, bias)
 
@@ -219,7 +219,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
                 "them out. Train with `mola train`, which tells it what a layer needs, or with ZeRO-2 or FSDP2."
             )
         dropout = parts["mola_dropout"]._modules[adapter_name]
-        if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:  # which autocast leaves alone
+        if autocast_is_on(x.device.type) and x.dtype is not torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = experts_A.dtype if self.cast_input_dtype_enabled else x.dtype

@@ -104,7 +104,7 @@ class SingleExpertMerging:
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         # Exactly a parameter: packed weights are subclasses of it, and may be stored as floating-point numbers.
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MolaError(
                 f"Merging needs a plain floating-point base weight, this {type(base).__name__} has none. "
                 "Load the base model without quantisation to merge."

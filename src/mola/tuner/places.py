@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
@@ -45,6 +46,9 @@ def check_places(
         settings = per_layer.settings(config, name, layer_stacks.index(name))
         if adaptable(modules[name]):
             _check_not_offloaded(name, modules[name])
+            _check_not_parallel(name, modules[name])
+            if config.init_lora_weights == "principal":
+                _check_readable(name, modules[name])
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
@@ -62,6 +66,31 @@ def check_places(
         raise MolaError(
             f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
             f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
+        )
+
+
+def _check_not_parallel(name: str, module: nn.Module) -> None:
+    """A tensor-parallel linear sees and gives a part of its features, and adds up what its processes have."""
+    base: Any = base_layer_of(module)
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
+    names = None if mesh is None else mesh.mesh_dim_names
+    if getattr(base, "_hf_tp_plan", None) is not None or (mesh is not None and (names is None or "tp" in names)):
+        raise MolaError(
+            f"the base model must not be tensor-parallel: the weight of {name!r} is shared out over processes, and "
+            "experts are not. Load it without `tp_plan`; FSDP2 shards both."
+        )
+
+
+def _check_readable(name: str, module: nn.Module) -> None:
+    """The start "principal" reads the base's weight, which PEFT unpacks for some ways to quantise it."""
+    base: Any = base_layer_of(module)
+    weight = getattr(base, "weight", None)
+    makers = {type(each).__module__.partition(".")[0] for each in (base, weight)}
+    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if not is_plain and not makers & {"bitsandbytes", "hqq", "torchao"}:
+        raise MolaError(
+            f"`init_lora_weights` 'principal' needs the base's weights: those of {name!r}, a {type(base).__name__}, "
+            "cannot be unpacked. Take another start."
         )
 
 

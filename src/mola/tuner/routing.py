@@ -43,7 +43,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     device = tokens.device.type
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+    if device != "meta" and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
         with torch.autocast(device_type=device, enabled=False):
             return F.linear(tokens.to(dtype), weight.to(dtype))
     return F.linear(tokens.to(dtype), weight.to(dtype))

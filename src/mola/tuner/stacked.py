@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -92,7 +93,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
             left, right = (A, B) if is_transposed(self.base_layer, weight) else (B, A)
             stack = weight.view(len(A), left.shape[2], right.shape[2])
             # Under autocast the product would come back in another format than the parameter's.
-            with torch.autocast(weight.device.type, enabled=False):
+            with contextlib.nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
                 update = torch.baddbmm(stack, left.transpose(1, 2), right, alpha=sign * settings.scaling)
             changed[parameter] = update.view_as(weight)
         return changed

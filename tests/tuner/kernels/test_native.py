@@ -72,3 +72,27 @@ def test_another_module_that_is_missing_is_an_error(monkeypatch, forgotten):
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ModuleNotFoundError, match="llvmlite"):
         native.load("jit_decode")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 3, 64])
+def test_the_default_device_of_torch_is_none_of_a_layer_on_the_cpu(num_tokens, training):
+    """Native functions take addresses: of a tensor elsewhere there is none here."""
+    torch.manual_seed(0)
+    settings = ExpertSettings(4, 8, 2, 8.0, lora_dropout=0.1, init_lora_weights=False)
+    layer = MolaLinear(nn.Linear(64, 32), "default", settings).train(training)
+    x = torch.randn(num_tokens, 64)
+
+    def run():
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(training):
+            output = layer(x)
+        return [output, *torch.autograd.grad(output.sum(), [*layer.mola_A.values()])] if training else [output]
+
+    expected = run()
+    torch.set_default_device("meta")
+    try:
+        found = run()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -11,7 +11,7 @@ import torch
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_not_written_out
 from mola.tuner.kernels.gemm import base_output, linear
-from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.kernels.tensors import as_rows, autocast_is_on
 from mola.tuner.routing import route_all
 
 MAX_TOKENS = 32
@@ -32,7 +32,7 @@ def why_not_decode(inputs: MixtureInputs) -> str | None:
     """Why no decode backend computes such inputs; None if one may."""
     if inputs.router is None:
         return NO_ROUTER
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.x.device.type):
+    if torch.is_grad_enabled() or autocast_is_on(inputs.x.device.type):
         return "only without gradients and without autocast"
     return "dropout is on" if inputs.settings.dropout or inputs.dropout_mask is not None else None
 

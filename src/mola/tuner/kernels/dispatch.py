@@ -21,6 +21,7 @@ from mola.tuner.kernels.decode import Decode, is_decode
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
+from mola.tuner.kernels.tensors import autocast_is_on
 
 _CHOICE = "MOLA_KERNEL"
 # Without numba and Triton as yet.
@@ -119,6 +120,6 @@ def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):
         inputs = inputs._replace(result=F.linear(x, weight, inputs.bias), weight=None, bias=None)
-    if x.dtype is not dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype is not dtype and not autocast_is_on(x.device.type):
         inputs = inputs._replace(x=x.to(dtype))
     return inputs

@@ -60,7 +60,7 @@ def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:
     """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep_probability(x, p))
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return (draws.view(torch.int16)[: x.numel()] >= _steps(p) - _STEPS // 2).view(x.shape)
 
 

@@ -22,6 +22,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; on the meta device there is none, and asking raises."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`(..., features)` as `(N, features)`."""
     return tensor.reshape(-1, tensor.shape[-1])

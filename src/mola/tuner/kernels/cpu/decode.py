@@ -194,7 +194,7 @@ class RowTable(NamedTuple):
 def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
     """Where a layer's experts for rows with these adapters lie; None if there is no native function for them."""
     parts, functions = layer._modules, native.load("jit_decode")
-    no_router = torch.zeros(layer.in_features, dtype=torch.float32)
+    no_router = torch.zeros(layer.in_features, dtype=torch.float32, device="cpu")
     entries, kernels = {}, set()
     for name in set(names):
         experts_A, experts_B = (parts[part]._parameters.get(name) for part in ("mola_A", "mola_B"))
@@ -216,7 +216,10 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
         return None
     experts, scalings = zip(*map(entries.__getitem__, names), strict=True)
     # What kernels read, whatever PyTorch's default is at this moment.
-    numbers = torch.tensor(experts, dtype=torch.int64), torch.tensor(scalings, dtype=torch.float32)
+    numbers = (
+        torch.tensor(experts, dtype=torch.int64, device="cpu"),
+        torch.tensor(scalings, dtype=torch.float32, device="cpu"),
+    )
     return RowTable(kernels.pop(), *numbers, no_router)
 
 

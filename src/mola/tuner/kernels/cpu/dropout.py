@@ -17,7 +17,7 @@ def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
     if not are_plain_cpu_tensors(x) or _kernel(x.element_size()) is None:
         return None
     threshold = min(round(p * _WORDS), _WORDS - 1)
-    seed = torch.empty(3, dtype=torch.int32).random_(-(_WORDS // 2), _WORDS // 2)
+    seed = torch.empty(3, dtype=torch.int32, device="cpu").random_(-(_WORDS // 2), _WORDS // 2)
     seed[2] = threshold - _WORDS if threshold >= _WORDS // 2 else threshold  # the same 32 bits
     return seed, 1.0 - threshold / _WORDS
 

@@ -26,8 +26,8 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
         return None
     (num_experts, in_features), num_tokens, top_k = router.shape, len(tokens), settings.top_k
     tokens, router = tokens.contiguous(), router.contiguous()
-    logits, weights = (torch.empty((num_experts, num_tokens), dtype=torch.float32) for _ in range(2))
-    expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)
+    logits, weights = (torch.empty((num_experts, num_tokens), dtype=torch.float32, device="cpu") for _ in range(2))
+    expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64, device="cpu")
     tensors = tokens, router, hidden, logits, weights, expert_indices
     addresses = [tensor.data_ptr() for tensor in tensors]
     kernel(*addresses, num_tokens, in_features, num_experts, len(hidden) // num_experts, top_k, settings.scaling)

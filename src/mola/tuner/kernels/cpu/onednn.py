@@ -34,7 +34,7 @@ def fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if kernel is None:
         return linear_by_onednn(x, weight, bias)
     x, (out_features, in_features) = x.contiguous(), weight.shape
-    output = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
+    output = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
     at = 0 if bias is None else bias.data_ptr()
     num_tokens = x.numel() // in_features
     kernel(x.data_ptr(), weight.data_ptr(), at, output.data_ptr(), num_tokens, in_features, out_features)

@@ -85,10 +85,12 @@ class CpuTrain(Backend):
         if output.shape != (*x.shape[:-1], out_features):
             raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
         total = output if output.dtype is dtype else torch.zeros_like(output, dtype=dtype)
-        logits, weights = (torch.empty((size, num_tokens), dtype=torch.float32) for size in (num_experts, top_k))
-        expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64)
+        logits, weights = (
+            torch.empty((size, num_tokens), dtype=torch.float32, device="cpu") for size in (num_experts, top_k)
+        )
+        expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64, device="cpu")
         padded = r if dtype is torch.float32 else r + r % 2
-        gated = torch.empty((num_tokens, top_k * padded), dtype=dtype)
+        gated = torch.empty((num_tokens, top_k * padded), dtype=dtype, device="cpu")
         matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
         tensors = tokens, rows, *matrices, total, logits, weights, expert_indices, gated
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -137,14 +139,14 @@ def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, t
     joint = inputs.dropout_mask is None and grad_logits is None
     wants_A = wanted.experts_A or wanted.router
     grad_A, grad_B, grad_router = (
-        torch.empty(shape, dtype=torch.float32) if wants else None
+        torch.empty(shape, dtype=torch.float32, device="cpu") if wants else None
         for shape, wants in (
             (inputs.experts_A.shape, wants_A),
             (inputs.experts_B.shape, wanted.experts_B),
             (inputs.router.shape, wants_A and joint),
         )
     )
-    inner_logits = None if joint else torch.empty((num_experts, len(rows)), dtype=settings.dtype)
+    inner_logits = None if joint else torch.empty((num_experts, len(rows)), dtype=settings.dtype, device="cpu")
     extra = None if grad_logits is None else grad_logits.to(torch.float32).contiguous()
     matrices = inputs.experts_A.contiguous(), inputs.experts_B.contiguous(), inputs.router.contiguous()
     tensors = dy, rows, *saved, extra, *matrices, total, grad_A, grad_B, grad_router, inner_logits
