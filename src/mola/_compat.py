@@ -46,6 +46,13 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
+def generation_finds_cache() -> bool:
+    """Whether PEFT's generation with virtual tokens knows the name `cache`; not yet in 0.21."""
+    from peft import PeftModelForCausalLM
+
+    return '"cache"' in inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+
+
 def num_queries(query: Any) -> int:
     """How many new tokens a cache is asked about: since Transformers 5.4 the number, before their positions."""
     return query if isinstance(query, int) else len(query)

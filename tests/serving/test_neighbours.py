@@ -1,6 +1,7 @@
 """Adapters of other kinds beside each other in one server: all get what `generate` answers, or none is let in."""
 
 import concurrent.futures
+import contextlib
 import json
 
 import pytest
@@ -117,6 +118,28 @@ def test_such_a_one_that_comes_while_the_server_runs(kind, modules, endless_mode
     with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, client(url) as http:
         load(http, "whole", "whole", 200)
         assert answers(http, wanted) == wanted
+
+
+def test_such_a_one_waits_for_answers_that_are_made_together(endless_model_dir, tmp_path):
+    """Beside it answers take turns, which those that run together cannot any more."""
+    first = {"plain": trained(endless_model_dir, tmp_path / "plain", mixture(), 0)}
+    trained(endless_model_dir, tmp_path / "whole", mixture(modules_to_save=["norm"]), 1)
+    long = {"prompt": PROMPTS[0], "max_tokens": 900, "stream": True}
+    with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, contextlib.ExitStack() as stack:
+        texts = []
+        for name in (endless_model_dir.name, "plain"):
+            http = stack.enter_context(client(url))
+            lines = stack.enter_context(
+                http.stream("POST", "/v1/completions", json=long | {"model": name})
+            ).iter_lines()
+            texts.append([next(lines)])
+            stack.callback(lines.close)
+            texts[-1].append(lines)
+        http = stack.enter_context(client(url))
+        assert "with `modules_to_save` answers may have to" in load(http, "whole", "whole", 409)["error"]["message"]
+        for head, lines in texts:
+            assert [line for line in (head, *lines) if line][-1] == "data: [DONE]"
+        load(http, "whole", "whole", 200)
 
 
 def test_trained_tokens_of_one_that_comes_leave_the_others_answers_alone(tied_dir, tmp_path):

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError
+from mola.generation.virtual_tokens import may_cache
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -36,7 +37,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
             ids.pop()
         if not ids:
-            raise MolaError(f"`prompt` must hold at least one token: got {prompt!r}. Pass some text.")
+            raise MolaError(f"`prompt` must hold at least one token: got {prompt[:80]!r}. Pass some text.")
     return encoded
 
 
@@ -124,6 +125,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def check_device(device: torch.device) -> None:
+    """Raise where a GPU computes nothing any more, as after an assertion in a kernel: every later call would fail."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def last_positions(count: int, device: torch.device) -> torch.Tensor:
     """The last `count` positions, as `logits_to_keep` of a model that takes indices.
 
@@ -167,7 +174,7 @@ def generate_batch(
         pad_token_id=_pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_token_ids(model, tokenizer) or None,
-        use_cache=True,
+        use_cache=may_cache(model),
         **decoding,
     )
     ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))

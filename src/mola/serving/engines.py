@@ -1,6 +1,9 @@
 """Which engine makes the answers, and how much it may hold at once."""
 
+import contextlib
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -58,4 +61,20 @@ def _free_memory(model: Any) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *room_of_containers()])
+
+
+# What a container may have and has, for both versions of Linux's control groups.
+_CONTAINERS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def room_of_containers(files: Sequence[tuple[str, str]] = _CONTAINERS) -> list[int]:
+    """Bytes that a container's limit leaves, one for each pair of `files` that says it."""
+    found = []
+    for limit, used in files:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+    return found

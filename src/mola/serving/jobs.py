@@ -3,6 +3,8 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,8 @@ from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
 from mola.serving.writing import special_tokens
 
 _SEEDS = 2**63
+_SPELLED = 1 << 16  # tokens whose text is kept
+_MISSING: Any = object()
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class JobMaker:
         self.adapters = dict(adapters)
         self.chat_templates = dict(chat_templates or {})
         self._limits = limits
+        self.spell = lru_cache(_SPELLED)(self._spell)
         self._special = special_tokens(tokenizer)
         self._before = list(
             tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
@@ -70,7 +75,7 @@ class JobMaker:
         """Names that requests may use as `model`."""
         return list(self.adapters)
 
-    def spell(self, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
+    def _spell(self, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
         """The text of one token and its bytes; for a part of a character the tokenizer's own name, and None.
 
         `is_first`: whether an answer begins with it, where some tokenizers leave out a space.
@@ -85,14 +90,15 @@ class JobMaker:
 
     def adapter(self, name: str) -> str | None:
         """The model's name for the adapter of a request; a `RequestError` with 404 if there is none of this name."""
-        if name not in self.adapters:
+        found = self.adapters.get(name, _MISSING)  # once: it may be taken out at any time
+        if found is _MISSING:
             raise RequestError(
                 404,
                 f"`model` {name[:200]!r} does not exist here. The models are {', '.join(self.adapters)}.",
                 code="model_not_found",
                 param="model",
             )
-        return self.adapters[name]
+        return found
 
     def make(self, request: ChatRequest | CompletionRequest) -> list[Job]:
         """Every answer that a request asks for: for each prompt `n`, in the order of the choices' numbers.

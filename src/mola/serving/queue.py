@@ -47,6 +47,10 @@ class Engine(Protocol):
     def uses(self, adapter: str) -> bool:
         """Whether an answer is being made, or waits, with this adapter."""
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether answers with different adapters are being made."""
+
 
 class AnswerQueue:
     """Owns a model of `load_model`: nothing else may use it while the queue is open.
@@ -109,6 +113,8 @@ class AnswerQueue:
         with self._news:
             self._rows += rows
             self._news.notify()
+        if self._is_broken:  # meanwhile
+            ticket.arrive(_broken())
         return ticket
 
     def check_room(self) -> None:
@@ -128,6 +134,11 @@ class AnswerQueue:
             headers={"Retry-After": str(max(1, math.ceil(self._seconds)))},
         )
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether answers with different adapters are being made; to be asked in a function of `call`."""
+        return self._engine.is_mixed
+
     def check_alive(self) -> None:
         """Raise a `RequestError` if no answer can be made any more."""
         if self._is_broken:
@@ -140,6 +151,7 @@ class AnswerQueue:
         with self._news:
             self._calls.append((function, future))
             self._news.notify()
+        self.check_alive()  # once more: nobody takes it any more
         return await asyncio.wrap_future(future)
 
     async def remove(self, adapter: str) -> None:
@@ -149,6 +161,7 @@ class AnswerQueue:
         with self._news:
             self._leaving[adapter] = future
             self._news.notify()
+        self.check_alive()
         await asyncio.wrap_future(future)
 
     def stop(self) -> None:
@@ -216,13 +229,17 @@ class AnswerQueue:
         for function, future in calls:
             _run(function, future, self._adapters)
         with self._news:
-            unused = {name: self._leaving.pop(name) for name in [*self._leaving] if not self._engine.uses(name)}
+            wanted = {row.adapter for row in self._rows}  # of requests that came while functions ran
+            names = [name for name in self._leaving if name not in wanted and not self._engine.uses(name)]
+            unused = {name: self._leaving.pop(name) for name in names}
         for name, future in unused.items():
             _run(functools.partial(self._adapters.delete, name), future, self._adapters)
         return True
 
 
 def _run(function: Callable[[], Any], future: Future[Any], adapters: Adapters) -> None:
+    if not future.set_running_or_notify_cancel():  # who asked has gone, as when the server is stopped
+        return
     adapters.leave()
     try:
         try:

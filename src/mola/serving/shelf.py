@@ -16,6 +16,9 @@ from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
 
+# What may keep rows with different adapters from going through the model together, see `why_not_mixed`.
+_TURNS = ("modules_to_save", "target_parameters", "trainable_token_indices", "use_dora")
+
 
 class Shelf:
     """Loads and unloads adapters.
@@ -72,7 +75,7 @@ class Shelf:
             self._jobs.chat_templates[inside] = template
         self._jobs.adapters[name] = inside
         if before is not None:
-            await self._queue.remove(before)
+            await self._leave(before)
 
     async def unload(self, name: str) -> None:
         """Take a name out at once, and its adapter out of memory when the last answer with it has ended.
@@ -85,7 +88,11 @@ class Shelf:
         if inside is None:
             raise RequestError(400, f"`lora_name` {name!r} is the base model, which stays.", param="lora_name")
         del self._jobs.adapters[name]
+        await self._leave(inside)
+
+    async def _leave(self, inside: str) -> None:
         await self._queue.remove(inside)
+        self._jobs.chat_templates.pop(inside, None)
 
     def _check_name(self, name: str, in_place: bool) -> None:
         if name not in self._jobs.adapters:
@@ -122,6 +129,14 @@ class Shelf:
         # Here and not beside answers being made: models without weights are built under another default dtype, which is
         # one for all threads.
         self._check(folder)
+        config = check_adapter(folder)
+        if self._queue.is_mixed and (name := next((each for each in _TURNS if config.get(each)), None)):
+            raise RequestError(
+                409,
+                f"beside an adapter with `{name}` answers may have to take turns, and some with different adapters are "
+                "being made together. Try again when they have ended, or name it in `--adapter`.",
+                param="lora_path",
+            )
         model = self._adapters.model
         try:
             model = attach(model, inside, folder)

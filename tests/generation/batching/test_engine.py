@@ -234,6 +234,52 @@ def test_the_cache_is_as_large_as_what_it_holds_and_never_the_most_of_both(adapt
         assert [rows[3].listener.tokens, long.listener.tokens] == run(batched(adapted), again([rows[3], long]))
 
 
+def test_prompts_that_are_read_side_by_side_take_what_was_counted(adapted):
+    """Each long prompt has a cache of its own until it is read; all together stay within `total`, but for rounding."""
+    rows = [Row("first", [5] * 400, Sampling(decoding_settings(4)), Heard()) for _ in range(6)]
+    engine, total = batched(adapted, size=8, prefill=64, total=6 * 404), 6 * 404
+    with predicting.inference_state(adapted):
+        for row in rows:
+            engine.add(row)
+        most = 0
+        while not engine.is_idle:
+            engine.step()
+            caches = [part.cache._own[0].keys for part in engine._parts()]
+            most = max(most, sum(keys.shape[0] * keys.shape[-2] for keys in caches if keys.numel()))
+    assert total / 2 < most < 1.5 * total
+
+
+def test_rows_that_leave_free_their_columns_before_others_enter(adapted):
+    gone = Heard()
+    rows = [Row("first", [5] * 500, Sampling(decoding_settings(50)), gone)]
+    rows.append(Row("first", [5] * 4, Sampling(decoding_settings(50)), Heard()))
+    engine = batched(adapted, size=8, prefill=1000, total=2000)
+    with predicting.inference_state(adapted):
+        for row in rows:
+            engine.add(row)
+        while len(engine._running.rows) < 2:
+            engine.step()
+        gone.leaves_after = 0
+        engine._forget_unwanted()
+        assert engine._running.cache.columns < 64
+
+
+def test_adapters_that_could_not_be_switched_are_switched_again(adapted, monkeypatch):
+    """Off and on again: what failed in between leaves no other adapter on."""
+    adapters = Adapters(adapted)
+    with adapters.using([None], will_stay=True):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("mola.generation.batching.forward.set_adapter_to_infer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), adapters.using(["second"], will_stay=True):
+            pass
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), adapters.using([None], will_stay=True):
+        found = adapted(input_ids=ids).logits
+    with torch.no_grad(), adapted.disable_adapter():
+        assert torch.equal(found, adapted(input_ids=ids).logits)
+
+
 def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
     from peft import PromptTuningConfig
 

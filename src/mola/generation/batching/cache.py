@@ -92,7 +92,8 @@ class _Layer(DynamicLayer):
         if rows <= had_rows and columns <= had_columns:
             return
         # What is needed now: the most rows times the most columns that there ever were could be far more.
-        rows, columns = _rounded(rows, _ROWS), _rounded(columns, _COLUMNS)
+        # More rows may come to those that are here, and none to prompts that are read.
+        rows, columns = _rounded(rows, _ROWS) if rows > had_rows > 0 else rows, _rounded(columns, _COLUMNS)
         # Zeros: whatever lies in fresh memory could be no number, which masks do not hide.
         grown = [each.new_zeros(rows, each.shape[1], columns, each.shape[-1]) for each in like]
         if had_rows:

@@ -15,6 +15,7 @@ from mola.generation.batching.cache import RowCache
 from mola.generation.batching.forward import Adapters, Forward
 from mola.generation.batching.rows import Row
 from mola.generation.batching.sampling import Chooser, logprobs
+from mola.generation.predicting import check_device
 
 
 @dataclass
@@ -81,6 +82,11 @@ class BatchEngine:
         """Whether an answer is being made, or waits, with this adapter."""
         return any(row.adapter == adapter for row in (*self._waiting, *self._active()))
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether answers with different adapters are being made."""
+        return len({row.adapter for row in self._active()}) > 1
+
     def step(self) -> None:
         """One token for every running answer, and a part of the prompts of others."""
         self._forget_unwanted()
@@ -104,6 +110,7 @@ class BatchEngine:
                 if part.rows[index].listener.is_unwanted():
                     part.drop(index)
         self._reading = deque(part for part in self._reading if part.rows)
+        self._running.cache.trim([row.cached for row in self._running.rows])
 
     def _admit(self) -> None:
         """Let in who waits, first come, first served, as long as there is room."""
@@ -138,6 +145,7 @@ class BatchEngine:
             rows, part.rows, part.cache = part.rows, [], self._forward.new_cache()
             for row in rows:
                 row.listener.fails(error)
+            check_device(self._device)
 
     def _read(self, part: _Part) -> None:
         end = part.read + self._max_prefill_tokens

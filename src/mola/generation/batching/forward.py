@@ -37,6 +37,7 @@ def _puts_tokens_before(model: PeftModel) -> bool:
     return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
+_UNKNOWN: Any = object()
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -118,6 +119,7 @@ class Adapters:
         if name == self._active:
             return
         self._off.close()
+        self._active = _UNKNOWN  # if what follows fails
         if name is None:
             self._off.enter_context(self.model.disable_adapter())
         elif self.model.active_adapter != name:

@@ -63,6 +63,11 @@ class SingleEngine:
         """Whether there is nothing to do."""
         return not self._waiting
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether answers with different adapters are being made: never."""
+        return False
+
     def uses(self, adapter: str) -> bool:
         """Whether an answer waits with this adapter."""
         return any(row.adapter == adapter for row in self._waiting)
@@ -78,6 +83,7 @@ class SingleEngine:
             self._answer(row)
         except Exception as error:
             row.listener.fails(error)
+            predicting.check_device(next(self._adapters.model.parameters()).device)
         finally:
             self.num_active = 0
 

@@ -1,0 +1,53 @@
+"""Methods of PEFT that put virtual tokens before a prompt: what `generate` makes is what the model itself says."""
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+from mola._compat import cache_argument, generation_finds_cache
+from mola.errors import MolaError
+from mola.generation import predicting
+from mola.generation.decoding import generate_text
+from tests.tuner.models import clone
+
+pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT
+TOKENS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+
+
+def adapted(model, config):
+    torch.manual_seed(0)
+    model = get_peft_model(clone(model), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.5)
+    return model
+
+
+def likeliest(model, tokenizer, prompt, count):
+    ids = torch.tensor(predicting.encode_prompts(tokenizer, [prompt]))
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_virtual_tokens_are_there_at_every_token(tiny_model, tiny_tokenizer):
+    model = adapted(tiny_model, PromptTuningConfig(**TOKENS))
+    text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+    assert text == likeliest(model, tiny_tokenizer, "Once", 8)
+    assert text != generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
+
+
+def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
+    model = adapted(tiny_model, PrefixTuningConfig(**TOKENS))
+    if cache_argument(tiny_model) != "cache" or generation_finds_cache():
+        text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+        assert text == likeliest(model, tiny_tokenizer, "Once", 8)
+        return
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+        generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+    with model.disable_adapter():
+        base = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+    assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
