@@ -94,6 +94,68 @@ def test_a_model_that_is_its_own_decoder_has_no_towers():
     assert LayerStacks.of(model).language_model is None
 
 
+def linears(number):
+    return nn.ModuleList([nn.Linear(2, 2) for _ in range(number)])
+
+
+def test_layers_that_run_several_times_have_one_number_each():
+    """A configuration may count their runs."""
+    model = nn.ModuleDict({"layers": linears(4), "head": nn.Linear(2, 2)})
+    model.config = {"num_hidden_layers": 12}
+    stacks = LayerStacks.of(model)
+    assert stacks.num_layers == 4
+    assert [stacks.index(name) for name in ("layers.3", "head")] == [3, None]
+
+
+def test_other_lists_than_that_of_the_layers_are_no_layers():
+    model = nn.ModuleDict({"projections": linears(2), "layers": linears(3)})
+    model.config = {"num_hidden_layers": 3}
+    stacks = LayerStacks.of(model)
+    assert [stacks.index(name) for name in ("layers.2", "projections.1")] == [2, None]
+
+
+@pytest.mark.parametrize("tower", ["vision_model.encoder", "encoder.vision_tower.encoder"])
+def test_a_tower_is_no_encoder_of_an_encoder_decoder(tower):
+    """As in BLIP-2 with T5, and in T5Gemma 2."""
+    places = {f"{tower}.layers": 9, "language_model.encoder.layers": 2, "language_model.decoder.layers": 3}
+    if tower.startswith("encoder"):
+        places = {f"model.{tower}.layers": 9, "model.encoder.layers": 2, "model.decoder.layers": 3}
+    model = nn.Module()
+    model.config = {"is_encoder_decoder": True}
+    for place, number in places.items():
+        part = model
+        *parents, last = place.split(".")
+        for name in parents:
+            if name not in part._modules:
+                part.add_module(name, nn.Module())
+            part = part._modules[name]
+        part.add_module(last, linears(number))
+    stacks = LayerStacks.of(model)
+    beside, encoder, decoder = places
+    assert (stacks.num_layers, stacks.num_encoder_layers) == (5, 2)
+    assert stacks.parts == (encoder, decoder)
+    assert [stacks.index(f"{place}.1") for place in places] == [None, 1, 3]
+    pattern = stacks.also_excluding_towers(None)
+    assert re.fullmatch(pattern, f"{beside}.1")
+    assert not re.fullmatch(pattern, f"{decoder}.1")
+
+
+class Around(nn.Module):
+    """A model around one with towers, as ColPali's: only that one's configuration names the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"inner_config": {"text_config": {"num_hidden_layers": 2}}}
+        self.inner, self.speaker = WithTower(), linears(5)
+
+
+def test_a_language_model_two_levels_below():
+    stacks = LayerStacks.of(Around())
+    assert stacks == LayerStacks(2, language_model="inner.text")
+    names = ("inner.text.layers.1", "inner.tower.layers.1", "speaker.1")
+    assert [stacks.index(name) for name in names] == [1, None, None]
+
+
 def test_decoder_layers_come_after_those_of_the_encoder():
     layers = {
         side: nn.ModuleDict({"block": nn.ModuleList([nn.Linear(2, 2) for _ in range(count)])})

@@ -1,13 +1,27 @@
 """Names, depth, and sizes of the linears to adapt, on small models of several architectures."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    WavLMConfig,
+    WavLMModel,
+)
 from transformers.pytorch_utils import Conv1D
 
+from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.linears import adaptable
+from mola.architecture.read_weights import is_read
 from mola.architecture.targets import (
     LLAMA_LINEARS,
     check_target_modules,
@@ -15,6 +29,7 @@ from mola.architecture.targets import (
     default_target_modules,
     layer_index,
     linear_shapes,
+    resolve_target_modules,
 )
 from mola.errors import MolaError
 
@@ -270,6 +285,37 @@ def test_names_outside_the_layers_have_no_index():
 def test_excluded_modules_have_no_shape(excluded):
     shapes = linear_shapes(tiny_llama(), ["q_proj"], exclude_modules=excluded)
     assert [shape.layer_index for shape in shapes] == [0, 2]
+
+
+def test_names_whose_modules_are_read_or_no_linears_are_no_default():
+    """WavLM hands the weights of its attention to a function: experts there would do nothing."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = WavLMConfig(**sizes, conv_dim=(32,), conv_kernel=(10,), conv_stride=(5,), num_buckets=8)
+    with torch.device("meta"):
+        model = WavLMModel(config)
+    with pytest.raises(MolaError, match="there is no default for model type 'wavlm'"):
+        resolve_target_modules(model, LayerStacks.of(model), None)
+    found = {each.name.rpartition(".")[2] for each in linear_shapes(model, "all-linear")}
+    assert {"intermediate_dense", "output_dense"} <= found
+    assert not found & {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+def test_routers_that_give_several_tensors_are_no_linears():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Llama4TextConfig(**sizes, num_local_experts=2, vocab_size=64, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert "router" not in {each.name.rpartition(".")[2] for each in linear_shapes(model, "all-linear")}
+
+
+def test_a_mixer_within_a_model_of_another_type_is_read_all_the_same():
+    inner = nn.ModuleDict({"mixer": nn.ModuleDict({name: nn.Linear(2, 2) for name in ("in_proj", "out_proj")})})
+    inner.config, outer = MambaConfig(), nn.ModuleDict({"inner": inner, "out_proj": nn.Linear(2, 2)})
+    outer.config = SimpleNamespace(model_type="outer")
+    assert is_read(outer, "inner.mixer.out_proj")
+    assert not is_read(outer, "inner.mixer.in_proj")
+    assert not is_read(outer, "out_proj")
 
 
 def test_linears_that_a_mixer_reads_are_left_out():

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForQuestionAnswering, PeftModel, TaskType
+from peft import AutoPeftModelForQuestionAnswering, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import BertForQuestionAnswering
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertForQuestionAnswering,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
-from mola import MolaError, PlanOptions, plan
+from mola import MolaConfig, MolaError, PlanOptions, plan
 from mola.architecture.linears import adaptable
 from tests.ecosystem.families import adapt, batch, build, layers
 
@@ -47,6 +55,49 @@ def test_heads_are_saved_beside_modules_of_the_users_choice(family, tmp_path):
         modules = {name.split(".modules_to_save")[0].rpartition(".")[2] for name in whole}
         assert modules == {norm.rpartition(".")[2], head}
         assert all(parameter.requires_grad for parameter in whole.values())
+
+
+SMALL = {"d_model": 32, "vocab_size": 64, "num_labels": 3, "pad_token_id": 0, "eos_token_id": 1}
+BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+BART |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "bos_token_id": 2}
+T5 = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_heads_that_peft_does_not_know_are_trained_and_saved(kind, tmp_path):
+    """They are called `classification_head` there, and began at random and stayed so."""
+    make, config = {
+        "bart": (BartForSequenceClassification, BartConfig(**SMALL, **BART)),
+        "t5": (T5ForSequenceClassification, T5Config(**SMALL, **T5)),
+    }[kind]
+    torch.manual_seed(0)
+    base = make(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    ids = torch.tensor([[5, 6, 7, 1], [8, 9, 10, 1]])
+    settings = {"num_experts": 2, "top_k": 2, "r": 2, "task_type": TaskType.SEQ_CLS, "init_lora_weights": False}
+    model = get_peft_model(base, MolaConfig(**settings, target_modules="all-linear")).eval()
+    assert not any("classification_head" in name for name in layers(model))
+    heads = {name: p for name, p in model.named_parameters() if "classification_head.modules_to_save" in name}
+    assert heads
+    for parameter in heads.values():
+        assert parameter.requires_grad
+        parameter.data += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(make.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_experts_of_an_rwkv_count_alike_in_training_and_evaluation():
+    """It divides its weights when it is evaluated, and those of experts lie elsewhere."""
+    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, context_length=64, rescale_every=2)
+    torch.manual_seed(0)
+    base, ids = RwkvForCausalLM(config), torch.arange(12)[None]
+    with torch.no_grad():
+        base.eval()(input_ids=ids)  # which divides them
+        model = get_peft_model(base, MolaConfig(num_experts=2, r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+        found = [model.train(mode)(input_ids=ids).logits for mode in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_plan_of_a_language_model_beside_a_tower(tmp_path):

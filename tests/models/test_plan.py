@@ -140,7 +140,7 @@ def test_wrong_options(llama_7b, options, message):
         ('{"model_type": "unheard_of"}', "does not recognize"),
         ('{"model_type": "llama", "hidden_size": "a"}', "hidden_size|unsupported operand"),
         ('{"model_type": "llama", "num_hidden_layers": 0}', "must have decoder layers: found none"),
-        ('{"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}', "custom code"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}', "code of its own"),
     ],
 )
 def test_unreadable_models(tmp_path, content, message):

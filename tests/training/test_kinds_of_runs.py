@@ -9,6 +9,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mola import MolaError, TrainOptions
 from mola.cli import main
@@ -150,6 +151,16 @@ def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flag
     (head,) = (tensor for name, tensor in load_file(tmp_path / "run" / WEIGHTS).items() if "lm_head" in name)
     assert head.dtype is torch.float32
     assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_linears_that_are_never_called_are_named(flags, caplog, monkeypatch):
+    """Their experts have no gradient; those of all others have one, whatever tokens choose."""
+    assert main(flags(max_steps=3, warmup_steps=0, **NO_EVALUATION)) == 0
+    assert "were not called" not in caplog.text
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    options = {"max_steps": 3, "warmup_steps": 0, "overwrite_output_dir": "true"}
+    assert main(flags(**options, **NO_EVALUATION)) == 0
+    assert "12 adapted linears were not called in 3 steps, such as base_model.model.model.layers.0.mlp" in caplog.text
 
 
 def test_a_base_that_will_be_sharded_is_loaded_into_the_memory_of_the_machine(tiny_model_dir, rows_file, monkeypatch):

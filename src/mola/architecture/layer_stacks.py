@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+
+from mola.architecture.linears import adaptable
 
 Names = list[str] | set[str] | str
 
@@ -68,11 +71,15 @@ class LayerStacks:
         num_layers: how many there are; None if nothing tells.
         num_encoder_layers: how many of them are in the encoder of an encoder-decoder; 0 for other models.
         language_model: name of the module that is the language model, or its layers, where there are towers beside it.
+        sides: names of the encoder's and of the decoder's layers, where there are towers beside these.
+        lists: names of the lists that hold the layers; none where layers are in no list.
     """
 
     num_layers: int | None
     num_encoder_layers: int = 0
     language_model: str | None = None
+    sides: tuple[str, ...] = ()
+    lists: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStacks:
@@ -81,16 +88,29 @@ class LayerStacks:
         Args:
             model: the model with its `config`, if it has one; weights are not read.
         """
-        model_config = BaseTuner.get_model_config(model)
-        names = [name for name, _ in model.named_modules()]
-        if model_config.get("is_encoder_decoder"):
-            encoder, decoder = (
-                count_layers({}, (name for name in names if _side(name) == side)) for side in ("encoder", "decoder")
-            )
-            if encoder and decoder:
-                return cls(encoder + decoder, num_encoder_layers=encoder)
+        model_config: Mapping[str, Any] = BaseTuner.get_model_config(model)
+        names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
+        if model_config.get("is_encoder_decoder") and (sides := _sides(lists)):
+            encoder, decoder = (lists[side] for side in sides)
+            has_towers = len(lists) > len(sides)
+            return cls(encoder + decoder, encoder, sides=sides if has_towers else (), lists=sides)
         language_model = _language_model(model, model_config)
-        return cls(count_layers(model_config, names), language_model=language_model)
+        if language_model is not None:
+            within = f"{language_model}."
+            names = [name for name in names if name.startswith(within)]
+            lists = {name: size for name, size in lists.items() if f"{name}.".startswith(within)}
+            model_config = _config_of(model.get_submodule(language_model)) or model_config
+        depth = count_layers(model_config, names)
+        if depth not in lists.values() and len({*lists.values()}) == 1:
+            # Runs of the same layers may count as layers in a configuration: each layer has one number all the same.
+            depth = next(iter(lists.values()))
+        kept = tuple(name for name, size in lists.items() if size == depth)
+        return cls(depth, language_model=language_model, lists=kept)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the modules beside which there are towers; none where nothing is beside."""
+        return self.sides or ((self.language_model,) if self.language_model else ())
 
     def index(self, module_name: str) -> int | None:
         """Layer of a module, 0 = nearest the input; None for modules outside the layers.
@@ -98,12 +118,14 @@ class LayerStacks:
         Args:
             module_name: as in `named_modules()`.
         """
-        if self.language_model is not None and not module_name.startswith(self.language_model + "."):
+        if self.parts and not module_name.startswith(tuple(f"{part}." for part in self.parts)):
             return None
-        index = layer_index(module_name)
-        if index is not None and self.num_encoder_layers and _side(module_name) == "decoder":
-            return self.num_encoder_layers + index
-        return index
+        own = next((name for name in self.lists if module_name.startswith(f"{name}.")), None)
+        if own is None and self.lists:
+            return None
+        index = layer_index(module_name if own is None else module_name.removeprefix(f"{own}."))
+        is_later = own == self.lists[-1] if self.lists else _side(module_name) == "decoder"
+        return self.num_encoder_layers + index if index is not None and self.num_encoder_layers and is_later else index
 
     def is_encoder(self, index: int | None) -> bool:
         """Whether a layer belongs to the encoder of an encoder-decoder."""
@@ -115,9 +137,10 @@ class LayerStacks:
         Args:
             exclude_modules: names, a regular expression, or None.
         """
-        if self.language_model is None:
+        if not self.parts:
             return exclude_modules
-        beside = rf"(?!{re.escape(self.language_model)}\.).*"
+        parts = "|".join(map(re.escape, self.parts))
+        beside = rf"(?!(?:{parts})\.).*"
         if exclude_modules is None:
             return beside
         if not isinstance(exclude_modules, str):
@@ -125,20 +148,66 @@ class LayerStacks:
         return f"{beside}|{exclude_modules}"
 
 
+def _layer_lists(model: nn.Module) -> dict[str, int]:
+    """Name -> length of the lists that hold linears, without lists inside of lists."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not name or not isinstance(module, nn.ModuleList) or name.startswith(tuple(f"{other}." for other in found)):
+            continue
+        if any(adaptable(part) for part in module.modules() if part is not module):
+            found[name] = len(module)
+    return found
+
+
+def _sides(lists: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the encoder's and of the decoder's layers among `lists`; none unless both are there.
+
+    Towers have encoders of their own: that of the decoder is nearest to it.
+    """
+    decoders, encoders = ([name for name in lists if _side(name) == side] for side in ("decoder", "encoder"))
+    if not decoders or not encoders:
+        return ()
+    decoder = min(decoders, key=lambda name: name.count("."))
+    nearest = max(encoders, key=lambda name: (_shared(name, decoder), -name.count(".")))
+    return nearest, decoder
+
+
+def _shared(one: str, other: str) -> int:
+    """How many parts two names begin with that are the same."""
+    parts = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+
+
 def _side(module_name: str) -> str | None:
     """The part "encoder" or "decoder", whichever comes first in a name; None if neither does."""
-    return next((part for part in module_name.split(".") if part in ("encoder", "decoder")), None)
+    sides = (part.removeprefix("text_") for part in module_name.split("."))
+    return next((part for part in sides if part in ("encoder", "decoder")), None)
+
+
+def _config_of(module: nn.Module) -> Mapping[str, Any] | None:
+    config = getattr(module, "config", None)
+    return config if config is None or isinstance(config, Mapping) else config.to_dict()
 
 
 def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | None:
     parts = {name: part for name, part in model_config.items() if isinstance(part, Mapping)}
-    get_decoder = getattr(model, "get_decoder", None)
     if "text_config" in parts:
-        decoder = get_decoder() if get_decoder is not None else None
-        return next((name for name, module in model.named_modules() if name and module is decoder), None)
+        return _decoder_in(model, model)
+    # A model around one that has towers, or a speaker beside it.
+    if any("text_config" in part for part in parts.values()):
+        for module in model.modules():
+            if module is not model and "text_config" in (_config_of(module) or ()):
+                return _decoder_in(model, module)
     if not any(key in part for part in parts.values() for key in _DEPTH_KEYS):
         return None
     # As Phi-4-multimodal: the model is the language model and holds the towers, too.
     depth = count_layers(model_config, ())
     lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     return min(lists, key=lambda name: name.count("."), default=None)
+
+
+def _decoder_in(model: nn.Module, part: nn.Module) -> str | None:
+    """Name of the decoder of a part of a model, if that has one which is not the whole model."""
+    get_decoder = getattr(part, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    return next((name for name, module in model.named_modules() if name and module is decoder), None)

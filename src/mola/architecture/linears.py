@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 # The last one is never called: nn.MultiheadAttention reads its weight.
 _NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, NonDynamicallyQuantizableLinear)
+# Subclasses of nn.Linear that give several tensors, or another shape.
+_NO_LINEAR_MAPS = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -27,7 +29,7 @@ def adaptable(module: nn.Module) -> bool:
         False for embeddings, convolutions, norms and modules that only contain linears.
     """
     base = base_layer_of(module)
-    if isinstance(base, _NOT_ADAPTABLE):
+    if isinstance(base, _NOT_ADAPTABLE) or type(base).__name__ in _NO_LINEAR_MAPS:
         return False
     if isinstance(base, (nn.Linear, Conv1D)):
         return True

@@ -11,6 +11,7 @@ from torch import nn
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.linears import base_layer_of, original_modules
+from mola.architecture.read_weights import is_read
 from mola.architecture.targets import matches
 from mola.errors import MolaError
 
@@ -40,9 +41,14 @@ def find_stacks(
         base = base_layer_of(module)
         for parameter, weight in base.named_parameters(recurse=False):
             name = f"{module_name}.{parameter}"
-            if weight.dim() == 3:
+            if weight.dim() == 3 and not isinstance(base, nn.Conv1d):
                 known[".".join(name.split(".")[-2:])] = True
             if matches(name, target_parameters) if chosen is None else chosen(name):
+                if is_read(model, module_name) or isinstance(base, nn.Conv1d):
+                    raise MolaError(
+                        f"`target_parameters` must not name {name!r}: this model reads it and does not call its "
+                        "module, so that a LoRA there would do nothing. Leave it out."
+                    )
                 if weight.dim() not in (2, 3) or type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
                     raise MolaError(
                         "`target_parameters` must name plain floating-point parameters with 2 or 3 dimensions: "

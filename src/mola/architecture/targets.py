@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -19,21 +19,23 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.layer_stacks import count_layers as count_layers
 from mola.architecture.layer_stacks import layer_index as layer_index
 from mola.architecture.linears import adaptable, base_layer_of, original_modules, sizes_of
-from mola.architecture.read_weights import is_read
+from mola.architecture.read_weights import is_read, is_read_in
 from mola.errors import MolaError
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Where these are one linear, as in Phi-3, its name is another.
-_FUSED_LINEARS = ("qkv_proj", "gate_up_proj")
+# Where these are one linear, as in Phi-3, or several, as in DeepSeek's attention, they have other names.
+_FUSED_LINEARS = ("qkv_proj", "gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 Targets = list[str] | set[str] | str
 
 _ALL_LINEAR = "all-linear"
-_HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
+_HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs", "classification_head", "logits_proj", "lm_head")
 _NOT_LINEAR_NAME = re.compile(r"norm|ln_|embed|dropout|act|rotary|wte|wpe|^\d+$", re.IGNORECASE)
 
 
-def default_target_modules(module_names: Iterable[str], model_type: str | None) -> list[str]:
+def default_target_modules(
+    module_names: Iterable[str], model_type: str | None, not_linears: Collection[str] = ()
+) -> list[str]:
     """Names to adapt when the user gave none.
 
     Those of `LLAMA_LINEARS` that exist in the model, also where query, key and value or gate and up are one
@@ -42,6 +44,7 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
     Args:
         module_names: names of the model's modules.
         model_type: `config.model_type` of the model.
+        not_linears: names that stand for something else there, or for what is read and not called.
 
     Returns:
         Names as `target_modules` takes them.
@@ -50,7 +53,8 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
         MolaError: the architecture is unknown; the names it has are listed.
     """
     names = list(module_names)
-    leaves = {_leaf(name) for name in names}
+    # Not where a module of that name is none to adapt: names stand for all of them.
+    leaves = {_leaf(name) for name in names} - {_leaf(name) for name in not_linears}
     found = [name for name in (*LLAMA_LINEARS, *_FUSED_LINEARS) if name in leaves]
     if found:
         return found
@@ -61,7 +65,7 @@ def default_target_modules(module_names: Iterable[str], model_type: str | None) 
         return found
     parents = {name.rpartition(".")[0] for name in names}
     candidates = sorted({_leaf(name) for name in names if name and name not in parents})
-    candidates = [n for n in candidates if not (_NOT_LINEAR_NAME.search(n) or is_read(model_type, n))]
+    candidates = [n for n in candidates if not (_NOT_LINEAR_NAME.search(n) or is_read_in(model_type, n))]
     raise MolaError(
         f"`target_modules` must be given for this architecture, there is no default for model type "
         f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(candidates) or 'none'}."
@@ -113,7 +117,7 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
                 f"{', '.join(_linear_names(modules))}; or use `exclude_modules`."
             )
-        if is_read(_model_type(model), name):
+        if is_read(model, name):
             raise MolaError(
                 f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
                 "it, so that experts there would do nothing. Leave it out, or use `exclude_modules`."
@@ -161,9 +165,10 @@ def resolve_target_modules(
         MolaError: as `default_target_modules` and `check_target_modules`.
     """
     if target_modules is None:
-        within = f"{stacks.language_model}." if stacks.language_model else ""
-        names = [name for name, _ in model.named_modules() if name.startswith(within)]
-        target_modules = set(default_target_modules(names, _model_type(model)))
+        within = tuple(f"{part}." for part in stacks.parts) or ""
+        inside = [(name, module) for name, module in original_modules(model) if name.startswith(within)]
+        no_linears = [name for name, module in inside if not adaptable(module) or is_read(model, name)]
+        target_modules = set(default_target_modules([name for name, _ in inside], _model_type(model), no_linears))
         return target_modules, stacks.also_excluding_towers(exclude_modules)
     check_target_modules(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
@@ -186,9 +191,7 @@ def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> lis
     if not _is_all_linear(targets):
         return [(name, module) for name, module in modules if matches(name, targets)]
     heads = _heads(model)
-    linears = [
-        (name, module) for name, module in modules if adaptable(module) and not is_read(_model_type(model), name)
-    ]
+    linears = [(name, module) for name, module in modules if adaptable(module) and not is_read(model, name)]
     return [(name, module) for name, module in linears if not any(module is head for head in heads)]
 
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mola.architecture.targets import count_layers
+from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.models.gguf import read_gguf_config
 
@@ -68,7 +68,7 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
     Raises:
         MolaError: it has none.
     """
-    num_layers = count_layers(model.config.to_dict(), [name for name, _ in model.named_modules()])
+    num_layers = LayerStacks.of(model).num_layers
     if num_layers is None or num_layers < 1:
         raise MolaError(
             f"`base_model` must have decoder layers: found {num_layers or 'none'} in {base_model!r}. "

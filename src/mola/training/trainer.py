@@ -21,6 +21,7 @@ from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE
 from mola.training.sharding import is_sharded, keep_dtypes
+from mola.training.uncalled import UncalledLinears
 from mola.training.zero import name_experts, uses_deepspeed
 from mola.tuner.loraplus import split_groups
 
@@ -35,6 +36,8 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
     # In this order: what is to be saved is known first, and is looked at before it is.
     own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast(), FiniteLoss()]
     own += [FrozenInput(), CheckpointDigests()]
+    if not (is_sharded(options) or uses_deepspeed(options)):  # whose gradients lie elsewhere
+        own.append(UncalledLinears(model))
     try:
         trainer = MolaTrainer(
             model=model,

@@ -33,10 +33,12 @@ from mola.tuner.per_layer import PerLayer
 from mola.tuner.places import check_places
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.replication import replicated_layers
+from mola.tuner.rescaling import stop_rescaling
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
 
 _HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_OTHER_HEADS = ("classification_head", "logits_proj")  # of sequence classifiers, which PEFT does not know
 
 
 class MolaModel(BaseTuner):
@@ -83,9 +85,10 @@ class MolaModel(BaseTuner):
         found = getattr(getattr(model, "config", None), "model_type", None)
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
-        self._add_head(config)
+        self._add_head(model, config)
         with replicated_layers(model, config.layer_replication):
             self._inject(model, adapter_name, config, *args, **kwargs)
+        stop_rescaling(model)
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
@@ -126,9 +129,12 @@ class MolaModel(BaseTuner):
         )
 
     @staticmethod
-    def _add_head(config: MolaConfig) -> None:
+    def _add_head(model: nn.Module, config: MolaConfig) -> None:
         # PEFT writes the heads of these tasks into the user's object, after it has been copied here.
-        heads = [name for name in _HEADS.get(config.task_type, ()) if name not in (config.modules_to_save or ())]
+        known = _HEADS.get(config.task_type, ())
+        if config.task_type == "SEQ_CLS":
+            known = tuple(name for name in _OTHER_HEADS if hasattr(model, name))
+        heads = [name for name in known if name not in (config.modules_to_save or ())]
         if heads:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
 
