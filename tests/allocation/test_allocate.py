@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.measured import effective_experts
+from mola.allocation.probe import routing_records
 from mola.allocation.rounding import experts_from_scores
 from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.cli import main
@@ -121,6 +122,18 @@ def probe(tiny_model_dir, tmp_path_factory):
     lines = [{"step": 1, "modules": records([GATES[0]] * 4)}, {"step": 2, "modules": records(GATES)}]
     (folder / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def test_an_interval_of_a_few_steps_at_the_end_is_not_taken_for_all(probe, tmp_path):
+    def lines(*tokens):
+        found = [{"modules": [{**row, "num_tokens": number} for row in records(GATES)]} for number in tokens]
+        found[-1]["modules"] = [{**row, "mean_gates": [0.9, 0.1, 0.0]} for row in found[-1]["modules"]]
+        (tmp_path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+        return routing_records(str(tmp_path), None)[0][0]["mean_gates"]
+
+    assert lines(100, 90) == [0.9, 0.1, 0.0]
+    assert lines(100, 10) == GATES[0][0]
+    assert lines(10) == [0.9, 0.1, 0.0]
 
 
 def options(base, method, budget=16, **more):

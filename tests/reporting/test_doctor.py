@@ -277,6 +277,9 @@ def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path
     printed = capsys.readouterr().out
     assert LORA not in printed
     assert "its export.json is older than the adapter" in printed
+    # One that is named is looked at: a folder that was copied has other times.
+    assert main(["doctor", str(folder), "--export", str(folder / "export.json")]) == 0
+    assert LORA in capsys.readouterr().out
 
 
 def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):

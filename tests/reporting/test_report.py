@@ -413,6 +413,21 @@ def test_different_data_are_said(run_dir):
     assert "do not compare them" in page_of(run_dir).section("accuracy").text
 
 
+@pytest.mark.parametrize(("name", "value"), [("base_model", "elsewhere/other-model"), ("max_new_tokens", 7)])
+def test_results_of_another_question_are_said(run_dir, name, value):
+    change(run_dir / "before.json", lambda result: result["settings"].update({name: value}))
+    assert "do not compare them" in page_of(run_dir).section("accuracy").text
+
+
+def test_the_command_for_a_missing_result_asks_as_the_other_was_asked(run_dir):
+    asked = {"split": "validation", "limit": 3, "scoring": "likelihood", "max_new_tokens": 7}
+    change(run_dir / "before.json", lambda result: result["settings"].update(asked))
+    (run_dir / "after.json").unlink()
+    (command,) = {each.text for each in page_of(run_dir).section("accuracy").all("pre")}
+    options = parse(EvaluateOptions, shlex.split(command)[2:], prog="")
+    assert {name: getattr(options, name) for name in asked} == asked
+
+
 def test_old_results_are_said(run_dir, caplog):
     (run_dir / "adapter_model.safetensors").touch()
     page_of(run_dir)

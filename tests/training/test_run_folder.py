@@ -12,6 +12,7 @@ from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.loading import resolve_device, resolve_dtype
+from mola.training.run_folder import claimed
 from mola.training.setup import build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
@@ -127,3 +128,14 @@ def test_options_of_the_caller_stay_as_they_are(tiny_model_dir, rows_file, tmp_p
     assert options.to_dict() == before
     assert (result.status, result.steps, result.best_checkpoint) == ("finished", 2, None)
     assert result.trainable_parameters == sum(w.numel() for w in load_file(tmp_path / "run" / WEIGHTS).values())
+
+
+def test_a_folder_is_one_runs_alone(flags, tmp_path, error_line):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with claimed(folder):
+        assert "another one is at work in" in error_line(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION))
+        assert [*folder.iterdir()] == []
+    assert main(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
+    with claimed(folder):  # nothing stays behind
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]

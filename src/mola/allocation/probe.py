@@ -89,7 +89,7 @@ def routing_records(
     """Use of experts by module, and what to call its source in a message.
 
     Args:
-        adapter: run folder whose `routing.jsonl` is read, the last line of it, unless `inspection` is given.
+        adapter: run folder whose `routing.jsonl` is read, the last interval of it, unless `inspection` is given.
         inspection: file of `mola inspect --json`, of which the use over all tokens is read.
         option: what the caller calls the run folder.
         advice: what to do where that has no such file.
@@ -107,7 +107,7 @@ def routing_records(
         path, wanted = Path(inspection), "usage"
     try:
         text = read_text(path)
-        content = parse_json(text if inspection is not None else text.rstrip().rpartition("\n")[2])
+        content = parse_json(text) if inspection is not None else _last_interval(text)
         records = content["modules"] if inspection is None else content["usage"]["all"]
         check_form(records, [_USE], str(path), "Make it again.")
         return [
@@ -122,6 +122,13 @@ def routing_records(
             f"{path} must hold the use of experts under {wanted!r}, as {'training' if inspection is None else 'mola'} "
             f"writes it{'' if inspection is None else ' with `mola inspect --json`'}: it does not ({error!r})."
         ) from error
+
+
+def _last_interval(text: str) -> Any:
+    """The last line, or the one before, if a run ended soon after that and the last counts less tokens than half."""
+    last = [parse_json(line) for line in text.rstrip().splitlines()[-2:]]
+    tokens = [sum(row.get("num_tokens", 0) for row in each["modules"]) for each in last]
+    return last[0] if len(last) > 1 and tokens[1] < tokens[0] / 2 else last[-1]
 
 
 def _gates(row: Mapping[str, Any]) -> list[float]:

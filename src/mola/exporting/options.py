@@ -46,7 +46,7 @@ class ConvertOptions:
     method: str | None = option(
         None,
         "regression: nearest to the mixture on `data` or `text`, the default with them. mean, the default without: the "
-        "experts' mean. usage: weighted by their gates in the last line of the adapter's routing.jsonl.",
+        "experts' mean. usage: weighted by their gates in the last interval of the adapter's routing.jsonl.",
     )
     fit_passes: int = option(
         1,

@@ -110,7 +110,9 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    others = [each for each in (torch.mps, torch.xpu) if each.is_available()]  # `fork_rng` keeps CPU and CUDA
+    # `fork_rng` keeps CPU and CUDA.
+    there = {torch.mps: torch.backends.mps.is_available(), torch.xpu: torch.xpu.is_available()}
+    others: list[Any] = [module for module, is_there in there.items() if is_there]
     states = [each.get_rng_state() for each in others]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -8,12 +8,24 @@ from mola.data.file_formats import FILE_ENDINGS
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
+# Of how rows are asked, what `mola evaluate` does by itself.
+_USUAL = {"split": "test", "limit": None, "scoring": "generate", "max_new_tokens": 128}
+
 
 def evaluate_command(run: Run, name: str) -> str:
     """The command for `before` or `after`."""
-    words = ["mola", "evaluate", *_base(run), "--task", run.record["settings"].get("task") or "TASK"]
+    other = (run.after if name == "before" else run.before) or {"settings": {}}  # which it will stand beside
+    asked = {key: other["settings"].get(key) for key in ("task", *_USUAL)}
+    words = [
+        "mola",
+        "evaluate",
+        *_base(run),
+        "--task",
+        asked.pop("task") or run.record["settings"].get("task") or "TASK",
+    ]
     adapter = ["--adapter", str(run.folder)] if name == "after" else []
-    return shlex.join([*words, *adapter, *_rows(run), "--output", str(run.paths[name])])
+    unusual = _flags({key: value for key, value in asked.items() if value != _USUAL[key]})
+    return shlex.join([*words, *adapter, *_rows(run), *unusual, "--output", str(run.paths[name])])
 
 
 def inspect_command(run: Run) -> str:

@@ -54,7 +54,7 @@ def main(options: DoctorOptions) -> int:
 
 def _look(options: DoctorOptions) -> tuple[Run, list[Finding]]:
     run = gather(options.run_dir, export=options.export)
-    if "export" in old_results(run):  # of another adapter
+    if options.export is None and "export" in old_results(run):  # of another adapter
         run = replace(run, export=None)
     return run, findings(run, read_late_use(run.folder / ROUTING_FILE))
 

@@ -1,6 +1,7 @@
 """What came out: accuracy and loss."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mola.reporting.charts import Line, thinned, value_axis
@@ -23,6 +24,8 @@ def accuracy_section(run: Run) -> dict[str, Any]:
     values = {
         "data": {result.get("data_fingerprint") for result in results.values()},
         "scoring": {result["settings"].get("scoring") for result in results.values()},
+        "base model": {Path(str(result["settings"].get("base_model"))).name for result in results.values()},
+        "longest answer": {result["settings"].get("max_new_tokens") for result in results.values()},
     }
     needed = {"before": "without", "after": "with"}
     return {

@@ -21,7 +21,8 @@ class RoutingLog:
     curves: Mapping[str, Sequence[list[tuple[int, float]]]]
     dead: list[tuple[int, float]]  # by step, how many experts no token chose, over all modules
     num_experts: int  # experts of all modules that have a router
-    last: Sequence[Mapping[str, Any]]  # the records of the last interval whose gates are numbers, one per module
+    # the records of the last interval whose gates are numbers and that is none of a few steps, one per module
+    last: Sequence[Mapping[str, Any]]
     step: int  # the step at its end
 
 
@@ -47,12 +48,18 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
                 if known:
                     curve.append((step, fmean(known)))
         dead.append((step, sum(len(module["dead_experts"]) for module in modules)))
-        if not any(gate is None for module in modules for gate in module["mean_gates"]):
+        # An interval of a few steps at the end says little of which experts work.
+        is_short = 2 * _tokens(modules) < _tokens(last)
+        if not is_short and not any(gate is None for module in modules for gate in module["mean_gates"]):
             last, last_step = modules, step
     if not last:
         return None
     num_experts = sum(len(module["mean_gates"]) for module in last)
     return RoutingLog(parts, curves, dead, num_experts, last, last_step)
+
+
+def _tokens(modules: Sequence[Mapping[str, Any]]) -> int:
+    return sum(module.get("num_tokens", 0) for module in modules)
 
 
 def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:

@@ -10,11 +10,12 @@ checkpoint-N/    adapter, optimiser, schedule and random state after step N, and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mola.errors import MolaError
@@ -94,6 +95,34 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
         )
     check_writable(path / RUN_FILE)
     return path
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is one run's alone within the block, which leaves no file behind.
+
+    Raises:
+        MolaError: another run of this machine is at work in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MolaError(
+                f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, "
+                "or pass another folder."
+            ) from None
+        except OSError:  # of a file system without locks
+            pass
+        yield
+    finally:
+        os.close(place)
 
 
 def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:

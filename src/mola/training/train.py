@@ -33,7 +33,7 @@ from mola.training.compiling import compiled_if_asked
 from mola.training.hub import create_repository, upload
 from mola.training.interruption import Interruption
 from mola.training.options import TrainOptions
-from mola.training.run_folder import METRICS_FILE, save_result, start_run
+from mola.training.run_folder import METRICS_FILE, claimed, save_result, start_run
 from mola.training.run_record import write_record
 from mola.training.setup import build_model
 from mola.training.sharding import is_sharded
@@ -92,6 +92,12 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
 def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> TrainResult:
     with whole_weights():
         run = check_run(options)
+    with claimed(run.folder) if options.process_index == 0 else contextlib.nullcontext():
+        return _train_in(options, callbacks, run)
+
+
+def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: CheckedRun) -> TrainResult:
+    """The run in its folder."""
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
