@@ -157,6 +157,18 @@ def test_wrong_options(uniform, tmp_path, num_experts, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_experts_than_a_plain_number_can_say_load_again(tiny_model_dir, uniform, tmp_path):
+    """A larger integer would be read as digits of groups."""
+    moved(uniform, "300,", tmp_path / "many")
+    assert json.loads((tmp_path / "many" / "adapter_config.json").read_text())["num_experts"] == [300] * 4
+    assert load_model(tiny_model_dir, tmp_path / "many", dtype="float32", device="cpu")
+
+
+def test_a_base_model_with_fewer_layers_is_refused(uniform, small_model_dir, tmp_path):
+    with pytest.raises(MolaError, match="`base_model` must be that of the adapter: .* has 1 decoder layers, .* in 4"):
+        moved(uniform, "2,", tmp_path / "new", base_model=str(small_model_dir))
+
+
 def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

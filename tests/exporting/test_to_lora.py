@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola import MolaConfig
+from mola.exporting.calibration import read_general_text
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.lora_files import read_lora
 from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
-from mola.models.loading import load_model
+from mola.models.loading import load_model, load_tokenizer
 from mola.models.meta import model_on_meta
 from tests.exporting.conftest import base, load, logits, report_of, saved
 
@@ -107,6 +108,17 @@ def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture
     rows = {kind: sum(counts.values()) for kind, counts in report_of(tmp_path / "fit")["rows"].items()}
     assert rows == {"answer": 5, "test answer": 12, "other text": 1}
     assert "Only the first 5 samples of" in caplog.text
+
+
+def test_every_piece_of_a_text_begins_as_a_text_does(tiny_model_dir, tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 400)
+    options = ConvertOptions(["unused"], "unused", None, "lora", str(tiny_model_dir), text=str(tmp_path / "text.txt"))
+    found = read_general_text(options, "text")
+    begin = load_tokenizer(tiny_model_dir).bos_token_id
+    pieces = [row.ids for row in (*found.fitted, *found.held_out)]
+    assert len(pieces) > 2
+    assert {piece[0] for piece in pieces} == {begin}
+    assert not any(begin in piece[1:] for piece in pieces)
 
 
 def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):

@@ -23,7 +23,12 @@ from mola.allocation.probe import check_mixture, routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
 from mola.architecture.layer_stacks import layer_index
-from mola.architecture.notation import layers_named, pattern_with, resolve_per_layer
+from mola.architecture.notation import (
+    LARGEST_PLAIN_NUM_EXPERTS,
+    layers_named,
+    pattern_with,
+    resolve_per_layer,
+)
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
@@ -109,6 +114,11 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     adapted = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
     known = _depth(config, options, adapted)
     num_layers = known or adapted
+    if num_layers < adapted:
+        raise MolaError(
+            f"`base_model` must be that of the adapter: {options.base_model!r} has {num_layers} decoder layers, "
+            f"{options.adapter!r} has experts in {adapted}."
+        )
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
     after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
     top_k = _top_k(config, options, before, after, num_layers)
@@ -245,4 +255,5 @@ def _use(
 
 
 def _compact(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
+    # A larger plain number would be read as digits.
+    return values[0] if len(set(values)) == 1 and values[0] <= LARGEST_PLAIN_NUM_EXPERTS else values

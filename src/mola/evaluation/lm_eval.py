@@ -5,6 +5,7 @@
 - Further flags of the harness are handed on in `lm_eval_args`.
 """
 
+import glob
 import io
 import json
 import logging
@@ -118,6 +119,13 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
+    if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
+        target = Path(options.output)
+        if there := sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl")):
+            raise MolaError(
+                f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
+                "replace it, or another file."
+            )
     if options.output is None and (getattr(arguments, "log_samples", False) or hasattr(arguments, "predict_only")):
         raise MolaError("`lm_eval_args` asks for every sample, which needs a file: pass `output` as well.")
     arguments.model, arguments.tasks, arguments.limit = "hf", names, limit

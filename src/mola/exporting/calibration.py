@@ -128,12 +128,15 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
     path = str(getattr(options, option))
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     try:
-        ids = tokenizer(read_text(path), verbose=False)["input_ids"]
+        ids = tokenizer(read_text(path), verbose=False, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
-    size = min(_PIECE, _longest(options))
+    # Every piece begins as a text does: models that know a begin token have seen none without.
+    begin = tokenizer("a")["input_ids"][:1]
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    size = min(_PIECE, _longest(options)) - len(begin)
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    rows = [Row(piece, piece) for piece in pieces if len(piece) > 1]
+    rows = [Row([*begin, *piece], [*begin, *piece]) for piece in pieces if len(piece) + len(begin) > 1]
     if len(rows) > options.limit:
         rows = rows[: options.limit]
         _say_limit(f"pieces of {path}", options.limit)

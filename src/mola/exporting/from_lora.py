@@ -141,7 +141,7 @@ def _check_room(layers: Mapping[str, MolaLinear], count: int) -> None:
         if (has := layer.num_experts["default"]) < count:
             raise MolaError(
                 f"`num_experts` must be at least {count}, one for each adapter: {name.removeprefix(PREFIX)!r} has "
-                f"{has}. Raise it, such as --num_experts {count}, or leave adapters out."
+                f"{has}. Raise it, such as --num_experts {count}{',' if count > 9 else ''}, or leave adapters out."
             )
 
 

@@ -348,6 +348,22 @@ def test_allocations_are_in_the_record_for_a_machine_without_the_run_folders(run
         run(recipes=PROBED, seeds=[1], record=str(record), **ONE)
 
 
+def test_another_exponent_of_an_allocation_is_refused(run, tmp_path):
+    """Also the method's own, which no option names."""
+
+    def recipes(**asked):
+        found = {"method": "alphalora", "budget": 16, "min_experts": 3, **asked}
+        return {"found": {"allocate": found, "r": "2", "top_k": "3"}}
+
+    words = {"seeds": [0], "max_steps": 1, **ONE}
+    assert run(recipes=recipes(), **words).status == "finished"
+    (tmp_path / "out" / "compare.json").unlink()
+    assert run(recipes=recipes(), **words).status == "finished"
+    (tmp_path / "out" / "compare.json").unlink()
+    with pytest.raises(MolaError, match="an allocation with another `beta`"):
+        run(recipes=recipes(beta=0.5), **words)
+
+
 def test_a_probe_that_is_gone_is_told_before_anything_is_trained(run, tmp_path):
     record = tmp_path / "record.json"
     run(recipes=PROBED, seeds=[1], record=str(record), **ONE)
@@ -437,6 +453,14 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path):
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
         ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set by the task"),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_split": "test"},
+            "`load_best_model_at_end` would choose a checkpoint by the questions of the test",
+        ),
+        (
+            {"recipes": {"a": {"top_k": "3", "allocate": {"method": "triangle", "budget": 8}}}},
+            "recipe `a`: .*`top_k`",
+        ),
         (
             {"recipes": {"a": {}, "b": {"test_limit": 4}}},
             "task `physics`: the recipes 'a' and 'b' must have the same test questions, got 8 and 4",

@@ -1,5 +1,6 @@
 """Experts by layer of recipes that leave it to `mola allocate`; kept as files and in the record."""
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from mola.options.fields import first_difference
 from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
+from mola.training.setup import check_model_options
 
 _PATTERN = "num_experts_pattern"
-_PLACES = ("adapter", "output", "overwrite", "beta")  # the file holds the exponent that was used
+_PROBED = ("redundancy", "usage")
+_PLACES = ("adapter", "output", "overwrite")
 _OF_A_MACHINE = (*_PLACES, "base_model", "data")  # the record may go to another one
 
 
@@ -44,13 +47,20 @@ class Allocations:
                 continue
             try:
                 if run.probe is None:
-                    self.make(run)
+                    self._check_numbers(run)
                 elif run.key._replace(recipe=run.probe) in done:
                     self.options(run)
                 else:
                     _check_probed(run.allocation, run.options.target_modules)
             except MolaError as error:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
+
+    def _check_numbers(self, run: Run) -> None:
+        """Whether the run can be trained with what is found, before hours of others are."""
+        options = copy.copy(run.options)
+        for name, value in self.options(run).items():
+            setattr(options, name, value)
+        check_model_options(options)
 
     def make(self, run: Run, adapter: str | None = None) -> dict[str, Any]:
         """The numbers of a run's allocation, and how they were found; `adapter` is that of its probe.
@@ -109,7 +119,7 @@ class Allocations:
 
 def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
     """Options and budget; what the probe will say is open."""
-    if allocation.method not in ("redundancy", "usage"):
+    if allocation.method not in _PROBED:
         raise MolaError(f"`allocate` must not have a `probe` with method {allocation.method!r}. Leave it out.")
     check_options(replace(allocation, adapter="-"))
     stand_in = {"method": "uniform", "beta": None, "output": None, "per_module": False, "target_modules": targets}
@@ -121,6 +131,9 @@ def _check_same(
 ) -> None:
     # A file of an earlier version lacks later options, which had their defaults.
     wanted, old = asdict(allocation), asdict(AllocateOptions("", "", 0)) | found.get("settings", {})
+    # The exponent that was used, which may be a method's own; records of earlier versions lack it.
+    probed = replace(allocation, adapter="-") if allocation.method in _PROBED else allocation
+    wanted["beta"] = check_options(probed)[1] if old["beta"] is not None else None
     name = first_difference(old, wanted, (name for name in wanted if name not in places))
     is_whole = isinstance(found.get("num_experts"), list) and allocation.per_module == (_PATTERN in found)
     if name is not None or not is_whole:

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -79,7 +80,7 @@ def check_runs(options: CompareOptions, runs_options: Mapping[Key, TrainAndTestO
         asked = dict(options.allocations.get(key.plain_recipe, {}))
         if place not in tests:  # seeds make no difference here, but to which rows are taken out of the training data
             try:
-                looked = _look(key, run_options, looked_at, options.test_every)
+                looked = _look(key, run_options, looked_at, options.test_every, bool(asked))
                 probe = asked.pop("probe", None)
                 probe = probe and probe + key.candidate
                 probed = runs_options[key._replace(recipe=probe)] if probe else None
@@ -127,9 +128,10 @@ def _look(
     run_options: TrainAndTestOptions,
     looked_at: dict[str, _Data],
     test_every: int | None,
+    is_allocated: bool,
 ) -> _Data:
     """Data, questions and weights of a recipe on a task; not twice for the same."""
-    check_model_options(run_options)
+    check_model_options(_with_any_numbers(run_options) if is_allocated else run_options)
     values = run_options.to_dict()
     left_out = {*_OF_THE_ADAPTER, *NOT_COMPARED, "seed"} - {"adapter", "seed" if run_options.validation_size else ""}
     same = {name: value for name, value in values.items() if name not in left_out}
@@ -150,11 +152,24 @@ def _look(
                 "with earlier weights: pass --load_best_model_at_end false, or leave `test_every` out."
             )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
+        if run_options.load_best_model_at_end and fingerprints.get("evaluation") == fingerprints["test"]:
+            raise MolaError(
+                "`load_best_model_at_end` would choose a checkpoint by the questions of the test, which are the "
+                "evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
+            )
         if run_options.adapter:
             fingerprints["adapter"] = weights_sha256(run_options.adapter) or ""
         weights = weights_identity(run_options.base_model or "")
         looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype, task.fingerprint()
     return looked_at[name]
+
+
+def _with_any_numbers(run_options: TrainAndTestOptions) -> TrainAndTestOptions:
+    """Options whose allocation is still to be made, with numbers of experts that leave room for `top_k`."""
+    stand_in = copy.copy(run_options)
+    chosen = [int(number) for number in re.findall(r"\d+", str(run_options.top_k or ""))]
+    stand_in.num_experts = f"{max([8, *chosen])},"
+    return stand_in
 
 
 def _allocate_options(
