@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -46,11 +47,15 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
+@functools.cache
 def generation_finds_cache() -> bool:
     """Whether PEFT's generation with virtual tokens knows the name `cache`; not yet in 0.21."""
     from peft import PeftModelForCausalLM
 
-    return '"cache"' in inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+    try:
+        return '"cache"' in inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+    except OSError:  # a program without sources
+        return False
 
 
 def num_queries(query: Any) -> int:

@@ -107,11 +107,33 @@ def test_layers_that_run_several_times_have_one_number_each():
     assert [stacks.index(name) for name in ("layers.3", "head")] == [3, None]
 
 
-def test_other_lists_than_that_of_the_layers_are_no_layers():
-    model = nn.ModuleDict({"projections": linears(2), "layers": linears(3)})
-    model.config = {"num_hidden_layers": 3}
+class Block(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def test_lists_inside_of_layers_are_no_layers():
+    """Experts of a base model, in layers that are in no list; or heads beside such layers."""
+    blocks = nn.Sequential(*(Block(q=nn.Linear(2, 2), experts=linears(3)) for _ in range(6)))
+    stacks = LayerStacks.of(nn.ModuleDict({"blocks": blocks}))
+    assert stacks.num_layers == 6
+    assert [stacks.index(name) for name in ("blocks.4.q", "blocks.0.experts.1")] == [4, 0]
+    beside = nn.ModuleDict({"blocks": nn.Sequential(*(nn.Linear(2, 2) for _ in range(6))), "heads": linears(3)})
+    assert LayerStacks.of(beside).num_layers == 6
+
+
+def test_lists_of_linears_are_no_layers_beside_layers():
+    """As the prenets of SpeechT5, and the heads of MusicGen."""
+    layers = {side: nn.ModuleList([Block(q=nn.Linear(2, 2)) for _ in range(n)]) for side, n in SIDES.items()}
+    parts = {side: nn.ModuleDict({"wrapped": nn.ModuleDict({"layers": found})}) for side, found in layers.items()}
+    parts["decoder"]["prenet"] = linears(2)
+    model = nn.ModuleDict(parts)
+    model.config = {"is_encoder_decoder": True}
     stacks = LayerStacks.of(model)
-    assert [stacks.index(name) for name in ("layers.2", "projections.1")] == [2, None]
+    assert (stacks.num_layers, stacks.num_encoder_layers) == (5, 2)
+    assert stacks.index("decoder.wrapped.layers.0.q") == 2
 
 
 @pytest.mark.parametrize("tower", ["vision_model.encoder", "encoder.vision_tower.encoder"])

@@ -1,8 +1,11 @@
 """Heads of classifiers are trained in full and saved, whatever the task; `mola plan` sees what training adapts."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForQuestionAnswering, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BartConfig,
@@ -86,6 +89,15 @@ def test_heads_that_peft_does_not_know_are_trained_and_saved(kind, tmp_path):
     again = PeftModel.from_pretrained(make.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    # One of an earlier version has no head, and keeps the base's.
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"modules_to_save": ["classifier", "score"], "weights_sha256": None}
+    path.write_text(json.dumps(config))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "classification_head" not in k}, weights)
+    old = PeftModel.from_pretrained(make.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert not any("modules_to_save" in name for name, _ in old.named_parameters())
 
 
 def test_experts_of_an_rwkv_count_alike_in_training_and_evaluation():

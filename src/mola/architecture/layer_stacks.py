@@ -72,7 +72,7 @@ class LayerStacks:
         num_encoder_layers: how many of them are in the encoder of an encoder-decoder; 0 for other models.
         language_model: name of the module that is the language model, or its layers, where there are towers beside it.
         sides: names of the encoder's and of the decoder's layers, where there are towers beside these.
-        lists: names of the lists that hold the layers; none where layers are in no list.
+        lists: names of the lists that hold the encoder's and the decoder's layers; none for other models.
     """
 
     num_layers: int | None
@@ -101,11 +101,14 @@ class LayerStacks:
             lists = {name: size for name, size in lists.items() if f"{name}.".startswith(within)}
             model_config = _config_of(model.get_submodule(language_model)) or model_config
         depth = count_layers(model_config, names)
-        if depth not in lists.values() and len({*lists.values()}) == 1:
-            # Runs of the same layers may count as layers in a configuration: each layer has one number all the same.
-            depth = next(iter(lists.values()))
-        kept = tuple(name for name, size in lists.items() if size == depth)
-        return cls(depth, language_model=language_model, lists=kept)
+        if len(sizes := {*lists.values()} - {depth}) == 1 and depth not in lists.values():
+            inside = tuple(f"{name}." for name in lists)
+            modules = dict(model.named_modules())
+            numbered = [name for name in names if layer_index(name) is not None and adaptable(modules[name])]
+            if all(name.startswith(inside) for name in numbered):
+                # A configuration may count runs of the same layers: each layer has one number all the same.
+                depth = sizes.pop()
+        return cls(depth, language_model=language_model)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -149,14 +152,20 @@ class LayerStacks:
 
 
 def _layer_lists(model: nn.Module) -> dict[str, int]:
-    """Name -> length of the lists that hold linears, without lists inside of lists."""
+    """Name -> length of the lists whose entries hold linears, without lists inside of layers.
+
+    Lists of linears, such as several heads, count where there are no others.
+    """
     found: dict[str, int] = {}
+    plain: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not name or not isinstance(module, nn.ModuleList) or name.startswith(tuple(f"{other}." for other in found)):
+        if not name or not isinstance(module, nn.ModuleList) or layer_index(name) is not None:
             continue
-        if any(adaptable(part) for part in module.modules() if part is not module):
+        if any(adaptable(entry) for entry in module):
+            plain[name] = len(module)
+        elif any(adaptable(part) for part in module.modules() if part is not module):
             found[name] = len(module)
-    return found
+    return found or plain
 
 
 def _sides(lists: Mapping[str, int]) -> tuple[str, ...]:
@@ -185,8 +194,8 @@ def _side(module_name: str) -> str | None:
 
 
 def _config_of(module: nn.Module) -> Mapping[str, Any] | None:
-    config = getattr(module, "config", None)
-    return config if config is None or isinstance(config, Mapping) else config.to_dict()
+    config = BaseTuner.get_model_config(module) if hasattr(module, "config") else None
+    return config if isinstance(config, Mapping) else None
 
 
 def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | None:

@@ -44,7 +44,7 @@ def find_stacks(
             if weight.dim() == 3 and not isinstance(base, nn.Conv1d):
                 known[".".join(name.split(".")[-2:])] = True
             if matches(name, target_parameters) if chosen is None else chosen(name):
-                if is_read(model, module_name) or isinstance(base, nn.Conv1d):
+                if is_read(model, module_name) or isinstance(base, nn.Conv1d):  # short ones of mixers are read, too
                     raise MolaError(
                         f"`target_parameters` must not name {name!r}: this model reads it and does not call its "
                         "module, so that a LoRA there would do nothing. Leave it out."

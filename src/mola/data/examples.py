@@ -75,11 +75,13 @@ def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Row
         values = wanted if isinstance(wanted, list) else [wanted]
         kept = [(index, row) for index, row in rows if row.get(column) in values]
         missing = [value for value in values if all(row.get(column) != value for _, row in every)]
-        if not kept or missing:
+        if kept and missing:  # one split may lack what another has
+            logger.warning("`filters`: no row of %s has %s as `%s`.", path, ", ".join(map(repr, missing)), column)
+        if not kept:
             found = list(dict.fromkeys(repr(row.get(column)) for _, row in rows))
             more = ", ..." if len(found) > _SHOWN_VALUES else ""
             raise MolaError(
-                f"`filters` must leave rows: `{column}` is {missing[0] if missing else wanted!r} in none of the "
+                f"`filters` must leave rows: `{column}` is {wanted!r} in none of the "
                 f"{len(rows)} rows left of `{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of "
                 "these."
             )
@@ -159,7 +161,7 @@ def check_columns(
         missing.append(strata.column)
     if not missing:
         return
-    if "instruction" in row and "output" not in row:
+    if "instruction" in row and "output" not in row and not reads_prompts(task):
         raise MolaError(
             f"prepared rows have `output` beside `instruction`: row {number} of `{source}` has none. Add it."
         )

@@ -27,8 +27,9 @@ def may_cache(model: Any) -> bool:
     if not isinstance(model, PeftModel) or "forward" in vars(model):  # PEFT puts the base's there to switch tokens off
         return True
     config = model.active_peft_config
-    is_found = cache_argument(model.get_base_model()) != "cache" or generation_finds_cache()
-    if not config.is_prompt_learning or is_found:
+    if not config.is_prompt_learning:
+        return True
+    if cache_argument(model.get_base_model()) != "cache" or generation_finds_cache():
         return True
     if PeftType(config.peft_type).value in _PREFIXES:
         raise MolaError(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from mola.errors import MolaError
 from mola.files.reading import read_json_object, read_text
 
 _CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
@@ -45,7 +46,10 @@ def own_chat_template(adapter: str | os.PathLike[str]) -> str | None:
         return None
     path = Path(adapter, _CHAT_TEMPLATE)
     if path.is_file():
-        return read_text(path)
+        try:
+            return read_text(path)
+        except (OSError, ValueError) as error:
+            raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
     found = read_json_object(Path(adapter, "tokenizer_config.json")).get("chat_template")
     return found if isinstance(found, str) else None
 

@@ -5,11 +5,12 @@ import shlex
 from typing import Any
 
 from mola.data.file_formats import FILE_ENDINGS
+from mola.evaluation.core import MAX_NEW_TOKENS
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
 # Of how rows are asked, what `mola evaluate` does by itself.
-_USUAL = {"split": "test", "limit": None, "scoring": "generate", "max_new_tokens": 128}
+_USUAL = {"split": "test", "limit": None, "scoring": "generate", "max_new_tokens": MAX_NEW_TOKENS}
 
 
 def evaluate_command(run: Run, name: str) -> str:

@@ -31,8 +31,7 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
     parts: list[list[int]] = []
     curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in VALUES}
     dead: list[tuple[int, float]] = []
-    last: Sequence[Mapping[str, Any]] = []
-    last_step = 0
+    whole: list[tuple[Sequence[Mapping[str, Any]], int]] = []  # the last two intervals whose gates are numbers
     for entry in entries:
         modules, step = entry["modules"], entry["step"]
         if not modules:
@@ -48,12 +47,13 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
                 if known:
                     curve.append((step, fmean(known)))
         dead.append((step, sum(len(module["dead_experts"]) for module in modules)))
-        # An interval of a few steps at the end says little of which experts work.
-        is_short = 2 * _tokens(modules) < _tokens(last)
-        if not is_short and not any(gate is None for module in modules for gate in module["mean_gates"]):
-            last, last_step = modules, step
-    if not last:
+        if not any(gate is None for module in modules for gate in module["mean_gates"]):
+            whole = [*whole[-1:], (modules, step)]
+    if not whole:
         return None
+    # An interval of a few steps at the end says little of which experts work.
+    is_short = len(whole) > 1 and 2 * _tokens(whole[1][0]) < _tokens(whole[0][0])
+    last, last_step = whole[0] if is_short else whole[-1]
     num_experts = sum(len(module["mean_gates"]) for module in last)
     return RoutingLog(parts, curves, dead, num_experts, last, last_step)
 

@@ -11,6 +11,7 @@ INTERVAL = {
             **PLACE,
             "mean_gates": [(NUMBER, None), ...],  # None where routers gave no numbers
             "dead_experts": [INTEGER],
+            "num_tokens?": INTEGER,
             **{f"{name}?": (NUMBER, None) for name in ("balance", "entropy", "drift")},
         }
     ],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
@@ -77,6 +77,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
         options.eval_strategy, options.load_best_model_at_end = "no", False
+        if getattr(options, "saves_as_evaluated", False):
+            options.save_steps = TrainingArguments.save_steps
         if options.save_strategy == "best":
             options.save_strategy = "epoch"  # no evaluation says which one is the best
     record = describe_run(options, data, allocation)

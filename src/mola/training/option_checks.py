@@ -135,7 +135,7 @@ def check_schedule(options: Any) -> None:
     elif options.load_best_model_at_end and evaluate == save == "steps":
         every = options.eval_steps or options.logging_steps
         if options.save_steps == TrainingArguments.save_steps:
-            options.save_steps = every
+            options.save_steps, options.saves_as_evaluated = every, True
         if options.save_steps != every:
             raise MolaError(
                 "`load_best_model_at_end` needs a checkpoint at every evaluation: `save_steps` is "

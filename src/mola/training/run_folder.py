@@ -122,6 +122,8 @@ def claimed(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with contextlib.suppress(OSError):  # also for processes that were forked meanwhile
+            fcntl.flock(place, fcntl.LOCK_UN)
         os.close(place)
 
 

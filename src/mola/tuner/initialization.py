@@ -110,9 +110,20 @@ def _orthogonal(experts_A: torch.Tensor, experts_B: torch.Tensor) -> None:
             stack[expert].copy_(half.t() @ torch.randn(r // 2, stack.shape[2]) / 10.0)
 
 
+def can_be_read(base_layer: nn.Module) -> bool:
+    """Whether a layer has plain weights, or such as PEFT can unpack."""
+    weight = getattr(base_layer, "weight", None)
+    makers = {type(each).__module__.partition(".")[0] for each in (base_layer, weight)}
+    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return is_plain or bool(makers & {"bitsandbytes", "hqq", "torchao"})
+
+
 def _principal(experts_A: torch.Tensor, base_layer: nn.Module) -> None:
     num_experts, r, in_features = experts_A.shape
     if experts_A.device.type == "meta":
+        return
+    if not can_be_read(base_layer):  # of a saved adapter, whose values come from its file
+        experts_A.zero_()
         return
     weight: Any = dequantize_module_weight(base_layer)
     weight = (weight.t() if isinstance(base_layer, Conv1D) else weight).to(experts_A.device, torch.float32)

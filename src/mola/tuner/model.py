@@ -82,10 +82,12 @@ class MolaModel(BaseTuner):
             check_name(adapter_name, model)
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
+        # A saved one says what it is of: what it has trained is in its file.
+        self._is_new = config.base_model_type is None and config.weights_sha256 is None
         found = getattr(getattr(model, "config", None), "model_type", None)
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
-        self._add_head(model, config)
+        self._add_head(model, config, self._is_new)
         with replicated_layers(model, config.layer_replication):
             self._inject(model, adapter_name, config, *args, **kwargs)
         stop_rescaling(model)
@@ -107,7 +109,7 @@ class MolaModel(BaseTuner):
         self._stacked = self._find_stacks(model, config)
         modules = dict(model.named_modules())
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
-        check_places(config, modules, adapted, self._per_layer, self._stacks, self._stacked)
+        check_places(config, modules, adapted, self._per_layer, self._stacks, self._stacked, self._is_new)
         with warnings.catch_warnings():
             # PEFT looks for them among linears only; `check_places` has looked everywhere.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
@@ -129,10 +131,10 @@ class MolaModel(BaseTuner):
         )
 
     @staticmethod
-    def _add_head(model: nn.Module, config: MolaConfig) -> None:
+    def _add_head(model: nn.Module, config: MolaConfig, is_new: bool) -> None:
         # PEFT writes the heads of these tasks into the user's object, after it has been copied here.
         known = _HEADS.get(config.task_type, ())
-        if config.task_type == "SEQ_CLS":
+        if config.task_type == "SEQ_CLS" and is_new:
             known = tuple(name for name in _OTHER_HEADS if hasattr(model, name))
         heads = [name for name in known if name not in (config.modules_to_save or ())]
         if heads:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
@@ -15,7 +14,7 @@ from mola.architecture.linears import adaptable, base_layer_of
 from mola.architecture.patterns import check_matches
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
-from mola.tuner.initialization import check_shapes
+from mola.tuner.initialization import can_be_read, check_shapes
 from mola.tuner.layer import MolaLinear
 from mola.tuner.per_layer import PerLayer
 from mola.tuner.stacked import StackedParameters
@@ -28,6 +27,7 @@ def check_places(
     per_layer: PerLayer,
     layer_stacks: LayerStacks,
     stacked_parameters: Sequence[StackShape],
+    is_new: bool = True,
 ) -> None:
     """Refuse a configuration that does not fit the model, which is then left as it was.
 
@@ -38,6 +38,7 @@ def check_places(
         per_layer: its numbers.
         layer_stacks: the model's layers.
         stacked_parameters: those that get LoRAs.
+        is_new: whether its values are drawn; those of a saved adapter are in its file.
 
     Raises:
         MolaError: a shape, a pattern or a place does not fit.
@@ -47,7 +48,7 @@ def check_places(
         if adaptable(modules[name]):
             _check_not_offloaded(name, modules[name])
             _check_not_parallel(name, modules[name])
-            if config.init_lora_weights == "principal":
+            if config.init_lora_weights == "principal" and is_new:
                 _check_readable(name, modules[name])
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
@@ -74,7 +75,7 @@ def _check_not_parallel(name: str, module: nn.Module) -> None:
     base: Any = base_layer_of(module)
     mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
     names = None if mesh is None else mesh.mesh_dim_names
-    if getattr(base, "_hf_tp_plan", None) is not None or (mesh is not None and (names is None or "tp" in names)):
+    if getattr(base, "_hf_tp_plan", None) is not None or "tp" in (names or ()):
         raise MolaError(
             f"the base model must not be tensor-parallel: the weight of {name!r} is shared out over processes, and "
             "experts are not. Load it without `tp_plan`; FSDP2 shards both."
@@ -83,11 +84,8 @@ def _check_not_parallel(name: str, module: nn.Module) -> None:
 
 def _check_readable(name: str, module: nn.Module) -> None:
     """The start "principal" reads the base's weight, which PEFT unpacks for some ways to quantise it."""
-    base: Any = base_layer_of(module)
-    weight = getattr(base, "weight", None)
-    makers = {type(each).__module__.partition(".")[0] for each in (base, weight)}
-    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    if not is_plain and not makers & {"bitsandbytes", "hqq", "torchao"}:
+    base = base_layer_of(module)
+    if not can_be_read(base):
         raise MolaError(
             f"`init_lora_weights` 'principal' needs the base's weights: those of {name!r}, a {type(base).__name__}, "
             "cannot be unpacked. Take another start."

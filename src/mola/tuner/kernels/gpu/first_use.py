@@ -45,7 +45,7 @@ def _try(backend: Backend, inputs: MixtureInputs) -> str | None:
     try:
         device = inputs.x.device
         with (
-            torch.random.fork_rng(),  # of all devices: they are all seeded
+            torch.random.fork_rng(range(torch.cuda.device_count())),  # they are all seeded
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
