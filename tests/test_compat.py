@@ -28,6 +28,7 @@ ENTRIES = [
     ("share_checkpointing", "transformers", "5.21"),
     ("set_adapter_to_infer", "peft", "0.19"),
     ("cache_argument", "transformers", "5.24"),
+    ("generation_finds_cache", "peft", "0.22"),  # not before
     ("num_queries", "transformers", "5.4"),
     ("asks_before_loading", "peft", "0.21"),
     ("saves_bias_of_any_method", "peft", "0.21"),

@@ -126,9 +126,18 @@ def routing_records(
 
 def _last_interval(text: str) -> Any:
     """The last line, or the one before, if a run ended soon after that and the last counts less tokens than half."""
-    last = [parse_json(line) for line in text.rstrip().splitlines()[-2:]]
-    tokens = [sum(row.get("num_tokens", 0) for row in each["modules"]) for each in last]
-    return last[0] if len(last) > 1 and tokens[1] < tokens[0] / 2 else last[-1]
+    lines = text.rstrip().splitlines()[-2:] or [""]
+    last = parse_json(lines[-1])
+    try:
+        before = parse_json(lines[-2])
+        is_short = _tokens(last) < _tokens(before) / 2
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError):  # the last is what is looked at
+        return last
+    return before if is_short else last
+
+
+def _tokens(interval: Any) -> int:
+    return sum(row["num_tokens"] for row in interval["modules"])
 
 
 def _gates(row: Mapping[str, Any]) -> list[float]:
