@@ -64,7 +64,7 @@ _Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, 
 
 
 def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
-    """Rows that have the wanted values; a column or a value that no row has is an error, not an empty result."""
+    """Rows that have the wanted values; a column that no row has and an empty result are errors."""
     every = rows
     for column, wanted in filters.items():
         if not any(column in row for _, row in rows):

@@ -121,7 +121,9 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     arguments = _harness_arguments(options.lm_eval_args)
     if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
         target = Path(options.output)
-        if there := sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl")):
+        found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
+        # Those of another result have its name in front.
+        if there := [path for path in found if "." not in path.name.removeprefix(f"{target.stem}.")[: -len(".jsonl")]]:
             raise MolaError(
                 f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
                 "replace it, or another file."

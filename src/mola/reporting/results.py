@@ -21,11 +21,13 @@ def accuracy_section(run: Run) -> dict[str, Any]:
     results = {name: result for name, result in (("before", run.before), ("after", run.after)) if result is not None}
     rows = _accuracy_rows(results) if results else []
     largest = sorted(range(1, len(rows)), key=lambda index: -rows[index]["total"])[:_MOST_GROUPS]
+    asked = [result["settings"] for result in results.values()]
+    bases = [Path(str(each.get("base_model"))) for each in asked]
     values = {
         "data": {result.get("data_fingerprint") for result in results.values()},
         "scoring": {result["settings"].get("scoring") for result in results.values()},
-        "base model": {Path(str(result["settings"].get("base_model"))).name for result in results.values()},
-        "longest answer": {result["settings"].get("max_new_tokens") for result in results.values()},
+        "base model": {place.name for place in bases if "snapshots" not in place.parts},  # of the Hub: a commit
+        "longest answer": {each.get("max_new_tokens") for each in asked if each.get("scoring") != "likelihood"},
     }
     needed = {"before": "without", "after": "with"}
     return {

@@ -123,7 +123,8 @@ def _principal(experts_A: torch.Tensor, base_layer: nn.Module) -> None:
     if experts_A.device.type == "meta":
         return
     if not can_be_read(base_layer):  # of a saved adapter, whose values come from its file
-        experts_A.zero_()
+        bound = 1.0 / math.sqrt(in_features)
+        experts_A.uniform_(-bound, bound)
         return
     weight: Any = dequantize_module_weight(base_layer)
     weight = (weight.t() if isinstance(base_layer, Conv1D) else weight).to(experts_A.device, torch.float32)

@@ -59,6 +59,19 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
     assert len(again.results) == len(result.results)
 
 
+def test_a_search_may_choose_checkpoints_by_its_own_questions(run):
+    """Those are the evaluation data by default, and never those of the test."""
+    result = run(
+        **ONE_TASK,
+        **SEARCH | {"tuning_seeds": [7]},
+        seeds=[0],
+        recipes={"lora": RECIPES["lora"]},
+        eval_strategy="epoch",
+        save_strategy="epoch",
+    )
+    assert (result.status, len(result.found)) == ("finished", 1)
+
+
 def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
     tried = {
         f"@{rate},{rank},{name}": {"rate": rate, "r": rank, "name": name}

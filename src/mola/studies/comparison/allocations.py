@@ -1,6 +1,7 @@
 """Experts by layer of recipes that leave it to `mola allocate`; kept as files and in the record."""
 
 import copy
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ class Allocations:
         self.folder = folder
         self.known: dict[str, dict[str, Any]] = {}
         self._made: dict[str, dict[str, Any]] = {}
+        self._checked: set[str] = set()
 
     def make_and_check(self, runs: Sequence[Run], done: Collection[Key]) -> None:
         """Make those that can be made, and check what can be checked of the others; an error names the recipe.
@@ -46,10 +48,8 @@ class Allocations:
             if run.allocation is None:
                 continue
             try:
-                if run.probe is None:
+                if run.probe is None or run.key._replace(recipe=run.probe) in done:
                     self._check_numbers(run)
-                elif run.key._replace(recipe=run.probe) in done:
-                    self.options(run)
                 else:
                     _check_probed(run.allocation, run.options.target_modules)
             except MolaError as error:
@@ -57,10 +57,15 @@ class Allocations:
 
     def _check_numbers(self, run: Run) -> None:
         """Whether the run can be trained with what is found, before hours of others are."""
+        numbers = self.options(run)
+        known = json.dumps([run.key.task, run.key.recipe, numbers], sort_keys=True)
+        if known in self._checked:  # seeds make no difference
+            return
         options = copy.copy(run.options)
-        for name, value in self.options(run).items():
+        for name, value in numbers.items():
             setattr(options, name, value)
         check_model_options(options)
+        self._checked.add(known)
 
     def make(self, run: Run, adapter: str | None = None) -> dict[str, Any]:
         """The numbers of a run's allocation, and how they were found; `adapter` is that of its probe.

@@ -152,7 +152,8 @@ def _look(
                 "with earlier weights: pass --load_best_model_at_end false, or leave `test_every` out."
             )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
-        if run_options.load_best_model_at_end and fingerprints.get("evaluation") == fingerprints["test"]:
+        # A search may choose by its own questions, which are not the test's.
+        if not key.candidate and _chooses_by(evaluation_of(run_options), run_options, fingerprints):
             raise MolaError(
                 "`load_best_model_at_end` would choose a checkpoint by the questions of the test, which are the "
                 "evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
@@ -162,6 +163,15 @@ def _look(
         weights = weights_identity(run_options.base_model or "")
         looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype, task.fingerprint()
     return looked_at[name]
+
+
+def _chooses_by(test: EvaluateOptions, run_options: TrainAndTestOptions, fingerprints: Mapping[str, str]) -> bool:
+    """Whether a checkpoint is chosen by the rows that a test is of, or by those around a part of them."""
+    if not run_options.load_best_model_at_end or "evaluation" not in fingerprints:
+        return False
+    place = run_options.eval_data or run_options.data, run_options.eval_split
+    is_same_place = not run_options.validation_size and place == (test.data, test.split)
+    return is_same_place or fingerprints["evaluation"] == fingerprints["test"]
 
 
 def _with_any_numbers(run_options: TrainAndTestOptions) -> TrainAndTestOptions:
