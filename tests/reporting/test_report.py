@@ -419,6 +419,13 @@ def test_results_of_another_question_are_said(run_dir, name, value):
     assert "do not compare them" in page_of(run_dir).section("accuracy").text
 
 
+@pytest.mark.parametrize(("owner", "is_same"), [("models--owner--tiny", True), ("models--owner--other", False)])
+def test_a_base_model_in_the_hub_cache_has_the_name_of_its_folder(run_dir, owner, is_same):
+    for name, base in (("before", "owner/tiny"), ("after", f"/cache/{owner}/snapshots/0123abc")):
+        change(run_dir / f"{name}.json", lambda result, base=base: result["settings"].update(base_model=base))
+    assert ("do not compare them" not in page_of(run_dir).section("accuracy").text) == is_same
+
+
 def test_the_command_for_a_missing_result_asks_as_the_other_was_asked(run_dir):
     asked = {"split": "validation", "limit": 3, "scoring": "likelihood", "max_new_tokens": 7}
     change(run_dir / "before.json", lambda result: result["settings"].update(asked))

@@ -131,7 +131,14 @@ def _last_interval(text: str) -> Any:
     try:
         before = parse_json(lines[-2])
         is_short = _tokens(last) < _tokens(before) / 2
-    except (IndexError, ValueError, KeyError, TypeError, AttributeError):  # the last is what is looked at
+    except (
+        IndexError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ):  # the last is what is looked at
         return last
     return before if is_short else last
 

@@ -122,8 +122,7 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
         target = Path(options.output)
         found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
-        # Those of another result have its name in front.
-        if there := [path for path in found if "." not in path.name.removeprefix(f"{target.stem}.")[: -len(".jsonl")]]:
+        if there := [path for path in found if not _is_of_another(path, target)]:
             raise MolaError(
                 f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
                 "replace it, or another file."
@@ -142,6 +141,13 @@ def _check_options(options: LmEvalOptions) -> Namespace:
         **({"peft": _place(options.adapter)} if options.adapter is not None else {}),
     }
     return arguments
+
+
+def _is_of_another(samples: Path, target: Path) -> bool:
+    """Whether samples beside a result are of one there whose name begins with the same, as in a.json and a.b.json."""
+    parts = samples.name.removeprefix(f"{target.stem}.").removesuffix(".jsonl").split(".")
+    names = [".".join([target.stem, *parts[:number]]) + target.suffix for number in range(1, len(parts))]
+    return any(target.with_name(name).exists() for name in names)
 
 
 def _place(name: str) -> str:

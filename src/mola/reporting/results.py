@@ -22,11 +22,10 @@ def accuracy_section(run: Run) -> dict[str, Any]:
     rows = _accuracy_rows(results) if results else []
     largest = sorted(range(1, len(rows)), key=lambda index: -rows[index]["total"])[:_MOST_GROUPS]
     asked = [result["settings"] for result in results.values()]
-    bases = [Path(str(each.get("base_model"))) for each in asked]
     values = {
         "data": {result.get("data_fingerprint") for result in results.values()},
         "scoring": {result["settings"].get("scoring") for result in results.values()},
-        "base model": {place.name for place in bases if "snapshots" not in place.parts},  # of the Hub: a commit
+        "base model": {_model_name(str(each.get("base_model"))) for each in asked},
         "longest answer": {each.get("max_new_tokens") for each in asked if each.get("scoring") != "likelihood"},
     }
     needed = {"before": "without", "after": "with"}
@@ -39,6 +38,13 @@ def accuracy_section(run: Run) -> dict[str, Any]:
         "different": [what for what, found in values.items() if len(found) > 1],
         "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
     }
+
+
+def _model_name(base_model: str) -> str:
+    """The last part of a path or Hub name, also of its folder `models--owner--name/snapshots/<commit>`."""
+    path = Path(base_model)
+    is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    return path.parent.parent.name.rpartition("--")[2] if is_commit else path.name
 
 
 def loss_section(run: Run) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class TrainOptions(Quantization, TrainingArguments):
     eval_steps: float | None = option(None, "Evaluate every so many steps. Default: `logging_steps`.")
     per_device_eval_batch_size: int = option(8, "As `per_device_train_batch_size`, in evaluations.")
     save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
-    save_steps: float = option(500, "Save every so many steps or evaluations.")
+    save_steps: float = option(500, "Save every so many steps; see docs/training.md.")
     save_total_limit: int | None = option(3, "Checkpoints to keep, the best one among them.")
     load_best_model_at_end: bool = option(True, "Keep the weights of the lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")

@@ -458,6 +458,10 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path):
             "`load_best_model_at_end` would choose a checkpoint by the questions of the test",
         ),
         (
+            {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_split": "test", "eval_limit": 2},
+            "`load_best_model_at_end` would choose a checkpoint by the questions of the test",
+        ),
+        (
             {"recipes": {"a": {"top_k": "3", "allocate": {"method": "triangle", "budget": 8}}}},
             "recipe `a`: .*`top_k`",
         ),

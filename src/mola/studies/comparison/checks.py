@@ -7,10 +7,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
 from mola.data.encode import data_fingerprint
+from mola.data.read import split_names
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
@@ -169,9 +171,18 @@ def _chooses_by(test: EvaluateOptions, run_options: TrainAndTestOptions, fingerp
     """Whether a checkpoint is chosen by the rows that a test is of, or by those around a part of them."""
     if not run_options.load_best_model_at_end or "evaluation" not in fingerprints:
         return False
-    place = run_options.eval_data or run_options.data, run_options.eval_split
-    is_same_place = not run_options.validation_size and place == (test.data, test.split)
-    return is_same_place or fingerprints["evaluation"] == fingerprints["test"]
+    if fingerprints["evaluation"] == fingerprints["test"]:
+        return True
+    evaluated = _place(run_options.eval_data or run_options.data or "", run_options.eval_split)
+    return not run_options.validation_size and evaluated == _place(test.data or "", test.split)
+
+
+def _place(source: str, split: str | None) -> tuple[str, str | None]:
+    """Where rows are, however it is written: a file has no splits."""
+    path = Path(source).expanduser()
+    if not path.exists():  # a name on the Hub
+        return source, split
+    return str(path.resolve()), split if split_names(path) else None
 
 
 def _with_any_numbers(run_options: TrainAndTestOptions) -> TrainAndTestOptions:
