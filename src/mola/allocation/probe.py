@@ -15,6 +15,7 @@ from mola.errors import MolaError
 from mola.files.reading import parse_json, read_text
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
+from mola.insight.intervals import is_short
 from mola.models.adapters import check_adapter
 from mola.tuner.loading import PREFIX
 
@@ -130,21 +131,9 @@ def _last_interval(text: str) -> Any:
     last = parse_json(lines[-1])
     try:
         before = parse_json(lines[-2])
-        is_short = _tokens(last) < _tokens(before) / 2
-    except (
-        IndexError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ):  # the last is what is looked at
+        return before if is_short(last["modules"], before["modules"]) else last
+    except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong with the last is said by its reader
         return last
-    return before if is_short else last
-
-
-def _tokens(interval: Any) -> int:
-    return sum(row["num_tokens"] for row in interval["modules"])
 
 
 def _gates(row: Mapping[str, Any]) -> list[float]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from mola.insight.intervals import is_short
 from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")
@@ -51,15 +52,9 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
             whole = [*whole[-1:], (modules, step)]
     if not whole:
         return None
-    # An interval of a few steps at the end says little of which experts work.
-    is_short = len(whole) > 1 and 2 * _tokens(whole[1][0]) < _tokens(whole[0][0])
-    last, last_step = whole[0] if is_short else whole[-1]
+    last, last_step = whole[0] if is_short(whole[-1][0], whole[0][0]) else whole[-1]
     num_experts = sum(len(module["mean_gates"]) for module in last)
     return RoutingLog(parts, curves, dead, num_experts, last, last_step)
-
-
-def _tokens(modules: Sequence[Mapping[str, Any]]) -> int:
-    return sum(module.get("num_tokens", 0) for module in modules)
 
 
 def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:
