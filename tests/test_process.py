@@ -93,7 +93,7 @@ except AttributeError as error:
     [
         pytest.param("other.py", None, "False None", marks=pytest.mark.slow),
         # Somebody's program that happens to be called like ours gets all names, when it asks for one.
-        ("mola", None, "True PASSIVE"),
+        pytest.param("mola", None, "True PASSIVE", marks=pytest.mark.slow),
         pytest.param("mola", "ACTIVE", "True ACTIVE", marks=pytest.mark.slow),
     ],
 )

@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from mola.cli import main
 from mola.files.failures import lost_process
+from tests.grids import slow
 from tests.versions import has
 
 from .conftest import write_rows
@@ -34,7 +35,7 @@ def test_random_moments(processes, tiny_model_dir, tmp_path, way):
     print(summary(results))
 
 
-@pytest.mark.parametrize("left", [0, 1], ids=["the first is left", "the last is left"])
+@pytest.mark.parametrize("left", [0, *slow(1)], ids=["the first is left", "the last is left"])
 @pytest.mark.parametrize("way", ["ddp", "zero3"])
 def test_one_that_never_comes(processes, flags, tmp_path, way, left):
     """The other one says that it waits, and ends by itself."""

@@ -52,6 +52,7 @@ def test_every_front_door_opens_without_a_line_of_code(door, adapter, tiny_model
     assert float(process.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_it_the_door_is_shut(adapter):
     process = run(sys.executable, "-c", AUTO_PEFT, adapter)
     assert process.returncode == 1

@@ -23,7 +23,6 @@ from mola.research_code.preparation import (
     prepare_scienceqa,
 )
 from tests.data.orca import files_of, orca_rows, write_orca
-from tests.grids import slow
 from tests.research_code.scripts import COLUMNS, SCRIPTS, error_line, run_script
 from tests.versions import needs
 
@@ -373,7 +372,8 @@ def script_command(data, out, num_samples, seed):
 
 
 @needs("datasets", "4.7", "it imports torch for itself while data is prepared")
-@pytest.mark.parametrize("command", [prepare_command, *slow(script_command)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [prepare_command, script_command])
 def test_memory_does_not_grow_with_the_source(tmp_path, command):
     few, many = (write_orca(tmp_path / f"{count}.jsonl", count) for count in (5_000, 20_000))
     small = peak_megabytes(tmp_path, *command(few, tmp_path / "small", 2_000, 0))

@@ -19,6 +19,7 @@ from mola.models.loading import load_model, load_tokenizer  # noqa: E402
 from mola.serving.demonstration.demo import DemoOptions, running_demo  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
+from ..grids import slow  # noqa: E402
 from ..waiting import PATIENCE  # noqa: E402
 
 # PEFT before 0.19 says so where not every adapter has trained the same modules; the outputs are right.
@@ -95,7 +96,7 @@ def answers(http, wanted):
 
 @pytest.mark.parametrize("is_turned", [False, True])
 @pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
-@pytest.mark.parametrize("kind", [mixture, lora])
+@pytest.mark.parametrize("kind", [mixture, *slow(lora)])
 def test_modules_that_one_has_trained_whole(kind, modules, is_turned, endless_model_dir, tmp_path):
     folders = {
         "plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0),
@@ -110,7 +111,7 @@ def test_modules_that_one_has_trained_whole(kind, modules, is_turned, endless_mo
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
-@pytest.mark.parametrize("kind", [mixture, lora])
+@pytest.mark.parametrize("kind", [mixture, *slow(lora)])
 def test_such_a_one_that_comes_while_the_server_runs(kind, modules, endless_model_dir, tmp_path):
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0)}
     second = {"whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1)}

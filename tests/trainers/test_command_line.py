@@ -18,6 +18,7 @@ def test_flags_of_trl_make_a_lora(trl):
     assert type(trl.get_peft_config(trl.ModelConfig(use_peft=True))) is LoraConfig
 
 
+@pytest.mark.slow
 def test_recipe_of_trl_trains_a_mixture(trl, tiny_model_dir, tmp_path):
     rows = [json.dumps({"text": f"{i} plus {i} is {2 * i}"}) for i in range(8)]
     (tmp_path / "data").mkdir()

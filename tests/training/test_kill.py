@@ -378,6 +378,7 @@ def test_killed_while_an_earlier_run_is_removed(driver, flags, whole, tmp_path, 
     assert_same_run(folder, whole("steps")[0])
 
 
+@pytest.mark.slow
 def test_earlier_checkpoint_starts_a_branch_that_later_ones_do_not_mix_with(driver, flags, whole, tmp_path):
     folder = tmp_path / "run"
     arguments = flags(folder, **{**RUNS["steps"], "save_total_limit": 9})

@@ -11,6 +11,7 @@ from mola import MolaLinear
 from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.layer import ExpertSettings
 from mola.tuner.routing import ROUTERS, dense_gates, router_logits
+from tests.grids import slow
 
 from .counting import CountOperators
 from .test_routing import sigmoid_router
@@ -203,9 +204,9 @@ def test_compiles_to_one_graph(num_experts, top_k):
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 @pytest.mark.parametrize("top_k", [2, 8])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
+@pytest.mark.parametrize("tokens", [1, *slow(3), 8, 9, *slow(50)])
 def test_compiled_without_gradients(tokens, top_k, dtype, monkeypatch):
     """Without the native function: for up to 8 tokens chosen experts only are read, for more all of them."""
     monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)

@@ -5,12 +5,13 @@ Values stay as the source has them; nothing is written next to the source.
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, unreadable
 from mola.errors import MolaError
+from mola.files.reading import read_json
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _BATCH_SIZE = 1000
@@ -97,8 +98,7 @@ def split_names(path: str | Path) -> list[str]:
     """
     source, place = str(path), Path(os.path.expanduser(path))
     if os.path.isdir(place):
-        loaded = _load_folder(place)
-        return list(loaded) if isinstance(loaded, dict) else []
+        return _splits_in(place) or []
     if os.path.exists(place):
         return []
     if not is_hub_name(source):
@@ -137,32 +137,33 @@ def _hub_error(source: str, error: Exception) -> MolaError:
     )
 
 
-def _load_folder(place: Path) -> Any:
-    """Dataset or DatasetDict in a folder written by `save_to_disk`."""
-    if not any(os.path.exists(place / name) for name in ("dataset_dict.json", "state.json")):
+def _splits_in(place: Path) -> list[str] | None:
+    """Splits in a folder written by `save_to_disk`; None: it is one dataset without splits."""
+    if os.path.exists(index := place / "dataset_dict.json"):
         try:
-            inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
-        except OSError as error:
+            return [str(name) for name in read_json(index)["splits"]]
+        except READ_ERRORS as error:
             raise unreadable(place, error) from error
-        raise MolaError(
-            f"`data` must be a file or a folder written by `save_to_disk`: `{place}` holds {inside}. "
-            "Pass one of the files or folders inside."
-        )
+    if os.path.exists(place / "state.json"):
+        return None
+    try:
+        inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
+    except OSError as error:
+        raise unreadable(place, error) from error
+    raise MolaError(
+        f"`data` must be a file or a folder written by `save_to_disk`: `{place}` holds {inside}. "
+        "Pass one of the files or folders inside."
+    )
+
+
+def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
+    splits = _splits_in(place)
+    part = place if splits is None else place / _choose(splits, split, str(place))
     import datasets
     import pyarrow
 
     try:
-        return datasets.load_from_disk(str(place))
-    except (*READ_ERRORS, pyarrow.ArrowException) as error:
-        raise unreadable(place, error) from error
-
-
-def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
-    dataset = _select(_load_folder(place), split, str(place))
-    import pyarrow
-
-    try:
-        yield from _batches(dataset, columns)
+        yield from _batches(datasets.load_from_disk(str(part)), columns)
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
         raise unreadable(place, error) from error
 
@@ -182,12 +183,14 @@ def _read_hub(source: str, split: str | None, columns: Collection[str] | None, i
 
 def _select(loaded: Any, split: str | None, source: str) -> Any:
     """The one Dataset meant by `split`; a Dataset without splits is taken as it is."""
-    if not isinstance(loaded, dict):
-        return loaded
-    names = list(loaded)
+    return loaded[_choose(list(loaded), split, source)] if isinstance(loaded, dict) else loaded
+
+
+def _choose(names: Sequence[str], split: str | None, source: str) -> str:
+    """The split that is meant: the only one needs no name."""
     if split is None and len(names) == 1:
-        return loaded[names[0]]
-    if split not in loaded:
+        return names[0]
+    if split is None or split not in names:
         folder = f", or pass its folder, such as {source}/{names[0]}" if os.path.isdir(source) else ""
         raise MolaError(f"`split` must be one of {', '.join(names)} for `{source}`: got {split!r}. Choose one{folder}.")
-    return loaded[split]
+    return split

@@ -12,6 +12,7 @@ import os
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -94,8 +95,8 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
     Raises:
         MolaError: a name is unknown or a value does not fit.
     """
-    parser, flags = _make_parser(options_class)
-    words = _recipe_flags(values, source, parser, flags, get_type_hints(options_class))
+    parser, flags, types = _converter(options_class)
+    words = _recipe_flags(values, source, parser, flags, types)
     options = parser.parse_args(_with_home(words))
     names = [flags[f"--{key}"].dest for key in values]
     return {name: getattr(options, name) for name in names}
@@ -115,6 +116,11 @@ def _with_home(arguments: Sequence[str]) -> list[str]:
         text = value if name in _FREE_TEXT else _HOME.sub(lambda _: os.path.expanduser("~"), value)
         words.append(f"{flag}{sign}{text}")
     return words
+
+
+@cache  # a comparison converts its options many times, and several hundred flags take 10 ms to make
+def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action], dict[str, Any]]:
+    return *_make_parser(options_class), get_type_hints(options_class)
 
 
 def _make_parser(

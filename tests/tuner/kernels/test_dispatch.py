@@ -241,6 +241,7 @@ def run(path):
     return names, tokens
 
 
+@pytest.mark.slow
 def test_the_package_works_without_the_folder_of_native_functions(tmp_path):
     source = Path(mola.__file__).parent
     shutil.copytree(source, tmp_path / "mola", ignore=shutil.ignore_patterns("__pycache__"))
@@ -250,6 +251,7 @@ def test_the_package_works_without_the_folder_of_native_functions(tmp_path):
     assert tokens == run(source.parent)[1]
 
 
+@pytest.mark.slow
 def test_nothing_of_numba_is_imported_before_it_is_needed():
     script = "import sys, mola.tuner.layer; print('numba' in sys.modules, len(mola.tuner.kernels.dispatch.BACKENDS))"
     environment = {**os.environ, "PYTHONPATH": str(Path(mola.__file__).parents[1])}

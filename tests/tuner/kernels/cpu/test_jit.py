@@ -68,6 +68,7 @@ def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
     assert any(tmp_path.rglob("*.nbc"))
 
 
+@pytest.mark.slow
 def test_code_on_the_disk_is_not_used_when_a_source_changes_that_it_was_compiled_from(tmp_path):
     """numba alone compares the source of the outermost function, here in `jit_gates.py`."""
     shutil.copytree(Path(mola.__file__).parent, tmp_path / "mola", ignore=shutil.ignore_patterns("__pycache__"))

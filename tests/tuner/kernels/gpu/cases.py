@@ -18,6 +18,7 @@ from mola.tuner.kernels.gpu import first_use, launch
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from mola.tuner.router_statistics import RouterOutput, router_statistics
 from mola.tuner.routing import top_k_softmax
+from tests.grids import slow
 
 from .. import test_parity as parity
 from ..inputs import as_leaves, make_inputs
@@ -87,7 +88,7 @@ def test_adapters_in_float32(dtype, dropout, trusted):
     assert found["gradient of experts_A"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("num_experts", "r", "top_k"), [(2, 1, 1), (64, 4, 6), (16, 16, 16), (7, 40, 3)])
+@pytest.mark.parametrize(("num_experts", "r", "top_k"), [(2, 1, 1), *slow((64, 4, 6)), (16, 16, 16), (7, 40, 3)])
 @pytest.mark.parametrize("num_tokens", [1, 130])
 def test_other_sizes(num_experts, r, top_k, num_tokens, trusted):
     inputs = make((num_tokens, 32), num_experts, r=r, top_k=top_k)
@@ -142,7 +143,7 @@ def test_choices_are_those_of_the_router_in_torch(top_k):
 # ---------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])
+@pytest.mark.parametrize("p", [*slow(0.0), 0.05, *slow(0.5, 0.999)])
 def test_the_share_that_is_dropped(p):
     x = torch.ones(150, 200, dtype=torch.bfloat16, device=DEVICE)
     torch.manual_seed(0)
@@ -338,7 +339,7 @@ def counted(kind, calls):
     return lambda *arguments: calls.append(kind.name) or original(*arguments)
 
 
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapters", [*slow(torch.float32), torch.bfloat16], ids=str)
 def test_training_beside_the_dense_backend(adapters, force, monkeypatch):
     """Some steps with dropout, a balance loss and a decode in between end where operators of torch end."""
     losses = {}

@@ -52,6 +52,7 @@ def test_whole_steps_on_fake_cuda_tensors_never_wait_for_the_device():
     assert output.count("no sync") == 10
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_compiler
 @needs_fake_devices
@@ -73,6 +74,7 @@ def test_launches_per_linear():
     assert len(casts) == 2  # of B, where it is in float32
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA's GPUs is for Linux")
 def test_compiled_for_two_architectures_nothing_is_spilled():
