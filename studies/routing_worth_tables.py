@@ -13,8 +13,8 @@ import numpy as np
 from mola.evaluation.differences import paired_difference
 from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
+from mola.studies.comparison.notes import few_seeds
 from mola.studies.comparison.options import Key
-from mola.studies.comparison.tables import few_seeds
 
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
 _COLUMNS += ("least", "most", "KL")

@@ -9,11 +9,11 @@ import yaml
 
 from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.contrasts import contrasts
+from mola.studies.comparison.notes import effort_line
 from mola.studies.comparison.options import pairs_of
 from mola.studies.comparison.outputs import Outcome
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import summarize
-from mola.studies.comparison.tables import effort_line
 from mola.studies.comparison.tuning import Found, Power
 
 ROOT = Path(__file__).parents[2]

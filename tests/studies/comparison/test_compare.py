@@ -36,10 +36,11 @@ from mola.evaluation.partial import PartialResults
 from mola.reporting.formatting import duration
 from mola.studies.comparison import checks
 from mola.studies.comparison.compare import CompareOptions, compare
+from mola.studies.comparison.notes import effort_line, time_left
 from mola.studies.comparison.outputs import Outcome, page
 from mola.studies.comparison.record import BASE, read_results
 from mola.studies.comparison.summary import ALL_TASKS, Row, budget_groups
-from mola.studies.comparison.tables import comma_separated, effort_line, markdown, time_left
+from mola.studies.comparison.tables import comma_separated, markdown
 from mola.studies.train_and_test import signals_as_interrupt, stop_if_asked
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train

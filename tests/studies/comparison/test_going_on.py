@@ -15,8 +15,8 @@ from mola import MolaError
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.partial import PartialResults
 from mola.studies.comparison import compare as comparing
+from mola.studies.comparison.notes import note_of
 from mola.studies.comparison.summary import ALL_TASKS, summarize
-from mola.studies.comparison.tables import note_of
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.studies.comparison.comparisons import RECIPES, SETTINGS, TASKS, read

@@ -18,10 +18,10 @@ from mola import MolaError
 from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
+from mola.studies.comparison.notes import power_line
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.record import BASE
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
-from mola.studies.comparison.tables import power_line
 from mola.studies.comparison.tuning import Power, _edges
 from mola.training.callbacks import MetricsFile
 from tests.studies.comparison.comparisons import RECIPES, read
@@ -295,4 +295,6 @@ def test_no_number_of_seeds_replaces_questions():
     power = Power("physics", margin=5.0, seeds=10, questions=200, needed=12, seed_deviation=4.0)
     assert "5 points at the end with a probability of 80 %, it takes 12 seeds on 200 questions" in power_line(power)
     assert "5 points over the training with" in power_line(replace(power, measure=OVER_TRAINING))
-    assert "it takes more questions" in power_line(replace(power, needed=None))
+    assert "1,000 seeds are not enough: it takes more of them, or more questions, on 200" in power_line(
+        replace(power, needed=None)
+    )

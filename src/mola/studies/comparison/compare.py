@@ -25,13 +25,14 @@ from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.contrasts import Contrast, contrasts
 from mola.studies.comparison.curve import TestsOnTheWay
+from mola.studies.comparison.notes import effort_line, power_line, time_left
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
 from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Record, Result, check_same, read_record
 from mola.studies.comparison.runs import base_result_of, is_finished, result_of
 from mola.studies.comparison.summary import Row, summarize
-from mola.studies.comparison.tables import effort_line, power_line, search_tables, terminal_tables, time_left
+from mola.studies.comparison.tables import search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on

@@ -13,21 +13,19 @@ from mola.reporting.charts import Axis, Line
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
 from mola.studies.comparison.contrasts import Contrast
+from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.plots import Curves, check_matplotlib, draw
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tables import (
     CONTRAST_COLUMNS,
-    CONTRAST_NOTE,
     by_budget,
     cells,
     columns_of,
     comma_separated,
     contrast_tables,
     markdown,
-    note_of,
-    power_line,
     search_lines,
     search_markdown,
     steps_cell,

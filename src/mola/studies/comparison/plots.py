@@ -33,16 +33,20 @@ def check_matplotlib() -> None:
 
 
 def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[str, list[Band]]:
-    """Learning curves of all recipes that have one: mean over seeds and Student's 95 % interval at each step."""
+    """Learning curves of all recipes that have one: mean over seeds and Student's 95 % interval at each step.
+
+    They begin with the base model, but those of recipes that train an adapter on.
+    """
     found: dict[str, list[Band]] = {}
     base = [each for each in results if (each.task, each.recipe) == (task, BASE)]
     for recipe in recipes:
-        curves = [curve_of(each) for each in results if (each.task, each.recipe) == (task, recipe) and each.curve]
-        if not curves:
+        runs = [each for each in results if (each.task, each.recipe) == (task, recipe) and each.curve]
+        if not runs:
             continue
-        by_step: dict[int, list[float]] = {0: [base[0].accuracy]} if base else {}
-        for curve in curves:
-            for step, marks in curve:
+        begins_with_base = base and not any("adapter" in each.fingerprints for each in runs)
+        by_step: dict[int, list[float]] = {0: [base[0].accuracy]} if begins_with_base else {}
+        for run in runs:
+            for step, marks in curve_of(run):
                 by_step.setdefault(step, []).append(float(marks.mean()))
         found[recipe] = [
             (step, float(np.mean(values)), *t_interval(np.array(values), 0.0, 1.0))

@@ -57,7 +57,8 @@ def seeds_needed(
         level: of all comparisons together.
 
     Returns:
-        The number, or None if 1,000 are not enough: then it takes more questions.
+        The number, or None if 1,000 are not enough: where questions are too few to show the margin, or seeds differ
+        too much.
     """
     least = unseen_share(1 - (1 - level) / comparisons, [Part(questions, 1.0)])
     if margin <= least:

@@ -2,18 +2,18 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from statistics import fmean, median
+from statistics import median
 
 from rich.markup import escape
 from rich.table import Table
 
 from mola.evaluation.differences import Difference
-from mola.reporting.formatting import computers, duration, markdown_table
+from mola.reporting.formatting import markdown_table
 from mola.studies.comparison.contrasts import Contrast
+from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
 from mola.studies.comparison.options import MARK
-from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tuning import Found, Power
 
@@ -47,53 +47,9 @@ _CSV_COLUMNS = (
     "verdict",
     "num_experts",
     "steps_to_target",
+    "difference_seeds",
 )
-NOTE = (
-    "Accuracy in per cent, differences to {reference} in points, on the same questions with the same seeds; their 95 % "
-    "intervals are for other seeds and other questions. p and verdict allow for the number of recipes: all verdicts of "
-    "a table together are right in 95 % of such studies."
-)
-_FEW_SEEDS = 5
-
-
 CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "p", "verdict")
-CONTRAST_NOTE = "p and verdict allow for the number of pairs in a table."
-
-
-def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:
-    """What the tables mean, with what these rows make necessary to say; `mark` stands around names of recipes."""
-    sentences = [NOTE.format(reference=f"{mark}{reference}{mark}")]
-    sentences += _equal_budgets(rows, reference, mark)
-    return " ".join([*sentences, *few_seeds(row.difference.seeds for row in rows if row.difference)])
-
-
-def few_seeds(seeds: Iterable[int]) -> list[str]:
-    """A sentence, if one of these numbers of seeds is so low that intervals over them say too much."""
-    if all(number >= _FEW_SEEDS for number in seeds):
-        return []
-    return [
-        f"Fewer than {_FEW_SEEDS} seeds hardly tell how much seeds differ: intervals are too narrow, and verdicts "
-        "too sure, in more than 5 % of such studies."
-    ]
-
-
-def _equal_budgets(rows: Sequence[Row], reference: str, mark: str) -> list[str]:
-    """One sentence, or one for each task where they differ; none where all recipes are alike."""
-    by_task: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if row.budget_group is not None:
-            by_task.setdefault(row.task, {})[row.recipe] = row.budget_group
-    lists = {}
-    for task, groups in by_task.items():
-        same = [f"{mark}{name}{mark}" for name, group in groups.items() if group == groups.get(reference)]
-        lists[task] = "" if reference not in groups or len(same) == len(groups) else f"{', '.join(same)}."
-    if len({*lists.values()}) == 1:
-        lists = {"": next(iter(lists.values()))}
-    return [
-        f"Trained values within 5 % of the reference's{f' on {task}' if task else ''}: {names}"
-        for task, names in lists.items()
-        if names
-    ]
 
 
 def title_of(row: Row | Contrast) -> str:
@@ -131,6 +87,8 @@ def cells(row: Row, reference: str) -> list[str]:
     """A row as text, in the order of `COLUMNS`."""
     parameters = f"{row.trainable_parameters:,}" if row.trainable_parameters else "-"
     seeds = str(row.mean.seeds) if row.budget_group is not None else "-"
+    if row.difference is not None and row.difference.seeds != row.mean.seeds:  # while runs are left
+        seeds += f", {row.difference.seeds} paired"
     start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", interval_cell(row.mean.interval_95, "")]
     other = row.difference
     if other is None:
@@ -202,47 +160,6 @@ def search_lines(found: Sequence[Found]) -> list[list[str]]:
     ]
 
 
-def search_note(found: Sequence[Found]) -> str:
-    """What the table of a search means."""
-    return (
-        f"Accuracy {found[0].measure} in per cent, mean over the tuning seeds, on questions that are no part of the "
-        "test. At the edge: of an option the lowest or highest value is the best, and one beyond may be better."
-    )
-
-
-def power_line(power: Power) -> str:
-    """What a comparison can see, in a sentence."""
-    needed = (
-        f"it takes {power.needed} seeds"
-        if power.needed
-        else "no number of seeds up to 1,000 is enough: it takes more questions"
-    )
-    return (
-        f"{power.task}: to see a difference of {power.margin:g} points {power.measure} with a probability of 80 %, "
-        f"{needed} on {power.questions} questions (between seeds a difference varies by "
-        f"{power.seed_deviation:.1f} points, by the search); there are {power.seeds}."
-    )
-
-
-def effort_line(results: Sequence[Result]) -> str:
-    """What a comparison has cost, in a sentence or two; empty before the first run."""
-    runs = [each for each in results if each.recipe != BASE]
-    if not runs:
-        return ""
-    search = ", those of the search included," if any(each.key.candidate for each in runs) else ""
-    return (
-        f"{len(runs)} trainings{search} took {duration(sum(each.seconds_training for each in runs))}, their tests "
-        f"{duration(sum(each.seconds_testing for each in runs))}. "
-        f"Machine of each process: {computers(each.machine for each in runs)}."
-    )
-
-
-def time_left(results: Sequence[Result], left: int) -> str:
-    """What `left` more runs cost if they are like those so far, for a log line; empty before the first."""
-    seconds = [each.seconds_training + each.seconds_testing for each in results if each.recipe != BASE]
-    return f" (about {duration(fmean(seconds) * left)} of computing left)" if seconds else ""
-
-
 def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> str:
     """A table per task under a heading, then those of `contrasts`."""
     parts: list[str] = []
@@ -279,10 +196,11 @@ def comma_separated(rows: Sequence[Row], contrasts: Sequence[Contrast] = ()) -> 
         line += [""] * 7 if row.difference is None else _numbers(row.difference)
         experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
         steps = " ".join("never" if each is None else f"{each:g}" for each in row.steps_to_target or ())
-        writer.writerow([*line, experts, steps])
+        writer.writerow([*line, experts, steps, "" if row.difference is None else row.difference.seeds])
     for each in contrasts:
         name, seeds = f"{each.recipe} - {each.other}", each.difference.seeds
-        writer.writerow([each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", ""])
+        line = [each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", "", seeds]
+        writer.writerow(line)
     return text.getvalue()
 
 

@@ -78,7 +78,7 @@ class Power:
     margin: float  # points
     seeds: int  # of the comparison
     questions: int  # of the test
-    needed: int | None  # seeds, to see a difference of `margin` with a probability of 0.8; None: more questions are
+    needed: int | None  # seeds, to see a difference of `margin` with a probability of 0.8; None: 1,000 are not enough
     # the standard deviation between seeds of a difference, in points, questions being the same
     seed_deviation: float
     measure: str = AT_END  # which accuracy, see `mola.studies.comparison.summary.Row`
@@ -87,7 +87,7 @@ class Power:
 def power_of(
     options: CompareOptions, results: Sequence[Result], found: Sequence[Found], questions: Mapping[str, int]
 ) -> list[Power]:
-    """Power on every task before a fresh seed is trained; none with one tuning seed or one recipe.
+    """Power on every task before a fresh seed is trained; none with one tuning seed, one question of it or one recipe.
 
     `questions` are the test's, by task.
     """
@@ -98,7 +98,10 @@ def power_of(
         marks = {name: _marks(results, task, full, options) for name, full in chosen.items()}
         if len(marks) < len(recipes) or len(recipes) < 2 or len(options.tuning_seeds) < 2:
             continue
-        parts = Components.pooled(_squares(marks, str(options.reference), options.tuning_seeds))
+        squares = _squares(marks, str(options.reference), options.tuning_seeds)
+        if squares[0][1][1] < 2:  # nothing tells how much questions differ
+            continue
+        parts = Components.pooled(squares)
         number = questions[task]
         needed = seeds_needed(options.margin / 100, parts, number, len(recipes) - 1, _POWER, LEVEL)
         deviation = 100 * parts.between_seeds(number) ** 0.5

@@ -45,7 +45,7 @@ def result_table(result: ContinualResult) -> Table:
             escape(f"{row['stage']} {row['name']}"),
             *_cells(row["tasks"], result.stages),
             f"{row['overall_performance']:.1%}",
-            "" if drop is None else f"{100 * drop:+.1f}",
+            "" if drop is None else f"{round(100 * drop, 1) + 0.0:+.1f}",  # no -0.0
         )
     table.caption = "OP: mean of the row. PD: mean change since a task's own stage, in points; negative = forgotten."
     return table
