@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PersimmonConfig, PersimmonForCausalLM
 
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
@@ -134,6 +134,15 @@ def test_an_interval_of_a_few_steps_at_the_end_is_not_taken_for_all(probe, tmp_p
     assert lines(100, 90) == [0.9, 0.1, 0.0]
     assert lines(100, 10) == GATES[0][0]
     assert lines(10) == [0.9, 0.1, 0.0]
+
+
+def test_a_line_that_a_killed_run_left_half_written_is_passed_over(tmp_path):
+    line = json.dumps({"modules": records(GATES)})
+    (tmp_path / "routing.jsonl").write_text(f"{line}\n{line[:90]}")
+    assert routing_records(str(tmp_path), None)[0][0]["mean_gates"] == GATES[0][0]
+    (tmp_path / "routing.jsonl").write_text(line[:90])
+    with pytest.raises(MolaError, match=r"routing\.jsonl must hold the use of experts"):
+        routing_records(str(tmp_path), None)
 
 
 def options(base, method, budget=16, **more):
@@ -311,6 +320,31 @@ def test_every_file_trains(method, tiny_model_dir, probe, data, tmp_path, capsys
 def test_without_a_file_the_numbers_are_printed(no_weights_dir, capsys):
     assert main(["allocate", "--base_model", str(no_weights_dir), "--method", "2468", "--budget", "20"]) == 0
     assert "--num_experts 2,4,6,8" in capsys.readouterr().out
+
+
+def test_of_one_layer_and_of_linears_of_ones_own_it_is_printed_too(small_model_dir, capsys):
+    command = ["allocate", "--base_model", str(small_model_dir), "--method", "uniform", "--budget", "12"]
+    assert main([*command, "--target_modules", "q_proj"]) == 0
+    assert "--num_experts 12, --target_modules q_proj ..." in capsys.readouterr().out
+
+
+def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    base = tmp_path / "base"
+    PersimmonForCausalLM(PersimmonConfig(vocab_size=64, **sizes)).save_pretrained(base)
+    with pytest.raises(MolaError, match="`target_modules` must be given"):
+        allocate(options(base, "uniform", 9))
+    adapter = save_probe(base, tmp_path / "probe", target_modules=["query_key_value"])
+    words = ["--base_model", str(base), "--method", "redundancy", "--adapter", str(adapter), "--budget", "9"]
+    assert main(["allocate", *words]) == 0
+    assert "--target_modules query_key_value ..." in capsys.readouterr().out
+    rows = [
+        {"module": f"model.layers.{layer}.self_attn.query_key_value", "layer_index": layer, "mean_gates": [0.5, 0.5]}
+        for layer in range(3)
+    ]
+    (tmp_path / "inspect.json").write_text(json.dumps({"usage": {"all": rows}}))
+    asked = options(base, "usage", 9, inspection=str(tmp_path / "inspect.json"), target_modules="query_key_value")
+    assert allocate(asked).num_experts == [3, 3, 3]
 
 
 # ---------------------------------------------------------------------- wrong input

@@ -60,6 +60,29 @@ def test_gradients_are_those_of_the_weights(base, samples, tiny_model_dir):
     assert sum(scores) / len(scores) == pytest.approx(1)
 
 
+def test_linears_that_run_several_times_count_all_calls_that_are_trained(base, samples, tiny_model_dir):
+    def repeat(model):
+        """As layers that recur, the first time without gradients."""
+        mlp = model.model.layers[1].mlp
+        once = mlp.forward
+
+        def forward(x):
+            with torch.no_grad():
+                once(x)
+            return once(once(x))
+
+        mlp.forward = forward
+        return model
+
+    found = {each.module: each.score for each in gradient_scores(base, samples, repeat(load_for_scores(base, "cpu")))}
+    model = repeat(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32))
+    norms = {
+        name: value for name, value in weight_gradients(model, base, samples).items() if name.endswith("down_proj")
+    }
+    for name, value in norms.items():
+        assert found[name] == pytest.approx(value * len(norms) / sum(norms.values()), rel=1e-3)
+
+
 def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny_tokenizer):
     asked = SampleSource(data, "sample", "alpaca", "train", 4).read(base)
     for short, long in zip(samples, asked, strict=True):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
-from mola import MolaConfig, load_model
+from mola import MolaConfig, MolaLinear, load_model
 from mola.allocation.reallocate import ReallocateOptions, reallocate
 from mola.cli import main
 from mola.errors import MolaError
@@ -193,7 +194,7 @@ def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir,
     moved(some, "24", tmp_path / "new")  # by the base model that it names
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["num_experts"] == [2, 2, 4, 4]
     path.write_text(json.dumps({**settings, "base_model_name_or_path": "someone/model"}))
-    with pytest.raises(MolaError, match="`base_model` is needed to know how many layers"):
+    with pytest.raises(MolaError, match="`base_model` is needed to know which layers"):
         moved(some, "24", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     for number, (numbers, more, experts) in enumerate(
@@ -228,6 +229,31 @@ def test_a_linear_outside_the_layers_has_the_number_of_all(tiny_model_dir, tmp_p
         moved(folder, "2,2,3,3", tmp_path / "new")
     moved(folder, "3,", tmp_path / "new")
     assert logits(tiny_model_dir, tmp_path / "new").isfinite().all()
+
+
+def test_layers_of_an_encoder_decoder_have_one_number(tmp_path):
+    """Those of the decoder come after the encoder's, of which the adapter may say nothing."""
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes, **heads)).save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    config = MolaConfig(num_experts=2, r=2, target_modules=["encoder_attn.q_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "some")
+    for more in ({}, {"base_model": str(tmp_path / "base")}):
+        with pytest.raises(MolaError, match="`base_model` is needed to know which layers"):
+            moved(tmp_path / "some", "1,1,3,4", tmp_path / "new", **more)
+    moved(tmp_path / "some", "3,", tmp_path / "new")
+    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base"), tmp_path / "new")
+    assert {each.num_experts["default"] for each in model.modules() if isinstance(each, MolaLinear)} == {3}
+
+
+def test_layers_without_experts_count_for_nothing(tiny_model_dir, tmp_path, capsys):
+    config = MolaConfig(num_experts=4, r=2, layers_to_transform=[1, 2])
+    some = save_adapter(tiny_model_dir, tmp_path / "some", config)
+    words = ["--adapter", some, "--num_experts", "1,2,3,1", "--output_dir", tmp_path / "new"]
+    assert main(["reallocate", *map(str, words)]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert [part for part in total.replace("│", " ").split() if part.isdigit()] == ["8", "5"]
 
 
 def test_more_experts_than_principal_components(tiny_model_dir, tmp_path):

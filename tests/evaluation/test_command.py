@@ -58,7 +58,7 @@ def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_mo
         (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
         caplog.clear()
         check_evaluation(EvaluateOptions(**asdict(options) | {"template": asked}))
-        assert ("trained with the prompt template meta and is asked with alpaca:" in caplog.text) == is_said
+        assert ("trained with the prompt template meta and is used with alpaca:" in caplog.text) == is_said
 
 
 def test_a_name_too_long_for_the_journal_is_refused(options, no_weights_dir):

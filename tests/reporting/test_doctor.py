@@ -119,6 +119,12 @@ def test_one_expert_per_token_without_balance_loss(run):
         assert run(top_k="1") == ["top_k 1 without balance loss"]
 
 
+def test_one_expert_per_token_in_some_linears_only(run):
+    with pytest.warns(UserWarning, match="`top_k=1`"):
+        found = run(num_experts="1", num_experts_pattern='{"down_proj": 4}', top_k="1", router_z_loss_coef=1e-3)
+    assert "top_k 1 without balance loss" in found
+
+
 def test_collapsed_routers(run, planted):
     found = run(adapter=planted(4, 2, {"mola_router": torch.zeros_like}), **QUIET)
     assert found == [COLLAPSED, DEAD, LORA]  # all tokens get the first two, half and half
@@ -253,6 +259,32 @@ def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run
     entries.pop()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     assert gap in [each.name for each in doctor(DoctorOptions(str(folder)))]
+
+
+def test_what_was_learnt_after_the_last_evaluation_is_not_compared_with_it(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
+    entries = [{"step": 10, "loss": 1.15}, {"step": 10, "eval_loss": 1.2}, {"step": 19, "loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    assert "evaluation loss" not in " ".join(each.name for each in doctor(DoctorOptions(str(folder))))
+
+
+def test_telemetry_that_ended_long_before_says_nothing_of_the_end(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    change(folder / "run.json", lambda content: content.update(steps=1000))
+    assert main(["doctor", str(folder)]) == 0
+    assert "Not looked at: routers in the last quarter of training" in capsys.readouterr().out
+
+
+def test_what_is_advised_where_linears_have_numbers_of_their_own(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
+    for pattern, advice in ((None, "`mola reallocate"), ({"q_proj": 2}, "linears (`num_experts_pattern`)")):
+        change(
+            folder / "adapter_config.json", lambda content, pattern=pattern: content.update(num_experts_pattern=pattern)
+        )
+        (found,) = [each for each in findings(gather(str(folder)), dead) if each.name == DEAD]
+        assert advice in found.change
 
 
 def test_weights_from_before_the_first_entry_are_compared_with_it(finished_run, tmp_path):

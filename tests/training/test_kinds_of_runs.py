@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mola import MolaError, TrainOptions
 from mola.cli import main
+from mola.data.templates import template_names
 from mola.training.setup import build_model
 from mola.training.sharding import check_sharding
 from tests.grids import slow
@@ -48,16 +49,22 @@ def test_no_padding_position_is_trained(flags, tmp_path, tiny_model_dir, rows_fi
     assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file):
+def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file, caplog):
     assert main(flags(num_experts="1224", num_train_epochs=1, **NO_EVALUATION)) == 0
     changes = {"lora_dropout": 0.5, "router_aux_loss_coef": 0.25, "router_aux_loss_reduction": "layer"}
     again = {"adapter": tmp_path / "run", "num_train_epochs": 1, **NO_EVALUATION}
     assert main(flags(tmp_path / "next", **again, **changes)) == 0
+    assert "was trained with the prompt template" not in caplog.text
     config = json.loads((tmp_path / "next" / "adapter_config.json").read_text(encoding="utf-8"))
     before = json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))
     assert {name for name in config if config[name] != before[name]} == {*changes, "weights_sha256"}
     assert {name: config[name] for name in changes} == changes
     assert read_record(tmp_path / "next")["adapter_settings"] == changes
+    trained = read_record(tmp_path / "run")["template"]
+    other = next(name for name in template_names() if name != trained)
+    arguments = flags(tmp_path / "other", **again, template=other)
+    assert main(arguments) == 0
+    assert f"was trained with the prompt template {trained} and is used with {other}" in caplog.text
 
 
 def test_checkpoints_hold_the_adapter_alone_and_load_as_one(flags, tmp_path, tiny_model_dir):

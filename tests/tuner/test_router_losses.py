@@ -543,7 +543,7 @@ def test_a_model_that_returns_no_loss_is_said_once():
     model = make()
     batch = token_batch()
     labels = batch.pop("labels")
-    with pytest.warns(UserWarning, match="get_balance_loss"):
+    with pytest.warns(UserWarning, match="get_router_loss"):
         model(**batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -552,9 +552,21 @@ def test_a_model_that_returns_no_loss_is_said_once():
     assert labels is not None
 
 
-def test_balance_loss_before_any_forward():
-    with pytest.raises(MolaError, match="forward pass in training mode"):
-        make().get_balance_loss()
+def test_a_loss_of_ones_own_gets_all_that_the_models_loss_has():
+    model = make(router_z_loss_coef=0.5)
+    batch = token_batch()
+    whole = model(**batch).loss
+    weighted = model.get_router_loss()
+    assert weighted > COEF * model.get_balance_loss()
+    with torch.no_grad():
+        task_loss = model.eval()(**batch).loss
+    torch.testing.assert_close(task_loss + weighted, whole)
+
+
+def test_router_losses_before_any_forward():
+    for ask in (make().get_balance_loss, make().get_router_loss):
+        with pytest.raises(MolaError, match="forward pass in training mode"):
+            ask()
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.1])  # the fused computation, and the one in plain operators

@@ -7,6 +7,7 @@ The file is a value of `num_experts`, for `mola plan`, `mola train` and in Pytho
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from mola.allocation.measured import (
 from mola.allocation.numbers import ModuleExperts, Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
 from mola.allocation.options import AllocateOptions, check_options
+from mola.allocation.probe import check_mixture
 from mola.allocation.rounding import check_budget
 from mola.allocation.tables import layer_table, module_table
 from mola.architecture.notation import resolve_per_layer
@@ -102,7 +104,13 @@ def allocate(options: AllocateOptions) -> AllocateResult:
     digits, beta = check_options(options)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
-    base = read_base(options.base_model, options.target_modules, options.trust_remote_code, options.gguf_file)
+    base = read_base(
+        options.base_model,
+        options.target_modules,
+        options.trust_remote_code,
+        options.gguf_file,
+        has_probe=options.adapter is not None,
+    )
     found: list[ModuleScore] = []
     if digits is not None:
         shape = _shape(digits, base)
@@ -157,12 +165,28 @@ def main(options: AllocateOptions) -> int:
     if options.per_module and options.output is None:
         lines.append("Pass --output FILE to use it.")
     else:
-        text = options.output or ",".join(map(str, result.num_experts))
+        text = options.output or one_per_layer(result.num_experts)
         lines.append(f"Written to {options.output}. Use it:" if options.output else "Use it:")
-        words = shlex.join(["--base_model", options.base_model, "--num_experts", text])
+        words = shlex.join(["--base_model", options.base_model, "--num_experts", text, *_as_read(options)])
         lines += [f"  mola {name} {words} ..." for name in ("plan", "train")]
     print("\n".join(lines))
     return 0
+
+
+def one_per_layer(numbers: Sequence[int]) -> str:
+    """Numbers of layers as a value of `num_experts`; a single one with a comma, or its digits were numbers."""
+    return ",".join(map(str, numbers)) if len(numbers) > 1 else f"{numbers[0]},"
+
+
+def _as_read(options: AllocateOptions) -> list[str]:
+    """Options without which the same numbers would be for other linears, or the model not be found."""
+    targets = options.target_modules
+    if options.adapter is not None:
+        adapted = check_mixture(options.adapter).get("target_modules")
+        targets = ",".join(sorted(adapted)) if isinstance(adapted, list) else adapted
+    words = [] if targets is None else ["--target_modules", targets]
+    words += [] if options.gguf_file is None else ["--gguf_file", options.gguf_file]
+    return [*words, "--trust_remote_code", "true"] if options.trust_remote_code else words
 
 
 def _shape(digits: str, base: Base) -> list[int]:
@@ -208,7 +232,7 @@ def _cost(options: AllocateOptions, result: AllocateResult) -> str:
     values = [
         cost_of_allocation(
             options.base_model,
-            f"{','.join(map(str, experts))},",
+            one_per_layer(experts),
             top_k="1",
             r=_RANK,
             target_modules=",".join(each.module for each in result.modules),

@@ -17,7 +17,7 @@ class Base:
 
     name: str  # folder or hub id
     num_layers: int  # decoder layers
-    linears: tuple[LinearShape, ...]  # the linears to adapt
+    linears: tuple[LinearShape, ...]  # the linears to adapt; none where a probe says which
     layer_of: Mapping[str, int | None]  # from the name of any module to its layer, None outside the layers
     trust_remote_code: bool = False  # run code shipped with the model
     gguf_file: str | None = None  # GGUF file in the folder, if it is one
@@ -34,9 +34,16 @@ class Base:
 
 
 def read_base(
-    base_model: str, target_modules: str | None = None, trust_remote_code: bool = False, gguf_file: str | None = None
+    base_model: str,
+    target_modules: str | None = None,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    *,
+    has_probe: bool = False,
 ) -> Base:
     """Read a model's depth and the linears to adapt, as `mola train` chooses them; loads no weights.
+
+    With `has_probe` linears are left out: an adapter says which are adapted, and not every architecture has a default.
 
     Raises:
         MolaError: the model has no readable configuration, or `target_modules` does not fit it.
@@ -45,9 +52,11 @@ def read_base(
     model = model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
     stacks = LayerStacks.of(model)
-    targets = resolve_target_modules(model, stacks, names_between_commas(target_modules))
-    linears = linear_shapes(model, *targets)
-    ones = [1] * num_layers
-    plan_allocation(linears, ones, ones, ones)  # refuses linears outside the layers
+    linears: list[LinearShape] = []
+    if not has_probe:
+        targets = resolve_target_modules(model, stacks, names_between_commas(target_modules))
+        linears = linear_shapes(model, *targets)
+        ones = [1] * num_layers
+        plan_allocation(linears, ones, ones, ones)  # refuses linears outside the layers
     layer_of = {name: stacks.index(name) for name, _ in model.named_modules()}
     return Base(base_model, num_layers, tuple(linears), layer_of, trust_remote_code, gguf_file)

@@ -72,7 +72,8 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
         for ids, labels in _tensors(samples, model, "Gradients"):
             with torch.enable_grad():
                 model(input_ids=ids, labels=labels).loss.backward()
-            for name, (x, gradient) in seen.items():
+            for name, calls in seen.items():
+                x, gradient = (torch.cat(parts) for parts in zip(*calls, strict=True))
                 products = (x @ x.T) * (gradient @ gradient.T)
                 found[name].append(float(in_float64(products).sum()))
             seen.clear()
@@ -141,14 +142,18 @@ def _tensors(
 
 
 @contextmanager
-def _watched(base: Base, model: Any) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Input and gradient of the output of every linear, both `(tokens, features)`, filled by a backward pass."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _watched(base: Base, model: Any) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Input and gradient of the output of every linear, both `(tokens, features)`, filled by a backward pass.
+
+    A pair for each call with gradients: layers that run several times have several.
+    """
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            output.register_hook(lambda grad: seen.__setitem__(name, (x, grad.reshape(len(x), -1))))
+            if output.requires_grad:
+                output.register_hook(lambda grad: seen[name].append((x, grad.reshape(len(x), -1))))
 
         return hook
 

@@ -23,7 +23,9 @@ _UNIFORM = "uniform"
 class AllocateOptions:
     """Options of `mola allocate`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model; only alphalora reads its weights."})
+    base_model: str = field(
+        metadata={"help": "Folder or hub id of the base model; alphalora, gradient and activation read its weights."}
+    )
     method: str = field(
         metadata={
             "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
@@ -51,8 +53,8 @@ class AllocateOptions:
     )
     target_modules: str | None = option(
         None,
-        "Linears that will be adapted, as in `mola train`: their layers get experts, alphalora reads them. With "
-        "`adapter` or `inspection` these say it.",
+        "Linears that will be adapted, as in `mola train`: their layers get experts, and they are measured. With "
+        "`adapter` that says it.",
     )
     per_module: bool = option(
         False,
@@ -127,8 +129,8 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
             f"`method` {name} looks at a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
             "short run with the same number of experts everywhere will do."
         )
-    if reads and options.target_modules is not None:
+    if options.adapter is not None and options.target_modules is not None:
         raise MolaError(
-            f"`target_modules` ({options.target_modules!r}) counts only where nothing else says what is adapted: with "
-            f"`method` {name} it is what the probe adapted. Leave it out."
+            f"`target_modules` ({options.target_modules!r}) counts only where nothing else says what is adapted: here "
+            "it is what the probe, `adapter`, adapted. Leave it out."
         )

@@ -12,7 +12,7 @@ from mola.allocation.base import Base
 from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
-from mola.files.reading import parse_json, read_text
+from mola.files.reading import check_regular, json_lines, parse_json, read_text
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
 from mola.insight.intervals import is_short
@@ -107,8 +107,7 @@ def routing_records(
     else:
         path, wanted = Path(inspection), "usage"
     try:
-        text = read_text(path)
-        content = parse_json(text) if inspection is not None else _last_interval(text)
+        content = parse_json(read_text(path)) if inspection is not None else _last_interval(path)
         records = content["modules"] if inspection is None else content["usage"]["all"]
         check_form(records, [_USE], str(path), "Make it again.")
         return [
@@ -125,13 +124,13 @@ def routing_records(
         ) from error
 
 
-def _last_interval(text: str) -> Any:
+def _last_interval(path: Path) -> Any:
     """The last line, or the one before, if a run ended soon after that and the last counts less tokens than half."""
-    lines = text.rstrip().splitlines()[-2:] or [""]
-    last = parse_json(lines[-1])
+    *_, before, last = [None, None, *json_lines(check_regular(path))]
+    if last is None:
+        raise ValueError("there is no whole line")
     try:
-        before = parse_json(lines[-2])
-        return before if is_short(last["modules"], before["modules"]) else last
+        return before if before and is_short(last["modules"], before["modules"]) else last
     except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong with the last is said by its reader
         return last
 

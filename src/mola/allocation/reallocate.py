@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from mola.allocation.probe import check_mixture, routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
-from mola.architecture.layer_stacks import layer_index
+from mola.architecture.layer_stacks import LayerStacks, layer_index
 from mola.architecture.notation import (
     LARGEST_PLAIN_NUM_EXPERTS,
     layers_named,
@@ -33,7 +33,7 @@ from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
-from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.models.meta import count_decoder_layers, model_on_meta, read_config
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -75,6 +75,7 @@ class ReallocateResult:
         before: experts of the adapter that was read.
         num_experts: experts of the new one.
         top_k: experts used per token.
+        is_adapted: whether the layer has experts; where it has none its numbers mean nothing.
         unchanged: modules whose tensors are the same.
         modules: all adapted modules.
     """
@@ -83,6 +84,7 @@ class ReallocateResult:
     before: list[int]
     num_experts: list[int]
     top_k: list[int]
+    is_adapted: list[bool]
     unchanged: int
     modules: int
 
@@ -110,9 +112,10 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
             "without --per_module."
         )
     tensors = read_tensors(Path(options.adapter))
-    layers = _layers(tensors, options.adapter)
+    base = _base(config, options)
+    layers, is_sure = _layers(tensors, options, base)
     adapted = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
-    known = _depth(config, options, adapted)
+    known = _depth(config, options, base, adapted)
     num_layers = known or adapted
     if num_layers < adapted:
         raise MolaError(
@@ -122,7 +125,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
     after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
     top_k = _top_k(config, options, before, after, num_layers)
-    _check_places(options, layers, after, top_k, is_known=known is not None)
+    _check_places(options, layers, after, top_k, is_known=is_sure and known is not None)
     use = {} if options.inspection is None else _use(options.inspection, layers, tensors)
     generator = torch.Generator().manual_seed(options.seed)
     resized, unchanged = dict(tensors), 0
@@ -141,7 +144,11 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     with new_folder("output_dir", output) as folder:
         save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
-    return ReallocateResult(str(output), before, after, effective_top_k(after, top_k), unchanged, len(layers))
+    places = set(layers.values())
+    is_adapted = [None in places or layer in places for layer in range(num_layers)]
+    return ReallocateResult(
+        str(output), before, after, effective_top_k(after, top_k), is_adapted, unchanged, len(layers)
+    )
 
 
 def main(options: ReallocateOptions) -> int:
@@ -150,13 +157,18 @@ def main(options: ReallocateOptions) -> int:
     table = Table(title="Experts per decoder layer")
     for column in ("layers", "before", "now", "top_k"):
         table.add_column(column, justify="right")
-    rows = list(zip(result.before, result.num_experts, result.top_k, strict=True))
+    numbers_of = zip(result.before, result.num_experts, result.top_k, strict=True)
+    rows = [row if has else ("-",) * 3 for row, has in zip(numbers_of, result.is_adapted, strict=True)]
     for numbers, members in groupby(range(len(rows)), key=rows.__getitem__):
         indices = list(members)
         span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         table.add_row(span, *map(str, numbers))
     table.add_section()
-    table.add_row("total", str(sum(result.before)), str(sum(result.num_experts)), "", style="bold")
+    totals = [
+        sum(number for number, has in zip(numbers, result.is_adapted, strict=True) if has)
+        for numbers in (result.before, result.num_experts)
+    ]
+    table.add_row("total", *map(str, totals), "", style="bold")
     table_console().print(table)
     print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
@@ -165,34 +177,61 @@ def main(options: ReallocateOptions) -> int:
     return 0
 
 
-def _layers(tensors: Mapping[str, torch.Tensor], adapter: str) -> dict[str, int | None]:
-    """From module name to its decoder layer; None outside the layers."""
+def _base(config: Any, options: ReallocateOptions) -> Any:
+    """The base model without weights, of which layers are read; None where only names of modules are there."""
+    if options.base_model is not None:
+        return _decoder_only(options.base_model, options.trust_remote_code)
+    recorded = config.base_model_name_or_path
+    if recorded and os.path.isdir(recorded):  # where it was trained; a name on the Hub may be gone
+        with contextlib.suppress(MolaError):
+            return _decoder_only(recorded, options.trust_remote_code)
+    return None
+
+
+def _decoder_only(base_model: str, trust_remote_code: bool) -> Any:
+    """The model; None for an encoder-decoder, of which only the decoder would be built."""
+    if getattr(read_config(base_model, trust_remote_code), "is_encoder_decoder", False):
+        return None
+    return model_on_meta(base_model, trust_remote_code)
+
+
+def _layers(
+    tensors: Mapping[str, torch.Tensor], options: ReallocateOptions, base: Any
+) -> tuple[dict[str, int | None], bool]:
+    """From module name to its decoder layer, None outside the layers; and whether these are sure.
+
+    By names alone they are not, where there is more than one list of layers, or may be: towers, an encoder.
+    """
     names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(sides) > 1:
         raise MolaError(
-            f"`adapter` must belong to a model with one stack of layers: {adapter!r} adapts an encoder and a decoder, "
-            "whose layers are numbered anew."
+            f"`adapter` must belong to a model with one stack of layers: {options.adapter!r} adapts an encoder and a "
+            "decoder, whose layers are numbered anew."
         )
-    return {name: layer_index(name) for name in names}
+    known = {name for name, _ in base.named_modules()} if base is not None else set()
+    if known.issuperset(names):  # not those of layers that were repeated
+        stacks = LayerStacks.of(base)
+        return {name: stacks.index(name) for name in names}, True
+    places = {name: layer_index(name) for name in names}
+    lists = {name.split(f".{index}.")[0] for name, index in places.items() if index is not None}
+    return places, len(lists) <= 1 and not sides
 
 
-def _depth(config: Any, options: ReallocateOptions, at_least: int) -> int | None:
+def _depth(config: Any, options: ReallocateOptions, base: Any, at_least: int) -> int | None:
     """Decoder layers of the adapted model, from what names all of them; None where nothing does."""
     if config.layer_replication:  # which has other layers than its base
         return sum(end - start for start, end in config.layer_replication)
     values = {"num_experts": config.num_experts, "top_k": config.top_k, "r": config.r}
     named = [layers_named(value, name) for name, value in values.items()]
-    if options.base_model is not None:
-        model = model_on_meta(options.base_model, options.trust_remote_code)
-        named.insert(0, count_decoder_layers(model, options.base_model))
+    if options.base_model is not None and base is not None:
+        named.insert(0, count_decoder_layers(base, options.base_model))
     asked = layers_named(options.num_experts, "num_experts")
     named.append(asked if asked is not None and asked >= at_least else None)
     found = next((number for number in named if number is not None), None)
-    recorded = config.base_model_name_or_path
-    if found is None and recorded and os.path.isdir(recorded):  # where it was trained; a name on the Hub may be gone
+    if found is None and base is not None:
         with contextlib.suppress(MolaError):
-            found = count_decoder_layers(model_on_meta(recorded, options.trust_remote_code), recorded)
+            found = count_decoder_layers(base, str(config.base_model_name_or_path))
     return found
 
 
@@ -209,8 +248,9 @@ def _check_places(
         return
     if not is_known:
         raise MolaError(
-            f"`base_model` is needed to know how many layers the numbers are for: {options.adapter!r} has the same "
-            "numbers everywhere, and may leave layers out. Pass its base model, or one number per layer."
+            f"`base_model` is needed to know which layers the numbers are for: {options.adapter!r} does not name all, "
+            "or may have others beside or below them. Pass its base model, which may not be an encoder-decoder, or one "
+            "number for all layers."
         )
     outside = [module for module, layer in layers.items() if layer is None]
     if outside:

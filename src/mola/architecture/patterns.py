@@ -30,7 +30,7 @@ def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") 
         return
     if not isinstance(pattern, Mapping):
         raise MolaError(
-            f"`{name}` must map names of modules to numbers, such as {{'mlp.*': 8}}: got {pattern!r}{place}."
+            f'`{name}` must map names of modules to numbers, such as {{"mlp.*": 8}}: got {pattern!r}{place}.'
         )
     for key, value in pattern.items():
         number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)

@@ -45,7 +45,7 @@ class PlanOptions:
         None, "Parameters with the base model's own stacked experts, between commas: one LoRA for each expert."
     )
     num_experts_pattern: str | None = option(
-        None, "Experts of modules by name, as JSON: {'mlp.*': 8}; others as in `num_experts`, whose file may hold it."
+        None, 'Experts of modules by name, as JSON: {"mlp.*": 8}; others as in `num_experts`, whose file may hold it.'
     )
     rank_pattern: str | None = option(None, "The same for `r`.")
     gguf_file: str | None = option(None, GGUF_HELP)

@@ -28,11 +28,11 @@ def trained_template(adapter: str | os.PathLike[str]) -> str | None:
 
 
 def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -> None:
-    """Say so where an adapter is looked at in other prompts than those of its training."""
+    """Say so where an adapter is looked at, or trained on, in other prompts than those of its training."""
     trained = None if adapter is None else trained_template(adapter)
     if trained not in (None, asked):
         logger.warning(
-            "The adapter was trained with the prompt template %s and is asked with %s: `template` %s asks as before.",
+            "The adapter was trained with the prompt template %s and is used with %s: `template` %s is as before.",
             *(trained, asked, trained),
         )
 

@@ -1,5 +1,6 @@
 """`mola doctor`: what is wrong with a run, in words, and what to change. No model is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
 from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings
-from mola.reporting.late_use import read_late_use
+from mola.reporting.late_use import LateUse, read_late_use
 from mola.reporting.load_run import Run, gather, old_results
 
 
@@ -36,30 +37,32 @@ def doctor(options: DoctorOptions) -> list[Finding]:
     Raises:
         MolaError: no run in the folder, or a file that is not what it should be.
     """
-    return _look(options)[1]
+    return _look(options)[-1]
 
 
 def main(options: DoctorOptions) -> int:
     """Run the command and print what was found."""
     path = None if options.json is None else check_new_file("json", options.json, options.overwrite)
-    run, found = _look(options)
+    run, late, found = _look(options)
     if path is not None:
         atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
     lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]
-    lines += [f"Not looked at: {each}." for each in _missing(run)]
+    lines += [f"Not looked at: {each}." for each in _missing(run, late)]
     for line in lines:
         Console().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def _look(options: DoctorOptions) -> tuple[Run, list[Finding]]:
+def _look(options: DoctorOptions) -> tuple[Run, dict[str, LateUse], list[Finding]]:
     run = gather(options.run_dir, export=options.export)
     if options.export is None and "export" in old_results(run):  # of another adapter
         run = replace(run, export=None)
-    return run, findings(run, read_late_use(run.folder / ROUTING_FILE))
+    steps = [curve[-1][0] for curve in run.curves.values()]
+    late = read_late_use(run.folder / ROUTING_FILE, max([run.record.get("steps") or 0, *steps]))
+    return run, late, findings(run, late)
 
 
-def _missing(run: Run) -> list[str]:
+def _missing(run: Run, late: Mapping[str, LateUse]) -> list[str]:
     """What the folder does not have, so that nothing can be said about it."""
     status = run.record.get("status", "finished")
     export = "no export.json" if not run.paths["export"].is_file() else "its export.json is older than the adapter"
@@ -70,6 +73,7 @@ def _missing(run: Run) -> list[str]:
         f"the training loss (fewer than {FEWEST_LOSSES} entries in metrics.jsonl)": num_losses >= FEWEST_LOSSES,
         "the evaluation loss (no evaluation data, or --eval_strategy no)": "evaluation" in run.curves,
         "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
+        "routers in the last quarter of training (routing.jsonl ends before)": run.routing is None or late or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
         f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": run.export is not None
         or not run.has_routers,

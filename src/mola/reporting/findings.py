@@ -59,9 +59,18 @@ def _dead_experts(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "dead experts",
         f"{dead} of {len(shares)} experts were chosen by no token in the last quarter of training.",
-        f"{_balance_advice(run)}, or give fewer experts to these layers: `mola reallocate --inspection` keeps the ones "
-        "that work.",
+        f"{_balance_advice(run)}, or give fewer experts to these "
+        + (
+            "linears (`num_experts_pattern`)."
+            if _by_module(run)
+            else "layers: `mola reallocate --inspection` keeps the ones that work."
+        ),
     )
+
+
+def _by_module(run: Run) -> bool:
+    """Whether linears have numbers of their own, which `mola reallocate` does not change."""
+    return bool(run.adapter is not None and run.adapter.config.get("num_experts_pattern"))
 
 
 def _balance_advice(run: Run) -> str:
@@ -89,8 +98,10 @@ def _collapsed_routers(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 def _no_gradient(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     if run.adapter is None:
         return None
-    alone = [layer for layer in run.adapter.layers if layer.num_experts > 1 and layer.top_k == 1]
-    if not alone or run.adapter.config.get("router_aux_loss_coef") or run.adapter.config.get("router_z_loss_coef"):
+    top_k = {layer.layer_index: layer.top_k for layer in run.adapter.layers}
+    # Of modules with several experts: a layer's own number may be another.
+    alone = {each.layer_index for each in run.adapter.redundancy if top_k.get(each.layer_index) == 1}
+    if not alone or run.adapter.config.get("router_aux_loss_coef"):
         return None
     return Finding(
         "top_k 1 without balance loss",
@@ -103,14 +114,16 @@ def _no_gradient(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     """Of the weights that were saved, as `mola train` says it."""
     kept = step_of_weights(run.record)
-    training, evaluation = (
-        [entry for entry in run.curves.get(name, []) if kept is None or entry[0] <= kept]
-        for name in ("training", "evaluation")
-    )
-    training = training or run.curves.get("training", [])[:1]  # weights from before the first entry
-    if not training or not evaluation or not is_far_above(evaluation[-1][1], last_mean(training)):
+    evaluation = [entry for entry in run.curves.get("evaluation", []) if kept is None or entry[0] <= kept]
+    if not evaluation:
         return None
-    earlier = "End earlier (--eval_strategy steps --load_best_model_at_end), lower" if kept is None else "Lower"
+    curve = run.curves.get("training", [])
+    # What was learnt after that evaluation is not in it. Weights may be from before the first entry.
+    training = [entry for entry in curve if entry[0] <= evaluation[-1][0]] or curve[:1]
+    if not training or not is_far_above(evaluation[-1][1], last_mean(training)):
+        return None
+    best = "--eval_strategy steps --save_strategy steps --load_best_model_at_end"
+    earlier = f"End earlier ({best}), lower" if kept is None else "Lower"
     return Finding(
         "evaluation loss far above training loss",
         f"{evaluation[-1][1]:.4f} at step {evaluation[-1][0]}, training {last_mean(training):.4f}.",
@@ -145,8 +158,9 @@ def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "experts alike",
         f"In {len(alike)} of {len(modules)} modules the experts read and write the same few directions.",
-        "Fewer experts do the same: `mola allocate` divides a budget, `mola reallocate` changes this adapter. Where "
-        "all began as one, begin with random ones.",
+        "Fewer experts do the same: `mola allocate` divides a budget"
+        + ("" if _by_module(run) else ", `mola reallocate` changes this adapter")
+        + ". Where all began as one, begin with random ones.",
     )
 
 

@@ -46,17 +46,23 @@ class LateUse:
         return round(sum(self.shares))
 
 
-def read_late_use(path: Path) -> dict[str, LateUse]:
-    """By module; empty without telemetry.
+def read_late_use(path: Path, last_step: int = 0) -> dict[str, LateUse]:
+    """By module; empty without telemetry of that time.
+
+    Args:
+        path: the `routing.jsonl` of the run.
+        last_step: the run's last step, if it is known to be later than that of the telemetry.
 
     Raises:
         MolaError: the file is not telemetry as mola writes it.
     """
-    steps = [entry.get("step", 0) for entry in json_lines(path)]
-    first = (1 - _PART) * steps[-1] if steps else 0
-    modules: dict[str, LateUse] = {}
+    recorded = 0
     for entry in json_lines(path):
         check_form(entry, _FORM, str(path), "Restore the file, or remove it.")
+        recorded = entry["step"]
+    first = (1 - _PART) * max(recorded, last_step)
+    modules: dict[str, LateUse] = {}
+    for entry in json_lines(path):
         for record in entry["modules"] if entry["step"] > first else []:
             modules.setdefault(record["module"], LateUse()).add(record)
     return modules

@@ -22,6 +22,7 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config
+from mola.models.prompts import warn_of_other_template
 from mola.options.fields import mapping
 from mola.training.options import TrainOptions
 
@@ -60,6 +61,7 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     task = load_task(options.task) if options.task is not None else None
     name = options.template or (task.template if task is not None else "alpaca")
     template = get_template(name)
+    warn_of_other_template(options.adapter, name)
     filters = mapping("filters", options.filters)
     train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)

@@ -95,7 +95,7 @@ class TrainOptions(Quantization, TrainingArguments):
     router_aux_loss_reduction: str | None = option(None, "Balance loss per 'module' (default) or per 'layer'.")
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss; default 0 = off.")
     router_jitter_noise: float | None = option(None, "Relative noise on the routers' input; default 0 = off.")
-    num_experts_pattern: dict[str, Any] | str | None = option(None, "Experts by name of module: {'mlp.*': 8}.")
+    num_experts_pattern: dict[str, Any] | str | None = option(None, 'Experts by name of module: {"mlp.*": 8}.')
     rank_pattern: dict[str, Any] | str | None = option(None, "Rank by name of module.")
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)

@@ -274,9 +274,6 @@ class MolaModel(BaseTuner):
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient.
 
-        For training loops that compute their own loss:
-        `loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.
-
         Args:
             adapter_name: default: the first active adapter.
 
@@ -288,6 +285,15 @@ class MolaModel(BaseTuner):
             MolaError: no training forward pass with a router loss switched on has run.
         """
         return RouterLosses.install(self.model).balance_loss(adapter_name or self.active_adapters[0])
+
+    def get_router_loss(self) -> torch.Tensor:
+        """Balance loss and z-loss of the last training forward pass, times their coefficients (scalar, float32).
+
+        For training loops that compute their own loss: `loss = loss + model.get_router_loss()`. Raises as
+        `get_balance_loss`.
+        """
+        loss = RouterLosses.install(self.model).weighted_loss()
+        return self.get_balance_loss() if loss is None else loss  # which says what is missing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT before 0.21 does: hooks add the routers' losses."""

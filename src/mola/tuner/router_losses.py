@@ -93,7 +93,7 @@ class RouterLosses:
         configs = [self._config(name) for name in adapters]
         self.collecting = self._has_outputs = any(_wants_loss(config) for config in configs)
         for name, config in zip(adapters, configs, strict=True):
-            self._warnings.look_at(name, self._layers, has_loss=_wants_loss(config))
+            self._warnings.look_at(name, self._layers, has_balance_loss=config.router_aux_loss_coef > 0)
         if self.collecting:
             self._signs.check()
             if module is not self.model:
@@ -109,14 +109,8 @@ class RouterLosses:
         if not self.collecting:
             return output
         self.collecting = False
-        loss = None
-        for name in self._active_adapters():
-            term = self._weighted_loss(name)
-            if term is not None:
-                loss = term if loss is None else loss + term.to(loss.device)
-        if loss is None:
-            return output
-        return self._attach(output, loss, call_arguments(module, args, kwargs))
+        loss = self.weighted_loss()
+        return output if loss is None else self._attach(output, loss, call_arguments(module, args, kwargs))
 
     def _clear(self) -> None:
         for layer in self._layers:
@@ -129,6 +123,11 @@ class RouterLosses:
         self._has_outputs = False
 
     # ------------------------------------------------------------------ the loss
+
+    def weighted_loss(self) -> torch.Tensor | None:
+        """What the router losses of the last training forward pass add to a loss; None where no router has run."""
+        terms = [term for name in self._active_adapters() if (term := self._weighted_loss(name)) is not None]
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
     def balance_loss(self, adapter_name: str) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient (scalar, float32).
@@ -231,7 +230,7 @@ class RouterLosses:
             self._warnings.warn_once(
                 "no loss",
                 "The model returned no loss, so the router losses were not added to it. Add them yourself: "
-                "`loss = loss + config.router_aux_loss_coef * model.get_balance_loss()`.",
+                "`loss = loss + model.get_router_loss()`.",
             )
         return output
 

@@ -16,16 +16,16 @@ class RouterWarnings:
     def __init__(self) -> None:
         self._given: set[str] = set()
 
-    def look_at(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_loss: bool) -> None:
+    def look_at(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
         """Warn of a router that learns nothing, or rounds what it learns.
 
         Args:
             adapter_name: of these.
             layers: of the model.
-            has_loss: whether a router loss is switched on.
+            has_balance_loss: whether that is switched on.
         """
         routed = [layer for layer in layers if layer.num_experts.get(adapter_name, 1) > 1]
-        if not has_loss and any(layer.top_k[adapter_name] == 1 for layer in routed):
+        if not has_balance_loss and any(layer.top_k[adapter_name] == 1 for layer in routed):
             self.warn_once(
                 f"top_k {adapter_name}",
                 f"Adapter {adapter_name!r} has `top_k=1`: the only gate is always 1, so the task loss gives the "

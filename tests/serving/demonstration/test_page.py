@@ -8,7 +8,9 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +40,25 @@ def adapter_dir(tiny_model_dir, tmp_path_factory):
 @pytest.fixture
 def options(tiny_model_dir, adapter_dir):
     return DemoOptions(str(tiny_model_dir), str(adapter_dir), port=free_port(), max_new_tokens=8, device="cpu")
+
+
+def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch):
+    from mola.serving.demonstration import page
+
+    begun = []
+    monkeypatch.setattr(page, "build_page", lambda answerer, text: begun.append(text.template) or closed())
+    monkeypatch.setattr(page, "launch", lambda *_: "")
+    for asked, template in ((None, "meta"), ("vigogne", "vigogne")):
+        Path(options.adapter, "run.json").write_text('{"template": "meta"}', encoding="utf-8")
+        try:
+            with running_demo(replace(options, template=asked)):
+                assert begun[-1] == template
+        finally:
+            Path(options.adapter, "run.json").unlink()
+
+
+def closed():
+    return SimpleNamespace(close=lambda verbose: None)
 
 
 def test_page_without_a_browser(options):

@@ -14,6 +14,7 @@ from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.prompts import trained_template
 from mola.options.fields import START, option
 from mola.serving.addresses import is_loopback
 
@@ -28,7 +29,10 @@ class DemoOptions(ModelOptions):
     adapter: str = field(metadata={"help": "Folder of an adapter."})
     host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
     port: int = option(7860, "Port to listen on.")
-    template: str = option("alpaca", "Prompt template to begin with.")
+    template: str | None = option(
+        None,
+        "Prompt template at first. Default: that of the adapter's training, if its folder tells, else alpaca.",
+    )
     max_new_tokens: int = option(128, "Longest answer in tokens to begin with.")
 
 
@@ -64,7 +68,7 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     from mola.serving.demonstration.page import PageText, build_page, launch
 
     answerer = Answerer(model, tokenizer)
-    text = PageText(options.base_model, options.adapter, options.template, options.max_new_tokens)
+    text = PageText(options.base_model, options.adapter, _template(options), options.max_new_tokens)
     page = build_page(answerer, text)
     try:
         try:
@@ -77,11 +81,15 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
         answerer.close()
 
 
+def _template(options: DemoOptions) -> str:
+    return options.template or trained_template(options.adapter) or "alpaca"
+
+
 def _check(options: DemoOptions) -> None:
     """Everything that can be wrong without weights."""
     if importlib.util.find_spec("gradio") is None:
         raise MolaError("`mola demo` needs gradio. Run: pip install 'mola-peft[demo]'")
-    get_template(options.template)
+    get_template(_template(options))
     decoding_settings(options.max_new_tokens)
     if not 0 < options.port < 2**16:
         raise MolaError(f"`port` must be from 1 to 65535: got {options.port}.")

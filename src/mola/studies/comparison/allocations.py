@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mola.allocation.allocate import AllocateOptions, allocate
+from mola.allocation.allocate import AllocateOptions, allocate, one_per_layer
 from mola.allocation.options import check_options
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
@@ -118,8 +118,7 @@ class Allocations:
         probe = Path(run.options.output_dir or "").parents[1] / str(run.probe) / f"seed-{run.key.seed}"
         made = self.make(run, str(probe) if run.probe else None)
         pattern = {_PATTERN: made[_PATTERN] or None} if _PATTERN in made else {}
-        experts = made["num_experts"]
-        return {"num_experts": ",".join(map(str, experts)) if len(experts) > 1 else f"{experts[0]},", **pattern}
+        return {"num_experts": one_per_layer(made["num_experts"]), **pattern}
 
 
 def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
