@@ -295,4 +295,7 @@ def test_an_adapter_is_not_called_as_a_module(name):
     model = get_peft_model(tiny_llama(), random_config(), adapter_name="first")
     with pytest.raises(MolaError, match=f"An adapter cannot be called '{name}'"):
         model.add_adapter(name, random_config())
-    model.add_adapter(name, random_config(inference_mode=True))  # which will not be saved again
+    with pytest.raises(MolaError, match=f"An adapter cannot be called '{name}'"):
+        model.add_adapter(name, random_config(inference_mode=True))  # `first` would be saved without its tensors
+    quiet = get_peft_model(tiny_llama(), random_config(inference_mode=True), adapter_name="first")
+    quiet.add_adapter(name, random_config(inference_mode=True))  # as in a server

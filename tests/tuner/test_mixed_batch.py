@@ -249,6 +249,9 @@ def test_beams_of_a_models_own_configuration():
     settings = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
     mixed = model.generate(**prompts(2), adapter_names=["wide", BASE], **settings)
     assert torch.equal(mixed[:1], model.generate(**prompts(2), **settings)[:1])
+    asked = {"generation_config": GenerationConfig(**settings)}  # which leaves beams to the model, or has one
+    mixed = model.generate(**prompts(2), adapter_names=["wide", BASE], **asked)
+    assert torch.equal(mixed[:1], model.generate(**prompts(2), **asked)[:1])
 
 
 def test_encoder_and_decoder_with_beams():

@@ -1,5 +1,13 @@
 """What PEFT's own tests ask of every method; `make test-peft` runs those themselves."""
 
+import copy
+import io
+import json
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,7 +17,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClass
 
 from mola import MolaConfig, MolaError, MolaLinear
 
-from .models import clone, random_config, tiny_llama
+from .models import clone, random_config, tiny_llama, token_batch
 
 
 class TwoLinears(nn.Module):
@@ -231,3 +239,81 @@ def test_mixtures_are_not_added_up():
     model.add_adapter("second", config(num_experts=3, top_k=2))
     with pytest.raises(MolaError, match="cannot add up mixtures"):
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
+
+
+# ---------------------------------------------------------------------- copies, numbers, modules trained in full
+
+
+def test_a_part_of_a_model_is_copied_without_the_rest_and_a_copied_model_has_its_losses():
+    model = get_peft_model(tiny_llama(), random_config(router_aux_loss_coef=0.5)).train()
+    part = model.base_model.model.model.layers[0]
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    held = io.BytesIO()
+    torch.save(part, held)
+    assert len(held.getvalue()) < 4 * whole / 2, "one of three layers, and no embeddings"
+    batch = token_batch()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.manual_seed(0)
+        expected = model(**batch).loss
+        torch.manual_seed(0)
+        torch.testing.assert_close(other(**batch).loss, expected)
+        torch.testing.assert_close(other.get_balance_loss(), model.get_balance_loss())
+
+
+def test_a_copied_configuration_adapts_the_same_linears():
+    config = MolaConfig(target_parameters=["mlp.experts.down_proj"])
+    assert replace(config, r=16).target_modules is None
+    assert MolaConfig(**{**config.to_dict(), "r": 16}).target_modules is None
+
+
+def test_numbers_of_numpy_and_ranges_are_saved(tmp_path):
+    config = MolaConfig(
+        num_experts_pattern={"q_proj": np.int64(3)},
+        alpha_pattern={"q_proj": np.float32(0.5)},
+        layers_to_transform=range(2),
+        target_modules=["q_proj"],
+    )
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["num_experts_pattern"], saved["alpha_pattern"]) == ({"q_proj": 3}, {"q_proj": 0.5})
+    assert saved["layers_to_transform"] == [0, 1]
+
+
+def test_a_lone_name_of_a_module_to_save_is_one():
+    assert MolaConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
+    with pytest.raises(MolaError, match="`modules_to_save` must be a list of module names: got 3"):
+        MolaConfig(modules_to_save=3)
+
+
+def test_what_another_adapter_trains_in_full_is_no_linear_to_adapt():
+    model = get_peft_model(tiny_llama(), random_config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(MolaError, match="lm_head"):
+        model.add_adapter("second", random_config(target_modules=["q_proj", "lm_head"]))
+    fresh = get_peft_model(tiny_llama(), random_config(target_modules=["q_proj"], modules_to_save=["up_proj"]))
+    fresh.add_adapter("second", random_config(target_modules="all-linear"))
+    adapted = {name.rpartition(".")[2] for name, module in fresh.named_modules() if isinstance(module, MolaLinear)}
+    assert "q_proj" in adapted
+    assert not adapted & {"up_proj", "default", "original_module"}
+
+
+def test_two_files_of_weights_are_refused(tmp_path):
+    model = get_peft_model(tiny_llama(), random_config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MolaError, match="must be a folder with one file of weights"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(MolaError, match="Remove the older one"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(hidden_size=4)])
+def test_a_model_with_a_configuration_of_its_own(config):
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.config = config
+    model = get_peft_model(net, MolaConfig(num_experts=2, target_modules=["0"]))
+    assert isinstance(model.base_model.model[0], MolaLinear)
+
+
+def test_a_mixture_of_any_name_is_no_lora():
+    model = get_peft_model(tiny_llama(), random_config(num_experts=4), adapter_name="mix")
+    assert not model.supports_lora_conversion()
+    assert get_peft_model(tiny_llama(), random_config(num_experts=1), adapter_name="one").supports_lora_conversion()

@@ -88,7 +88,7 @@ class LayerStacks:
         Args:
             model: the model with its `config`, if it has one; weights are not read.
         """
-        model_config: Mapping[str, Any] = BaseTuner.get_model_config(model)
+        model_config: Mapping[str, Any] = _config_of(model) or {}
         names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
         if model_config.get("is_encoder_decoder") and (sides := _sides(lists)):
             encoder, decoder = (lists[side] for side in sides)

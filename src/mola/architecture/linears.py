@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -26,8 +27,11 @@ def adaptable(module: nn.Module) -> bool:
         module: any module of a model.
 
     Returns:
-        False for embeddings, convolutions, norms and modules that only contain linears.
+        False for embeddings, convolutions, norms, modules that only contain linears, and those that another adapter
+        trains in full (`modules_to_save`).
     """
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return False
     base = base_layer_of(module)
     if isinstance(base, _NOT_ADAPTABLE) or type(base).__name__ in _NO_LINEAR_MAPS:
         return False
@@ -53,12 +57,12 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` without what is inside a module that a PEFT method wrapped."""
+    """`named_modules()` without what is inside a module that PEFT wrapped."""
     wrapped: list[str] = []
     for name, module in model.named_modules():
         if wrapped and name.startswith(wrapped[-1]):
             continue
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
+        if isinstance(module, AuxiliaryTrainingWrapper) or isinstance(getattr(module, "base_layer", None), nn.Module):
             wrapped.append(name + ".")
         if name:
             yield name, module

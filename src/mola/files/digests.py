@@ -26,7 +26,16 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
-    """The sha256 of a folder's weights, in hexadecimal; None without weights."""
+    """The sha256 of a folder's weights, in hexadecimal; None without weights.
+
+    Raises:
+        MolaError: there are two files of weights, as after saving in another format: PEFT would load the older one.
+    """
+    if all(os.path.isfile(Path(folder, name)) for name in WEIGHTS_FILES):
+        raise MolaError(
+            f"`adapter` must be a folder with one file of weights: {os.fspath(folder)!r} holds "
+            f"{' and '.join(WEIGHTS_FILES)}. Remove the older one, and save again."
+        )
     path = find_weights(folder)
     return None if path is None else file_sha256(check_regular(path))
 

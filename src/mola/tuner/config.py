@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,10 @@ class MolaConfig(PeftConfig):
             raise MolaError(f"`task_type` is wrong: {error}") from error
         if from_checkpoint:
             self._check_complete()
-            if self.target_parameters and self.target_modules is None:  # of a version that then adapted no linears
-                self.target_modules = []
+            # Copies of a configuration have a `peft_type`, too: those of a file say what they are of.
+            is_saved = self.base_model_type is not None or self.weights_sha256 is not None
+            if is_saved and self.target_parameters and self.target_modules is None:
+                self.target_modules = []  # of a version that then adapted no linears
         self.peft_type = PeftType("MOLA")
         for name, default in (("r", 8), ("num_experts", "2468"), ("top_k", 2), ("lora_alpha", 16)):
             if getattr(self, name) is None:
@@ -139,6 +142,9 @@ class MolaConfig(PeftConfig):
         self._check_numbers()
         for name in _PATTERNS:
             check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
+            if pattern := getattr(self, name):  # NumPy's numbers cannot be written as JSON
+                plain = {key: int(n) if isinstance(n, Integral) else float(n) for key, n in pattern.items()}
+                setattr(self, name, plain)
         pattern = pattern_with(self.num_experts, self.num_experts_pattern)  # type: ignore[arg-type] # set above
         self.num_experts_pattern = dict(pattern) if pattern else self.num_experts_pattern
         self._check_target_parameters()
@@ -201,6 +207,10 @@ class MolaConfig(PeftConfig):
             )
 
     def _check_targets(self) -> None:
+        layers = self.layers_to_transform
+        if isinstance(layers, (range, list, tuple, set)) and all(isinstance(each, Integral) for each in layers):
+            self.layers_to_transform = [int(each) for each in layers]
+        self.modules_to_save = _names(self.modules_to_save, "modules_to_save")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -253,6 +263,16 @@ class MolaConfig(PeftConfig):
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that a file is the same every time."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def _names(value: Any, field: str) -> list[str] | None:
+    """A list of names; a lone one makes one, for PEFT would go through its letters."""
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) and each for each in names):
+        raise MolaError(f"`{field}` must be a list of module names: got {value!r}.")
+    return sorted(names) if isinstance(names, set) else list(names)
 
 
 _dataclass_init = MolaConfig.__init__

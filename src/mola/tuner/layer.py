@@ -270,8 +270,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Router outputs belong to a running forward pass; with their graph they cannot be copied or pickled.
-        return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None}
+        # Router outputs belong to a running forward pass; with their graph they cannot be copied or pickled. What
+        # collects them holds the whole model, and finds its layers again if that is copied.
+        return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None, "router_losses": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -126,6 +126,7 @@ class SingleExpertMerging:
                 "R ...`, then `mola merge`."
             )
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a plain LoRA can express this adapter exactly: with one expert only."""
-        return self.num_experts.get(adapter_name, 1) == 1
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether a plain LoRA can express this adapter, or all, exactly: with one expert only."""
+        names = self.num_experts if adapter_name is None else [adapter_name]
+        return all(self.num_experts.get(name, 1) == 1 for name in names)

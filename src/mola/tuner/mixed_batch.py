@@ -201,6 +201,8 @@ def why_not_mixed(tuner: Any) -> str | None:
 
 def _copies(model: nn.Module, options: Mapping[str, Any]) -> int:
     """How many rows `generate` makes of one: an encoder sees one, decoders one per beam or returned sequence."""
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
-    found = (options.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
-    return max(each or 1 for each in found)
+    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]  # fields of None: the next
+    return max(
+        next(filter(None, [options.get(name), *(getattr(config, name, None) for config in configs)]), 1)
+        for name in ("num_beams", "num_return_sequences")
+    )

@@ -28,7 +28,7 @@ from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.merging import check_not_replicated, check_own_weights
 from mola.tuner.mixed_batch import mixed_batch
-from mola.tuner.names import check_name
+from mola.tuner.names import check_names
 from mola.tuner.per_layer import PerLayer
 from mola.tuner.places import check_places
 from mola.tuner.reference_adapter import copy_experts, original_of
@@ -78,8 +78,9 @@ class MolaModel(BaseTuner):
             )
         if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
             raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
-        if not config.inference_mode:  # only what is saved again can lose tensors
-            check_name(adapter_name, model)
+        # Whatever is saved again can lose tensors, also by the name of another adapter.
+        if not all(each.inference_mode for each in self.peft_config.values()):
+            check_names(self.peft_config, model)
         # A copy: filling in what depends on this model must not change the user's object.
         self.peft_config[adapter_name] = config
         # A saved one says what it is of: what it has trained is in its file.

@@ -58,6 +58,11 @@ class RouterLosses:
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for layer in self._layers:
+            layer.router_losses = self
+
     @classmethod
     def install(cls, model: nn.Module) -> RouterLosses:
         """Put the hooks on `model` (once) and tell every MoLA layer about them."""

@@ -30,6 +30,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
     """
 
     other_param_names = ("settings",)
+    cast_input_dtype_enabled = True  # PEFT asks every layer for it; weights have no input to cast
     mixed_batch: Any = None  # set in calls with `adapter_names`, none of which has weights here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
