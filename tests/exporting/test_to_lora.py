@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mola import MolaConfig
 from mola.exporting.calibration import read_general_text
@@ -19,6 +19,7 @@ from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
 from mola.models.loading import load_model, load_tokenizer
 from mola.models.meta import model_on_meta
 from tests.exporting.conftest import base, load, logits, report_of, saved
+from tests.versions import needs
 
 WITHOUT_MOLA = """
 import sys, torch
@@ -417,3 +418,24 @@ def test_conv1d_of_gpt_2(tmp_path, run):
     run("convert", folder, *words, "--output", tmp_path / "lora")
     expected = logits(load(tmp_path / "base", folder))
     torch.testing.assert_close(logits(load(tmp_path / "base", tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
+
+
+@needs("peft", "0.21", "older versions put LoRAs where they are named")
+def test_linears_that_peft_moves_elsewhere_are_refused_before_the_work(tmp_path, run, refusal):
+    """Of DeepSeek's architectures PEFT takes `gate_proj` and the like for the stacked experts."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    rest = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(vocab_size=64, **sizes, **heads, **experts, **rest))
+    model.save_pretrained(tmp_path / "base")
+    for name, target in (("mlp", "up_proj"), ("attention", "o_proj")):
+        linears = [target, "gate_proj", "down_proj"] if name == "mlp" else [target]
+        saved(tmp_path / "base", tmp_path / name, MolaConfig(num_experts=2, r=2, target_modules=linears))
+    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base"]
+    message = refusal("convert", tmp_path / "mlp", *words, "--output", tmp_path / "no")
+    assert "linears that a LoRA of this architecture cannot have" in message
+    assert not (tmp_path / "no").exists()
+    run("convert", tmp_path / "attention", *words, "--output", tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()

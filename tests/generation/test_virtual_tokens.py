@@ -6,6 +6,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from mola._compat import cache_argument, generation_finds_cache
 from mola.errors import MolaError
+from mola.evaluation.core import _why_one_by_one
 from mola.generation import predicting
 from mola.generation.decoding import generate_text
 from tests.tuner.models import clone
@@ -38,6 +39,16 @@ def test_virtual_tokens_are_there_at_every_token(tiny_model, tiny_tokenizer):
     text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert text == likeliest(model, tiny_tokenizer, "Once", 8)
     assert text != generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
+
+
+def test_virtual_tokens_take_positions_and_no_batches(tiny_model, tiny_tokenizer):
+    model = adapted(tiny_model, PromptTuningConfig(**TOKENS))
+    limit = tiny_model.config.max_position_embeddings
+    assert predicting.positions_left(model) == limit - 5
+    with pytest.raises(MolaError, match=f"{limit - 5}"):
+        generate_text(model, tiny_tokenizer, "Once", max_new_tokens=limit - 8)
+    assert "padding" in _why_one_by_one(model, 10)
+    assert _why_one_by_one(tiny_model, 10) is None
 
 
 def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):

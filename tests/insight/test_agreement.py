@@ -68,3 +68,13 @@ def test_no_modules():
     counter = AgreementCounter()
     counter.add([])
     assert counter.cramers_v().tolist() == []
+
+
+def test_modules_that_run_several_times_are_one_each():
+    first = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 0])]
+    second = [torch.tensor([2, 2, 1, 0]), torch.tensor([0, 1, 0, 1])]
+    counter = AgreementCounter()
+    counter.add([*modules(first, [3, 2]), *modules(second, [3, 2])])
+    assert counter.modules == ["module 0", "module 1"]
+    together = [torch.cat(pair) for pair in zip(first, second, strict=True)]
+    assert torch.equal(counter.cramers_v(), measured(together, [3, 2]))

@@ -413,6 +413,12 @@ def test_different_data_are_said(run_dir):
     assert "do not compare them" in page_of(run_dir).section("accuracy").text
 
 
+def test_results_in_other_prompts_are_said(run_dir):
+    assert "do not compare them" not in page_of(run_dir).section("accuracy").text
+    change(run_dir / "before.json", lambda result: result["samples"][0].update(prompt="Asked in another way"))
+    assert "different prompts: do not compare them" in page_of(run_dir).section("accuracy").text
+
+
 @pytest.mark.parametrize(("name", "value"), [("base_model", "elsewhere/other-model"), ("max_new_tokens", 7)])
 def test_results_of_another_question_are_said(run_dir, name, value):
     change(run_dir / "before.json", lambda result: result["settings"].update({name: value}))

@@ -13,6 +13,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 openai = pytest.importorskip("openai", reason="needs the extra `test`")
 
 from mola.errors import MolaError  # noqa: E402
+from mola.serving.jobs import JobMaker  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from ..damage import change_tensors  # noqa: E402
@@ -151,6 +152,17 @@ def test_metrics_count(client, http, url):
     wait_until(lambda: value("mola_batch_size") == value("mola_requests_running") == 0)
     assert value("mola_requests_waiting") == 0
     assert httpx.get(f"{url}/metrics", timeout=PATIENCE).status_code == 401
+
+
+def test_errors_within_are_counted_as_what_clients_get(http, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(JobMaker, "_encode", fail)
+    body = {"model": "tiny-chat", "prompt": PROMPT}
+    assert http.post("/v1/completions", json=body).status_code == 500
+    wait_until(lambda: 'mola_responses_total{status="500"} 1' in http.get("/metrics").text)
+    assert 'status="0"' not in http.get("/metrics").text
 
 
 def test_adapters_come_and_go(client, http, loaded):

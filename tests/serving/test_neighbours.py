@@ -164,7 +164,8 @@ def test_chats_are_written_as_each_adapter_was_trained(endless_model_dir, tmp_pa
     folders = {name: trained(endless_model_dir, tmp_path / name, mixture(), seed) for seed, name in enumerate("abcd")}
     template = "{{ bos_token }}{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (tmp_path / "a" / "chat_template.jinja").write_text(template, encoding="utf-8")
-    config = json.dumps({"chat_template": template.replace("<", "[")})
+    # Its own end, which the template writes and which ends its answers; the base model's is another.
+    config = json.dumps({"chat_template": template.replace("<", "[") + "{{ eos_token }}", "eos_token": "<s>"})
     (tmp_path / "b" / "tokenizer_config.json").write_text(config, encoding="utf-8")
     (tmp_path / "c" / "chat_template.jinja").write_text(template, encoding="utf-8")
     (tmp_path / "c" / "run.json").write_text('{"template": "meta"}', encoding="utf-8")
@@ -177,13 +178,17 @@ def test_chats_are_written_as_each_adapter_was_trained(endless_model_dir, tmp_pa
 
     with server(endless_model_dir, folders, adapter_root=str(tmp_path)) as url, client(url) as http:
         load(http, "d", "d", 200)
-        for name, prompt in {"a": "<x>", "b": "[x>", "d": "(x>"}.items():
+        for name, prompt in {"a": "<x>", "b": "[x><s>", "d": "(x>"}.items():
             assert chat(http, name).json()["choices"][0]["message"]["content"] == ask(http, name, prompt)
         assert "no chat template" in chat(http, "c").json()["error"]["message"]
     assert "'c' was trained with the prompt template meta" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [{"bias": "all"}, {"layer_replication": [[0, 3], [1, 4]]}], ids=["bias", "layers"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"bias": "all"}, {"layer_replication": [[0, 3], [1, 4]]}, {"init_lora_weights": "pissa"}],
+    ids=["bias", "layers", "start"],
+)
 def test_adapters_that_change_the_base_model_itself_are_served_alone(settings, endless_model_dir, tmp_path, caplog):
     """The tiny model has no biases; what counts is that an adapter may have trained them."""
     alone = {"alone": trained(endless_model_dir, tmp_path / "alone", lora(**settings), 0)}

@@ -71,6 +71,12 @@ def test_stops_cut_the_same_in_streams_and_wholes(text, stops):
         assert streamed == text
 
 
+def test_a_stop_of_byte_tokens_is_seen_at_once():
+    line_break = 4 + ord("\n")
+    pieces, text, reason, used = write(FALLBACK, [2, line_break, line_break, 3], ["\n"])
+    assert ("".join(pieces), text, reason, used) == ("a", "a", "stop", 2)
+
+
 def test_text_is_sent_as_soon_as_it_is_final():
     token_ids = BYTES("é STOP", add_special_tokens=False)["input_ids"]
     assert write(BYTES, token_ids)[0] == ["é", " ", "S", "T", "O", "P"]

@@ -103,14 +103,11 @@ def evaluate_examples(
         MolaError: wrong arguments or examples; a prompt too long for the model.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    limit = predicting.max_positions(model.config)
+    limit = predicting.positions_left(model)
     questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
-    if batch_size > 1 and longest > (predicting.longest_of_one_rope(model.config) or longest):
-        logger.warning("Samples are asked one by one: positions of this model depend on a batch's longest sample.")
-        batch_size = 1
-    if batch_size > 1 and getattr(model.config, "model_type", None) in _SEE_PADDING:
-        logger.warning("Samples are asked one by one: models of this kind see the padding of a batch.")
+    if batch_size > 1 and (reason := _why_one_by_one(model, longest)) is not None:
+        logger.warning("Samples are asked one by one: %s.", reason)
         batch_size = 1
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
     open_indices = [index for index in range(len(questions)) if index not in records]
@@ -137,6 +134,17 @@ def evaluate_examples(
         "max_new_tokens": max_new_tokens,
     }
     return _result(task, examples, [records[index] for index in range(len(questions))], settings)
+
+
+def _why_one_by_one(model: Any, longest: int) -> str | None:
+    """Why answers would depend on what else is in a batch; None if they do not."""
+    if longest > (predicting.longest_of_one_rope(model.config) or longest):
+        return "positions of this model depend on a batch's longest sample"
+    if getattr(model.config, "model_type", None) in _SEE_PADDING:
+        return "models of this kind see the padding of a batch"
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        return "between virtual tokens and a prompt there would be padding"
+    return None
 
 
 def checked_questions(

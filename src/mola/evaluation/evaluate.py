@@ -26,6 +26,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.files.terminal import table_console
 from mola.generation import predicting
+from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import warn_of_other_template
@@ -139,7 +140,8 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
 
 
 def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What must be equal for finished samples to be reused: settings, data, weights, versions."""
+    """What must be equal for finished samples to be reused: settings, data, weights, versions, numerics."""
+    device = resolve_device(options.device)
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     # A changed answer or number of choices changes the score while the texts may stay the same.
     answers = [[example["answer"], example["num_choices"]] for example in examples]
@@ -151,6 +153,7 @@ def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[s
         "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],
         "versions": software_versions(),
+        "computed": [device.type, str(resolve_dtype(options.dtype, device)[0])],
     }
 
 

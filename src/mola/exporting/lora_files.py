@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
@@ -84,22 +86,59 @@ def write_lora(
         if A.shape[0] > rank:
             own_ranks[module.removeprefix(PREFIX)] = A.shape[0]
     own_ranks |= {name: r for name, r in stacked_ranks.items() if r > rank}
-    modules = dict(base.named_modules())
+    lora = lora_config(updates, rank, config, base, stacked_ranks, own_ranks)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora.save_pretrained(str(folder))
+
+
+def lora_config(
+    modules: Collection[str],
+    rank: int,
+    config: MolaConfig,
+    base: nn.Module,
+    stacked_ranks: Mapping[str, int],
+    own_ranks: Mapping[str, int] | None = None,
+) -> LoraConfig:
+    """The configuration of a LoRA of these modules; arguments as `write_lora`, and ranks above `rank` by module."""
+    known = dict(base.named_modules())
     kept = {name: value for name in _KEPT if (value := getattr(config, name))}
-    lora = LoraConfig(
+    return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=targets([name.removeprefix(PREFIX) for name in updates], base),
+        target_modules=targets([name.removeprefix(PREFIX) for name in modules], base),
         target_parameters=list(stacked_ranks) or None,
-        rank_pattern=own_ranks,
-        alpha_pattern=dict(own_ranks),
-        fan_in_fan_out=any(isinstance(modules[name].get_base_layer(), Conv1D) for name in updates),
+        rank_pattern=dict(own_ranks or {}),
+        alpha_pattern=dict(own_ranks or {}),
+        fan_in_fan_out=any(isinstance(known[name].get_base_layer(), Conv1D) for name in modules),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path,
         **kept,
     )
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora.save_pretrained(str(folder))
+
+
+def check_loads(lora: LoraConfig, modules: Collection[str], base_on_meta: nn.Module) -> None:
+    """Whether PEFT puts a LoRA where its tensors are: of some architectures it takes names for those of older models.
+
+    Args:
+        lora: its configuration; stays as it is.
+        modules: that have tensors, named as in a PeftModel.
+        base_on_meta: the base model without weights; the LoRA is put into it.
+
+    Raises:
+        MolaError: it does not, and would leave the tensors out without a word.
+    """
+    asked = copy.deepcopy(lora)
+    asked.base_model_name_or_path = None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, for those who load the file
+        adapted = get_peft_model(base_on_meta, asked)
+    found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    if lost := sorted(set(modules) - found):
+        raise MolaError(
+            f"`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT: it puts "
+            f"those of {lost[0].removeprefix(PREFIX)!r} and {len(lost) - 1} others elsewhere when it loads the file. "
+            "Train with `exclude_modules` or other `target_modules` to export it, such as those of attention."
+        )
 
 
 def targets(names: list[str], base: nn.Module) -> list[str]:

@@ -120,7 +120,8 @@ def gather_all(
         index, is_first = place[name]
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         sums = [(name, features(name, x))] + ([("", x)] if is_first else [])
-        weighted = x * weight.to(x).reshape(-1, 1)
+        # Linears that see patches of tokens, or some tokens only, count each once.
+        weighted = x * weight.to(x).reshape(-1, 1) if weight.numel() in (1, len(x)) else x
         for key, left in sums:
             product = left.t() @ weighted
             if key not in found[index]:

@@ -23,7 +23,7 @@ from mola.evaluation.core import checked_questions
 from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test
 from mola.exporting.distilling import distill
 from mola.exporting.fitting import mean_of_experts, nearest_on_data
-from mola.exporting.lora_files import write_lora
+from mola.exporting.lora_files import check_loads, lora_config, write_lora
 from mola.exporting.measuring import accuracies, divergence, explained_shares
 from mola.exporting.mixtures import Lora, Mixture, as_parameters, mixtures, mola_layers
 from mola.exporting.options import METHODS, ConvertOptions
@@ -52,6 +52,12 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
     experts = mixtures(tensors, mola_layers(on_meta))
     _check_rank(rank, experts)
+    stacked, ranks = stacked_lora(on_meta, tensors, rank)
+    check_loads(
+        lora_config(experts, rank, config, on_meta, ranks),
+        experts,
+        model_on_meta(base_model, options.trust_remote_code),
+    )
     if options.distill_steps and all(len(mixture.A) == 1 for mixture in experts.values()):
         raise MolaError(
             f"`distill_steps` ({options.distill_steps}) has nothing to train: every linear has one expert, which is "
@@ -74,7 +80,9 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
     if config.layer_replication:
         notes.append("it does not merge: layers of `layer_replication` share their weights")
+        notes.append("base: the base model with its layers repeated")
     fitted = [row for each in data.values() for row in each.fitted]
+    reads_rows = method == "regression" or options.distill_steps > 0
     with _timed(seconds, "fitting"):
         if method == "regression":
             memory, passes, weight = options.memory_gb, options.fit_passes, options.answer_weight
@@ -99,14 +107,16 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         rank,
         len(experts),
         sum(len(mixture.A) == 1 for mixture in experts.values()),
-        rows={k: {"fitted": len(each.fitted), "held_out": len(each.held_out)} for k, each in data.items()},
+        rows={
+            kind: {"fitted": len(each.fitted) if reads_rows else 0, "held_out": len(each.held_out)}
+            for kind, each in data.items()
+        },
         seconds=seconds,
         notes=notes,
         settings=asdict(options),
         **measured,
     )
     config.base_model_name_or_path = base_model
-    stacked, ranks = stacked_lora(on_meta, tensors, rank)
     others = {key: value for key, value in tensors.items() if ".mola_" not in key} | stacked
     with new_folder("output", output) as folder:
         write_lora(folder, updates, rank, config, on_meta, others, ranks)

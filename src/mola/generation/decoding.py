@@ -99,7 +99,7 @@ def generate_text(
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
     encode = predicting.encode_before_answer if before_answer else predicting.encode_prompts
     encoded = encode(tokenizer, [prompt])
-    predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.max_positions(model.config))
+    predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.positions_left(model))
     with seeded(seed), predicting.inference_state(model):
         return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]
 

@@ -69,6 +69,14 @@ def max_positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def positions_left(model: Any) -> int | None:
+    """Longest text a loaded model takes: virtual tokens that an adapter puts before it have positions, too."""
+    limit = max_positions(model.config)
+    configs = getattr(model, "peft_config", {}).values()
+    taken = [config.num_virtual_tokens or 0 for config in configs if config.is_prompt_learning]
+    return limit if limit is None else limit - max(taken, default=0)
+
+
 def longest_of_one_rope(config: Any) -> int | None:
     """Tokens beyond which position embeddings of a batch depend on its longest row; None if they never do.
 

@@ -19,15 +19,18 @@ class AgreementCounter:
         self._meetings = torch.zeros(0)
 
     def add(self, recorded: Sequence[ModuleGates]) -> None:
-        """Count the tokens of one forward pass in which every module was called once."""
-        rows = len(recorded[0].gates) if recorded else 0
+        """Count the tokens of one forward pass; those of modules that ran several times once for each run."""
+        calls: dict[str, list[torch.Tensor]] = {}
+        for each in recorded:
+            calls.setdefault(each.module, []).append(each.gates)
+        by_name = {name: torch.cat(gates) for name, gates in calls.items()}
+        rows = len(next(iter(by_name.values()))) if by_name else 0
         if not self.modules:
-            same = [each for each in recorded if len(each.gates) == rows]
-            self.modules = [each.module for each in same]
-            self._num_experts = [each.gates.shape[1] for each in same]
+            same = {name: gates.shape[1] for name, gates in by_name.items() if len(gates) == rows}
+            self.modules = list(same)
+            self._num_experts = list(same.values())
             width = sum(self._num_experts)
             self._meetings = torch.zeros(width, width, dtype=torch.float64)
-        by_name = {each.module: each.gates for each in recorded}
         choices = [
             torch.nn.functional.one_hot(by_name[name].argmax(1), width)
             for name, width in zip(self.modules, self._num_experts, strict=True)

@@ -112,12 +112,18 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
     return adapted
 
 
+_STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq")  # of PEFT's LoRA, each time it is loaded
+
+
 def changes_base(config: Mapping[str, Any]) -> str | None:
     """What an adapter changes in the base model that switching it off, or others on, does not undo; None for nothing.
 
     Args:
         config: the content of its `adapter_config.json`.
     """
+    start = str(config.get("init_lora_weights")).lower()
+    if config.get("peft_type") == "LORA" and start.startswith(_STARTS_IN_BASE):
+        return f"takes its start out of the base model's weights (`init_lora_weights` {config['init_lora_weights']!r})"
     if config.get("bias") not in (None, "none"):
         return f"trained the base model's biases (`bias` {config['bias']!r})"
     return "repeats the base model's layers (`layer_replication`)" if config.get("layer_replication") else None

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from mola.errors import MolaError
 from mola.files.reading import read_json_object, read_text
@@ -37,25 +38,42 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
         )
 
 
-def own_chat_template(adapter: str | os.PathLike[str]) -> str | None:
-    """The chat template that an adapter was trained with, as TRL leaves it beside one; None if there is none.
+class Chat(NamedTuple):
+    """How a conversation is written.
+
+    Attributes:
+        template: in Jinja.
+        end_token: text of the token that ends an answer; None if it is not known to be another than the base model's.
+    """
+
+    template: str
+    end_token: str | None
+
+
+def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
+    """How an adapter was trained to chat, as TRL leaves it beside one; None if that is not there.
 
     `mola train` leaves the base model's there, and trains in prompts of its own.
+
+    Raises:
+        MolaError: a file cannot be read.
     """
     if trained_template(adapter) is not None:
         return None
-    path = Path(adapter, _CHAT_TEMPLATE)
+    settings = read_json_object(Path(adapter, "tokenizer_config.json"))
+    path, template = Path(adapter, _CHAT_TEMPLATE), settings.get("chat_template")
     if path.is_file():
         try:
-            return read_text(path)
+            template = read_text(path)
         except (OSError, ValueError) as error:
             raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
-    found = read_json_object(Path(adapter, "tokenizer_config.json")).get("chat_template")
-    return found if isinstance(found, str) else None
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    return Chat(template, end if isinstance(end, str) else None) if isinstance(template, str) else None
 
 
-def chat_templates(folders: Mapping[str, str]) -> dict[str, str]:
-    """Name -> chat template of adapters that have their own; a warning for those that were trained in no chat.
+def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:
+    """Name -> chat of adapters that have their own; a warning for those that were trained in no chat.
 
     `folders`: name -> folder.
     """
@@ -67,6 +85,6 @@ def chat_templates(folders: Mapping[str, str]) -> dict[str, str]:
                 "template's text as `prompt` to /v1/completions.",
                 *(name, trained),
             )
-        elif (template := own_chat_template(folder)) is not None:
-            found[name] = template
+        elif (chat := own_chat(folder)) is not None:
+            found[name] = chat
     return found

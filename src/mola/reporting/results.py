@@ -26,6 +26,7 @@ def accuracy_section(run: Run) -> dict[str, Any]:
         "data": {result.get("data_fingerprint") for result in results.values()},
         "scoring": {result["settings"].get("scoring") for result in results.values()},
         "base model": {_model_name(str(each.get("base_model"))) for each in asked},
+        "prompts": {prompt for result in results.values() if (prompt := _first_prompt(result)) is not None},
         "longest answer": {each.get("max_new_tokens") for each in asked if each.get("scoring") != "likelihood"},
     }
     needed = {"before": "without", "after": "with"}
@@ -38,6 +39,11 @@ def accuracy_section(run: Run) -> dict[str, Any]:
         "different": [what for what, found in values.items() if len(found) > 1],
         "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
     }
+
+
+def _first_prompt(result: Mapping[str, Any]) -> str | None:
+    """As asked: settings may leave the template to the task."""
+    return next((each.get("prompt") for each in result.get("samples", [])), None)
 
 
 def _model_name(base_model: str) -> str:

@@ -65,6 +65,9 @@ class Guard:
 
         try:
             await self._serve(scope, notice, note)
+        except Exception:  # answered outside of here
+            status = status or 500
+            raise
         finally:
             # No query and no header: either may hold a token. Quoted: a path may hold line breaks.
             path = quote(scope["path"][:_LONGEST_PATH])

@@ -13,6 +13,7 @@ from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.sampling import Sampling
 from mola.generation.decoding import decoding_settings
+from mola.models.prompts import Chat
 from mola.serving.errors import RequestError
 from mola.serving.requests import AnswerRequest, ChatRequest, CompletionRequest
 from mola.serving.writing import special_tokens
@@ -49,7 +50,7 @@ class JobMaker:
         tokenizer: of the base model.
         adapters: name in requests -> the model's name for it, None for the base.
         limits: of a request.
-        chat_templates: the model's name for an adapter -> its own; the others have the base model's.
+        chats: the model's name for an adapter -> its own way of chatting; the others have the base model's.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class JobMaker:
         tokenizer: PreTrainedTokenizerBase,
         adapters: Mapping[str, str | None],
         limits: Limits,
-        chat_templates: Mapping[str, str] | None = None,
+        chats: Mapping[str, Chat] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.adapters = dict(adapters)
-        self.chat_templates = dict(chat_templates or {})
+        self.chats = dict(chats or {})
         self._limits = limits
         self.spell = lru_cache(_SPELLED)(self._spell)
         self._special = special_tokens(tokenizer)
@@ -123,6 +124,7 @@ class JobMaker:
             )
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         jobs: list[Job] = []
+        stops = [*request.stops(), *self._own_end(adapter)]
         for ids in self._encode(request, adapter):
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
             for _ in range(count):
@@ -133,15 +135,20 @@ class JobMaker:
                     request.frequency_penalty or 0.0,
                     request.num_logprobs(),
                 )
-                jobs.append(Job(adapter, ids, sampling, request.stops()))
+                jobs.append(Job(adapter, ids, sampling, stops))
         return jobs
+
+    def _own_end(self, adapter: str | None) -> list[str]:
+        """The token that ends answers of an adapter, if it was trained with its own."""
+        own = self.chats.get(adapter) if adapter is not None else None
+        return [own.end_token] if own and own.end_token in self._special else []
 
     def _encode(self, request: AnswerRequest, adapter: str | None) -> list[list[int]]:
         if isinstance(request, CompletionRequest):
             return predicting.encode_prompts(self._tokenizer, request.prompts())
         assert isinstance(request, ChatRequest)
-        template = None if adapter is None else self.chat_templates.get(adapter)
-        if not (template or self._tokenizer.chat_template):
+        own = None if adapter is None else self.chats.get(adapter)
+        if not (own or self._tokenizer.chat_template):
             raise RequestError(
                 400,
                 "there is no chat template of base model or adapter, so `messages` have no form they know. Send the "
@@ -149,10 +156,11 @@ class JobMaker:
                 param="messages",
             )
         messages = [message.plain() for message in request.messages]
+        form: dict[str, Any] = {"chat_template": own.template} if own else {}
+        if own and own.end_token:  # templates may write it
+            form["eos_token"] = own.end_token
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **form)
         except TemplateError as error:
             raise RequestError(
                 400, f"`messages` do not fit the model's chat template: {error}", param="messages"

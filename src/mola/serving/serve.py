@@ -21,7 +21,7 @@ from mola.generation.batching.forward import Adapters
 from mola.models.adapters import changes_base, check_adapter
 from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import chat_templates
+from mola.models.prompts import own_chats
 from mola.options.fields import START, Group, option
 from mola.serving.addresses import is_loopback
 
@@ -161,10 +161,10 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     api_key = _api_key(options)
     if options.adapter_root is not None and api_key is None:
         raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
-    config = check_model(options)
+    check_model(options)
     folders = adapter_folders(options)
     alone = _check_neighbours(folders, options.adapter_root)
-    templates = chat_templates(folders)
+    chats = own_chats(folders)
     tokenizer = tokenizer_for(options)
     with bind(options.host, options.port) as bound:
         # Names inside the model are ours: PEFT takes no dots, requests do.
@@ -174,8 +174,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         adapters, metrics = Adapters(model), Metrics()
         batch = options.max_batch_size, options.max_batch_prefill_tokens, options.max_batch_total_tokens
         engine, total = engine_for(adapters, tokenizer, *batch)
-        limits = Limits(options.max_tokens, options.max_choices, predicting.max_positions(config), total)
-        jobs = JobMaker(tokenizer, names, limits, {inside[name]: text for name, text in templates.items()})
+        limits = Limits(options.max_tokens, options.max_choices, predicting.positions_left(model), total)
+        jobs = JobMaker(tokenizer, names, limits, {inside[name]: chat for name, chat in chats.items()})
         running = options.max_batch_size if total else 1
         queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics, _FULL)
         metrics.watch(queue.counts)

@@ -9,9 +9,9 @@ from peft import PeftConfig, PeftModel
 from starlette.concurrency import run_in_threadpool
 
 from mola._compat import set_adapter_to_infer
-from mola.generation.batching.forward import Adapters
+from mola.generation.batching.forward import Adapters, waits_for_tokens
 from mola.models.adapters import attach, changes_base, check_adapter
-from mola.models.prompts import own_chat_template
+from mola.models.prompts import own_chat
 from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
@@ -54,14 +54,15 @@ class Shelf:
                 f"this adapter {reason}, which would be so for all others too. Serve it alone, by `--adapter`.",
                 param="lora_path",
             )
-        if PeftConfig.from_pretrained(folder).is_prompt_learning:
+        settings = PeftConfig.from_pretrained(folder)
+        if settings.is_prompt_learning or waits_for_tokens(settings):
             raise RequestError(
                 400,
-                "adapters that put tokens before the prompt cannot be loaded into a server that runs: name it in "
-                "`--adapter`.",
+                "adapters that put tokens before the prompt, or begin at certain tokens of it, cannot be loaded into a "
+                "server that runs: name it in `--adapter`.",
                 param="lora_path",
             )
-        template = await run_in_threadpool(own_chat_template, folder)
+        chat = await run_in_threadpool(own_chat, folder)
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
         await self._queue.call(functools.partial(self._attach, inside, folder))
@@ -71,8 +72,8 @@ class Shelf:
             await self._queue.remove(inside)
             raise
         before = self._jobs.adapters.get(name)
-        if template is not None:
-            self._jobs.chat_templates[inside] = template
+        if chat is not None:
+            self._jobs.chats[inside] = chat
         self._jobs.adapters[name] = inside
         if before is not None:
             await self._leave(before)
@@ -92,7 +93,7 @@ class Shelf:
 
     async def _leave(self, inside: str) -> None:
         await self._queue.remove(inside)
-        self._jobs.chat_templates.pop(inside, None)
+        self._jobs.chats.pop(inside, None)
 
     def _check_name(self, name: str, in_place: bool) -> None:
         if name not in self._jobs.adapters:

@@ -63,7 +63,8 @@ class Writer:
             self._stopped = True
         elif self._send is not None or self._stops:
             self._write(self._unchangeable(), is_final=False)
-            if self._decoder.takes_back_spaces and any(stop in self._decoded() for stop in self._stops):
+            is_late = self._decoder.takes_back_spaces or self._decoder.is_byte(token_id)
+            if is_late and any(stop in self._decoded() for stop in self._stops):
                 self._stopped = True
         return not self._stopped
 

@@ -287,6 +287,26 @@ def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
     assert "before the prompt" in why_not_batched(model)
 
 
+def test_activated_loras_are_answered_one_by_one(tiny_model):
+    """They look for their invocation tokens in what a forward pass is given: later one token."""
+    model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]))
+    assert "certain tokens of the prompt" in why_not_batched(model)
+
+
+def test_what_an_ended_answer_left_is_not_in_the_columns_of_the_next():
+    def filled(rows, columns, value):
+        layer, tensor = _Layer(), torch.full((rows, 1, columns, 2), value)
+        layer.update(tensor, tensor.clone())
+        return layer
+
+    running = filled(2, 6, 1.0)
+    running.keys[1] = running.values[1] = float("nan")
+    running.drop(1)
+    running.append(filled(1, 2, 3.0))
+    for kept in (running.keys, running.values):
+        assert running._used(kept).isfinite().all()
+
+
 def test_end_tokens_and_leaving_clients_free_their_place(adapted, tiny_tokenizer):
     rows = random_rows([None, "first"], 6)
     with predicting.inference_state(adapted):

@@ -58,6 +58,8 @@ class _Layer(DynamicLayer):
         rows, columns = self.rows + other.rows, max(self.columns, other.columns)
         self._shift(columns - self.columns)
         for kept, new in ((self.keys, other.keys), (self.values, other.values)):
+            # An answer that has ended may have left what is no number, which masks do not hide.
+            kept[self.rows : rows, :, : columns - other.columns] = 0
             kept[self.rows : rows, :, columns - other.columns : columns] = other._used(new)
         self.rows, self.columns = rows, columns
 

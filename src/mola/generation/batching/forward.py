@@ -22,6 +22,8 @@ def why_not_batched(model: Any) -> str | None:
     """Why answers of a model are made one after the other; None if rows can come and go."""
     if isinstance(model, PeftModel) and _puts_tokens_before(model):
         return "its adapter puts tokens before the prompt"
+    if isinstance(model, PeftModel) and any(waits_for_tokens(config) for config in model.peft_config.values()):
+        return "its adapter begins at certain tokens of the prompt"
     base = base_of(model)
     if longest_of_one_rope(base.config) is not None:
         return "its position embeddings depend on the longest row of a batch"
@@ -31,6 +33,11 @@ def why_not_batched(model: Any) -> str | None:
         return f"its `forward` takes no {', '.join(missing) or 'cache'}"
     others = {type(each).__name__ for each in _layers(base) if type(each) not in _KINDS}
     return f"its cache has layers of another kind: {', '.join(sorted(others))}" if others else None
+
+
+def waits_for_tokens(config: Any) -> bool:
+    """Whether it is an activated LoRA, which looks for its invocation tokens in what a forward pass is given."""
+    return bool(getattr(config, "alora_invocation_tokens", None))
 
 
 def _puts_tokens_before(model: PeftModel) -> bool:
