@@ -1,4 +1,4 @@
-"""One training step and one decoding step of a small mixture in which nothing may wait for the GPU.
+"""One training step of a small mixture in which nothing may wait for the GPU.
 
 `python -m benchmarks.gpu_step`: PyTorch raises where an operator waits, and the profiler tells how many kernels ran.
 """

@@ -159,6 +159,22 @@ def test_another_base_model_than_recorded_is_reported(tmp_path):
         assert ("base model: elsewhere/other in the source" in str(convert(options))) == noted
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "`rope_theta` 1e+06"),
+        ({"attention_bias": True}, "`attention_bias`"),
+    ],
+)
+def test_what_the_research_code_leaves_out_of_a_base_is_reported(tmp_path, changes, said):
+    base = changed_base(tmp_path / "base_tiny", **changes)
+    options = ConvertOptions(CASE, str(tmp_path / "out"), source_format="published", base_model=base, top_k="2")
+    report = str(convert(options))
+    assert ("the research code computes it without" in report) == (said is not None)
+    assert said is None or said in report
+
+
 def test_output_with_files_in_it_is_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for output in (tmp_path, tmp_path / "notes.txt"):

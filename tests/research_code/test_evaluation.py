@@ -133,6 +133,19 @@ def test_all_linear_is_what_the_adapter_was_made_with(command):
     assert command(lora_target_modules="all-linear") == 0
 
 
+def test_the_same_linears_may_be_named_in_another_way(command):
+    """As an adapter of "all-linear" is saved, by whole names."""
+    path = Path("scienceqa_mola", "adapter_config.json")
+    settings = json.loads(path.read_text())
+    names = [
+        f"model.layers.{layer}.{'self_attn' if name[:2] in ('q_', 'k_', 'v_', 'o_') else 'mlp'}.{name}"
+        for layer in range(4)
+        for name in SEVEN.split(",")
+    ]
+    path.write_text(json.dumps({**settings, "target_modules": names}))
+    assert command(lora_target_modules=SEVEN) == 0
+
+
 def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, tiny_model_dir, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")

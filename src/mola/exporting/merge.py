@@ -69,7 +69,7 @@ def merge(options: MergeOptions) -> Path:
     if kind in ("LORA", "MOLA") and not options.trust_remote_code:  # such code may not work without weights
         on_meta = model_on_meta(options.base_model)
         if kind == "LORA":
-            check_lora(Path(adapter), on_meta, all_names=False)  # which puts it into the model
+            check_lora(Path(adapter), on_meta)  # which puts it into the model
             check_own_weights(on_meta)
         else:
             mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))

@@ -27,6 +27,8 @@ from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 
+_ROPE_THETA = 10000.0  # the only one of the research code
+
 
 def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     """`mola convert --from published` and `--from moe_peft`; see `mola.exporting.convert.convert`."""
@@ -54,6 +56,8 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     config.inference_mode = True
     config.base_model_type = model.config.model_type
     check_fits(model, config, tensors)
+    if options.source_format == "published":
+        notes += _computed_otherwise(model.config)
     notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
     config.base_model_name_or_path = base_model
     with new_folder("output", output) as folder:
@@ -81,6 +85,18 @@ def _other_base(recorded: str | None, base_model: str) -> list[str]:
     if not recorded or Path(recorded).name == Path(base_model).name:
         return []
     return [f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?"]
+
+
+def _computed_otherwise(config: Any) -> list[str]:
+    """What the research code's own LLaMA leaves out of a base model in silence: the adapter was trained without it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta, kind = rope.get("rope_theta") or _ROPE_THETA, rope.get("rope_type", "default")
+    found = [f"`rope_theta` {theta:g}"] if theta != _ROPE_THETA else []
+    found += [f"`rope_type` {kind}"] if kind != "default" else []
+    found += [f"`{name}`" for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    if not found:
+        return []
+    return [f"base model: the research code computes it without {', '.join(found)}; here outputs are others than there"]
 
 
 def _read_published(

@@ -16,7 +16,11 @@ _NOT_WRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
 }
 _OF_RUST = re.compile(r"(.*) \(os error (\d+)\)")
-_NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes|not enough memory|out of memory")
+# The last two are of Transformers and accelerate, which look for a batch size that fits.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory: you tried to allocate (\d+) bytes|not enough memory|out of memory|out-of-memory"
+    r"|No executable batch size"
+)
 _GIB = 1 << 30
 
 

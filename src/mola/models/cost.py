@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation
+from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.parameters import find_stacks
@@ -59,7 +59,8 @@ def cost_of_allocation(
         stacks=find_stacks(model, target_parameters or []),
     )
     if with_kernels:
-        result = replace(result, kernels=_kernels(linears, result, num_experts_pattern, rank_pattern))
+        chosen = resolve_per_layer(top_k, num_layers, "top_k")
+        result = replace(result, kernels=_kernels(linears, result, chosen, num_experts_pattern, rank_pattern))
     # `parameters()` yields a tied embedding once.
     return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
 
@@ -67,6 +68,7 @@ def cost_of_allocation(
 def _kernels(
     linears: list[LinearShape],
     plan: AllocationPlan,
+    top_k: Sequence[int],
     num_experts: Mapping[str, int] | None,
     rank: Mapping[str, int] | None,
 ) -> tuple[str, ...]:
@@ -76,7 +78,9 @@ def _kernels(
         layer = plan.layers[linear.layer_index or 0]
         experts = by_pattern(num_experts, linear.name, layer.num_experts)
         # The scale does not decide which backend is used.
-        settings = MixtureSettings(min(layer.top_k, experts), 1.0, dtype, needs_router_output=False)
+        # As asked for: a layer with one expert has 1, and a linear of it may have more.
+        chosen = top_k_of_module(experts, top_k[linear.layer_index or 0], linear.name)
+        settings = MixtureSettings(chosen, 1.0, dtype, needs_router_output=False)
         for mode in TOKENS:
             shape = linear.in_features, linear.out_features, experts, by_pattern(rank, linear.name, layer.r)
             calls.append((mode, inputs_for_shapes(mode, *shape, settings)))

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,10 @@ def own_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code, **arguments, **settings)
     except (OSError, ValueError, KeyError) as error:
-        raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}") from error
+        hint = ""
+        if any(folder.glob("*.model")) and find_spec("sentencepiece") is None:  # Transformers then speaks of another
+            hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
+        raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
 
 
 def load_tokenizer(

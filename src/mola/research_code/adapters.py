@@ -194,8 +194,8 @@ def _check_lists(
         given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
     if lists.lora_target_modules is not None:
         wanted, targets = names_between_commas(lists.lora_target_modules), settings.get("target_modules")
-        if isinstance(wanted, str) and _same_linears(model, wanted, targets):
-            wanted = targets  # "all-linear" is saved as names
+        if wanted is not None and _same_linears(model, wanted, targets):
+            wanted = targets  # "all-linear" is saved as whole names
         given["lora_target_modules"] = sorted(wanted) if isinstance(wanted, list) else wanted
         saved["lora_target_modules"] = sorted(targets) if isinstance(targets, list) else targets
     for flag, value in given.items():

@@ -16,12 +16,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines
-from mola.training.checkpoints import newest_complete
+from mola.training.checkpoints import newest_complete, rotate
 from mola.training.zero import gathered
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ class ResumedCheckpoints(TrainerCallback):
                 "resumed: until its end this epoch may repeat or leave out samples."
             )
         if args.should_save and args.output_dir:
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
+        state.compute_steps(args, state.max_steps)  # of logs, evaluations and checkpoints: as asked for now
 
 
 class ResumedRate(TrainerCallback):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from mola.errors import MolaError
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
     check_best_checkpoint,
@@ -22,13 +23,8 @@ from mola.training.hub import check_hub_options
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_output_dir, check_start_is_kept
 from mola.training.run_record import describe_run
-from mola.training.setup import (
-    check_model_options,
-    check_steps,
-    effective_batch_size,
-    load_tokenizer_for,
-    stores_packed,
-)
+from mola.training.schedule import check_steps, effective_batch_size, goes_on_with_found_batch
+from mola.training.setup import check_model_options, load_tokenizer_for, stores_packed
 from mola.training.sharding import check_sharding, is_sharded
 from mola.training.zero import check_deepspeed, uses_deepspeed
 from mola.tuner.kernels.dispatch import forced_backend
@@ -69,6 +65,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
         warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer)
+    if checkpoint is not None and options.auto_find_batch_size:
+        goes_on_with_found_batch(options, checkpoint)
     steps = check_steps(options, data)
     if options.num_gpus > 1:
         logger.warning(
@@ -76,6 +74,10 @@ def check_run(options: TrainOptions) -> CheckedRun:
         )
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
+        if options.eval_on_start and checkpoint is None:
+            raise MolaError(
+                "`eval_on_start` needs evaluation data: there are none, or `eval_strategy` is no. Leave it out."
+            )
         options.eval_strategy, options.load_best_model_at_end = "no", False
         if getattr(options, "saves_as_evaluated", False):
             options.save_steps = TrainingArguments.save_steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +41,20 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, complete or not, newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_in_name(path) >= 0]
     return sorted(found, key=step_in_name, reverse=True)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints of a run beyond `limit`, but not the newest nor the best one.
+
+    The trainer's own would remove whatever is called `checkpoint-...`.
+    """
+    found = checkpoints_in(folder)
+    if not limit or limit < 0 or not found:
+        return
+    kept = {found[0].resolve(), *([Path(best).resolve()] if best else [])}
+    others = [path for path in found if path.resolve() not in kept]
+    for path in others[max(limit - len(kept), 0) :]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -95,9 +111,9 @@ def is_in(checkpoint: Path, folder: Path) -> bool:
 
 
 def step_in_name(path: Path) -> int:
-    """N of `checkpoint-N`; -1 for another name."""
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isascii() and number.isdigit() else -1
+    """N of `checkpoint-N`; -1 for another name, such as that of a copy somebody keeps."""
+    found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
+    return int(found[1]) if found else -1
 
 
 def _problem(path: Path) -> str:

@@ -105,9 +105,10 @@ class Interruption(TrainerCallback):
     ) -> TrainerControl:
         """The trainer also ends an epoch that a signal cut short: no evaluation of it.
 
-        An epoch that was complete when the signal came is evaluated, since the resumed run will not do it.
+        An epoch, or a run, that was complete when the signal came is evaluated, since the resumed run will not do it.
         """
-        if self.signal_number is not None and not is_whole_epoch(state.epoch):
+        is_cut_short = not is_whole_epoch(state.epoch) and state.global_step < state.max_steps
+        if self.signal_number is not None and is_cut_short:
             control.should_evaluate = False
         return control
 

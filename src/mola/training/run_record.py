@@ -13,7 +13,8 @@ from mola.training.checkpoints import RUN_FILE
 from mola.training.data import TrainingData
 from mola.training.hub import without_token
 from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
-from mola.training.setup import effective_batch_size, recorded_quantization, training_changes
+from mola.training.schedule import effective_batch_size
+from mola.training.setup import recorded_quantization, training_changes
 
 
 def describe_run(options: TrainOptions, data: TrainingData, allocation: dict[str, Any]) -> dict[str, Any]:

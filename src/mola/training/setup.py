@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from mola.models.meta import model_on_meta
 from mola.models.quantization import check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.options.fields import names_between_commas
-from mola.training.data import TrainingData
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.sharding import is_sharded
 from mola.training.zero import check_stacked
@@ -162,46 +160,6 @@ def _module_list(names: str | None) -> list[str] | None:
     """PEFT takes no expression for these: a text would be read letter by letter."""
     split = names_between_commas(names)
     return [split] if isinstance(split, str) else split
-
-
-def check_steps(options: TrainOptions, data: TrainingData) -> int:
-    """Number of optimiser steps of the run.
-
-    Raises:
-        MolaError: the learning rate would still be warming up when the run ends, or no batch is full where only full
-            ones count.
-    """
-    num_samples = len(data.train)
-    _check_full_batch(options, "train", num_samples, options.train_batch_size)
-    if data.evaluation is not None:
-        _check_full_batch(options, "eval", len(data.evaluation), options.eval_batch_size)
-    whole = math.floor if options.dataloader_drop_last else math.ceil
-    batches = whole(num_samples / (options.train_batch_size * options.world_size))
-    per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
-    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
-    warmup = options.get_warmup_steps(steps)
-    if warmup >= steps:
-        raise MolaError(
-            f"`warmup_steps` must end before the run does: {warmup} steps of warm-up in a run of {steps} "
-            f"({num_samples} samples, effective batch {effective_batch_size(options)}). Lower `warmup_steps` (below 1 "
-            "it is a share of the run), train longer, or use smaller batches."
-        )
-    return steps
-
-
-def _check_full_batch(options: TrainOptions, part: str, num_samples: int, batch_size: int) -> None:
-    """Refuse `dataloader_drop_last` where it would leave nothing of `part`, train or eval."""
-    needed = batch_size * options.world_size
-    if options.dataloader_drop_last and num_samples < needed:
-        raise MolaError(
-            f"`dataloader_drop_last` leaves nothing of the {num_samples} samples of the {part} data: a batch has "
-            f"{needed}. Lower `per_device_{part}_batch_size`, or leave it out."
-        )
-
-
-def effective_batch_size(options: TrainOptions) -> int:
-    """Samples per optimiser step over all processes."""
-    return options.train_batch_size * options.gradient_accumulation_steps * options.world_size
 
 
 def recorded_quantization(options: TrainOptions) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loss_gap_advice
 from mola.training.callbacks import TrainingClock
 from mola.training.checked_run import CheckedRun, check_run
-from mola.training.checkpoints import RUN_FILE
+from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.compiling import compiled_if_asked
 from mola.training.hub import create_repository, upload
 from mola.training.interruption import Interruption
@@ -212,5 +213,8 @@ def main(options: TrainOptions) -> int:
         file=sys.stderr,
     )
     if result.status == "interrupted":
-        print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
+        if newest_complete(Path(result.output_dir)) is not None:
+            print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
+        else:  # as by --save_only_model, or where training had ended
+            print(f"There is no checkpoint to go on from: train on with --adapter {result.output_dir}", file=sys.stderr)
     return exit_code

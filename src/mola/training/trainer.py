@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from mola.errors import MolaError
 from mola.training.callbacks import CheckpointLast, FiniteLoss, MetricsFile, ResumedCheckpoints, ResumedRate
 from mola.training.checked_run import CheckedRun
+from mola.training.checkpoints import rotate
 from mola.training.compiling import FrozenInput
 from mola.training.digests import CheckpointDigests
 from mola.training.interruption import Interruption
@@ -97,6 +99,15 @@ class MolaTrainer(Trainer):
             loss = torch.tensor(logs["train_loss"], dtype=torch.float32, device=self.args.device)
             logs["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate(Path(str(self.args.output_dir)), limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Next is the trainer's state, which makes a checkpoint complete: not before all processes have written theirs.

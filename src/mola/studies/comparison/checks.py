@@ -23,7 +23,8 @@ from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.options import ADAPTER_DEFAULTS
-from mola.training.setup import check_model_options, check_steps, load_tokenizer_for
+from mola.training.schedule import check_steps
+from mola.training.setup import check_model_options, load_tokenizer_for
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.hub import check_hub_options
+from mola.training.schedule import check_steps
 from mola.training.setup import (
     adapter_config,
     check_model_options,
     check_settings,
-    check_steps,
     continued_config,
     load_tokenizer_for,
     training_changes,

@@ -1,0 +1,115 @@
+"""What is looked at before an earlier run is touched: schedules, batches, checkpoints; and what is asked for anew."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from mola import TrainOptions, train
+from mola.files.failures import lack_of_memory
+from mola.training.callbacks import ResumedCheckpoints
+from mola.training.checkpoints import checkpoints_in, rotate
+from mola.training.interruption import Interruption
+from mola.training.schedule import goes_on_with_found_batch
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"min_lr": 1e-5}'}, "cosine cannot be made with"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr cannot be made with"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay cannot be made with"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "validation_size": None}, "goes by the evaluation loss"),
+        ({"eval_on_start": "true", "validation_size": None}, "`eval_on_start` needs evaluation data"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused_before_an_earlier_run_is_removed(
+    options, message, flags, tmp_path, error_line
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "finished", "settings": {}}', encoding="utf-8")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert message in error_line(flags(**options, overwrite_output_dir="true"))
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_only_a_runs_own_checkpoints_are_removed(tmp_path):
+    for name in ("1", "2", "10", "4", "2-good", "keep-3", "notes"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (10, 4, 2, 1)]
+    rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"))
+    others = {"checkpoint-2-good", "checkpoint-keep-3", "checkpoint-notes"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-10", "checkpoint-4", "checkpoint-1"} | others
+    rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-1"} | others
+    rotate(tmp_path, None, None)
+    assert len(checkpoints_in(tmp_path)) == 2
+
+
+class KeepsACopy(TrainerCallback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
+
+
+def test_a_copy_of_a_checkpoint_stays(tiny_model_dir, rows_file, tmp_path):
+    options = TrainOptions(
+        base_model=str(tiny_model_dir),
+        data=str(rows_file),
+        output_dir=str(tmp_path / "run"),
+        num_experts="2,",
+        r="2",
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        eval_strategy="no",
+        warmup_steps=0,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    train(options, [KeepsACopy(tmp_path / "run")])
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert left == {"checkpoint-3", "checkpoint-4", "checkpoint-1-good"}
+
+
+def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
+    state = TrainerState(logging_steps=500, eval_steps=500, save_steps=500, max_steps=40)
+    asked = {"logging_steps": 2, "eval_steps": 0.25, "save_steps": 10}
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), should_save=True, save_total_limit=None, train_sampling_strategy="random", **asked
+    )
+    ResumedCheckpoints(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert (state.logging_steps, state.eval_steps, state.save_steps) == (2, 10, 10)
+
+
+def test_a_run_goes_on_with_the_batch_that_fitted(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"train_batch_size": 4}), encoding="utf-8")
+    for asked, found in ((8, 4), (2, 2)):
+        options = SimpleNamespace(per_device_train_batch_size=asked)
+        goes_on_with_found_batch(options, tmp_path)
+        assert options.per_device_train_batch_size == found
+
+
+@pytest.mark.parametrize(("step", "is_evaluated"), [(14, False), (15, True)])
+def test_the_last_step_of_a_run_is_evaluated_though_a_signal_came(step, is_evaluated):
+    interruption = Interruption()
+    interruption.signal_number = 15
+    state = TrainerState(epoch=step / 10, global_step=step, max_steps=15)
+    control = interruption.on_epoch_end(SimpleNamespace(), state, TrainerControl(should_evaluate=True))
+    assert control.should_evaluate is is_evaluated
+
+
+@pytest.mark.parametrize(
+    "text", ["Evaluation hit an out-of-memory error. Lower it.", "No executable batch size found, reached zero."]
+)
+def test_searches_for_a_batch_that_end_without_one_are_lack_of_memory(text):
+    assert lack_of_memory(RuntimeError(text)) == "no memory left"
+    assert lack_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) is not None
