@@ -73,7 +73,7 @@ def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str
         return {}
     logger.warning(
         "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "
-        "digits, for one, may become other tokens. Put the base model's tokenizer.json and tokenizer_config.json beside "
+        "digits, for one, may become other tokens. Put the model's tokenizer.json and tokenizer_config.json beside "
         "the file to use these.",
         gguf_file,
     )
