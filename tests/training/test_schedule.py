@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from mola import TrainOptions, train
 from mola.files.failures import lack_of_memory
-from mola.training.callbacks import ResumedCheckpoints
+from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.interruption import Interruption
 from mola.training.schedule import goes_on_with_found_batch
@@ -105,6 +106,47 @@ def test_the_last_step_of_a_run_is_evaluated_though_a_signal_came(step, is_evalu
     state = TrainerState(epoch=step / 10, global_step=step, max_steps=15)
     control = interruption.on_epoch_end(SimpleNamespace(), state, TrainerControl(should_evaluate=True))
     assert control.should_evaluate is is_evaluated
+
+
+@pytest.mark.parametrize("asked", [{}, {"should_save": True}, {"should_training_stop": True}], ids=str)
+def test_optimizers_that_train_other_weights_are_asked_for_those_that_count(asked):
+    calls = []
+    optimizer = SimpleNamespace(eval=lambda: calls.append("eval"))
+    AveragedWeights().on_step_end(None, TrainerState(), TrainerControl(**asked), optimizer=optimizer)
+    AveragedWeights().on_step_end(None, TrainerState(), TrainerControl(**asked), optimizer=object())
+    assert calls == (["eval"] if asked else [])
+
+
+def test_weights_of_a_schedule_free_optimizer_are_its_averages(tiny_model_dir, rows_file, tmp_path, monkeypatch):
+    pytest.importorskip("schedulefree", reason="needs schedulefree")
+    found = {}
+
+    class Looks(TrainerCallback):
+        def on_train_end(self, args, state, control, optimizer=None, model=None, **kwargs):
+            optimizer.eval()
+            found.update({name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad})
+
+    options = TrainOptions(
+        base_model=str(tiny_model_dir),
+        data=str(rows_file),
+        output_dir=str(tmp_path / "run"),
+        num_experts="2,",
+        r="2",
+        max_steps=4,
+        optim="schedule_free_adamw",
+        lr_scheduler_type="constant",
+        learning_rate=1e-2,
+        eval_strategy="no",
+        save_strategy="no",
+        warmup_steps=0,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    train(options, [Looks()])
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert len(saved) == len(found)
+    for name, tensor in found.items():
+        assert torch.equal(saved[name.replace(".default", "")], tensor)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,21 @@ class CheckpointLast(TrainerCallback):
         self._is_wanted = False
 
 
+class AveragedWeights(TrainerCallback):
+    """Before weights are saved or training ends: optimisers that train others than they give, as schedule-free ones do.
+
+    The trainer asks them when it evaluates only; at the next step it tells them to go on.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for the weights that count."""
+        ask = getattr(kwargs.get("optimizer"), "eval", None)
+        if callable(ask) and (control.should_save or control.should_training_stop):
+            ask()
+
+    on_epoch_end = on_step_end
+
+
 def is_whole_epoch(epoch: float | None) -> bool:
     """Whether an epoch is not being trained, but at its end."""
     return epoch is not None and abs(epoch - round(epoch)) <= _EPOCH_TOLERANCE

@@ -13,7 +13,14 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
-from mola.training.callbacks import CheckpointLast, FiniteLoss, MetricsFile, ResumedCheckpoints, ResumedRate
+from mola.training.callbacks import (
+    AveragedWeights,
+    CheckpointLast,
+    FiniteLoss,
+    MetricsFile,
+    ResumedCheckpoints,
+    ResumedRate,
+)
 from mola.training.checked_run import CheckedRun
 from mola.training.checkpoints import rotate
 from mola.training.compiling import FrozenInput
@@ -36,7 +43,8 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
     # In this order: what is to be saved is known first, and is looked at before it is.
-    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast(), FiniteLoss()]
+    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast()]
+    own += [AveragedWeights(), FiniteLoss()]
     own += [FrozenInput(), CheckpointDigests()]
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose gradients lie elsewhere
         own.append(UncalledLinears(model))
