@@ -59,7 +59,7 @@ def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_mo
         (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
         caplog.clear()
         check_evaluation(EvaluateOptions(**asdict(options) | {"template": asked}))
-        assert ("trained with the prompt template meta and is used with alpaca:" in caplog.text) == is_said
+        assert ("trained with the prompt template meta and is used with alpaca." in caplog.text) == is_said
 
 
 def test_a_journal_of_another_dtype_is_not_gone_on_with(options, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,8 @@ class KeepsACopy(TrainerCallback):
             shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
 
 
-def test_a_copy_of_a_checkpoint_stays(tiny_model_dir, rows_file, tmp_path):
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_copy_of_a_checkpoint_stays(limit, tiny_model_dir, rows_file, tmp_path):
     options = TrainOptions(
         base_model=str(tiny_model_dir),
         data=str(rows_file),
@@ -70,15 +72,22 @@ def test_a_copy_of_a_checkpoint_stays(tiny_model_dir, rows_file, tmp_path):
         max_steps=4,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=2,
-        eval_strategy="no",
+        save_total_limit=limit,
+        eval_strategy="steps",
+        eval_steps=1,
+        validation_size=2,
+        learning_rate=1e-2,
         warmup_steps=0,
         use_cpu=True,
         disable_tqdm=True,
     )
-    train(options, [KeepsACopy(tmp_path / "run")])
+    result = train(options, [KeepsACopy(tmp_path / "run")])
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
-    assert left == {"checkpoint-3", "checkpoint-4", "checkpoint-1-good"}
+    best = Path(result.best_checkpoint).name
+    other = "checkpoint-3" if best == "checkpoint-4" else "checkpoint-4"
+    assert left == {"checkpoint-1-good", best} | ({other} if limit == 2 else set())
+    saved = torch.load(tmp_path / "run" / best / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == limit
 
 
 def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
@@ -93,7 +102,7 @@ def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
 
 def test_a_run_goes_on_with_the_batch_that_fitted(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"train_batch_size": 4}), encoding="utf-8")
-    for asked, found in ((8, 4), (2, 2)):
+    for asked, found in ((8, 4), (2, 4), (4, 4)):
         options = SimpleNamespace(per_device_train_batch_size=asked)
         goes_on_with_found_batch(options, tmp_path)
         assert options.per_device_train_batch_size == found

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClass
 
 from mola import MolaConfig, MolaError, MolaLinear
 
+from ..versions import needs
 from .models import clone, random_config, tiny_llama, token_batch
 
 
@@ -311,8 +312,13 @@ def test_a_model_with_a_configuration_of_its_own(config):
     net.config = config
     model = get_peft_model(net, MolaConfig(num_experts=2, target_modules=["0"]))
     assert isinstance(model.base_model.model[0], MolaLinear)
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.config = config
+    one = get_peft_model(net, MolaConfig(num_experts=1, target_modules=["0"]))
+    assert isinstance(one.merge_and_unload()[0], nn.Linear)
 
 
+@needs("peft", "0.19", "older versions do not ask a whole model")
 def test_a_mixture_of_any_name_is_no_lora():
     model = get_peft_model(tiny_llama(), random_config(num_experts=4), adapter_name="mix")
     assert not model.supports_lora_conversion()

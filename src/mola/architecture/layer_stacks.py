@@ -88,7 +88,7 @@ class LayerStacks:
         Args:
             model: the model with its `config`, if it has one; weights are not read.
         """
-        model_config: Mapping[str, Any] = _config_of(model) or {}
+        model_config: Mapping[str, Any] = config_of(model) or {}
         names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
         if model_config.get("is_encoder_decoder") and (sides := _sides(lists)):
             encoder, decoder = (lists[side] for side in sides)
@@ -99,7 +99,7 @@ class LayerStacks:
             within = f"{language_model}."
             names = [name for name in names if name.startswith(within)]
             lists = {name: size for name, size in lists.items() if f"{name}.".startswith(within)}
-            model_config = _config_of(model.get_submodule(language_model)) or model_config
+            model_config = config_of(model.get_submodule(language_model)) or model_config
         depth = count_layers(model_config, names)
         if len(sizes := {*lists.values()} - {depth}) == 1 and depth not in lists.values():
             inside = tuple(f"{name}." for name in lists)
@@ -193,7 +193,8 @@ def _side(module_name: str) -> str | None:
     return next((part for part in sides if part in ("encoder", "decoder")), None)
 
 
-def _config_of(module: nn.Module) -> Mapping[str, Any] | None:
+def config_of(module: nn.Module) -> Mapping[str, Any] | None:
+    """The configuration of a module as PEFT reads it; None if it has none, or one of its own kind."""
     config = BaseTuner.get_model_config(module) if hasattr(module, "config") else None
     return config if isinstance(config, Mapping) else None
 
@@ -205,7 +206,7 @@ def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | 
     # A model around one that has towers, or a speaker beside it.
     if any("text_config" in part for part in parts.values()):
         for module in model.modules():
-            if module is not model and "text_config" in (_config_of(module) or ()):
+            if module is not model and "text_config" in (config_of(module) or ()):
                 return _decoder_in(model, module)
     if not any(key in part for part in parts.values() for key in _DEPTH_KEYS):
         return None

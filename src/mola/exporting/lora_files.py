@@ -131,7 +131,12 @@ def check_loads(lora: LoraConfig, modules: Collection[str], base_on_meta: nn.Mod
     asked.base_model_name_or_path = None
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, for those who load the file
-        adapted = get_peft_model(base_on_meta, asked)
+        try:
+            adapted = get_peft_model(base_on_meta, asked)
+        except ValueError as error:  # of names that it would have to take for a part of the stacked experts
+            raise MolaError(
+                f"`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT: {error}"
+            ) from error
     found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     if lost := sorted(set(modules) - found):
         raise MolaError(

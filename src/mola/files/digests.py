@@ -29,9 +29,10 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
     """The sha256 of a folder's weights, in hexadecimal; None without weights.
 
     Raises:
-        MolaError: there are two files of weights, as after saving in another format: PEFT would load the older one.
+        MolaError: there are two files of weights, of which PEFT would load the older one.
     """
-    if all(os.path.isfile(Path(folder, name)) for name in WEIGHTS_FILES):
+    first, second = (Path(folder, name) for name in WEIGHTS_FILES)
+    if first.is_file() and second.is_file() and first.stat().st_mtime_ns < second.stat().st_mtime_ns:
         raise MolaError(
             f"`adapter` must be a folder with one file of weights: {os.fspath(folder)!r} holds "
             f"{' and '.join(WEIGHTS_FILES)}. Remove the older one, and save again."

@@ -33,7 +33,7 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
     trained = None if adapter is None else trained_template(adapter)
     if trained not in (None, asked):
         logger.warning(
-            "The adapter was trained with the prompt template %s and is used with %s: `template` %s is as before.",
+            "The adapter was trained with the prompt template %s and is used with %s. Pass `template` %s for the same.",
             *(trained, asked, trained),
         )
 

@@ -59,7 +59,7 @@ class Shelf:
             raise RequestError(
                 400,
                 "adapters that put tokens before the prompt, or begin at certain tokens of it, cannot be loaded into a "
-                "server that runs: name it in `--adapter`.",
+                "server that runs: name them in `--adapter`.",
                 param="lora_path",
             )
         chat = await run_in_threadpool(own_chat, folder)

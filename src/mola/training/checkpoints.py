@@ -51,7 +51,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     found = checkpoints_in(folder)
     if not limit or limit < 0 or not found:
         return
-    kept = {found[0].resolve(), *([Path(best).resolve()] if best else [])}
+    kept = {found[0].resolve(), *([Path(best).resolve()] if best else [])} & {path.resolve() for path in found}
     others = [path for path in found if path.resolve() not in kept]
     for path in others[max(limit - len(kept), 0) :]:
         shutil.rmtree(path, ignore_errors=True)

@@ -76,9 +76,9 @@ def _check_scheduler(options: TrainOptions, steps: int, *, has_evaluation: bool)
 
 
 def goes_on_with_found_batch(options: TrainOptions, checkpoint: Path) -> None:
-    """Take over the smaller batch that `auto_find_batch_size` had found when a checkpoint was written."""
+    """Take over the batch that `auto_find_batch_size` had found when a checkpoint was written, as the trainer does."""
     found = read_json_object(checkpoint / STATE_FILE).get("train_batch_size")
-    if isinstance(found, int) and 0 < found < options.per_device_train_batch_size:
+    if isinstance(found, int) and found > 0 and found != options.per_device_train_batch_size:
         logger.info("The run goes on with batches of %d samples, which had fitted.", found)
         options.per_device_train_batch_size = found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mola.training.callbacks import (
     ResumedRate,
 )
 from mola.training.checked_run import CheckedRun
-from mola.training.checkpoints import rotate
+from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.compiling import FrozenInput
 from mola.training.digests import CheckpointDigests
 from mola.training.interruption import Interruption
@@ -78,6 +79,8 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
 class MolaTrainer(Trainer):
     """For `TrainOptions`."""
 
+    _hidden_limit: int | None = None
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimiser of the options, with `loraplus_lr_ratio`."""
         is_new = self.optimizer is None
@@ -107,15 +110,47 @@ class MolaTrainer(Trainer):
             loss = torch.tensor(logs["train_loss"], dtype=torch.float32, device=self.args.device)
             logs["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
         super().log(logs, *args, **kwargs)
+        if "train_loss" in logs:  # the last thing before the trainer removes checkpoints
+            self._end_rotation()
+
+    # Transformers removes whatever is called `checkpoint-...` beyond `save_total_limit`: it does not see the limit.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'; of checkpoints only the run's own are removed."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = self._limit()
+
+    def _limit(self) -> int | None:
+        return self._hidden_limit if self.args.save_total_limit is None else self.args.save_total_limit
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._hidden_limit = limit = self._limit()
+        self.args.save_total_limit = None
         try:
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate(Path(str(self.args.output_dir)), limit, self.state.best_model_checkpoint)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        hidden = self.args.save_total_limit
+        self.args.save_total_limit = self._limit()  # the arguments are saved with the weights
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = hidden
+
+    def _end_rotation(self) -> None:
+        """With a limit of one training ends with the best checkpoint alone."""
+        best, self._hidden_limit = self.state.best_model_checkpoint, self._limit()
+        if self.args.should_save and best is not None and self._hidden_limit == 1:
+            for path in checkpoints_in(Path(str(self.args.output_dir))):
+                if path.resolve() != Path(best).resolve():
+                    shutil.rmtree(path, ignore_errors=True)
+        self.args.save_total_limit = None
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Next is the trainer's state, which makes a checkpoint complete: not before all processes have written theirs.

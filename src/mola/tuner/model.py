@@ -17,7 +17,7 @@ from torch import nn
 
 from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
 from mola.architecture.allocation import StackShape
-from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.layer_stacks import LayerStacks, config_of
 from mola.architecture.linears import adaptable
 from mola.architecture.parameters import find_stacks
 from mola.architecture.targets import resolve_target_modules
@@ -54,6 +54,11 @@ class MolaModel(BaseTuner):
     prefix: str = "mola_"
     tuner_layer_cls = (MolaLinear, StackedParameters)  # type: ignore[assignment] # PEFT only asks whether one is such
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; see _prepare_adapter_config
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> Any:
+        """The base model's configuration, as a mapping; PEFT's may be None or an object that is none."""
+        return config_of(model) or {"model_type": "custom"}
 
     # ------------------------------------------------------------------ injection
 
