@@ -36,6 +36,7 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.slow
 def test_compiling_leaves_the_provider_as_it_was(case):
     """The same operators, gradients to the last bit, and the embeddings' output still asks for a gradient."""
     base = load_base(case)

@@ -102,6 +102,7 @@ def test_curves_are_compared_by_steps_and_by_their_ends():
 # ------------------------------------------------------------------ large channels
 
 
+@pytest.mark.slow
 def test_the_suite_outliers_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     small = ("--seq_len", "16", "--repeats", "2", "--warmup", "0", "--dropout", "0.1")

@@ -122,6 +122,7 @@ def test_every_piece_of_a_text_begins_as_a_text_does(tiny_model_dir, tmp_path):
     assert not any(begin in piece[1:] for piece in pieces)
 
 
+@pytest.mark.slow
 def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):
     run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -345,6 +346,7 @@ def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
         assert near[0] < 1.5 * near[1]
 
 
+@pytest.mark.slow
 def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path, run, refusal):
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--dtype", "float32", "--device", "cpu"]
     data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]

@@ -59,6 +59,7 @@ def test_without_it_the_door_is_shut(adapter):
     assert "KeyError: 'MOLA'" in process.stderr
 
 
+@pytest.mark.slow
 def test_processes_of_the_program_have_it_and_nothing_else_changes(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('the user has one, too')\n", encoding="utf-8")
     child = "import peft, os; print('MOLA' in peft.PeftType.__members__, os.environ.get('OMP_WAIT_POLICY'))"

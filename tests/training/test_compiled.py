@@ -144,6 +144,7 @@ def test_router_losses_with_checkpointing_stay_in_graphs(options, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_one_run_asks_for_is_not_done_in_the_next(options):
     """Options of both exist before the first run, as in `mola continual`."""
     first = TrainOptions(**options("first", max_steps=1, torch_compile_backend="eager", warmup_steps=0))

@@ -365,6 +365,7 @@ def test_sampling_that_is_not_resumed_within_an_epoch_is_said(finished, flags, c
     assert "`train_sampling_strategy` group_by_length" in caplog.text
 
 
+@pytest.mark.slow
 def test_killed_while_an_earlier_run_is_removed(driver, flags, whole, tmp_path, capsys):
     folder = shutil.copytree(whole("best")[0], tmp_path / "run")
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-2")
@@ -405,6 +406,7 @@ def test_checkpoint_of_another_folder_does_not_open_a_folder_that_is_in_use(fini
     assert not (other / "checkpoint-5").exists(), "the earlier run is gone, and no step was left to do"
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_found_after_the_folder_was_renamed(driver, flags, whole, tmp_path):
     options = {**RUNS["best"], "save_total_limit": 2}
     driver.kill(flags(tmp_path / "before", **options), path=r"\.saving-.*", operation="mkdir")
@@ -433,7 +435,7 @@ def test_best_checkpoint_that_is_gone_is_an_error(whole, flags, tmp_path, capsys
     "5.24",
     "older ones may evaluate once more after such a signal; nothing between 5.2 and it was tried",
 )
-@pytest.mark.parametrize("strategy", [pytest.param("epoch", marks=pytest.mark.slow), "best"])
+@pytest.mark.parametrize("strategy", slow("epoch", "best"))
 def test_signal_at_the_end_of_an_epoch_writes_one_checkpoint_and_keeps_it(driver, flags, whole, tmp_path, strategy):
     """The log line of step 5 brings the signal, step 6 is the last of its epoch and not the best one."""
     folder = tmp_path / "run"

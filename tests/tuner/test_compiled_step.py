@@ -94,6 +94,7 @@ def test_one_graph_under_autocast(dtype):
     assert {output.logits.dtype for output in outputs} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_in_one_graph():
     model, batch = make(lora_dropout=0.05), token_batch(padding=2)
     forward = compiled(model)
@@ -116,6 +117,7 @@ def test_graphs_do_not_grow_with_the_lengths_of_batches(dynamic, expected):
     assert graphs() == expected
 
 
+@pytest.mark.slow
 def test_router_losses_need_no_second_graph():
     model, batch = make(**LOSSES), token_batch(padding=2)
     forward = compiled(model)

@@ -91,6 +91,7 @@ print(apply_gates(torch.ones(1, 8), torch.ones(2, 8), torch.ones(2, 1), settings
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_code_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
     jit_decode = importlib.import_module("mola.tuner.kernels.cpu.jit_decode")
     real = numba.njit

@@ -32,7 +32,8 @@ def run_cases(expression, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["not slow", "slow"])
 def test_in_the_interpreter(part):
     run_cases(part, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
@@ -47,6 +48,7 @@ def test_on_a_gpu():
 @needs_triton
 @needs_compiler
 @needs_fake_devices
+@pytest.mark.slow
 def test_whole_steps_on_fake_cuda_tensors_never_wait_for_the_device():
     output = run("tests.tuner.kernels.gpu.fake")
     assert output.count("no sync") == 10
