@@ -52,6 +52,19 @@ def test_only_a_runs_own_checkpoints_are_removed(tmp_path):
     assert len(checkpoints_in(tmp_path)) == 2
 
 
+@pytest.fixture
+def options_of(tiny_model_dir, rows_file, tmp_path):
+    """Options of a run of four steps in Python; those given extend them."""
+
+    def build(**more):
+        places = {"base_model": tiny_model_dir, "data": rows_file, "output_dir": tmp_path / "run"}
+        values = {"num_experts": "2,", "r": "2", "max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0}
+        values |= {"use_cpu": True, "disable_tqdm": True}
+        return TrainOptions(**{name: str(place) for name, place in places.items()}, **values, **more)
+
+    return build
+
+
 class KeepsACopy(TrainerCallback):
     def __init__(self, folder):
         self.folder = folder
@@ -62,24 +75,14 @@ class KeepsACopy(TrainerCallback):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_a_copy_of_a_checkpoint_stays(limit, tiny_model_dir, rows_file, tmp_path):
-    options = TrainOptions(
-        base_model=str(tiny_model_dir),
-        data=str(rows_file),
-        output_dir=str(tmp_path / "run"),
-        num_experts="2,",
-        r="2",
-        max_steps=4,
+def test_a_copy_of_a_checkpoint_stays(limit, options_of, tmp_path):
+    options = options_of(
         save_strategy="steps",
         save_steps=1,
         save_total_limit=limit,
         eval_strategy="steps",
         eval_steps=1,
         validation_size=2,
-        learning_rate=1e-2,
-        warmup_steps=0,
-        use_cpu=True,
-        disable_tqdm=True,
     )
     result = train(options, [KeepsACopy(tmp_path / "run")])
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
@@ -126,7 +129,7 @@ def test_optimizers_that_train_other_weights_are_asked_for_those_that_count(aske
     assert calls == (["eval"] if asked else [])
 
 
-def test_weights_of_a_schedule_free_optimizer_are_its_averages(tiny_model_dir, rows_file, tmp_path, monkeypatch):
+def test_weights_of_a_schedule_free_optimizer_are_its_averages(options_of, tmp_path):
     pytest.importorskip("schedulefree", reason="needs schedulefree")
     found = {}
 
@@ -135,21 +138,11 @@ def test_weights_of_a_schedule_free_optimizer_are_its_averages(tiny_model_dir, r
             found["trains"] = [group["train_mode"] for group in optimizer.param_groups]
             found["weights"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    options = TrainOptions(
-        base_model=str(tiny_model_dir),
-        data=str(rows_file),
-        output_dir=str(tmp_path / "run"),
-        num_experts="2,",
-        r="2",
-        max_steps=4,
+    options = options_of(
         optim="schedule_free_adamw",
         lr_scheduler_type="constant",
-        learning_rate=1e-2,
         eval_strategy="no",
         save_strategy="no",
-        warmup_steps=0,
-        use_cpu=True,
-        disable_tqdm=True,
     )
     train(options, [Looks()])
     assert not any(found["trains"])

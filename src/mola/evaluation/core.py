@@ -142,7 +142,7 @@ def _why_one_by_one(model: Any, longest: int) -> str | None:
         return "positions of this model depend on a batch's longest sample"
     if getattr(model.config, "model_type", None) in _SEE_PADDING:
         return "models of this kind see the padding of a batch"
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+    if predicting.prompt_learning(model):
         return "between virtual tokens and a prompt there would be padding"
     return None
 

@@ -69,11 +69,15 @@ def max_positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def prompt_learning(model: Any) -> list[Any]:
+    """Configurations of a model's adapters that put virtual tokens before a prompt."""
+    return [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
+
+
 def positions_left(model: Any) -> int | None:
     """Longest text a loaded model takes: virtual tokens that an adapter puts before it have positions, too."""
     limit = max_positions(model.config)
-    configs = getattr(model, "peft_config", {}).values()
-    taken = [config.num_virtual_tokens or 0 for config in configs if config.is_prompt_learning]
+    taken = [config.num_virtual_tokens or 0 for config in prompt_learning(model)]
     return limit if limit is None else limit - max(taken, default=0)
 
 

@@ -49,17 +49,17 @@ def cost_of_allocation(
     num_layers = count_decoder_layers(model, base_model)
     targets = names_between_commas(target_modules)
     linears = linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets))
+    chosen = resolve_per_layer(top_k, num_layers, "top_k")
     result = plan_allocation(
         linears,
         resolve_per_layer(num_experts, num_layers, "num_experts"),
-        resolve_per_layer(top_k, num_layers, "top_k"),
+        chosen,
         resolve_per_layer(r, num_layers, "r"),
         num_experts_pattern=num_experts_pattern,
         rank_pattern=rank_pattern,
         stacks=find_stacks(model, target_parameters or []),
     )
     if with_kernels:
-        chosen = resolve_per_layer(top_k, num_layers, "top_k")
         result = replace(result, kernels=_kernels(linears, result, chosen, num_experts_pattern, rank_pattern))
     # `parameters()` yields a tied embedding once.
     return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))

@@ -64,8 +64,9 @@ class Writer:
         elif self._send is not None or self._stops:
             self._write(self._unchangeable(), is_final=False)
             is_late = self._decoder.takes_back_spaces or self._decoder.is_byte(token_id)
-            if is_late and any(stop in self._decoded() for stop in self._stops):
-                self._stopped = True
+            if is_late and self._stops:
+                text = self._decoded()
+                self._stopped = self._stopped or any(stop in text for stop in self._stops)
         return not self._stopped
 
     def finish(self) -> str:

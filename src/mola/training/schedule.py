@@ -42,11 +42,11 @@ def check_steps(options: TrainOptions, data: TrainingData) -> int:
             f"({num_samples} samples, effective batch {effective_batch_size(options)}). Lower `warmup_steps` (below 1 "
             "it is a share of the run), train longer, or use smaller batches."
         )
-    _check_scheduler(options, steps, has_evaluation=data.evaluation is not None)
+    _check_scheduler(options, warmup, steps, has_evaluation=data.evaluation is not None)
     return steps
 
 
-def _check_scheduler(options: TrainOptions, steps: int, *, has_evaluation: bool) -> None:
+def _check_scheduler(options: TrainOptions, warmup: int, steps: int, *, has_evaluation: bool) -> None:
     """Whether the learning rate's schedule can be made, and is ever asked.
 
     Raises:
@@ -64,7 +64,7 @@ def _check_scheduler(options: TrainOptions, steps: int, *, has_evaluation: bool)
         get_scheduler(
             options.lr_scheduler_type,
             optimizer=optimizer,
-            num_warmup_steps=options.get_warmup_steps(steps),
+            num_warmup_steps=warmup,
             num_training_steps=steps,
             scheduler_specific_kwargs=kwargs,
         )

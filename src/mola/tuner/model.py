@@ -24,6 +24,7 @@ from mola.architecture.targets import resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.frozen import flags_kept
+from mola.tuner.heads import add_head
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.merging import check_not_replicated, check_own_weights
@@ -36,9 +37,6 @@ from mola.tuner.replication import replicated_layers
 from mola.tuner.rescaling import stop_rescaling
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
-
-_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_OTHER_HEADS = ("classification_head", "logits_proj")  # of sequence classifiers, which PEFT does not know
 
 
 class MolaModel(BaseTuner):
@@ -93,7 +91,7 @@ class MolaModel(BaseTuner):
         found = getattr(getattr(model, "config", None), "model_type", None)
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
-        self._add_head(model, config, self._is_new)
+        add_head(model, config, self._is_new)
         with replicated_layers(model, config.layer_replication):
             self._inject(model, adapter_name, config, *args, **kwargs)
         stop_rescaling(model)
@@ -135,16 +133,6 @@ class MolaModel(BaseTuner):
             "`add_weighted_adapter` cannot add up mixtures, whose routers choose for themselves. `mola convert --to "
             "lora` makes LoRAs of them, which PEFT adds up, and `mola convert --from lora` a mixture of LoRAs."
         )
-
-    @staticmethod
-    def _add_head(model: nn.Module, config: MolaConfig, is_new: bool) -> None:
-        # PEFT writes the heads of these tasks into the user's object, after it has been copied here.
-        known = _HEADS.get(config.task_type, ())
-        if config.task_type == "SEQ_CLS" and is_new:
-            known = tuple(name for name in _OTHER_HEADS if hasattr(model, name))
-        heads = [name for name in known if name not in (config.modules_to_save or ())]
-        if heads:
-            config.modules_to_save = [*(config.modules_to_save or ()), *heads]
 
     def _find_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
         if not config.target_parameters:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from mola._compat import cache_argument, set_adapter_to_infer
 from mola.generation.batching.cache import RowCache
-from mola.generation.predicting import base_of, inference_state, last_positions, longest_of_one_rope
+from mola.generation.predicting import base_of, inference_state, last_positions, longest_of_one_rope, prompt_learning
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def why_not_batched(model: Any) -> str | None:
     """Why answers of a model are made one after the other; None if rows can come and go."""
-    if isinstance(model, PeftModel) and _puts_tokens_before(model):
+    if isinstance(model, PeftModel) and prompt_learning(model):
         return "its adapter puts tokens before the prompt"
     if isinstance(model, PeftModel) and any(waits_for_tokens(config) for config in model.peft_config.values()):
         return "its adapter begins at certain tokens of the prompt"
@@ -38,10 +38,6 @@ def why_not_batched(model: Any) -> str | None:
 def waits_for_tokens(config: Any) -> bool:
     """Whether it is an activated LoRA, which looks for its invocation tokens in what a forward pass is given."""
     return bool(getattr(config, "alora_invocation_tokens", None))
-
-
-def _puts_tokens_before(model: PeftModel) -> bool:
-    return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 _UNKNOWN: Any = object()
@@ -69,7 +65,7 @@ class Adapters:
         self.can_mix = is_adapted and self._can_mix()
 
     def _can_mix(self) -> bool:
-        if _puts_tokens_before(self.model) or why_not_mixed(self.model.base_model) is not None:
+        if prompt_learning(self.model) or why_not_mixed(self.model.base_model) is not None:
             return False
         if RowAdapters.suits(self.model.base_model):
             return True
