@@ -1,7 +1,7 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests: what a change is likely to break (five minutes on two cores)
 # make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
-# make test-min     the same with the lowest versions that pyproject.toml allows
+# make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows
 # make test-mid     the same with versions in between
 # make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)

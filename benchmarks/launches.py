@@ -84,7 +84,7 @@ def count(provider: str, num_experts: int, adapters: torch.dtype, dropout: float
     """
     with FakeTensorMode(), torch.random.fork_rng([]), autocast(adapters):
         x = torch.empty(1 if decode else 512, IN, device="cuda", dtype=torch.bfloat16, requires_grad=not decode)
-        forward, parameters = _build(provider, num_experts, adapters, 0.0 if decode else dropout)
+        forward, parameters = _build(provider, num_experts, adapters, 0.0 if decode else dropout, trained=not decode)
         passes: list[list[str]] = [[]]
         with torch.set_grad_enabled(not decode), triton_counted(lambda: passes[-1]):
             for _ in range(2 if decode else 1):
@@ -99,7 +99,9 @@ def count(provider: str, num_experts: int, adapters: torch.dtype, dropout: float
     return passes
 
 
-def _build(provider: str, num_experts: int, adapters: torch.dtype, dropout: float) -> tuple[Any, list[Any]]:
+def _build(
+    provider: str, num_experts: int, adapters: torch.dtype, dropout: float, *, trained: bool
+) -> tuple[Any, list[Any]]:
     weight = torch.empty(OUT, IN, device="cuda", dtype=torch.bfloat16)
     if provider == "frozen":
         return lambda x: nn.functional.linear(x, weight), []
@@ -107,9 +109,9 @@ def _build(provider: str, num_experts: int, adapters: torch.dtype, dropout: floa
         model = _lora(adapters, dropout)
         return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
     experts_A, experts_B = (
-        torch.empty(num_experts, R, size, device="cuda", dtype=adapters, requires_grad=True) for size in (IN, OUT)
+        torch.empty(num_experts, R, size, device="cuda", dtype=adapters, requires_grad=trained) for size in (IN, OUT)
     )
-    router = torch.empty(num_experts, IN, device="cuda", requires_grad=True)
+    router = torch.empty(num_experts, IN, device="cuda", requires_grad=trained)
     settings = MixtureSettings(TOP_K, 2.0, torch.bfloat16, dropout)
     backend: Backend = Dense() if provider == "dense" else _triton()
 

@@ -1,9 +1,9 @@
 """`python -m benchmarks.serve_endurance`: does `mola serve` stay as it was under mixed load?
 
-Clients of six kinds at once, each sending its next request when the last one has ended: streams and whole answers that
-are compared with `mola.generate_text`, sampled ones with a seed, clients that leave after the first text, prompts of
-hundreds of tokens, requests that are wrong, and one that loads, asks and unloads adapters. Memory of the server is read
-every few seconds; the time of one answer is taken before and after.
+Clients of seven kinds at once, each sending its next request when the last one has ended: streams and whole answers
+that are compared with `mola.generate_text`, sampled ones with a seed, clients that leave after the first text,
+prompts of hundreds of tokens, requests that are wrong, and one that loads, asks and unloads adapters. Memory of the
+server is read every few seconds; the time of one answer is taken before and after.
 """
 
 from __future__ import annotations

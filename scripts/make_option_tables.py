@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def _cell(text: str) -> str:
 
 def _kind(kind: Any) -> str:
     """A word for the kind; an optional value is shown by its kind alone, since the default says the rest."""
-    kinds = [part for part in (typing.get_args(kind) or (kind,)) if part is not type(None)]
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = [part for part in (typing.get_args(kind) if is_union else (kind,)) if part is not type(None)]
     if any(typing.get_origin(part) is dict for part in kinds):
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}

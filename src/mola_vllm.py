@@ -30,10 +30,10 @@ def register() -> None:
         def __new__(cls, load_config: Any) -> Any:
             import vllm
 
-            from mola.integrations.vllm import check_version
+            from mola.integrations.vllm_server import check_version
 
             check_version(vllm.__version__)
-            from mola.integrations.vllm.loader import MixtureLoader
+            from mola.integrations.vllm_server.loader import MixtureLoader
 
             return MixtureLoader(load_config)
 

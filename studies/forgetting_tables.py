@@ -10,6 +10,7 @@ import numpy as np
 from mola.evaluation.differences import Difference, Part, paired_difference, t_interval
 from mola.reporting.formatting import computers, duration, markdown_table
 from mola.studies.comparison.marks import as_numbers
+from mola.studies.comparison.notes import few_seeds
 from mola.studies.comparison.tables import interval_cell, p_cell
 
 NO_RESULT = "There is no result yet."
@@ -90,7 +91,8 @@ def chosen_rate(record: Mapping[str, Any], recipe: str) -> float | None:
     }
     if any(len(values) < len(settings["tuning_seeds"]) for values in found.values()):
         return None
-    return max(found, key=lambda rate: float(np.mean(found[rate])))
+    # Means of as many right answers differ in their last digits.
+    return max(found, key=lambda rate: round(float(np.mean(found[rate])), 9))
 
 
 def _choice(rate: float | None, rates: Sequence[float]) -> str:
@@ -148,8 +150,8 @@ def _sequences_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> s
 
 def _comparison_table(record: Mapping[str, Any]) -> str:
     header = ("measure", "recipe", "less", "pairs", "points", "95 %", "joint 95 %", "p", "verdict")
-    rows = []
-    for measure, recipe, other, found in comparisons(record):
+    rows, every = [], comparisons(record)
+    for measure, recipe, other, found in every:
         cells = [MEASURES[measure], recipe, other, found.seeds, f"{100 * found.value:+.1f}"]
         cells += [interval_cell(found.both_95), interval_cell(found.joint_95), p_cell(found.p_adjusted)]
         cells.append(found.verdict if found.seeds > 1 else "too few pairs")
@@ -159,6 +161,7 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
         f"and the joint interval count all {len(rows)} comparisons (Bonferroni). A higher OP is better, and so is "
         "a higher PD: less is forgotten."
     )
+    note = " ".join([note, *few_seeds(each.difference.seeds for each in every if each.difference.seeds > 1)])
     return f"### Differences\n\n{markdown_table(header, rows)}\n\n{note}"
 
 

@@ -214,7 +214,8 @@ def test_left_keeps_bos_and_the_whole_answer(name):
     samples = [example("w" * 50, "A rather long answer.")]
     full = encode(samples, tokenizer)[0][0]
     answer, special = len(trained(full)), int(name != "nothing")
-    for cutoff_len in (answer + special, answer + special + 7, full["length"] - 1):
+    least = answer + 1  # no token predicts the first one
+    for cutoff_len in (least, least + 7, full["length"] - 1):
         dataset, report = encode(samples, tokenizer, cutoff_len=cutoff_len, truncation="left")
         row = dataset[0]
         assert row["length"] == cutoff_len
@@ -222,8 +223,8 @@ def test_left_keeps_bos_and_the_whole_answer(name):
         kept = cutoff_len - special
         assert row["input_ids"] == full["input_ids"][:special] + full["input_ids"][-kept:]
         assert (report.truncated, report.answer_cut, report.dropped) == (1, 0, 0)
-    with pytest.raises(MolaError, match=f"`r0` needs {answer + special} tokens without its prompt"):
-        encode(samples, tokenizer, cutoff_len=answer + special - 1, truncation="left")
+    with pytest.raises(MolaError, match=f"`r0` needs {least} tokens without its prompt"):
+        encode(samples, tokenizer, cutoff_len=least - 1, truncation="left")
 
 
 @pytest.mark.parametrize("name", ["bos", "bos-eos", "slow"])

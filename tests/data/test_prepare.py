@@ -432,3 +432,45 @@ def test_options_parse_from_flags():
     ]
     (options,) = parser.parse_args_into_dataclasses(flags)
     assert options == PrepareOptions("sample", "o", seed=3, test_size=9, overwrite_output_dir=True)
+
+
+def french(tmp_path, **changes):
+    """A task that reads the columns that it writes."""
+    layout = {"name": "french", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
+    layout |= {"instruction": "Into French: {instruction}", "output": "It is {output}.", **changes}
+    (tmp_path / "french.yaml").write_text(yaml.safe_dump(layout))
+    return str(tmp_path / "french.yaml")
+
+
+def test_raw_rows_that_look_prepared_are_not_taken_for_it_where_filters_tell(tmp_path):
+    task = load_task(french(tmp_path, filters={"language": "en"}))
+    rows = [{"id": i, "instruction": f"Q{i}", "input": "", "output": "x", "language": "en"} for i in range(3)]
+    assert len(load_examples(write(tmp_path, rows), task, None)) == 3
+    rows[1]["language"] = "de"
+    with pytest.raises(
+        MolaError, match="row 1 .*`language` 'de', which.*`french` leave out.*rename or drop its column"
+    ):
+        load_examples(write(tmp_path, rows), task, None)
+
+
+def test_rows_do_not_go_through_a_task_that_reads_input_twice(tmp_path):
+    task = french(tmp_path, columns=["input", "target"], instruction="{input}", output="{target}")
+    raw = write(tmp_path, [{"input": f"Q{i}", "target": f"x{i}"} for i in range(3)])
+    prepare(PrepareOptions(task, str(tmp_path / "new"), data=str(raw)))
+    (written,) = (tmp_path / "new").glob("*.json")
+    assert [row["instruction"] for row in read_rows(written)] == ["Q0", "Q1", "Q2"]
+    with pytest.raises(MolaError, match="did not go through the task `french` before"):
+        prepare(PrepareOptions(task, str(tmp_path / "again"), data=str(written)))
+
+
+def test_a_split_without_rows_stays(tmp_path):
+    prepare(PrepareOptions("sample", str(tmp_path / "sample"), train_size=3, validation_size=0, test_size=2))
+    data = str(tmp_path / "sample" / "dataset.hf")
+    layout = {"columns": ["instruction", "answer"], "instruction": "{instruction}", "output": "{answer}"}
+    splits = {
+        name: datasets.load_from_disk(data)[name].remove_columns(["input", "output"])
+        for name in ("train", "validation")
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "raw"), num_shards={"train": None, "validation": 1})
+    result = prepare(PrepareOptions(french(tmp_path, **layout), str(tmp_path / "new"), data=str(tmp_path / "raw")))
+    assert result["splits"] == {"train": {"rows": 3, "filtered": 0}, "validation": {"rows": 0, "filtered": 0}}

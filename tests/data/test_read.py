@@ -42,6 +42,25 @@ def test_json_files_keep_values_as_they_are(tmp_path, name, mark):
     assert split_names(path) == []
 
 
+@pytest.mark.skipif(not hasattr(pyarrow, "json_"), reason="this pyarrow has no type for JSON texts")
+def test_values_of_mixed_kinds_are_what_they_were(tmp_path):
+    """Datasets stores them as texts in JSON, also inside of lists and mappings."""
+    mixed = ["It is\nfour", 4, None, {"a": [1]}]
+    encoded = pyarrow.array([None if value is None else json.dumps(value) for value in mixed]).cast(pyarrow.json_())
+    lists = pyarrow.ListArray.from_arrays([0, 2, 2, 3, 4], encoded)
+    inside = pyarrow.StructArray.from_arrays([encoded, pyarrow.array([1, 2, 3, 4])], ["any", "number"])
+    table = pyarrow.table({"output": encoded, "choices": lists, "more": inside, "plain": ["a", "b", "c", "d"]})
+    expected = [
+        {"output": value, "choices": choices, "more": {"any": value, "number": number}, "plain": plain}
+        for value, choices, number, plain in zip(
+            mixed, [mixed[:2], [], mixed[2:3], mixed[3:]], (1, 2, 3, 4), "abcd", strict=True
+        )
+    ]
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == expected
+    assert list(_batches(datasets.Dataset(table), None)) == expected
+
+
 @given(rows=st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.lists(st.text())), min_size=1))
 def test_json_lines_round_trip(tmp_path_factory, rows):
     path = write(tmp_path_factory.mktemp("rows") / "a.jsonl", json_lines(rows))

@@ -284,6 +284,13 @@ def test_malformed_key_is_named(tmp_path, changes, message):
         load_task(write_task(tmp_path, changes))
 
 
+def test_a_column_called_options_is_that_of_the_source_where_the_answer_is_a_word(tmp_path):
+    changes = {"columns": ["sentence1", "options", "label"], "instruction": "{sentence1} {options}"}
+    task = load_task(write_task(tmp_path, changes))
+    row = {"sentence1": "Is it?", "options": "Yes, if agreed; No, if not", "label": 1}
+    assert task.example(row, 0)["instruction"] == "Is it? Yes, if agreed; No, if not"
+
+
 @pytest.mark.parametrize("key", ["name", "version", "template", "columns", "instruction", "output"])
 def test_missing_key_is_named(tmp_path, key):
     with pytest.raises(MolaError, match=f"the key `{key}` is missing"):

@@ -79,3 +79,11 @@ def test_it_is_not_run_unasked(name, base, capsys):
         "comes with code of its own, which would have to be run. Look at it, and pass --trust_remote_code"
         in capsys.readouterr().err
     )
+
+
+def test_labels_that_transformers_would_not_shift_are_not_smoothed(base, data, tmp_path, capsys):
+    asked = {"base_model": base, "trust_remote_code": "true", "task": "sample", "data": data / "train.json"}
+    assert run("train", **asked, output_dir=tmp_path / "run", label_smoothing_factor=0.1) == 2
+    assert "`label_smoothing_factor` (0.1) cannot be used with the base model's own class OwnForCausalLM" in (
+        capsys.readouterr().err
+    )

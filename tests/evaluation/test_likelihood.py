@@ -57,6 +57,26 @@ def test_option_log_probabilities_of_several_tokens_match_the_definition(tiny_mo
             assert math.isclose(value, expected, rel_tol=1e-4, abs_tol=1e-4)
 
 
+def test_the_options_of_a_sample_that_is_asked_alone_are_not_padded(tiny_model, tiny_tokenizer, monkeypatch):
+    """Models that see padding are asked so."""
+    sample, other = ["Is it? Yes", "Is it? Yellow", "Is it? No"], ["Up? a", "Up? b"]
+    rows, original = [], tiny_model.forward
+
+    def forward(attention_mask, **arguments):
+        rows.append(attention_mask)
+        return original(attention_mask=attention_mask, **arguments)
+
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    with predicting.inference_state(tiny_model):
+        (alone,) = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [sample])
+        assert len(rows) > 1
+        assert all(mask.all() for mask in rows)
+        rows.clear()
+        together = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [sample, other])
+    assert len(rows) == 1
+    assert alone == pytest.approx(together[0], rel=1e-4)
+
+
 def test_around_answer_is_the_place_the_task_reads(task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "A fern. The answer is A. So A it is."}
     assert around_answer(example, task)[0] == "A fern. The answer is "

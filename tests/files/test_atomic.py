@@ -22,11 +22,17 @@ def test_text_replaces_an_existing_file(tmp_path):
     assert target.read_text() == "new"
 
 
-def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(step, tmp_path, monkeypatch):
     target = tmp_path / "result.txt"
     target.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        atomic_write_text(target, "x" * 100_000 + "\ud800")  # a lone surrogate has no UTF-8 form
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write_text(target, "x" * 100_000)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["result.txt"]
 
@@ -82,3 +88,10 @@ def test_check_writable_refuses_a_read_only_folder(tmp_path):
             check_writable(tmp_path / "result.json")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(MolaError, match="is a device or a pipe"):
+            atomic_write_text(place, "x")

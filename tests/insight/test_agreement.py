@@ -78,3 +78,16 @@ def test_modules_that_run_several_times_are_one_each():
     assert counter.modules == ["module 0", "module 1"]
     together = [torch.cat(pair) for pair in zip(first, second, strict=True)]
     assert torch.equal(counter.cramers_v(), measured(together, [3, 2]))
+
+
+def test_modules_that_see_other_tokens_in_some_pass_are_left_out():
+    """As the experts of a base model's own, whatever it was in the first pass."""
+    first = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 0]), torch.tensor([0, 1, 1, 0])]
+    second = [torch.tensor([2, 2, 1, 0, 1]), torch.tensor([0, 1]), torch.tensor([0, 1, 0, 1, 1])]
+    counter = AgreementCounter()
+    counter.add(modules(first, [3, 2, 2]))
+    counter.add(modules(second, [3, 2, 2]))
+    counter.add([each for each in modules(first, [3, 2, 2]) if each.module != "module 1"])
+    assert counter.modules == ["module 0", "module 2"]
+    together = [torch.cat([first[place], second[place], first[place]]) for place in (0, 2)]
+    assert torch.equal(counter.cramers_v(), measured(together, [3, 2]))

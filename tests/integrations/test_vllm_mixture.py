@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mola.errors import MolaError
-from mola.integrations.vllm.mixture import FusedMixture, Part, PartSettings
-from mola.integrations.vllm.sharding import Shard, of_inputs, of_outputs, shards_of
+from mola.integrations.vllm_server.mixture import FusedMixture, Part, PartSettings
+from mola.integrations.vllm_server.sharding import Shard, of_inputs, of_outputs, shards_of
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 IN, TOKENS = 24, 7

@@ -84,3 +84,19 @@ def train(model, family, steps):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_experts_in_stacks_take_no_more_memory_than_before(family, tmp_path):
+    """Nothing packs them: in float32 they would be larger than in the unquantised model."""
+    build(family).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = quantised(tmp_path / "base", "nf4", torch.bfloat16)
+    stacks = {name: parameter for name, parameter in base.named_parameters() if parameter.dim() == 3}
+    assert stacks
+    model = adapt(prepare_for_training(base), family, lora_dropout=0.0)
+    assert {parameter.dtype for parameter in stacks.values()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in stacks.values())
+    assert base.model.norm.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = train(model, family, steps=8)
+    assert losses[-1] < losses[0]

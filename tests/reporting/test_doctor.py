@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -342,3 +343,18 @@ def test_damaged_telemetry_is_refused_by_name(finished_run, tmp_path):
         doctor(DoctorOptions(str(folder)))
     with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
         doctor(DoctorOptions(str(tmp_path)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_lucky_first_batch_is_no_high_rate(seed, finished_run, tmp_path):
+    """Healthy losses of single batches, logged at every step."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    draw = random.Random(seed)
+    losses(folder, [0.1, *(max(0.05, draw.gauss(1.1 - step / 4000, 0.4)) for step in range(400))])
+    assert "learning rate too high" not in [each.name for each in doctor(DoctorOptions(str(folder)))]
+
+
+def test_a_run_that_goes_on_and_gets_worse_from_its_first_entry(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    losses(folder, [0.5, *(0.5 + 2.5 * min(1, step / 20) for step in range(1, 100))])
+    assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]

@@ -245,3 +245,22 @@ def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, cap
     assert "must be a new file" in capsys.readouterr().err
     assert run(tiny_model_dir, adapter, sample, "--limit", 0) == 2
     assert "`limit` must be at least 1" in capsys.readouterr().err
+
+
+def test_modules_that_see_other_tokens_are_counted_in_all(tiny_model_dir, adapter, sample, tmp_path, monkeypatch):
+    """As each expert of a base model's own does, if it is a linear."""
+    name = {}
+
+    def routed(model, ids):
+        first, *others = gates_of_tokens(model, ids)
+        name["first"] = first.module
+        return [first._replace(gates=first.gates[:3], entropies=first.entropies[:3]), *others]
+
+    monkeypatch.setattr("mola.insight.inspection.gates_of_tokens", routed)
+    output = tmp_path / "experts.json"
+    assert run(tiny_model_dir, adapter, sample, "--limit", 2, "--json", output, "--examples", 1) == 0
+    found = json.loads(output.read_text())
+    (first,) = [row for row in found["usage"]["all"] if row["module"] == name["first"]]
+    assert first["num_tokens"] == 2 * 3
+    assert name["first"] not in {row["module"] for row in found["usage"]["answer"]}
+    assert len(found["usage"]["answer"]) == len(found["usage"]["all"]) - 1

@@ -201,8 +201,35 @@ def test_accuracy_is_added_afterwards(run_folder, tmp_path):
     file.write_text(json.dumps(result), encoding="utf-8")
     assert write_model_card(run_folder, [file]) == run_folder / "README.md"
     text = ModelCard.load(run_folder / "README.md").text
-    assert "| accuracy, sample, 40 samples of `a\\|b.json` | 75.0% | 60.0% to 86.0%, scoring generate |" in text
+    row = "sample, 40 samples of `a\\|b.json` | 75.0% | 60.0% to 86.0%, scoring generate |"
+    assert f"| accuracy, base model alone, {row}" in text
     assert "not measured" not in text
+    result["settings"]["adapter"] = "runs/first/"
+    file.write_text(json.dumps(result), encoding="utf-8")
+    write_model_card(run_folder, [file])
+    assert f"| accuracy, with `first`, {row}" in ModelCard.load(run_folder / "README.md").text
+
+
+def test_its_code_loads_the_base_as_the_run_did(finished):
+    record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    record["repository"] = "me/adapter"
+    record["settings"].update(base_model="base", trust_remote_code=True, hub_revision="trial")
+    text = render_card(finished, record)
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter", revision="trial", trust_remote_code=True)' in text
+    assert 'AutoModelForCausalLM.from_pretrained("base", trust_remote_code=True)' in text
+    assert 'PeftModel.from_pretrained(base, "me/adapter", revision="trial")' in text
+    record["settings"].update(trust_remote_code=False, hub_revision=None, gguf_file="model.Q4_1.gguf")
+    text = render_card(finished, record)
+    assert "AutoPeftModel" not in text  # which cannot be told the file
+    assert 'AutoModelForCausalLM.from_pretrained("base", gguf_file="model.Q4_1.gguf")' in text
+
+
+def test_processes_of_a_launcher_are_said(finished):
+    record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    assert "processes" not in render_card(finished, record)
+    text = render_card(finished, {**record, "processes": 2})
+    assert "| processes | 2 |" in text
+    assert "Started in 2 processes by a launcher such as torchrun; each ran:" in text
 
 
 @pytest.mark.parametrize("content", ["{}", "no json", None])

@@ -225,6 +225,18 @@ def test_numbers_of_layers_are_those_of_the_configuration(run_dir):
     save_adapter(base, folder, config)
     layers = read_adapter_weights(folder).layers
     assert [layer.num_experts for layer in layers] == [2, 2, 1, 1]
+    assert [layer.experts_said for layer in layers] == ["2–6", "2", "1", "1"]
+
+
+def test_mixtures_in_some_modules_only(run_dir):
+    """Neither the layer's own number nor the sum of those is that of the mixtures."""
+    config = MolaConfig(num_experts=1, num_experts_pattern={"mlp.*": 4}, top_k=2, r=2, task_type="CAUSAL_LM")
+    save_adapter(json.loads((run_dir / "run.json").read_text())["settings"]["base_model"], run_dir, config)
+    found = page_of(run_dir)
+    assert "LoRA experts in 4 layers" in found.root.one("header").text
+    assert "per kind of module" not in found.root.one("header").text
+    cells = found.section("allocation").one("table").all("tr")[1].all("td")
+    assert [cell.text for cell in cells[:2]] == ["1–4", "2"]
 
 
 def check_command(text):
@@ -441,6 +453,35 @@ def test_the_command_for_a_missing_result_asks_as_the_other_was_asked(run_dir):
     assert {name: getattr(options, name) for name in asked} == asked
 
 
+def test_the_command_for_a_missing_result_has_the_rows_and_prompts_of_the_other(run_dir):
+    asked = {"template": "vicuna", "filters": {"category": ["Tense"]}, "split": "validation"}
+    change(run_dir / "before.json", lambda result: result["settings"].update(asked))
+    (run_dir / "after.json").unlink()
+    (run_dir / "inspect.json").unlink()
+    for section, wanted in (("accuracy", EvaluateOptions), ("gates", InspectOptions)):
+        (command,) = {each.text for each in page_of(run_dir).section(section).all("pre")}
+        options = parse(wanted, shlex.split(command)[2:], prog="")
+        given = {name: getattr(options, name) for name in asked}
+        given["filters"] = json.loads(given["filters"]) if isinstance(given["filters"], str) else given["filters"]
+        assert given == asked
+
+
+def test_prompts_of_a_run_without_a_task_are_asked_for(run_dir):
+    for name in ("before.json", "after.json"):
+        (run_dir / name).unlink()
+    (run_dir / "inspect.json").unlink()
+    change(run_dir / "run.json", lambda record: record.update(template="alpaca"))
+    change(run_dir / "run.json", lambda record: record["settings"].update(task=None, template=None))
+    for command in (each.text for each in page_of(run_dir).section("accuracy").all("pre")):
+        assert "--template alpaca" in command
+
+
+def test_results_in_each_others_place_are_said(run_dir):
+    assert "not what the page takes it for" not in page_of(run_dir).section("accuracy").text
+    change(run_dir / "after.json", lambda result: result["settings"].update(adapter=None))
+    assert "after was measured without an adapter" in page_of(run_dir).section("accuracy").text
+
+
 def test_old_results_are_said(run_dir, caplog):
     (run_dir / "adapter_model.safetensors").touch()
     page_of(run_dir)
@@ -538,6 +579,12 @@ def test_layers_without_experts_are_no_neighbours(run_dir):
 def test_damaged_weights_are_not_reported_on(run_dir):
     flip_bit(run_dir / "adapter_model.safetensors", 8 * 10_000)
     with pytest.raises(MolaError, match="damaged"):
+        page_of(run_dir)
+
+
+def test_a_damaged_configuration_is_not_taken_for_no_adapter(run_dir):
+    (run_dir / "adapter_config.json").write_text('{"peft_type": "MO')
+    with pytest.raises(MolaError, match="adapter_config.json' cannot be read"):
         page_of(run_dir)
 
 

@@ -235,6 +235,7 @@ def test_wrong_options_are_refused(fields, message, options):
 
 
 def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
+    caplog.set_level("INFO", logger="mola")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options.port = taken.getsockname()[1]
         with pytest.raises(MolaError, match=f"`port` {options.port} cannot be listened on"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from importlib import util
 
@@ -57,6 +58,30 @@ def test_command_serves_the_base_model_alone(became, tiny_model_dir):
     assert json.loads(value_of(command, "--override-generation-config"))["max_new_tokens"] == 7
     assert "--trust-remote-code" in command
     assert "--load-format" not in command
+
+
+def test_an_adapters_own_chats_go_along(became, tiny_model_dir, folder, tmp_path, caplog):
+    """As TRL leaves them beside one."""
+    own = shutil.copytree(folder, tmp_path / "own")
+    asked = {"base_model": str(tiny_model_dir), "adapter": [f"own={own}"]}
+    assert "--chat-template" not in became(**asked)[0]
+    (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": "{{ messages }}"}))
+    assert "--chat-template" not in became(**asked)[0]
+    assert "write it to chat_template.jinja there" in caplog.text
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    assert value_of(became(**asked)[0], "--chat-template") == str(own / "chat_template.jinja")
+    assert "ends its answers with '<end>'" in caplog.text
+    (own / "run.json").write_text(json.dumps({"template": "alpaca"}))
+    assert "--chat-template" not in became(**asked)[0]
+    assert "was trained with the prompt template alpaca" in caplog.text
+
+
+def test_an_adapter_that_vllm_cannot_serve_is_refused_before(became, tiny_model_dir, folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    config = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    with pytest.raises(MolaError, match="`modules_to_save` must be empty for vLLM"):
+        became(base_model=str(tiny_model_dir), adapter=[str(own)])
 
 
 def test_token_goes_through_the_environment(became, tiny_model_dir, monkeypatch, caplog):

@@ -11,7 +11,7 @@ from filelock import FileLock
 from scipy import stats
 from studies.forgetting import Study, main
 from studies.forgetting_options import RECIPES, ForgettingOptions, order_of
-from studies.forgetting_tables import NO_RESULT, by_question, comparisons, is_finished, tables
+from studies.forgetting_tables import NO_RESULT, by_question, chosen_rate, comparisons, is_finished, tables
 
 from mola.evaluation.differences import paired_differences
 from mola.files.marked_pages import BEGIN, END
@@ -124,6 +124,25 @@ def test_sequences_without_partner_are_left_out_and_one_pair_gives_no_verdict():
     points = f"{100 * (first[1] - first[0]):+.1f}"
     assert ["OP", "5555", "lora", "1", points, "", "", "", "too few pairs"] in rows(text)
     assert "4 of 8 sequences are finished: the tables will change." in text
+
+
+def test_of_rates_with_as_many_right_answers_the_lowest_is_chosen():
+    """Sums of shares differ in their last digits."""
+    ops = {0.001: [29, 26, 30, 28, 26], 0.002: [27, 28, 28, 28, 28]}
+    ops = {rate: sum(right / 30 for right in each) / 5 for rate, each in ops.items()}
+    assert ops[0.002] > ops[0.001]
+    record = made_up({"lora": []}, rates=[0.001, 0.002])
+    record["runs"] = [
+        {**RUN, "recipe": "lora", "seed": 100, "is_search": True, "learning_rate": rate, "op": op}
+        for rate, op in ops.items()
+    ]
+    assert chosen_rate(record, "lora") == 0.001
+
+
+def test_verdicts_of_few_sequences_are_warned_of():
+    few = made_up({"lora": [0.5, 0.6], "2468": [0.5, 0.6]})
+    assert "Fewer than 5 seeds hardly tell" in tables(few)
+    assert "hardly tell" not in tables(made_up({"lora": [0.5] * 5, "2468": [0.6] * 5}, seeds=[0, 1, 2, 3, 4]))
 
 
 def test_every_seed_and_the_search_have_orders_of_their_own():

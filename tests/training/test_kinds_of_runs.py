@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mola import MolaError, TrainOptions
+from mola import MolaError, TrainOptions, train
 from mola.cli import main
 from mola.data.templates import template_names
 from mola.training.setup import build_model
@@ -235,3 +235,15 @@ def test_one_process_uses_one_gpu(flags, tmp_path, monkeypatch, caplog):
     assert main(flags(num_train_epochs=1, per_device_train_batch_size=2, **NO_EVALUATION)) == 0
     assert "One of 3 GPUs is used" in caplog.text
     assert read_record(tmp_path / "run")["effective_batch_size"] == 2
+
+
+def test_options_made_before_another_run_are_trained_with(tiny_model_dir, rows_file, tmp_path):
+    """In another precision; of evaluations that choose what is saved, and not what the run ends with."""
+    common = {"base_model": str(tiny_model_dir), "data": str(rows_file), "validation_size": 2, "max_steps": 1}
+    common |= {"warmup_steps": 0, "disable_tqdm": True, "use_cpu": True}
+    common |= {"eval_strategy": "epoch", "save_strategy": "best", "load_best_model_at_end": False}
+    options = [
+        TrainOptions(**common, dtype=dtype, output_dir=str(tmp_path / dtype)) for dtype in ("float32", "bfloat16")
+    ]
+    assert [train(each).status for each in options] == ["finished"] * 2
+    assert all(list((tmp_path / dtype).glob("checkpoint-*")) for dtype in ("float32", "bfloat16"))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mola import TrainOptions, train
@@ -351,6 +352,26 @@ def test_a_run_that_goes_on_in_another_precision_says_so(flags, caplog):
     assert said in caplog.text
 
 
+def test_a_loss_scale_is_not_loaded_into_nothing(finished_run, error_line):
+    folder, arguments = finished_run
+    for checkpoint in folder.glob("checkpoint-*"):
+        torch.save({"scale": 65536.0}, checkpoint / "scaler.pt")
+    said = error_line([*arguments, "--resume_from_checkpoint=last"])
+    assert "checkpoint-6' has the loss scale of a run in float16" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("lr_scheduler_type", "reduce_lr_on_plateau"), ("lr_scheduler_kwargs", {"patience": 3})]
+)
+def test_a_schedule_by_evaluations_goes_on_as_the_same_alone(name, before, finished_run, error_line):
+    folder, arguments = finished_run
+    record = read_record(folder)
+    record["settings"] |= {"lr_scheduler_type": "greedy", name: before}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    said = error_line([*arguments, "--resume_from_checkpoint=last"])
+    assert "goes on with the same schedule where one goes by the evaluation loss" in said
+
+
 def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"{WRITE_TEST}abc").touch()
@@ -437,24 +458,26 @@ def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_p
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    options = TrainOptions(
-        base_model=str(tiny_model_dir),
-        data=str(rows_file),
-        output_dir=str(tmp_path / "run"),
-        dtype="float32",
-        template="meta",
-        per_device_train_batch_size=4,
-        max_steps=3,
-        warmup_steps=0,
-        auto_find_batch_size=True,
-        eval_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    assert train(options, [Full()]).steps == 3
+    common = {
+        "base_model": str(tiny_model_dir),
+        "data": str(rows_file),
+        "dtype": "float32",
+        "template": "meta",
+        "max_steps": 3,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    searched = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    assert train(TrainOptions(**common, **searched, output_dir=str(tmp_path / "run")), [Full()]).steps == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert read_record(tmp_path / "run")["effective_batch_size"] < 4
+    found = read_record(tmp_path / "run")["effective_batch_size"]
+    assert found < 4
+    train(TrainOptions(**common, per_device_train_batch_size=found, output_dir=str(tmp_path / "alone")))
+    assert_same_weights(tmp_path / "run", tmp_path / "alone")
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-2"])

@@ -280,7 +280,8 @@ def _layer(adapted: LinearShape | StackShape, num_layers: int) -> int:
         field = "target_modules" if isinstance(adapted, LinearShape) else "target_parameters"
         raise MolaError(
             f"`{field}` must be inside the {num_layers} decoder layers, each with its own "
-            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}` or exclude it."
+            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}`, which may be one regular "
+            r"expression for whole names, such as .*language_model.*\.(q_proj|v_proj)."
         )
     return index
 

@@ -227,8 +227,9 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
             start=min(sample.start, cutoff_len),
             text_end=min(sample.text_end, cutoff_len),
         )
-    if sample.prefix + excess > sample.start:
-        needed = len(sample.ids) - sample.start + sample.prefix
+    before = max(sample.prefix, 1)  # no token predicts the first one
+    if before + excess > sample.start:
+        needed = len(sample.ids) - sample.start + before
         raise MolaError(
             f"`cutoff_len` must leave room for the answer: example `{sample.row_id}` needs {needed} tokens "
             f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or choose `truncation` drop."

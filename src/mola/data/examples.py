@@ -7,7 +7,7 @@ from typing import Any
 
 from mola.data.read import read_rows
 from mola.data.tasks import StrataRule, Task, example_id
-from mola.data.write import columns_of, reads_prompts
+from mola.data.write import PROMPT_COLUMNS, columns_of, reads_prompts
 from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def load_examples(
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
     rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
     if all(_is_prepared(row, task) for _, row in rows):
+        _check_kept(rows, task, path)
         examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
         if task is not None and reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
@@ -94,6 +95,23 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
     """Whether it is in the instruction / input / output form; columns that the task itself reads do not show that."""
     is_written = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
     return "instruction" in row and "output" in row and is_written
+
+
+def _check_kept(rows: _Rows, task: Task | None, path: str | Path) -> None:
+    """Refuse raw rows that only look as if `mola prepare` had written them: it leaves out what the filters do."""
+    if task is None or not reads_prompts(task):
+        return
+    filters = {name: value for name, value in task.filters.items() if name not in (*PROMPT_COLUMNS, "answer")}
+    for index, row in rows:
+        for name, value in filters.items():
+            if row.get(name) != value:
+                raise MolaError(
+                    f"`data` must be rows as `mola prepare` writes them, or raw ones: row {index} of `{path}` has "
+                    f"`id`, `input`, `instruction` and `output` as if it were prepared, but `{name}` "
+                    f"{row.get(name)!r}, which the filters of the task `{task.name}` leave out. If it is raw, rename "
+                    "or drop its column `id`."
+                )
+    logger.info("%s is taken as prepared: its rows have `id`, `input`, `instruction` and `output`", path)
 
 
 def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:

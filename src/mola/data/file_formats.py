@@ -125,6 +125,37 @@ def _check_names(names: Sequence[str], place: Path) -> None:
         raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
 
 
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of an Arrow table or batch.
+
+    Values of mixed kinds, which Datasets stores as JSON text, are what they were before.
+    """
+    rows = table.to_pylist()
+    for field in table.schema:
+        if _holds_json(field.type):
+            for row in rows:
+                row[field.name] = _decoded(row[field.name], field.type)
+    return rows
+
+
+def _holds_json(kind: Any) -> bool:
+    return _is_json(kind) or any(_holds_json(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    if value is None or not _holds_json(kind):
+        return value
+    if _is_json(kind):
+        return parse_json(value)
+    if isinstance(value, dict):
+        return {name: _decoded(each, kind.field(name).type) for name, each in value.items()}
+    return [_decoded(each, kind.field(0).type) for each in value]
+
+
 def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
@@ -136,6 +167,6 @@ def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]
             _check_names(file.schema_arrow.names, place)
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
             for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=names or None):
-                yield from batch.to_pylist()
+                yield from rows_of(batch)
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
         raise unreadable(place, error) from error

@@ -10,7 +10,6 @@ import numpy as np
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids
 from mola.data.hashing import count_shared, hash_head
-from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import Merge, is_prepared_folder, write_splits
@@ -86,7 +85,9 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         splits[name], filtered = _prepared_rows(rows, merge, name)
         counts[name] = {"rows": len(splits[name]), "filtered": filtered}
     if not any(splits.values()):
-        why = "all sizes are 0" if options.task == "sample" else "its filters left out every row"
+        has_rows = any(count["filtered"] for count in counts.values())
+        why = "its filters left out every row" if has_rows else "there are none"
+        why = "all sizes are 0" if options.task == "sample" else why
         raise MolaError(f"`data` must have rows for the task `{task.name}`: {why}.")
     heads = [np.array([hash_head(row) for row in rows], dtype=np.uint64) for rows in splits.values()]
     shared = count_shared(heads)
@@ -141,7 +142,7 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
     _refuse_options_of_sample(options)
-    return {name: read_rows(source.path, source.split) for name, source in source_splits(_data(options, task)).items()}
+    return {name: list(source.rows()) for name, source in source_splits(_data(options, task)).items()}
 
 
 def _refuse_options_of_sample(options: PrepareOptions) -> None:

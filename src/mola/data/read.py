@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, unreadable
+from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, rows_of, unreadable
 from mola.errors import MolaError
 from mola.files.reading import read_json
 
@@ -87,7 +87,7 @@ def _batches(dataset: Any, columns: Collection[str] | None) -> Iterator[Any]:
         dataset = dataset.select_columns(names) if names else dataset
     for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
         table.validate(full=True)  # Arrow itself trusts a file, and would read beyond its end
-        yield from table.to_pylist()
+        yield from rows_of(table)
 
 
 def split_names(path: str | Path) -> list[str]:

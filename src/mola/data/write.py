@@ -27,7 +27,14 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def reads_prompts(task: Task) -> bool:
     """Whether a task reads columns that prepared rows have too: these then need an id, to be told from raw ones."""
-    return bool({"instruction", "output"} & set(task.columns))
+    return bool({"instruction", "output"} & {*task.columns})
+
+
+def written_columns(task: Task) -> set[str]:
+    """Columns by which rows of `mola prepare` are known where the task reads one of them itself; else none."""
+    if reads_prompts(task):
+        return {"id", *PROMPT_COLUMNS}
+    return {*PROMPT_COLUMNS} if "input" in task.columns else set()
 
 
 def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool = False) -> dict[str, Any]:
@@ -50,7 +57,7 @@ class Merge:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.replaced: set[str] = set()
-        self._with_id = reads_prompts(task)
+        self._with_id, self._written = reads_prompts(task), written_columns(task)
         self._not_read = {*PROMPT_COLUMNS, "answer"} - {*task.columns}
 
     def __call__(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,10 +66,12 @@ class Merge:
         Raises:
             MolaError: the task reads prompts, and the row has them as `mola prepare` writes them.
         """
-        if self._with_id and {"id", *PROMPT_COLUMNS} <= row.keys():
+        if self._written and self._written <= row.keys():
+            names = ", ".join(f"`{name}`" for name in sorted(self._written))
             raise MolaError(
-                f"`data` must be rows that did not go through the task `{self.task.name}` before: {row['id']!r} has "
-                "`id`, `input`, `instruction` and `output`, as `mola prepare` writes them. Pass the source."
+                f"`data` must be rows that did not go through the task `{self.task.name}` before: {example['id']!r} "
+                f"has all of {names}, as `mola prepare` writes them. Pass the source; if this is it, rename or drop a "
+                "column that the task does not read."
             )
         merged = merged_row(row, example, self._with_id)
         for name in self._not_read:

@@ -20,7 +20,11 @@ from mola.generation import predicting
 
 logger = logging.getLogger(__name__)
 
-_SEE_PADDING = ("rwkv", "recurrent_gemma", "xlstm")  # masked or not: it is part of their state
+# Masked or not, it is part of their state, or shifts the windows into which they cut a sequence.
+_SEE_PADDING = (
+    *("rwkv", "recurrent_gemma", "xlstm"),
+    *("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text", "blt"),
+)
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
 

@@ -119,14 +119,11 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
-    if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
-        target = Path(options.output)
-        found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
-        if there := [path for path in found if not _is_of_another(path, target)]:
-            raise MolaError(
-                f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
-                "replace it, or another file."
-            )
+    if options.output is not None and not options.overwrite and (there := _samples_beside(Path(options.output))):
+        raise MolaError(
+            f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to replace "
+            "it, or another file."
+        )
     if options.output is None and (getattr(arguments, "log_samples", False) or hasattr(arguments, "predict_only")):
         raise MolaError("`lm_eval_args` asks for every sample, which needs a file: pass `output` as well.")
     arguments.model, arguments.tasks, arguments.limit = "hf", names, limit
@@ -141,6 +138,12 @@ def _check_options(options: LmEvalOptions) -> Namespace:
         **({"peft": _place(options.adapter)} if options.adapter is not None else {}),
     }
     return arguments
+
+
+def _samples_beside(target: Path) -> list[Path]:
+    """Files with the samples of an earlier result of this name."""
+    found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
+    return [path for path in found if not _is_of_another(path, target)]
 
 
 def _is_of_another(samples: Path, target: Path) -> bool:
@@ -213,7 +216,13 @@ def _check_tasks(options: LmEvalOptions, arguments: Namespace) -> None:
 
 def _result(options: LmEvalOptions, folder: Path) -> dict[str, Any]:
     """The harness's result, in `output` if that is given."""
-    (file,) = folder.rglob("results_*.json")
+    found, samples = sorted(folder.rglob("results_*.json")), sorted(folder.rglob("samples_*.jsonl"))
+    if not found:  # the harness catches every error there and goes on
+        raise MolaError(
+            "the harness could not write its result, for the reason it gives above: make room for temporary files "
+            "(TMPDIR), or give model and adapter shorter paths."
+        )
+    (file,) = found
     made_by = {"settings": asdict(options), "versions": software_versions()}
     not_finite: list[str] = []
     measured = json.loads(file.read_text(encoding="utf-8"), parse_constant=not_finite.append)  # which gives None
@@ -222,8 +231,10 @@ def _result(options: LmEvalOptions, folder: Path) -> dict[str, Any]:
     result = {**measured, "mola": made_by}
     if options.output is not None:
         target = Path(options.output)
-        for samples in sorted(folder.rglob("samples_*.jsonl")):
-            task = samples.name.removeprefix("samples_").rpartition("_")[0]
-            atomic_write_text(target.with_name(f"{target.stem}.{task}.jsonl"), samples.read_text(encoding="utf-8"))
+        for earlier in _samples_beside(target):  # which `overwrite` has allowed to replace
+            earlier.unlink()
+        for path in samples:
+            task = path.name.removeprefix("samples_").rpartition("_")[0]
+            atomic_write_text(target.with_name(f"{target.stem}.{task}.jsonl"), path.read_text(encoding="utf-8"))
         atomic_write_json(target, result)
     return result

@@ -86,11 +86,13 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     """Make sure the file `path` can be written, creating its parent folders; its content is untouched.
 
     Raises:
-        MolaError: `path` is a folder, or its folder cannot be created or written to.
+        MolaError: `path` is a folder or a device, or its folder cannot be created or written to.
     """
     target = Path(path)
     if os.path.isdir(target):
         raise MolaError(f"`{target}` must be a file to write: it is a folder. Add a file name to the path.")
+    if os.path.exists(target) and not os.path.isfile(target):  # which the new file would replace
+        raise MolaError(f"`{target}` must be a file to write: it is a device or a pipe. Pass another name.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=WRITE_TEST):

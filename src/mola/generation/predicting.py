@@ -217,7 +217,10 @@ def option_log_probabilities(
         for ids in options:
             contexts.setdefault(tuple(ids[:-1]), len(contexts))
     tail = max(len(ids) - start for options, start in zip(encoded, shared, strict=True) for ids in options)
-    log_probabilities = _last_log_probabilities(model, tokenizer, list(contexts), tail)
+    log_probabilities: dict[int, torch.Tensor] = {}
+    for part in _passes(list(contexts), is_alone=len(texts) == 1):
+        found = _last_log_probabilities(model, tokenizer, part, tail)
+        log_probabilities |= {contexts[context]: row for context, row in zip(part, found, strict=True)}
     scores = []
     for options, start in zip(encoded, shared, strict=True):
         rows = [log_probabilities[contexts[tuple(ids[:-1])]] for ids in options]
@@ -229,6 +232,19 @@ def option_log_probabilities(
             ]
         )
     return scores
+
+
+def _passes(contexts: Sequence[tuple[int, ...]], is_alone: bool) -> list[list[tuple[int, ...]]]:
+    """Contexts of each forward pass: all of them, or of a sample that is asked alone, those of one length together.
+
+    Samples are asked alone where the model sees padding, which shorter ones would have.
+    """
+    if not is_alone:
+        return [list(contexts)]
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for context in contexts:
+        by_length.setdefault(len(context), []).append(context)
+    return list(by_length.values())
 
 
 def _shared_length(sequences: Sequence[Sequence[int]]) -> int:

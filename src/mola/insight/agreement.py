@@ -10,7 +10,8 @@ from mola.insight.recording import ModuleGates
 class AgreementCounter:
     """Counts, for every pair of modules, how often their first choices meet: all contingency tables at once.
 
-    Modules that see other tokens than the first one does, such as the experts of a MoE base, are left out.
+    Modules that see another number of tokens than the first one does in some pass, such as the experts of a MoE base,
+    are left out.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,8 @@ class AgreementCounter:
             self._num_experts = list(same.values())
             width = sum(self._num_experts)
             self._meetings = torch.zeros(width, width, dtype=torch.float64)
+        elif len(still := [name for name in self.modules if len(by_name.get(name, ())) == rows]) < len(self.modules):
+            self._keep(still)
         choices = [
             torch.nn.functional.one_hot(by_name[name].argmax(1), width)
             for name, width in zip(self.modules, self._num_experts, strict=True)
@@ -38,6 +41,13 @@ class AgreementCounter:
         if choices:
             one_hot = torch.cat(choices, 1).float()  # (N, sum of E); sums of ones are exact
             self._meetings += one_hot.t() @ one_hot
+
+    def _keep(self, names: Sequence[str]) -> None:
+        """Forget the other modules."""
+        numbers = dict(zip(self.modules, self._num_experts, strict=True))
+        kept = torch.cat([torch.full((number,), name in names) for name, number in numbers.items()])
+        self.modules, self._num_experts = list(names), [numbers[name] for name in names]
+        self._meetings = self._meetings[kept][:, kept]
 
     def cramers_v(self) -> torch.Tensor:
         r"""Cramér's V of every pair of modules over the counted tokens.

@@ -82,6 +82,7 @@ def look_at(
     Returns:
         The use over `all` tokens, over those of the `prompt` and of the `answer`, over those of a kind, named
         `token=word` and so on, and over all tokens of every group, named `column=value`; agreement over all tokens.
+        Modules that see another number of tokens than the sample has are counted in `all` alone.
 
     Raises:
         MolaError: no module has a router, or what one decides is no number.
@@ -95,13 +96,17 @@ def look_at(
         recorded = gates_of_tokens(model, ids)
         _check_finite(recorded)
         is_answer = torch.tensor([label != IGNORED for label in sample["labels"]])
-        masks = {"all": torch.ones_like(is_answer), "prompt": ~is_answer, "answer": is_answer}
+        every = torch.ones_like(is_answer)
+        masks = {"prompt": ~is_answer, "answer": is_answer}
         types = token_types(ids)
         masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in set(types)}
-        masks |= {f"{column}={value}": masks["all"] for column, value in group.items()}
+        masks |= {f"{column}={value}": every for column, value in group.items()}
+        counters["all"].add(recorded)
+        # Some see other tokens, such as each expert of a base model's own: nothing says which of the sample's.
+        alike = [each for each in recorded if len(each.gates) == len(ids)]
         for name, mask in masks.items():
-            if name == "all" or mask.any():  # text without a prompt has no token of that
-                counters.setdefault(name, UsageCounter()).add(recorded, mask)
+            if alike and mask.any():  # text without a prompt has no token of that
+                counters.setdefault(name, UsageCounter()).add(alike, mask)
         agreement.add(recorded)
         if number in examples:
             gates[number] = [_mean_gates(each, is_answer) for each in recorded]

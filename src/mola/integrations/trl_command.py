@@ -69,7 +69,10 @@ def main(arguments: Sequence[str]) -> None:
         ) from error
     dataclasses: Any = (*types, MixtureArguments)
     parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
-    *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
+    try:
+        *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
+    except ValueError as error:  # a key of --config that no option has, or a value that an option refuses
+        raise MolaError(f"a setting is refused: {error}") from error
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
     # Wherever the script looks for it: at the top of its module, or inside its function.
     places: Any = (trl, script)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mola.errors import MolaError
 from mola.files.reading import read_json_object, read_text
 
-_CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
+CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
 _RECORD = "run.json"  # of `mola train`
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,20 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     if trained_template(adapter) is not None:
         return None
     settings = read_json_object(Path(adapter, "tokenizer_config.json"))
-    path, template = Path(adapter, _CHAT_TEMPLATE), settings.get("chat_template")
+    path, template = Path(adapter, CHAT_TEMPLATE), settings.get("chat_template")
     if path.is_file():
         try:
             template = read_text(path)
         except (OSError, ValueError) as error:
             raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
-    end = settings.get("eos_token")
+    return Chat(template, end_token_of(adapter)) if isinstance(template, str) else None
+
+
+def end_token_of(folder: str | os.PathLike[str]) -> str | None:
+    """Text of the token that ends an answer, as the tokenizer in a folder says it; None if it is not known."""
+    end = read_json_object(Path(folder, "tokenizer_config.json")).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    return Chat(template, end if isinstance(end, str) else None) if isinstance(template, str) else None
+    return end if isinstance(end, str) else None
 
 
 def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:

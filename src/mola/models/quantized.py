@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,7 +151,9 @@ def keep_gradients(model: Any) -> None:
 def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_kwargs: Any = None) -> Any:
     """Make a quantised base ready for new adapters; other models come back as they are.
 
-    Norms, embeddings and head become float32 (PEFT's `prepare_model_for_kbit_training`); `keep_gradients` is done.
+    As PEFT's `prepare_model_for_kbit_training`: the base is frozen, norms, embeddings and head become float32. Experts
+    of a base model's own that are stacked in one parameter, which nothing packs, keep their dtype: in float32 they
+    would take more memory than the unquantised model. `keep_gradients` is done.
 
     Args:
         model: base model, before adapters are added.
@@ -166,9 +169,32 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
     if not getattr(model, "is_quantized", False):
         return model
     keep_gradients(model)
-    return prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=checkpointing_kwargs
-    )
+    with _without_stacks(model):
+        prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=checkpointing_kwargs
+        )
+    logger.info("Ready for training, the base takes %.1f MiB.", weight_bytes(model) / 2**20)
+    return model
+
+
+@contextmanager
+def _without_stacks(model: nn.Module) -> Iterator[None]:
+    """Take parameters of 16 bits that hold a base model's own experts out for the block; they come back frozen."""
+    taken = [
+        (module, name, parameter)
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for module, name, _ in taken:
+        del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, name, parameter in taken:
+            parameter.requires_grad = False
+            module.register_parameter(name, parameter)
 
 
 def quantization_record(

@@ -37,10 +37,17 @@ class LayerExperts:
 
     layer_index: int | None  # the layer
     num_experts: int  # experts of each module; the layer's own number, if some modules have others
+    fewest: int  # experts of the module that has fewest
+    most: int  # and of that which has most
     top_k: int  # of them chosen for a token
     r: int  # rank of each
     expert_values: int  # trained values of the experts of all modules
     router_values: int  # trained values of their routers
+
+    @property
+    def experts_said(self) -> str:
+        """Experts of each module in words: `4`, or `2–8` where modules differ."""
+        return str(self.most) if self.fewest == self.most else f"{self.fewest}–{self.most}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,10 @@ class AdapterWeights:
 def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     """Read the adapter in a run folder, one module at a time; None if there is none."""
     config, path = read_json_object(folder / "adapter_config.json"), find_weights(folder)
-    if not config or path is None:
+    if path is None or not (folder / "adapter_config.json").exists():
         return None
+    if not config:
+        raise MolaError(f"{str(folder / 'adapter_config.json')!r} cannot be read. Restore the file, or train again.")
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
     check_form(config, PER_LAYER, str(folder / "adapter_config.json"), "Restore the file.")
@@ -65,7 +74,6 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
             config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
         )
     check_digest(folder)
-    experts: dict[int | None, int] = {}
     redundancy = []
     with opened(path) as file:
         shapes = shapes_in(file)
@@ -76,15 +84,25 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
         for name in sorted(shapes, key=_place):
             if name.endswith("mola_A") and shapes[name][0] > 1:
                 redundancy.append(_redundancy(file, path, name, config))
-    for name in shapes:
+    return AdapterWeights(config, layers_of(config, shapes), redundancy)
+
+
+def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[LayerExperts]:
+    """The layers of an adapter, lowest first, from its configuration and the shapes of its tensors."""
+    own: dict[int | None, int] = {}
+    modules: dict[int | None, list[int]] = defaultdict(list)
+    for name, shape in shapes.items():
         # Those of `target_parameters` count the base model's experts.
-        own = 1 if _STACKED.search(name) else of_layer(config, "num_experts", layer_index(name))
-        experts[layer_index(name)] = max(own, experts.get(layer_index(name), 0))
-    layers = [
-        LayerExperts(layer, experts[layer], *(of_layer(config, name, layer) for name in ("top_k", "r")), *both)
-        for layer, both in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0]))
-    ]
-    return AdapterWeights(config, layers, redundancy)
+        layer, is_stacked = layer_index(name), _STACKED.search(name) is not None
+        own[layer] = max(1 if is_stacked else of_layer(config, "num_experts", layer), own.get(layer, 0))
+        if is_stacked or name.endswith("mola_A"):
+            modules[layer].append(1 if is_stacked else shape[0])
+    found = []
+    for layer, values in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0])):
+        fewest, most = min(modules[layer], default=own[layer]), max(modules[layer], default=own[layer])
+        top_k, r = (of_layer(config, name, layer) for name in ("top_k", "r"))
+        found.append(LayerExperts(layer, own[layer], fewest, most, min(top_k, most), r, *values))
+    return found
 
 
 def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:

@@ -10,7 +10,7 @@ from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
 # Of how rows are asked, what `mola evaluate` does by itself.
-_USUAL = {"split": "test", "limit": None, "scoring": "generate", "max_new_tokens": MAX_NEW_TOKENS}
+_USUAL = {"limit": None, "scoring": "generate", "max_new_tokens": MAX_NEW_TOKENS}
 
 
 def evaluate_command(run: Run, name: str) -> str:
@@ -46,9 +46,17 @@ def _base(run: Run) -> list[str]:
 
 
 def _rows(run: Run) -> list[str]:
-    """Data and the rows of them, in the prompts of the run."""
-    names = ("template", "filters")
-    return ["--data", _data(run), *_flags({name: run.record["settings"].get(name) for name in names})]
+    """Data, the rows of them and their prompts: as a result that is there was asked, else as the run was trained."""
+    settings, data, asked = run.record["settings"], _data(run), {}
+    for result in (run.after, run.before, run.inspection):
+        if result is not None and result["settings"].get("data"):
+            data, asked = str(result["settings"]["data"]), result["settings"]
+            break
+    # Without a task the run was asked in a template that the task named here may not have.
+    trained = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
+    split = asked.get("split")
+    values = {"template": asked.get("template") or trained, "filters": asked.get("filters") or settings.get("filters")}
+    return ["--data", data, *_flags({**values, "split": None if split == "test" else split})]
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -62,9 +70,6 @@ def _flags(values: dict[str, Any]) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    """The test data if a result names them, else those of the run, if they may have a split `test`: it is read."""
-    for result in (run.after, run.before, run.inspection):
-        if result is not None and result["settings"].get("data"):
-            return str(result["settings"]["data"])
+    """Those of the run, if they may have a split `test`: it is read."""
     data = str(run.record["settings"]["data"])
     return "TEST_DATA" if data.removesuffix(".gz").endswith(FILE_ENDINGS) else data  # a file has training rows only

@@ -29,7 +29,7 @@ def allocation_section(run: Run) -> dict[str, Any]:
         "status": run.record.get("status"),
         "modules": modules if isinstance(modules, str) else ", ".join(sorted(modules)),
         "own_numbers": own_numbers(run.adapter.config) if run.adapter and rows else "",
-        "experts": [Column(layer_name(row.layer_index), [row.num_experts], _said(row)) for row in rows],
+        "experts": [Column(layer_name(row.layer_index), [row.most], _said(row)) for row in rows],
         "trained": [
             Column(layer_name(row.layer_index), [row.expert_values, row.router_values], _said(row)) for row in rows
         ],
@@ -118,8 +118,8 @@ def _allocation_table(rows: Sequence[LayerExperts]) -> Table:
     """One line for neighbours that are equal."""
 
     def figures(row: LayerExperts) -> tuple[str, ...]:
-        top_k = min(row.top_k, row.num_experts)
-        return tuple(f"{value:,}" for value in (row.num_experts, top_k, row.r, row.expert_values, row.router_values))
+        values = (row.top_k, row.r, row.expert_values, row.router_values)
+        return (row.experts_said, *(f"{value:,}" for value in values))
 
     def neighbours(place_and_row: tuple[int, LayerExperts]) -> tuple[Any, ...]:
         place, row = place_and_row
@@ -134,6 +134,6 @@ def _allocation_table(rows: Sequence[LayerExperts]) -> Table:
 
 def _said(row: LayerExperts) -> str:
     return (
-        f"layer {layer_name(row.layer_index)}: {row.num_experts} experts, {row.expert_values:,} values of experts, "
+        f"layer {layer_name(row.layer_index)}: {row.experts_said} experts, {row.expert_values:,} values of experts, "
         f"{row.router_values:,} of routers"
     )

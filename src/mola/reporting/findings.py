@@ -137,14 +137,17 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
         return None
     window = max(2, len(losses) // 10)
     means = [fmean(losses[start : start + window]) for start in range(len(losses) - window + 1)]
-    lowest, end = min(losses[0], *means), means[-1]  # one that is trained on may begin low
+    end = means[-1]
     # Neighbours differ by the noise of batches: with normal noise by 0.95 standard deviations, as a median.
     noise = median(abs(one - next_one) for one, next_one in pairwise(losses)) / 0.95
-    if end <= _RISE * lowest or end <= lowest + max(0.2, _NOISE * noise * (2 / window) ** 0.5):
+    # One that is trained on may begin low: with a single entry, which varies more than a mean.
+    lows = [(min(means), (2 / window) ** 0.5), (losses[0], (1 + 1 / window) ** 0.5)]
+    risen = [low for low, spread in lows if end > _RISE * low and end > low + max(0.2, _NOISE * noise * spread)]
+    if not risen:
         return None
     return Finding(
         "learning rate too high",
-        f"The training loss ended at {end:.4f}, after {lowest:.4f} on the way (means over {window} log entries).",
+        f"The training loss ended at {end:.4f}, after {min(risen):.4f} on the way (means over {window} log entries).",
         f"Lower --learning_rate ({run.record['settings'].get('learning_rate', 'not recorded')} now) to a third, or "
         "give it more --warmup_steps.",
     )

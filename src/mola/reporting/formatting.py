@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 NO_VALUE = "–"
@@ -20,12 +21,20 @@ def number(value: float | None, digits: int = 3) -> str:
     if _is_missing(value):
         return NO_VALUE
     assert value is not None
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    is_short = abs(value) < 10**digits - 0.5  # which `g` writes without an exponent
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}" if is_short else f"{value:,.0f}"
 
 
 def interval(bounds: Sequence[float]) -> str:
     """Bounds of a confidence interval."""
     return f"{percent(bounds[0])} to {percent(bounds[1])}"
+
+
+def model_name(base_model: str) -> str:
+    """The last part of a path or Hub name, also of its folder `models--owner--name/snapshots/<commit>`."""
+    path = Path(base_model)
+    is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    return path.parent.parent.name.rpartition("--")[2] if is_commit else path.name
 
 
 def duration(seconds: float) -> str:

@@ -18,10 +18,11 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
 from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
-from mola.reporting.adapter_weights import of_layer, opened, own_numbers, shapes_in, values_by_layer
+from mola.reporting.adapter_weights import layers_of, opened, own_numbers, shapes_in
 from mola.reporting.formatting import markdown_table
 from mola.reporting.load_run import read_losses, step_of_weights
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses
+from mola.reporting.run_summary import processes_said
 
 CARD_FILE = "README.md"
 
@@ -95,7 +96,7 @@ def render_card(
     sections = [
         f"# {place.rstrip('/').rpartition('/')[2]}",
         _introduction(config, settings, record),
-        _usage(place, settings["base_model"]),
+        _usage(place, settings, settings.get("hub_revision") if record.get("repository") else None),
         "## Experts\n\n" + _experts(config, folder),
         "## Training\n\n" + _training(record),
         "## Data\n\n" + _data(record),
@@ -137,32 +138,45 @@ def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record
     return f"{method} for `{settings['base_model']}`{start}. {record['trainable_parameters']:,} values are trained."
 
 
-def _usage(place: str, base: str) -> str:
-    place, base = (json.dumps(name, ensure_ascii=False) for name in (place, base))
-    return f"""\
-## Use
-
-With `pip install mola-peft`; importing mola makes PEFT know the method.
-
+def _usage(place: str, settings: Mapping[str, Any], revision: str | None) -> str:
+    trust = {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
+    gguf = {"gguf_file": settings["gguf_file"]} if settings.get("gguf_file") else {}
+    own = {"revision": revision} if revision else {}
+    base, adapter = _call(settings["base_model"], gguf | trust), _call(place, own)
+    by_itself = f"""\
 ```python
 import mola
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained({place})
-tokenizer = AutoTokenizer.from_pretrained({place})
+model = AutoPeftModelForCausalLM.from_pretrained({_call(place, own | trust)})
+tokenizer = AutoTokenizer.from_pretrained({_call(place, own | trust)})
 ```
 
 With a base model that is loaded already:
 
-```python
+"""
+    return f"""\
+## Use
+
+With `pip install mola-peft`; importing mola makes PEFT know the method.
+
+{"" if gguf else by_itself}```python
 import mola
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, {place})
+model = PeftModel.from_pretrained(base, {adapter})
 ```"""
+
+
+def _call(name: str, options: Mapping[str, Any]) -> str:
+    """Arguments of `from_pretrained` in Python."""
+    words = (
+        f"{key}={value if value is True else json.dumps(value, ensure_ascii=False)}" for key, value in options.items()
+    )
+    return ", ".join([json.dumps(name, ensure_ascii=False), *words])
 
 
 def _experts(config: Mapping[str, Any], folder: Path) -> str:
@@ -170,11 +184,12 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
     if config.get("peft_type") != "MOLA":
         return f"The adapter is of type {config.get('peft_type')}: it has none."
     with opened(folder / "adapter_model.safetensors") as file:
-        counts = {layer: values for layer, values in values_by_layer(shapes_in(file)).items() if layer is not None}
-    rows = {}
-    for layer in sorted(counts):
-        experts, top_k, r = (of_layer(config, name, layer) for name in ("num_experts", "top_k", "r"))
-        rows[layer] = experts, min(top_k, experts), r, *counts[layer]
+        found = layers_of(config, shapes_in(file))
+    rows = {
+        layer: (each.experts_said, each.top_k, each.r, each.expert_values, each.router_values)
+        for each in found
+        if (layer := each.layer_index) is not None
+    }
     grouped = []
     # A layer that is not adapted has no row, and ends a run of equal ones.
     for (_, *row), members in groupby(enumerate(rows), key=lambda each: (each[1] - each[0], *rows[each[1]])):
@@ -194,12 +209,13 @@ def _training(record: Mapping[str, Any]) -> str:
         **record["adapter_settings"],
         **settings,
         "effective_batch_size": record["effective_batch_size"],
+        "processes": record["processes"] if record.get("processes", 1) > 1 else None,
         "quantization": record.get("quantization"),
     }
     table = markdown_table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
     word, *rest = record["command"]
     if Path(word).name == "mola":
-        command = f"```bash\n{shlex.join(['mola', *rest])}\n```"
+        command = processes_said(record) + f"```bash\n{shlex.join(['mola', *rest])}\n```"
     else:
         command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
     processor = record["machine"].get("gpu") or record["machine"]["cpu"]
@@ -223,7 +239,9 @@ def _results(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
     ]
     for result in evaluations:
         settings, (low, high) = result["settings"], result["interval_95"]
-        name = f"accuracy, {settings.get('task')}, {result['total']} samples of `{settings.get('data')}`"
+        adapter = settings.get("adapter")
+        of = f"with `{str(adapter).rstrip('/').rpartition('/')[2]}`" if adapter else "base model alone"
+        name = f"accuracy, {of}, {settings.get('task')}, {result['total']} samples of `{settings.get('data')}`"
         note = f"{low:.1%} to {high:.1%}, scoring {settings.get('scoring')}"
         rows.append((name, f"{result['accuracy']:.1%}", note))
     table = markdown_table(("metric", "value", "95 % interval"), rows)

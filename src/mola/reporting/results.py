@@ -1,13 +1,12 @@
 """What came out: accuracy and loss."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mola.reporting.charts import Line, thinned, value_axis
 from mola.reporting.commands import evaluate_command
 from mola.reporting.document import Table
-from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, number, percent, rows_said
+from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, model_name, number, percent, rows_said
 from mola.reporting.load_run import Run
 
 _LOOKS = {"before": "b", "after": "a"}
@@ -25,7 +24,7 @@ def accuracy_section(run: Run) -> dict[str, Any]:
     values = {
         "data": {result.get("data_fingerprint") for result in results.values()},
         "scoring": {result["settings"].get("scoring") for result in results.values()},
-        "base model": {_model_name(str(each.get("base_model"))) for each in asked},
+        "base model": {model_name(str(each.get("base_model"))) for each in asked},
         "prompts": {prompt for result in results.values() if (prompt := _first_prompt(result)) is not None},
         "longest answer": {each.get("max_new_tokens") for each in asked if each.get("scoring") != "likelihood"},
     }
@@ -36,6 +35,9 @@ def accuracy_section(run: Run) -> dict[str, Any]:
         "rows": rows,
         "shown": [*rows[:1], *(rows[index] for index in sorted(largest))],
         "numbers": _accuracy_table(rows, results),
+        "mistaken": [
+            name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")
+        ],
         "different": [what for what, found in values.items() if len(found) > 1],
         "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
     }
@@ -44,13 +46,6 @@ def accuracy_section(run: Run) -> dict[str, Any]:
 def _first_prompt(result: Mapping[str, Any]) -> str | None:
     """As asked: settings may leave the template to the task."""
     return next((each.get("prompt") for each in result.get("samples", [])), None)
-
-
-def _model_name(base_model: str) -> str:
-    """The last part of a path or Hub name, also of its folder `models--owner--name/snapshots/<commit>`."""
-    path = Path(base_model)
-    is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
-    return path.parent.parent.name.rpartition("--")[2] if is_commit else path.name
 
 
 def loss_section(run: Run) -> dict[str, Any]:

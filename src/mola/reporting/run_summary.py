@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.reporting.document import Table
-from mola.reporting.formatting import duration, number, percent
+from mola.reporting.formatting import duration, model_name, number, percent
 from mola.reporting.load_run import Run
 
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
@@ -21,9 +21,10 @@ def summary(run: Run) -> dict[str, Any]:
     results = [(name, result) for name, result in (("before", run.before), ("after", run.after)) if result is not None]
     return {
         "is_mixture": method == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys(),
+        "is_even": not _has_own_experts(run),
         "method": method,
         "allocation": allocation,
-        "base": str(settings["base_model"]).rstrip("/").rpartition("/")[2],
+        "base": model_name(str(settings["base_model"])),
         "samples": record.get("data", {}).get("train", {}).get("kept"),
         "results": results,
         "figures": _figures(run),
@@ -54,8 +55,15 @@ def making_section(run: Run) -> dict[str, Any]:
     return {
         "program": name,
         "command": shlex.join([name, *arguments]) if name == "mola" else None,
+        "processes": record.get("processes") or 1,
         "tables": [(title, _values(values)) for title, values in tables.items()],
     }
+
+
+def processes_said(record: Mapping[str, Any]) -> str:
+    """What goes in front of the command of a run that a launcher started, which is not part of it."""
+    processes = record.get("processes") or 1
+    return f"Started in {processes} processes by a launcher such as torchrun; each ran:\n\n" if processes > 1 else ""
 
 
 def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
@@ -69,7 +77,7 @@ def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
         ("status", record.get("status"), None),
         ("steps", _known(number, record.get("steps")), None),
         *losses,
-        ("experts", _known(number, allocation.get("num_experts")), None),
+        ("experts", None if _has_own_experts(run) else _known(number, allocation.get("num_experts")), None),
         (
             "trained values",
             _known(number, record.get("trainable_parameters")),
@@ -77,6 +85,12 @@ def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
         ),
         ("time", _known(duration, record.get("seconds")), None),
     ]
+
+
+def _has_own_experts(run: Run) -> bool:
+    """Whether modules differ in their number of experts, so that a layer's own says nothing about all of them."""
+    config = run.adapter.config if run.adapter else run.record.get("adapter_settings", {})
+    return bool(config.get("num_experts_pattern"))
 
 
 def _data(record: Mapping[str, Any]) -> Table:

@@ -11,11 +11,14 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mola._process import SET
 from mola.errors import MolaError
 from mola.models.loading import check_adapter, check_base_model
+from mola.models.prompts import CHAT_TEMPLATE, Chat, end_token_of, own_chats
+from mola.tuner import MolaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,13 @@ _HONOURED = (
     *("base_model", "adapter", "base_name", "host", "port", "api_key", "dtype", "trust_remote_code", "max_tokens"),
     "engine",
 )
+_TRAINED_TOO = {
+    "modules_to_save": "modules trained in full",
+    "target_parameters": "experts of stacked parameters",
+    "trainable_token_indices": "trained embeddings",
+    "layer_replication": "layers of its own",
+}
+_OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
 # As mola's server: greedy unless a request asks for sampling, and nothing of the base model's own taste.
 _GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -49,13 +59,53 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
         raise MolaError("`engine` vllm needs vLLM, for Linux. Run: pip install 'mola-peft[vllm]'")
     check_base_model(options.base_model)
     for folder in adapters.values():
-        check_adapter(folder)
+        check_servable(folder)
+    for name, chat in own_chats(adapters).items():
+        command += _chat_arguments(adapters[name], chat, options.base_model)
     environment = {name: value for name, value in os.environ.items() if name not in SET}
     if api_key is not None:
         environment[_KEY_VARIABLE] = api_key
     logger.info("Running: %s", shlex.join(command))
     sys.stderr.flush()
     os.execve(command[0], command, environment)
+
+
+def check_servable(folder: str) -> MolaConfig:
+    """The configuration of a mixture that vLLM can serve.
+
+    Raises:
+        MolaError: the folder is no sound adapter, or holds more than mixtures of linears.
+    """
+    found = check_adapter(folder)
+    if found["peft_type"] != "MOLA":
+        raise MolaError(
+            f"`adapter` must be a mixture to be served by vLLM's load format `mola`: {folder!r} is of type "
+            f"{found['peft_type']!r}. vLLM has `--enable-lora --lora-modules` for LoRA."
+        )
+    config = MolaConfig.from_pretrained(folder)
+    for name, what in _TRAINED_TOO.items():
+        if value := getattr(config, name):
+            raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has {what}, {value!r}. {_OTHERWISE}")
+    if config.bias != "none":
+        raise MolaError(f"`bias` must be 'none' for vLLM: {folder!r} has {config.bias!r}, trained biases. {_OTHERWISE}")
+    return config
+
+
+def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
+    """Of vLLM's server, for an adapter that was trained to chat in a way of its own."""
+    if chat.end_token is not None and chat.end_token != end_token_of(base_model):
+        logger.warning(
+            "%r ends its answers with %r: vLLM's server stops at the base model's end token. Send it as `stop`.",
+            *(folder, chat.end_token),
+        )
+    path = Path(folder, CHAT_TEMPLATE)
+    if path.is_file():
+        return ["--chat-template", str(path)]
+    logger.warning(
+        "%r has its chat template in tokenizer_config.json, where vLLM's server does not look: write it to %s there.",
+        *(folder, CHAT_TEMPLATE),
+    )
+    return []
 
 
 def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from mola.data.read import split_names
@@ -115,7 +114,6 @@ def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCall
         except MolaError:
             logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
             options.overwrite_output_dir = True
-    AcceleratorState._reset_state()  # the mixed precision of the training before
     result = train(options, callbacks)
     gc.collect()  # the trainer and its model refer to each other
     stop_if_asked()

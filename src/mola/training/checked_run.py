@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from mola.errors import MolaError
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
     check_best_checkpoint,
@@ -74,10 +73,6 @@ def check_run(options: TrainOptions) -> CheckedRun:
         )
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:
-        if options.eval_on_start and checkpoint is None:
-            raise MolaError(
-                "`eval_on_start` needs evaluation data: there are none, or `eval_strategy` is no. Leave it out."
-            )
         options.eval_strategy, options.load_best_model_at_end = "no", False
         if getattr(options, "saves_as_evaluated", False):
             options.save_steps = TrainingArguments.save_steps

@@ -194,6 +194,8 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     form["effective_batch_size?"] = INTEGER
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
     _warn_of_changes(before, record)
+    _check_loss_scale(checkpoint, record)
+    _check_same_schedule(before.get("settings") or {}, record.get("settings") or {})
     known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
     # By the task, if no option says it.
     templates: tuple[Any, ...] = tuple(
@@ -225,6 +227,27 @@ def _warn_of_changes(before: Mapping[str, Any], record: Mapping[str, Any]) -> No
     began, now = (_precision(each.get("settings") or {}) for each in (before, record))
     if None not in (began, now) and began != now:  # the default is another on another processor
         logger.warning("The run goes on in %s, it began in %s: --dtype %s keeps that.", now, began, began)
+
+
+def _check_loss_scale(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """The trainer would load a loss scale, as float16 has one, into nothing."""
+    if (checkpoint / "scaler.pt").is_file() and _precision(record.get("settings") or {}) in ("bfloat16", "float32"):
+        raise MolaError(
+            f"`resume_from_checkpoint` {str(checkpoint)!r} has the loss scale of a run in float16, and this one "
+            "computes in another precision. Pass --dtype float16, or start a new run with --adapter."
+        )
+
+
+def _check_same_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What a schedule that goes by the evaluation loss has saved fits no other one, and holds its own settings."""
+    for name in ("lr_scheduler_type", "lr_scheduler_kwargs"):
+        kinds = {each.get("lr_scheduler_type") for each in (before, now)}
+        if name in before and before[name] != now.get(name) and kinds & {"reduce_lr_on_plateau", "greedy"}:
+            raise MolaError(
+                f"`resume_from_checkpoint` goes on with the same schedule where one goes by the evaluation loss, but "
+                f"`{name}` differs: {before[name]!r} before, now {now.get(name)!r}. Use the same, or start a new run "
+                "with --adapter."
+            )
 
 
 def _precision(settings: Mapping[str, Any]) -> str | None:

@@ -124,6 +124,8 @@ def check_schedule(options: Any) -> None:
             "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch or "
             "steps, or another --save_strategy."
         )
+    if save == "best":  # which the trainer needs to be told where it does not load it
+        options.metric_for_best_model, options.greater_is_better = options.metric_for_best_model or "loss", False
     if evaluate == "no":
         options.load_best_model_at_end = False  # nothing tells which one is the best
     elif options.load_best_model_at_end and save not in (evaluate, "best"):

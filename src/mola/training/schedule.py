@@ -24,11 +24,15 @@ def check_steps(options: TrainOptions, data: TrainingData) -> int:
     """Number of optimiser steps of the run.
 
     Raises:
-        MolaError: the learning rate would still be warming up when the run ends, its schedule cannot be made, or no
-            batch is full where only full ones count.
+        MolaError: the learning rate would still be warming up when the run ends, its schedule cannot be made, no
+            batch is full where only full ones count, or there are no data for an evaluation that was asked for.
     """
     num_samples = len(data.train)
     _check_full_batch(options, "train", num_samples, options.train_batch_size)
+    if data.evaluation is None and options.eval_on_start:
+        raise MolaError(
+            "`eval_on_start` needs evaluation data: there are none, or `eval_strategy` is no. Leave it out."
+        )
     if data.evaluation is not None:
         _check_full_batch(options, "eval", len(data.evaluation), options.eval_batch_size)
     whole = math.floor if options.dataloader_drop_last else math.ceil

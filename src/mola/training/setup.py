@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
@@ -86,6 +87,7 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
     )
     check_stacked(options, config)
     _check_router_losses(options, config)
+    _check_smoothed_labels(options)
 
 
 def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
@@ -107,6 +109,19 @@ def _check_router_losses(options: TrainOptions, config: PeftConfig) -> None:
         raise MolaError(
             f"`label_smoothing_factor` ({options.label_smoothing_factor:g}) cannot be combined with `{names[0]}` "
             f"({getattr(config, names[0]):g}), which would have no effect. Leave one out."
+        )
+
+
+def _check_smoothed_labels(options: TrainOptions) -> None:
+    """The trainer smooths the labels of the next tokens only where it knows the model's class."""
+    if not (options.label_smoothing_factor > 0 and options.trust_remote_code):
+        return
+    config = load_config(options.base_model or "", True, options.gguf_file)
+    name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    if name and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise MolaError(
+            f"`label_smoothing_factor` ({options.label_smoothing_factor:g}) cannot be used with the base model's own "
+            f"class {name}: Transformers would smooth each token itself instead of the next one. Leave it out."
         )
 
 

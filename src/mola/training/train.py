@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError
@@ -86,6 +87,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
             disk did not suffice.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
+    AcceleratorState._reset_state()  # the mixed precision of a training before, after which these options were made
     with failures_explained(options):
         return _train(options, callbacks)
 

@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
+from mola.training.batch_search import SameStart
 from mola.training.callbacks import (
     AveragedWeights,
     CheckpointLast,
@@ -45,7 +46,7 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
         collate = NeededLogits(collate)
     # In this order: what is to be saved is known first, and is looked at before it is.
     own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast()]
-    own += [AveragedWeights(), FiniteLoss()]
+    own += [SameStart(), AveragedWeights(), FiniteLoss()]
     own += [FrozenInput(), CheckpointDigests()]
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose gradients lie elsewhere
         own.append(UncalledLinears(model))

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | True | uniform within `1 / sqrt(in)` | zero |
 | "gaussian" | normal, standard deviation `1 / r` | zero |
-| "orthogonal" | rows of a random orthogonal matrix | other rows of another one, with `B_e A_e = 0` |
+| "orthogonal" | rows of a random orthogonal matrix | its other rows, so that `B_e A_e = 0` |
 | "principal" | right singular vectors of the base weight, the largest dealt in turn to all experts | zero |
 | False | as True | uniform within `1 / sqrt(r)`: no longer the base model |
 

@@ -101,7 +101,7 @@ class RouterLosses:
             self._warnings.look_at(name, self._layers, has_balance_loss=config.router_aux_loss_coef > 0)
         if self.collecting:
             self._signs.check()
-            if module is not self.model:
+            if getattr(module, "_is_replica", False):
                 raise MolaError(
                     "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."

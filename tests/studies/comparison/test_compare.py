@@ -434,10 +434,11 @@ def test_recipes_may_have_a_dtype_of_their_own(run):
         assert [each.dtype for each in result.results if each.recipe != BASE] == ["float32", "bfloat16"]
 
 
-def test_one_seed_without_curves_has_no_picture(run, tmp_path):
+def test_one_seed_without_curves_has_no_picture(run, tmp_path, caplog):
     pytest.importorskip("matplotlib")
     assert run(seeds=[0], plots=str(tmp_path / "plot.svg"), **ONE).status == "finished"
     assert not (tmp_path / "plot.svg").exists()
+    assert "plot.svg is not written" in caplog.text
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -479,6 +480,8 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path):
         ),
         ({"reference": "none"}, "`reference` must be one of the recipes lora, 2468"),
         ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
+        ({"seed": 5}, "`seed` has no use here"),
+        ({"push_to_hub": True}, "`push_to_hub` has no use here"),
         ({"overwrite_output_dir": True}, "`overwrite_output_dir` has no use here"),
         ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no use here"),
         ({"tables": "table.xls"}, "`tables` must be files that end in"),

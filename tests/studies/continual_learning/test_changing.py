@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mola import ContinualOptions, MolaError, continual
+from mola.training.run_folder import claimed
 from tests.studies.continual_learning.sequences import FIRST_TWO, FOLDERS, STAGES, assert_same_end, contents, read
 from tests.training.runs import WEIGHTS
 
@@ -180,10 +181,15 @@ def test_overwriting_removes_the_sequence_and_nothing_else(begun):
         (folder / name).write_text(text, encoding="utf-8")
     with pytest.raises(MolaError, match="`learning_rate`"):
         continual(ContinualOptions(**{**options, "learning_rate": 0.5}))
-    stages = {"words": {**STAGES["words"], "max_steps": 1}}
-    result = continual(ContinualOptions(**{**options, "stages": stages, "overwrite_output_dir": True}))
+    stages = {"physics": {**STAGES["physics"], "max_steps": 1}}  # what is left in its folder is in nobody's way
+    anew = ContinualOptions(**{**options, "stages": stages, "overwrite_output_dir": True})
+    before = contents(folder)
+    with claimed(folder), pytest.raises(MolaError, match="another one is at work"):
+        continual(anew)
+    assert contents(folder) == before
+    result = continual(anew)
     assert (result.status, len(result.results)) == ("finished", 1)
     kept = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
-    assert kept == {"notes.txt", FOLDERS[0], FOLDERS[1], "01-words", "continual.json"}
-    assert [path.name for path in (folder / FOLDERS[0]).rglob("*")] == ["notes.txt"]
+    assert kept == {"notes.txt", FOLDERS[0], FOLDERS[1], "continual.json"}
+    assert [path.name for path in (folder / FOLDERS[1]).rglob("*") if path.is_file()] == ["mine.json"]
     assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign

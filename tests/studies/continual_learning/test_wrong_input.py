@@ -33,6 +33,7 @@ WRONG = [
     ({"stages": {"a": {}, "b": {"warmup_steps": 50}}}, ["stage `b`", "`warmup_steps`", "50"]),
     ({"stages": {"a": {}, "b": {"filters": {"topc": "x"}}}}, ["stage `b`", "`filters`", "`topc`", "topic"]),
     ({"stages": {"a": {}, "b": {"filters": {"topic": "art"}}}}, ["stage `b`", "`filters`", "'art'", "'physics'"]),
+    ({"stages": {"a": {}, "b": {"eval_on_start": True}}}, ["stage `b`", "`eval_on_start` needs evaluation data"]),
     ({"stages": {"a": {}, "b": {"hub_model_id": "x/y"}}}, ["stage `b`", "`hub_model_id`", "push_to_hub"]),
     (
         {"router_aux_loss_coef": 0.01, "stages": {"a": {}, "b": {"label_smoothing_factor": 0.1}}},

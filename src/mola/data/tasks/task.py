@@ -207,8 +207,10 @@ class Task:
             values[name] = rule.resolve(row, row_id)
         answer = num_choices = None
         if self.answer is not None:
-            answer, values["options"], num_choices = self.answer.resolve(row, row_id)
+            answer, options, num_choices = self.answer.resolve(row, row_id)
             values["answer"] = answer
+            if self.answer.choices is not None:  # else `options` may be a column
+                values["options"] = options
         instruction = None if self.instruction is None else _fill(self.instruction, values, row_id)
         return {
             "id": row_id,

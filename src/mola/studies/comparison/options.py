@@ -152,6 +152,12 @@ class CompareOptions(TrainAndTestOptions):
                 "`overwrite_output_dir` has no use here, for finished runs are kept. To start again, pass another "
                 "`output_dir` (and `record`)."
             )
+        if self.push_to_hub:
+            raise MolaError("`push_to_hub` has no use here: every run would be uploaded. Upload the one you choose.")
+        if self.seed != type(self).seed:
+            raise MolaError(
+                f"`seed` has no use here, for `seeds` has those of the runs: got {self.seed}. Pass `seeds`."
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MolaError(f"`seeds` must be different numbers, at least one: got {self.seeds}.")
         assert isinstance(self.recipes, dict)

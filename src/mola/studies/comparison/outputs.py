@@ -1,5 +1,6 @@
 """Files that the tables and pictures of a comparison are written to."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -32,6 +33,8 @@ from mola.studies.comparison.tables import (
     title_of,
 )
 from mola.studies.comparison.tuning import Found, Power
+
+logger = logging.getLogger(__name__)
 
 
 def check_files(tables: str | None, plots: str | None) -> None:
@@ -98,6 +101,10 @@ def write_plots(plots: str | None, options: CompareOptions, results: Sequence[Re
     """Draw every picture asked for, unless there is nothing to draw yet."""
     rows, names = outcome.rows, ([*(options.tasks or {})], [*(options.recipes or {})])
     if not any((row.difference and row.difference.joint_95) or row.measure != AT_END for row in rows):
+        if plots:
+            logger.warning(
+                "`plots` %s is not written: no two recipes have two seeds in common, and there are no curves", plots
+            )
         return
     for path in _paths(plots):
         picture = draw(results, rows, *names, path.suffix[1:], outcome.contrasts)

@@ -40,7 +40,7 @@ from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
 from mola.training.hub import without_token
-from mola.training.run_folder import check_start_is_kept
+from mola.training.run_folder import check_start_is_kept, claimed
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
@@ -63,8 +63,16 @@ def continual(options: ContinualOptions) -> ContinualResult:
             another sequence, or a loss is not finite.
     """
     folder = Path(options.output_dir or "")
-    record = read_record(folder, options.overwrite_output_dir)
+    read_record(folder, options.overwrite_output_dir)
     stages = check_stages(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder):
+        return _continual_in(folder, options, stages)
+
+
+def _continual_in(folder: Path, options: ContinualOptions, stages: Sequence[Stage]) -> ContinualResult:
+    """The sequence in its folder."""
+    record = read_record(folder, options.overwrite_output_dir)
     if options.overwrite_output_dir:
         if options.adapter is not None:
             check_start_is_kept(options.adapter, options.output_dir)
@@ -72,7 +80,8 @@ def continual(options: ContinualOptions) -> ContinualResult:
         clear_sequence(folder, record)
         record = None
     before: dict[str, Any] = record or {"stages": []}
-    check_same_sequence(before, stages, folder)
+    if not options.overwrite_output_dir:  # what is still in a folder is the user's, and in nobody's way
+        check_same_sequence(before, stages, folder)
     start = None if options.adapter is None else weights_sha256(options.adapter)
     check_same_start(before, stages[0], start)
     now = weights_identity(stages[0].options.base_model or "")

@@ -27,6 +27,10 @@ EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
 _ADAPTER_FILE = "adapter_model.safetensors"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+)
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
 
@@ -180,8 +184,8 @@ def clear_sequence(folder: Path, record: Mapping[str, Any] | None) -> None:
             continue
         clear_tests(place)
         clear_run(place)
-        for path in (place / "tokenizer.json", place / "tokenizer_config.json"):
-            path.unlink(missing_ok=True)
+        for name in _TOKENIZER_FILES:
+            (place / name).unlink(missing_ok=True)
         for path in (place / EVALUATION_FOLDER, place):
             if path.is_dir() and is_empty(path):
                 path.rmdir()

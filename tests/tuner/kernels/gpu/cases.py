@@ -295,8 +295,10 @@ def packings(monkeypatch, trusted):
     return calls
 
 
-def test_without_gradients_weights_are_packed_once(packings):
+def test_frozen_weights_are_packed_once(packings):
     inputs = make((4, 24))
+    for each in (inputs.experts_A, inputs.experts_B, inputs.router):
+        each.requires_grad_(False)
     with torch.no_grad():
         first = compute(TRITON, inputs).output
         again = compute(TRITON, inputs).output
@@ -322,6 +324,18 @@ def test_what_training_changed_is_packed_anew_though_no_version_tells(name, pack
     with torch.no_grad():
         after = compute(TRITON, inputs).output
     assert len(packings) == 3
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["experts_A", "experts_B", "router"])
+def test_weights_that_are_trained_are_packed_every_time(name, packings):
+    """Under a compiler and with jitter others train them, and fused optimisers change no version."""
+    inputs = make((4, 24))
+    with torch.no_grad():
+        before = compute(TRITON, inputs).output
+        getattr(inputs, name).data.mul_(3.0)
+        after = compute(TRITON, inputs).output
+    assert len(packings) == 2
     assert not torch.equal(before, after)
 
 

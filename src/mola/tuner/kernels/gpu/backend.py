@@ -59,7 +59,7 @@ class Triton(Backend):
         return _forward(inputs, *_pack(inputs))
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
-        """See `Backend`; weights are packed once."""
+        """See `Backend`; frozen weights are packed once."""
         return _forward(inputs, *_packed(inputs))[0]
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
@@ -150,13 +150,13 @@ _packed_of: Any = WeakTensorKeyDictionary()
 
 
 def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, packed once and used until a weight changes; a CUDA graph packs in every replay.
+    """The same; of frozen weights packed once and used until one changes. A CUDA graph packs in every replay.
 
-    A weight's version tells of a change, but not of writing to `.data`, as some optimisers do. So a forward pass with
-    gradients, which such a change follows, forgets what was packed.
+    A weight's version tells of a change, but not of one by a fused optimiser, or by writing to `.data`. So weights that
+    are trained are packed for every pass, and those that were frozen after a pass with gradients anew.
     """
     weights = inputs.experts_A, inputs.experts_B, inputs.router
-    if _is_capturing(inputs.x) or any(each.is_inference() for each in weights):
+    if _is_capturing(inputs.x) or any(each.is_inference() or each.requires_grad for each in weights):
         return _pack(inputs)
     state = inputs.settings.dtype, *((each.data_ptr(), each._version) for each in weights)
     found = _packed_of.get(inputs.experts_A)

@@ -18,8 +18,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from mola.errors import MolaError
-from mola.integrations.vllm.mixture import Part
-from mola.integrations.vllm.sharding import Shard, of_inputs, of_outputs, shards_of
+from mola.integrations.vllm_server.mixture import Part
+from mola.integrations.vllm_server.sharding import Shard, of_inputs, of_outputs, shards_of
 
 # Not subclasses, which may compute, load or slice in other ways.
 _LINEARS = (ReplicatedLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from mola.errors import MolaError
-from mola.integrations.vllm.mixture import Part
+from mola.integrations.vllm_server.mixture import Part
 
 
 class Shard(NamedTuple):

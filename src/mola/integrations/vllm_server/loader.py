@@ -21,10 +21,10 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
 
 from mola.errors import MolaError
-from mola.integrations.vllm import operator as operator
-from mola.integrations.vllm.adapter import Adapter, read_adapter
-from mola.integrations.vllm.mixture import FusedMixture, Part, Product
-from mola.integrations.vllm.places import find_places
+from mola.integrations.vllm_server import operator as operator
+from mola.integrations.vllm_server.adapter import Adapter, read_adapter
+from mola.integrations.vllm_server.mixture import FusedMixture, Part, Product
+from mola.integrations.vllm_server.places import find_places
 
 _TRIED_MODELS = (
     *(

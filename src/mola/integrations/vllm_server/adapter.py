@@ -9,19 +9,13 @@ from typing import Any, NamedTuple
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
-from mola.integrations.vllm.mixture import Part, PartSettings
-from mola.models.adapters import check_adapter, check_fits
+from mola.integrations.vllm_server.mixture import Part, PartSettings
+from mola.models.adapters import check_fits
 from mola.models.meta import model_on_meta
-from mola.tuner import MolaConfig, MolaLinear
+from mola.serving.vllm_command import check_servable
+from mola.tuner import MolaLinear
 
 _PREFIX = "base_model.model."
-_TRAINED_TOO = {
-    "modules_to_save": "modules trained in full",
-    "target_parameters": "experts of stacked parameters",
-    "trainable_token_indices": "trained embeddings",
-    "layer_replication": "layers of its own",
-}
-_OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
 
 
 class Adapter(NamedTuple):
@@ -34,27 +28,6 @@ class Adapter(NamedTuple):
 
     parts: dict[str, Part]
     digest: str
-
-
-def check_servable(folder: str) -> MolaConfig:
-    """The configuration of a mixture that vLLM can serve.
-
-    Raises:
-        MolaError: the folder is no sound adapter, or holds more than mixtures of linears.
-    """
-    found = check_adapter(folder)
-    if found["peft_type"] != "MOLA":
-        raise MolaError(
-            f"`adapter` must be a mixture to be served by vLLM's load format `mola`: {folder!r} is of type "
-            f"{found['peft_type']!r}. vLLM has `--enable-lora --lora-modules` for LoRA."
-        )
-    config = MolaConfig.from_pretrained(folder)
-    for name, what in _TRAINED_TOO.items():
-        if value := getattr(config, name):
-            raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has {what}, {value!r}. {_OTHERWISE}")
-    if config.bias != "none":
-        raise MolaError(f"`bias` must be 'none' for vLLM: {folder!r} has {config.bias!r}, trained biases. {_OTHERWISE}")
-    return config
 
 
 def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) -> Adapter:
