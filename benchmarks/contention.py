@@ -8,6 +8,7 @@ counts here is therefore the clock, which the other suites avoid.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,16 +42,14 @@ def settings(cores: int) -> list[Setting]:
     return [Setting(1, None), *(Setting(cores, policy) for policy in ("ACTIVE", "PASSIVE", None))]
 
 
-def contention(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str, Any]]:
+def contention(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Seconds of mola on the CPU in the first dtype and dropout, on quiet cores and with a neighbour for every core."""
     case = replace(make_case(options, model, folder, options.dtype[0], options.dropout[0]), device="cpu")
-    rows = []
     for action in ACTIONS:
         for setting in settings(usable_cores()):
             waiting = setting.wait_policy or "not set"
             logger.info("contention: %s, %s, %d threads, OMP_WAIT_POLICY %s", model, action, setting.threads, waiting)
-            rows.append(measure(options, case, action, setting, usable_cores()))
-    return rows
+            yield measure(options, case, action, setting, usable_cores())
 
 
 def measure(options: BenchmarkOptions, case: Case, action: str, setting: Setting, neighbours: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,10 @@ class Curves:
     idle_experts: float
 
 
-def curve(options: BenchmarkOptions, model: str, folder: Path) -> list[Row]:
+def curve(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Row]:
     """Curves and their differences for every dtype; with dropout for the first dtype only, as seeds take long."""
-    rows: list[Row] = []
     if not has_text("curve", model):
-        return rows
+        return
     for dtype in options.dtype:
         base = None
         for dropout in options.dropout:
@@ -73,8 +72,7 @@ def curve(options: BenchmarkOptions, model: str, folder: Path) -> list[Row]:
             case = replace(case, seq_len=options.curve_seq_len, optimizer=True)
             base = base or load_base(case)
             seeds = [options.seed + index for index in range(options.curve_seeds if dropout else 1)]
-            rows += _measure(options, base, case, seeds)
-    return rows
+            yield from _measure(options, base, case, seeds)
 
 
 def _measure(options: BenchmarkOptions, base: PreTrainedModel, case: Case, seeds: Sequence[int]) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,14 @@ from mola.models.loading import load_model
 logger = logging.getLogger(__name__)
 
 
-def load(options: BenchmarkOptions, model: str, folder: Path) -> list[dict[str, Any]]:
+def load(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Loading by PEFT and by `mola.load_model`, of LoRA and of mola; files are in the system's cache."""
-    rows = []
     for dtype in options.dtype:
         logger.info("load: %s, %s", model, dtype)
         case = make_case(options, model, folder, dtype, 0.0)
         with tempfile.TemporaryDirectory(prefix="mola-benchmarks-") as temporary:
             sizes = _save(options, case, Path(temporary))
-            rows += _measure(options, case, sizes, Path(temporary))
-    return rows
+            yield from _measure(options, case, sizes, Path(temporary))
 
 
 def _save(options: BenchmarkOptions, case: Case, parent: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,11 +40,10 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # input of a linear and gradien
 Layers = dict[str, MolaLinear]
 
 
-def outliers(options: BenchmarkOptions, model: str, folder: Path) -> list[Row]:
+def outliers(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Row]:
     """One row for each dtype, on a batch of real text."""
-    rows: list[Row] = []
     if not has_text("outliers", model):
-        return rows
+        return
     for dtype in options.dtype:
         logger.info("outliers: %s, %s", model, dtype)
         case = make_case(options, model, folder, dtype, options.dropout[0])
@@ -66,8 +65,7 @@ def outliers(options: BenchmarkOptions, model: str, folder: Path) -> list[Row]:
             "linear": largest[0].removeprefix("base_model.model."),
             "median_channel_ratio": statistics.median(found.values()),
         }
-        rows.append(case.row() | mola.row() | ratios | counted | timed | left | {"training_steps": TRAINING_STEPS})
-    return rows
+        yield case.row() | mola.row() | ratios | counted | timed | left | {"training_steps": TRAINING_STEPS}
 
 
 @torch.no_grad()

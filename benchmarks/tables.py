@@ -55,7 +55,7 @@ LORA = Column("x lora_8", _spread("ratio_to_lora_8", "{:.3f}"))
 SECONDS = [Column("seconds", _spread("seconds", "{:.3f}")), Column("on the clock", _spread("wall_seconds", "{:.3f}"))]
 
 COLUMNS: dict[str, list[Column]] = {
-    "step": [NAME, *SIZE, *SECONDS, Column("tokens per CPU s", _number("tokens_per_second", "{:,.0f}")), FROZEN, LORA],
+    "step": [NAME, *SIZE, *SECONDS, Column("tokens per s", _number("tokens_per_second", "{:,.0f}")), FROZEN, LORA],
     "memory": [
         NAME,
         *SIZE,
@@ -77,7 +77,7 @@ COLUMNS: dict[str, list[Column]] = {
     "decode": [
         NAME,
         *SECONDS,
-        Column("tokens per CPU s", _number("tokens_per_second", "{:,.1f}")),
+        Column("tokens per s", _number("tokens_per_second", "{:,.1f}")),
         Column("x base", _spread("ratio_to_base", "{:.3f}")),
         LORA,
         Column("graphs", _number("graphs")),

@@ -34,23 +34,21 @@ def step(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[s
             yield case.row() | each.row() | measured | {"tokens_per_second": speed} | ratios(times, each.name)
 
 
-def memory(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
+def memory(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Peak memory of steps, and bytes kept for the backward pass above those of the frozen base."""
-    rows = []
     for case in cases(options, model, folder):
         logger.info("memory: %s, %s, dropout %g", model, case.dtype, case.dropout)
         providers, batch = _build_all(_with_floor(options.providers), case)
         saved = {each.name: saved_bytes(each.model, make_forward(each.model, batch, case)) for each in providers}
         own = [each.row() for each in providers]
         del providers  # before other processes need the memory
+        rows: Rows = []
         for row in own:
             name = row["provider"]
             if name in options.providers:
                 peak = measure_in_fresh_process(name, case, options.threads)
                 rows.append(case.row() | row | peak | saved[name] | _per_linear(saved, row, case))
-    for row in rows:
-        row |= _above_frozen(row, rows)
-    return rows
+        yield from (row | _above_frozen(row, rows) for row in rows)
 
 
 def _per_linear(saved: dict[str, dict[str, int]], row: dict[str, Any], case: Case) -> dict[str, float]:
@@ -63,15 +61,15 @@ def _per_linear(saved: dict[str, dict[str, int]], row: dict[str, Any], case: Cas
 
 
 def _above_frozen(row: dict[str, Any], rows: Rows) -> dict[str, int]:
+    """`rows` are of one case."""
     for other in rows:
-        if other["provider"] == "frozen" and (other["dtype"], other["dropout"]) == (row["dtype"], row["dropout"]):
+        if other["provider"] == "frozen":
             return {"peak_bytes_above_frozen": row["peak_bytes"] - other["peak_bytes"]}
     return {}
 
 
-def counts(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
+def counts(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Operators and host syncs of a step, per adapted linear above those of the frozen base."""
-    rows = []
     for case in cases(options, model, folder):
         logger.info("counts: %s, %s, dropout %g", model, case.dtype, case.dropout)
         providers, batch = _build_all(_with_floor(options.providers), case)
@@ -83,8 +81,7 @@ def counts(options: BenchmarkOptions, model: str, folder: Path) -> Rows:
                     f"{kind}_per_linear": (own[kind] - counted["frozen"][kind]) / each.num_linears
                     for kind in ("forward_operators", "backward_operators", "host_syncs")
                 }
-                rows.append(case.row() | each.row() | own | per_linear)
-    return rows
+                yield case.row() | each.row() | own | per_linear
 
 
 def _count(provider: Provider, batch: dict[str, Any], case: Case) -> dict[str, Any]:

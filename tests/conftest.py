@@ -3,11 +3,13 @@
 import atexit
 import gc
 import os
-import re
 import shutil
 import signal
 import tempfile
 
+from tests.gpus import hidden
+
+os.environ.update(hidden())
 # No test asks a hub; where none can be reached, each question would take half a minute of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What libraries keep of data sets and of models' own code is no business of the user's folder.
@@ -34,12 +36,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BOS, EOS = "<s>", "</s>"
-
-
-def pytest_configure(config):
-    """What is asserted of numbers holds on a CPU: a GPU is for tests that are chosen with `-m gpu`."""
-    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_finish():

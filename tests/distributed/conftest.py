@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,18 @@ def flags(tiny_model_dir, tmp_path_factory):
         return ["train", *(f"--{name}={value}" for name, value in settings.items() if value is not None)]
 
     return build
+
+
+@contextmanager
+def goes_on_from(folder: Path, checkpoint: str, *, removed: str) -> Iterator[None]:
+    """A finished run without its weights and a checkpoint, which the block makes anew from an earlier one."""
+    (folder / "adapter_model.safetensors").unlink()
+    shutil.rmtree(folder / removed)
+    kept = folder / checkpoint / "trainer_state.json"
+    before = kept.stat().st_mtime_ns
+    yield
+    assert (folder / removed / "trainer_state.json").is_file()
+    assert kept.stat().st_mtime_ns == before, "it was written anew: the run did not go on from it"
 
 
 def weights_of(folder: Path) -> dict:

@@ -11,7 +11,7 @@ import pytest
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from .conftest import assert_same_run, record, weights_of
+from .conftest import assert_same_run, goes_on_from, record, weights_of
 
 # Two processes with batches of 2 see what one process sees in two accumulated batches of 2. Gradients are summed in
 # another order, and Adam's first steps make much of little.
@@ -82,8 +82,8 @@ def test_resumed_run_is_the_same(processes, flags, whole, tmp_path):
     options |= {"eval_strategy": "steps", "eval_steps": 2}
     processes.mola(flags(tmp_path / "whole", **options))
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    shutil.rmtree(folder / "checkpoint-4")
-    processes.mola([*flags(folder, **options), "--resume_from_checkpoint=last"])
+    with goes_on_from(folder, "checkpoint-2", removed="checkpoint-4"):
+        processes.mola([*flags(folder, **options), "--resume_from_checkpoint=last"])
     for name, tensor in weights_of(folder).items():
         assert (tensor == weights_of(tmp_path / "whole")[name]).all()
     assert routing(folder) == routing(tmp_path / "whole")  # with what both had counted in step 1 and 2
@@ -168,12 +168,16 @@ def test_main_process_goes_first(processes, tmp_path, error):
 
 @pytest.mark.slow
 def test_best_weights_are_saved_by_name_of_their_loss(processes, flags, tmp_path):
-    """A learning rate that ruins the second epoch: the first one's weights are the result."""
-    options = {"num_train_epochs": 2, "learning_rate": 0.3, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    processes.mola(flags(tmp_path, **options))
-    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text(encoding="utf-8"))
-    best = tmp_path / f"checkpoint-{state['best_global_step']}"
-    assert record(tmp_path)["best_checkpoint"] == str(best)
-    one, two = weights_of(tmp_path), weights_of(best)
+    """What is evaluated is said less and less, the more is learnt: the first epoch's weights are the result."""
+    rows = [{"id": str(i), "instruction": f"Say {i}", "input": "", "output": "~" * 60} for i in range(4)]
+    (tmp_path / "other.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = {"num_train_epochs": 2, "validation_size": None, "eval_data": tmp_path / "other.json"}
+    folder = tmp_path / "run"
+    processes.mola(flags(folder, **options))
+    state = json.loads((folder / "checkpoint-10" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_global_step"] == 5
+    best = folder / "checkpoint-5"
+    assert record(folder)["best_checkpoint"] == str(best)
+    one, two = weights_of(folder), weights_of(best)
     assert all((tensor == two[name]).all() for name, tensor in one.items())
-    assert record(tmp_path)["metrics"]["eval_loss"] == pytest.approx(state["best_metric"])
+    assert record(folder)["metrics"]["eval_loss"] == pytest.approx(state["best_metric"])

@@ -16,7 +16,7 @@ from mola import MolaConfig, MolaError
 from mola.cli import main
 from mola.training.zero import check_deepspeed, check_stacked
 
-from .conftest import assert_same_run, curve, record, weights_of
+from .conftest import assert_same_run, curve, goes_on_from, record, weights_of
 from .test_ddp import ROUTER_LOSSES, routing
 from .test_launchers import RECIPES, environment_of, finish, start
 
@@ -89,11 +89,11 @@ def test_same_run_as_with_ddp_and_the_adapter_is_whole(whole, stage, tiny_model_
 def test_resumed_run_is_the_same(processes, environments, whole, tmp_path, stage):
     folder, arguments = whole(stage)
     part = shutil.copytree(folder, tmp_path / "part")
-    shutil.rmtree(part / "checkpoint-8")
     path = next((part / "checkpoint-6" / "global_step6").glob("zero_pp_rank_1*optim_states.pt"))
     path.write_bytes(path.read_bytes()[:-100])
     arguments = [word.replace(str(folder), str(part)) for word in arguments]
-    processes.mola([*arguments, "--resume_from_checkpoint=last"], environment=environments[stage])
+    with goes_on_from(part, "checkpoint-4", removed="checkpoint-8"):
+        processes.mola([*arguments, "--resume_from_checkpoint=last"], environment=environments[stage])
     assert f"broken {path.name}" in processes.output[0]
     assert "going on" not in processes.output[1]
     assert_same_run(part, folder, 0.0)

@@ -68,6 +68,7 @@ def test_the_kernel_of_a_gpu_is_used_and_computes_what_the_others_do(force):
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, ROUTED], ids=["plain", "dropout", "router_losses"])
 def test_a_step_never_waits_for_the_device(options):
     model, inputs = make(**options), batch()
+    model.get_base_model().set_attn_implementation("eager")  # others ask the mask whether they can do without it
     loss_of(model, inputs).backward()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -143,11 +144,13 @@ def _rank(rank, world, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_ddp_over_nccl_gives_every_process_the_same_gradients(tmp_path):
     world = torch.cuda.device_count()
     mp.spawn(_rank, args=(world, 29500 + os.getpid() % 1000, str(tmp_path)), nprocs=world)
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world))
     assert first
+    assert others
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in first.items())
 

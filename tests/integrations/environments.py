@@ -40,6 +40,8 @@ def venv(name, requirements, stand_ins=(), *, python=sys.executable, overrides=(
             [interpreter, *install, *requirements, *stand_ins, "--editable", ROOT],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "No solution found" in done.stderr:
+                pytest.fail(f"{name} and mola exclude each other: {done.stderr.strip()[-500:]}")
             if done.returncode:
                 pytest.skip(f"{name} cannot be installed: {done.stderr.strip()[-500:]}")
         stamp.write_text(wanted, encoding="utf-8")

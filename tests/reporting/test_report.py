@@ -401,9 +401,10 @@ def test_test_data_are_asked_for_where_a_file_has_the_training_rows_only(run_dir
     change(run_dir / "run.json", lambda record: record["settings"].update(data="train.jsonl.gz"))
     for name in ("before.json", "after.json", "inspect.json"):
         (run_dir / name).unlink()
-    commands = [box.text for box in page_of(run_dir).root.all("pre") if box.text.startswith("mola")]
-    assert commands
-    assert all("--data TEST_DATA" in command for command in commands if "--data" in command)
+    commands = [box.text for box in page_of(run_dir).root.all("pre") if "--data" in box.text]
+    asked = [command for command in commands if command.startswith(("mola evaluate", "mola inspect"))]
+    assert len(asked) >= 3
+    assert all("--data TEST_DATA" in command for command in asked)
 
 
 def test_values_that_are_not_known(run_dir):
@@ -466,14 +467,24 @@ def test_the_command_for_a_missing_result_has_the_rows_and_prompts_of_the_other(
         assert given == asked
 
 
+def test_the_base_model_is_asked_as_the_adapter_was(run_dir):
+    """Also where that was on other rows and in other prompts than the training."""
+    changes = {"template": "alpaca_short", "filters": {"category": ["Tense"]}}
+    change(run_dir / "run.json", lambda record: record["settings"].update(changes))
+    (run_dir / "before.json").unlink()
+    (command,) = {each.text for each in page_of(run_dir).section("accuracy").all("pre")}
+    options = parse(EvaluateOptions, shlex.split(command)[2:], prog="")
+    assert (options.template, options.filters) == (None, None)
+
+
 def test_prompts_of_a_run_without_a_task_are_asked_for(run_dir):
     for name in ("before.json", "after.json"):
         (run_dir / name).unlink()
     (run_dir / "inspect.json").unlink()
     change(run_dir / "run.json", lambda record: record.update(template="alpaca"))
     change(run_dir / "run.json", lambda record: record["settings"].update(task=None, template=None))
-    for command in (each.text for each in page_of(run_dir).section("accuracy").all("pre")):
-        assert "--template alpaca" in command
+    commands = [each.text for each in page_of(run_dir).section("accuracy").all("pre")]
+    assert ["--template alpaca" in command for command in commands] == [True, True]
 
 
 def test_results_in_each_others_place_are_said(run_dir):

@@ -229,9 +229,12 @@ def test_resume_from_a_named_checkpoint_in_another_folder(finished_run, tmp_path
 def test_incomplete_checkpoint_is_skipped_with_a_warning(finished_run, caplog):
     folder, arguments = finished_run
     whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).unlink()
     (folder / "checkpoint-6" / "trainer_state.json").unlink()
     (folder / "checkpoint-notes").mkdir()
+    earlier = (folder / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns
     assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert (folder / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns == earlier, "it did not begin anew"
     assert "checkpoint-6, which has no trainer_state.json" in caplog.text
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
     assert (folder / WEIGHTS).read_bytes() == whole
@@ -454,7 +457,7 @@ def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_p
 
         def on_step_begin(self, *args, **kwargs):
             self.steps += 1
-            if self.steps == 2:
+            if self.steps == 3:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -463,7 +466,9 @@ def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_p
         "data": str(rows_file),
         "dtype": "float32",
         "template": "meta",
-        "max_steps": 3,
+        "max_steps": 4,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
         "eval_strategy": "no",
         "save_strategy": "steps",
         "save_steps": 1,
@@ -471,7 +476,15 @@ def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_p
         "use_cpu": True,
     }
     searched = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
-    assert train(TrainOptions(**common, **searched, output_dir=str(tmp_path / "run")), [Full()]).steps == 3
+    seen = []
+
+    class Checkpoints(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            seen.append(sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")))
+
+    made = train(TrainOptions(**common, **searched, output_dir=str(tmp_path / "run")), [Full(), Checkpoints()])
+    assert made.steps == 4
+    assert seen == [[], []], "those of the first attempt are gone when the second begins"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     found = read_record(tmp_path / "run")["effective_batch_size"]
     assert found < 4

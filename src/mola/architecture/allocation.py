@@ -277,11 +277,12 @@ def plan_allocation(
 def _layer(adapted: LinearShape | StackShape, num_layers: int) -> int:
     index = adapted.layer_index
     if index is None or index >= num_layers:
-        field = "target_modules" if isinstance(adapted, LinearShape) else "target_parameters"
+        is_linear = isinstance(adapted, LinearShape)
+        field = "target_modules" if is_linear else "target_parameters"
+        how = r", which may be one regular expression for whole names, such as .*language_model.*\.(q_proj|v_proj)"
         raise MolaError(
             f"`{field}` must be inside the {num_layers} decoder layers, each with its own "
-            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}`, which may be one regular "
-            r"expression for whole names, such as .*language_model.*\.(q_proj|v_proj)."
+            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}`{how if is_linear else ''}."
         )
     return index
 

@@ -10,6 +10,7 @@ import numpy as np
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids
 from mola.data.hashing import count_shared, hash_head
+from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import Merge, is_prepared_folder, write_splits
@@ -142,7 +143,8 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
     _refuse_options_of_sample(options)
-    return {name: list(source.rows()) for name, source in source_splits(_data(options, task)).items()}
+    found = source_splits(_data(options, task))
+    return {name: read_rows(source.path, source.split, may_be_empty=True) for name, source in found.items()}
 
 
 def _refuse_options_of_sample(options: PrepareOptions) -> None:

@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _BATCH_SIZE = 1000
 
 
-def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """All rows of a data source.
 
     Args:
@@ -25,6 +25,7 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
             folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``, of
             one with several configurations ``owner/name:configuration``.
         split: which split of a folder or Hub dataset; a single file has no splits and ignores it.
+        may_be_empty: take a source without rows.
 
     Returns:
         The rows as dicts, in their order. CSV values are text.
@@ -34,7 +35,7 @@ def read_rows(path: str | Path, split: str | None = None) -> list[dict[str, Any]
             not exist or has to be chosen.
     """
     rows = list(_iterate(path, split, None))
-    if not rows:
+    if not rows and not may_be_empty:
         part = f"split `{split}` of `{path}`" if split is not None and os.path.isdir(path) else f"`{path}`"
         raise MolaError(f"`data` must have at least one row: {part} has none. Choose another one.")
     return rows

@@ -23,6 +23,7 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
+from mola.files.reading import read_json_object
 from mola.models.adapters import warn_other_base
 from mola.models.loading import check_adapter, check_adapter_fits, load_config, resolve_device, resolve_dtype
 from mola.options.fields import option
@@ -119,11 +120,14 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
-    if options.output is not None and not options.overwrite and (there := _samples_beside(Path(options.output))):
-        raise MolaError(
-            f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to replace "
-            "it, or another file."
-        )
+    if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
+        target = Path(options.output)
+        found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
+        if there := [path for path in found if not _is_of_another(path, target)]:
+            raise MolaError(
+                f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
+                "replace it, or another file."
+            )
     if options.output is None and (getattr(arguments, "log_samples", False) or hasattr(arguments, "predict_only")):
         raise MolaError("`lm_eval_args` asks for every sample, which needs a file: pass `output` as well.")
     arguments.model, arguments.tasks, arguments.limit = "hf", names, limit
@@ -140,10 +144,15 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     return arguments
 
 
-def _samples_beside(target: Path) -> list[Path]:
-    """Files with the samples of an earlier result of this name."""
-    found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
-    return [path for path in found if not _is_of_another(path, target)]
+def _samples_of(target: Path) -> list[Path]:
+    """Files with the samples of the result that is there."""
+    tasks = read_json_object(target).get("results")
+    names = (_samples_file(target, task) for task in tasks) if isinstance(tasks, dict) else ()
+    return [path for path in names if path.is_file()]
+
+
+def _samples_file(target: Path, task: str) -> Path:
+    return target.with_name(f"{target.stem}.{task}.jsonl")
 
 
 def _is_of_another(samples: Path, target: Path) -> bool:
@@ -231,10 +240,12 @@ def _result(options: LmEvalOptions, folder: Path) -> dict[str, Any]:
     result = {**measured, "mola": made_by}
     if options.output is not None:
         target = Path(options.output)
-        for earlier in _samples_beside(target):  # which `overwrite` has allowed to replace
-            earlier.unlink()
-        for path in samples:
-            task = path.name.removeprefix("samples_").rpartition("_")[0]
-            atomic_write_text(target.with_name(f"{target.stem}.{task}.jsonl"), path.read_text(encoding="utf-8"))
+        earlier = _samples_of(target)  # which `overwrite` has allowed to replace
+        new = {path.name.removeprefix("samples_").rpartition("_")[0]: path for path in samples}
+        for task, path in new.items():
+            atomic_write_text(_samples_file(target, task), path.read_text(encoding="utf-8"))
         atomic_write_json(target, result)
+        for path in earlier:
+            if path not in {_samples_file(target, task) for task in new}:
+                path.unlink()
     return result

@@ -219,7 +219,7 @@ def option_log_probabilities(
     tail = max(len(ids) - start for options, start in zip(encoded, shared, strict=True) for ids in options)
     log_probabilities: dict[int, torch.Tensor] = {}
     for part in _passes(list(contexts), is_alone=len(texts) == 1):
-        found = _last_log_probabilities(model, tokenizer, part, tail)
+        found = _last_log_probabilities(model, tokenizer, part, min(tail, max(map(len, part))))
         log_probabilities |= {contexts[context]: row for context, row in zip(part, found, strict=True)}
     scores = []
     for options, start in zip(encoded, shared, strict=True):

@@ -17,7 +17,7 @@ class AgreementCounter:
     def __init__(self) -> None:
         self.modules: list[str] = []
         self._num_experts: list[int] = []
-        self._meetings = torch.zeros(0)
+        self._meetings: torch.Tensor | None = None  # before the first pass
 
     def add(self, recorded: Sequence[ModuleGates]) -> None:
         """Count the tokens of one forward pass; those of modules that ran several times once for each run."""
@@ -26,7 +26,7 @@ class AgreementCounter:
             calls.setdefault(each.module, []).append(each.gates)
         by_name = {name: torch.cat(gates) for name, gates in calls.items()}
         rows = len(next(iter(by_name.values()))) if by_name else 0
-        if not self.modules:
+        if self._meetings is None:
             same = {name: gates.shape[1] for name, gates in by_name.items() if len(gates) == rows}
             self.modules = list(same)
             self._num_experts = list(same.values())
@@ -47,6 +47,7 @@ class AgreementCounter:
         numbers = dict(zip(self.modules, self._num_experts, strict=True))
         kept = torch.cat([torch.full((number,), name in names) for name, number in numbers.items()])
         self.modules, self._num_experts = list(names), [numbers[name] for name in names]
+        assert self._meetings is not None
         self._meetings = self._meetings[kept][:, kept]
 
     def cramers_v(self) -> torch.Tensor:
@@ -61,7 +62,7 @@ class AgreementCounter:
         Returns:
             float64 `(M, M)`, symmetric, 1 on the diagonal.
         """
-        if not self.modules:
+        if not self.modules or self._meetings is None:
             return torch.zeros(0, 0, dtype=torch.float64)
         counts = self._meetings.diagonal()
         expected = counts.unsqueeze(0) * counts.unsqueeze(1)

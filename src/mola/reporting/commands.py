@@ -26,7 +26,9 @@ def evaluate_command(run: Run, name: str) -> str:
     ]
     adapter = ["--adapter", str(run.folder)] if name == "after" else []
     unusual = _flags({key: value for key, value in asked.items() if value != _USUAL[key]})
-    return shlex.join([*words, *adapter, *_rows(run), *unusual, "--output", str(run.paths[name])])
+    return shlex.join(
+        [*words, *adapter, *_rows(run, of_adapter=name == "after"), *unusual, "--output", str(run.paths[name])]
+    )
 
 
 def inspect_command(run: Run) -> str:
@@ -45,18 +47,22 @@ def _base(run: Run) -> list[str]:
     return ["--base_model", str(settings["base_model"]), *_flags({name: settings.get(name) for name in names})]
 
 
-def _rows(run: Run) -> list[str]:
-    """Data, the rows of them and their prompts: as a result that is there was asked, else as the run was trained."""
+def _rows(run: Run, *, of_adapter: bool = True) -> list[str]:
+    """Data, the rows of them and their prompts: as a result that is there was asked, else as the run was trained.
+
+    What that result leaves open is asked of the adapter as it was trained, of the base model as the result was.
+    """
     settings, data, asked = run.record["settings"], _data(run), {}
     for result in (run.after, run.before, run.inspection):
         if result is not None and result["settings"].get("data"):
             data, asked = str(result["settings"]["data"]), result["settings"]
             break
     # Without a task the run was asked in a template that the task named here may not have.
-    trained = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
-    split = asked.get("split")
-    values = {"template": asked.get("template") or trained, "filters": asked.get("filters") or settings.get("filters")}
-    return ["--data", data, *_flags({**values, "split": None if split == "test" else split})]
+    template = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
+    trained = {"template": template, "filters": settings.get("filters")} if of_adapter or not asked else {}
+    values = {name: asked.get(name) or trained.get(name) for name in ("template", "filters", "split")}
+    values["split"] = None if values["split"] == "test" else values["split"]
+    return ["--data", data, *_flags(values)]
 
 
 def _flags(values: dict[str, Any]) -> list[str]:

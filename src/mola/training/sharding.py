@@ -59,6 +59,11 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quant
             "hold all of them. Leave the quantisation out, or train with one model per process "
             "(recipes/accelerate/ddp.yaml)."
         )
+    if options.auto_find_batch_size:
+        raise MolaError(
+            "`auto_find_batch_size` cannot be used with `fsdp`: what steps have changed before the memory ran out "
+            "cannot be put back. Pass a --per_device_train_batch_size that fits."
+        )
     if options.optim == OptimizerNames.ADAFACTOR:
         raise MolaError("`optim` adafactor does not work on sharded weights. Pass another, such as adamw_torch.")
     accelerate = importlib.metadata.version("accelerate")

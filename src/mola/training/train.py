@@ -40,7 +40,7 @@ from mola.training.run_record import write_record
 from mola.training.setup import build_model
 from mola.training.sharding import is_sharded
 from mola.training.trainer import make_trainer
-from mola.training.zero import whole_weights
+from mola.training.zero import uses_deepspeed, whole_weights
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
@@ -87,7 +87,9 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
             disk did not suffice.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
-    AcceleratorState._reset_state()  # the mixed precision of a training before, after which these options were made
+    has_own_state = getattr(options.accelerator_config, "use_configured_state", False)
+    if not (has_own_state or is_sharded(options) or uses_deepspeed(options)):
+        AcceleratorState._reset_state()  # the mixed precision of a training before, after which these options were made
     with failures_explained(options):
         return _train(options, callbacks)
 

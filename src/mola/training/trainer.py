@@ -46,7 +46,7 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
         collate = NeededLogits(collate)
     # In this order: what is to be saved is known first, and is looked at before it is.
     own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast()]
-    own += [SameStart(), AveragedWeights(), FiniteLoss()]
+    own += [SameStart(), AveragedWeights(), FiniteLoss()]  # without sharding: see `check_sharding`
     own += [FrozenInput(), CheckpointDigests()]
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose gradients lie elsewhere
         own.append(UncalledLinears(model))

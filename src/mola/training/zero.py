@@ -72,6 +72,11 @@ def check_deepspeed(options: TrainingArguments, is_quantized: bool) -> None:
             "`deepspeed` cannot be combined with a quantised base: its checkpoints do not load into packed weights. "
             "Leave the quantisation out, or train with one model per process (recipes/accelerate/ddp.yaml)."
         )
+    if options.auto_find_batch_size:
+        raise MolaError(
+            "`auto_find_batch_size` cannot be used with DeepSpeed: what steps have changed before the memory ran out "
+            "cannot be put back. Pass a --per_device_train_batch_size that fits."
+        )
     if options.optim == OptimizerNames.ADAFACTOR:
         raise MolaError(
             "`optim` adafactor cannot be used with DeepSpeed, which flattens weights: its moments are of rows and "

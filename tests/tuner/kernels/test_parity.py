@@ -91,7 +91,9 @@ def with_mask(inputs, dropout):
         mask, keep_probability = sample_dropout_mask(inputs.x, 0.3)
         settings = inputs.settings._replace(scaling=inputs.settings.scaling / keep_probability)
         return inputs._replace(dropout_mask=mask, settings=settings)
-    return inputs._replace(dropout_mask=torch.rand(inputs.x.shape) > 0.3 if dropout == "booleans" else None)
+    if dropout == "none":
+        return inputs._replace(dropout_mask=None)
+    return inputs._replace(dropout_mask=torch.rand(inputs.x.shape, device=inputs.x.device) > 0.3)
 
 
 def expected_of(inputs, function):
@@ -105,7 +107,7 @@ def expected_of(inputs, function):
 def run(backend: Backend, inputs):
     """Output, logits and gradients; a loss reads both."""
     output, logits, indices = compute(backend, inputs)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device).view(output.shape)
     loss = (output.double() * weights).sum() + (logits.double() ** 2).sum() * 0.1
     gradients = torch.autograd.grad(loss, leaves(inputs))
     names = [f"gradient of {name}" for name in LEAVES if getattr(inputs, name) is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.integrate import trapezoid
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +17,7 @@ from mola.evaluation.core import evaluate_examples
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines, parse_json
+from mola.generation.predicting import base_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +51,22 @@ class TestsOnTheWay(TrainerCallback):
         """Test, and write the marks down at once."""
         if state.global_step % self.every or state.global_step >= state.max_steps:
             return
-        start = time.perf_counter()
-        result = evaluate_examples(
-            kwargs["model"],
-            kwargs["processing_class"],
-            load_task(self.test.task),
-            self.examples,
-            template=self.test.template,
-            scoring=self.test.scoring,
-            batch_size=self.test.batch_size,
-            max_new_tokens=self.test.max_new_tokens,
-            show_progress=False,
-        )
+        start, model = time.perf_counter(), kwargs["model"]
+        # A packed base that was prepared for training has norms in float32 beside stacked experts that are not.
+        is_packed = getattr(base_of(model), "is_quantized", False)
+        mixed: Any = getattr(args, "mixed_dtype", None)
+        with torch.autocast(args.device.type, mixed, enabled=is_packed and mixed is not None):
+            result = evaluate_examples(
+                model,
+                kwargs["processing_class"],
+                load_task(self.test.task),
+                self.examples,
+                template=self.test.template,
+                scoring=self.test.scoring,
+                batch_size=self.test.batch_size,
+                max_new_tokens=self.test.max_new_tokens,
+                show_progress=False,
+            )
         seconds = round(time.perf_counter() - start, 1)
         logger.info("Step %d: %.1f %% of %d answers are right.", state.global_step, 100 * result.accuracy, result.total)
         entry = {"step": state.global_step, "marks": marks_of(result.samples), "seconds": seconds}

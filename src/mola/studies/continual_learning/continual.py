@@ -80,8 +80,7 @@ def _continual_in(folder: Path, options: ContinualOptions, stages: Sequence[Stag
         clear_sequence(folder, record)
         record = None
     before: dict[str, Any] = record or {"stages": []}
-    if not options.overwrite_output_dir:  # what is still in a folder is the user's, and in nobody's way
-        check_same_sequence(before, stages, folder)
+    check_same_sequence(before, stages, folder)
     start = None if options.adapter is None else weights_sha256(options.adapter)
     check_same_start(before, stages[0], start)
     now = weights_identity(stages[0].options.base_model or "")

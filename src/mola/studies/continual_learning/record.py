@@ -18,7 +18,7 @@ from mola.files.digests import file_sha256
 from mola.files.reading import read_json, read_json_object
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
-from mola.training.checkpoints import RUN_FILE
+from mola.training.checkpoints import RUN_FILE, checkpoints_in
 from mola.training.run_folder import clear_run
 
 RECORD_FILE = "continual.json"
@@ -67,9 +67,9 @@ def _check_entries(record: Mapping[str, Any]) -> None:
             raise TypeError(f"`stages` has an entry of another form: {entry!r}")
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether nothing of a stage was kept yet."""
-    return not folder.is_dir() or not any(folder.iterdir())
+def is_begun(folder: Path) -> bool:
+    """Whether a stage was begun there; what else lies in a folder is the user's, and in nobody's way."""
+    return any((folder / name).exists() for name in (RUN_FILE, _ADAPTER_FILE)) or bool(checkpoints_in(folder))
 
 
 def is_finished(stage: Stage) -> bool:
@@ -107,7 +107,7 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
         MolaError: the message names the stage and what differs.
     """
     for index, entry in enumerate(record["stages"]):
-        if is_empty(folder / entry["folder"]):
+        if not is_begun(folder / entry["folder"]):
             continue
         if index >= len(stages) or stages[index].folder.name != entry["folder"]:
             raise MolaError(
@@ -117,10 +117,10 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
         _check_same_stage(entry, stages[index])
     known = {entry["folder"] for entry in record["stages"]}
     for stage in stages:
-        if stage.folder.name not in known and not is_empty(stage.folder):
+        if stage.folder.name not in known and is_begun(stage.folder):
             raise MolaError(f"`output_dir`: {str(stage.folder)!r} is not of this sequence. Move it away.")
     for earlier, later in itertools.pairwise(stages):
-        if not is_empty(later.folder) and not is_finished(earlier):
+        if is_begun(later.folder) and not is_finished(earlier):
             raise MolaError(
                 f"`stages`: {later.folder.name!r} was trained on {earlier.folder.name!r}, which is not finished in "
                 f"{str(folder)!r}. Delete {later.folder.name!r} as well."
@@ -129,7 +129,7 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
 
 def check_same_start(record: Mapping[str, Any], first: Stage, start: str | None) -> None:
     """Refuse to go on if the first stage was begun from other weights than those at its `adapter` now."""
-    if START_KEY in record and record[START_KEY] != start and not is_empty(first.folder):
+    if START_KEY in record and record[START_KEY] != start and is_begun(first.folder):
         raise MolaError(
             f"stage `{first.name}` was begun from other weights than those in `adapter`, {first.options.adapter!r}, "
             f"now. Put them back, delete {str(first.folder)!r} and the later ones, or pass another `output_dir`."
@@ -141,7 +141,7 @@ def check_same_base(record: Mapping[str, Any], first: Stage, weights: str) -> No
 
     Where there are none now (""), a finished sequence can still be read.
     """
-    if weights and record.get(BASE_KEY, weights) != weights and not is_empty(first.folder):
+    if weights and record.get(BASE_KEY, weights) != weights and is_begun(first.folder):
         raise MolaError(
             f"stage `{first.name}` was begun with other weights than those in `base_model`, "
             f"{first.options.base_model!r}, now. Put them back, delete {str(first.folder)!r} and the later ones, or "
@@ -187,6 +187,6 @@ def clear_sequence(folder: Path, record: Mapping[str, Any] | None) -> None:
         for name in _TOKENIZER_FILES:
             (place / name).unlink(missing_ok=True)
         for path in (place / EVALUATION_FOLDER, place):
-            if path.is_dir() and is_empty(path):
+            if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
     (folder / RECORD_FILE).unlink(missing_ok=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.gpu import ALL_CASES
 
 from benchmarks import roofline
+from tests.gpus import asks_for_gpu
 
 from ..native import needs_compiler, needs_fake_devices, needs_triton
 
@@ -38,11 +40,19 @@ def test_in_the_interpreter(part):
     run_cases(part, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+def test_cases_on_a_gpu_see_it():
+    """Others are asserted of a CPU, and see none."""
+    assert asks_for_gpu(["pytest", "-q", "-m", ALL_CASES])
+    assert asks_for_gpu(["pytest", "-mgpu"])
+    others = (["-q"], ["-m", "not gpu"], ["-m", "not slow and not gpu"], ["-mslow"], ["tests/ecosystem/test_gpu.py"])
+    assert not any(map(asks_for_gpu, others))
+
+
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    run_cases("slow or not slow")
+    run_cases(ALL_CASES)
 
 
 @needs_triton
