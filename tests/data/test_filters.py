@@ -94,3 +94,16 @@ def test_dates_in_a_recipe_s_mapping_have_to_be_quoted(files, capsys):
     (files / "recipe.yaml").write_text("filters: {day: 2020-01-01}", encoding="utf-8")
     assert main(["train", f"--config={files / 'recipe.yaml'}"]) == 2
     assert "quote it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["system", "history", "messages", "conversations"])
+def test_what_would_be_left_out_of_prompts_is_refused(name, tmp_path):
+    """As other programs' rows have it; empty it says nothing."""
+    rows = [{"instruction": f"Q{i}", "output": "x", name: ""} for i in range(3)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    assert len(load_examples(path, None, None)) == 3
+    rows[1][name] = [["before", "that"]]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(MolaError, match=f"a column `{name}` that would not be in the prompt: 1 of 3 rows .* row 1"):
+        load_examples(path, None, None)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.data.templates import get_template, template_names
+from mola.data.templates import CHAT, get_template, template_names
 from mola.errors import MolaError
 
 LEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -52,7 +52,7 @@ def test_prompt_equals_the_published_string(name):
 
 
 def test_template_names_are_all_covered_here():
-    assert sorted(template_names()) == sorted(EXPECTED)
+    assert sorted(template_names()) == sorted([*EXPECTED, CHAT])  # that of a tokenizer: test_chat_template.py
 
 
 def test_alpaca_prompt_of_a_science_question():
@@ -73,7 +73,7 @@ def test_empty_name_means_alpaca():
 
 @pytest.mark.parametrize("name", ["alpacca", None, 3])
 def test_unknown_name_lists_the_names(name):
-    with pytest.raises(MolaError, match=f"alpaca, alpaca_legacy, alpaca_short, vigogne, meta: got {name!r}"):
+    with pytest.raises(MolaError, match=f"alpaca, alpaca_legacy, alpaca_short, vigogne, meta, chat: got {name!r}"):
         get_template(name)
 
 

@@ -50,7 +50,8 @@ def assert_close(found, expected, tolerance=0.05):
 
 
 def test_the_kernel_of_a_gpu_is_used_and_computes_what_the_others_do(force):
-    model, results = make(**ROUTED), {}
+    # All experts: with a choice, rounding in other places would now and then give a token to others.
+    model, results = make(num_experts=4, top_k=4, **ROUTED), {}
     with torch.autocast(DEVICE, torch.bfloat16):
         chosen = {choice.backend for choice in kernels_report(model)}
     assert chosen == {"triton" if torch.cuda.get_device_capability() >= (8, 0) else "dense"}
@@ -172,7 +173,7 @@ def test_a_base_in_4_bits_trains_and_generates(tmp_path):
 
 def test_copies_of_a_model_compute_the_same():
     """Packed weights belong to the weights they were packed from."""
-    model = make().eval()
+    model = make(adapters_in_float32=False).requires_grad_(False).eval()  # of such weights packs are kept
     inputs = batch()["input_ids"]
     with torch.no_grad():
         expected = model(input_ids=inputs).logits

@@ -4,8 +4,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mola.data.templates import get_template, template_names
+from mola.data.templates import CHAT, get_template, template_names
 from mola.data.tokenized import tokenized
+from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters, Forward
 
@@ -64,11 +65,14 @@ def blanks_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
-@pytest.mark.parametrize("name", template_names())
+NAMES = [name for name in template_names() if name != CHAT]  # which is a tokenizer's own
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_before_its_answer_has_the_tokens_of_training(name, blanks_tokenizer):
     template = get_template(name)
     example = {"id": "x", "instruction": "Which one?", "input": "", "output": "Answer: it"}
-    sample = next(iter(tokenized([example], blanks_tokenizer, template, None)))
+    sample = next(iter(tokenized([example], blanks_tokenizer, template, [])))
     prompt = template.prompt("Which one?", "")
     assert predicting.encode_before_answer(blanks_tokenizer, [prompt, "Why"])[0] == sample.ids[: sample.start]
     if prompt.endswith("\n\n"):
@@ -76,4 +80,15 @@ def test_a_prompt_before_its_answer_has_the_tokens_of_training(name, blanks_toke
 
 
 def test_some_template_needs_that():
-    assert any(get_template(name).prompt("Which one?", "").endswith("\n\n") for name in template_names())
+    assert any(get_template(name).prompt("Which one?", "").endswith("\n\n") for name in NAMES)
+
+
+def test_tokens_without_an_embedding_are_refused(tiny_model, tiny_tokenizer):
+    """On a GPU they would end the process."""
+    known = tiny_model.get_input_embeddings().num_embeddings
+    with predicting.inference_state(tiny_model):
+        with pytest.raises(MolaError, match=f"one has the id {known}, the model has {known}"):
+            predicting.generate_batch(tiny_model, tiny_tokenizer, [[3, 4], [3, known]], max_new_tokens=2)
+        tiny_tokenizer.add_tokens(["<new>"])
+        with pytest.raises(MolaError, match="must be of tokens that the model knows"):
+            predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [["a <new> b", "a <new> c"]])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from mola import MolaError
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "trl" / "sft.yaml"
 FLAGS = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "up_proj"]}
 
 
@@ -39,6 +41,36 @@ def test_recipe_of_trl_trains_a_mixture(trl, tiny_model_dir, tmp_path):
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {name.rsplit(".", 2)[1] for name in weights} == {"q_proj", "up_proj"}
     assert all(weights[name].abs().sum() > 0 for name in weights)
+
+
+def test_the_recipe_of_the_repository_is_read(trl, tmp_path):
+    from mola.integrations.trl_command import MixtureArguments, mixture_config
+
+    types = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig, MixtureArguments)
+    words = ["--config", str(RECIPE), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    _, _, model, data, mixture = trl.TrlParser(types).parse_args_and_config(words)
+    assert [(each.path, each.data_files) for each in data.datasets] == [("json", "rows.jsonl")]
+    config = mixture_config(model, mixture)
+    assert (config.num_experts, config.r, config.lora_dropout, len(config.target_modules)) == ("2468", 8, 0.0, 7)
+
+
+def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
+    from mola.integrations.trl_command import main
+
+    (tmp_path / "recipe.yaml").write_text("lora_rank: 4\n", encoding="utf-8")
+    with pytest.raises(MolaError, match="a setting is refused: .*lora_rank"):
+        main(
+            [
+                "sft",
+                "--config",
+                str(tmp_path / "recipe.yaml"),
+                "--output_dir",
+                str(tmp_path),
+                "--use_cpu",
+                "--bf16",
+                "no",
+            ]
+        )
 
 
 def test_what_mixtures_do_not_have_is_refused(trl):

@@ -49,7 +49,7 @@ class SampleSource:
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
         config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
-        return encode_whole(examples, tokenizer, get_template(self.template or task.template), limit)
+        return encode_whole(examples, tokenizer, get_template(self.template or task.template, tokenizer), limit)
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

@@ -10,6 +10,7 @@ from mola.models.quantization import GGUF_HELP
 from mola.options.fields import option
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
+_COMPUTE = ("alphalora", "gradient", "activation")  # with weights, on `device`
 _READS = {
     "redundancy": ("adapter",),
     "usage": ("adapter", "inspection"),
@@ -107,6 +108,11 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
 def _check_sources(options: AllocateOptions, name: str) -> None:
     """What a method reads must be given, and nothing else."""
     reads = _READS.get(name, ())
+    if options.device != AllocateOptions.device and name not in _COMPUTE:
+        raise MolaError(
+            f"`device` ({options.device!r}) is where {', '.join(_COMPUTE)} compute: `method` {options.method!r} "
+            "computes nothing there. Leave it out."
+        )
     for source in ("adapter", "inspection", "data"):
         value = getattr(options, source)
         if value is not None and source not in reads:

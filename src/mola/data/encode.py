@@ -72,7 +72,8 @@ def encode_examples(
     """Tokenise examples for training.
 
     Special tokens before the text (BOS) are those of the tokenizer. After the text stands exactly one
-    EOS with `add_eos_token`, also if the tokenizer adds none, and nothing without it. A token that
+    EOS with `add_eos_token`, also if the tokenizer adds none (after the token that ends a turn, where a chat template
+    has one of its own), and nothing without it. A token that
     straddles the border between prompt and output counts as output, so it is trained.
 
     Args:
@@ -95,8 +96,8 @@ def encode_examples(
             sample is left.
     """
     _check_options(examples, tokenizer, cutoff_len, add_eos_token, truncation)
-    eos = tokenizer.eos_token_id if add_eos_token else None
-    samples = list(tokenized(examples, tokenizer, template, eos))
+    ending = template.ending(tokenizer) if add_eos_token else []
+    samples = list(tokenized(examples, tokenizer, template, ending))
     return _dataset(samples, cutoff_len, train_on_inputs, truncation)
 
 
@@ -165,7 +166,7 @@ def encode_whole(
     """
     limit = _NO_LIMIT if positions is None else positions
     _check_options(examples, tokenizer, limit, True, "error")
-    samples = list(tokenized(examples, tokenizer, template, tokenizer.eos_token_id))
+    samples = list(tokenized(examples, tokenizer, template, template.ending(tokenizer)))
     for sample in samples:
         if len(sample.ids) > limit:
             raise MolaError(

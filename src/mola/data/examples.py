@@ -46,6 +46,7 @@ def load_examples(
     rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
     if all(_is_prepared(row, task) for _, row in rows):
         _check_kept(rows, task, path)
+        _refuse_more_turns(rows, task, path)
         examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
         if task is not None and reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
@@ -60,6 +61,11 @@ def load_examples(
     return examples
 
 
+_TURNS = "Conversations of several turns are for TRL (docs/trainers.md)"
+_OF_CHATS = {
+    "system": "Put it into `instruction`, or write a task that does",
+    **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
+}
 _CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
 _Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, which ids are made of
 
@@ -95,6 +101,16 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
     """Whether it is in the instruction / input / output form; columns that the task itself reads do not show that."""
     is_written = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
     return "instruction" in row and "output" in row and is_written
+
+
+def _refuse_more_turns(rows: _Rows, task: Task | None, path: str | Path) -> None:
+    """Refuse what belongs to a prompt in other programs and would be left out."""
+    for name, cure in _OF_CHATS.items():
+        if (task is None or name not in task.columns) and (found := [index for index, row in rows if row.get(name)]):
+            raise MolaError(
+                f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
+                f"`{path}` have something there, the first is row {found[0]}. {cure}, or drop the column."
+            )
 
 
 def _check_kept(rows: _Rows, task: Task | None, path: str | Path) -> None:

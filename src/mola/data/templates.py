@@ -1,8 +1,11 @@
 """Prompt templates: how an instruction and an optional input become the text before the answer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from mola.errors import MolaError
+
+CHAT = "chat"  # name of the template that is the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,58 @@ class Template:
             return self.prompt_input.format(instruction=instruction, input=input)
         return self.prompt_no_input.format(instruction=instruction)
 
+    def ending(self, tokenizer: Any) -> list[int]:
+        """Ids that end a text whose answer is complete; none where the tokenizer has no end token."""
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+@dataclass(frozen=True)
+class ChatTemplate(Template):
+    """The chat template of a tokenizer: instruction and input, with an empty line between, are a user's message.
+
+    Attributes:
+        tokenizer: whose template it is.
+        jinja: another template to be written with it; None for its own.
+    """
+
+    tokenizer: Any = None
+    jinja: str | None = None
+
+    def prompt(self, instruction: str | None, input: str | None = None) -> str:
+        """As of `Template`: the conversation up to where the assistant's message begins.
+
+        A begin token that the tokenizer puts in front by itself is left out.
+        """
+        parts = [part for part in (instruction, input) if part]
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise MolaError(f"`instruction` must be text for the template `{CHAT}`: got {instruction!r}. Fill it in.")
+        text = self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
+        begin = self.tokenizer.bos_token
+        is_twice = (
+            begin and text.startswith(begin) and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
+        )
+        return text.removeprefix(begin) if is_twice else text
+
+    def ending(self, tokenizer: Any) -> list[int]:
+        """The token that ends a turn, and after it the end token, where that is another one.
+
+        What generates stops at the end token in any case, and at a turn's end where the model says so.
+        """
+        answer = "An answer."
+        written = self._written([{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}])
+        after = written.rpartition(answer)[2].lstrip()
+        first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
+        own = [each for each in first if each in tokenizer.added_tokens_decoder]
+        return list(dict.fromkeys([*own, *super().ending(tokenizer)]))
+
+    def _written(self, messages: list[dict[str, str]], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False, **options)
+        except Exception as error:  # whatever the template raises
+            raise MolaError(
+                f"the chat template of the tokenizer cannot write a conversation: {error}. Pass another `template`."
+            ) from error
+
 
 _ASK = "Below is an instruction that describes a task"
 _ASK_INPUT = f"{_ASK}, paired with an input that provides further context"
@@ -77,16 +132,40 @@ _TEMPLATES = {
 
 def template_names() -> list[str]:
     """Names that `get_template` knows."""
-    return list(_TEMPLATES)
+    return [*_TEMPLATES, CHAT]
 
 
-def get_template(name: str) -> Template:
-    """Template of that name; ``""`` means `alpaca`.
+def check_template(name: str) -> None:
+    """Refuse a name that no template has.
 
     Raises:
-        MolaError: no template has this name.
+        MolaError: as said.
     """
+    if name != CHAT:
+        get_template(name)
+
+
+def get_template(name: str, tokenizer: Any = None, chat_template: str | None = None) -> Template:
+    """Template of that name; ``""`` means `alpaca`.
+
+    Args:
+        name: one of `template_names`.
+        tokenizer: needed for `chat`, whose template is its own.
+        chat_template: another one in Jinja for `chat`, as an adapter may have it beside it.
+
+    Raises:
+        MolaError: no template has this name, or the tokenizer has no chat template.
+    """
+    if name == CHAT:
+        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+            raise MolaError(
+                f"`template` {CHAT} needs a tokenizer with a chat template, and the base model's has none. Choose one "
+                f"of {', '.join(_TEMPLATES)}."
+            )
+        return ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template)
     template = _TEMPLATES.get(name or "alpaca") if isinstance(name, str) else None
     if template is None:
-        raise MolaError(f"`template` must be one of {', '.join(_TEMPLATES)}: got {name!r}. Choose one of these names.")
+        raise MolaError(
+            f"`template` must be one of {', '.join(template_names())}: got {name!r}. Choose one of these names."
+        )
     return template

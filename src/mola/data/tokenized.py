@@ -38,9 +38,9 @@ def tokenized(
     examples: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
-    eos: int | None,
+    ending: Sequence[int],
 ) -> Iterator[Sample]:
-    """Samples at full length, ended by the token `eos` where that is one; `examples` as `load_examples` returns them.
+    """Samples at full length, ended by the ids `ending`; `examples` as `load_examples` returns them.
 
     A slow tokenizer tokenises prompt and output separately.
 
@@ -53,9 +53,9 @@ def tokenized(
         texts = [_text_parts(example, template) for example in batch]
         for example, (ids, prefix, start) in zip(batch, encode(tokenizer, texts), strict=True):
             text_end = len(ids)
-            # Text that spells out the EOS token itself does not get a second one.
-            if eos is not None and (text_end == start or ids[-1] != eos):
-                ids = [*ids, eos]
+            # Text that spells out the first token of the ending itself does not get a second one.
+            is_ended = text_end > start and ids[-1:] == [*ending[:1]]
+            ids = [*ids, *(ending[1:] if is_ended else ending)]
             yield Sample(str(example.get("id")), ids, prefix, start, text_end)
 
 

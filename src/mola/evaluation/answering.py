@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.tasks import Task
-from mola.data.templates import get_template
+from mola.data.templates import Template, get_template
 from mola.errors import MolaError
 from mola.evaluation.choices import answer_options, around_answer
 from mola.generation import predicting
@@ -39,11 +39,16 @@ class Question:
 
 
 def make_questions(
-    task: Task, examples: Sequence[Mapping[str, Any]], template: str | None, scoring: str
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    template: str | Template | None,
+    scoring: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Question]:
     """Prompts of all examples; everything that can be wrong with them shows here, before a model is loaded.
 
-    Without a name of a prompt template it is the task's own; `scoring` is one of `SCORINGS`.
+    Without a prompt template or its name it is the task's own; `scoring` is one of `SCORINGS`. The template `chat` is
+    the tokenizer's.
 
     Raises:
         MolaError: no examples, an unknown `scoring` or template, an example without an answer, or
@@ -53,7 +58,8 @@ def make_questions(
         raise MolaError(f"`scoring` must be one of {', '.join(SCORINGS)}: got {scoring!r}.")
     if not examples:
         raise MolaError("`data` must hold at least one sample: got none. Check the file and `split`.")
-    layout = get_template(task.template if template is None else template)
+    template = task.template if template is None else template
+    layout = template if isinstance(template, Template) else get_template(template, tokenizer)
     questions = []
     for example in examples:
         if not example.get("answer"):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint
 from mola.data.tasks import LETTERS, Task
+from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.answering import Question, answer_questions, make_questions, question_lengths
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics
@@ -77,7 +79,7 @@ def evaluate_examples(
     task: Task,
     examples: Sequence[Mapping[str, Any]],
     *,
-    template: str | None = None,
+    template: str | Template | None = None,
     scoring: str = "generate",
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -92,7 +94,7 @@ def evaluate_examples(
         tokenizer: its tokenizer.
         task: how answers are extracted and grouped.
         examples: as `mola.data.examples.load_examples` returns them.
-        template: prompt template; None for the task's own.
+        template: prompt template, or its name; None for the task's own.
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
@@ -132,12 +134,13 @@ def evaluate_examples(
         answer_questions(model, tokenizer, task, questions, batches, max_new_tokens, collect)
     settings = {
         "task": task.name,
-        "template": template,
+        "template": template.name if isinstance(template, Template) else template,
         "scoring": scoring,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
-    return _result(task, examples, [records[index] for index in range(len(questions))], settings)
+    device = next(model.parameters()).device
+    return _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
 
 
 def _why_one_by_one(model: Any, longest: int) -> str | None:
@@ -155,7 +158,7 @@ def checked_questions(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: Sequence[Mapping[str, Any]],
-    template: str | None,
+    template: str | Template | None,
     scoring: str,
     max_new_tokens: int = MAX_NEW_TOKENS,
     limit: int | None = None,
@@ -165,7 +168,7 @@ def checked_questions(
     Raises:
         MolaError: as `make_questions`, `check_answers` and `question_lengths`.
     """
-    questions = make_questions(task, examples, template, scoring)
+    questions = make_questions(task, examples, template, scoring, tokenizer)
     check_answers(task, examples)
     return questions, question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
 
@@ -197,6 +200,7 @@ def _result(
     examples: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
     settings: dict[str, Any],
+    device: torch.device,
 ) -> EvaluateResult:
     samples = [dict(record["sample"]) for record in records]
     marks = [bool(sample["correct"]) for sample in samples]
@@ -211,7 +215,7 @@ def _result(
         data_fingerprint=data_fingerprint(examples),
         task_fingerprint=task.fingerprint(),
         seconds=sum(record["seconds"] for record in records),
-        machine=machine_description(),
+        machine=machine_description(device),
     )
 
 

@@ -29,7 +29,7 @@ from mola.generation import predicting
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import warn_of_other_template
+from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, mapping, option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
@@ -98,7 +98,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         tokenizer,
         task,
         examples,
-        template=options.template,
+        template=template_for(options.template or task.template, tokenizer, options.adapter),
         scoring=options.scoring,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -135,7 +135,8 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     tokenizer = tokenizer_for(options)
     limit = predicting.max_positions(config)
     warn_of_other_template(options.adapter, options.template or task.template)
-    checked_questions(tokenizer, task, examples, options.template, options.scoring, options.max_new_tokens, limit)
+    template = template_for(options.template or task.template, tokenizer, options.adapter)
+    checked_questions(tokenizer, task, examples, template, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
 
 
@@ -160,7 +161,9 @@ def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[s
 def _file_stamps(folder: str) -> list[list[Any]]:
     """Name, size and time of the files that make a local model; empty for a hub id."""
     path = Path(folder)
-    files = [file for kind in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for file in path.glob(kind)]
+    files = [
+        file for kind in ("*.safetensors", "*.bin", "*.gguf", "*config.json", "*.jinja") for file in path.glob(kind)
+    ]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 
 

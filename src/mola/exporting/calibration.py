@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
-from mola.data.templates import get_template
+from mola.data.templates import check_template, get_template
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
@@ -75,7 +75,9 @@ def read_task(options: ConvertOptions) -> Task | None:
         return None
     task = load_task(options.task)
     trained = trained_template(options.source[0]) if options.target_format == "lora" else None
-    return replace(task, template=get_template(options.template or trained or task.template).name)
+    name = options.template or trained or task.template
+    check_template(name)
+    return replace(task, template=name)
 
 
 def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:
@@ -106,7 +108,7 @@ def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit
         _say_limit(f"samples of {path}", limit)
     cutoff = _longest(options)
     dataset, report = encode_examples(
-        examples, tokenizer, get_template(task.template), cutoff_len=cutoff, truncation="drop"
+        examples, tokenizer, get_template(task.template, tokenizer), cutoff_len=cutoff, truncation="drop"
     )
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 

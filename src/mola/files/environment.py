@@ -17,11 +17,15 @@ def software_versions() -> dict[str, str]:
     return {"mola": __version__, **libraries, "python": platform.python_version()}
 
 
-def machine_description() -> dict[str, Any]:
-    """Name of the processor (`cpu`) and of the GPU (`gpu`, None without one), and the `threads` torch uses."""
+def machine_description(device: Any = None) -> dict[str, Any]:
+    """Name of the processor (`cpu`) and of the GPU (`gpu`, None without one), and the `threads` torch uses.
+
+    With the `torch.device` that computed, `gpu` is that one, and None if it was none.
+    """
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    is_used = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    gpu = torch.cuda.get_device_name(device) if is_used else None
     return {"cpu": _cpu_name(), "gpu": gpu, "threads": torch.get_num_threads()}
 
 

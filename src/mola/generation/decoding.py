@@ -110,11 +110,11 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    # `fork_rng` keeps CPU and CUDA.
+    # `fork_rng` keeps CPU and CUDA; of several GPUs it would warn that they are many.
     there = {torch.mps: torch.backends.mps.is_available(), torch.xpu: torch.xpu.is_available()}
     others: list[Any] = [module for module, is_there in there.items() if is_there]
     states = [each.get_rng_state() for each in others]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
             yield

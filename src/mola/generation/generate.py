@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import TextStreamer
 
-from mola.data.templates import Template, get_template
+from mola.data.templates import CHAT, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import trained_template
+from mola.models.prompts import own_chat, template_for, trained_template
 from mola.options.fields import START, Group, option
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,15 @@ def main(options: GenerateOptions) -> int:
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
-    template = get_template(_template_of(options))
-    prompt = _checked_prompt(options, template)
+    name = _template_of(options)
+    check_template(name)
+    _check_text(options)
     check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
     tokenizer = tokenizer_for(options)
+    template = template_for(name, tokenizer, options.adapter)
+    prompt = template.prompt(options.instruction, options.input) if options.instruction is not None else options.prompt
     model = model_for(options, options.adapter)
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
@@ -93,15 +96,16 @@ def _template_of(options: GenerateOptions) -> str:
     trained = trained_template(options.adapter)
     if trained is None:
         logger.warning(
-            "%s does not say in which prompts it was trained: it is asked with the template alpaca. Pass `template`, "
+            "%s does not say in which prompts it was trained: it is asked with the template alpaca. Pass `template`%s, "
             "or the whole text as `prompt`.",
             options.adapter,
+            f" ({CHAT}, if these were chats, whose template is beside it)" if own_chat(options.adapter) else "",
         )
     return trained or "alpaca"
 
 
-def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:
-    """Prompt of a single run, None for the loop."""
+def _check_text(options: GenerateOptions) -> None:
+    """What can be wrong with what is asked."""
     decoding_settings(**_decoding(options))
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
@@ -112,9 +116,6 @@ def _checked_prompt(options: GenerateOptions, template: Template) -> str | None:
         )
     if options.input is not None and options.instruction is None:
         raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
-    if options.instruction is not None:
-        return template.prompt(options.instruction, options.input)
-    return options.prompt
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -> None:

@@ -115,6 +115,26 @@ def check_lengths(
             )
 
 
+def num_tokens(model: Any) -> int | None:
+    """How many ids a model knows; None if it does not say. A GPU dies of others, a tokenizer may have them."""
+    embeddings = getattr(base_of(model), "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def check_known(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        MolaError: as said.
+    """
+    known, highest = num_tokens(model), max(map(max, prompts))
+    if known is not None and highest >= known:
+        raise MolaError(
+            f"`prompt` must be of tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
+            "that token out, or use the tokenizer that the model was trained with."
+        )
+
+
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Every index once, in batches of at most `batch_size`, longest first; equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -189,6 +209,7 @@ def generate_batch(
         use_cache=may_cache(model),
         **decoding,
     )
+    check_known(model, prompts)
     ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
     further = {} if logits_processor is None else {"logits_processor": logits_processor}
     if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices
@@ -260,6 +281,7 @@ def _last_log_probabilities(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
 ) -> torch.Tensor:
     """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocab)`."""
+    check_known(model, contexts)
     ids, mask = left_pad(contexts, _pad_token_id(tokenizer), _device(model))
     # Learned position embeddings must not count the padding.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -4,8 +4,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
 from mola.files.reading import read_json_object, read_text
 
@@ -36,6 +37,22 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
             "The adapter was trained with the prompt template %s and is used with %s. Pass `template` %s for the same.",
             *(trained, asked, trained),
         )
+    elif trained is None and asked != CHAT and adapter is not None and own_chat(adapter) is not None:
+        logger.warning(
+            "%s does not say in which prompts it was trained, and has a chat template beside it, as TRL leaves one: it "
+            "is used with %s. Pass `template` %s if it was trained on chats.",
+            *(adapter, asked, CHAT),
+        )
+
+
+def template_for(name: str, tokenizer: Any, adapter: str | os.PathLike[str] | None = None) -> Template:
+    """The prompt template of that name for an adapter: of `chat` the template beside it, if there is one.
+
+    Raises:
+        MolaError: no template has this name, or there is no chat template.
+    """
+    own = own_chat(adapter) if adapter is not None and name == CHAT else None
+    return get_template(name, tokenizer, None if own is None else own.template)
 
 
 class Chat(NamedTuple):
@@ -53,12 +70,12 @@ class Chat(NamedTuple):
 def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     """How an adapter was trained to chat, as TRL leaves it beside one; None if that is not there.
 
-    `mola train` leaves the base model's there, and trains in prompts of its own.
+    `mola train` leaves the base model's there, and trains in prompts of its own unless its template was `chat`.
 
     Raises:
         MolaError: a file cannot be read.
     """
-    if trained_template(adapter) is not None:
+    if trained_template(adapter) not in (None, CHAT):
         return None
     settings = read_json_object(Path(adapter, "tokenizer_config.json"))
     path, template = Path(adapter, CHAT_TEMPLATE), settings.get("chat_template")
@@ -84,7 +101,7 @@ def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:
     """
     found = {}
     for name, folder in folders.items():
-        if (trained := trained_template(folder)) is not None:
+        if (trained := trained_template(folder)) not in (None, CHAT):
             logger.warning(
                 "%r was trained with the prompt template %s. Chats are written as the base model has it: send that "
                 "template's text as `prompt` to /v1/completions.",

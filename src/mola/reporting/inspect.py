@@ -14,7 +14,7 @@ from rich.table import Table
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
-from mola.data.templates import get_template
+from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.evaluation.core import check_positive
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
@@ -27,7 +27,7 @@ from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import warn_of_other_template
+from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, mapping, option
 from mola.reporting.agreement import pair_means
 from mola.reporting.page import render_inspection
@@ -204,11 +204,12 @@ def _check(options: InspectOptions) -> _Samples:
         raise MolaError(
             f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
         )
-    template = get_template(options.template or task.template)
+    check_template(options.template or task.template)
     warn_of_other_template(options.adapter, options.template or task.template)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
+    template = template_for(options.template or task.template, tokenizer, options.adapter)
     dataset = encode_whole(examples, tokenizer, template, max_positions(config))
     return _Samples(examples, dataset, task, template, tokenizer)
 

@@ -45,12 +45,16 @@ _SETTINGS = (
 )
 
 
-def write_model_card(folder: str | Path, results: Sequence[str | Path] = ()) -> Path | None:
+def write_model_card(
+    folder: str | Path, results: Sequence[str | Path] = (), repository: str | None = None
+) -> Path | None:
     """Write the card of a finished run again, for example with the accuracy that `mola evaluate` measured.
 
     Args:
         folder: the run folder.
         results: result files of `mola evaluate`.
+        repository: name of the repository on the Hub, `owner/name`, that the code on the card loads; by default the
+            one that the run was uploaded to, else the folder.
 
     Returns:
         The card, or None if there is one that was written or changed by hand; that one is kept.
@@ -67,7 +71,7 @@ def write_model_card(folder: str | Path, results: Sequence[str | Path] = ()) -> 
         if not {"accuracy", "total", "interval_95", "settings"} <= content.keys():
             raise MolaError(f"`results` must be result files of `mola evaluate`: {str(result)!r} is none.")
         evaluations.append(content)
-    return write_card(Path(folder), record, evaluations)
+    return write_card(Path(folder), record | ({"repository": repository} if repository else {}), evaluations)
 
 
 def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()) -> Path | None:
@@ -159,7 +163,7 @@ With a base model that is loaded already:
     return f"""\
 ## Use
 
-With `pip install mola-peft`; importing mola makes PEFT know the method.
+With mola (distribution `mola-peft`) installed from its repository; importing mola makes PEFT know the method.
 
 {"" if gguf else by_itself}```python
 import mola

@@ -31,6 +31,7 @@ class Limits:
     max_choices: int  # answers: prompts times `n`
     positions: int | None  # longest sequence of the model; None for no limit
     max_total_tokens: int | None = None  # prompt and answer, for which the cache has room; None for no limit
+    num_tokens: int | None = None  # ids that the model knows; None if it does not say
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class JobMaker:
         jobs: list[Job] = []
         stops = [*request.stops(), *self._own_end(adapter)]
         for ids in self._encode(request, adapter):
+            self._check_known(ids)
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
             for _ in range(count):
                 sampling = Sampling(
@@ -137,6 +139,14 @@ class JobMaker:
                 )
                 jobs.append(Job(adapter, ids, sampling, stops))
         return jobs
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        """A token without an embedding would be the end of a GPU's process, and of all answers in it."""
+        known = self._limits.num_tokens
+        if known is not None and max(ids) >= known:
+            raise RequestError(
+                400, f"the text has a token that the model does not know: id {max(ids)} of {known}. Leave it out."
+            )
 
     def _own_end(self, adapter: str | None) -> list[str]:
         """The token that ends answers of an adapter, if it was trained with its own."""

@@ -174,7 +174,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
         adapters, metrics = Adapters(model), Metrics()
         batch = options.max_batch_size, options.max_batch_prefill_tokens, options.max_batch_total_tokens
         engine, total = engine_for(adapters, tokenizer, *batch)
-        limits = Limits(options.max_tokens, options.max_choices, predicting.positions_left(model), total)
+        known = predicting.positions_left(model), total, predicting.num_tokens(model)
+        limits = Limits(options.max_tokens, options.max_choices, *known)
         jobs = JobMaker(tokenizer, names, limits, {inside[name]: chat for name, chat in chats.items()})
         running = options.max_batch_size if total else 1
         queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics, _FULL)

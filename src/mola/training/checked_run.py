@@ -69,7 +69,9 @@ def check_run(options: TrainOptions) -> CheckedRun:
     steps = check_steps(options, data)
     if options.num_gpus > 1:
         logger.warning(
-            "One of %d GPUs is used. To use all start one process for each, with torchrun.", options.num_gpus
+            "One of %d GPUs is used. To use all start one process for each: with torchrun, in studies the same command "
+            "again with another CUDA_VISIBLE_DEVICES.",
+            options.num_gpus,
         )
     logger.info("%d steps of %d samples; base model in %s.", steps, effective_batch_size(options), options.dtype_reason)
     if data.evaluation is None:

@@ -60,8 +60,14 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
     name = options.template or (task.template if task is not None else "alpaca")
-    template = get_template(name)
+    template = get_template(name, tokenizer)
     warn_of_other_template(options.adapter, name)
+    if options.template is None and task is None and tokenizer.chat_template:
+        logger.warning(
+            "The prompts of the training are those of the template %s, not of the base model's chat template, in which "
+            "servers and `messages` ask it. Pass --template chat for that one, or name another.",
+            name,
+        )
     filters = mapping("filters", options.filters)
     train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)

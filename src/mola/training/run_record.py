@@ -33,7 +33,7 @@ def describe_run(options: TrainOptions, data: TrainingData, allocation: dict[str
         "data": {name: asdict(report) for name, report in data.reports.items()},
         "data_fingerprints": data.fingerprints,
         "versions": software_versions(),
-        "machine": machine_description(),
+        "machine": machine_description(options.device),
     }
 
 

@@ -195,4 +195,5 @@ class BatchEngine:
             row.listener.ends()
         except Exception as error:  # of one answer alone
             row.listener.fails(error)
+            check_device(self._device)
         return False

@@ -106,7 +106,10 @@ class Chooser:
             scores = self._processors(said, scores)
         if self._generator is None:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        probabilities = scores.softmax(dim=-1)
+        if not bool(torch.isfinite(probabilities).all()):  # which a GPU would not survive
+            raise RuntimeError("probabilities of the next token are no numbers")
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def penalties(sampling: Sampling, prompt_length: int) -> list[LogitsProcessor]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from mola.generation.decoding import generate_text
 from mola.insight.recording import ModuleGates, gates_of_tokens
+from mola.models.prompts import template_for
 
 
 class StoppedError(Exception):
@@ -54,12 +55,21 @@ class _Pieces(TextIteratorStreamer):
 class Answerer:
     """Answers of one model, a `PeftModel` or one without adapters."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, adapter: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.adapter = adapter  # its folder
         # One thread: the adapter is switched on and off in the model itself, so answers wait for one another.
         self._executor = ThreadPoolExecutor(1, "mola-demo")
         self._running: _Pieces | None = None
+
+    def prompt(self, template: str, instruction: str) -> str:
+        """An instruction in a prompt template, see `mola.models.prompts.template_for`.
+
+        Raises:
+            MolaError: there is no such template, or no chat template.
+        """
+        return template_for(template, self.tokenizer, self.adapter).prompt(instruction, "")
 
     def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
         """The answer to a prompt, growing; whoever stops to iterate stops the model.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from mola.data.templates import get_template
+from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.adapters import changes_base, check_adapter
@@ -67,7 +67,7 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     from mola.serving.demonstration.answering import Answerer
     from mola.serving.demonstration.page import PageText, build_page, launch
 
-    answerer = Answerer(model, tokenizer)
+    answerer = Answerer(model, tokenizer, options.adapter)
     text = PageText(options.base_model, options.adapter, _template(options), options.max_new_tokens)
     page = build_page(answerer, text)
     try:
@@ -89,7 +89,7 @@ def _check(options: DemoOptions) -> None:
     """Everything that can be wrong without weights."""
     if importlib.util.find_spec("gradio") is None:
         raise MolaError("`mola demo` needs gradio. Run: pip install 'mola-peft[demo]'")
-    get_template(_template(options))
+    check_template(_template(options))
     decoding_settings(options.max_new_tokens)
     if not 0 < options.port < 2**16:
         raise MolaError(f"`port` must be from 1 to 65535: got {options.port}.")

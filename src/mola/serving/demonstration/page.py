@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from mola.data.templates import get_template, template_names
+from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.insight.tables import layers_table, tokens_table
 from mola.serving.demonstration.answering import Answer, Answerer, Experts
@@ -113,7 +113,7 @@ def _answers(
         if not (text or "").strip():
             raise MolaError("`instruction` must hold some text: got none. Write one.")
         decoding["before_answer"] = template != _AS_IT_IS
-        prompt = get_template(template).prompt(text, "") if decoding["before_answer"] else text
+        prompt = answerer.prompt(template, text) if decoding["before_answer"] else text
         adapted = plain = Answer("", [], 0)
         for adapted in answerer.answer(prompt, with_adapter=True, **decoding):
             yield adapted.text, "", None

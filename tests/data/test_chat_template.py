@@ -1,0 +1,96 @@
+"""The template `chat`: a conversation as the tokenizer writes it, with begin and end tokens once."""
+
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from mola.data.encode import encode_examples
+from mola.data.templates import CHAT, check_template, get_template
+from mola.data.tokenized import IGNORED
+from mola.errors import MolaError
+from tests.conftest import BOS, EOS, build_byte_tokenizer
+
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+EXAMPLE = {"id": "1", "instruction": "Name a river.", "input": "In Egypt.", "output": "The Nile."}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Puts a begin token in front itself, and has tokens for turns."""
+    found = build_byte_tokenizer()
+    found.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in ("user", "assistant", "end")])
+    found.chat_template = TURNS
+    return found
+
+
+def encoded(tokenizer, **options):
+    ((row,), _) = encode_examples([EXAMPLE], tokenizer, get_template(CHAT, tokenizer), cutoff_len=256, **options)
+    return row
+
+
+def test_prompt_is_the_conversation_up_to_the_answer(tokenizer):
+    template = get_template(CHAT, tokenizer)
+    assert template.name == "chat"
+    assert template.prompt("Name a river.", "") == "<|user|>Name a river.<|end|>\n<|assistant|>"
+    assert template.prompt("Name a river.", "In Egypt.") == "<|user|>Name a river.\n\nIn Egypt.<|end|>\n<|assistant|>"
+    assert get_template(CHAT, tokenizer, PLAIN).prompt("Why?") == "[user] Why?[assistant] "
+
+
+def test_begin_token_is_there_once(tokenizer):
+    """Whether the tokenizer adds it or the template alone."""
+    begin = tokenizer.bos_token_id
+    assert encoded(tokenizer)["input_ids"].count(begin) == 1
+    tokenizer.backend_tokenizer.post_processor = None
+    assert "input_ids" in tokenizer("a")
+    assert begin not in tokenizer("a")["input_ids"]
+    row = encoded(tokenizer)
+    assert row["input_ids"][0] == begin
+    assert row["input_ids"].count(begin) == 1
+
+
+def test_answer_ends_its_turn_and_the_text(tokenizer):
+    turn, end = tokenizer.convert_tokens_to_ids(["<|end|>", EOS])
+    row = encoded(tokenizer)
+    answer = [label for label in row["labels"] if label != IGNORED]
+    assert answer[-2:] == [turn, end]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The Nile."
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name a river.\n\nIn Egypt."}, {"role": "assistant", "content": "The Nile."}],
+        tokenize=False,
+    )
+    assert tokenizer.decode(row["input_ids"][:-1]) == written.removesuffix("\n")
+    assert encoded(tokenizer, add_eos_token=False)["labels"][-1] != end
+    tokenizer.eos_token = "<|end|>"  # as tokenizers of Instruct models have it
+    assert [label for label in encoded(tokenizer)["labels"] if label != IGNORED][-2:] != [turn, turn]
+    assert encoded(tokenizer)["labels"][-1] == turn
+
+
+def test_a_template_without_a_token_for_turns_ends_with_the_text(tokenizer):
+    tokenizer.chat_template = PLAIN
+    assert get_template(CHAT, tokenizer).ending(tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content }}" + EOS)
+    assert get_template(CHAT, tokenizer).ending(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_what_cannot_be_written_is_one_error(tokenizer):
+    check_template(CHAT)
+    with pytest.raises(MolaError, match="`template` must be one of alpaca, .*chat: got 'chats'"):
+        check_template("chats")
+    template = get_template(CHAT, tokenizer)
+    for wrong in (None, "", 7):
+        with pytest.raises(MolaError, match="`instruction` must be text for the template `chat`"):
+            template.prompt(wrong, "")
+    tokenizer.chat_template = "{{ raise_exception('only tools') }}"
+    with pytest.raises(MolaError, match="cannot write a conversation: only tools"):
+        template.prompt("Why?")
+    tokenizer.chat_template = None
+    with pytest.raises(MolaError, match="`template` chat needs a tokenizer with a chat template"):
+        get_template(CHAT, tokenizer)
+    assert BOS not in get_template(CHAT, tokenizer, PLAIN).prompt("Why?")

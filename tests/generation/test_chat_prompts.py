@@ -1,0 +1,96 @@
+"""The template `chat` in the commands: trained, asked and served in one form, the tokenizer's or an adapter's."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from mola.models.prompts import own_chat, own_chats, template_for, warn_of_other_template
+
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+OTHER = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir, tmp_path_factory):
+    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("chat") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TURNS
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "data"
+    prepare(PrepareOptions("sample", str(folder), train_size=8, validation_size=2, test_size=2))
+    return folder
+
+
+def run(name, **options):
+    return main([name, *(f"--{key}={value}" for key, value in options.items())])
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    shape = {"num_experts": "2,", "r": 2, "max_steps": 1, "warmup_steps": 0, "eval_strategy": "no", "use_cpu": "true"}
+    asked = {"base_model": base, "task": "sample", "data": data / "train.json", "template": "chat"}
+    assert run("train", **asked, **shape, disable_tqdm="true", output_dir=folder) == 0
+    return folder
+
+
+def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, capsys, caplog):
+    assert json.loads((trained / "run.json").read_text())["template"] == "chat"
+    common = {"base_model": base, "adapter": trained, "device": "cpu"}
+    result = tmp_path / "after.json"
+    assert run("evaluate", **common, task="sample", data=data / "test.json", template="chat", output=result) == 0
+    prompts = [sample["prompt"] for sample in json.loads(result.read_text())["samples"]]
+    assert all(prompt.startswith("[user] ") and prompt.endswith("</s>[assistant] ") for prompt in prompts)
+    assert "prompt template" not in caplog.text
+    capsys.readouterr()
+    assert run("generate", **common, instruction="Why?", max_new_tokens=4, stream="false") == 0
+    with_template = capsys.readouterr().out
+    assert run("generate", **common, prompt="[user] Why?</s>[assistant] ", max_new_tokens=4, stream="false") == 0
+    assert capsys.readouterr().out == with_template
+    assert own_chats({"run": str(trained)})["run"].template == TURNS
+    assert "send that template's text" not in caplog.text
+
+
+def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, caplog):
+    """As TRL leaves one, with no record of the run."""
+    other = shutil.copytree(trained, tmp_path / "other")
+    (other / "run.json").unlink()
+    (other / "chat_template.jinja").write_text(OTHER)
+    assert own_chat(other).template == OTHER
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert template_for("chat", tokenizer, other).prompt("Why?") == "user: Why?answer: "
+    assert template_for("chat", tokenizer).prompt("Why?") == "[user] Why?</s>[assistant] "
+    warn_of_other_template(other, "chat")
+    assert not caplog.records
+    warn_of_other_template(other, "alpaca")
+    assert "it is used with alpaca. Pass `template` chat if it was trained on chats" in caplog.text
+
+
+def test_a_chat_model_without_a_template_is_told(base, data, tmp_path, caplog):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": f"Q{i}", "output": "x"} for i in range(4)]))
+    shape = {"num_experts": 2, "max_steps": 1, "warmup_steps": 0, "use_cpu": "true", "disable_tqdm": "true"}
+    assert run("train", base_model=base, data=rows, **shape, output_dir=tmp_path / "run") == 0
+    (said,) = [each for each in caplog.records if "--template chat" in each.getMessage()]
+    assert said.levelno == logging.WARNING
+
+
+def test_without_a_chat_template_it_is_one_error(tiny_model_dir, data, tmp_path, capsys):
+    asked = {"task": "sample", "data": data / "test.json", "template": "chat"}
+    assert run("evaluate", base_model=tiny_model_dir, **asked) == 2
+    assert "`template` chat needs a tokenizer with a chat template" in capsys.readouterr().err
