@@ -493,6 +493,16 @@ def test_results_in_each_others_place_are_said(run_dir):
     assert "after was measured without an adapter" in page_of(run_dir).section("accuracy").text
 
 
+def test_a_task_of_free_text_is_not_to_be_evaluated(run_dir):
+    change(run_dir / "run.json", lambda record: record["settings"].update(task="openorca"))
+    assert "free text" not in page_of(run_dir).section("accuracy").text, "there are results of another task"
+    for name in ("before.json", "after.json", "inspect.json"):
+        (run_dir / name).unlink()
+    found = page_of(run_dir, overwrite=True)
+    assert "The task is free text" in found.section("accuracy").text
+    assert not [box for box in found.root.all("pre") if box.text.startswith("mola evaluate")]
+
+
 def test_old_results_are_said(run_dir, caplog):
     (run_dir / "adapter_model.safetensors").touch()
     page_of(run_dir)

@@ -89,3 +89,15 @@ def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
     record = read_record(tmp_path / "run")
     assert [record["data"][name]["total"] for name in ("train", "evaluation")] == [7, 3]
     assert record["data_fingerprints"]["train"] != record["data_fingerprints"]["evaluation"]
+
+
+def test_a_base_model_that_does_not_fit_is_told_what_helps(flags, monkeypatch, error_line):
+    def build(*given):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes.")
+
+    monkeypatch.setattr("mola.training.train.build_model", build)
+    line = error_line(flags(dtype="float32"))
+    assert (
+        "The base model does not fit: pass --dtype bfloat16; or --load_in_4bit or --load_in_8bit; or a smaller" in line
+    )
+    assert "batch" not in line

@@ -10,10 +10,11 @@ from mola._version import __version__
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of mola, torch, transformers, peft and Python; of numba where it is installed."""
+    """Versions of mola, torch, transformers, peft and Python; of numba and Triton where they are installed."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    with suppress(metadata.PackageNotFoundError):  # with it other dropout masks are drawn
-        libraries["numba"] = metadata.version("numba")
+    for name in ("numba", "triton"):  # with them other dropout masks are drawn
+        with suppress(metadata.PackageNotFoundError):
+            libraries[name] = metadata.version(name)
     return {"mola": __version__, **libraries, "python": platform.python_version()}
 
 

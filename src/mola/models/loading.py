@@ -5,6 +5,7 @@
 - Routers are kept in float32 on any base: in bfloat16 a few tokens would pick other experts.
 """
 
+import gc
 import logging
 import os
 import re
@@ -249,6 +250,8 @@ def load_model(
         check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file)
     _report_own_adapter(base_model, adapters)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
+    if target.type != "cpu":
+        gc.collect()  # an earlier model and what watches it refer to each other, and would keep their memory
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation

@@ -5,6 +5,8 @@ import shlex
 from typing import Any
 
 from mola.data.file_formats import FILE_ENDINGS
+from mola.data.tasks import load_task
+from mola.errors import MolaError
 from mola.evaluation.core import MAX_NEW_TOKENS
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
@@ -13,8 +15,17 @@ from mola.reporting.load_run import Run
 _USUAL = {"limit": None, "scoring": "generate", "max_new_tokens": MAX_NEW_TOKENS}
 
 
+def has_answers(run: Run) -> bool:
+    """Whether there may be something to evaluate: not where the task of the training is free text."""
+    name = run.record["settings"].get("task")
+    try:
+        return name is None or load_task(name).answer is not None
+    except MolaError:  # a file that is elsewhere now
+        return True
+
+
 def evaluate_command(run: Run, name: str) -> str:
-    """The command for `before` or `after`."""
+    """The command for `before` or `after`; without a task of the training its `TASK` is to be filled in."""
     other = (run.after if name == "before" else run.before) or {"settings": {}}  # which it will stand beside
     asked = {key: other["settings"].get(key) for key in ("task", *_USUAL)}
     words = [

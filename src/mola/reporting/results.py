@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mola.reporting.charts import Line, thinned, value_axis
-from mola.reporting.commands import evaluate_command
+from mola.reporting.commands import evaluate_command, has_answers
 from mola.reporting.document import Table
 from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, model_name, number, percent, rows_said
 from mola.reporting.load_run import Run
@@ -39,6 +39,7 @@ def accuracy_section(run: Run) -> dict[str, Any]:
             name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")
         ],
         "different": [what for what, found in values.items() if len(found) > 1],
+        "has_answers": bool(results) or has_answers(run),
         "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mola.reporting.commands import evaluate_command, inspect_command
+from mola.reporting.commands import evaluate_command, has_answers, inspect_command
 from mola.reporting.heat import answer_map
 from mola.reporting.load_run import Run
 
@@ -22,7 +22,8 @@ Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]
 def samples_section(run: Run) -> dict[str, Any]:
     """Questions with the answers before and after, and the experts behind the answers."""
     if run.after is None and run.before is None:
-        return {"counts": [], "samples": [], "left_out": 0, "command": evaluate_command(run, "after")}
+        command = evaluate_command(run, "after") if has_answers(run) else None
+        return {"counts": [], "samples": [], "left_out": 0, "command": command}
     pairs = _pairs(run)
     experts = _experts(run, pairs)
     shown = sorted(range(len(pairs)), key=lambda index: (_rank(pairs[index], experts), index))[:_MOST_SAMPLES]

@@ -27,6 +27,13 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
         yield
 
 
+def loading_advice(options: TrainOptions) -> str:
+    """What could be changed where the base model alone needs more memory than there is."""
+    ways = ["--dtype bfloat16"] if options.base_dtype == "float32" else []
+    ways += [] if options.load_in_4bit or options.load_in_8bit else ["--load_in_4bit or --load_in_8bit"]
+    return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
+
+
 def memory_advice(options: TrainOptions) -> str:
     """What of these options could be changed to need less memory, the least harmful first."""
     size, steps = options.per_device_train_batch_size, options.gradient_accumulation_steps

@@ -221,7 +221,9 @@ def _with_adapter(base: Any, options: TrainOptions, checkpoint: Path | None) -> 
         return get_peft_model(base, adapter_config(options))
     adapter = options.adapter if checkpoint is None else str(checkpoint)
     try:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=True, config=continued_config(options, adapter))
+        # Where the model is: by itself PEFT reads them onto a first GPU, whoever uses that.
+        how: Any = {"is_trainable": True, "torch_device": str(next(base.parameters()).device)}
+        return PeftModel.from_pretrained(base, adapter, config=continued_config(options, adapter), **how)
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:

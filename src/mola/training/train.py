@@ -22,12 +22,13 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError
+from mola.files.failures import within_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
-from mola.training.advice import failures_explained, loss_gap_advice
+from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock
 from mola.training.checked_run import CheckedRun, check_run
 from mola.training.checkpoints import RUN_FILE, newest_complete
@@ -106,7 +107,7 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
-    with whole_weights():
+    with whole_weights(), within_memory(loading_advice(options)):
         model = build_model(options, run.checkpoint)
     if options.process_index == 0 and not is_sharded(options):  # whose weights are not yet where they are computed
         mixed = options.mixed_dtype

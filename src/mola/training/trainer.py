@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from peft.utils import infer_device
 from torch.optim import Optimizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
@@ -67,6 +69,8 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
     if run.checkpoint is not None:
         trainer.add_callback(ResumedCheckpoints(run.checkpoint.parent))
         trainer.add_callback(ResumedRate())
+    if options.device.type == "cpu" and infer_device() != "cpu":  # where PEFT would read checkpoints to
+        trainer.model.load_adapter = functools.partial(model.load_adapter, torch_device="cpu")  # type: ignore[union-attr, method-assign]
     keep_dtypes(trainer)
     name_experts(trainer)
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters

@@ -63,8 +63,20 @@ def mixture(inputs: MixtureInputs) -> Mixture:
     Raises:
         MolaError: as `select`.
     """
+    inputs = _narrowed(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
+
+
+def _narrowed(inputs: MixtureInputs) -> MixtureInputs:
+    """On a GPU, an input in float32 that autocast would cast for the products, cast once for router and products.
+
+    LayerNorm under autocast gives float32 there, where it gives the base's own dtype without: routers see the same.
+    """
+    x, dtype = inputs.x, inputs.settings.dtype
+    is_wide = x.dtype is torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    is_gpu = x.device.type == "cuda" or (not torch.compiler.is_compiling() and native.is_interpreting())
+    return inputs._replace(x=x.to(dtype)) if is_wide and is_gpu and autocast_is_on(x.device.type) else inputs
 
 
 def select(inputs: MixtureInputs) -> Backend:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from mola import MolaError
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
-from mola.tuner.kernels.dispatch import select
+from mola.tuner.kernels.dispatch import mixture, select
 from mola.tuner.kernels.dropout import drop, is_gpu_seed, sample_dropout_mask
 from mola.tuner.kernels.gpu import backend as backend_module
 from mola.tuner.kernels.gpu import first_use, launch
@@ -351,6 +351,20 @@ def test_in_inference_mode(packings):
 def counted(kind, calls):
     original = kind.forward
     return lambda *arguments: calls.append(kind.name) or original(*arguments)
+
+
+def test_an_input_in_float32_under_autocast_is_cast_once(trusted, monkeypatch):
+    """As LayerNorm gives it on a GPU."""
+    calls = []
+    monkeypatch.setattr(backend_module.Triton, "forward", counted(backend_module.Triton, calls))
+    inputs = make((4, 24))
+    wide = inputs._replace(x=inputs.x.detach().float().requires_grad_())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = mixture(wide).output
+    assert len(calls) == 1
+    torch.testing.assert_close(found, compute(TRITON, inputs).output, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    assert wide.x.grad.dtype is torch.float32
 
 
 @pytest.mark.parametrize("adapters", [*slow(torch.float32), torch.bfloat16], ids=str)

@@ -123,9 +123,9 @@ def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.T
     """Why the native function cannot read some tensors; None if it can."""
     if router.dtype is not torch.float32:
         return OTHER_ROUTER
-    if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None:
-        return _NO_FUNCTION
-    return None if are_plain_cpu_tensors(x, experts_A, experts_B, router) else NOT_PLAIN
+    if not are_plain_cpu_tensors(x, experts_A, experts_B, router):  # before anything is compiled
+        return NOT_PLAIN
+    return _NO_FUNCTION if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None else None
 
 
 def _add_update(

@@ -156,7 +156,10 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
     are trained are packed for every pass, and those that were frozen after a pass with gradients anew.
     """
     weights = inputs.experts_A, inputs.experts_B, inputs.router
-    if _is_capturing(inputs.x) or any(each.is_inference() or each.requires_grad for each in weights):
+    if any(each.requires_grad for each in weights):
+        _packed_of.pop(inputs.experts_A, None)
+        return _pack(inputs)
+    if _is_capturing(inputs.x) or any(each.is_inference() for each in weights):
         return _pack(inputs)
     state = inputs.settings.dtype, *((each.data_ptr(), each._version) for each in weights)
     found = _packed_of.get(inputs.experts_A)
