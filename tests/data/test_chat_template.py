@@ -37,22 +37,20 @@ def encoded(tokenizer, **options):
 
 def test_prompt_is_the_conversation_up_to_the_answer(tokenizer):
     template = get_template(CHAT, tokenizer)
-    assert template.name == "chat"
-    assert template.prompt("Name a river.", "") == "<|user|>Name a river.<|end|>\n<|assistant|>"
-    assert template.prompt("Name a river.", "In Egypt.") == "<|user|>Name a river.\n\nIn Egypt.<|end|>\n<|assistant|>"
+    assert (template.name, template.lead) == ("chat", "")
+    assert template.prompt("Name a river.", "") == f"{BOS}<|user|>Name a river.<|end|>\n<|assistant|>"
+    asked = f"{BOS}<|user|>Name a river.\n\nIn Egypt.<|end|>\n<|assistant|>"
+    assert template.prompt("Name a river.", "In Egypt.") == asked
     assert get_template(CHAT, tokenizer, PLAIN).prompt("Why?") == "[user] Why?[assistant] "
 
 
-def test_begin_token_is_there_once(tokenizer):
-    """Whether the tokenizer adds it or the template alone."""
+def test_special_tokens_are_those_that_the_template_writes(tokenizer):
+    """As servers have it: the tokenizer's begin token is not there twice, nor where the template has none."""
     begin = tokenizer.bos_token_id
     assert encoded(tokenizer)["input_ids"].count(begin) == 1
-    tokenizer.backend_tokenizer.post_processor = None
-    assert "input_ids" in tokenizer("a")
-    assert begin not in tokenizer("a")["input_ids"]
-    row = encoded(tokenizer)
-    assert row["input_ids"][0] == begin
-    assert row["input_ids"].count(begin) == 1
+    tokenizer.chat_template = PLAIN
+    assert tokenizer("a")["input_ids"][0] == begin
+    assert begin not in encoded(tokenizer)["input_ids"]
 
 
 def test_answer_ends_its_turn_and_the_text(tokenizer):
@@ -61,15 +59,43 @@ def test_answer_ends_its_turn_and_the_text(tokenizer):
     answer = [label for label in row["labels"] if label != IGNORED]
     assert answer[-2:] == [turn, end]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The Nile."
-    written = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Name a river.\n\nIn Egypt."}, {"role": "assistant", "content": "The Nile."}],
-        tokenize=False,
-    )
-    assert tokenizer.decode(row["input_ids"][:-1]) == written.removesuffix("\n")
+    messages = [
+        {"role": "user", "content": "Name a river.\n\nIn Egypt."},
+        {"role": "assistant", "content": "The Nile."},
+    ]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row["input_ids"][:-1] == tokenizer(written.removesuffix("\n"), add_special_tokens=False)["input_ids"]
     assert encoded(tokenizer, add_eos_token=False)["labels"][-1] != end
     tokenizer.eos_token = "<|end|>"  # as tokenizers of Instruct models have it
-    assert [label for label in encoded(tokenizer)["labels"] if label != IGNORED][-2:] != [turn, turn]
-    assert encoded(tokenizer)["labels"][-1] == turn
+    answer = [label for label in encoded(tokenizer)["labels"] if label != IGNORED]
+    assert answer[-1] == turn
+    assert answer.count(turn) == 1
+
+
+@pytest.mark.parametrize("lead", [" ", "<think>\n\n</think>\n\n"])
+def test_what_stands_before_an_answer_is_trained_with_it(lead, tokenizer):
+    tokenizer.chat_template = TURNS.replace(
+        "<|{{ message.role }}|>", "<|{{ message.role }}|>{% if message.role == 'assistant' %}" + lead + "{% endif %}"
+    )
+    template = get_template(CHAT, tokenizer)
+    assert template.lead == lead
+    assert template.prompt("Why?").endswith("<|assistant|>")
+    answer = [label for label in encoded(tokenizer)["labels"] if label != IGNORED]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == lead + "The Nile."
+
+
+def test_a_template_that_asks_in_another_way_than_it_writes_is_refused(tokenizer):
+    tokenizer.chat_template = TURNS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    with pytest.raises(MolaError, match="begins an answer as it writes one.*<think>'.*TRL"):
+        get_template(CHAT, tokenizer)
+
+
+def test_an_end_token_of_an_adapter_is_that_of_its_template(tokenizer):
+    jinja = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert get_template(CHAT, tokenizer, jinja).prompt("Why?") == f"Why?{EOS}"
+    template = get_template(CHAT, tokenizer, jinja, "<|end|>")
+    assert template.prompt("Why?") == "Why?<|end|>"
+    assert template.ending(tokenizer) == tokenizer.convert_tokens_to_ids(["<|end|>", EOS])
 
 
 def test_a_template_without_a_token_for_turns_ends_with_the_text(tokenizer):

@@ -29,7 +29,7 @@ def test_result_file_has_the_documented_fields(options, examples):
     }
     assert set(written["samples"][0]) == {"id", "prompt", "output", "predicted", "answer", "correct"}
     assert written["settings"] == asdict(options)
-    assert set(written["versions"]) - {"numba"} == {"mola", "torch", "transformers", "peft", "python"}
+    assert set(written["versions"]) - {"numba", "triton"} == {"mola", "torch", "transformers", "peft", "python"}
     assert set(written["machine"]) == {"cpu", "gpu", "threads"}
     assert set(written["groups"]) == {"subject", "topic", "grade"}
     assert set(written["groups"]["subject"]["physics"]) == {"accuracy", "correct", "total", "interval_95"}

@@ -8,16 +8,18 @@ import pytest
 from transformers import AutoTokenizer
 
 from mola.cli import main
+from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, prepare
+from mola.generation.predicting import encode_before_answer
 from mola.models.prompts import own_chat, own_chats, template_for, warn_of_other_template
+from mola.serving.jobs import JobMaker, Limits
+from mola.serving.requests import ChatRequest
 
 TURNS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-OTHER = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
-)
+OTHER = "{% for m in messages %}{{ 'ask' if m.role == 'user' else 'answer' }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,19 @@ def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, cap
     capsys.readouterr()
     assert run("generate", **common, instruction="Why?", max_new_tokens=4, stream="false") == 0
     with_template = capsys.readouterr().out
-    assert run("generate", **common, prompt="[user] Why?</s>[assistant] ", max_new_tokens=4, stream="false") == 0
-    assert capsys.readouterr().out == with_template
-    assert own_chats({"run": str(trained)})["run"].template == TURNS
+    assert with_template.strip("\n")
+    chats = own_chats({"run": str(trained)})
+    assert chats["run"].template == TURNS
+    # The tokens are those of the training, in the commands and in the server.
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template = template_for("chat", tokenizer, trained)
+    row = {"id": "1", "instruction": "Why?", "input": "", "output": "So."}
+    ((sample,), _) = encode_examples([row], tokenizer, template, cutoff_len=64)
+    asked = encode_before_answer(tokenizer, [template.prompt("Why?")], template.adds_special_tokens)[0]
+    jobs = JobMaker(tokenizer, {"run": "run"}, Limits(8, 1, None), chats)
+    chat = ChatRequest(model="run", messages=[{"role": "user", "content": "Why?"}])
+    assert sample["input_ids"][: len(asked)] == asked == list(jobs.make(chat)[0].prompt)
+    assert sample["labels"][len(asked)] == sample["input_ids"][len(asked)]
     assert "send that template's text" not in caplog.text
 
 
@@ -73,7 +85,7 @@ def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, 
     (other / "chat_template.jinja").write_text(OTHER)
     assert own_chat(other).template == OTHER
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert template_for("chat", tokenizer, other).prompt("Why?") == "user: Why?answer: "
+    assert template_for("chat", tokenizer, other).prompt("Why?") == "ask: Why?answer: "
     assert template_for("chat", tokenizer).prompt("Why?") == "[user] Why?</s>[assistant] "
     warn_of_other_template(other, "chat")
     assert not caplog.records

@@ -1,9 +1,11 @@
 """Evaluation during training: on which rows, when, and which weights are kept."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
@@ -101,3 +103,15 @@ def test_a_base_model_that_does_not_fit_is_told_what_helps(flags, monkeypatch, e
         "The base model does not fit: pass --dtype bfloat16; or --load_in_4bit or --load_in_8bit; or a smaller" in line
     )
     assert "batch" not in line
+
+
+def test_tokens_that_the_base_model_does_not_know_are_refused(tiny_model_dir, flags, tmp_path, error_line):
+    """As a tokenizer has them that was given tokens after the model."""
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["Say"])
+    tokenizer.save_pretrained(base)
+    rows = [{"instruction": f"Say {i}", "output": "x"} for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    line = error_line(flags(base_model=base, data=tmp_path / "rows.json", **NO_EVALUATION))
+    assert f"id {len(tokenizer) - 1}, its vocabulary has {len(tokenizer) - 1}" in line

@@ -46,7 +46,8 @@ def load_examples(
     rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
     if all(_is_prepared(row, task) for _, row in rows):
         _check_kept(rows, task, path)
-        _refuse_more_turns(rows, task, path)
+        if task is None:
+            _refuse_more_turns(rows[:limit], filters or {}, path)
         examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
     else:
         if task is not None and reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
@@ -103,10 +104,10 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
     return "instruction" in row and "output" in row and is_written
 
 
-def _refuse_more_turns(rows: _Rows, task: Task | None, path: str | Path) -> None:
-    """Refuse what belongs to a prompt in other programs and would be left out."""
+def _refuse_more_turns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse what belongs to a prompt in other programs and would be left out, where no task says what is read."""
     for name, cure in _OF_CHATS.items():
-        if (task is None or name not in task.columns) and (found := [index for index, row in rows if row.get(name)]):
+        if name not in filters and (found := [index for index, row in rows if row.get(name)]):
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
                 f"`{path}` have something there, the first is row {found[0]}. {cure}, or drop the column."

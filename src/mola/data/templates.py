@@ -1,9 +1,13 @@
 """Prompt templates: how an instruction and an optional input become the text before the answer."""
 
+import logging
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
 
 CHAT = "chat"  # name of the template that is the tokenizer's own
 
@@ -51,6 +55,16 @@ class Template:
             return self.prompt_input.format(instruction=instruction, input=input)
         return self.prompt_no_input.format(instruction=instruction)
 
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer puts its special tokens around the text."""
+        return True
+
+    @property
+    def lead(self) -> str:
+        """Text between prompt and answer that is trained with the answer."""
+        return ""
+
     def ending(self, tokenizer: Any) -> list[int]:
         """Ids that end a text whose answer is complete; none where the tokenizer has no end token."""
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -60,42 +74,63 @@ class Template:
 class ChatTemplate(Template):
     """The chat template of a tokenizer: instruction and input, with an empty line between, are a user's message.
 
+    Special tokens are those that the template writes, as servers have it.
+
     Attributes:
         tokenizer: whose template it is.
         jinja: another template to be written with it; None for its own.
+        end_token: text of the end token that the template is written with; None for the tokenizer's own.
     """
 
     tokenizer: Any = None
     jinja: str | None = None
+    end_token: str | None = None
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """No: the template writes them."""
+        return False
+
+    @cached_property
+    def lead(self) -> str:
+        """What the template writes between the beginning of the assistant's message and the answer.
+
+        A blank with some, an empty thought or the name of a channel with others.
+
+        Raises:
+            MolaError: it begins a message that is to be written in another way than one that is there.
+        """
+        asked, written = self.prompt(_QUESTION), self._conversation()
+        if not written.startswith(asked) or _ANSWER not in written[len(asked) :]:
+            raise MolaError(
+                f"`template` {CHAT} needs a chat template that begins an answer as it writes one: this one ends a "
+                f"prompt with {asked[-40:]!r}, and does not go on from there. Train with TRL, see docs/trainers.md."
+            )
+        return written[len(asked) :].partition(_ANSWER)[0]
 
     def prompt(self, instruction: str | None, input: str | None = None) -> str:
-        """As of `Template`: the conversation up to where the assistant's message begins.
-
-        A begin token that the tokenizer puts in front by itself is left out.
-        """
+        """As of `Template`: the conversation up to where the assistant's message begins."""
         parts = [part for part in (instruction, input) if part]
         if not parts or not all(isinstance(part, str) for part in parts):
             raise MolaError(f"`instruction` must be text for the template `{CHAT}`: got {instruction!r}. Fill it in.")
-        text = self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
-        begin = self.tokenizer.bos_token
-        is_twice = (
-            begin and text.startswith(begin) and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
-        )
-        return text.removeprefix(begin) if is_twice else text
+        return self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
 
     def ending(self, tokenizer: Any) -> list[int]:
         """The token that ends a turn, and after it the end token, where that is another one.
 
-        What generates stops at the end token in any case, and at a turn's end where the model says so.
+        What generates stops at the end token in any case, and at a turn's end where it is told.
         """
-        answer = "An answer."
-        written = self._written([{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}])
-        after = written.rpartition(answer)[2].lstrip()
+        after = self._conversation().rpartition(_ANSWER)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
         own = [each for each in first if each in tokenizer.added_tokens_decoder]
         return list(dict.fromkeys([*own, *super().ending(tokenizer)]))
 
+    def _conversation(self) -> str:
+        return self._written([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
+
     def _written(self, messages: list[dict[str, str]], **options: Any) -> str:
+        if self.end_token is not None:
+            options["eos_token"] = self.end_token
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False, **options)
         except Exception as error:  # whatever the template raises
@@ -104,6 +139,7 @@ class ChatTemplate(Template):
             ) from error
 
 
+_QUESTION, _ANSWER = "A question.", "An answer."  # to see how a template writes
 _ASK = "Below is an instruction that describes a task"
 _ASK_INPUT = f"{_ASK}, paired with an input that provides further context"
 _DO = "Write a response that appropriately completes the request."
@@ -145,13 +181,16 @@ def check_template(name: str) -> None:
         get_template(name)
 
 
-def get_template(name: str, tokenizer: Any = None, chat_template: str | None = None) -> Template:
+def get_template(
+    name: str, tokenizer: Any = None, chat_template: str | None = None, end_token: str | None = None
+) -> Template:
     """Template of that name; ``""`` means `alpaca`.
 
     Args:
         name: one of `template_names`.
         tokenizer: needed for `chat`, whose template is its own.
         chat_template: another one in Jinja for `chat`, as an adapter may have it beside it.
+        end_token: text of the end token that it is written with; by default the tokenizer's.
 
     Raises:
         MolaError: no template has this name, or the tokenizer has no chat template.
@@ -162,10 +201,19 @@ def get_template(name: str, tokenizer: Any = None, chat_template: str | None = N
                 f"`template` {CHAT} needs a tokenizer with a chat template, and the base model's has none. Choose one "
                 f"of {', '.join(_TEMPLATES)}."
             )
-        return ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template)
+        found = ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template, end_token=end_token)
+        if "strftime_now" in str(chat_template or tokenizer.chat_template):
+            _warn_of_dates()
+        found.lead  # noqa: B018 - raises where the template cannot be trained with
+        return found
     template = _TEMPLATES.get(name or "alpaca") if isinstance(name, str) else None
     if template is None:
         raise MolaError(
             f"`template` must be one of {', '.join(template_names())}: got {name!r}. Choose one of these names."
         )
     return template
+
+
+@cache
+def _warn_of_dates() -> None:
+    logger.warning("The chat template writes the day's date: prompts of other days differ from those of the training.")

@@ -51,7 +51,8 @@ def tokenized(
     for begin in range(0, len(examples), _BATCH):
         batch = examples[begin : begin + _BATCH]
         texts = [_text_parts(example, template) for example in batch]
-        for example, (ids, prefix, start) in zip(batch, encode(tokenizer, texts), strict=True):
+        encoded = encode(tokenizer, texts, template.adds_special_tokens)
+        for example, (ids, prefix, start) in zip(batch, encoded, strict=True):
             text_end = len(ids)
             # Text that spells out the first token of the ending itself does not get a second one.
             is_ended = text_end > start and ids[-1:] == [*ending[:1]]
@@ -72,11 +73,11 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
         raise MolaError(f"example `{example.get('id')}`: {error}") from error
     if not isinstance(output, str):
         raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {output!r}. Correct it.")
-    return prompt, output
+    return prompt, template.lead + output
 
 
 def encode_with_border(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
     """Prompt and output of each text in one tokenisation, by a fast tokenizer.
 
@@ -85,6 +86,7 @@ def encode_with_border(
     """
     encoding = tokenizer(
         [prompt + output for prompt, output in texts],
+        add_special_tokens=adds_special_tokens,
         return_offsets_mapping=True,
         padding=False,
         truncation=False,
@@ -97,7 +99,7 @@ def encode_with_border(
         if in_text:
             prefix, end = in_text[0], in_text[-1] + 1
         else:
-            prefix = end = len(_special_prefix(tokenizer))
+            prefix = end = len(_special_prefix(tokenizer)) if adds_special_tokens else 0
         border = len(prompt)
         # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
         after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
@@ -105,10 +107,10 @@ def encode_with_border(
 
 
 def _encode_slow(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
     """As `encode_with_border`; without offsets, prompt and output are tokenised separately and joined."""
-    special = _special_prefix(tokenizer)
+    special = _special_prefix(tokenizer) if adds_special_tokens else []
     for prompt, output in texts:
         head, tail = (
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

@@ -26,6 +26,9 @@ class Question:
     prefix: str = ""  # likelihood only: text of the output before its answer
     options: tuple[str, ...] = ()  # likelihood only: the possible answers
     suffix: str = ""  # likelihood only: text of the output after its answer
+    adds_special_tokens: bool = True  # whether the tokenizer puts some around the prompt
+    ends: tuple[int, ...] = ()  # tokens that end an answer, besides those of tokenizer and model
+    end: str = ""  # text of the first of them
 
     def option_texts(self, end: str) -> list[str]:
         """Prompt and output up to and with the answer, for every option.
@@ -34,7 +37,7 @@ class Question:
         nothing else does: the shorter one could not be less probable than the longer.
         """
         begins = any(a != b and b.startswith(a) for a in self.options for b in self.options)
-        suffix = (self.suffix or end) if begins else ""
+        suffix = (self.suffix or self.end or end) if begins else ""
         return [self.prompt + self.prefix + option + suffix for option in self.options]
 
 
@@ -60,6 +63,9 @@ def make_questions(
         raise MolaError("`data` must hold at least one sample: got none. Check the file and `split`.")
     template = task.template if template is None else template
     layout = template if isinstance(template, Template) else get_template(template, tokenizer)
+    own = tuple(layout.ending(tokenizer)[:1]) if tokenizer is not None and not layout.adds_special_tokens else ()
+    text = str(tokenizer.convert_ids_to_tokens(own[0])) if tokenizer is not None and own else ""
+    how: dict[str, Any] = {"adds_special_tokens": layout.adds_special_tokens, "ends": own, "end": text}
     questions = []
     for example in examples:
         if not example.get("answer"):
@@ -76,9 +82,9 @@ def make_questions(
         if scoring == "likelihood":
             options = tuple(answer_options(example, task))
             before, after = around_answer(example, task)
-            questions.append(Question(example, prompt, before, options, after))
+            questions.append(Question(example, prompt, layout.lead + before, options, after, **how))
         else:
-            questions.append(Question(example, prompt))
+            questions.append(Question(example, prompt, **how))
     return questions
 
 
@@ -100,7 +106,7 @@ def question_lengths(
     for question in questions:
         texts.append(max(question.option_texts(_end(tokenizer)), key=len, default=question.prompt))
         names.append(question.example["id"])
-    encoded = predicting.encode_prompts(tokenizer, texts)
+    encoded = predicting.encode_prompts(tokenizer, texts, questions[0].adds_special_tokens)
     num_new_tokens = max_new_tokens if scoring == "generate" else 0
     predicting.check_lengths(names, encoded, num_new_tokens, limit)
     return [len(ids) for ids in encoded]
@@ -142,7 +148,7 @@ def _answer_batch(
     """Output text and extracted answer of each question."""
     if questions[0].options:
         texts = [question.option_texts(_end(tokenizer)) for question in questions]
-        scores = predicting.option_log_probabilities(model, tokenizer, texts)
+        scores = predicting.option_log_probabilities(model, tokenizer, texts, questions[0].adds_special_tokens)
         for question, values in zip(questions, scores, strict=True):
             if any(map(math.isnan, values)):
                 raise MolaError(
@@ -152,9 +158,11 @@ def _answer_batch(
             answer = question.options[values.index(max(values))]
             yield question.prefix + answer, answer
         return
-    prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions])
+    first = questions[0]
+    asked = [question.prompt for question in questions]
+    prompts = predicting.encode_before_answer(tokenizer, asked, first.adds_special_tokens)
     outputs = predicting.generate_batch(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        model, tokenizer, prompts, ends=first.ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )
     for question, output in zip(questions, outputs, strict=True):
         yield output, task.extract_answer(output, question.example["num_choices"])

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
-from mola.data.templates import check_template, get_template
+from mola.data.templates import check_template
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.files.reading import read_text
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config, load_tokenizer
-from mola.models.prompts import trained_template
+from mola.models.prompts import template_for, trained_template
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,11 @@ def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit
         _say_limit(f"samples of {path}", limit)
     cutoff = _longest(options)
     dataset, report = encode_examples(
-        examples, tokenizer, get_template(task.template, tokenizer), cutoff_len=cutoff, truncation="drop"
+        examples,
+        tokenizer,
+        template_for(task.template, tokenizer, options.source[0]),
+        cutoff_len=cutoff,
+        truncation="drop",
     )
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.generation import predicting
 
@@ -74,6 +75,7 @@ def generate_text(
     seed: int | None = None,
     streamer: Any = None,
     before_answer: bool = False,
+    template: Template | None = None,
 ) -> str:
     """Text the model writes after `prompt`, without the prompt and without special tokens.
 
@@ -88,6 +90,7 @@ def generate_text(
         do_sample: None samples if a sampling value is given.
         seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it.
         before_answer: the prompt is that of a template: its last tokens are those that it had in training.
+        template: that template, whose special tokens and end are its own if it is a chat template.
         streamer: receives the tokens while they come, such as a `transformers.TextStreamer`.
 
     Returns:
@@ -98,10 +101,11 @@ def generate_text(
     """
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
     encode = predicting.encode_before_answer if before_answer else predicting.encode_prompts
-    encoded = encode(tokenizer, [prompt])
+    encoded = encode(tokenizer, [prompt], template is None or template.adds_special_tokens)
+    ends = [] if template is None else template.ending(tokenizer)[:1]
     predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.positions_left(model))
     with seeded(seed), predicting.inference_state(model):
-        return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, **settings)[0]
+        return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, ends=ends, **settings)[0]
 
 
 @contextmanager

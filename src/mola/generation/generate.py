@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TextStreamer
 
-from mola.data.templates import CHAT, check_template
+from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, generate_text
 from mola.models.loading import check_adapter
@@ -71,11 +71,11 @@ def main(options: GenerateOptions) -> int:
     if decoding_settings(**_decoding(options))["do_sample"]:
         logger.info("Random seed %d.", seed)
     if prompt is not None:
-        _answer(model, tokenizer, prompt, options)
+        _answer(model, tokenizer, prompt, options, template if options.prompt is None else None)
         return 0
     for line in _read_lines():
         try:
-            _answer(model, tokenizer, template.prompt(line, ""), options)
+            _answer(model, tokenizer, template.prompt(line, ""), options, template)
         except MolaError as error:  # such as a line too long: the loop goes on
             print(error, file=sys.stderr)
     return 0
@@ -118,12 +118,12 @@ def _check_text(options: GenerateOptions) -> None:
         raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions) -> None:
+def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, template: Template | None) -> None:
     streamer = None
     if options.stream:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    is_template = options.prompt is None
-    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer, before_answer=is_template)
+    how: dict[str, Any] = {"before_answer": template is not None, "template": template}
+    text = generate_text(model, tokenizer, prompt, **_decoding(options), streamer=streamer, **how)
     if streamer is None:
         print(text)
     sys.stdout.flush()

@@ -22,8 +22,10 @@ from mola.errors import MolaError
 from mola.generation.virtual_tokens import may_cache
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt with the tokenizer's begin token, never with its end token.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], adds_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of each prompt with the tokenizer's begin token, if it `adds_special_tokens`, never with its end token.
 
     Raises:
         MolaError: a prompt has no token at all, or is no Unicode text.
@@ -31,7 +33,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     for prompt in prompts:
         if re.search("[\ud800-\udfff]", prompt):  # bytes that are no UTF-8, as Python reads them
             raise MolaError(f"`prompt` must be Unicode text, saved as UTF-8: got {prompt[:80]!r}. Write it as such.")
-    encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=adds_special_tokens)["input_ids"]]
     for prompt, ids in zip(prompts, encoded, strict=True):
         # A tokenizer set to append the end token would make the model start a new text.
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
@@ -41,16 +43,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return encoded
 
 
-def encode_before_answer(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+def encode_before_answer(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], adds_special_tokens: bool = True
+) -> list[list[int]]:
     """As `encode_prompts`, with the tokens that a prompt has where an answer follows, as it does in training.
 
     A prompt that ends in blanks may end in another token than before a letter: two line breaks are one token of
     GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
     """
-    encoded = encode_prompts(tokenizer, prompts)
+    encoded = encode_prompts(tokenizer, prompts, adds_special_tokens)
     if not tokenizer.is_fast:
         return encoded
-    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts])
+    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], adds_special_tokens)
     return [
         ids[:start] if start > prefix else alone for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
     ]
@@ -118,6 +122,8 @@ def check_lengths(
 def num_tokens(model: Any) -> int | None:
     """How many ids a model knows; None if it does not say. A GPU dies of others, a tokenizer may have them."""
     embeddings = getattr(base_of(model), "get_input_embeddings", lambda: None)()
+    for name in ("original_module", "base_layer"):  # below what PEFT trains
+        embeddings = getattr(embeddings, name, embeddings)
     return getattr(embeddings, "num_embeddings", None)
 
 
@@ -195,17 +201,19 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     streamer: Any = None,
     logits_processor: Any = None,
+    ends: Sequence[int] = (),
     **decoding: Any,
 ) -> list[str]:
     """New text after each prompt, special tokens left out; call it inside `inference_state`.
 
-    `decoding` are fields of `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only. The
-    processors see float32 logits before sampling values are applied.
+    `ends` are tokens that end an answer besides those of tokenizer and model. `decoding` are fields of
+    `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only. The processors see float32 logits
+    before sampling values are applied.
     """
     config = GenerationConfig(
         pad_token_id=_pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_token_ids(model, tokenizer) or None,
+        eos_token_id=list(dict.fromkeys([*end_token_ids(model, tokenizer), *ends])) or None,
         use_cache=may_cache(model),
         **decoding,
     )
@@ -221,7 +229,7 @@ def generate_batch(
 
 
 def option_log_probabilities(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]]
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], adds_special_tokens: bool = True
 ) -> list[list[float]]:
     """Log-probability of the end of each text, given what all texts of its sample start with, one text per option.
 
@@ -230,7 +238,7 @@ def option_log_probabilities(
     Texts are tokenised whole, so a letter gets the token it has in running text (" A", not "A").
     Call it inside `inference_state`.
     """
-    encoded = [encode_prompts(tokenizer, options) for options in texts]
+    encoded = [encode_prompts(tokenizer, options, adds_special_tokens) for options in texts]
     shared = [_shared_length(options) for options in encoded]
     # Options usually differ in their last token only: then one row serves all options of a sample.
     contexts: dict[tuple[int, ...], int] = {}

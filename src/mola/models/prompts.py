@@ -52,7 +52,7 @@ def template_for(name: str, tokenizer: Any, adapter: str | os.PathLike[str] | No
         MolaError: no template has this name, or there is no chat template.
     """
     own = own_chat(adapter) if adapter is not None and name == CHAT else None
-    return get_template(name, tokenizer, None if own is None else own.template)
+    return get_template(name, tokenizer, *(() if own is None else own))
 
 
 class Chat(NamedTuple):

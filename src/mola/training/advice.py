@@ -11,6 +11,8 @@ from mola.files.failures import within_memory, writing
 from mola.reporting.findings import is_far_above, last_mean
 from mola.training.meeting import lost_process_explained
 from mola.training.options import TrainOptions
+from mola.training.sharding import is_sharded
+from mola.training.zero import uses_deepspeed
 
 
 @contextlib.contextmanager
@@ -29,8 +31,9 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
 
 def loading_advice(options: TrainOptions) -> str:
     """What could be changed where the base model alone needs more memory than there is."""
-    ways = ["--dtype bfloat16"] if options.base_dtype == "float32" else []
-    ways += [] if options.load_in_4bit or options.load_in_8bit else ["--load_in_4bit or --load_in_8bit"]
+    ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
+    is_whole = not (is_sharded(options) or uses_deepspeed(options) or options.load_in_4bit or options.load_in_8bit)
+    ways += ["--load_in_4bit or --load_in_8bit"] if is_whole else []
     return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow.compute
 from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
@@ -18,11 +19,11 @@ from mola.data.hashing import hash_example
 from mola.data.read import has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
-from mola.data.templates import get_template
+from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config
-from mola.models.prompts import warn_of_other_template
+from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import mapping
 from mola.training.options import TrainOptions
 
@@ -60,7 +61,9 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
     name = options.template or (task.template if task is not None else "alpaca")
-    template = get_template(name, tokenizer)
+    template = template_for(name, tokenizer, options.adapter)
+    if isinstance(template, ChatTemplate) and template.jinja is not None:
+        tokenizer.chat_template = template.jinja  # which is saved with the run
     warn_of_other_template(options.adapter, name)
     if options.template is None and task is None and tokenizer.chat_template:
         logger.warning(
@@ -90,9 +93,22 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
                 add_eos_token=options.add_eos_token,
                 truncation=options.truncation,
             )
+            _check_known(encoded[part], options)
             fingerprints[part] = data_fingerprint(examples)
             logger.info("%s data: %s", part, reports[part].summary())
     return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, name)
+
+
+def _check_known(dataset: datasets.Dataset, options: TrainOptions) -> None:
+    """Refuse tokens that the base model has no embedding for, as a tokenizer may have them."""
+    config = load_config(options.base_model or "", options.trust_remote_code, options.gguf_file).get_text_config()
+    known = getattr(config, "vocab_size", None)
+    highest = pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data.column("input_ids"))).as_py()
+    if known is not None and highest >= known:
+        raise MolaError(
+            f"`data` has a token that the base model does not know: id {highest}, its vocabulary has {known}. Use the "
+            "model's own tokenizer, or give it embeddings for the new tokens first."
+        )
 
 
 def _warn_of_shared(train: Examples, evaluation: Examples) -> None:

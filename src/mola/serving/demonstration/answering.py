@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from mola.data.templates import Template
 from mola.generation.decoding import generate_text
 from mola.insight.recording import ModuleGates, gates_of_tokens
 from mola.models.prompts import template_for
@@ -63,13 +64,13 @@ class Answerer:
         self._executor = ThreadPoolExecutor(1, "mola-demo")
         self._running: _Pieces | None = None
 
-    def prompt(self, template: str, instruction: str) -> str:
-        """An instruction in a prompt template, see `mola.models.prompts.template_for`.
+    def template(self, name: str) -> Template:
+        """A prompt template, see `mola.models.prompts.template_for`.
 
         Raises:
             MolaError: there is no such template, or no chat template.
         """
-        return template_for(template, self.tokenizer, self.adapter).prompt(instruction, "")
+        return template_for(name, self.tokenizer, self.adapter)
 
     def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
         """The answer to a prompt, growing; whoever stops to iterate stops the model.

@@ -113,7 +113,10 @@ def _answers(
         if not (text or "").strip():
             raise MolaError("`instruction` must hold some text: got none. Write one.")
         decoding["before_answer"] = template != _AS_IT_IS
-        prompt = answerer.prompt(template, text) if decoding["before_answer"] else text
+        if decoding["before_answer"]:
+            decoding["template"] = answerer.template(template)
+            text = decoding["template"].prompt(text, "")
+        prompt = text
         adapted = plain = Answer("", [], 0)
         for adapted in answerer.answer(prompt, with_adapter=True, **decoding):
             yield adapted.text, "", None
