@@ -19,7 +19,10 @@ TURNS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-OTHER = "{% for m in messages %}{{ 'ask' if m.role == 'user' else 'answer' }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
+OTHER = (
+    "{% for m in messages %}{{ 'ask' if m.role == 'user' else 'answer' }}: {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}answer: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
