@@ -154,6 +154,18 @@ def save_adapter(base, folder, config):
 
 
 @pytest.fixture
+def blanks_tokenizer():
+    """Splits as GPT-2's: two line breaks are one token at the end of a text, and two before a word."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["</s>", *alphabet, "\u010a\u010a"]  # the last are two line breaks
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u010a", "\u010a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture
 def tiny_tokenizer(tiny_model_dir):
     """A fresh tokenizer of `tiny_model_dir`, padding on the left with its end token."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model_dir, padding_side="left")

@@ -1,13 +1,14 @@
 """The template `chat`: a conversation as the tokenizer writes it, with begin and end tokens once."""
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mola.data.encode import encode_examples
 from mola.data.templates import CHAT, check_template, get_template
-from mola.data.tokenized import IGNORED
+from mola.data.tokenized import IGNORED, tokenized
 from mola.errors import MolaError
+from mola.generation import predicting
 from tests.conftest import BOS, EOS, build_byte_tokenizer
 
 TURNS = (
@@ -31,7 +32,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encoded(tokenizer, **options):
-    ((row,), _) = encode_examples([EXAMPLE], tokenizer, get_template(CHAT, tokenizer), cutoff_len=256, **options)
+    how = {"cutoff_len": 256, **options}
+    ((row,), _) = encode_examples([EXAMPLE], tokenizer, get_template(CHAT, tokenizer), **how)
     return row
 
 
@@ -84,10 +86,44 @@ def test_what_stands_before_an_answer_is_trained_with_it(lead, tokenizer):
     assert tokenizer.decode(answer, skip_special_tokens=True) == lead + "The Nile."
 
 
-def test_a_template_that_asks_in_another_way_than_it_writes_is_refused(tokenizer):
+def test_an_output_that_has_its_own_thought_gets_no_other(tokenizer):
+    tokenizer.chat_template = TURNS.replace(
+        "<|{{ message.role }}|>",
+        "<|{{ message.role }}|>{% if message.role == 'assistant' %}<think> </think>{% endif %}",
+    )
+    template = get_template(CHAT, tokenizer)
+    assert template.answer("The Nile.") == "<think> </think>The Nile."
+    assert template.answer("<think> Egypt </think>The Nile.") == "<think> Egypt </think>The Nile."
+
+
+def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_training(tokenizer):
     tokenizer.chat_template = TURNS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    assert get_template(CHAT, tokenizer).prompt("Why?").endswith("<|assistant|><think>")
     with pytest.raises(MolaError, match="begins an answer as it writes one.*<think>'.*TRL"):
-        get_template(CHAT, tokenizer)
+        encoded(tokenizer)
+
+
+def test_a_token_never_reaches_from_the_prompt_into_the_answer(blanks_tokenizer):
+    """Who asks has the prompt alone: two line breaks are one token of this vocabulary, whichever side they are on."""
+    blanks_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    blanks_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<think>\n\n</think>{{ m.content }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    template = get_template(CHAT, blanks_tokenizer)
+    assert (template.lead, template.is_encoded_apart) == ("\n</think>", True)
+    example = {"id": "x", "instruction": "Which one?", "input": "", "output": "It."}
+    sample = next(iter(tokenized([example], blanks_tokenizer, template, [])))
+    prompt = template.prompt("Which one?")
+    asked = predicting.encode_before_answer(blanks_tokenizer, [prompt], template)[0]
+    assert sample.ids[: sample.start] == asked == blanks_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert blanks_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
+
+
+def test_a_cut_prompt_keeps_its_begin_token(tokenizer):
+    whole = encoded(tokenizer)
+    row = encoded(tokenizer, truncation="left", cutoff_len=whole["length"] - 5)
+    assert row["input_ids"] == [whole["input_ids"][0], *whole["input_ids"][6:]]
 
 
 def test_an_end_token_of_an_adapter_is_that_of_its_template(tokenizer):
@@ -119,4 +155,3 @@ def test_what_cannot_be_written_is_one_error(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(MolaError, match="`template` chat needs a tokenizer with a chat template"):
         get_template(CHAT, tokenizer)
-    assert BOS not in get_template(CHAT, tokenizer, PLAIN).prompt("Why?")

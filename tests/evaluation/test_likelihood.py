@@ -11,7 +11,7 @@ from mola.errors import MolaError
 from mola.evaluation.answering import Question
 from mola.evaluation.choices import answer_options, around_answer
 from mola.evaluation.core import evaluate_examples
-from mola.generation import predicting
+from mola.generation import likelihood, predicting
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -46,7 +46,7 @@ def test_option_log_probabilities_of_several_tokens_match_the_definition(tiny_mo
         ["A longer question? up", "A longer question? down"],
     ]
     with predicting.inference_state(tiny_model):
-        scores = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, texts)
+        scores = likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, texts)
     for options, values, stem in zip(texts, scores, ["Is it? ", "A longer question? "], strict=True):
         shared = len(tiny_tokenizer(stem)["input_ids"])
         for text, value in zip(options, values, strict=True):
@@ -68,11 +68,11 @@ def test_the_options_of_a_sample_that_is_asked_alone_are_not_padded(tiny_model, 
 
     monkeypatch.setattr(tiny_model, "forward", forward)
     with predicting.inference_state(tiny_model):
-        (alone,) = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [sample])
+        (alone,) = likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [sample])
         assert len(rows) > 1
         assert all(mask.all() for mask in rows)
         rows.clear()
-        together = predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [sample, other])
+        together = likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [sample, other])
     assert len(rows) == 1
     assert alone == pytest.approx(together[0], rel=1e-4)
 

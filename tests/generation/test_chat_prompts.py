@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -10,6 +11,8 @@ from transformers import AutoTokenizer
 from mola.cli import main
 from mola.data.encode import encode_examples
 from mola.data.prepare import PrepareOptions, prepare
+from mola.data.templates import ChatTemplate
+from mola.generation.decoding import generate_text
 from mola.generation.predicting import encode_before_answer
 from mola.models.prompts import own_chat, own_chats, template_for, warn_of_other_template
 from mola.serving.jobs import JobMaker, Limits
@@ -73,7 +76,7 @@ def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, cap
     template = template_for("chat", tokenizer, trained)
     row = {"id": "1", "instruction": "Why?", "input": "", "output": "So."}
     ((sample,), _) = encode_examples([row], tokenizer, template, cutoff_len=64)
-    asked = encode_before_answer(tokenizer, [template.prompt("Why?")], template.adds_special_tokens)[0]
+    asked = encode_before_answer(tokenizer, [template.prompt("Why?")], template)[0]
     jobs = JobMaker(tokenizer, {"run": "run"}, Limits(8, 1, None), chats)
     chat = ChatRequest(model="run", messages=[{"role": "user", "content": "Why?"}])
     assert sample["input_ids"][: len(asked)] == asked == list(jobs.make(chat)[0].prompt)
@@ -109,3 +112,33 @@ def test_without_a_chat_template_it_is_one_error(tiny_model_dir, data, tmp_path,
     asked = {"task": "sample", "data": data / "test.json", "template": "chat"}
     assert run("evaluate", base_model=tiny_model_dir, **asked) == 2
     assert "`template` chat needs a tokenizer with a chat template" in capsys.readouterr().err
+
+
+def test_the_end_of_a_turn_ends_an_answer(tiny_model, tiny_tokenizer):
+    """Also where neither model nor tokenizer has it as their end token."""
+
+    class Ends(ChatTemplate):
+        def ending(self, tokenizer):
+            return [turn, tokenizer.eos_token_id]
+
+    def answer(template):
+        heard = []
+        streamer = SimpleNamespace(put=lambda value: heard.append(value.flatten().tolist()), end=lambda: None)
+        generate_text(tiny_model, tiny_tokenizer, "[user] Why?", max_new_tokens=8, template=template, streamer=streamer)
+        return [token for tokens in heard[1:] for token in tokens]
+
+    plain = ChatTemplate("chat", "", "", tokenizer=tiny_tokenizer, jinja=TURNS)
+    ids = answer(plain)
+    turn = next(each for each in ids[1:] if each != ids[0])
+    assert answer(Ends("chat", "", "", tokenizer=tiny_tokenizer, jinja=TURNS)) == ids[: ids.index(turn) + 1]
+
+
+def test_training_on_from_an_adapter_has_its_template_and_end_token(base, data, trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other")
+    (other / "run.json").unlink()
+    (other / "chat_template.jinja").write_text(OTHER)
+    asked = {"base_model": base, "task": "sample", "data": data / "train.json", "template": "chat"}
+    shape = {"max_steps": 1, "warmup_steps": 0, "eval_strategy": "no", "use_cpu": "true", "disable_tqdm": "true"}
+    assert run("train", **asked, **shape, adapter=other, output_dir=tmp_path / "on") == 0
+    assert own_chat(tmp_path / "on") == own_chat(other)
+    assert own_chat(other).template == OTHER

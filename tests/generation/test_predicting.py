@@ -1,13 +1,11 @@
 """What is asked of a model: the last logits alone, of rows that lie together."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mola.data.templates import CHAT, get_template, template_names
 from mola.data.tokenized import tokenized
 from mola.errors import MolaError
-from mola.generation import predicting
+from mola.generation import likelihood, predicting
 from mola.generation.batching.forward import Adapters, Forward
 
 PROMPTS = ["Which of them?", "Why"]
@@ -26,7 +24,7 @@ def head_inputs(tiny_model):
 
 def test_likelihood(tiny_model, tiny_tokenizer, head_inputs):
     with predicting.inference_state(tiny_model):
-        predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [["Is it? A", "Is it? B"], ["No? A", "No? B"]])
+        likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [["Is it? A", "Is it? B"], ["No? A", "No? B"]])
     assert head_inputs == [((2, 1), True)]
 
 
@@ -51,18 +49,6 @@ def test_running_batch(tiny_model, head_inputs):
         forward(cache, [[5, 6, 7], [8, 9]], [3, 2], {})
         forward(cache, [[10], [11]], [4, 3], {})
     assert head_inputs == [((2, 1), True)] * 2
-
-
-@pytest.fixture
-def blanks_tokenizer():
-    """Splits as GPT-2's: two line breaks are one token at the end of a text, and two before a word."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["</s>", *alphabet, "\u010a\u010a"]  # the last are two line breaks
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u010a", "\u010a")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
 NAMES = [name for name in template_names() if name != CHAT]  # which is a tokenizer's own
@@ -91,4 +77,4 @@ def test_tokens_without_an_embedding_are_refused(tiny_model, tiny_tokenizer):
             predicting.generate_batch(tiny_model, tiny_tokenizer, [[3, 4], [3, known]], max_new_tokens=2)
         tiny_tokenizer.add_tokens(["<new>"])
         with pytest.raises(MolaError, match="must be of tokens that the model knows"):
-            predicting.option_log_probabilities(tiny_model, tiny_tokenizer, [["a <new> b", "a <new> c"]])
+            likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [["a <new> b", "a <new> c"]])

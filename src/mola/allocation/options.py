@@ -43,7 +43,9 @@ class AllocateOptions:
     )
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
     task: str | None = option(None, "Task of `data`: its name or a YAML file.")
-    template: str | None = option(None, "Prompt template of `data`; by default the task's own.")
+    template: str | None = option(
+        None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own."
+    )
     split: str = option("train", "Split of `data` to read where it has several.")
     limit: int = option(32, "Samples of `data` to read, the first so many; activation ends at 1,024 tokens.")
     min_experts: int = option(1, "Fewest experts of a layer.")

@@ -110,7 +110,8 @@ def _refuse_more_turns(rows: _Rows, filters: Mapping[str, Any], path: str | Path
         if name not in filters and (found := [index for index, row in rows if row.get(name)]):
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
-                f"`{path}` have something there, the first is row {found[0]}. {cure}, or drop the column."
+                f"`{path}` have something there, the first is row {found[0]}. {cure}; drop the column; or pass the "
+                "task that has prepared the rows."
             )
 
 

@@ -61,9 +61,18 @@ class Template:
         return True
 
     @property
+    def is_encoded_apart(self) -> bool:
+        """Whether prompt and answer are tokenised each for itself."""
+        return False
+
+    @property
     def lead(self) -> str:
         """Text between prompt and answer that is trained with the answer."""
         return ""
+
+    def answer(self, output: str) -> str:
+        """The text that is trained after a prompt."""
+        return output
 
     def ending(self, tokenizer: Any) -> list[int]:
         """Ids that end a text whose answer is complete; none where the tokenizer has no end token."""
@@ -90,6 +99,20 @@ class ChatTemplate(Template):
     def adds_special_tokens(self) -> bool:
         """No: the template writes them."""
         return False
+
+    @cached_property
+    def is_encoded_apart(self) -> bool:
+        """Whether a token would reach from the prompt into the answer: who asks has the prompt alone."""
+        asked, whole = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (self.prompt(_QUESTION), self.prompt(_QUESTION) + self.lead + _ANSWER)
+        )
+        return whole[: len(asked)] != asked
+
+    def answer(self, output: str) -> str:
+        """With the `lead`, unless the output begins with that itself, such as with a thought."""
+        first = self.lead.split()[:1]
+        return output if first and output.lstrip().startswith(first[0]) else self.lead + output
 
     @cached_property
     def lead(self) -> str:
@@ -204,7 +227,6 @@ def get_template(
         found = ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template, end_token=end_token)
         if "strftime_now" in str(chat_template or tokenizer.chat_template):
             _warn_of_dates()
-        found.lead  # noqa: B018 - raises where the template cannot be trained with
         return found
     template = _TEMPLATES.get(name or "alpaca") if isinstance(name, str) else None
     if template is None:

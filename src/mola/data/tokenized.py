@@ -47,7 +47,7 @@ def tokenized(
     Raises:
         MolaError: an example lacks a field, or its output is no text.
     """
-    encode = encode_with_border if tokenizer.is_fast else _encode_slow
+    encode = encode_with_border if tokenizer.is_fast and not template.is_encoded_apart else _encode_apart
     for begin in range(0, len(examples), _BATCH):
         batch = examples[begin : begin + _BATCH]
         texts = [_text_parts(example, template) for example in batch]
@@ -73,7 +73,7 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
         raise MolaError(f"example `{example.get('id')}`: {error}") from error
     if not isinstance(output, str):
         raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {output!r}. Correct it.")
-    return prompt, template.lead + output
+    return prompt, template.answer(output)
 
 
 def encode_with_border(
@@ -100,23 +100,31 @@ def encode_with_border(
             prefix, end = in_text[0], in_text[-1] + 1
         else:
             prefix = end = len(_special_prefix(tokenizer)) if adds_special_tokens else 0
+        if not adds_special_tokens:
+            prefix = _written_prefix(tokenizer, ids)
         border = len(prompt)
         # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
         after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
         yield ids[:end], prefix, next(after, end)
 
 
-def _encode_slow(
+def _encode_apart(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
-    """As `encode_with_border`; without offsets, prompt and output are tokenised separately and joined."""
+    """As `encode_with_border`, without offsets: prompt and output are tokenised separately and joined."""
     special = _special_prefix(tokenizer) if adds_special_tokens else []
     for prompt, output in texts:
         head, tail = (
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
             for text in (prompt, output)
         )
-        yield [*special, *head, *tail], len(special), len(special) + len(head)
+        prefix = len(special) if adds_special_tokens else _written_prefix(tokenizer, head)
+        yield [*special, *head, *tail], prefix, len(special) + len(head)
+
+
+def _written_prefix(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """How many tokens of a text that has its special tokens itself are a begin token in front."""
+    return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
 def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,6 +13,7 @@ from mola.data.templates import Template, get_template
 from mola.errors import MolaError
 from mola.evaluation.choices import answer_options, around_answer
 from mola.generation import predicting
+from mola.generation.likelihood import option_log_probabilities
 
 SCORINGS = ("generate", "likelihood")
 
@@ -26,9 +27,7 @@ class Question:
     prefix: str = ""  # likelihood only: text of the output before its answer
     options: tuple[str, ...] = ()  # likelihood only: the possible answers
     suffix: str = ""  # likelihood only: text of the output after its answer
-    adds_special_tokens: bool = True  # whether the tokenizer puts some around the prompt
-    ends: tuple[int, ...] = ()  # tokens that end an answer, besides those of tokenizer and model
-    end: str = ""  # text of the first of them
+    template: Template | None = None  # the prompt's
 
     def option_texts(self, end: str) -> list[str]:
         """Prompt and output up to and with the answer, for every option.
@@ -37,7 +36,7 @@ class Question:
         nothing else does: the shorter one could not be less probable than the longer.
         """
         begins = any(a != b and b.startswith(a) for a in self.options for b in self.options)
-        suffix = (self.suffix or self.end or end) if begins else ""
+        suffix = (self.suffix or end) if begins else ""
         return [self.prompt + self.prefix + option + suffix for option in self.options]
 
 
@@ -63,9 +62,6 @@ def make_questions(
         raise MolaError("`data` must hold at least one sample: got none. Check the file and `split`.")
     template = task.template if template is None else template
     layout = template if isinstance(template, Template) else get_template(template, tokenizer)
-    own = tuple(layout.ending(tokenizer)[:1]) if tokenizer is not None and not layout.adds_special_tokens else ()
-    text = str(tokenizer.convert_ids_to_tokens(own[0])) if tokenizer is not None and own else ""
-    how: dict[str, Any] = {"adds_special_tokens": layout.adds_special_tokens, "ends": own, "end": text}
     questions = []
     for example in examples:
         if not example.get("answer"):
@@ -82,9 +78,9 @@ def make_questions(
         if scoring == "likelihood":
             options = tuple(answer_options(example, task))
             before, after = around_answer(example, task)
-            questions.append(Question(example, prompt, layout.lead + before, options, after, **how))
+            questions.append(Question(example, prompt, layout.lead + before, options, after, layout))
         else:
-            questions.append(Question(example, prompt, **how))
+            questions.append(Question(example, prompt, template=layout))
     return questions
 
 
@@ -104,9 +100,10 @@ def question_lengths(
     """
     texts, names = [], []
     for question in questions:
-        texts.append(max(question.option_texts(_end(tokenizer)), key=len, default=question.prompt))
+        texts.append(max(question.option_texts(_end(tokenizer, question)), key=len, default=question.prompt))
         names.append(question.example["id"])
-    encoded = predicting.encode_prompts(tokenizer, texts, questions[0].adds_special_tokens)
+    template = questions[0].template
+    encoded = predicting.encode_prompts(tokenizer, texts, template is None or template.adds_special_tokens)
     num_new_tokens = max_new_tokens if scoring == "generate" else 0
     predicting.check_lengths(names, encoded, num_new_tokens, limit)
     return [len(ids) for ids in encoded]
@@ -147,8 +144,9 @@ def _answer_batch(
 ) -> Iterator[tuple[str, str | None]]:
     """Output text and extracted answer of each question."""
     if questions[0].options:
-        texts = [question.option_texts(_end(tokenizer)) for question in questions]
-        scores = predicting.option_log_probabilities(model, tokenizer, texts, questions[0].adds_special_tokens)
+        texts = [question.option_texts(_end(tokenizer, question)) for question in questions]
+        asked = [question.prompt for question in questions]
+        scores = option_log_probabilities(model, tokenizer, texts, questions[0].template, asked)
         for question, values in zip(questions, scores, strict=True):
             if any(map(math.isnan, values)):
                 raise MolaError(
@@ -158,18 +156,22 @@ def _answer_batch(
             answer = question.options[values.index(max(values))]
             yield question.prefix + answer, answer
         return
-    first = questions[0]
+    template = questions[0].template
     asked = [question.prompt for question in questions]
-    prompts = predicting.encode_before_answer(tokenizer, asked, first.adds_special_tokens)
+    prompts = predicting.encode_before_answer(tokenizer, asked, template)
+    ends = [] if template is None else template.ending(tokenizer)[:1]
     outputs = predicting.generate_batch(
-        model, tokenizer, prompts, ends=first.ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )
     for question, output in zip(questions, outputs, strict=True):
         yield output, task.extract_answer(output, question.example["num_choices"])
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.eos_token or "")
+def _end(tokenizer: PreTrainedTokenizerBase, question: Question) -> str:
+    """Text of the token that ends an answer."""
+    if question.template is None or question.template.adds_special_tokens:
+        return str(tokenizer.eos_token or "")
+    return "".join(tokenizer.convert_ids_to_tokens(question.template.ending(tokenizer)[:1]))
 
 
 def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:

@@ -56,7 +56,9 @@ class EvaluateOptions(ModelOptions):
     max_new_tokens: int = option(
         MAX_NEW_TOKENS, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
     )
-    template: str | None = option(None, "Prompt template; by default the task's own.")
+    template: str | None = option(
+        None, "Prompt template; chat is the chat template of adapter or base model. Default: the task's own."
+    )
     scoring: str = option(
         "generate",
         "'generate': decode greedily and extract the answer. 'likelihood': the possible answer (letter or "

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mola.data.tasks import Task
+from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import paired_differences
@@ -89,6 +90,7 @@ def accuracies(
     layers: Mapping[str, MolaLinear],
     loras: Mapping[str, Lora],
     scoring: str,
+    template: Template | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Accuracy of base, mixture and LoRA on the same questions, and differences from the mixture."""
     contexts = {"base": model.disable_adapter, "mixture": nullcontext, "lora": lambda: as_lora(layers, loras)}
@@ -96,7 +98,11 @@ def accuracies(
     for name, context in contexts.items():
         with context():
             results[name] = evaluate_examples(
-                model, tokenizer, task, examples, scoring=scoring, batch_size=16, show_progress=False
+                *(model, tokenizer, task, examples),
+                template=template,
+                scoring=scoring,
+                batch_size=16,
+                show_progress=False,
             )
     keys = ("accuracy", "correct", "total", "interval_95")
     accuracy = {name: {key: getattr(result, key) for key in keys} for name, result in results.items()}

@@ -35,6 +35,7 @@ from mola.generation.predicting import max_positions
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.loading import load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
+from mola.models.prompts import template_for
 from mola.models.quantized import keep_gradients
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
@@ -146,7 +147,8 @@ def _measured(
     if examples and task is not None:
         tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
         found["accuracy"], found["differences"] = accuracies(
-            model, tokenizer, task, examples, layers, loras, options.scoring
+            *(model, tokenizer, task, examples, layers, loras, options.scoring),
+            template_for(task.template, tokenizer, options.source[0]),
         )
     return found
 
@@ -182,7 +184,8 @@ def _check_test(options: ConvertOptions, task: Task, examples: Sequence[Mapping[
     """Refuse questions that `accuracies` could not ask, before the model is loaded."""
     tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
     limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
-    checked_questions(tokenizer, task, examples, None, options.scoring, limit=limit)
+    template = template_for(task.template, tokenizer, options.source[0])
+    checked_questions(tokenizer, task, examples, template, options.scoring, limit=limit)
 
 
 def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:

@@ -1,4 +1,4 @@
-"""Asking a model: batches, greedy decoding, likelihood of the options.
+"""Asking a model: encoding, batches, greedy decoding.
 
 - Batches go from the longest prompt to the shortest: little padding, and memory runs out at once or never.
 - Padding is on the left and done here, so the tokenizer's own state is neither used nor changed.
@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mola.data.templates import Template
 from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError
 from mola.generation.virtual_tokens import may_cache
@@ -44,15 +45,16 @@ def encode_prompts(
 
 
 def encode_before_answer(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], adds_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
     """As `encode_prompts`, with the tokens that a prompt has where an answer follows, as it does in training.
 
     A prompt that ends in blanks may end in another token than before a letter: two line breaks are one token of
     GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
     """
+    adds_special_tokens = template is None or template.adds_special_tokens
     encoded = encode_prompts(tokenizer, prompts, adds_special_tokens)
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or (template is not None and template.is_encoded_apart):
         return encoded
     answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], adds_special_tokens)
     return [
@@ -211,14 +213,14 @@ def generate_batch(
     before sampling values are applied.
     """
     config = GenerationConfig(
-        pad_token_id=_pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(dict.fromkeys([*end_token_ids(model, tokenizer), *ends])) or None,
         use_cache=may_cache(model),
         **decoding,
     )
     check_known(model, prompts)
-    ids, mask = left_pad(prompts, _pad_token_id(tokenizer), _device(model))
+    ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
     further = {} if logits_processor is None else {"logits_processor": logits_processor}
     if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices
         further["logits_to_keep"] = last_positions(1, ids.device)
@@ -228,81 +230,16 @@ def generate_batch(
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-def option_log_probabilities(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], adds_special_tokens: bool = True
-) -> list[list[float]]:
-    """Log-probability of the end of each text, given what all texts of its sample start with, one text per option.
-
-    With the token ids `t_1 .. t_n` of one text, the first `c` shared by all texts of the sample:
-        score = sum_{i > c} log p(t_i | t_1 .. t_{i-1})
-    Texts are tokenised whole, so a letter gets the token it has in running text (" A", not "A").
-    Call it inside `inference_state`.
-    """
-    encoded = [encode_prompts(tokenizer, options, adds_special_tokens) for options in texts]
-    shared = [_shared_length(options) for options in encoded]
-    # Options usually differ in their last token only: then one row serves all options of a sample.
-    contexts: dict[tuple[int, ...], int] = {}
-    for options in encoded:
-        for ids in options:
-            contexts.setdefault(tuple(ids[:-1]), len(contexts))
-    tail = max(len(ids) - start for options, start in zip(encoded, shared, strict=True) for ids in options)
-    log_probabilities: dict[int, torch.Tensor] = {}
-    for part in _passes(list(contexts), is_alone=len(texts) == 1):
-        found = _last_log_probabilities(model, tokenizer, part, min(tail, max(map(len, part))))
-        log_probabilities |= {contexts[context]: row for context, row in zip(part, found, strict=True)}
-    scores = []
-    for options, start in zip(encoded, shared, strict=True):
-        rows = [log_probabilities[contexts[tuple(ids[:-1])]] for ids in options]
-        # Rows end with the prediction of the last token, so positions count from the right.
-        scores.append(
-            [
-                sum(float(row[i - len(ids), ids[i]]) for i in range(start, len(ids)))
-                for row, ids in zip(rows, options, strict=True)
-            ]
-        )
-    return scores
-
-
-def _passes(contexts: Sequence[tuple[int, ...]], is_alone: bool) -> list[list[tuple[int, ...]]]:
-    """Contexts of each forward pass: all of them, or of a sample that is asked alone, those of one length together.
-
-    Samples are asked alone where the model sees padding, which shorter ones would have.
-    """
-    if not is_alone:
-        return [list(contexts)]
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for context in contexts:
-        by_length.setdefault(len(context), []).append(context)
-    return list(by_length.values())
-
-
-def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens all sequences share, at most one less than the shortest."""
-    limit = min(len(sequence) for sequence in sequences) - 1
-    for index in range(limit):
-        if len({sequence[index] for sequence in sequences}) > 1:
-            return index
-    return limit
-
-
-def _last_log_probabilities(
-    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
-) -> torch.Tensor:
-    """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocab)`."""
-    check_known(model, contexts)
-    ids, mask = left_pad(contexts, _pad_token_id(tokenizer), _device(model))
-    # Learned position embeddings must not count the padding.
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    kept = last_positions(count, ids.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
-    return torch.log_softmax(logits[:, -count:].float(), dim=-1).cpu()
-
-
 def _takes_indices(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Some token to fill rows with.
+
+    Raises:
+        MolaError: the tokenizer has none.
+    """
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
@@ -311,5 +248,6 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a model's first parameter is."""
     return next(model.parameters()).device

@@ -46,7 +46,9 @@ class InspectOptions(ModelOptions):
     split: str = option("test", "Split to read where the data has several.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(200, "Look at the first so many samples only.")
-    template: str | None = option(None, "Prompt template; by default the task's own.")
+    template: str | None = option(
+        None, "Prompt template; chat is the chat template of adapter or base model. Default: the task's own."
+    )
 
     _measured: ClassVar = Group("what is measured")
     examples: int = option(8, "Put the experts' mean gates of so many single samples into the result file.")

@@ -32,7 +32,8 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
 def loading_advice(options: TrainOptions) -> str:
     """What could be changed where the base model alone needs more memory than there is."""
     ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
-    is_whole = not (is_sharded(options) or uses_deepspeed(options) or options.load_in_4bit or options.load_in_8bit)
+    is_packed = options.load_in_4bit or options.load_in_8bit or options.gguf_file
+    is_whole = not (is_sharded(options) or uses_deepspeed(options) or is_packed)
     ways += ["--load_in_4bit or --load_in_8bit"] if is_whole else []
     return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
 
@@ -49,7 +50,7 @@ def memory_advice(options: TrainOptions) -> str:
         )
     if not options.activation_checkpointing:
         ways.append("--activation_checkpointing")
-    if options.base_dtype == "float32":
+    if options.base_dtype == "float32" and not uses_deepspeed(options):
         ways.append("--dtype bfloat16")
     ways.append(f"a lower --cutoff_len ({options.cutoff_len})")
     if options.eval_strategy != "no":

@@ -62,8 +62,10 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     task = load_task(options.task) if options.task is not None else None
     name = options.template or (task.template if task is not None else "alpaca")
     template = template_for(name, tokenizer, options.adapter)
-    if isinstance(template, ChatTemplate) and template.jinja is not None:
-        tokenizer.chat_template = template.jinja  # which is saved with the run
+    if isinstance(template, ChatTemplate) and template.jinja is not None:  # of an adapter; both are saved with the run
+        tokenizer.chat_template = template.jinja
+        if template.end_token in tokenizer.get_vocab():
+            tokenizer.eos_token = template.end_token
     warn_of_other_template(options.adapter, name)
     if options.template is None and task is None and tokenizer.chat_template:
         logger.warning(
