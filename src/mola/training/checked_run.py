@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
     check_best_checkpoint,
-    check_nothing_is_left,
-    check_same_run,
     checkpoint_step,
     find_checkpoint,
 )
@@ -22,6 +20,7 @@ from mola.training.hub import check_hub_options
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_output_dir, check_start_is_kept
 from mola.training.run_record import describe_run
+from mola.training.same_run import check_nothing_is_left, check_same_run
 from mola.training.schedule import check_steps, effective_batch_size, goes_on_with_found_batch
 from mola.training.setup import check_model_options, load_tokenizer_for, stores_packed
 from mola.training.sharding import check_sharding, is_sharded
