@@ -1,7 +1,10 @@
 """What is looked at before an earlier run is touched: schedules, batches, checkpoints; and what is asked for anew."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.interruption import Interruption
 from mola.training.schedule import goes_on_with_found_batch
+from tests.waiting import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,22 @@ def test_a_run_goes_on_with_the_batch_that_fitted(tmp_path):
         options = SimpleNamespace(per_device_train_batch_size=asked)
         goes_on_with_found_batch(options, tmp_path)
         assert options.per_device_train_batch_size == found
+
+
+def test_a_second_signal_stops_at_once(caplog):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interruption = Interruption()
+    interruption.on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signal_number == signal.SIGINT
+        assert "Once more stops at once, without saving" in caplog.text
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(PATIENCE)
+    finally:
+        interruption.restore()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize(("step", "is_evaluated"), [(14, False), (15, True)])
