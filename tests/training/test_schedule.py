@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.interruption import Interruption
 from mola.training.schedule import goes_on_with_found_batch
-from tests.waiting import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -124,8 +122,7 @@ def test_a_second_signal_stops_at_once(caplog):
         assert interruption.signal_number == signal.SIGINT
         assert "Once more stops at once, without saving" in caplog.text
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(PATIENCE)
+            signal.raise_signal(signal.SIGINT)
     finally:
         interruption.restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
