@@ -60,6 +60,7 @@ def test_an_interrupted_run_keeps_its_parts(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_part_had_finished_before_it_failed_is_kept(tmp_path, monkeypatch):
     job = gpu._Job(tmp_path / "gpu.json", dry_run=True, folder=tmp_path)
     (tmp_path / "step.json").write_text(json.dumps({"results": {"step": [{"provider": "mola"}]}}))

@@ -184,7 +184,7 @@ def options_with(stage=3, gathers=True, **changes):
     settings = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
     plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig({"zero_optimization": settings}))
     given = {"fsdp": None, "deepspeed": None, "bf16": False, "fp16": False, "deepspeed_plugin": plugin}
-    given["optim"] = "adamw_torch"
+    given |= {"optim": "adamw_torch", "auto_find_batch_size": False}
     return SimpleNamespace(**{**given, **changes})
 
 
@@ -193,6 +193,7 @@ def options_with(stage=3, gathers=True, **changes):
     [
         ({"bf16": True}, "`dtype` must be float32 with DeepSpeed"),
         ({"optim": "adafactor"}, "`optim` adafactor cannot be used with DeepSpeed"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` cannot be used with DeepSpeed"),
         ({"stage": 1}, "ZeRO stage 2 or 3: got 1"),
         ({"gathers": False}, "stage3_gather_16bit_weights_on_model_save true, or no adapter"),
     ],

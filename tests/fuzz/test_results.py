@@ -17,7 +17,8 @@ from mola.reporting.report import ReportOptions, report
 from mola.studies.comparison.record import FORMAT, read_results
 from mola.studies.continual_learning.record import RECORD_FILE, read_record
 from mola.studies.train_and_test import evaluate_once
-from mola.training.checkpoints import check_best_checkpoint, check_same_run, checkpoint_step, find_checkpoint
+from mola.training.checkpoints import check_best_checkpoint, checkpoint_step, find_checkpoint
+from mola.training.same_run import check_same_run
 from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import broken, files, line_files
 from tests.fuzz.test_adapters import OWN, OWN_SETTINGS

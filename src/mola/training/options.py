@@ -109,9 +109,7 @@ class TrainOptions(Quantization, TrainingArguments):
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(None, "Train on the first so many samples only.")
     eval_limit: int | None = option(None, "Evaluate on the first so many samples only.")
-    template: str | None = option(
-        None, "Prompt template; chat is the base model's chat template. Default: the task's own, else alpaca."
-    )
+    template: str | None = option(None, "Prompt template, or chat. Default: the task's, else alpaca.")
     truncation: str = option("error", "For longer samples: error, drop, left or right.")
     train_on_inputs: bool = option(False, "Train on the prompt's tokens as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")

@@ -59,6 +59,7 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
     assert len(again.results) == len(result.results)
 
 
+@pytest.mark.slow
 def test_a_search_may_choose_checkpoints_by_its_own_questions(run):
     """Those are the evaluation data by default, and never those of the test."""
     result = run(
@@ -84,6 +85,7 @@ def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
     assert _edges({"@1": {"rate": 1}}, "@1") == []
 
 
+@pytest.mark.slow
 def test_a_probe_in_the_search_has_the_same_options(run, tmp_path):
     asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
     probed = {"allocate": {"method": "redundancy", "budget": 12, "probe": "even"}, "r": "4"}
