@@ -27,7 +27,7 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def reads_prompts(task: Task) -> bool:
     """Whether a task reads columns that prepared rows have too: these then need an id, to be told from raw ones."""
-    return bool({"instruction", "output"} & {*task.columns})
+    return bool({"instruction", "output"} & set(task.columns))
 
 
 def written_columns(task: Task) -> set[str]:

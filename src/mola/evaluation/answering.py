@@ -98,12 +98,10 @@ def question_lengths(
     Raises:
         MolaError: a question leaves no room for `max_new_tokens` within `limit`.
     """
-    texts, names = [], []
-    for question in questions:
-        texts.append(max(question.option_texts(_end(tokenizer, question)), key=len, default=question.prompt))
-        names.append(question.example["id"])
-    template = questions[0].template
-    encoded = predicting.encode_prompts(tokenizer, texts, template is None or template.adds_special_tokens)
+    template, names = questions[0].template, [question.example["id"] for question in questions]
+    end = _end(tokenizer, template)
+    texts = [max(question.option_texts(end), key=len, default=question.prompt) for question in questions]
+    encoded = predicting.encode_prompts(tokenizer, texts, template)
     num_new_tokens = max_new_tokens if scoring == "generate" else 0
     predicting.check_lengths(names, encoded, num_new_tokens, limit)
     return [len(ids) for ids in encoded]
@@ -143,10 +141,11 @@ def _answer_batch(
     max_new_tokens: int,
 ) -> Iterator[tuple[str, str | None]]:
     """Output text and extracted answer of each question."""
+    template, asked = questions[0].template, [question.prompt for question in questions]
     if questions[0].options:
-        texts = [question.option_texts(_end(tokenizer, question)) for question in questions]
-        asked = [question.prompt for question in questions]
-        scores = option_log_probabilities(model, tokenizer, texts, questions[0].template, asked)
+        end = _end(tokenizer, template)
+        texts = [question.option_texts(end) for question in questions]
+        scores = option_log_probabilities(model, tokenizer, texts, template, asked)
         for question, values in zip(questions, scores, strict=True):
             if any(map(math.isnan, values)):
                 raise MolaError(
@@ -156,8 +155,6 @@ def _answer_batch(
             answer = question.options[values.index(max(values))]
             yield question.prefix + answer, answer
         return
-    template = questions[0].template
-    asked = [question.prompt for question in questions]
     prompts = predicting.encode_before_answer(tokenizer, asked, template)
     ends = [] if template is None else template.ending(tokenizer)[:1]
     outputs = predicting.generate_batch(
@@ -167,11 +164,11 @@ def _answer_batch(
         yield output, task.extract_answer(output, question.example["num_choices"])
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, question: Question) -> str:
+def _end(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> str:
     """Text of the token that ends an answer."""
-    if question.template is None or question.template.adds_special_tokens:
+    if template is None or template.adds_special_tokens:
         return str(tokenizer.eos_token or "")
-    return "".join(tokenizer.convert_ids_to_tokens(question.template.ending(tokenizer)[:1]))
+    return "".join(tokenizer.convert_ids_to_tokens(template.ending(tokenizer)[:1]))
 
 
 def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:

@@ -100,11 +100,8 @@ def generate_text(
         MolaError: a value out of range, or a prompt too long for the model.
     """
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
-    encoded = (
-        predicting.encode_before_answer(tokenizer, [prompt], template)
-        if before_answer
-        else predicting.encode_prompts(tokenizer, [prompt], template is None or template.adds_special_tokens)
-    )
+    encode = predicting.encode_before_answer if before_answer else predicting.encode_prompts
+    encoded = encode(tokenizer, [prompt], template)
     ends = [] if template is None else template.ending(tokenizer)[:1]
     predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.positions_left(model))
     with seeded(seed), predicting.inference_state(model):

@@ -57,12 +57,11 @@ def _encoded(
 ) -> list[list[list[int]]]:
     """Token ids of all texts, as they are in training."""
     if template is None or not template.is_encoded_apart:
-        adds_special_tokens = template is None or template.adds_special_tokens
-        return [encode_prompts(tokenizer, options, adds_special_tokens) for options in texts]
+        return [encode_prompts(tokenizer, options, template) for options in texts]
     found = []
     for prompt, options in zip(prompts, texts, strict=True):
-        (asked,) = encode_prompts(tokenizer, [prompt], template.adds_special_tokens)
-        rest = encode_prompts(tokenizer, [text[len(prompt) :] for text in options], template.adds_special_tokens)
+        (asked,) = encode_prompts(tokenizer, [prompt], template)
+        rest = encode_prompts(tokenizer, [text[len(prompt) :] for text in options], template)
         found.append([[*asked, *ids] for ids in rest])
     return found
 

@@ -24,9 +24,11 @@ from mola.generation.virtual_tokens import may_cache
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], adds_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt with the tokenizer's begin token, if it `adds_special_tokens`, never with its end token.
+    """Token ids of each prompt with the tokenizer's begin token, never with its end token.
+
+    The `template` of the prompts may have special tokens of its own instead.
 
     Raises:
         MolaError: a prompt has no token at all, or is no Unicode text.
@@ -34,7 +36,9 @@ def encode_prompts(
     for prompt in prompts:
         if re.search("[\ud800-\udfff]", prompt):  # bytes that are no UTF-8, as Python reads them
             raise MolaError(f"`prompt` must be Unicode text, saved as UTF-8: got {prompt[:80]!r}. Write it as such.")
-    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=adds_special_tokens)["input_ids"]]
+    encoded = [
+        list(ids) for ids in tokenizer(list(prompts), add_special_tokens=_adds_special_tokens(template))["input_ids"]
+    ]
     for prompt, ids in zip(prompts, encoded, strict=True):
         # A tokenizer set to append the end token would make the model start a new text.
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
@@ -52,14 +56,17 @@ def encode_before_answer(
     A prompt that ends in blanks may end in another token than before a letter: two line breaks are one token of
     GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
     """
-    adds_special_tokens = template is None or template.adds_special_tokens
-    encoded = encode_prompts(tokenizer, prompts, adds_special_tokens)
+    encoded = encode_prompts(tokenizer, prompts, template)
     if not tokenizer.is_fast or (template is not None and template.is_encoded_apart):
         return encoded
-    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], adds_special_tokens)
+    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
     return [
         ids[:start] if start > prefix else alone for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
     ]
+
+
+def _adds_special_tokens(template: Template | None) -> bool:
+    return template is None or template.adds_special_tokens
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

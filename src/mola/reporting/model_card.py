@@ -219,7 +219,7 @@ def _training(record: Mapping[str, Any]) -> str:
     table = markdown_table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
     word, *rest = record["command"]
     if Path(word).name == "mola":
-        command = processes_said(record) + f"```bash\n{shlex.join(['mola', *rest])}\n```"
+        command = f"{processes_said(record)}\n\n```bash\n{shlex.join(['mola', *rest])}\n```".lstrip()
     else:
         command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
     processor = record["machine"].get("gpu") or record["machine"]["cpu"]

@@ -55,15 +55,15 @@ def making_section(run: Run) -> dict[str, Any]:
     return {
         "program": name,
         "command": shlex.join([name, *arguments]) if name == "mola" else None,
-        "processes": record.get("processes") or 1,
+        "processes": processes_said(record),
         "tables": [(title, _values(values)) for title, values in tables.items()],
     }
 
 
 def processes_said(record: Mapping[str, Any]) -> str:
-    """What goes in front of the command of a run that a launcher started, which is not part of it."""
+    """What goes in front of the command of a run that a launcher started, which is not part of it; empty of others."""
     processes = record.get("processes") or 1
-    return f"Started in {processes} processes by a launcher such as torchrun; each ran:\n\n" if processes > 1 else ""
+    return f"Started in {processes} processes by a launcher such as torchrun; each ran:" if processes > 1 else ""
 
 
 def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:

@@ -63,7 +63,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
             another sequence, or a loss is not finite.
     """
     folder = Path(options.output_dir or "")
-    read_record(folder, options.overwrite_output_dir)
+    read_record(folder, options.overwrite_output_dir)  # refuses a wrong folder before data are read; again when claimed
     stages = check_stages(options)
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder):
