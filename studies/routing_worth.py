@@ -227,14 +227,15 @@ class Study:
 
 
 def _mixtures(records: Sequence[str], runs: Sequence[str]) -> tuple[dict[Key, Result], dict[Key, Path]]:
-    """Results of mixtures, without those of a search for options, and their folders."""
+    """Results of mixtures, without those of a search for options or that diverged, and their folders."""
     if len(records) != len(runs):
         raise MolaError(f"`runs` must be as many as `record`, {len(records)}: got {len(runs)}.")
     results: dict[Key, Result] = {}
     folders = {}
     for record, folder in zip(records, runs, strict=True):
         for each in read_results(Path(record)):
-            if not each.key.candidate and max(each.num_experts, default=0) > 1:
+            is_mixture = max(each.num_experts, default=0) > 1 and each.diverged_at is None  # else there are no weights
+            if is_mixture and not each.key.candidate:
                 if each.key in results:
                     raise MolaError(
                         f"`record`: {each.key} is in {record!r} and in another. Name their tasks differently."

@@ -7,3 +7,7 @@ class MolaError(ValueError):
     It is a `ValueError`, so library users can catch it as usual. The command line prints the
     message alone and exits with code 2; any other exception is a bug and keeps its traceback.
     """
+
+
+class NotFiniteError(MolaError):
+    """What a training or a model has computed, loss, weights or answers, is NaN or infinite."""

@@ -49,6 +49,14 @@ def test_divergence_after_the_last_log_entry_is_noticed(flags, error_line):
     assert "`train_loss` is nan at step 9" in line
 
 
+def test_weights_after_the_last_step_are_looked_at_where_nothing_is_saved_before(flags, tmp_path, error_line):
+    """Its loss is from before the step."""
+    line = error_line(flags(learning_rate=1e39, warmup_steps=0, max_steps=1, **NO_EVALUATION))
+    assert "weight " in line
+    assert "is no longer finite at step 1" in line
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+
+
 def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32")
     FiniteLoss().on_log(options, None, None, logs={"loss": 1.0, "learning_rate": float("nan")})

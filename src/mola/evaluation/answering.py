@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.data.tasks import Task
 from mola.data.templates import Template, get_template
-from mola.errors import MolaError
+from mola.errors import MolaError, NotFiniteError
 from mola.evaluation.choices import answer_options, around_answer
 from mola.generation import predicting
 from mola.generation.likelihood import option_log_probabilities
@@ -148,7 +148,7 @@ def _answer_batch(
         scores = option_log_probabilities(model, tokenizer, texts, template, asked)
         for question, values in zip(questions, scores, strict=True):
             if any(map(math.isnan, values)):
-                raise MolaError(
+                raise NotFiniteError(
                     f"scores must be numbers to be compared: those of sample {question.example['id']!r} are NaN. Pass "
                     "--dtype float32 or bfloat16, and look whether the weights of `base_model` are finite."
                 )

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
-from mola.errors import MolaError
+from mola.errors import NotFiniteError
 from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text
 from mola.files.reading import kept_lines, read_json_object
 from mola.insight.router_recorder import RouterWatch
@@ -111,7 +111,7 @@ class ExpertTelemetry(TrainerCallback):
             return
         sums = self._pooled(args)
         if not bool(sums.isfinite().all()):  # DeepSpeed leaves weights as they are when gradients are not finite
-            raise MolaError(
+            raise NotFiniteError(
                 f"what routers decide is no longer finite at step {state.global_step}: training has diverged. Lower "
                 "`learning_rate` or raise `warmup_steps`, and start again in another `output_dir`."
             )

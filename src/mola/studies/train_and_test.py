@@ -115,12 +115,12 @@ def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCall
             logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
             options.overwrite_output_dir = True
     result = train(options, callbacks)
-    _free_memory()
+    free_memory()
     stop_if_asked()
     return result.status == "finished"
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Give back what the last model took, before the next one loads: it and what watches it refer to each other."""
     gc.collect()
     if torch.cuda.is_available():
@@ -137,7 +137,7 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
     path = Path(options.output or "")
     if not path.exists():  # what is left of a test of other settings, or before the folder was moved, is no result
         found = evaluate(replace(options, overwrite=True)).to_dict()
-        _free_memory()
+        free_memory()
         return found
     try:
         result = read_json(path)

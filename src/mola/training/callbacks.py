@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mola.errors import MolaError
+from mola.errors import NotFiniteError
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines
 from mola.training.checkpoints import newest_complete, rotate
@@ -191,12 +191,18 @@ class FiniteLoss(TrainerCallback):
         """Before a checkpoint: look at the weights, since the loss may not have been logged yet.
 
         Raises:
-            MolaError: a trained weight is NaN or infinite.
+            NotFiniteError: a trained weight is NaN or infinite.
         """
         if control.should_save:
-            _check_weights(args, state, kwargs["model"])
+            check_weights(args, state, kwargs["model"])
 
     on_epoch_end = on_step_end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last step, whose loss is from before it; raises as `on_step_end`."""
+        check_weights(args, state, kwargs["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -204,7 +210,7 @@ class FiniteLoss(TrainerCallback):
         """Look at the losses of a log entry.
 
         Raises:
-            MolaError: a loss is NaN or infinite.
+            NotFiniteError: a loss is NaN or infinite.
         """
         for name in ("loss", "eval_loss", "train_loss"):
             value = (logs or {}).get(name)
@@ -212,7 +218,12 @@ class FiniteLoss(TrainerCallback):
                 raise _diverged(f"`{name}` is {value}", args, state)
 
 
-def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+    """Look at the trained weights.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             with gathered(parameter):
@@ -221,10 +232,10 @@ def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn
                 raise _diverged(f"weight {name} is no longer finite", args, state)
 
 
-def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> MolaError:
+def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> NotFiniteError:
     last = newest_complete(Path(args.output_dir or "."))
     start = f"start from the last checkpoint before with --adapter {shlex.quote(str(last))}" if last else "start again"
-    return MolaError(
+    return NotFiniteError(
         f"{what} at step {state.global_step}: training has diverged. Lower `learning_rate` ({args.learning_rate}), "
         f"raise `warmup_steps`, or train with --dtype float32, and {start} in another `output_dir`."
     )

@@ -84,8 +84,8 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         The result; the adapter is in `options.output_dir`.
 
     Raises:
-        MolaError: options or data are wrong (before weights are loaded), the loss is not finite, or the memory or the
-            disk did not suffice.
+        MolaError: options or data are wrong (before weights are loaded), or the memory or the disk did not suffice.
+        NotFiniteError: loss, weights or routers are not finite; it is a MolaError.
     """
     options = copy.copy(options)  # what is settled below must not change the caller's object
     has_own_state = getattr(options.accelerator_config, "use_configured_state", False)
@@ -122,6 +122,8 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
     PartialState().wait_for_everyone()
     if options.process_index == 0:
         start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
+    run.record["num_experts"] = getattr(model.active_peft_config, "num_experts", 1)  # LoRA has no such field
+    run.record["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
     write_record(trainer, run.folder, {**run.record, "status": "running"})
     metrics, seconds = _trained(options, trainer, run, interruption)
     if options.auto_find_batch_size:  # which may have found a smaller one
@@ -133,7 +135,7 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
         status="finished" if interruption.signal_number is None else "interrupted",
         steps=trainer.state.global_step,
         metrics=metrics,
-        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        trainable_parameters=run.record["trainable_parameters"],
         best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
         seconds=seconds,
         warning=loss_gap_advice(options, trainer.state, metrics),
@@ -160,8 +162,7 @@ def _trained(
         with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
         interruption.share(options)  # a signal after the last step, to one of the processes
-        # `restore_callback_states_from_checkpoint` puts another clock in the place of the first.
-        seconds = next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
+        seconds = _seconds(trainer)
         if trainer.state.global_step == run.first_step:
             metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
         if run.data.evaluation is not None and interruption.signal_number is None:
@@ -170,6 +171,7 @@ def _trained(
     except BaseException as error:
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        failed |= {"max_steps": trainer.state.max_steps, "seconds": _seconds(trainer)}
         with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
             write_record(trainer, run.folder, failed)
         raise
@@ -177,6 +179,11 @@ def _trained(
         interruption.restore()
         telemetry.close()
     return metrics, seconds
+
+
+def _seconds(trainer: Trainer) -> float:
+    """Of training until now; `restore_callback_states_from_checkpoint` puts another clock in the place of the first."""
+    return next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
 
 
 def _save(options: TrainOptions, trainer: Trainer, run: CheckedRun, result: TrainResult) -> None:

@@ -8,7 +8,6 @@
 """
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from mola.errors import MolaError, NotFiniteError
 from mola.files.atomic import atomic_write_json
 from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations
@@ -30,13 +30,19 @@ from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
 from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Record, Result, check_same, read_record
-from mola.studies.comparison.runs import base_result_of, is_finished, result_of
+from mola.studies.comparison.runs import base_result_of, diverged_result_of, is_finished, remove_weights, result_of
 from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
-from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
-from mola.training.checkpoints import checkpoints_in
+from mola.studies.train_and_test import (
+    evaluate_once,
+    free_memory,
+    recorded,
+    signals_as_interrupt,
+    stop_if_asked,
+    train_or_go_on,
+)
 from mola.training.hub import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -45,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
 _TEST_FILE = "test.json"
-_WEIGHTS = ("adapter_model.safetensors", "tokenizer.json")
 
 
 @dataclass
@@ -73,7 +78,7 @@ def compare(options: CompareOptions) -> CompareResult:
 
     Raises:
         MolaError: options or data of any run are wrong (before the first is trained), the record holds results of
-            other settings, or a loss is not finite.
+            other settings, or a probe has diverged.
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     record = read_record(path)
@@ -205,27 +210,33 @@ class _Comparison:
             for name, value in self.allocations.options(run).items():
                 setattr(run.options, name, value)
         begin_or_go_on(folder, run.identity)
-        if not is_finished(run):
-            (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
-            on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
-            if not train_or_go_on(run.options, on_the_way):
+        try:
+            if not (is_finished(run) or self._trained(run, folder)):
                 return False
-        test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
-        result = result_of(run, evaluate_once(test, run.fingerprints["test"]))
-        self._make_probed_allocations(run, runs)  # first: who finds the result takes them from the record
+            test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
+            result = result_of(run, evaluate_once(test, run.fingerprints["test"]))
+        except NotFiniteError as error:
+            if probed := self._probed_by(run, runs):
+                raise MolaError(f"{run.key} is the probe of {probed[0].key} and has diverged: {error}") from error
+            logger.warning("All answers of %s count as wrong: %s", run.key, error)
+            result = diverged_result_of(run)
+        free_memory()  # as of a training that was broken off
+        for other in self._probed_by(run, runs):  # first: who finds the result takes them from the record
+            self.allocations.make(other, adapter=str(folder))
         self._add(result)
         if not self.options.keep_adapters:
-            for name in _WEIGHTS:
-                (folder / name).unlink(missing_ok=True)
-            for checkpoint in checkpoints_in(folder):
-                shutil.rmtree(checkpoint)
+            remove_weights(folder)
         return True
 
-    def _make_probed_allocations(self, probe: Run, runs: Sequence[Run]) -> None:
-        """While the probe's adapter is there."""
-        for run in self._open(runs):
-            if run.probe == probe.key.recipe and (run.key.task, run.key.seed) == (probe.key.task, probe.key.seed):
-                self.allocations.make(run, adapter=str(probe.options.output_dir))
+    def _trained(self, run: Run, folder: Path) -> bool:
+        (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
+        on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
+        return train_or_go_on(run.options, on_the_way)
+
+    def _probed_by(self, probe: Run, runs: Sequence[Run]) -> list[Run]:
+        """Runs whose allocation comes from the adapter of this one."""
+        place = probe.key.task, probe.key.recipe, probe.key.seed
+        return [run for run in self._open(runs) if (run.key.task, run.probe, run.key.seed) == place]
 
     def _test_base(self) -> None:
         first: dict[str, Run] = {}

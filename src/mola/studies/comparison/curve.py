@@ -18,6 +18,7 @@ from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines, parse_json
 from mola.generation.predicting import base_of
+from mola.training.callbacks import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,15 @@ class TestsOnTheWay(TrainerCallback):
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Test, and write the marks down at once."""
+        """Test, and write the marks down at once.
+
+        Raises:
+            NotFiniteError: a trained weight is NaN or infinite.
+        """
         if state.global_step % self.every or state.global_step >= state.max_steps:
             return
         start, model = time.perf_counter(), kwargs["model"]
+        check_weights(args, state, model)  # of which a loss that is not logged yet would tell too late
         # A packed base that was prepared for training has norms in float32 beside stacked experts that are not.
         is_packed = getattr(base_of(model), "is_quantized", False)
         mixed: Any = getattr(args, "mixed_dtype", None)

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from mola.reporting.formatting import computers, duration
 from mola.studies.comparison.record import BASE, Result
-from mola.studies.comparison.summary import Row
+from mola.studies.comparison.summary import ALL_TASKS, AT_END, Row
 from mola.studies.comparison.tuning import Found, Power
 
 NOTE = (
@@ -22,6 +22,8 @@ def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:
     """What the tables mean, with what these rows make necessary to say; `mark` stands around names of recipes."""
     sentences = [NOTE.format(reference=f"{mark}{reference}{mark}")]
     sentences += _equal_budgets(rows, reference, mark)
+    diverged = [(row.task, row.recipe, row.diverged) for row in rows if row.measure == AT_END and row.task != ALL_TASKS]
+    sentences += _diverged(diverged, mark)
     return " ".join([*sentences, *few_seeds(row.difference.seeds for row in rows if row.difference)])
 
 
@@ -54,12 +56,24 @@ def _equal_budgets(rows: Sequence[Row], reference: str, mark: str) -> list[str]:
     ]
 
 
-def search_note(found: Sequence[Found]) -> str:
-    """What the table of a search means."""
-    return (
+def _diverged(runs: Iterable[tuple[str, str, Sequence[int]]], mark: str = "") -> list[str]:
+    """One sentence about trainings that diverged, given as task, recipe and seeds; none if there is none."""
+    named = [
+        f"{mark}{recipe}{mark} on {task} with seed {', '.join(map(str, seeds))}"
+        for task, recipe, seeds in runs
+        if seeds
+    ]
+    return [f"Diverged, so that all answers count as wrong: {'; '.join(named)}."] if named else []
+
+
+def search_note(found: Sequence[Found], mark: str = "") -> str:
+    """What the table of a search means; `mark` stands around names of recipes."""
+    sentence = (
         f"Accuracy {found[0].measure} in per cent, mean over the tuning seeds, on questions that are no part of the "
         "test. At the edge: of an option the lowest or highest value is the best, and one beyond may be better."
     )
+    diverged = [(one.task, one.recipe + name, seeds) for one in found for name, seeds in one.diverged.items()]
+    return " ".join([sentence, *_diverged(diverged, mark)])
 
 
 def power_line(power: Power) -> str:

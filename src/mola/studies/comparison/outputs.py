@@ -14,7 +14,7 @@ from mola.reporting.charts import Axis, Line
 from mola.reporting.document import Section, Table, render
 from mola.reporting.formatting import percent
 from mola.studies.comparison.contrasts import Contrast
-from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line
+from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.plots import Curves, check_matplotlib, draw
 from mola.studies.comparison.record import Result
@@ -138,6 +138,7 @@ def page(outcome: Outcome) -> str:
             for task, members in groupby(outcome.found, key=lambda each: each.task)
             for head, *lines in [search_lines(list(members))]
         ],
+        search_note=search_note(outcome.found) if outcome.found else "",
         powers=[power_line(each) for each in outcome.powers],
         effort=outcome.effort,
     )

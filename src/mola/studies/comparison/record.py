@@ -33,6 +33,7 @@ _RUN = {
     **dict.fromkeys(("base_model?", "dtype?", "rule?"), TEXT),
     "steps?": INTEGER,
     "curve?": [[ANYTHING, ANYTHING]],
+    "diverged_at?": (INTEGER, None),
 }
 _ALLOCATIONS = {str: {"num_experts": [INTEGER], "num_experts_pattern?": ANYTHING, "settings": {str: ANYTHING}}}
 
@@ -64,6 +65,7 @@ class Result:
     rule: str = ""  # of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training
     curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
+    diverged_at: int | None = None  # step after which the training had no numbers any more: answers count as wrong
 
     @property
     def key(self) -> Key:

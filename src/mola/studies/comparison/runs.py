@@ -1,6 +1,7 @@
 """One run of a comparison: whether it is finished, and what goes into the record of it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from mola.files.reading import read_json_object
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.curve import marks_of, read_curve
 from mola.studies.comparison.record import BASE, Result
-from mola.training.checkpoints import RUN_FILE
+from mola.training.checkpoints import RUN_FILE, checkpoints_in
 
 _WEIGHTS = "adapter_model.safetensors"
+_LARGE = (_WEIGHTS, "tokenizer.json")
 
 
 def is_finished(run: Run) -> bool:
@@ -43,21 +45,54 @@ def result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     """What the record keeps of a run whose folder holds the adapter; `tested` is the content of its result file."""
     folder = Path(run.options.output_dir or "")
     record, config = (read_json_object(folder / name) for name in (RUN_FILE, "adapter_config.json"))
-    experts = config.get("num_experts", 1)  # LoRA has no such field
-    if not isinstance(experts, list):
-        experts = [experts] * record["allocation"].get("num_layers", 1)  # an adapter trained on may not tell
     curve, seconds_of_curve = read_curve(folder)
     return Result(
         *run.key,
         **_tested(run, tested, seconds_of_curve),
         trainable_parameters=record["trainable_parameters"],
-        num_experts=experts,
+        num_experts=_experts_by_layer(config.get("num_experts", 1), record),  # LoRA has no such field
         eval_loss=record["metrics"].get("eval_loss"),
         seconds_training=round(record["seconds"] - seconds_of_curve, 1),
         settings=json.loads(json.dumps(run.settings)),
         steps=record["steps"],
         curve=curve,
     )
+
+
+def diverged_result_of(run: Run) -> Result:
+    """What the record keeps of a run whose training has diverged: all answers are wrong, from there on.
+
+    Tests on the way before it count as they are.
+    """
+    folder = Path(run.options.output_dir or "")
+    record = read_json_object(folder / RUN_FILE)
+    before, seconds_of_curve = read_curve(folder)
+    wrong = "0" * run.num_questions
+    steps = record.get("max_steps", record["steps"])  # which a training has that ended with numbers to the last
+    later = _test_steps(run, steps)[len(before) :]
+    return Result(
+        *run.key,
+        accuracy=0.0,
+        correct=0,
+        total=run.num_questions,
+        unanswered=run.num_questions,
+        marks=wrong,
+        **_conditions(run),
+        trainable_parameters=record["trainable_parameters"],
+        num_experts=_experts_by_layer(record["num_experts"], record),
+        eval_loss=None,
+        seconds_training=round(record["seconds"] - seconds_of_curve, 1),
+        seconds_testing=round(seconds_of_curve, 1),
+        settings=json.loads(json.dumps(run.settings)),
+        steps=steps,
+        curve=[*before, *((step, wrong) for step in later)],
+        diverged_at=record["steps"],
+    )
+
+
+def _experts_by_layer(value: int | list[int], record: Mapping[str, Any]) -> list[int]:
+    """Of an adapter's `num_experts`; an adapter trained on may not tell the number of layers."""
+    return value if isinstance(value, list) else [value] * record["allocation"].get("num_layers", 1)
 
 
 def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
@@ -75,11 +110,25 @@ def base_result_of(run: Run, tested: Mapping[str, Any]) -> Result:
     )
 
 
+def remove_weights(folder: Path) -> None:
+    """Take adapter, checkpoints and tokenizer out of a run folder."""
+    for name in _LARGE:
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in checkpoints_in(folder):
+        shutil.rmtree(checkpoint)
+
+
 def _tested(run: Run, tested: Mapping[str, Any], seconds_before: float = 0.0) -> dict[str, Any]:
     return {
         **{name: tested[name] for name in ("accuracy", "correct", "total", "unanswered")},
         "marks": marks_of(tested["samples"]),
         "seconds_testing": round(seconds_before + tested["seconds"], 1),
+        **_conditions(run),
+    }
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    return {
         "fingerprints": run.fingerprints,
         "base_model": run.base_model,
         "dtype": run.dtype,

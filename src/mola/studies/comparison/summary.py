@@ -1,7 +1,7 @@
 """From finished runs to the rows of a table: by task, and over all tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class Row:
     difference: Difference | None
     measure: str = AT_END  # which accuracy: at the end of the training, or its mean over the tests on the way
     steps_to_target: list[float | None] | None = None  # of each seed, None where it is never reached; None: not asked
+    diverged: list[int] = field(default_factory=list)  # seeds whose training has: all answers count as wrong
 
 
 def summarize(
@@ -113,11 +114,13 @@ def _rows(table: TableMarks, reference: str, results: Sequence[Result], groups: 
     for name, by_seed in table.marks.items():
         if by_seed:
             mean = mean_accuracy([float(row.mean()) for row in by_seed.values()])
-            experts = [each.num_experts for each in _of(results, name) if task in (ALL_TASKS, each.task)]
+            own = [each for each in _of(results, name) if task in (ALL_TASKS, each.task)]
+            experts = [each.num_experts for each in own]
+            diverged = sorted({each.seed for each in own if each.diverged_at is not None})
             unique = [list(values) for values in dict.fromkeys(map(tuple, experts))]
             parameters = _parameters(results, name, task)
-            difference = differences.get(name)
-            rows.append(Row(task, name, parameters, groups.get(name), unique, mean, difference, table.measure))
+            row = Row(task, name, parameters, groups.get(name), unique, mean, differences.get(name), table.measure)
+            rows.append(replace(row, diverged=diverged))
     return rows
 
 

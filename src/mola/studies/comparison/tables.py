@@ -48,6 +48,7 @@ _CSV_COLUMNS = (
     "num_experts",
     "steps_to_target",
     "difference_seeds",
+    "diverged_seeds",
 )
 CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "p", "verdict")
 
@@ -180,7 +181,7 @@ def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
         head, *lines = search_lines(list(members))
         parts += [f"### {task}: search", markdown_table(head, lines)]
     if parts:
-        parts += [search_note(found), *map(power_line, powers)]
+        parts += [search_note(found, "`"), *map(power_line, powers)]
     return "".join(f"{part}\n\n" for part in parts)
 
 
@@ -196,10 +197,11 @@ def comma_separated(rows: Sequence[Row], contrasts: Sequence[Contrast] = ()) -> 
         line += [""] * 7 if row.difference is None else _numbers(row.difference)
         experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
         steps = " ".join("never" if each is None else f"{each:g}" for each in row.steps_to_target or ())
-        writer.writerow([*line, experts, steps, "" if row.difference is None else row.difference.seeds])
+        seeds = "" if row.difference is None else row.difference.seeds
+        writer.writerow([*line, experts, steps, seeds, " ".join(map(str, row.diverged))])
     for each in contrasts:
         name, seeds = f"{each.recipe} - {each.other}", each.difference.seeds
-        line = [each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", "", seeds]
+        line = [each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", "", seeds, ""]
         writer.writerow(line)
     return text.getvalue()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mola.evaluation.differences import LEVEL, mean_squares
 from mola.studies.comparison.marks import marks_by_seed
-from mola.studies.comparison.options import CompareOptions
+from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
@@ -27,6 +27,8 @@ class Found:
     chosen: str  # the best candidate; of equal ones the first
     edges: list[str] = field(default_factory=list)  # options whose best number is the lowest or highest one tried
     measure: str = AT_END  # which accuracy, see `mola.studies.comparison.summary.Row`
+    # candidates and the tuning seeds with which their trainings diverged: all answers count as wrong
+    diverged: dict[str, list[int]] = field(default_factory=dict)
 
 
 def found_by_search(options: CompareOptions, results: Sequence[Result]) -> list[Found]:
@@ -39,8 +41,17 @@ def found_by_search(options: CompareOptions, results: Sequence[Result]) -> list[
             means = {mark: _outcome(results, task, recipe + mark, options) for mark in options.candidates}
             # means of as many right answers differ in their last digits
             chosen = max(means, key=lambda mark: round(means[mark], 9))
-            found.append(Found(task, recipe, means, chosen, _edges(options.candidates, chosen), _measure(options)))
+            edges, diverged = _edges(options.candidates, chosen), _diverged(results, keys)
+            found.append(Found(task, recipe, means, chosen, edges, _measure(options), diverged))
     return found
+
+
+def _diverged(results: Sequence[Result], keys: Sequence[Key]) -> dict[str, list[int]]:
+    by_candidate: dict[str, list[int]] = {}
+    for each in results:
+        if each.key in keys and each.diverged_at is not None:
+            by_candidate.setdefault(each.key.candidate, []).append(each.seed)
+    return by_candidate
 
 
 def _edges(candidates: Mapping[str, Mapping[str, Any]], chosen: str) -> list[str]:

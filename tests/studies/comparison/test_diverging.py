@@ -1,0 +1,93 @@
+"""`mola compare`: a training that diverges is a result, with all answers wrong."""
+
+import csv
+import io
+
+import pytest
+
+from mola import MolaError
+from mola.studies.comparison.compare import compare
+from mola.studies.comparison.curve import CURVE_FILE
+from mola.studies.comparison.options import CompareOptions
+from mola.training.callbacks import FiniteLoss
+from tests.studies.comparison.comparisons import RECIPES, read
+
+ONE_TASK = {"tasks": {"physics": {"filters": {"topic": "physics"}}}, "evaluate_base": False}
+TOO_HIGH = 1e30
+SEARCH = {"tune": {"learning_rate": [0.02, TOO_HIGH]}, "tuning_seeds": [7], "learning_rate": None}
+
+
+def test_a_search_passes_over_a_rate_at_which_training_diverges(run, tmp_path):
+    tables = [tmp_path / f"table{ending}" for ending in (".md", ".html")]
+    asked = {**ONE_TASK, **SEARCH, "recipes": {"2468": RECIPES["2468"]}, "seeds": [0], "test_every": 1}
+    result = run(**asked, tables=",".join(map(str, tables)))
+    assert (result.status, result.open) == ("finished", 0)
+    (found,) = result.found
+    too_high = f"@learning_rate={TOO_HIGH}"
+    assert found.chosen == "@learning_rate=0.02"
+    assert found.diverged == {too_high: [7]}
+    (one,) = [each for each in result.results if each.recipe == "2468" + too_high]
+    assert (one.correct, one.marks, one.unanswered) == (0, "0" * one.total, one.total)
+    assert one.diverged_at in (1, 2)
+    assert [step for step, _ in one.curve] == [1, 2, 3]
+    assert one.steps == 4
+    assert one.curve[one.diverged_at - 1 :] == [(step, one.marks) for step in range(one.diverged_at, 4)]
+    (other,) = [each for each in result.results if each.recipe == "2468"]
+    assert other.diverged_at is None
+    assert (one.num_experts, one.trainable_parameters) == (other.num_experts, other.trainable_parameters)
+    for table in tables:
+        text = table.read_text(encoding="utf-8")
+        assert "Diverged, so that all answers count as wrong" in text
+        assert f"{too_high} on physics with seed 7" in text.replace("`", "")
+    assert run(**asked).found == result.found  # nothing is left, the record is read again
+    assert len(run(**asked).results) == len(result.results)
+
+
+def test_a_seed_that_diverges_stays_in_the_mean_of_its_recipe(run, monkeypatch, tmp_path):
+    original = FiniteLoss.on_log
+
+    def spoil(self, args, state, control, logs=None, **kwargs):
+        is_it = args.seed == 1 and "2468" in args.output_dir and state.global_step == 3
+        return original(self, args, state, control, logs={**logs, "loss": float("nan")} if is_it else logs, **kwargs)
+
+    monkeypatch.setattr(FiniteLoss, "on_log", spoil)
+    table = tmp_path / "table.csv"
+    result = run(**ONE_TASK, test_every=2, tables=str(table), keep_adapters=True)
+    folder = tmp_path / "out" / "physics" / "2468" / "seed-1"
+    (one,) = [each for each in result.results if each.diverged_at]
+    assert one.key == ("physics", "2468", 1)
+    assert (one.diverged_at, one.steps) == (3, 4)
+    before = one.curve[0]
+    assert f'"marks": "{before[1]}"' in (folder / CURVE_FILE).read_text()
+    assert before[0] == 2
+    assert len(one.curve) == 1
+    rows = {row.recipe: row for row in result.rows if row.measure == "at the end"}
+    assert rows["2468"].diverged == [1]
+    assert rows["lora"].diverged == []
+    (healthy,) = [each for each in result.results if each.key == ("physics", "2468", 0)]
+    assert rows["2468"].mean.value == pytest.approx(healthy.accuracy / 2)
+    assert rows["2468"].mean.seeds == rows["2468"].difference.seeds == 2
+    lines = {
+        line["recipe"]: line
+        for line in csv.DictReader(io.StringIO(table.read_text()))
+        if line["measure"] == "at the end"
+    }
+    assert (lines["2468"]["diverged_seeds"], lines["lora"]["diverged_seeds"]) == ("1", "")
+    record = read(tmp_path / "out" / "compare.json")
+    assert [each["diverged_at"] for each in record["runs"]].count(3) == 1
+    assert one.seconds_training > 0
+
+
+def test_answers_that_are_no_numbers_are_wrong(run, monkeypatch):
+    """Weights may be finite and what they compute is not: with huge ones the test after the last step says so."""
+    result = run(**ONE_TASK, recipes={"lora": RECIPES["lora"]}, seeds=[0], learning_rate=TOO_HIGH, max_steps=1)
+    (one,) = result.results
+    assert (one.correct, one.diverged_at, one.steps) == (0, 1, 1)
+
+
+def test_a_probe_that_diverges_gives_no_allocation(values):
+    probed = {"allocate": {"method": "redundancy", "budget": 12, "probe": "even"}, "r": "4"}
+    recipes = {"even": {"num_experts": "3,", "r": "4", "learning_rate": TOO_HIGH}, "probed": probed}
+    options = CompareOptions(**values(**ONE_TASK, recipes=recipes, seeds=[0], reference="even"))
+    with pytest.raises(MolaError, match="physics/even/seed-0 is the probe of physics/probed/seed-0 and has diverged"):
+        compare(options)
