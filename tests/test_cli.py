@@ -144,6 +144,7 @@ WRONG = [
     ({"eval_split": "nosuch"}, ["`eval_split`", "'nosuch'"]),
     ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
     ({"lr_scheduler_kwargs": '{"a":'}, ["JSON", '{"a":']),
+    ({"liger_kernel_config": '{"a":'}, ["--liger_kernel_config", "JSON mapping", '{"a":']),
     ({"optim": "guess"}, ["optim", "'guess'"]),
     ({"report_to": "nosuch"}, ["`report_to`", "nosuch"]),
     ({"train_on_inputs": "maybe"}, ["train_on_inputs", "maybe"]),
@@ -286,6 +287,7 @@ def test_recipe_values_of_every_kind(tmp_path):
         learning_rate: 1e-4
         lr_scheduler_type: cosine_with_min_lr
         lr_scheduler_kwargs: {min_lr: 1e-5}
+        liger_kernel_config: {rope: true}
         router_aux_loss_coef: 1.0e-3
         """,
         encoding="utf-8",
@@ -298,6 +300,7 @@ def test_recipe_values_of_every_kind(tmp_path):
     assert options.save_total_limit is None
     assert (options.learning_rate, options.router_aux_loss_coef) == (1e-4, 1e-3)
     assert options.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert options.liger_kernel_config == {"rope": True}
 
 
 @pytest.mark.parametrize("first", ["recipe", "flag"])

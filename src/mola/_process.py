@@ -14,7 +14,6 @@ for others.
 """
 
 import ctypes
-import itertools
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ SET: list[str] = []
 _MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no block outside the heap
 _COMMAND = ("mola", "mola.exe", "mola-script.py")
 _MODULES = ("mola", "mola.cli")
+_WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")  # options of Python whose value is the next word
 _SCRIPT_LINE = "from mola.cli import run_script"
 _LONGEST_SCRIPT = 1 << 16  # characters looked at
 
@@ -63,8 +63,21 @@ def hush_recommendations() -> None:
 
 
 def is_own_module(words: list[str]) -> bool:
-    """Whether a command line of Python runs `-m mola`, as launchers of several processes do (or `-m mola.cli`)."""
-    return any(option == "-m" and name in _MODULES for option, name in itertools.pairwise(words))
+    """Whether a command line of Python runs `-m mola`, as launchers of several processes do (or `-m mola.cli`).
+
+    What stands behind a script or another module is that one's own: `pytest -m mola` is no program of mola.
+    """
+    rest = iter(words[1:])
+    for word in rest:
+        if word in _WITH_VALUE:
+            next(rest, None)
+        elif not word.startswith(("--", "-X", "-W")):
+            letters, is_module, name = word[1:].partition("m")
+            if not word.startswith("-") or word == "-" or "c" in letters:  # a script, standard input, a text
+                return False
+            if is_module:
+                return (name or next(rest, "")) in _MODULES
+    return False
 
 
 def keep_freed_memory() -> bool:

@@ -94,7 +94,19 @@ def test_killed_process_ends_the_launcher_and_the_run_goes_on(processes, flags, 
 def test_a_process_of_a_launcher_is_known_as_the_command():
     """So it waits passively and keeps its memory, as `mola` does."""
     assert is_own_module([sys.executable, "-u", "-m", "mola.cli", "train"])
-    assert not is_own_module([sys.executable, "-m", "pytest", "mola.cli"])
+    for own in (["-m", "mola"], ["-X", "dev", "-W", "error", "-um", "mola"], ["-Xdev", "-mmola.cli", "train"]):
+        assert is_own_module([sys.executable, *own]), own
+    for other in (
+        ["-m", "pytest", "mola.cli"],
+        ["-m", "pytest", "-m", "mola"],  # a marker
+        ["evaluate.py", "-m", "mola"],
+        ["mola", "-m", "mola"],
+        ["-c", "import mola", "-m", "mola"],
+        ["-", "-m", "mola"],
+        ["-X", "-m"],
+        [],
+    ):
+        assert not is_own_module([sys.executable, *other]), other
 
 
 def environment_of(name):

@@ -8,7 +8,9 @@ from mola._compat import cache_argument, generation_finds_cache
 from mola.errors import MolaError
 from mola.evaluation.core import _why_one_by_one
 from mola.generation import predicting
+from mola.generation.batching.forward import Adapters
 from mola.generation.decoding import generate_text
+from mola.serving.engines import engine_for
 from tests.tuner.models import clone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT
@@ -59,6 +61,8 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
         return
     with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+        engine_for(Adapters(model), tiny_tokenizer, 32, 512, None)  # before a server answers
     with model.disable_adapter():
         base = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)

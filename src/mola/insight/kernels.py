@@ -24,7 +24,7 @@ class KernelChoice(NamedTuple):
         backend: its name; "none" if `MOLA_KERNEL` names one that cannot compute these modules.
         num_modules: how many modules.
         num_experts: their numbers of experts, in rising order.
-        reasons: why each backend that stands before it in the table is not used.
+        reasons: why each backend before it in the table is not used, of those meant for that mode and device.
     """
 
     mode: str

@@ -13,13 +13,14 @@ import re
 from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from mola.errors import MolaError
 from mola.files.reading import BoundedLoader, parse_yaml, read_text
+from mola.options.fields import mapping
 from mola.options.help import ShowHelp
 
 
@@ -129,9 +130,19 @@ def _make_parser(
     """A parser that raises errors, and its flags."""
     parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
     parser.error = _refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if get_origin(action.type) is dict:  # dict[str, bool] makes nothing of a text
+            action.type = _json_mapping
     text = "Show this help; all: every option."
     parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
     return parser, {option: action for action in parser._actions for option in action.option_strings}
+
+
+def _json_mapping(text: str) -> dict[str, Any]:
+    return mapping("", text)
+
+
+_json_mapping.__name__ = "JSON mapping"  # so argparse calls it
 
 
 def _without_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:

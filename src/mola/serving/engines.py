@@ -16,6 +16,7 @@ from mola.generation import predicting
 from mola.generation.batching.engine import BatchEngine
 from mola.generation.batching.forward import Adapters, Forward, why_not_batched
 from mola.generation.batching.single import SingleEngine
+from mola.generation.virtual_tokens import may_cache
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def engine_for(
         total: tokens that all may have together; None for what a quarter of free memory holds.
 
     Raises:
-        MolaError: `total` is given where answers are made one after the other.
+        MolaError: `total` is given where answers are made one after the other, or the adapters cannot be generated
+            with.
     """
     reason = "`max_batch_size` is 1" if max_batch_size == 1 else why_not_batched(adapters.model)
     if reason is not None:
@@ -45,6 +47,7 @@ def engine_for(
             )
         if max_batch_size > 1:
             logger.warning("Answers of this model are made one after the other: %s.", reason)
+        may_cache(adapters.model)
         return SingleEngine(adapters, tokenizer), None
     with predicting.inference_state(adapters.model):
         size = Forward(adapters).bytes_per_token()

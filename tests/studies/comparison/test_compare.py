@@ -454,6 +454,8 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path, caplog):
         ({"recipes": {"a": 5}}, "`recipes.a` must be a mapping"),
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
         ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
+        ({"recipes": {"a": {"push-to-hub": True}}}, "`push_to_hub` cannot be set in `recipes.a`"),
+        ({"recipes": {"a": {"lora-alpha": 8, "lora_alpha": 4}}}, "`recipes.a` has an option twice"),
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set by the task"),
         (
             {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_split": "test"},

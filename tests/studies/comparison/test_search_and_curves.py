@@ -166,6 +166,8 @@ def test_a_search_that_is_stopped_goes_on(run, monkeypatch, tmp_path):
         ({"tune": {"num_experts": ["2", "4"]}}, "`tune` cannot have `num_experts`"),
         ({"tune": {"learning_rat": [1, 2]}}, "no option of this command"),
         ({"tune": {"r": [4, 8]}}, "`r` is in `tune`, and set by"),
+        ({"tune": {"lora-dropout": [0.1, 0.2]}}, r"`lora_dropout` \(0.0\) is in `tune`, which chooses it"),
+        ({"tune": {"num-experts": ["2", "4"]}}, "`tune` cannot have `num_experts`"),
         (
             {**SEARCH, "tuning_seeds": [1]},
             "`tuning_seeds` must be different numbers, .* none of `seeds`",

@@ -120,13 +120,16 @@ class CompareOptions(TrainAndTestOptions):
             named_mappings(name, value, _EXAMPLES[name])
             for name, value in (("tasks", self.tasks), ("recipes", self.recipes))
         )
+        for kind, parts in (("tasks", self.tasks), ("recipes", self.recipes)):
+            parts.update({name: _with_underscores(f"{kind}.{name}", values) for name, values in parts.items()})
         self._check()
         self.allocations = {name: _allocation(name, values) for name, values in self.recipes.items()}
         self.allocations = {name: values for name, values in self.allocations.items() if values}
         _check_probes(self.allocations, self.recipes)
         self.pairs = pairs_of(mapping("contrasts", self.contrasts), self.recipes)
         self._given = given
-        self.candidates = _candidates(mapping("tune", self.tune))
+        self.candidates = _candidates(_with_underscores("tune", mapping("tune", self.tune)))
+        self._check_given(next(iter(self.candidates.values()), {}))
         self._check_search()
         first = next(iter(self.candidates.values()), {})
         self.runs = {key: self._run_options(key, first) for key in self._keys(self.seeds)}
@@ -135,6 +138,13 @@ class CompareOptions(TrainAndTestOptions):
             for plain in self._keys(self.tuning_seeds)
             for key in (plain._replace(recipe=plain.recipe + mark) for mark in self.candidates)
         }
+
+    def _check_given(self, tuned: Mapping[str, Any]) -> None:
+        """What a search chooses has no other value."""
+        defaults = {item.name: item.default for item in fields(TrainAndTestOptions)}
+        for name in tuned:
+            if name in self._given and self._given[name] != defaults[name]:
+                raise MolaError(f"`{name}` ({self._given[name]!r}) is in `tune`, which chooses it. Leave one out.")
 
     def tuned_runs(self, marks: Mapping[tuple[str, str], str]) -> dict[Key, TrainAndTestOptions]:
         """`runs` with what the search has chosen: (task, recipe) -> one of `candidates`."""
@@ -224,6 +234,14 @@ class CompareOptions(TrainAndTestOptions):
             return TrainAndTestOptions(**{**self._given, **changes, "seed": key.seed, "output_dir": str(folder)})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
+
+
+def _with_underscores(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names: on the command line, and so here, dashes do as well."""
+    found = {name.replace("-", "_"): value for name, value in values.items()}
+    if len(found) < len(values):
+        raise MolaError(f"`{where}` has an option twice, with dashes and with underscores: {', '.join(values)}.")
+    return found
 
 
 def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
