@@ -16,7 +16,7 @@ from mola.generation.decoding import generate_text
 from mola.generation.predicting import encode_before_answer
 from mola.models.prompts import own_chat, own_chats, template_for, warn_of_other_template
 from mola.serving.jobs import JobMaker, Limits
-from mola.serving.requests import ChatRequest
+from mola.serving.requests import ChatRequest, CompletionRequest
 
 TURNS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -82,6 +82,14 @@ def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, cap
     assert sample["input_ids"][: len(asked)] == asked == list(jobs.make(chat)[0].prompt)
     assert sample["labels"][len(asked)] == sample["input_ids"][len(asked)]
     assert "send that template's text" not in caplog.text
+    # An answer ends where its turn does, be it with another token than the base model's end.
+    assert jobs.make(chat)[0].stops == ["</s>"]
+    turns = {"run": chats["run"]._replace(template=TURNS.replace("{{ eos_token }}", "<s>"))}
+    assert template_for("chat", tokenizer).ending(tokenizer) == [tokenizer.eos_token_id]
+    other = JobMaker(tokenizer, {"run": "run", "base": None}, Limits(8, 1, None), turns)
+    assert other.make(chat)[0].stops == ["</s>", "<s>"]
+    assert other.make(CompletionRequest(model="run", prompt="Why?"))[0].stops == ["</s>"]
+    assert other.make(chat.model_copy(update={"model": "base", "stop": ["So"]}))[0].stops == ["So", "</s>"]
 
 
 def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, caplog):

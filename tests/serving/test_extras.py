@@ -1,6 +1,7 @@
 """What an OpenAI server has besides text: log-probabilities, penalties, metrics; adapters that come and go."""
 
 import asyncio
+import json
 import math
 import re
 
@@ -34,10 +35,13 @@ def root(tiny_model_dir, chat_model_dir, tmp_path_factory):
     others = {
         "broken": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
         "virtual": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        "unknown": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     }
     for name, config in others.items():
         get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(root / name)
     change_tensors(root / "broken", lambda tensors: tensors.pop(sorted(tensors)[0]))
+    settings = root / "unknown" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"task_type": "FOO"}))
     (root / "empty").mkdir()
     (root / "out").symlink_to(root.parent, target_is_directory=True)
     return root
@@ -224,6 +228,7 @@ WRONG = {
     "no adapter": ("empty", "adapter_config.json"),
     "a tensor is missing": ("broken", "1 tensors missing"),
     "virtual tokens": ("virtual", "before the prompt"),
+    "a setting that PEFT does not know": ("unknown", "settings that PEFT can use"),
 }
 
 

@@ -15,6 +15,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 from mola import MolaConfig  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.generation.decoding import generate_text  # noqa: E402
+from mola.models.adapters import changes_base  # noqa: E402
 from mola.models.loading import load_model, load_tokenizer  # noqa: E402
 from mola.serving.demonstration.demo import DemoOptions, running_demo  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
@@ -210,6 +211,11 @@ def test_adapters_that_change_the_base_model_itself_are_served_alone(settings, e
         ),
     ):
         pass
+
+
+def test_starts_in_the_base_models_weights_are_told():
+    assert "kasa_config" in changes_base({"peft_type": "LORA", "kasa_config": {"beta": 1e-4}})
+    assert changes_base({"peft_type": "LORA", "kasa_config": None, "init_lora_weights": True, "bias": "none"}) is None
 
 
 def test_wrong_loads_end_in_one_error_and_leave_no_trace(endless_model_dir, tmp_path):

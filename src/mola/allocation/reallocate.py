@@ -34,6 +34,7 @@ from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
 from mola.models.meta import count_decoder_layers, model_on_meta, read_config
+from mola.models.prompts import hand_on_prompts
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -144,6 +145,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     with new_folder("output_dir", output) as folder:
         save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
+        hand_on_prompts(options.adapter, folder)
     places = set(layers.values())
     is_adapted = [None in places or layer in places for layer in range(num_layers)]
     return ReallocateResult(

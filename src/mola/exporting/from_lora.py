@@ -26,6 +26,7 @@ from mola.files.folders import new_folder
 from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
+from mola.models.prompts import hand_on_prompts, own_chat, trained_template
 from mola.tuner import MolaConfig
 from mola.tuner.initialization import initialize
 from mola.tuner.layer import MolaLinear
@@ -100,11 +101,16 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
             notes.append(f"{options.source[number]} does not adapt {missing} linears: its expert starts at zero there")
     if routers is not None and (unseen := len(layers) - len(routers.weights)):
         notes.append(f"{unseen} linears saw no token: their routers are fresh")
+    is_one_way = len({(trained_template(source), own_chat(source)) for source in sources}) == 1
+    if not is_one_way:
+        notes.append("the adapters were trained in different prompts: the mixture's folder names none")
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     with new_folder("output", output) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
+        if is_one_way:
+            hand_on_prompts(sources[0], folder)
     return MixtureReport(
         output,
         list(options.source),

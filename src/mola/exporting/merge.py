@@ -16,11 +16,13 @@ from safetensors import safe_open
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.folders import check_new_folder, new_folder
+from mola.generation.predicting import end_token_ids
 from mola.models.adapters import check_fits
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, load_config, load_model, own_tokenizer
 from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
+from mola.models.prompts import own_chat, use_chat
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
 from mola.tuner import MolaConfig
@@ -86,6 +88,11 @@ def merge(options: MergeOptions) -> Path:
         if isinstance(error, MolaError):
             raise
         raise MolaError(f"`adapter` cannot be merged: {shlex.quote(adapter)}: {error}") from error
+    chat = own_chat(adapter)
+    if chat is not None:
+        use_chat(tokenizer, chat)
+        if (generation := getattr(merged, "generation_config", None)) is not None:
+            generation.eos_token_id = end_token_ids(merged, tokenizer)
     with new_folder("output", output) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

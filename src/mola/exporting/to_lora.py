@@ -35,7 +35,7 @@ from mola.generation.predicting import max_positions
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.loading import load_config, load_model, load_tokenizer
 from mola.models.meta import model_on_meta
-from mola.models.prompts import template_for
+from mola.models.prompts import hand_on_prompts, template_for
 from mola.models.quantized import keep_gradients
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
@@ -122,6 +122,7 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     with new_folder("output", output) as folder:
         write_lora(folder, updates, rank, config, on_meta, others, ranks)
         atomic_write_json(folder / REPORT_FILE, report.to_dict())
+        hand_on_prompts(options.source[0], folder)
     return report
 
 

@@ -2,25 +2,32 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json
 from mola.files.reading import read_json_object, read_text
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
+PROMPTS_FILE = "prompts.json"  # beside an adapter that was made from another: the name of its template
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE, "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+)
 _RECORD = "run.json"  # of `mola train`
 
 logger = logging.getLogger(__name__)
 
 
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
-    """Name of the prompt template of an adapter's training; None if its run folder does not tell."""
+    """Name of the prompt template of an adapter's training; None if its folder does not tell."""
     folder = Path(adapter).expanduser().resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    for path in (place / _RECORD for place in places):
+    for path in (place / name for place in places for name in (_RECORD, PROMPTS_FILE)):
         record = read_json_object(path)
         if not record and path.exists():
             logger.warning("%s cannot be read: the adapter's template is not known. Pass `template`.", path)
@@ -92,6 +99,23 @@ def end_token_of(folder: str | os.PathLike[str]) -> str | None:
     end = read_json_object(Path(folder, "tokenizer_config.json")).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return end if isinstance(end, str) else None
+
+
+def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
+    """Let the folder of an adapter say how it is asked, as that of the adapter does that it was made from."""
+    if (template := trained_template(source)) is not None:
+        atomic_write_json(target / PROMPTS_FILE, {"template": template})
+    if own_chat(source) is not None:
+        for name in TOKENIZER_FILES:
+            if (path := Path(source, name)).is_file():
+                shutil.copyfile(path, target / name)
+
+
+def use_chat(tokenizer: Any, chat: Chat) -> None:
+    """Make an adapter's way of chatting that of a tokenizer, as far as it has the end token."""
+    tokenizer.chat_template = chat.template
+    if chat.end_token in tokenizer.get_vocab():
+        tokenizer.eos_token = chat.end_token
 
 
 def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:

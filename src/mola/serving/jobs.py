@@ -9,6 +9,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from mola.data.templates import CHAT, get_template
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.sampling import Sampling
@@ -66,6 +67,7 @@ class JobMaker:
         self.chats = dict(chats or {})
         self._limits = limits
         self.spell = lru_cache(_SPELLED)(self._spell)
+        self._turn_end = lru_cache(self._turn_end)  # type: ignore[method-assign]
         self._special = special_tokens(tokenizer)
         self._before = list(
             tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
@@ -125,7 +127,7 @@ class JobMaker:
             )
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         jobs: list[Job] = []
-        stops = [*request.stops(), *self._own_end(adapter)]
+        stops = [*request.stops(), *self._own_ends(adapter, is_chat=isinstance(request, ChatRequest))]
         for ids in self._encode(request, adapter):
             self._check_known(ids)
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
@@ -148,10 +150,19 @@ class JobMaker:
                 400, f"the text has a token that the model does not know: id {max(ids)} of {known}. Leave it out."
             )
 
-    def _own_end(self, adapter: str | None) -> list[str]:
-        """The token that ends answers of an adapter, if it was trained with its own."""
+    def _own_ends(self, adapter: str | None, is_chat: bool) -> list[str]:
+        """Tokens that end an answer besides the base model's: of an adapter with its own, and of a turn in a chat."""
         own = self.chats.get(adapter) if adapter is not None else None
-        return [own.end_token] if own and own.end_token in self._special else []
+        ends = [own.end_token] if own and own.end_token in self._special else []
+        return list(dict.fromkeys([*ends, *(self._turn_end(own) if is_chat else [])]))
+
+    def _turn_end(self, chat: Chat | None) -> list[str]:
+        """With what the chat template ends an answer, as `mola generate` knows it; nothing if it does not tell."""
+        try:
+            ids = get_template(CHAT, self._tokenizer, *(chat or ())).ending(self._tokenizer)[:1]
+        except MolaError:  # there is no template, or it writes no such conversation
+            return []
+        return [str(self._tokenizer.convert_ids_to_tokens(token_id)) for token_id in ids]
 
     def _encode(self, request: AnswerRequest, adapter: str | None) -> list[list[int]]:
         if isinstance(request, CompletionRequest):

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from starlette.concurrency import run_in_threadpool
 
 from mola._compat import set_adapter_to_infer
+from mola.errors import MolaError
 from mola.generation.batching.forward import Adapters, waits_for_tokens
 from mola.models.adapters import attach, changes_base, check_adapter
 from mola.models.prompts import own_chat
@@ -54,7 +55,10 @@ class Shelf:
                 f"this adapter {reason}, which would be so for all others too. Serve it alone, by `--adapter`.",
                 param="lora_path",
             )
-        settings = PeftConfig.from_pretrained(folder)
+        try:
+            settings = PeftConfig.from_pretrained(folder)
+        except (ValueError, TypeError, KeyError) as error:  # PEFT believes what the file says
+            raise MolaError(f"`lora_path` must hold settings that PEFT can use: {error}") from error
         if settings.is_prompt_learning or waits_for_tokens(settings):
             raise RequestError(
                 400,

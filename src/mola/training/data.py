@@ -23,7 +23,7 @@ from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config
-from mola.models.prompts import template_for, warn_of_other_template
+from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
 from mola.options.fields import mapping
 from mola.training.options import TrainOptions
 
@@ -63,9 +63,7 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
     name = options.template or (task.template if task is not None else "alpaca")
     template = template_for(name, tokenizer, options.adapter)
     if isinstance(template, ChatTemplate) and template.jinja is not None:  # of an adapter; both are saved with the run
-        tokenizer.chat_template = template.jinja
-        if template.end_token in tokenizer.get_vocab():
-            tokenizer.eos_token = template.end_token
+        use_chat(tokenizer, Chat(template.jinja, template.end_token))
     warn_of_other_template(options.adapter, name)
     if options.template is None and task is None and tokenizer.chat_template:
         logger.warning(

@@ -8,9 +8,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -36,6 +38,7 @@ class Interruption(TrainerCallback):
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
         self._is_trained = False
+        self._on_host: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,8 +99,10 @@ class Interruption(TrainerCallback):
         """All processes stop at the same place, or those left would wait for the others for ever."""
         if args.world_size == 1:
             return
-        number = torch.tensor(self.signal_number or 0, device=args.device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        if self._on_host is None:  # a group of its own: on GPUs every step would wait for what they still compute
+            self._on_host = distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
+        number = torch.tensor(self.signal_number or 0)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._on_host)
         self.signal_number = int(number) or None
 
     def on_epoch_end(

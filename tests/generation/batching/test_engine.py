@@ -280,6 +280,21 @@ def test_adapters_that_could_not_be_switched_are_switched_again(adapted, monkeyp
         assert torch.equal(found, adapted(input_ids=ids).logits)
 
 
+def test_an_adapter_that_was_off_is_as_frozen_as_before(adapted):
+    """PEFT has weights trained that it switches on, and a GPU packs trained weights at every use."""
+    adapters = Adapters(adapted)
+    name = adapted.active_adapter
+    for names in ([name], [None], [name]):
+        with adapters.using(names, will_stay=True):
+            pass
+    assert adapted.active_adapter == name
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+    with adapters.using([None], will_stay=True):
+        pass
+    with adapters.using([None, name], will_stay=False):
+        assert not any(parameter.requires_grad for parameter in adapted.parameters())
+
+
 def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
     from peft import PromptTuningConfig
 

@@ -125,7 +125,7 @@ class Adapters:
         self._active = _UNKNOWN  # if what follows fails
         if name is None:
             self._off.enter_context(self.model.disable_adapter())
-        elif self.model.active_adapter != name:
+        else:  # also the active one: PEFT has its weights trained after they were off, and a GPU packs such anew
             set_adapter_to_infer(self.model, name)
         self._active = name
 

@@ -96,6 +96,7 @@ class Answerer:
         try:
             with off:
                 generate_text(self.model, self.tokenizer, prompt, streamer=pieces, **decoding)
+            self.model.requires_grad_(False)  # PEFT has the adapter trained after it was off, and a GPU packs such anew
         except BaseException:
             pieces.end()  # or its reader would wait for ever
             raise

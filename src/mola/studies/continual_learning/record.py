@@ -16,6 +16,7 @@ from mola.errors import MolaError
 from mola.files.atomic import check_writable
 from mola.files.digests import file_sha256
 from mola.files.reading import read_json, read_json_object
+from mola.models.prompts import TOKENIZER_FILES
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
 from mola.training.checkpoints import RUN_FILE, checkpoints_in
@@ -27,10 +28,6 @@ EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
 _ADAPTER_FILE = "adapter_model.safetensors"
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
-)
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
 
@@ -184,7 +181,7 @@ def clear_sequence(folder: Path, record: Mapping[str, Any] | None) -> None:
             continue
         clear_tests(place)
         clear_run(place)
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             (place / name).unlink(missing_ok=True)
         for path in (place / EVALUATION_FOLDER, place):
             if path.is_dir() and not any(path.iterdir()):

@@ -63,16 +63,19 @@ def mixture(inputs: MixtureInputs) -> Mixture:
     Raises:
         MolaError: as `select`.
     """
-    inputs = _narrowed(inputs)
+    inputs = narrowed(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
 
 
-def _narrowed(inputs: MixtureInputs) -> MixtureInputs:
+def narrowed(inputs: MixtureInputs) -> MixtureInputs:
     """On a GPU, an input in float32 that autocast would cast for the products, cast once for router and products.
 
     LayerNorm under autocast gives float32 there, where it gives the base's own dtype without: routers see the same.
+    One expert is left to autocast, as PEFT's LoRA is.
     """
+    if inputs.router is None:
+        return inputs
     x, dtype = inputs.x, inputs.settings.dtype
     is_wide = x.dtype is torch.float32 and dtype in (torch.bfloat16, torch.float16)
     is_gpu = x.device.type == "cuda" or (not torch.compiler.is_compiling() and native.is_interpreting())

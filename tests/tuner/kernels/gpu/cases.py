@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mola import MolaError
+from mola.insight.kernels import report
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
-from mola.tuner.kernels.dispatch import mixture, select
+from mola.tuner.kernels.dispatch import mixture, narrowed, select
 from mola.tuner.kernels.dropout import drop, is_gpu_seed, sample_dropout_mask
 from mola.tuner.kernels.gpu import backend as backend_module
 from mola.tuner.kernels.gpu import first_use, launch
@@ -365,6 +366,16 @@ def test_an_input_in_float32_under_autocast_is_cast_once(trusted, monkeypatch):
     torch.testing.assert_close(found, compute(TRITON, inputs).output, rtol=2e-2, atol=2e-2)
     found.float().sum().backward()
     assert wide.x.grad.dtype is torch.float32
+
+
+def test_what_is_told_under_autocast_is_what_computes(trusted):
+    inputs = make((4, 24), params_dtype=torch.float32)
+    wide = inputs._replace(x=inputs.x.detach().float().requires_grad_())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        (told,) = report([("training", wide)])
+        assert told.backend == select(narrowed(wide)).name == "triton"
+        alone = wide._replace(router=None, experts_A=wide.experts_A[:1], experts_B=wide.experts_B[:1])
+        assert narrowed(alone).x is alone.x  # one expert is PEFT's LoRA, which leaves that to autocast
 
 
 @pytest.mark.parametrize("adapters", [*slow(torch.float32), torch.bfloat16], ids=str)
