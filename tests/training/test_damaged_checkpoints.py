@@ -7,10 +7,13 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from mola.cli import main
 from mola.errors import MolaError
+from mola.options.parsing import parse
 from mola.training.checkpoints import find_checkpoint
+from mola.training.train import TrainOptions, train
 from tests.damage import WEIGHTS, change_tensors, flip_bit, same
 
 FLIPS = 100
@@ -74,3 +77,34 @@ def test_checkpoint_that_is_not_finite_is_not_resumed(run, flags, tmp_path, caps
     change_tensors(folder / "checkpoint-3", lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
     assert main([*flags(folder, max_steps=4), "--resume_from_checkpoint=last"]) == 2
     assert "are not finite" in capsys.readouterr().err
+
+
+class Damage(TrainerCallback):
+    """Flips a bit of a checkpoint's weights after the last step; the first checkpoint is the best."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_loss"] = state.global_step / 100
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            flip_bit(self.path, 4 * self.path.stat().st_size)
+
+
+def test_a_run_does_not_end_with_best_weights_that_are_damaged(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    best, more = folder / "checkpoint-1" / WEIGHTS, {"eval_strategy": "steps", "eval_steps": 1, "validation_size": 2}
+    more |= {"load_best_model_at_end": "true", "save_total_limit": 1}
+    with pytest.raises(MolaError, match=r"checkpoint-1' has a broken adapter_model.safetensors\. Pass"):
+        train(parse(TrainOptions, flags(folder, **more)[1:], prog="mola train"), [Damage(best)])
+    assert {path.parent.name for path in folder.glob(f"*/{WEIGHTS}")} == {"checkpoint-1", "checkpoint-3"}
+    assert not (folder / WEIGHTS).exists()
+    arguments = [*flags(folder, **more, max_steps=4), "--resume_from_checkpoint=last"]
+    assert main(arguments) == 2
+    assert "checkpoint-1' has a broken adapter_model.safetensors" in capsys.readouterr().err
+    flip_bit(best, 4 * best.stat().st_size)
+    assert main(arguments) == 0
+    assert {path.parent.name for path in folder.glob(f"*/{WEIGHTS}")} == {"checkpoint-1"}
+    assert same(load_file(folder / WEIGHTS), load_file(best))

@@ -359,10 +359,10 @@ def test_random_state_of_another_number_of_processes_is_said(finished, flags, ca
     assert "has no rng_state.pth" in caplog.text
 
 
-def test_sampling_that_is_not_resumed_within_an_epoch_is_said(finished, flags, caplog):
+def test_another_order_of_samples_is_refused(finished, flags, capsys):
     arguments = flags(finished, **RUNS["steps"], train_sampling_strategy="group_by_length")
-    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
-    assert "`train_sampling_strategy` group_by_length" in caplog.text
+    assert main([*arguments, "--resume_from_checkpoint=last"]) == 2
+    assert "`train_sampling_strategy` (settings) differs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

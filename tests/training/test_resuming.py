@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mola import TrainOptions, train
 from mola.cli import main
@@ -18,6 +19,8 @@ from mola.files.atomic import WRITE_TEST
 from mola.training.callbacks import MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import best_checkpoint
 from mola.training.digests import DIGESTS_FILE
+from mola.training.grouping import SeededGroups
+from tests.grids import slow
 from tests.ports import free_port
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 from tests.waiting import PATIENCE, wait_until
@@ -121,6 +124,34 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
     assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [3 * epochs]
 
 
+def test_groups_of_similar_length_go_on_as_they_were(flags, tmp_path, run_and_signal):
+    """Stopped within the second epoch: no sample comes twice, or not at all."""
+    options = {**INTERRUPTIBLE, "num_train_epochs": 3, "train_sampling_strategy": "group_by_length"}
+    assert main(flags(tmp_path / "whole", **options)) == 0
+    code, errors = run_and_signal(flags(**options), tmp_path / "run", signal.SIGTERM)
+    assert code == 130, errors
+    assert main([*flags(**options), "--resume_from_checkpoint", "last"]) == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_groups_of_similar_length_are_those_of_seed_and_epoch():
+    lengths, epochs = [1 + i % 7 for i in range(200)], [0]
+    original = LengthGroupedSampler(4, lengths=lengths)
+    first, second = (SeededGroups(original, seed, lambda: epochs[0]) for seed in (0, 1))
+    orders = []
+    for number in (0, 1):
+        epochs[0] = number
+        torch.manual_seed(number + 5)  # of the run, which does not count
+        orders += [[*first], [*second]]
+        assert [*first] == orders[-2]
+    assert all(sorted(order) == [*range(200)] for order in orders)
+    assert orders[0] != orders[2]  # another epoch
+    assert orders[0] != orders[1]  # another seed
+    for order in orders:
+        batches = [[lengths[i] for i in order[k : k + 4]] for k in range(0, 200, 4)]
+        assert sum(max(batch) - min(batch) for batch in batches) < 0.1 * 6 * len(batches)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(number, flags, tmp_path, monkeypatch, capsys, caplog):
     """And the same command with `last` makes up for the evaluation."""
@@ -150,7 +181,8 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(number, flags, tm
     assert records[0] == records[1]
 
 
-def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, tmp_path, run_and_signal):
+@pytest.mark.parametrize("is_gone", [True, *slow(False)])
+def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, tmp_path, run_and_signal, is_gone):
     """Whatever is in the folder of that adapter by then."""
     plain = {**NO_EVALUATION, "max_steps": 8, "num_train_epochs": None, "warmup_steps": 0}
     for name, alpha in (("start", 4), ("other", 64)):
@@ -160,7 +192,8 @@ def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, t
     code, errors = run_and_signal(flags(**onward), tmp_path / "run", signal.SIGINT)
     assert code == 130, errors
     shutil.rmtree(tmp_path / "start")
-    shutil.copytree(tmp_path / "other", tmp_path / "start")
+    if not is_gone:
+        shutil.copytree(tmp_path / "other", tmp_path / "start")
     assert main([*flags(**onward), "--resume_from_checkpoint", "last"]) == 0
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["lora_alpha"] == 4
     assert_same_weights(tmp_path / "run", tmp_path / "whole")

@@ -98,9 +98,7 @@ def test_a_copy_of_a_checkpoint_stays(limit, options_of, tmp_path):
 def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
     state = TrainerState(logging_steps=500, eval_steps=500, save_steps=500, max_steps=40)
     asked = {"logging_steps": 2, "eval_steps": 0.25, "save_steps": 10}
-    args = SimpleNamespace(
-        output_dir=str(tmp_path), should_save=True, save_total_limit=None, train_sampling_strategy="random", **asked
-    )
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, save_total_limit=None, **asked)
     ResumedCheckpoints(tmp_path).on_train_begin(args, state, TrainerControl())
     assert (state.logging_steps, state.eval_steps, state.save_steps) == (2, 10, 10)
 

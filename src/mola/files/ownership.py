@@ -16,9 +16,12 @@ def with_mark(text: str) -> str:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is as `with_mark` made it."""
-    # Bytes: line ends are part of what was summed up.
-    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    """Whether a file is as `with_mark` made it; one that cannot be read is somebody else's."""
+    try:
+        # Bytes: line ends are part of what was summed up.
+        text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    except OSError:
+        return False
     found = _MARK.search(text)
     return found is not None and _digest(text[: found.start()]) == found[1]
 

@@ -88,11 +88,16 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Objects of a JSON lines file, one at a time; none if it is not there.
 
     Raises:
-        MolaError: a line is no JSON object. The last one may be cut off: a run that was killed, or goes on.
+        MolaError: it cannot be read, or a line is no JSON object. The last one may be cut off: a run that was killed or
+            goes on.
     """
     if not os.path.isfile(path):
         return
-    with open(path, "rb") as file:
+    try:
+        opened = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise MolaError(f"{os.fspath(path)!r} cannot be read: {error}.") from error
+    with opened as file:
         for index, line in enumerate(file, 1):
             try:
                 entry = parse_json(line.decode("utf-8"))

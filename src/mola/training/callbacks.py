@@ -112,11 +112,6 @@ class ResumedCheckpoints(TrainerCallback):
             if state.best_global_step and os.path.isdir(os.path.join(folder, name)):
                 state.best_model_checkpoint = os.path.join(folder, name)
                 break
-        if args.train_sampling_strategy == "group_by_length" and not is_whole_epoch(state.epoch):
-            logger.warning(
-                "With `train_sampling_strategy` group_by_length the order within an epoch is drawn anew when a run is "
-                "resumed: until its end this epoch may repeat or leave out samples."
-            )
         if args.should_save and args.output_dir:
             rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
         state.compute_steps(args, state.max_steps)  # of logs, evaluations and checkpoints: as asked for now

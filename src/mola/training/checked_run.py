@@ -58,11 +58,11 @@ def check_run(options: TrainOptions) -> CheckedRun:
         check_deepspeed(options, is_quantized=stores_packed(options))
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     forced_backend()  # raises for a name that there is not
-    allocation = check_model_options(options)
+    allocation = check_model_options(options, checkpoint)
     if options.adapter is not None and checkpoint is None:
         warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
     tokenizer = load_tokenizer_for(options)
-    data = prepare_data(options, tokenizer)
+    data = prepare_data(options, tokenizer, checkpoint)
     if checkpoint is not None and options.auto_find_batch_size:
         goes_on_with_found_batch(options, checkpoint)
     steps = check_steps(options, data)

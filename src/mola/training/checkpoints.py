@@ -144,14 +144,21 @@ def _broken_file(path: Path) -> str:
     broken = [file.name for file in files if file.is_file() and not _is_whole(file)]
     if broken:
         return f"has a broken {broken[0]}"
+    if broken_weights := _broken_weights(path):
+        return broken_weights
+    changed = changed_file(path)
+    return f"has a {changed} that is not as it was saved (if that was meant, remove {DIGESTS_FILE})" if changed else ""
+
+
+def _broken_weights(path: Path) -> str:
     try:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
             pass
         check_digest(path)
+        is_changed = changed_file(path, _WEIGHTS_FILE) == _WEIGHTS_FILE
     except (OSError, SafetensorError, MolaError):
-        return f"has a broken {_WEIGHTS_FILE}"
-    changed = changed_file(path)
-    return f"has a {changed} that is not as it was saved (if that was meant, remove {DIGESTS_FILE})" if changed else ""
+        is_changed = True
+    return f"has a broken {_WEIGHTS_FILE}" if is_changed else ""
 
 
 def _is_whole(archive: Path) -> bool:
@@ -167,15 +174,26 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def check_best_checkpoint(checkpoint: Path) -> None:
-    """Refuse to go on if the best checkpoint so far is gone: the run may have to end with its weights.
+    """Refuse to go on if the best checkpoint so far is gone or damaged: the run may have to end with its weights.
 
     Raises:
-        MolaError: its folder or its weights are missing.
+        MolaError: its folder or its weights are missing, or are not those that were saved.
     """
     best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
-    if best is not None and any(not os.path.isfile(best / name) for name in ADAPTER_FILES):
+    if best is not None:
+        check_best_weights(best)
+
+
+def check_best_weights(best: Path) -> None:
+    """Look at the weights that a run is to end with.
+
+    Raises:
+        MolaError: they are missing, or are not those that were saved.
+    """
+    is_there = all(os.path.isfile(best / name) for name in ADAPTER_FILES)
+    if reason := _broken_weights(best) if is_there else "holds no adapter":
         raise MolaError(
-            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
+            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} {reason}. Pass "
             "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."
         )
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -51,8 +52,10 @@ class TrainingData:
     template: str
 
 
-def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Read, split and encode.
+def prepare_data(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None = None
+) -> TrainingData:
+    """Read, split and encode; `checkpoint` is the one that a run goes on from, as of `check_model_options`.
 
     Raises:
         MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
@@ -61,10 +64,11 @@ def prepare_data(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> T
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
     name = options.template or (task.template if task is not None else "alpaca")
-    template = template_for(name, tokenizer, options.adapter)
+    adapter = options.adapter and str(checkpoint or options.adapter)
+    template = template_for(name, tokenizer, adapter)
     if isinstance(template, ChatTemplate) and template.jinja is not None:  # of an adapter; both are saved with the run
         use_chat(tokenizer, Chat(template.jinja, template.end_token))
-    warn_of_other_template(options.adapter, name)
+    warn_of_other_template(adapter, name)
     if options.template is None and task is None and tokenizer.chat_template:
         logger.warning(
             "The prompts of the training are those of the template %s, not of the base model's chat template, in which "

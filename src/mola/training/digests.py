@@ -37,14 +37,19 @@ def _sum(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def changed_file(checkpoint: Path) -> str | None:
-    """The first file that is not as it was saved; None if there is none, or nothing is known. Missing files pass."""
+def changed_file(checkpoint: Path, only: str | None = None) -> str | None:
+    """The first file that is not as it was saved; None if there is none, or nothing is known. Missing files pass.
+
+    `only`: the name of the one file that is asked about.
+    """
     if not os.path.lexists(checkpoint / DIGESTS_FILE):
         return None
     digests = read_json_object(checkpoint / DIGESTS_FILE)
     if digests.pop(DIGESTS_FILE, None) != _sum(digests):
         return DIGESTS_FILE
     for name, digest in digests.items():
+        if only not in (None, name):
+            continue
         try:
             if file_sha256(checkpoint / Path(name).name) != digest:
                 return name

@@ -19,6 +19,7 @@ _SAME_WHEN_RESUMED = ("adapter_settings", "data_fingerprints", "quantization")
 # How samples become tokens, their order, and what the optimiser's state brings with it: another value would be ignored.
 _SAME_SETTINGS = (
     *("cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
+    "train_sampling_strategy",
     *("optim", "optim_args", "learning_rate", "loraplus_lr_ratio", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )

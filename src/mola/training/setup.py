@@ -28,8 +28,12 @@ from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
 
 
-def check_model_options(options: TrainOptions) -> dict[str, Any]:
+def check_model_options(options: TrainOptions, checkpoint: Path | None = None) -> dict[str, Any]:
     """Check base model, adapter and allocation against the model's configuration; loads no weights.
+
+    Args:
+        options: of the run.
+        checkpoint: from which it goes on; it has the adapter that a run with `adapter` began with.
 
     Returns:
         The allocation's totals, as `mola plan --json` prints them; empty when an adapter is continued.
@@ -45,9 +49,10 @@ def check_model_options(options: TrainOptions) -> dict[str, Any]:
         model = model_on_meta(options.base_model, options.trust_remote_code)
         check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
     if options.adapter is not None:
-        check_adapter(options.adapter)
-        check_settings(options, continued_config(options, options.adapter))
-        check_adapter_fits(options.base_model, options.adapter, options.trust_remote_code, options.gguf_file)
+        adapter = str(checkpoint or options.adapter)
+        check_adapter(adapter)
+        check_settings(options, continued_config(options, adapter))
+        check_adapter_fits(options.base_model, adapter, options.trust_remote_code, options.gguf_file)
         return {}
     wanted = adapter_config(options)
     check_settings(options, wanted)

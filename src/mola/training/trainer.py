@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.utils import infer_device
 from torch.optim import Optimizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
@@ -26,9 +27,10 @@ from mola.training.callbacks import (
     ResumedRate,
 )
 from mola.training.checked_run import CheckedRun
-from mola.training.checkpoints import checkpoints_in, rotate
+from mola.training.checkpoints import check_best_weights, checkpoints_in, rotate
 from mola.training.compiling import FrozenInput
 from mola.training.digests import CheckpointDigests
+from mola.training.grouping import SeededGroups
 from mola.training.interruption import Interruption
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.options import TrainOptions
@@ -94,6 +96,13 @@ class MolaTrainer(Trainer):
         ratio: float | None = self.args.loraplus_lr_ratio  # type: ignore[attr-defined]
         return split_groups(optimizer, model, ratio) if is_new and ratio is not None else optimizer
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededGroups(sampler, seed, lambda: int(self.state.epoch or 0))
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers', with each process's loss over its own tokens.
 
@@ -115,17 +124,23 @@ class MolaTrainer(Trainer):
             loss = torch.tensor(logs["train_loss"], dtype=torch.float32, device=self.args.device)
             logs["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
         super().log(logs, *args, **kwargs)
-        if "train_loss" in logs:  # the last thing before the trainer removes checkpoints
-            self._end_rotation()
+        if "train_loss" in logs:  # the last thing before the trainer would remove checkpoints
+            self._hidden_limit, self.args.save_total_limit = self._limit(), None
 
     # Transformers removes whatever is called `checkpoint-...` beyond `save_total_limit`: it does not see the limit.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; of checkpoints only the run's own are removed."""
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self._end_rotation()
+            return output
         finally:
             self.args.save_total_limit = self._limit()
+
+    def _load_best_model(self) -> None:
+        check_best_weights(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
 
     def _limit(self) -> int | None:
         return self._hidden_limit if self.args.save_total_limit is None else self.args.save_total_limit
@@ -150,12 +165,11 @@ class MolaTrainer(Trainer):
 
     def _end_rotation(self) -> None:
         """With a limit of one training ends with the best checkpoint alone."""
-        best, self._hidden_limit = self.state.best_model_checkpoint, self._limit()
-        if self.args.should_save and best is not None and self._hidden_limit == 1:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self._limit() == 1:
             for path in checkpoints_in(Path(str(self.args.output_dir))):
                 if path.resolve() != Path(best).resolve():
                     shutil.rmtree(path, ignore_errors=True)
-        self.args.save_total_limit = None
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Next is the trainer's state, which makes a checkpoint complete: not before all processes have written theirs.
