@@ -96,6 +96,18 @@ def test_dates_in_a_recipe_s_mapping_have_to_be_quoted(files, capsys):
     assert "quote it" in capsys.readouterr().err
 
 
+def test_a_system_text_that_is_in_the_prompt_is_no_loss(tmp_path):
+    """As the rows of a task have it that puts it there."""
+    rows = [{"system": "Be brief.", "instruction": f"Be brief.\nQ{i}", "output": "x"} for i in range(2)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    assert len(load_examples(path, None, None)) == 2
+    rows[1]["instruction"] = "Q1"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(MolaError, match="a column `system` .* 1 of 2 rows .* row 1"):
+        load_examples(path, None, None)
+
+
 @pytest.mark.parametrize("name", ["system", "history", "messages", "conversations"])
 def test_what_would_be_left_out_of_prompts_is_refused(name, tmp_path):
     """As other programs' rows have it; empty it says nothing."""

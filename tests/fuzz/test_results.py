@@ -12,6 +12,7 @@ from safetensors.torch import save
 from mola.allocation.probe import routing_records
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.partial import PartialResults
+from mola.reporting.doctor import DoctorOptions, doctor
 from mola.reporting.load_run import gather
 from mola.reporting.report import ReportOptions, report
 from mola.studies.comparison.record import FORMAT, read_results
@@ -145,6 +146,7 @@ def test_run_folder_to_report_on(run, victim):
     (run / name).write_bytes(content)
     try:
         survives(gather, str(run))
+        survives(doctor, DoctorOptions(str(run)))
         survives(report, ReportOptions(str(run), output=str(run.parent / "report.html"), overwrite=True))
     finally:
         (run / name).write_bytes(before)

@@ -13,6 +13,8 @@ from mola import TrainOptions
 from mola._compat import has_activation_checkpointing
 from mola.cli import COMMANDS, main
 from mola.options.fields import options_by_group
+from mola.research_code.evaluation import ResearchEvaluateOptions
+from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
 
 FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
 OF_THE_TRAINER = ("train", "continual", "compare")
@@ -79,6 +81,16 @@ def test_train_fits_two_screens_and_begins_with_what_a_newcomer_sets(help_of):
     assert "mola train --help all" in lines[-1]
     assert "docs/options.md" in lines[-1]
     assert help_of("train", "-h") == text
+
+
+SCRIPTS = (ResearchTrainOptions, ResearchInstructionOptions, ResearchEvaluateOptions)
+
+
+@pytest.mark.parametrize("options", [*map(options_class, COMMANDS), *SCRIPTS], ids=lambda cls: cls.__name__)
+def test_texts_have_percent_signs_as_argparse_wants_them(options):
+    """Python 3.14 refuses others when a parser is made."""
+    for each in fields(options):
+        assert "%" not in str(each.metadata.get("help", "")).replace("%%", ""), each.name
 
 
 @pytest.mark.parametrize("command", COMMANDS)

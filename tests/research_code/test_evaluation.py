@@ -53,6 +53,25 @@ def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def test_every_flag_reaches_the_evaluation(command, monkeypatch):
+    """The default of each is another value."""
+    asked = {"batch_size": 3, "max_new_tokens": 5, "limit": 2, "device": "cpu", "template": "meta", "overwrite": True}
+    asked |= {"dtype": "bfloat16", "trust_remote_code": True}
+    seen = []
+
+    def look(options):
+        seen.append(options)
+        Path(options.output).parent.mkdir(exist_ok=True)
+        Path(options.output).write_text('{"accuracy": 1, "correct": 0, "total": 0, "samples": []}')
+        return 0
+
+    monkeypatch.setattr("mola.research_code.evaluation.evaluate_main", look)
+    assert command(**asked) == 0
+    defaults = {each.name: each.default for each in dataclasses.fields(ResearchEvaluateOptions)}
+    for name, value in asked.items():
+        assert getattr(seen[0], name) == value != defaults[name], name
+
+
 def test_command_of_the_paper(tmp_path, tiny_model_dir, adapter, monkeypatch):
     write_json(tmp_path / "scienceqa" / "scienceq_test.json", 3)
     words = ["--test_dataset", "./scienceqa/scienceq_test.json", "--base_model", tiny_model_dir]

@@ -1,5 +1,7 @@
 """Messages name the flags of a script, and nothing else is renamed."""
 
+import logging
+
 import pytest
 
 from mola.checkpoints.formats import conversion_hint
@@ -31,6 +33,18 @@ def said(text, names=EVALUATION, phrases=None):
 )
 def test_flags_alone_are_renamed(text, expected):
     assert said(text) == expected
+
+
+def test_log_lines_are_renamed_too(caplog):
+    log = logging.getLogger("mola.somewhere")
+    other = logging.getLogger("elsewhere")
+    with flag_names({"template": "prompt_template_name"}):
+        log.warning("%s is used with %s. Pass `template` %s.", "The adapter", "alpaca", "meta")
+        other.warning("Pass `template` %s.", "meta")
+    log.warning("Pass `template` %s.", "meta")
+    renamed, kept, after = caplog.messages
+    assert renamed == "The adapter is used with alpaca. Pass `prompt_template_name` meta."
+    assert kept == after == "Pass `template` meta."
 
 
 def test_a_command_to_copy_is_one():

@@ -107,12 +107,18 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
 def _refuse_more_turns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
     """Refuse what belongs to a prompt in other programs and would be left out, where no task says what is read."""
     for name, cure in _OF_CHATS.items():
-        if name not in filters and (found := [index for index, row in rows if row.get(name)]):
+        found = [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]
+        if found and name not in filters:
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
                 f"`{path}` have something there, the first is row {found[0]}. {cure}; drop the column; or pass the "
                 "task that has prepared the rows."
             )
+
+
+def _is_in_prompt(row: Mapping[str, Any], value: Any) -> bool:
+    """Whether a text stands in the row's own prompt, where a task has put it."""
+    return isinstance(value, str) and any(value in str(row.get(part) or "") for part in ("instruction", "input"))
 
 
 def _check_kept(rows: _Rows, task: Task | None, path: str | Path) -> None:

@@ -41,7 +41,8 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, asked: str) -
     trained = None if adapter is None else trained_template(adapter)
     if trained not in (None, asked):
         logger.warning(
-            "The adapter was trained with the prompt template %s and is used with %s. Pass `template` %s for the same.",
+            "The adapter was trained with the prompt template %s and is used with %s. If that is not meant, pass "
+            "`template` %s.",
             *(trained, asked, trained),
         )
     elif trained is None and asked != CHAT and adapter is not None and own_chat(adapter) is not None:

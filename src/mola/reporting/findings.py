@@ -203,7 +203,7 @@ def _exported(run: Run) -> Finding | None:
 
 def last_mean(curve: Sequence[tuple[float, float]]) -> float:
     """Mean of the entries in the last tenth of the steps: the last one alone can be one lucky batch."""
-    return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0])
+    return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0] or step == curve[-1][0])
 
 
 _RULES: tuple[Callable[[Run, Mapping[str, LateUse]], Finding | None], ...] = (

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mola.errors import MolaError
 from mola.files.reading import json_lines
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 
@@ -64,5 +65,11 @@ def read_late_use(path: Path, last_step: int = 0) -> dict[str, LateUse]:
     modules: dict[str, LateUse] = {}
     for entry in json_lines(path):
         for record in entry["modules"] if entry["step"] > first else []:
-            modules.setdefault(record["module"], LateUse()).add(record)
+            use = modules.setdefault(record["module"], LateUse())
+            if use.shares and len(use.shares) != len(record["shares"]):
+                raise MolaError(
+                    f"{str(path)!r} must be the telemetry of one run: {record['module']!r} has {len(record['shares'])} "
+                    f"experts at step {entry['step']} and {len(use.shares)} before. Restore the file, or remove it."
+                )
+            use.add(record)
     return modules

@@ -20,7 +20,7 @@ _SPELLINGS = ("scienceq_", "scienceqa_")
 # Flags that `mola evaluate` has, too.
 _SAME_OPTIONS = (
     *("base_model", "limit", "batch_size", "max_new_tokens", "overwrite"),
-    *("dtype", "device", "trust_remote_code"),
+    *("dtype", "device", "trust_remote_code", "template"),
 )
 
 
@@ -51,6 +51,7 @@ class ResearchEvaluateOptions:
 
     # Not in the research code.
     max_new_tokens: int = option(128, "Tokens to generate per sample.")
+    template: str | None = option(None, "Prompt template that the adapter was trained with; default: alpaca.")
     limit: int | None = option(None, "Evaluate only the first so many samples.")
     overwrite: bool = option(False, "Replace an existing result file.")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")

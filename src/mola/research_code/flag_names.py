@@ -1,5 +1,6 @@
-"""Messages of mola's commands in the words of the research code's scripts."""
+"""Messages of mola's commands, errors and log lines, in the words of the research code's scripts."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,19 +15,34 @@ _NO_FLAGS = re.compile(
 
 @contextmanager
 def flag_names(names: Mapping[str, str], phrases: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Errors of the block name the flags of a script.
+    """Errors and log lines of the block name the flags of a script.
 
     Args:
         names: option of a command -> flag of the script.
         phrases: other texts that a script has to say differently: pattern -> what comes in its place.
     """
+
+    def translated(record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] == "mola":
+            record.msg, record.args = _in_words(record.getMessage(), names, phrases or {}), ()
+        return True
+
+    handlers = [*logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(translated)
     try:
         yield
     except MolaError as error:
-        text = str(error)
-        for pattern, other in (phrases or {}).items():
-            text = re.sub(pattern, other, text)
-        parts = _NO_FLAGS.split(text)  # every second one is such a text
-        for name, flag in names.items():
-            parts[::2] = [re.sub(rf"(?<=`){name}(?=`)|(?<=--){name}\b", flag, part) for part in parts[::2]]
-        raise MolaError("".join(parts)) from error
+        raise MolaError(_in_words(str(error), names, phrases or {})) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(translated)
+
+
+def _in_words(text: str, names: Mapping[str, str], phrases: Mapping[str, str]) -> str:
+    for pattern, other in phrases.items():
+        text = re.sub(pattern, other, text)
+    parts = _NO_FLAGS.split(text)  # every second one is such a text
+    for name, flag in names.items():
+        parts[::2] = [re.sub(rf"(?<=`){name}(?=`)|(?<=--){name}\b", flag, part) for part in parts[::2]]
+    return "".join(parts)

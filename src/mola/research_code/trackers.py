@@ -11,13 +11,19 @@ from mola.research_code.training_options import SharedOptions
 logger = logging.getLogger(__name__)
 
 
+_VALUES = {
+    "wandb_watch": ("false", "gradients", "parameters", "all"),
+    "wandb_log_model": ("false", "end", "checkpoint"),
+}
+
+
 def tracker_settings(options: SharedOptions) -> dict[str, Any]:
     """Options of `mola train`: Weights & Biases if a project is named, else none.
 
     Without the package it is a warning, since the run does not need it.
 
     Raises:
-        MolaError: another flag of the tracker without a project.
+        MolaError: another flag of the tracker without a project, or with a value that it does not have.
     """
     project = _tracker_project(options)
     others = {
@@ -30,6 +36,9 @@ def tracker_settings(options: SharedOptions) -> dict[str, Any]:
             name = next(iter(others))
             raise MolaError(f"`{name}` ({others[name]!r}) needs a `wandb_project`. Name one, or leave it out.")
         return {"report_to": "none"}
+    for name, known in _VALUES.items():
+        if getattr(options, name) not in ("", *known):  # which the trainer's reporter would take for false
+            raise MolaError(f"`{name}` must be one of {', '.join(known)}: got {getattr(options, name)!r}.")
     if not _has_wandb():
         logger.warning("`wandb_project` %s: the package wandb is not installed, nothing is reported there.", project)
         return {"report_to": "none"}

@@ -55,6 +55,7 @@ _PHRASES = {
     r" --gradient_accumulation_steps \d+": "",  # which follows from `batch_size`
     r"--(adapter|activation_checkpointing|per_device_eval_batch_size|save_total_limit)\b": r"`mola train --\1`",
     "Name the task, or prepare": "Prepare",
+    "or pass the task that has prepared the rows": "or train with `mola train --task`",
 }
 # Weights of the whole model under the names of the running program; no adapter configuration beside them.
 _WHOLE_MODEL = "pytorch_model.bin"

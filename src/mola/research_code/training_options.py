@@ -72,7 +72,7 @@ class SharedOptions:
     warmup_steps: float | None = option(
         None,
         f"Steps of warm-up, or below 1 a share of all. Default: {WARMUP_STEPS} as in the research code, but at most "
-        f"{WARMUP_SHARE:.0%} of the run.",
+        f"{WARMUP_SHARE:.0%}% of the run.",
     )
     truncation: str = option(
         "left", "What to do with samples longer than cutoff_len: error, drop, left (cut the prompt) or right."

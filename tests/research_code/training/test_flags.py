@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mola.research_code.training import train_settings
 from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
 from tests.grids import slow
-from tests.research_code.scripts import SEVEN, error_line, run_script
+from tests.research_code.scripts import SEVEN, error_line, run_script, write_dataset
 from tests.research_code.training.runs import INSTRUCTION, TRAIN, adapter_config, log_entries, record
 
 SHARED = {
@@ -60,6 +60,55 @@ DEFAULTS = {
 def test_flags_and_defaults(options):
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     assert DEFAULTS[options].items() <= defaults.items()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"base_model": "my-model"}, {"base_model": "my-model"}),
+        ({"output_dir": "out"}, {"output_dir": "out"}),
+        ({"learning_rate": 1e-5}, {"learning_rate": 1e-5}),
+        ({"num_epochs": 2.0}, {"num_train_epochs": 2.0}),
+        (
+            {"batch_size": 12, "micro_batch_size": 4},
+            {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4},
+        ),
+        ({"cutoff_len": 128}, {"cutoff_len": 128}),
+        ({"truncation": "right"}, {"truncation": "right"}),
+        ({"train_on_inputs": False}, {"train_on_inputs": False}),
+        ({"add_eos_token": False}, {"add_eos_token": False}),
+        ({"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}),
+        ({"prompt_template_name": "vigogne"}, {"template": "vigogne"}),
+        ({"val_set_size": 0}, {"eval_strategy": "no"}),
+        ({"val_set_size": 3, "save_steps": 7}, {"validation_size": 3, "eval_steps": 7, "save_steps": 7}),
+        ({"warmup_steps": 3}, {"warmup_steps": 3}),
+        ({"seed": 7}, {"seed": 7}),
+        ({"dtype": "float32"}, {"dtype": "float32"}),
+        ({"overwrite_output_dir": True}, {"overwrite_output_dir": True}),
+        ({"trust_remote_code": True}, {"trust_remote_code": True}),
+        ({"lora_r": "4", "lora_alpha": 8, "lora_dropout": 0.2}, {"lora_alpha": 8, "lora_dropout": 0.2}),
+        ({"number_experts": "2,4", "top_k": "1,2"}, {"num_experts": "2,4", "top_k": "1,2"}),
+        ({"obalance": True}, {"router_aux_loss_coef": 1e-3, "router_aux_loss_reduction": "layer"}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_each_flag_becomes(flags, expected, tmp_path):
+    data = str(write_dataset(tmp_path / "data.hf", {"train": 24}))
+    plain = train_settings(ResearchTrainOptions(data_path=data))
+    assert plain["data"] == data
+    changed = train_settings(ResearchTrainOptions(data_path=data, **flags))
+    assert expected.items() <= changed.items()
+    assert all(plain.get(name) != value for name, value in expected.items() if name != "router_aux_loss_reduction")
+
+
+def test_several_processes_share_the_batch(tmp_path, monkeypatch):
+    data = str(write_dataset(tmp_path / "data.hf", {"train": 320}))
+    options = ResearchTrainOptions(data_path=data, batch_size=16, micro_batch_size=4, val_set_size=0, num_epochs=10)
+    alone = train_settings(options)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = train_settings(options)
+    assert (alone["gradient_accumulation_steps"], shared["gradient_accumulation_steps"]) == (4, 2)
+    assert alone["warmup_steps"] == shared["warmup_steps"] == 20  # a tenth of 200 steps, which are as many
 
 
 def test_defaults_of_the_experts(command, tmp_path):
@@ -113,6 +162,8 @@ def test_lists_in_any_form(form, command, tmp_path):
         ({"prompt_template_name": "alpacca"}, ["`prompt_template_name`", "alpacca", "alpaca_short"]),
         ({"lora_target_modules": "[q_proj,k_porj]"}, ["`lora_target_modules`", "'k_porj'"]),
         ({"wandb_run_name": "first"}, ["`wandb_run_name`", "`wandb_project`"]),
+        ({"wandb_project": "p", "wandb_watch": "gradient"}, ["`wandb_watch`", "'gradient'", "gradients"]),
+        ({"wandb_project": "p", "wandb_log_model": "true"}, ["`wandb_log_model`", "'true'", "checkpoint"]),
         ({"resume_from_checkpoint": "./step2_biology"}, ["`resume_from_checkpoint`", "./step2_biology"]),
         ({"learnig_rate": 1}, ["--learnig_rate", "--learning_rate"]),
         ({"warmup_steps": 100}, ["`warmup_steps`", "100"]),

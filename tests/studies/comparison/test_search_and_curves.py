@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,6 +223,14 @@ def test_tests_on_the_way_change_nothing_and_make_a_curve(run, values, tmp_path)
     (tmp_path / "curves" / "physics" / "lora" / "seed-0" / CURVE_FILE).unlink()
     with pytest.raises(MolaError, match="without the tests on the way that `test_every` 1 asks for"):
         compare(CompareOptions(**options))
+
+
+def test_tests_on_the_way_ask_the_weights_that_an_optimiser_gives(run, monkeypatch):
+    """Schedule-free ones train others."""
+    asked = []
+    monkeypatch.setattr(torch.optim.AdamW, "eval", lambda self: asked.append(self), raising=False)
+    run(**ONE_TASK, recipes={"lora": RECIPES["lora"]}, seeds=[0], test_every=1, evaluate_base=False)
+    assert len(asked) >= 4  # at three tests, and at the end
 
 
 def test_a_training_that_goes_on_keeps_its_tests(run, tmp_path, monkeypatch):

@@ -57,6 +57,8 @@ class TestsOnTheWay(TrainerCallback):
         if state.global_step % self.every or state.global_step >= state.max_steps:
             return
         start, model = time.perf_counter(), kwargs["model"]
+        if callable(ask := getattr(kwargs.get("optimizer"), "eval", None)):  # one that trains others than it gives
+            ask()
         check_weights(args, state, model)  # of which a loss that is not logged yet would tell too late
         # A packed base that was prepared for training has norms in float32 beside stacked experts that are not.
         is_packed = getattr(base_of(model), "is_quantized", False)
