@@ -16,7 +16,7 @@ from ..tuner.models import random_config, tiny_llama, token_batch
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make bench-gpu measures on one)"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and `pytest -m gpu`: other runs hide it"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTED = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}

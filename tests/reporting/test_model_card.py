@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -429,7 +430,10 @@ def test_failed_upload_keeps_the_run(flags, local_hub, use_hub, tmp_path, capsys
     assert main(flags(tmp_path / "run", push_to_hub="true")) == 2
     line = error_of(capsys)
     assert "could not upload to 'me/run'" in line
-    assert "hf upload me/run" in line
+    command = shlex.split(line.partition("Upload it with `")[2].partition("`")[0])
+    assert command[:4] == ["hf", "upload", "me/run", str(tmp_path / "run")]
+    assert "--include=adapter_model.safetensors" in command
+    assert not any("checkpoint" in word for word in command[4:])
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 

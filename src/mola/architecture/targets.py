@@ -115,12 +115,12 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
             raise MolaError(
                 f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
-                f"{', '.join(_linear_names(modules))}; or use `exclude_modules`."
+                f"{', '.join(_linear_names(modules))}; or, from Python, use `exclude_modules`."
             )
         if is_read(model, name):
             raise MolaError(
                 f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
-                "it, so that experts there would do nothing. Leave it out, or use `exclude_modules`."
+                "it, so that experts there would do nothing. Leave it out; or, from Python, use `exclude_modules`."
             )
 
 

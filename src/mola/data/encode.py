@@ -74,7 +74,8 @@ def encode_examples(
     Special tokens before the text (BOS) are those of the tokenizer. After the text stands exactly one
     EOS with `add_eos_token`, also if the tokenizer adds none (after the token that ends a turn, where a chat template
     has one of its own), and nothing without it. A token that
-    straddles the border between prompt and output counts as output, so it is trained.
+    straddles the border between prompt and output counts as output, so it is trained; a chat template across whose
+    border one would reach is tokenised in two parts.
 
     Args:
         examples: as `load_examples` returns them.

@@ -1,6 +1,7 @@
 """Examples become token ids, with the border between prompt and output.
 
-The border is found by character offsets in one tokenisation, so tokens never shift across it.
+The border is found by character offsets in one tokenisation, so tokens never shift across it; or both parts are
+tokenised each for itself, with slow tokenizers and chat templates across whose border a token would reach.
 """
 
 from __future__ import annotations

@@ -209,6 +209,7 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
 
 def _training(record: Mapping[str, Any]) -> str:
     settings = {name: record["settings"].get(name) for name in _SETTINGS}
+    settings["template"] = record.get("template") or settings.get("template")  # the task's own needs no option
     values = {
         **record["adapter_settings"],
         **settings,

@@ -7,6 +7,7 @@ with its own model card. Here one commit holds the finished run: adapter, tokeni
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,10 +119,11 @@ def upload(folder: Path, names: Sequence[str], repository: str, options: Trainin
             revision=options.hub_revision,
         )
     except Exception as error:  # as above
+        where = [f"--revision={options.hub_revision}"] if options.hub_revision else []
+        command = ["hf", "upload", repository, str(folder), *where, *(f"--include={name}" for name in names)]
         raise MolaError(
             f"`push_to_hub` could not upload to {repository!r} at {constants.ENDPOINT}: {_reason(error)}. Nothing is "
-            f"lost: the finished run is in {str(folder)!r}. Upload it with `hf upload {repository} {folder} --exclude "
-            "'checkpoint-*'`."
+            f"lost: the finished run is in {str(folder)!r}. Upload it with `{shlex.join(command)}`."
         ) from error
     logger.info("Uploaded %d files to %s", len(names), commit.commit_url)
     return commit.commit_url

@@ -28,7 +28,8 @@ def load(name: str, folder: str = "cpu") -> Any:
         elif error.name != f"{_FOLDER}.{folder}":
             raise
     except ImportError as error:  # numba refuses versions of numpy that it does not know
-        _log_once(logging.WARNING, f"numba cannot be used, so mola is slower on this CPU: {error}")
+        what, where = ("Triton", "GPU") if folder == "gpu" else ("numba", "CPU")
+        _log_once(logging.WARNING, f"{what} cannot be used, so mola is slower on this {where}: {error}")
     return None
 
 

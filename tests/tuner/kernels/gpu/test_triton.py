@@ -50,7 +50,7 @@ def test_cases_on_a_gpu_see_it():
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and `pytest -m gpu`: other runs hide it")
 def test_on_a_gpu():
     run_cases(ALL_CASES)
 
