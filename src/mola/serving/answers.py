@@ -8,6 +8,8 @@ from typing import Any
 from mola.serving.tickets import Piece
 
 Spell = Callable[[int, bool], tuple[str, list[int] | None]]  # see `JobMaker.spell`
+Decode = Callable[[Sequence[int]], str]  # see `JobMaker.decode`
+_BROKEN = "\ufffd"  # of bytes that make no character
 
 
 class ChatForm:
@@ -71,9 +73,10 @@ class ChatForm:
 class CompletionForm:
     """Objects of `/v1/completions`; chunks look like whole answers."""
 
-    def __init__(self, model: str, spell: Spell) -> None:
-        self._spell = spell
+    def __init__(self, model: str, spell: Spell, decode: Decode) -> None:
+        self._spell, self._decode = spell, decode
         self._written: dict[int, int] = {}  # characters of each choice whose tokens were told
+        self._parts: dict[int, list[int]] = {}  # of each choice the tokens of a character that is not complete
         self._common = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -105,15 +108,31 @@ class CompletionForm:
         texts, tops, offsets = [], [], []
         for each in piece.told:
             is_first = piece.choice not in self._written
-            offsets.append(self._written.setdefault(piece.choice, 0))
-            texts.append(self._spell(each.token_id, is_first)[0])
-            self._written[piece.choice] += len(texts[-1])
+            text, data = self._spell(each.token_id, is_first)
+            texts.append(text)
+            offsets.append(self._offset(piece.choice, each.token_id, None if data is None else text))
             top: dict[str, float] = {}
             for token_id, value in each.logprobs.top:  # from the most probable, which keeps a text that two have
                 top.setdefault(self._spell(token_id, is_first)[0], value)
             tops.append(top)
         own = [each.logprobs.own for each in piece.told]
         return {"tokens": texts, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def _offset(self, choice: int, token_id: int, text: str | None) -> int:
+        """Where a token begins in the text; `text` is its own, None for a part of a character."""
+        parts, start = self._parts.setdefault(choice, []), self._written.get(choice, 0)
+        if text is not None:
+            start += len(self._decode(parts)) if parts else 0  # which were no character
+            parts.clear()
+            self._written[choice] = start + len(text)
+            return start
+        parts.append(token_id)
+        written = self._decode(parts)
+        is_complete = _BROKEN not in written
+        self._written[choice] = start + is_complete * len(written)
+        if is_complete:
+            parts.clear()
+        return start
 
 
 def count_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

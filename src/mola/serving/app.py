@@ -54,7 +54,7 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answer(request, body, CompletionForm(body.model, jobs.spell))
+        return await answer(request, body, CompletionForm(body.model, jobs.spell, jobs.decode))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

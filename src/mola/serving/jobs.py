@@ -87,10 +87,14 @@ class JobMaker:
         if is_first:
             text = str(self._tokenizer.decode([token_id]))
         else:
-            text = str(self._tokenizer.decode([*self._before, token_id])).removeprefix(self._text_before)
+            text = self.decode([token_id])
         if "\ufffd" in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
         return text, list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens that follow others."""
+        return str(self._tokenizer.decode([*self._before, *token_ids])).removeprefix(self._text_before)
 
     def adapter(self, name: str) -> str | None:
         """The model's name for the adapter of a request; a `RequestError` with 404 if there is none of this name."""

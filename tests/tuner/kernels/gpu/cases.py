@@ -181,11 +181,14 @@ def test_too_many_elements_for_a_seed_get_booleans():
 # ---------------------------------------------------------------------- first use
 
 
-def test_it_is_tried_once_and_then_used():
-    inputs = make()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_wide", [False, True], ids=["", "experts in float32"])
+def test_it_is_tried_once_and_then_used(dtype, is_wide):
+    params = torch.float32 if is_wide else dtype
+    inputs = make(dtype=dtype, params_dtype=params)
     assert TRITON.supports(inputs) is None
     (key,) = first_use._found
-    assert key == (inputs.x.device, torch.bfloat16, torch.bfloat16, 5, 3, 2)
+    assert key == (inputs.x.device, dtype, params, 5, 3, 2)
     assert select(inputs).name == "triton"
 
 
