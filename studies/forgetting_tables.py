@@ -35,7 +35,8 @@ def tables(record: Mapping[str, Any]) -> str:
     settings, runs = record["settings"], _runs(record)
     parts = [_search_table(record)] if settings["rates"] else []
     if any(runs.values()):
-        parts += [_state(record), _means_table(runs), _sequences_table(settings, runs), _comparison_table(record)]
+        parts += [_state(record), _means_table(runs), _places_table(runs), _sequences_table(settings, runs)]
+        parts.append(_comparison_table(record))
     return "\n\n".join(parts)
 
 
@@ -136,6 +137,19 @@ def _means_table(runs: Mapping[str, Runs]) -> str:
             rows.append(cells)
     note = "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over the sequences."
     return f"### Means\n\n{markdown_table(header, rows)}\n\n{note}"
+
+
+def _places_table(runs: Mapping[str, Runs]) -> str:
+    """How much is left of each kind, by its place in the order."""
+    last = {
+        recipe: np.mean([run["matrix"][-1] for run in found.values()], axis=0)
+        for recipe, found in runs.items()
+        if found
+    }
+    rows = [[recipe, *(f"{100 * value:.1f}" for value in values)] for recipe, values in last.items()]
+    places = ["first", "second", "third", "fourth", "last"]
+    note = "Accuracy after the last stage in per cent, mean over the sequences; the kinds are others in each."
+    return f"### What is left of the kind learnt first to last\n\n{markdown_table(('recipe', *places), rows)}\n\n{note}"
 
 
 def _sequences_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> str:

@@ -19,7 +19,7 @@ from mola.studies.continual_learning.metrics import overall_performance, perform
 from mola.training.callbacks import MetricsFile
 
 ROOT = Path(__file__).parents[2]
-RECORD, PAGE = ROOT / "studies" / "forgetting.json", ROOT / "docs" / "forgetting.md"
+STUDIES = [("forgetting.json", "forgetting.md"), ("forgetting_rate.json", "forgetting-rate.md")]
 RUN = {"learning_rate": 0.001, "trained": 1234, "seconds_training": 60.0, "seconds_testing": 6.0}
 RUN |= {"machine": {"cpu": "a processor", "gpu": None, "threads": 1}}
 QUESTIONS = 20  # of each kind
@@ -53,9 +53,11 @@ def rows(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
 
 
-def test_the_page_has_the_tables_of_the_record():
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": []}
-    found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+@pytest.mark.parametrize(("record", "page"), STUDIES)
+def test_the_page_has_the_tables_of_the_record(record, page):
+    path = ROOT / "studies" / record
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    found = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert found == f"\n{tables(record) if is_finished(record) else NO_RESULT}\n\n"
     for run in record["runs"]:
         assert run["matrix"] == [[marks.count("1") / len(marks) for marks in row] for row in run["marks"]]
