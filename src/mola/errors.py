@@ -10,4 +10,10 @@ class MolaError(ValueError):
 
 
 class NotFiniteError(MolaError):
-    """What a training or a model has computed, loss, weights or answers, is NaN or infinite."""
+    """What a training or a model has computed, loss, weights or answers, is NaN or infinite.
+
+    Attributes:
+        was_interrupted: whether a signal had asked the training to stop before.
+    """
+
+    was_interrupted = False

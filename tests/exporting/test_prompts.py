@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 from peft import LoraConfig
@@ -22,7 +23,11 @@ def chats(folder, end_token="<s>"):
 
 
 def test_a_lora_and_the_merged_model_chat_as_the_mixture_does(tiny_model_dir, mixture, tmp_path, run):
-    words = ["--base_model", tiny_model_dir, "--output"]
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    # Sampling values without sampling, as older models have them: Transformers saves them as they were only.
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
+    (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    words = ["--base_model", base, "--output"]
     run("convert", chats(mixture), "--to", "lora", "--rank", 4, *words, tmp_path / "lora")
     assert own_chat(tmp_path / "lora") == Chat(TEMPLATE, "<s>")
     assert trained_template(tmp_path / "lora") is None
@@ -31,8 +36,9 @@ def test_a_lora_and_the_merged_model_chat_as_the_mixture_does(tiny_model_dir, mi
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.eos_token == "<s>"
     before = AutoTokenizer.from_pretrained(tiny_model_dir)
-    ends = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
-    assert ends == [tokenizer.eos_token_id, before.eos_token_id]
+    merged = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert merged.eos_token_id == [tokenizer.eos_token_id, before.eos_token_id]
+    assert (merged.temperature, merged.top_p) == (0.9, 0.6)
 
 
 def test_a_reallocated_adapter_knows_the_template_of_its_training(tiny_model_dir, tmp_path, run):

@@ -41,6 +41,9 @@ def test_virtual_tokens_are_there_at_every_token(tiny_model, tiny_tokenizer):
     text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert text == likeliest(model, tiny_tokenizer, "Once", 8)
     assert text != generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
+    with model.disable_adapter():
+        generate_text(model, tiny_tokenizer, "Once", max_new_tokens=1)
+    assert text == generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)  # on again
 
 
 def test_virtual_tokens_take_positions_and_no_batches(tiny_model, tiny_tokenizer):
@@ -66,3 +69,5 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
     with model.disable_adapter():
         base = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+        generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)

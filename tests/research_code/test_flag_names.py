@@ -47,6 +47,13 @@ def test_log_lines_are_renamed_too(caplog):
     assert kept == after == "Pass `template` meta."
 
 
+def test_the_same_as_a_command_of_mola_is_shown_as_it_is(caplog):
+    command = training.as_command({"base_model": "m", "adapter": "./step2", "save_total_limit": 3, "template": "meta"})
+    with caplog.at_level(logging.INFO, "mola"), flag_names(training._FLAGS, training._PHRASES):
+        logging.getLogger("mola.somewhere").info("The same as: %s", command)
+    assert caplog.messages == [f"The same as: {command}"]
+
+
 def test_a_command_to_copy_is_one():
     settings = {"peft_type": "LORA", "r": [8, 8], "routing_strategy": "mola", "num_experts": [2, 2]}
     hint = conversion_hint(settings, "a b")

@@ -15,7 +15,9 @@ from safetensors import safe_open
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json
 from mola.files.folders import check_new_folder, new_folder
+from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
 from mola.models.adapters import check_fits
 from mola.models.devices import DTYPES
@@ -91,12 +93,20 @@ def merge(options: MergeOptions) -> Path:
     chat = own_chat(adapter)
     if chat is not None:
         use_chat(tokenizer, chat)
-        if (generation := getattr(merged, "generation_config", None)) is not None:
-            generation.eos_token_id = end_token_ids(merged, tokenizer)
     with new_folder("output", output) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if chat is not None:
+            _end_with(end_token_ids(merged, tokenizer), folder / "generation_config.json")
     return output
+
+
+def _end_with(ends: list[int], path: Path) -> None:
+    """Let answers end with these tokens; in the file, for Transformers saves no changed settings that it finds odd."""
+    settings = read_json_object(path)
+    own = settings.get("eos_token_id")
+    if settings and ends != (own if isinstance(own, list) else [own]):
+        atomic_write_json(path, settings | {"eos_token_id": ends})
 
 
 def _own_dtype(config: Any, base_model: str) -> str:

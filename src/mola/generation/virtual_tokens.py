@@ -24,7 +24,10 @@ def may_cache(model: Any) -> bool:
     Raises:
         MolaError: its virtual tokens are keys and values themselves.
     """
-    if not isinstance(model, PeftModel) or "forward" in vars(model):  # PEFT puts the base's there to switch tokens off
+    if not isinstance(model, PeftModel):
+        return True
+    # PEFT puts the base's there to switch tokens off, and afterwards the model's own.
+    if getattr(vars(model).get("forward"), "__self__", model) is not model:
         return True
     config = model.active_peft_config
     if not config.is_prompt_learning:

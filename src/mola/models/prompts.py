@@ -85,14 +85,15 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     """
     if trained_template(adapter) not in (None, CHAT):
         return None
-    settings = read_json_object(Path(adapter, "tokenizer_config.json"))
-    path, template = Path(adapter, CHAT_TEMPLATE), settings.get("chat_template")
+    folder = Path(adapter).expanduser()
+    settings = read_json_object(folder / "tokenizer_config.json")
+    path, template = folder / CHAT_TEMPLATE, settings.get("chat_template")
     if path.is_file():
         try:
             template = read_text(path)
         except (OSError, ValueError) as error:
             raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
-    return Chat(template, end_token_of(adapter)) if isinstance(template, str) else None
+    return Chat(template, end_token_of(folder)) if isinstance(template, str) else None
 
 
 def end_token_of(folder: str | os.PathLike[str]) -> str | None:
@@ -108,7 +109,7 @@ def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
         atomic_write_json(target / PROMPTS_FILE, {"template": template})
     if own_chat(source) is not None:
         for name in TOKENIZER_FILES:
-            if (path := Path(source, name)).is_file():
+            if (path := Path(source).expanduser() / name).is_file():
                 shutil.copyfile(path, target / name)
 
 

@@ -53,7 +53,7 @@ _FLAGS = {
 }
 _PHRASES = {
     r" --gradient_accumulation_steps \d+": "",  # which follows from `batch_size`
-    r"--(adapter|activation_checkpointing|per_device_eval_batch_size|save_total_limit)\b": r"`mola train --\1`",
+    r"--(adapter|activation_checkpointing|per_device_eval_batch_size|save_total_limit)\b(?!=)": r"`mola train --\1`",
     "Name the task, or prepare": "Prepare",
     "or pass the task that has prepared the rows": "or train with `mola train --task`",
 }

@@ -155,10 +155,11 @@ def _broken_weights(path: Path) -> str:
         with safe_open(path / _WEIGHTS_FILE, "pt"):
             pass
         check_digest(path)
-        is_changed = changed_file(path, _WEIGHTS_FILE) == _WEIGHTS_FILE
     except (OSError, SafetensorError, MolaError):
-        is_changed = True
-    return f"has a broken {_WEIGHTS_FILE}" if is_changed else ""
+        return f"has a broken {_WEIGHTS_FILE}"
+    names = [_WEIGHTS_FILE, *(file.name for file in sorted(path.glob("pytorch_model_fsdp*")))]  # which FSDP loads
+    broken = [name for name in names if changed_file(path, name) == name]
+    return f"has a broken {broken[0]}" if broken else ""
 
 
 def _is_whole(archive: Path) -> bool:

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
-from mola.errors import MolaError
+from mola.errors import MolaError, NotFiniteError
 from mola.files.failures import within_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
@@ -171,6 +171,8 @@ def _trained(
     except BaseException as error:
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
+        if isinstance(error, NotFiniteError):
+            error.was_interrupted = interruption.signal_number is not None
         failed |= {"max_steps": trainer.state.max_steps, "seconds": _seconds(trainer)}
         with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
             write_record(trainer, run.folder, failed)

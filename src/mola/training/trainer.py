@@ -100,6 +100,8 @@ class MolaTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
+        # Of a step: the size that was found to fit is no argument's, and as many processes share its samples.
+        sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededGroups(sampler, seed, lambda: int(self.state.epoch or 0))
 

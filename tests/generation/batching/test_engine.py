@@ -293,6 +293,10 @@ def test_an_adapter_that_was_off_is_as_frozen_as_before(adapted):
         pass
     with adapters.using([None, name], will_stay=False):
         assert not any(parameter.requires_grad for parameter in adapted.parameters())
+    with adapters.using([None], will_stay=True):
+        pass
+    adapters.leave()
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
 
 
 def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):

@@ -2,8 +2,12 @@
 
 import csv
 import io
+import os
+import shutil
+import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mola import MolaError
 from mola.studies.comparison.compare import compare
@@ -85,9 +89,42 @@ def test_answers_that_are_no_numbers_are_wrong(run, monkeypatch):
     assert (one.correct, one.diverged_at, one.steps) == (0, 1, 1)
 
 
+def test_a_signal_that_came_before_is_heard(run, monkeypatch):
+    """The training would have saved a checkpoint and stopped, and has none of finite weights to save."""
+    original = FiniteLoss.on_log
+
+    def spoil(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        logs = {**logs, "loss": float("nan")} if state.global_step == 2 else logs
+        return original(self, args, state, control, logs=logs, **kwargs)
+
+    monkeypatch.setattr(FiniteLoss, "on_log", spoil)
+    result = run(**ONE_TASK, recipes={"lora": RECIPES["lora"]})
+    assert (result.status, result.open) == ("interrupted", 1)
+    assert [each.diverged_at for each in result.results] == [2]
+
+
+def test_a_base_model_whose_answers_are_no_numbers_is_no_recipes_fault(run, values, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(values()["base_model"], base)
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"].fill_(float("nan"))
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MolaError, match="scores must be numbers to be compared"):
+        run(**ONE_TASK, base_model=str(base), seeds=[0])
+    assert read(tmp_path / "out" / "compare.json")["runs"] == []
+
+
 def test_a_probe_that_diverges_gives_no_allocation(values):
     probed = {"allocate": {"method": "redundancy", "budget": 12, "probe": "even"}, "r": "4"}
     recipes = {"even": {"num_experts": "3,", "r": "4", "learning_rate": TOO_HIGH}, "probed": probed}
     options = CompareOptions(**values(**ONE_TASK, recipes=recipes, seeds=[0], reference="even"))
     with pytest.raises(MolaError, match="physics/even/seed-0 is the probe of physics/probed/seed-0 and has diverged"):
+        compare(options)
+    # Nor one that is a result already.
+    compare(CompareOptions(**values(**ONE_TASK, recipes={"even": recipes["even"]}, seeds=[0], reference="even")))
+    options = CompareOptions(**values(**ONE_TASK, recipes=recipes, seeds=[0], reference="even"))
+    with pytest.raises(MolaError, match="recipe `probed`: its probe, physics/even/seed-0, has diverged"):
         compare(options)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mola import MolaError
 from mola.data.prepare import PrepareOptions, prepare
 from mola.evaluation.partial import PartialResults
-from mola.studies.comparison import compare as comparing
+from mola.studies.comparison import runs
 from mola.studies.comparison.notes import note_of
 from mola.studies.comparison.summary import ALL_TASKS, summarize
 from mola.training.callbacks import MetricsFile
@@ -152,13 +152,13 @@ def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny
 def test_what_another_process_adds_is_looked_at(run, monkeypatch, tmp_path):
     """Both began before there was a result."""
     other = run(**{**ALONE, "seeds": [1]}, learning_rate=0.01, output_dir=str(tmp_path / "other")).record
-    trained = comparing.train_or_go_on
+    trained = runs.train_or_go_on
 
     def and_another_adds(*arguments):
         shutil.copy(other, tmp_path / "out" / "compare.json")
         return trained(*arguments)
 
-    monkeypatch.setattr(comparing, "train_or_go_on", and_another_adds)
+    monkeypatch.setattr(runs, "train_or_go_on", and_another_adds)
     with pytest.raises(MolaError, match="physics/lora/seed-1 was made with another setting `learning_rate`"):
         run(**{**ALONE, "seeds": [0, 1]})
 
@@ -174,7 +174,7 @@ def test_without_adapters_no_checkpoint_stays(run, tmp_path):
 def test_a_search_on_the_questions_of_the_test_is_refused(run):
     asked = {**ALONE, "tasks": {"physics": {**TASKS["physics"], "test_split": "validation"}}}
     with pytest.raises(MolaError, match="`tuning_split` .'validation'. has the questions of the test"):
-        run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5])
+        run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5], learning_rate=None)
 
 
 def test_tests_on_the_way_to_other_weights_are_refused(run):

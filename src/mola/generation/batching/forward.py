@@ -92,8 +92,9 @@ class Adapters:
         self.model.delete_adapter(name)
 
     def leave(self) -> None:
-        """Switch adapters on, if they are off."""
+        """Switch adapters on, if they are off; frozen, for PEFT has them trained then, and a GPU packs such anew."""
         self._off.close()
+        self.model.requires_grad_(False)
 
     @contextmanager
     def using(self, names: Sequence[str | None], will_stay: bool) -> Iterator[dict[str, Any]]:
@@ -121,11 +122,11 @@ class Adapters:
     def _switch(self, name: str | None) -> None:
         if name == self._active:
             return
-        self._off.close()
+        self.leave()
         self._active = _UNKNOWN  # if what follows fails
         if name is None:
             self._off.enter_context(self.model.disable_adapter())
-        else:  # also the active one: PEFT has its weights trained after they were off, and a GPU packs such anew
+        elif self.model.active_adapter != name:
             set_adapter_to_infer(self.model, name)
         self._active = name
 

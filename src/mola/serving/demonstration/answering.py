@@ -96,10 +96,11 @@ class Answerer:
         try:
             with off:
                 generate_text(self.model, self.tokenizer, prompt, streamer=pieces, **decoding)
-            self.model.requires_grad_(False)  # PEFT has the adapter trained after it was off, and a GPU packs such anew
         except BaseException:
             pieces.end()  # or its reader would wait for ever
             raise
+        finally:  # PEFT has an adapter trained that was off, and a GPU packs trained weights at every use
+            self.model.requires_grad_(False)
 
     def experts(self, answer: Answer) -> Experts:
         """Gates of all routers for an answer that was given with the adapter."""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mola.options.fields import first_difference
 from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
+from mola.studies.comparison.record import Result
 from mola.training.setup import check_model_options
 
 _PATTERN = "num_experts_pattern"
@@ -39,16 +40,19 @@ class Allocations:
         self._made: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
 
-    def make_and_check(self, runs: Sequence[Run], done: Collection[Key]) -> None:
+    def make_and_check(self, runs: Sequence[Run], results: Mapping[Key, Result]) -> None:
         """Make those that can be made, and check what can be checked of the others; an error names the recipe.
 
-        `done` are finished runs, which can be probes.
+        `results` are those of finished runs, which can be probes.
         """
         for run in runs:
             if run.allocation is None:
                 continue
+            probe = None if run.probe is None else results.get(run.key._replace(recipe=run.probe))
             try:
-                if run.probe is None or run.key._replace(recipe=run.probe) in done:
+                if probe is not None and probe.diverged_at is not None:
+                    raise MolaError(f"its probe, {probe.key}, has diverged. Take another one.")
+                if run.probe is None or probe is not None:
                     self._check_numbers(run)
                 else:
                     _check_probed(run.allocation, run.options.target_modules)

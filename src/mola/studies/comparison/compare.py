@@ -18,19 +18,19 @@ from typing import Any
 from rich.markup import escape
 
 from mola.errors import MolaError, NotFiniteError
+from mola.evaluation.evaluate import evaluate
 from mola.files.atomic import atomic_write_json
 from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations
 from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.contrasts import Contrast, contrasts
-from mola.studies.comparison.curve import TestsOnTheWay
 from mola.studies.comparison.notes import effort_line, power_line, time_left
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outputs import Outcome, check_files, write_plots, write_tables
 from mola.studies.comparison.plots import bands
 from mola.studies.comparison.record import BASE, FORMAT, Record, Result, check_same, read_record
-from mola.studies.comparison.runs import base_result_of, diverged_result_of, is_finished, remove_weights, result_of
+from mola.studies.comparison.runs import base_result_of, diverged_result_of, remove_weights, train_and_test
 from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
@@ -41,7 +41,6 @@ from mola.studies.train_and_test import (
     recorded,
     signals_as_interrupt,
     stop_if_asked,
-    train_or_go_on,
 )
 from mola.training.hub import without_token
 
@@ -50,7 +49,6 @@ __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
-_TEST_FILE = "test.json"
 
 
 @dataclass
@@ -127,6 +125,7 @@ class _Comparison:
         self.allocations.known |= record.allocations
         self.found: list[Found] = []
         self.power: list[Power] = []
+        self.asked_base: set[str] = set()  # fingerprints of questions that the base model has answered with numbers
 
     def settle(self) -> None:
         """Take over what the search has chosen, as soon as it is complete; refuse results of other options."""
@@ -144,7 +143,7 @@ class _Comparison:
         """Train and test until the end or a signal."""
         with self.locks.lock("allocations"):
             left = [*self._open(self.searched), *self._open(self.runs)]
-            self.allocations.make_and_check(left, {result.key for result in self.results})
+            self.allocations.make_and_check(left, {result.key: result for result in self.results})
         status = recorded(self._everything, self._write)
         rows, pairs = self._write(status)
         result = CompareResult(
@@ -210,28 +209,32 @@ class _Comparison:
             for name, value in self.allocations.options(run).items():
                 setattr(run.options, name, value)
         begin_or_go_on(folder, run.identity)
+        goes_on = True
         try:
-            if not (is_finished(run) or self._trained(run, folder)):
+            found = train_and_test(run)
+            if found is None:
                 return False
-            test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
-            result = result_of(run, evaluate_once(test, run.fingerprints["test"]))
+            result = found
         except NotFiniteError as error:
+            self._check_base(run)
             if probed := self._probed_by(run, runs):
                 raise MolaError(f"{run.key} is the probe of {probed[0].key} and has diverged: {error}") from error
             logger.warning("All answers of %s count as wrong: %s", run.key, error)
-            result = diverged_result_of(run)
+            result, goes_on = diverged_result_of(run), not error.was_interrupted
         free_memory()  # as of a training that was broken off
         for other in self._probed_by(run, runs):  # first: who finds the result takes them from the record
             self.allocations.make(other, adapter=str(folder))
         self._add(result)
         if not self.options.keep_adapters:
             remove_weights(folder)
-        return True
+        return goes_on
 
-    def _trained(self, run: Run, folder: Path) -> bool:
-        (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
-        on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
-        return train_or_go_on(run.options, on_the_way)
+    def _check_base(self, run: Run) -> None:
+        """Where a base model's own answers are no numbers no recipe is to blame: its error ends the command."""
+        if (questions := run.fingerprints["test"]) not in self.asked_base:
+            free_memory()
+            evaluate(replace(run.test, adapter=None, output=None))
+            self.asked_base.add(questions)
 
     def _probed_by(self, probe: Run, runs: Sequence[Run]) -> list[Run]:
         """Runs whose allocation comes from the adapter of this one."""

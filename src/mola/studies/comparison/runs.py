@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,30 @@ from mola.errors import MolaError
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
 from mola.studies.comparison.checks import Run
-from mola.studies.comparison.curve import marks_of, read_curve
+from mola.studies.comparison.curve import TestsOnTheWay, marks_of, read_curve
 from mola.studies.comparison.record import BASE, Result
+from mola.studies.train_and_test import evaluate_once, train_or_go_on
 from mola.training.checkpoints import RUN_FILE, checkpoints_in
 
 _WEIGHTS = "adapter_model.safetensors"
+_TEST_FILE = "test.json"
 _LARGE = (_WEIGHTS, "tokenizer.json")
+
+
+def train_and_test(run: Run) -> Result | None:
+    """What is not done yet of a run; None if a signal stopped the training.
+
+    Raises:
+        NotFiniteError: the training diverged, or the answers are no numbers.
+    """
+    folder = Path(run.options.output_dir or "")
+    if not is_finished(run):
+        (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
+        on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
+        if not train_or_go_on(run.options, on_the_way):
+            return None
+    test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))
+    return result_of(run, evaluate_once(test, run.fingerprints["test"]))
 
 
 def is_finished(run: Run) -> bool:
@@ -68,7 +87,9 @@ def diverged_result_of(run: Run) -> Result:
     record = read_json_object(folder / RUN_FILE)
     before, seconds_of_curve = read_curve(folder)
     wrong = "0" * run.num_questions
-    steps = record.get("max_steps", record["steps"])  # which a training has that ended with numbers to the last
+    # A training that ended with numbers to the last has no `max_steps`; one that had nothing left to do has 0.
+    steps = max(record.get("max_steps", 0), record["steps"])
+    config = read_json_object(folder / "adapter_config.json")  # older records have no `num_experts`
     later = _test_steps(run, steps)[len(before) :]
     return Result(
         *run.key,
@@ -79,7 +100,7 @@ def diverged_result_of(run: Run) -> Result:
         marks=wrong,
         **_conditions(run),
         trainable_parameters=record["trainable_parameters"],
-        num_experts=_experts_by_layer(record["num_experts"], record),
+        num_experts=_experts_by_layer(record.get("num_experts", config.get("num_experts", 1)), record),
         eval_loss=None,
         seconds_training=round(record["seconds"] - seconds_of_curve, 1),
         seconds_testing=round(seconds_of_curve, 1),
