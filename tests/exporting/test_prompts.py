@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from mola import MolaConfig
 from mola.models.prompts import Chat, hand_on_prompts, own_chat, trained_template
 from tests.exporting.conftest import saved
+from tests.grids import slow
 
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
 
@@ -52,7 +53,7 @@ def test_a_reallocated_adapter_knows_the_template_of_its_training(tiny_model_dir
     assert own_chat(moved) is None  # the tokenizer's template beside it was not trained in
 
 
-@pytest.mark.parametrize("is_one_way", [True, False])
+@pytest.mark.parametrize("is_one_way", [True, *slow(False)])
 def test_a_mixture_of_loras_has_their_common_way(tiny_model_dir, tmp_path, run, is_one_way):
     folders = []
     for seed, name in enumerate("ab"):

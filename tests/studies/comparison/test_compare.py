@@ -380,6 +380,7 @@ def test_a_probe_that_is_gone_is_told_before_anything_is_trained(run, tmp_path):
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_results_of_other_seeds_are_kept_and_stand_in_no_table(run, tmp_path):
     """Nobody has compared their options with those of this comparison."""
     first = run(seeds=[0], **ONE)
@@ -407,7 +408,7 @@ def test_another_base_model_is_refused(run, tiny_model_dir, tmp_path):
         run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other), output_dir=str(tmp_path / "second"))
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [False, *slow(True)])
 def test_a_record_may_go_to_a_machine_whose_dtype_is_another(native, run, monkeypatch, tmp_path):
     """`auto` is bfloat16 on some processors and float32 on others; a dtype that is named is the same on all."""
     shared = {"tasks": ONE["tasks"], "seeds": [0], "recipes": {"lora": RECIPES["lora"]}}

@@ -95,6 +95,7 @@ def test_they_are_drawn():
     assert "recipes with each other" in more
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_takes_them_up(run, tmp_path):
     one = {"tasks": {"physics": TASKS["physics"]}, "evaluate_base": False, "max_steps": 1}
     first = run(**one)

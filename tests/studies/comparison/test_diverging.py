@@ -47,6 +47,7 @@ def test_a_search_passes_over_a_rate_at_which_training_diverges(run, tmp_path):
     assert len(run(**asked).results) == len(result.results)
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_stays_in_the_mean_of_its_recipe(run, monkeypatch, tmp_path):
     original = FiniteLoss.on_log
 
@@ -89,6 +90,7 @@ def test_answers_that_are_no_numbers_are_wrong(run, monkeypatch):
     assert (one.correct, one.diverged_at, one.steps) == (0, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_signal_that_came_before_is_heard(run, monkeypatch):
     """The training would have saved a checkpoint and stopped, and has none of finite weights to save."""
     original = FiniteLoss.on_log

@@ -107,6 +107,7 @@ def test_a_folder_that_nobody_knows_is_kept(run, tmp_path):
     assert (folder / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_rows_taken_out_of_the_training_data_follow_the_seed(run, stopped_in_the_test):
     asked = {**ALONE, "seeds": [1, 2], "validation_size": 2, "eval_strategy": "epoch", "load_best_model_at_end": False}
     stopped_in_the_test(**asked)
@@ -184,6 +185,7 @@ def test_tests_on_the_way_to_other_weights_are_refused(run):
     assert run(**{**ALONE, **asked}, load_best_model_at_end=False).status == "finished"
 
 
+@pytest.mark.slow
 def test_trained_values_are_those_of_the_task(run):
     found = run(recipes={"a": {**RECIPES["lora"]}, "b": {**RECIPES["lora"]}}, seeds=[0], evaluate_base=False).results
     sizes = {("physics", "a"): 100, ("physics", "b"): 100, ("biology", "a"): 100, ("biology", "b"): 200}

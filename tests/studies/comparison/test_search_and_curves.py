@@ -225,6 +225,7 @@ def test_tests_on_the_way_change_nothing_and_make_a_curve(run, values, tmp_path)
         compare(CompareOptions(**options))
 
 
+@pytest.mark.slow
 def test_tests_on_the_way_ask_the_weights_that_an_optimiser_gives(run, monkeypatch):
     """Schedule-free ones train others."""
     asked = []
