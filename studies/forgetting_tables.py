@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mola.evaluation.differences import Difference, Part, paired_difference, t_interval
-from mola.reporting.formatting import computers, duration, markdown_table
+from mola.reporting.formatting import computers, duration, markdown_table, points
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.notes import few_seeds
 from mola.studies.comparison.tables import interval_cell, p_cell
@@ -123,20 +123,30 @@ def _state(record: Mapping[str, Any]) -> str:
 
 def _means_table(runs: Mapping[str, Runs]) -> str:
     header = ("recipe", "trained values", "learning rate", "sequences", "own stage", "OP", "95 %", "PD", "95 %")
+    header += ("earlier kinds, own stage", "at the end")
     rows = []
     for recipe, found in runs.items():
         if found:
             every = list(found.values())
             own = np.array([np.mean([row[-1] for row in run["matrix"]]) for run in every])
             cells = [recipe, f"{every[0]['trained']:,}", f"{every[0]['learning_rate']:g}", len(every)]
-            cells.append(f"{100 * own.mean():.1f}")
+            cells.append(points(own.mean(), ""))
             for measure, sign in (("op", ""), ("pd", "+")):
                 values = np.array([run[measure] for run in every])
                 interval = t_interval(values, _LEAST[measure], 1.0) if len(values) > 1 else None
-                cells += [f"{100 * values.mean():{sign}.1f}", interval_cell(interval, sign)]
-            rows.append(cells)
-    note = "OP and the accuracy on each kind after its own stage in per cent, PD in points; means over the sequences."
+                cells += [points(values.mean(), sign), interval_cell(interval, sign)]
+            earlier = [[np.mean(ends[:-1]) for ends in _stages(run)] for run in every]
+            rows.append([*cells, *(points(value, "") for value in np.mean(earlier, axis=0))])
+    note = (
+        "OP and accuracies in per cent, PD in points, means over the sequences. Own stage: on each kind after its own "
+    )
+    note += "stage. The earlier kinds are all but the last: what they lose from there to the end is PD."
     return f"### Means\n\n{markdown_table(header, rows)}\n\n{note}"
+
+
+def _stages(run: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Accuracies by kind, in their order: each after its own stage, and all after the last."""
+    return [row[-1] for row in run["matrix"]], run["matrix"][-1]
 
 
 def _places_table(runs: Mapping[str, Runs]) -> str:
@@ -146,7 +156,7 @@ def _places_table(runs: Mapping[str, Runs]) -> str:
         for recipe, found in runs.items()
         if found
     }
-    rows = [[recipe, *(f"{100 * value:.1f}" for value in values)] for recipe, values in last.items()]
+    rows = [[recipe, *(points(value, "") for value in values)] for recipe, values in last.items()]
     places = ["first", "second", "third", "fourth", "last"]
     note = "Accuracy after the last stage in per cent, mean over the sequences; the kinds are others in each."
     return f"### What is left of the kind learnt first to last\n\n{markdown_table(('recipe', *places), rows)}\n\n{note}"
@@ -157,7 +167,7 @@ def _sequences_table(settings: Mapping[str, Any], runs: Mapping[str, Runs]) -> s
     for seed in settings["seeds"]:
         found = [by_seed.get(seed) for by_seed in runs.values()]
         if order := next((", ".join(run["order"]) for run in found if run), None):
-            cells = (f"{100 * run['op']:.1f}, {100 * run['pd']:+.1f}" if run else "" for run in found)
+            cells = (f"{points(run['op'], '')}, {points(run['pd'])}" if run else "" for run in found)
             rows.append([seed, order, *cells])
     return f"### Every sequence\n\n{markdown_table(['seed', 'order', *runs], rows)}\n\nOP in per cent, PD in points."
 
@@ -166,7 +176,7 @@ def _comparison_table(record: Mapping[str, Any]) -> str:
     header = ("measure", "recipe", "less", "pairs", "points", "95 %", "joint 95 %", "p", "verdict")
     rows, every = [], comparisons(record)
     for measure, recipe, other, found in every:
-        cells = [MEASURES[measure], recipe, other, found.seeds, f"{100 * found.value:+.1f}"]
+        cells = [MEASURES[measure], recipe, other, found.seeds, points(found.value)]
         cells += [interval_cell(found.both_95), interval_cell(found.joint_95), p_cell(found.p_adjusted)]
         cells.append(found.verdict if found.seeds > 1 else "too few pairs")
         rows.append(cells)
@@ -190,7 +200,7 @@ def _search_table(record: Mapping[str, Any]) -> str:
                 [run["op"] for run in searched if (run["recipe"], run["learning_rate"]) == (recipe, rate)]
                 for rate in settings["rates"]
             ]
-            cells = [recipe, *(f"{100 * np.mean(ops):.1f}" if ops else "" for ops in found)]
+            cells = [recipe, *(points(np.mean(ops), "") if ops else "" for ops in found)]
             rows.append([*cells, _choice(chosen_rate(record, recipe), settings["rates"])])
     header = ("recipe", *(f"rate {rate:g}" for rate in settings["rates"]), "chosen")
     seeds, order = ", ".join(map(str, settings["tuning_seeds"])), ", ".join(searched[0]["order"])

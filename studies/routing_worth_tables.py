@@ -12,9 +12,11 @@ import numpy as np
 
 from mola.evaluation.differences import paired_difference
 from mola.reporting.formatting import computers, duration, markdown_table
+from mola.reporting.formatting import points as in_points
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.notes import few_seeds
 from mola.studies.comparison.options import Key
+from mola.studies.comparison.tables import interval_cell
 
 _COLUMNS = ("task", "recipe", "seeds", "mixture", "LoRA", "LoRA less mixture", "its 95 %", "verdict")
 _COLUMNS += ("least", "most", "KL")
@@ -48,9 +50,8 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], li
         points = 100 * (lora - mixture).mean(1)
         all_points += list(points)
         ends = difference.both_95 or difference.questions_95
-        interval = "{:+.1f} to {:+.1f}".format(*(100 * end for end in ends))
-        row = [task, recipe, str(len(runs)), *(f"{100 * marks.mean():.1f}" for marks in (mixture, lora))]
-        row += [f"{100 * difference.value:+.1f}", interval, difference.verdict]
+        row = [task, recipe, str(len(runs)), *(in_points(marks.mean(), "") for marks in (mixture, lora))]
+        row += [in_points(difference.value), interval_cell(ends), difference.verdict]
         row += [f"{points.min():+.1f}", f"{points.max():+.1f}"]
         rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
     signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]

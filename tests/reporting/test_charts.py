@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mola.reporting.charts import Axis, Column, shade, thinned, value_axis
 from mola.reporting.document import environment
-from mola.reporting.formatting import duration, number, percent
+from mola.reporting.formatting import duration, number, percent, points
 from mola.reporting.routing_log import layer_parts
 from tests.reporting.pages import Page
 
@@ -87,3 +87,20 @@ def test_words():
         "3 min 14 s",
         "2 h 1 min",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.35, "+35.0"),
+        (-0.0185, "-1.9"),
+        (0.9815, "+98.2"),
+        (0.0025, "+0.3"),
+        (-0.0025, "-0.3"),
+        (-0.0001, "+0.0"),
+        (0, "+0.0"),
+    ],
+)
+def test_points_round_halves_away_from_zero(value, shown):
+    assert points(value) == shown
+    assert points(value, "") == shown.removeprefix("+")

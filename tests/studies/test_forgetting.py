@@ -15,6 +15,7 @@ from studies.forgetting_tables import NO_RESULT, by_question, chosen_rate, compa
 
 from mola.evaluation.differences import paired_differences
 from mola.files.marked_pages import BEGIN, END
+from mola.reporting.formatting import points
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.training.callbacks import MetricsFile
 
@@ -85,7 +86,7 @@ def test_differences_are_paired_adjusted_and_put_into_words():
     assert level.verdict == f"no difference above {100 * max(map(abs, level.joint_95)):.1f} points"
     lines = rows(tables(record))
     first = next(line for line in lines if line[:3] == ["OP", "2468", "lora"])
-    assert (first[3:5], first[-1]) == (["4", f"{100 * ahead.value:+.1f}"], "better")
+    assert (first[3:5], first[-1]) == (["4", points(ahead.value)], "better")
     every = [line for line in lines if line[0] in ("0", "1", "2", "3")]
     assert [line[1] for line in every] == [", ".join(order_of(seed)) for seed in range(4)]
     assert [line[2].partition(",")[0] for line in every] == [f"{100 * op:.1f}" for op in ops["lora"]]
@@ -123,8 +124,8 @@ def test_a_question_has_one_place_in_all_orders():
 def test_sequences_without_partner_are_left_out_and_one_pair_gives_no_verdict():
     record = made_up({"lora": [0.5, 0.9, 0.1], "5555": [0.6]})
     text, first = tables(record), [run["op"] for run in record["runs"] if run["seed"] == 0]
-    points = f"{100 * (first[1] - first[0]):+.1f}"
-    assert ["OP", "5555", "lora", "1", points, "", "", "", "too few pairs"] in rows(text)
+    shown = points(first[1] - first[0])
+    assert ["OP", "5555", "lora", "1", shown, "", "", "", "too few pairs"] in rows(text)
     assert "4 of 8 sequences are finished: the tables will change." in text
 
 

@@ -172,16 +172,18 @@ def _error_over_questions(values: np.ndarray) -> Spread:
 def _interval(value: float, spread: Spread, parts: Sequence[Part], level: float) -> tuple[float, float]:
     """Student's interval, with what questions leave room for that are of another matter than those asked."""
     reach = sum(part.reach for part in parts)
-    spread = _with_unseen(spread, parts)
-    half = float(stats.t.ppf((1 + level) / 2, spread.df)) * spread.error
+    half = max(
+        float(stats.t.ppf((1 + level) / 2, each.df)) * each.error for each in (spread, _with_unseen(spread, parts))
+    )
     half = max(half, unseen_share(level, parts))
     return max(value - half, -reach), min(value + half, reach)
 
 
 def _two_sided(value: float, spread: Spread, parts: Sequence[Part]) -> float:
     """The level, from 1 down, at which `_interval` ends at 0."""
-    spread = _with_unseen(spread, parts)
-    return max(2 * float(stats.t.sf(abs(value) / spread.error, spread.df)), _level_of_unseen(abs(value), parts))
+    spreads = [each for each in (spread, _with_unseen(spread, parts)) if each.error > 0]
+    by_error = [2 * float(stats.t.sf(abs(value) / each.error, each.df)) for each in spreads]
+    return max(*by_error, _level_of_unseen(abs(value), parts))
 
 
 def _with_unseen(spread: Spread, parts: Sequence[Part]) -> Spread:
@@ -190,7 +192,8 @@ def _with_unseen(spread: Spread, parts: Sequence[Part]) -> Spread:
     What nearly all questions agree on has nearly no error, which is too little: few questions of another matter may
     have been missed. With `n` questions in a part:
         error ** 2 + sum(2 (reach / n) ** 2)
-    The second is a constant, so the degrees of freedom (Satterthwaite) grow with its share.
+    The second is a constant, so the degrees of freedom (Satterthwaite) grow with its share. With few seeds that alone
+    would make an interval narrower: whoever uses it takes the wider of both.
 
     Source: after Agresti and Coull 1998, The American Statistician 52:119, who add such cases to a share.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ _SPACE = "\u00a0"  # a number and its unit stay in one line
 def percent(value: float | None, digits: int = 1) -> str:
     """0.35 -> 35.0 %."""
     return NO_VALUE if _is_missing(value) else f"{100 * value:.{digits}f}{_SPACE}%"  # type: ignore[operator]
+
+
+def points(value: float, sign: str = "+") -> str:
+    """A share in points: 0.35 -> +35.0. A half goes away from zero, whatever floating point makes of it."""
+    rounded = Decimal(str(round(100 * float(value), 6))).quantize(Decimal("0.1"), ROUND_HALF_UP)
+    return f"{rounded + 0:{sign}}"  # no -0.0
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -601,6 +601,18 @@ def test_intervals_hold_the_true_difference_where_nearly_all_answers_are_right(h
     assert hits >= 0.94 * rounds
 
 
+@pytest.mark.parametrize("comparisons", [1, 12])
+def test_two_more_questions_make_no_interval_narrower(comparisons):
+    """With few seeds they would: they raise the degrees of freedom by more than the error."""
+    one, other = np.ones((4, 200)), np.ones((4, 200))
+    other[1, :8] = 0  # of four seeds one is 4 points behind
+    found = paired_differences({"other": other}, one, comparisons)["other"]
+    error, df = two_way_error(other - one)
+    for interval, level in ((found.both_95, 0.05), (found.joint_95, 0.05 / comparisons)):
+        assert interval[1] - found.value >= stats.t.ppf(1 - level / 2, df) * error * (1 - 1e-9)
+    assert found.p_adjusted >= min(1.0, comparisons * 2 * stats.t.sf(abs(found.value) / error, df)) - 1e-12
+
+
 def test_the_mean_of_tasks_is_no_surer_than_its_tasks():
     """Of 20 and of 1,000 questions none differs: the mean may be off by the mean of what both leave room for."""
     parts = [Part(20, 0.5), Part(1000, 0.5)]

@@ -10,12 +10,12 @@ from mola.studies.comparison.tuning import Found, Power
 
 NOTE = (
     "Accuracy in per cent, differences to {reference} in points, on the same questions with the same seeds; their 95 % "
-    "intervals are for other seeds and other questions. p and verdict allow for the number of recipes: all verdicts of "
-    "a table together are right in 95 % of such studies, as long as other seeds differ no more than these: what goes "
-    "wrong with none of them is in no interval."
+    "intervals are for other seeds and other questions. Joint intervals, p and verdict allow for the number of "
+    "recipes: all verdicts of a table together are right in 95 % of such studies, as long as other seeds differ no "
+    "more than these: what goes wrong with none of them is in no interval."
 )
 _FEW_SEEDS = 5
-CONTRAST_NOTE = "p and verdict allow for the number of pairs in a table."
+CONTRAST_NOTE = "Joint intervals, p and verdict allow for the number of pairs in a table."
 
 
 def note_of(rows: Sequence[Row], reference: str, mark: str = "") -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.evaluation.differences import Difference
-from mola.reporting.formatting import markdown_table
+from mola.reporting.formatting import markdown_table, points
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
 from mola.studies.comparison.options import MARK
@@ -25,6 +25,7 @@ COLUMNS = (
     "its 95 % over seeds",
     "difference",
     "its 95 %",
+    "joint 95 %",
     "p",
     "verdict",
 )
@@ -50,7 +51,7 @@ _CSV_COLUMNS = (
     "difference_seeds",
     "diverged_seeds",
 )
-CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "p", "verdict")
+CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "joint 95 %", "p", "verdict")
 
 
 def title_of(row: Row | Contrast) -> str:
@@ -90,11 +91,11 @@ def cells(row: Row, reference: str) -> list[str]:
     seeds = str(row.mean.seeds) if row.budget_group is not None else "-"
     if row.difference is not None and row.difference.seeds != row.mean.seeds:  # while runs are left
         seeds += f", {row.difference.seeds} paired"
-    start = [row.recipe, parameters, seeds, f"{100 * row.mean.value:.1f}", interval_cell(row.mean.interval_95, "")]
+    start = [row.recipe, parameters, seeds, points(row.mean.value, ""), interval_cell(row.mean.interval_95, "")]
     other = row.difference
     if other is None:
-        return [*start, *[""] * 3, "reference" if row.recipe == reference else ""]
-    return [*start, f"{100 * other.value:+.1f}", interval_cell(other.both_95), p_cell(other.p_adjusted), other.verdict]
+        return [*start, *[""] * 4, "reference" if row.recipe == reference else ""]
+    return [*start, *_difference_cells(other)]
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -125,8 +126,12 @@ def contrast_tables(found: Sequence[Contrast]) -> list[tuple[str, list[list[str]
 def contrast_cells(contrast: Contrast) -> list[str]:
     """A contrast as text, in the order of `CONTRAST_COLUMNS`."""
     found = contrast.difference
-    start = [contrast.recipe, contrast.other, str(found.seeds), f"{100 * found.value:+.1f}"]
-    return [*start, interval_cell(found.both_95), p_cell(found.p_adjusted), found.verdict]
+    return [contrast.recipe, contrast.other, str(found.seeds), *_difference_cells(found)]
+
+
+def _difference_cells(found: Difference) -> list[str]:
+    intervals = interval_cell(found.both_95), interval_cell(found.joint_95)
+    return [points(found.value), *intervals, p_cell(found.p_adjusted), found.verdict]
 
 
 def search_tables(found: Sequence[Found]) -> list[Table]:
@@ -153,7 +158,7 @@ def search_lines(found: Sequence[Found]) -> list[list[str]]:
         *(
             [
                 each.recipe,
-                *(f"{100 * each.accuracies[mark]:.1f}" for mark in marks),
+                *(points(each.accuracies[mark], "") for mark in marks),
                 each.chosen.lstrip(MARK) + (f" (at the edge: {', '.join(each.edges)})" if each.edges else ""),
             ]
             for each in found
@@ -213,7 +218,7 @@ def _numbers(found: Difference) -> list[float | str]:
 
 def interval_cell(interval: tuple[float, float] | None, sign: str = "+") -> str:
     """Ends of an interval in points or per cent; empty where there is none."""
-    return "" if interval is None else f"{100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f}"
+    return "" if interval is None else " to ".join(points(end, sign) for end in interval)
 
 
 def p_cell(value: float | None) -> str:
