@@ -52,7 +52,7 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], li
         ends = difference.both_95 or difference.questions_95
         row = [task, recipe, str(len(runs)), *(in_points(marks.mean(), "") for marks in (mixture, lora))]
         row += [in_points(difference.value), interval_cell(ends), difference.verdict]
-        row += [f"{points.min():+.1f}", f"{points.max():+.1f}"]
+        row += [in_points(points.min() / 100), in_points(points.max() / 100)]
         rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
     signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
     quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]

@@ -103,8 +103,7 @@ def test_a_signal_that_came_before_is_heard(run, monkeypatch):
 
     monkeypatch.setattr(FiniteLoss, "on_log", spoil)
     result = run(**ONE_TASK, recipes={"lora": RECIPES["lora"]})
-    assert (result.status, result.open) == ("interrupted", 1)
-    assert [each.diverged_at for each in result.results] == [2]
+    assert (result.status, result.open, result.results) == ("interrupted", 2, [])
 
 
 def test_a_base_model_whose_answers_are_no_numbers_is_no_recipes_fault(run, values, tmp_path):

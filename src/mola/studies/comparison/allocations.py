@@ -24,6 +24,12 @@ _PLACES = ("adapter", "output", "overwrite")
 _OF_A_MACHINE = (*_PLACES, "base_model", "data")  # the record may go to another one
 
 
+def probed_by(probe: Run, runs: Sequence[Run]) -> list[Run]:
+    """Runs whose allocation comes from the adapter of this one."""
+    place = probe.key.task, probe.key.recipe, probe.key.seed
+    return [run for run in runs if (run.key.task, run.probe, run.key.seed) == place]
+
+
 class Allocations:
     """Makes allocations, or takes those that were made before.
 

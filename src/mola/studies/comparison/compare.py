@@ -21,7 +21,7 @@ from mola.errors import MolaError, NotFiniteError
 from mola.evaluation.evaluate import evaluate
 from mola.files.atomic import atomic_write_json
 from mola.files.terminal import table_console
-from mola.studies.comparison.allocations import Allocations
+from mola.studies.comparison.allocations import Allocations, probed_by
 from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.contrasts import Contrast, contrasts
@@ -76,7 +76,7 @@ def compare(options: CompareOptions) -> CompareResult:
 
     Raises:
         MolaError: options or data of any run are wrong (before the first is trained), the record holds results of
-            other settings, or a probe has diverged.
+            other settings, a probe has diverged, or what the base model itself answers is no number.
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     record = read_record(path)
@@ -209,37 +209,38 @@ class _Comparison:
             for name, value in self.allocations.options(run).items():
                 setattr(run.options, name, value)
         begin_or_go_on(folder, run.identity)
-        goes_on = True
+        diverged: NotFiniteError | None = None
         try:
-            found = train_and_test(run)
-            if found is None:
-                return False
-            result = found
+            result = train_and_test(run)
         except NotFiniteError as error:
-            self._check_base(run)
-            if probed := self._probed_by(run, runs):
-                raise MolaError(f"{run.key} is the probe of {probed[0].key} and has diverged: {error}") from error
-            logger.warning("All answers of %s count as wrong: %s", run.key, error)
-            result, goes_on = diverged_result_of(run), not error.was_interrupted
-        free_memory()  # as of a training that was broken off
-        for other in self._probed_by(run, runs):  # first: who finds the result takes them from the record
+            diverged = error.with_traceback(None)  # which would hold what the training had in memory
+        if diverged is not None:
+            result = self._diverged(run, diverged, runs)
+        if result is None:
+            return False
+        for other in probed_by(run, self._open(runs)):  # first: who finds the result takes them from the record
             self.allocations.make(other, adapter=str(folder))
         self._add(result)
         if not self.options.keep_adapters:
             remove_weights(folder)
-        return goes_on
+        return True
 
-    def _check_base(self, run: Run) -> None:
-        """Where a base model's own answers are no numbers no recipe is to blame: its error ends the command."""
+    def _diverged(self, run: Run, error: NotFiniteError, runs: Sequence[Run]) -> Result | None:
+        """The result of such a run; None if a signal had asked to stop.
+
+        Raises:
+            MolaError: the run is a probe, or the base model's own answers are no numbers: no recipe is to blame.
+        """
+        free_memory()
+        if error.was_interrupted:
+            return None
         if (questions := run.fingerprints["test"]) not in self.asked_base:
-            free_memory()
             evaluate(replace(run.test, adapter=None, output=None))
             self.asked_base.add(questions)
-
-    def _probed_by(self, probe: Run, runs: Sequence[Run]) -> list[Run]:
-        """Runs whose allocation comes from the adapter of this one."""
-        place = probe.key.task, probe.key.recipe, probe.key.seed
-        return [run for run in self._open(runs) if (run.key.task, run.probe, run.key.seed) == place]
+        if probed := probed_by(run, self._open(runs)):
+            raise MolaError(f"{run.key} is the probe of {probed[0].key} and has diverged: {error}") from error
+        logger.warning("All answers of %s count as wrong: %s", run.key, error)
+        return diverged_result_of(run)
 
     def _test_base(self) -> None:
         first: dict[str, Run] = {}

@@ -12,7 +12,7 @@ from mola.files.atomic import atomic_write_bytes, atomic_write_text, check_writa
 from mola.files.marked_pages import check_page, has_markers, write_part
 from mola.reporting.charts import Axis, Line
 from mola.reporting.document import Section, Table, render
-from mola.reporting.formatting import percent, points
+from mola.reporting.formatting import points
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
 from mola.studies.comparison.options import CompareOptions
@@ -150,7 +150,8 @@ def _task(rows: Sequence[Row], reference: str, curves: Mapping[str, Curves]) -> 
     for row in rows:
         low, high = row.mean.interval_95 or (row.mean.value, row.mean.value)
         look = "b" if row.recipe == reference else "a"
-        strips.append((row.recipe, percent(row.mean.value), [(look, row.mean.value, (max(low, 0.0), min(high, 1.0)))]))
+        shown = f"{points(row.mean.value, '')}\u00a0%"
+        strips.append((row.recipe, shown, [(look, row.mean.value, (max(low, 0.0), min(high, 1.0)))]))
         if row.difference is not None and row.difference.joint_95 is not None and reach:
             value, low, high = (0.5 + each / (2 * reach) for each in (row.difference.value, *row.difference.joint_95))
             shown = f"{points(row.difference.value)} points"

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -65,19 +66,25 @@ def terminal_tables(rows: Sequence[Row], reference: str, contrasts: Sequence[Con
     for title, members in groupby(rows, key=title_of):
         table = Table(title=escape(title), caption=escape(note))
         ordered = by_budget(list(members))
-        for column in columns_of(ordered):
-            table.add_column(column, justify="left" if column in ("recipe", "verdict") else "right", overflow="fold")
+        _add_columns(table, columns_of(ordered))
         for _, group in groupby(ordered, key=lambda row: row.budget_group):
             for row in group:
                 table.add_row(*map(escape, cells(row, reference) + steps_cell(row)))
             table.add_section()
         tables.append(table)
     for title, lines in contrast_tables(contrasts):
-        table = Table(*CONTRAST_COLUMNS, title=escape(title), caption=CONTRAST_NOTE)
+        table = Table(title=escape(title), caption=CONTRAST_NOTE)
+        _add_columns(table, CONTRAST_COLUMNS)
         for line in lines:
             table.add_row(*map(escape, line))
         tables.append(table)
     return tables
+
+
+def _add_columns(table: Table, names: Sequence[str]) -> None:
+    for name in names:
+        side: Any = "left" if name in ("recipe", "less", "verdict") else "right"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("accuracy", "difference", "p"))
 
 
 def by_budget(rows: Sequence[Row]) -> list[Row]:
