@@ -15,6 +15,7 @@ from mola.data.encode import encode_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.data.tokenized import IGNORED
+from mola.models.prompts import template_for, trained_template
 from mola.research_code.training import train_settings
 from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.setup import adapter_config
@@ -75,14 +76,20 @@ def test_each_list_may_be_given_alone(flag, value, field, expected, tmp_path):
     assert differing == {field}
 
 
-def test_prompt_of_the_notebook_is_the_one_that_training_encodes(tiny_tokenizer):
+@pytest.mark.parametrize("trained", [None, "alpaca_short"])
+def test_prompt_of_the_notebook_is_the_one_that_training_encodes(tiny_tokenizer, tmp_path, trained):
+    """The task's template, or that of the adapter's training."""
     cells = json.loads((ROOT / "notebooks" / "mola_inference.ipynb").read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     (source,) = [source for source in sources if source.startswith("row = ")]
-    names = {"load_task": load_task, "get_template": get_template, "task_name": "scienceqa"}
+    names = {"load_task": load_task, "template_for": template_for, "trained_template": trained_template}
+    names |= {"task_name": "scienceqa", "tokenizer": tiny_tokenizer, "mola_weights": None}
+    if trained is not None:
+        names["mola_weights"] = str(tmp_path)
+        (tmp_path / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
     exec(source, names)
-    task = names["task"]
-    encoded, _ = encode_examples([names["example"]], tiny_tokenizer, get_template(task.template), cutoff_len=1024)
+    template = get_template(trained or names["task"].template)
+    encoded, _ = encode_examples([names["example"]], tiny_tokenizer, template, cutoff_len=1024)
     (sample,) = encoded
     masked = [token for token, label in zip(sample["input_ids"], sample["labels"], strict=True) if label == IGNORED]
     assert tiny_tokenizer.decode(masked, skip_special_tokens=True) == names["prompt"]
