@@ -355,7 +355,7 @@ def check_compiled(family, backend):
 
 @pytest.mark.compatibility(column="compile")
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("family", parameters(FAMILIES, slow=set(FAMILIES) - {"falcon"}))
+@pytest.mark.parametrize("family", parameters(FAMILIES, slow=set(FAMILIES)))
 def test_compiled(family):
     check_compiled(family, "aot_eager")
 

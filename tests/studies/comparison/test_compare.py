@@ -273,6 +273,7 @@ def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_without_adapters_the_results_stay(run, tmp_path):
     result = run(tasks={"physics": TASKS["physics"]}, seeds=[0], keep_adapters=False)
     folder = tmp_path / "out" / "physics" / "2468" / "seed-0"
@@ -330,6 +331,7 @@ PROBED = {
 }
 
 
+@pytest.mark.slow
 def test_allocations_are_in_the_record_for_a_machine_without_the_run_folders(run, tmp_path):
     """The session ended between the probe and what is made from it, and the next one has the record alone."""
     record = tmp_path / "record.json"
@@ -428,6 +430,7 @@ def test_a_record_may_go_to_a_machine_whose_dtype_is_another(native, run, monkey
     assert run(**again, dtype=before).open == 0
 
 
+@pytest.mark.slow
 def test_recipes_may_have_a_dtype_of_their_own(run):
     recipes = {name: {**RECIPES["lora"], "dtype": name} for name in ("float32", "bfloat16")}
     for _ in range(2):

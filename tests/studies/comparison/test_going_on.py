@@ -19,6 +19,7 @@ from mola.studies.comparison.notes import note_of
 from mola.studies.comparison.summary import ALL_TASKS, summarize
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
+from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES, SETTINGS, TASKS, read
 
 ONE = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
@@ -58,7 +59,7 @@ def stopped_in_the_test(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_steps": 3}, {"warmup_steps": 2}, {"dtype": "bfloat16"}, {"scoring": "generate"}, {"test_limit": 3}],
+    [{"max_steps": 3}, *slow({"warmup_steps": 2}, {"dtype": "bfloat16"}, {"scoring": "generate"}), {"test_limit": 3}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_stopped_training_goes_on_with_the_same_only(change, run, stopped):

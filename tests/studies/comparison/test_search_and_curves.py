@@ -100,6 +100,7 @@ def test_a_probe_in_the_search_has_the_same_options(run, tmp_path):
     assert rates == {f"even@learning_rate={rate}": rate for rate in RATES}
 
 
+@pytest.mark.slow
 def test_a_search_that_another_process_finishes_meanwhile_counts(run, monkeypatch, tmp_path):
     asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
     asked["recipes"] = {"lora": RECIPES["lora"]}
