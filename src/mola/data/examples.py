@@ -107,8 +107,9 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
 def _refuse_more_turns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
     """Refuse what belongs to a prompt in other programs and would be left out, where no task says what is read."""
     for name, cure in _OF_CHATS.items():
-        found = [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]
-        if found and name not in filters:
+        if name in filters:
+            continue
+        if found := [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]:
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
                 f"`{path}` have something there, the first is row {found[0]}. {cure}; drop the column; or pass the "

@@ -167,11 +167,17 @@ class AveragedWeights(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for the weights that count."""
-        ask = getattr(kwargs.get("optimizer"), "eval", None)
-        if callable(ask) and (control.should_save or control.should_training_stop):
-            ask()
+        if control.should_save or control.should_training_stop:
+            ask_for_averages(kwargs.get("optimizer"))
 
     on_epoch_end = on_step_end
+
+
+def ask_for_averages(optimizer: Any) -> None:
+    """Have an optimiser that trains other weights than it gives put those into the model; others know of none."""
+    ask = getattr(optimizer, "eval", None)
+    if callable(ask):
+        ask()
 
 
 def is_whole_epoch(epoch: float | None) -> bool:

@@ -157,9 +157,13 @@ def _broken_weights(path: Path) -> str:
         check_digest(path)
     except (OSError, SafetensorError, MolaError):
         return f"has a broken {_WEIGHTS_FILE}"
+    return ""
+
+
+def _changed_weights(path: Path) -> str:
     names = [_WEIGHTS_FILE, *(file.name for file in sorted(path.glob("pytorch_model_fsdp*")))]  # which FSDP loads
-    broken = [name for name in names if changed_file(path, name) == name]
-    return f"has a broken {broken[0]}" if broken else ""
+    changed = [name for name in names if changed_file(path, name) == name]
+    return f"has a broken {changed[0]}" if changed else ""
 
 
 def _is_whole(archive: Path) -> bool:
@@ -192,7 +196,7 @@ def check_best_weights(best: Path) -> None:
         MolaError: they are missing, or are not those that were saved.
     """
     is_there = all(os.path.isfile(best / name) for name in ADAPTER_FILES)
-    if reason := _broken_weights(best) if is_there else "holds no adapter":
+    if reason := (_broken_weights(best) or _changed_weights(best)) if is_there else "holds no adapter":
         raise MolaError(
             f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} {reason}. Pass "
             "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."

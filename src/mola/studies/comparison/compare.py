@@ -35,13 +35,7 @@ from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
 from mola.studies.locks import POLL_SECONDS, Locks
-from mola.studies.train_and_test import (
-    evaluate_once,
-    free_memory,
-    recorded,
-    signals_as_interrupt,
-    stop_if_asked,
-)
+from mola.studies.train_and_test import evaluate_once, free_memory, recorded, signals_as_interrupt, stop_if_asked
 from mola.training.hub import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
@@ -125,7 +119,7 @@ class _Comparison:
         self.allocations.known |= record.allocations
         self.found: list[Found] = []
         self.power: list[Power] = []
-        self.asked_base: set[str] = set()  # fingerprints of questions that the base model has answered with numbers
+        self.asked_base: set[str] = set()  # fingerprints of more questions that the base has answered with numbers
 
     def settle(self) -> None:
         """Take over what the search has chosen, as soon as it is complete; refuse results of other options."""
@@ -234,7 +228,8 @@ class _Comparison:
         free_memory()
         if error.was_interrupted:
             return None
-        if (questions := run.fingerprints["test"]) not in self.asked_base:
+        answered = {each.fingerprints["test"] for each in self.results if each.recipe == BASE} | self.asked_base
+        if (questions := run.fingerprints["test"]) not in answered:
             evaluate(replace(run.test, adapter=None, output=None))
             self.asked_base.add(questions)
         if probed := probed_by(run, self._open(runs)):

@@ -18,7 +18,7 @@ from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import kept_lines, parse_json
 from mola.generation.predicting import base_of
-from mola.training.callbacks import check_weights
+from mola.training.callbacks import ask_for_averages, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ class TestsOnTheWay(TrainerCallback):
         if state.global_step % self.every or state.global_step >= state.max_steps:
             return
         start, model = time.perf_counter(), kwargs["model"]
-        if callable(ask := getattr(kwargs.get("optimizer"), "eval", None)):  # one that trains others than it gives
-            ask()
+        ask_for_averages(kwargs.get("optimizer"))
         check_weights(args, state, model)  # of which a loss that is not logged yet would tell too late
         # A packed base that was prepared for training has norms in float32 beside stacked experts that are not.
         is_packed = getattr(base_of(model), "is_quantized", False)
