@@ -5,9 +5,11 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mola.data.encode import encode_examples
+from mola.data.tasks import load_task
 from mola.data.templates import CHAT, check_template, get_template
 from mola.data.tokenized import IGNORED, tokenized
 from mola.errors import MolaError
+from mola.evaluation.answering import make_questions
 from mola.generation import predicting
 from tests.conftest import BOS, EOS, build_byte_tokenizer
 
@@ -94,11 +96,21 @@ def test_an_output_that_has_its_own_thought_gets_no_other(tokenizer):
     template = get_template(CHAT, tokenizer)
     assert template.answer("The Nile.") == "<think> </think>The Nile."
     assert template.answer("<think> Egypt </think>The Nile.") == "<think> Egypt </think>The Nile."
+    task = load_task("openbookqa")
+    for thought, asked in (("", "<think> </think>"), ("<think> Egypt </think>", "<think> Egypt </think>")):
+        row = {"id": "1", "instruction": "Which?", "input": "", "answer": "B", "num_choices": 4}
+        row["output"] = f"{thought}Answer: The answer is B."
+        (question,) = make_questions(task, [row], template, "likelihood")
+        assert question.option_texts("")[2] == f"{template.prompt('Which?')}{asked}Answer: The answer is C"
 
 
 def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_training(tokenizer):
     tokenizer.chat_template = TURNS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
-    assert get_template(CHAT, tokenizer).prompt("Why?").endswith("<|assistant|><think>")
+    template = get_template(CHAT, tokenizer)
+    asked = template.prompt("Why?")
+    assert asked.endswith("<|assistant|><think>")
+    alone = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert predicting.encode_before_answer(tokenizer, [asked], template) == [alone]  # an adapter of TRL's is asked so
     with pytest.raises(MolaError, match="begins an answer as it writes one.*<think>'.*TRL"):
         encoded(tokenizer)
 

@@ -143,6 +143,14 @@ def test_damaged_file_is_explained(tmp_path, name, data, message):
     assert str(path) in str(caught.value)
 
 
+def test_equal_columns_of_a_parquet_file_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array([1])
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["x", "x"]), path)
+    with pytest.raises(MolaError, match="^`data` file `.*` must have different column names: got x, x"):
+        read_rows(path)
+
+
 def test_cut_gzip_file_is_explained(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(json_lines(ROWS * 100))[:-20])

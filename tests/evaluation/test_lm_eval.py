@@ -181,13 +181,14 @@ def test_an_existing_result_is_kept(tiny_model_dir, tasks, tmp_path, capsys):
     assert output.read_text(encoding="utf-8") == "{}"
 
 
+@pytest.mark.parametrize("flag", ["--log_samples", "--predict_only"])
 @pytest.mark.parametrize("other", [None, "result.my.json"])
-def test_samples_of_an_earlier_result_are_kept(tiny_model_dir, tasks, tmp_path, capsys, other):
+def test_samples_of_an_earlier_result_are_kept(tiny_model_dir, tasks, tmp_path, capsys, other, flag):
     """Those of another result that is still there are in nobody's way."""
     (tmp_path / "result.my.task.jsonl").write_text("{}", encoding="utf-8")
     if other is not None:
         (tmp_path / other).write_text("{}", encoding="utf-8")
     output = tmp_path / "result.json"
     flags = [f"--base_model={tiny_model_dir}", "--tasks=unknown", f"--include_path={tasks}", f"--output={output}"]
-    assert cli.main(["lm-eval", *flags, "--lm_eval_args=--log_samples"]) == 2
+    assert cli.main(["lm-eval", *flags, f"--lm_eval_args={flag}"]) == 2
     assert ("`tasks` must" if other else "`output` has samples of an earlier result") in capsys.readouterr().err

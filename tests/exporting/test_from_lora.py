@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.routers import router_of
+from mola.models.prompts import template_for
 from tests.damage import WEIGHTS, change_tensors, cut_off
 from tests.exporting.conftest import load, logits
 
@@ -124,6 +125,23 @@ def test_fitted_routers_tell_the_adapters_apart(tiny_model_dir, lora, tmp_path, 
     # The prompt around the question is the same in both.
     assert share > 55
     assert load(tiny_model_dir, tmp_path / "out").peft_config["default"].top_k == 1
+
+
+def test_routers_are_fitted_in_the_prompts_of_the_adapters(tiny_model_dir, lora, tmp_path, run, monkeypatch, caplog):
+    path = tmp_path / "data.json"
+    row = {"instruction": "Why?", "input": "", "output": "So."}
+    path.write_text(json.dumps([{"id": str(number), **row} for number in range(4)]))
+    sources = [lora("a", r=2), lora("b", r=2, seed=1)]
+    seen = []
+    monkeypatch.setattr("mola.exporting.calibration.template_for", lambda *how: seen.append(how) or template_for(*how))
+    more = ["--num_experts", "3,", "--data", path, path, "--task", "sample", "--split", "train", "--dtype", "float32"]
+    for trained, expected in ((("meta", "meta"), "meta"), (("meta", "vigogne"), "alpaca_short")):
+        for source, template in zip(sources, trained, strict=True):
+            (Path(source) / "prompts.json").write_text(json.dumps({"template": template}))
+        seen.clear()
+        run("convert", *sources, *flags(tiny_model_dir, tmp_path / expected, *more))
+        assert [(name, source) for name, _, source in seen] == [(expected, source) for source in sources]
+        assert ("were trained in different prompts" in caplog.text) is (expected == "alpaca_short")
 
 
 def test_router_of_is_least_squares_with_the_wanted_margin():

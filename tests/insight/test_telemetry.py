@@ -1,6 +1,7 @@
 """Telemetry of a training: every token once, whatever the trainer does around it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from mola.insight.recording import recorded_gates
 from mola.insight.router_recorder import RouterWatch
 from mola.insight.telemetry import ExpertTelemetry
 from mola.insight.usage import UsageCounter
+from mola.tuner.routing import ROUTERS
 from tests.grids import slow
+from tests.tuner.test_routing import sigmoid_router
 
 # One layer has top_k 1, whose router learns nothing without router losses; it is not to learn here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*top_k=1:UserWarning")
@@ -146,6 +149,15 @@ def test_every_token_counts_once(make, model, data, tmp_path, options):
 
 def test_with_router_losses_as_well(make, model, data, tmp_path):
     model.peft_config["default"].router_aux_loss_coef = 0.1
+    make().train()
+    assert_same_use(lines(tmp_path), expected(model, data))
+
+
+def test_gates_are_those_of_another_router(make, model, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
+    for layer in model.modules():
+        if isinstance(layer, MolaLinear):
+            layer.settings["default"] = replace(layer.settings["default"], router="sigmoid")
     make().train()
     assert_same_use(lines(tmp_path), expected(model, data))
 

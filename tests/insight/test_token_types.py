@@ -1,8 +1,10 @@
 """Kinds of tokens: by their text, special ones by their number."""
 
 import pytest
+from tokenizers import AddedToken
 
 from mola.insight.token_types import TokenTypes, type_of_text
+from tests.conftest import build_byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,12 @@ def test_kinds_of_tokens(tiny_tokenizer):
             "punctuation",
             "special",
         ]
+
+
+def test_tokens_of_turns_are_special():
+    """Of a chat template, which have no name in the tokenizer."""
+    tokenizer = build_byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|user|>", special=True), AddedToken("mola")])
+    turn, word = tokenizer.convert_tokens_to_ids(["<|user|>", "mola"])
+    assert turn not in tokenizer.all_special_ids
+    assert TokenTypes(tokenizer)([turn, word]) == ["special", "word"]

@@ -220,8 +220,9 @@ def test_stored_methods_without_their_package_are_refused(stored, parts, no_weig
 
 
 def test_torch_compile_is_refused(bitsandbytes, no_weights, sample, tmp_path, capsys):
-    assert train(no_weights, sample, tmp_path / "run", "--load_in_4bit", "--torch_compile") == 2
-    assert "`torch_compile` cannot be combined with a quantised base" in capsys.readouterr().err
+    for option in ("--torch_compile", "--torch_compile_mode=default"):
+        assert train(no_weights, sample, tmp_path / "run", "--load_in_4bit", option) == 2
+        assert "`torch_compile` cannot be combined with a quantised base" in capsys.readouterr().err
 
 
 def test_all_stages_of_continual_learning_and_their_tests_are_quantised(bitsandbytes, blocks_dir, sample):

@@ -246,6 +246,19 @@ def test_the_base_model_stays(http):
     assert "base model" in load(http, "tiny-chat", "trained/one", load_inplace=True).json()["error"]["message"]
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+def test_virtual_tokens_stay(chat_model_dir, root):
+    """PEFT cannot take them out: the server says so, and goes on answering with them."""
+    options = ServeOptions(base_model=str(chat_model_dir), adapter=[f"v={root / 'virtual'}"], adapter_root=str(root))
+    options.port, options.api_key, options.dtype, options.device = 0, TOKEN, "float32", "cpu"
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with running_server(options) as url, httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as http:
+        answer = unload(http, "v")
+        assert (answer.status_code, "tokens before the prompt" in answer.json()["error"]["message"]) == (400, True)
+        body = {"model": "v", "prompt": PROMPT, "max_tokens": 2}
+        assert http.post("/v1/completions", json=body).status_code == 200
+
+
 def test_loading_is_off_unless_asked_for_and_needs_a_token(chat_model_dir, root):
     options = ServeOptions(base_model=str(chat_model_dir), port=0, dtype="float32", device="cpu")
     with running_server(options) as url:

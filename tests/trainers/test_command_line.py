@@ -73,6 +73,17 @@ def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
         )
 
 
+@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("a: [1", "flow sequence")])
+def test_a_recipe_that_cannot_be_read_is_one_line(trl, tmp_path, text, message):
+    from mola.integrations.trl_command import main
+
+    recipe = tmp_path / "recipe.yaml"
+    if text is not None:
+        recipe.write_text(text, encoding="utf-8")
+    with pytest.raises(MolaError, match=f"(?s)a setting is refused: .*{message}"):
+        main(["sft", "--config", str(recipe)])
+
+
 def test_what_mixtures_do_not_have_is_refused(trl):
     from mola.integrations.trl_command import MixtureArguments, main, mixture_config
 

@@ -181,9 +181,18 @@ def test_a_base_that_will_be_sharded_is_loaded_into_the_memory_of_the_machine(ti
 
 
 def test_a_quantised_base_is_not_sharded():
-    options = SimpleNamespace(fsdp=["full_shard"], world_size=2, device=torch.device("cuda"))
+    settings = {"world_size": 2, "device": torch.device("cuda"), "auto_find_batch_size": False}
+    options = SimpleNamespace(fsdp=["full_shard"], **settings)
     with pytest.raises(MolaError, match="`fsdp` cannot be combined with a quantised base"):
         check_sharding(options, None, is_quantized=True)
+
+
+def test_the_batch_is_looked_for_in_one_process():
+    options = SimpleNamespace(fsdp=None, world_size=1, auto_find_batch_size=True)
+    check_sharding(options, None)
+    options.world_size = 2
+    with pytest.raises(MolaError, match="`auto_find_batch_size` works in one process only.* Got 2 processes"):
+        check_sharding(options, None)
 
 
 def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):
@@ -226,6 +235,8 @@ def test_numbers_by_module_starts_and_loraplus(flags, tmp_path, tiny_model_dir):
 def test_wrong_pattern_stops_before_weights_are_loaded(flags, no_weights_dir, capsys):
     assert main(flags(base_model=no_weights_dir, num_experts_pattern='{"k": 2}')) == 2
     assert "`num_experts_pattern`" in capsys.readouterr().err
+    assert main(flags(base_model=no_weights_dir, modules_to_save="lm_head,")) == 2
+    assert "`modules_to_save` must be names between commas, got 'lm_head,'" in capsys.readouterr().err
     assert main(flags(base_model=no_weights_dir, loraplus_lr_ratio=0)) == 2
     assert "`loraplus_lr_ratio` must be above 0: got 0" in capsys.readouterr().err
 

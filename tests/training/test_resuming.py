@@ -307,10 +307,11 @@ def test_signal_to_one_of_two_processes_stops_both(flags, tmp_path):
     assert (folder / f"checkpoint-{record['steps']}" / "trainer_state.json").is_file()
 
 
-def test_resuming_a_finished_run_changes_nothing(finished_run):
+@pytest.mark.parametrize("schedule", ["linear", "polynomial"])
+def test_resuming_a_finished_run_changes_nothing(finished_run, schedule):
     folder, arguments = finished_run
     whole = (folder / WEIGHTS).read_bytes()
-    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert main([*arguments, "--resume_from_checkpoint=last", f"--lr_scheduler_type={schedule}"]) == 0
     assert (folder / WEIGHTS).read_bytes() == whole
     record = read_record(folder)
     assert (record["status"], record["steps"]) == ("finished", 6)

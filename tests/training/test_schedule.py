@@ -10,14 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from torch import distributed
+from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerState
 
 from mola import TrainOptions, train
 from mola.files.failures import lack_of_memory
 from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.interruption import Interruption
+from mola.training.same_run import _samples_per_step
 from mola.training.schedule import goes_on_with_found_batch
+from mola.training.trainer import _multiple
 
 
 @pytest.mark.parametrize(
@@ -117,13 +120,39 @@ def test_a_second_signal_stops_at_once(caplog):
     interruption.on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.signal_number == signal.SIGINT
+        assert interruption.received == signal.SIGINT
         assert "Once more stops at once, without saving" in caplog.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         interruption.restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    interruption = Interruption()
+    args = SimpleNamespace(world_size=2, ddp_timeout=1)
+    monkeypatch.setattr(distributed, "new_group", lambda **options: None)
+    monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: interruption._handle(15, None))
+    interruption.share(args)
+    assert (interruption.signal_number, interruption.received) == (None, 15)
+    monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: None)
+    interruption.share(args)
+    assert interruption.signal_number == 15
+
+
+@pytest.mark.parametrize(("cutoff_len", "multiple"), [(96, 8), (97, None), (100, None)])
+def test_padding_ends_at_the_last_position(cutoff_len, multiple):
+    model = SimpleNamespace(config=GPT2Config(n_positions=100))
+    assert _multiple(SimpleNamespace(cutoff_len=cutoff_len), model) == multiple
+
+
+def test_samples_per_step_are_those_of_the_batch_that_was_found(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"train_batch_size": 3}), encoding="utf-8")
+    settings = {"auto_find_batch_size": True, "gradient_accumulation_steps": 2}
+    before = {"effective_batch_size": 16, "processes": 2, "settings": settings}
+    assert _samples_per_step(before, tmp_path) == 12
+    assert _samples_per_step({**before, "settings": {}}, tmp_path) == 16
 
 
 @pytest.mark.parametrize(("step", "is_evaluated"), [(14, False), (15, True)])

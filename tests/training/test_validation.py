@@ -5,20 +5,39 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
+from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, assert_same_weights, evaluation_loss, read_metrics, read_record
 
 
-def test_saved_weights_are_those_of_the_lowest_evaluation_loss(flags, tmp_path, tiny_model_dir, rows_file):
+@pytest.fixture
+def older_trainer(monkeypatch):
+    """As that of Transformers 5.2, which keeps no note of what `save_strategy` best has saved."""
+    determine = Trainer._determine_best_metric
+
+    def of_best(self, *args, **kwargs):
+        before = self.state.best_global_step
+        found = determine(self, *args, **kwargs)
+        if self.args.save_strategy == "best":
+            self.state.best_global_step = before
+        return found
+
+    monkeypatch.setattr(Trainer, "_determine_best_metric", of_best)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", *slow("best")])
+def test_saved_weights_are_those_of_the_lowest_evaluation_loss(
+    strategy, flags, tmp_path, tiny_model_dir, rows_file, older_trainer
+):
     data = tmp_path / "validation.json"
     rows = json.loads(rows_file.read_text(encoding="utf-8"))
     data.write_text(json.dumps(rows[:3]), encoding="utf-8")
     # The rate rises to a hundred times its start: the loss gets better first and much worse afterwards.
     options = {"num_train_epochs": 6, "warmup_steps": 0, "lr_scheduler_type": "cosine_with_min_lr"}
-    options["lr_scheduler_kwargs"] = '{"min_lr_rate": 100}'
+    options |= {"lr_scheduler_kwargs": '{"min_lr_rate": 100}', "save_strategy": strategy}
     assert main(flags(eval_data=data, lora_dropout=0, save_total_limit=1, **options)) == 0
     folder = tmp_path / "run"
     # The last entry is the evaluation of the weights that were kept.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.tuner.initialization import initialize
@@ -154,6 +155,24 @@ def test_a_peft_that_ties_nothing_is_refused():
         get_peft_model(tiny_llama(tie_word_embeddings=True), config)
 
 
+def test_replicated_layers_keep_what_the_configuration_says_of_them():
+    """Which mask, positions and cache a layer has: of Qwen3 and many others."""
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(**sizes, **heads, layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    base = Qwen3ForCausalLM(config).eval()
+    with pytest.raises(MolaError, match="matches no adapted module"):
+        get_peft_model(base, random_config(layer_replication=[[0, 3], [1, 4]], rank_pattern={"foo": 2}))
+    assert (base.config.num_hidden_layers, base.config.layer_types) == (4, kinds)
+    model = get_peft_model(base, random_config(layer_replication=[[0, 3], [1, 4]]))
+    assert base.config.layer_types == [*kinds[:3], *kinds[1:]]
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        whole = model(ids).logits[0, -1].argmax()
+        assert model.generate(ids[:, :8], max_new_tokens=2, do_sample=False)[0, 8] == whole
+
+
 def test_layers_are_not_replicated_for_a_second_adapter():
     model = get_peft_model(tiny_llama(), random_config())
     with pytest.raises(MolaError, match="`layer_replication` must be that of the model's first adapter"):
@@ -164,6 +183,7 @@ def test_layers_are_not_replicated_for_a_second_adapter():
     ("settings", "message"),
     [
         ({"rank_pattern": {"a(": 3}}, r"no regular expression: 'a\('"),
+        ({"rank_pattern": {"(?i)mlp": 3}}, r"no regular expression: '\(\?i\)mlp': global flags"),
         ({"rank_pattern": {"mlp": 0}}, "an integer of at least 1 for every key: got 0 for 'mlp'"),
         ({"num_experts_pattern": {"mlp": 2.0}}, "an integer of at least 1"),
         ({"alpha_pattern": {"mlp": -1}}, "a number above 0 for every key: got -1"),

@@ -148,7 +148,7 @@ class LayerStacks:
             return beside
         if not isinstance(exclude_modules, str):
             exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, sorted(exclude_modules)))})"
-        return f"{beside}|{exclude_modules}"
+        return f"{exclude_modules}|{beside}"  # flags of an expression may stand at its start alone
 
 
 def _layer_lists(model: nn.Module) -> dict[str, int]:

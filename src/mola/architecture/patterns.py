@@ -39,6 +39,7 @@ def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") 
             raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}{place}.")
         try:
             re.compile(key)
+            _compiled(key)  # behind another expression, where flags may not stand
         except (re.error, TypeError) as error:
             raise MolaError(f"`{name}` has a key that is no regular expression{place}: {key!r}: {error}.") from error
 

@@ -12,6 +12,7 @@ _READ = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _ALL),
     **dict.fromkeys(("mamba2", "falcon_h1", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"), ("out_proj",)),
     "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "reformer": ("query_key", "value"),  # where it goes on from a cache
     "longcat_flash": ("classifier",),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), ("correction_coefs",)),  # while training
 }

@@ -168,5 +168,7 @@ def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
             for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=names or None):
                 yield from rows_of(batch)
+    except MolaError:
+        raise
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
         raise unreadable(place, error) from error

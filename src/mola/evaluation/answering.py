@@ -78,7 +78,7 @@ def make_questions(
         if scoring == "likelihood":
             options = tuple(answer_options(example, task))
             before, after = around_answer(example, task)
-            questions.append(Question(example, prompt, layout.lead + before, options, after, layout))
+            questions.append(Question(example, prompt, layout.answer(before), options, after, layout))
         else:
             questions.append(Question(example, prompt, template=layout))
     return questions

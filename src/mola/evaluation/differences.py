@@ -172,18 +172,20 @@ def _error_over_questions(values: np.ndarray) -> Spread:
 def _interval(value: float, spread: Spread, parts: Sequence[Part], level: float) -> tuple[float, float]:
     """Student's interval, with what questions leave room for that are of another matter than those asked."""
     reach = sum(part.reach for part in parts)
-    half = max(
-        float(stats.t.ppf((1 + level) / 2, each.df)) * each.error for each in (spread, _with_unseen(spread, parts))
-    )
-    half = max(half, unseen_share(level, parts))
+    by_error = [float(stats.t.ppf((1 + level) / 2, each.df)) * each.error for each in _spreads(spread, parts)]
+    half = max(*by_error, unseen_share(level, parts))
     return max(value - half, -reach), min(value + half, reach)
 
 
 def _two_sided(value: float, spread: Spread, parts: Sequence[Part]) -> float:
     """The level, from 1 down, at which `_interval` ends at 0."""
-    spreads = [each for each in (spread, _with_unseen(spread, parts)) if each.error > 0]
-    by_error = [2 * float(stats.t.sf(abs(value) / each.error, each.df)) for each in spreads]
+    by_error = [2 * float(stats.t.sf(abs(value) / each.error, each.df)) for each in _spreads(spread, parts)]
     return max(*by_error, _level_of_unseen(abs(value), parts))
+
+
+def _spreads(spread: Spread, parts: Sequence[Part]) -> list[Spread]:
+    """That as it is, where it is one, and with unseen questions: the wider of both counts."""
+    return [each for each in (spread, _with_unseen(spread, parts)) if each.error > 0]
 
 
 def _with_unseen(spread: Spread, parts: Sequence[Part]) -> Spread:

@@ -120,7 +120,9 @@ def _check_options(options: LmEvalOptions) -> Namespace:
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     arguments = _harness_arguments(options.lm_eval_args)
-    if options.output is not None and getattr(arguments, "log_samples", False) and not options.overwrite:
+    # With `predict_only` the harness turns `log_samples` on.
+    logs_samples = getattr(arguments, "log_samples", False) or getattr(arguments, "predict_only", False)
+    if options.output is not None and logs_samples and not options.overwrite:
         target = Path(options.output)
         found = sorted(target.parent.glob(f"{glob.escape(target.stem)}.*.jsonl"))
         if there := [path for path in found if not _is_of_another(path, target)]:
@@ -128,7 +130,7 @@ def _check_options(options: LmEvalOptions) -> Namespace:
                 f"`output` has samples of an earlier result beside it: {str(there[0])!r}. Pass --overwrite true to "
                 "replace it, or another file."
             )
-    if options.output is None and (getattr(arguments, "log_samples", False) or hasattr(arguments, "predict_only")):
+    if options.output is None and logs_samples:
         raise MolaError("`lm_eval_args` asks for every sample, which needs a file: pass `output` as well.")
     arguments.model, arguments.tasks, arguments.limit = "hf", names, limit
     arguments.batch_size, arguments.include_path = options.batch_size, options.include_path

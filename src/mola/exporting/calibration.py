@@ -74,19 +74,21 @@ def read_task(options: ConvertOptions) -> Task | None:
     if options.task is None:
         return None
     task = load_task(options.task)
-    trained = trained_template(options.source[0]) if options.target_format == "lora" else None
-    name = options.template or trained or task.template
+    trained = {trained_template(source) for source in options.source}
+    name = options.template or (trained.pop() if len(trained) == 1 else None) or task.template
+    if options.template is None and len(trained) > 1:
+        logger.warning("The adapters were trained in different prompts: `data` are read in those of %s.", name)
     check_template(name)
     return replace(task, template=name)
 
 
-def read_data(options: ConvertOptions, path: str, task: Task) -> Calibration:
-    """The rows of a data file.
+def read_data(options: ConvertOptions, path: str, task: Task, source: str) -> Calibration:
+    """The rows of a data file, in the prompts of `task`; `source` is the adapter that they are for.
 
     Raises:
         MolaError: it is unreadable, or has fewer than two rows that fit.
     """
-    return _divided(*_read_rows(options, path, task, options.split, options.limit), path)
+    return _divided(*_read_rows(options, path, task, source, options.split, options.limit), path)
 
 
 def read_test(options: ConvertOptions, task: Task) -> Calibration:
@@ -95,11 +97,13 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
     Raises:
         MolaError: it is unreadable.
     """
-    rows, too_long = _read_rows(options, str(options.test), task, "test", None)
+    rows, too_long = _read_rows(options, str(options.test), task, options.source[0], "test", None)
     return Calibration([], rows, too_long)
 
 
-def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit: int | None) -> tuple[list[Row], int]:
+def _read_rows(
+    options: ConvertOptions, path: str, task: Task, source: str, split: str, limit: int | None
+) -> tuple[list[Row], int]:
     """Rows, and how many are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
@@ -110,7 +114,7 @@ def _read_rows(options: ConvertOptions, path: str, task: Task, split: str, limit
     dataset, report = encode_examples(
         examples,
         tokenizer,
-        template_for(task.template, tokenizer, options.source[0]),
+        template_for(task.template, tokenizer, source),
         cutoff_len=cutoff,
         truncation="drop",
     )

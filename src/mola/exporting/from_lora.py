@@ -188,7 +188,7 @@ def _fitted(options: ConvertOptions, sources: Sequence[str], modules: Sequence[s
             f"`data` must name one file for each of at least two adapters: got {len(options.data)} for {len(sources)}. "
             "Routers learn from them which adapter is whose; leave it out for fresh ones."
         )
-    data = [read_data(options, path, task) for path in options.data]
+    data = [read_data(options, path, task, source) for path, source in zip(options.data, sources, strict=True)]
     names = {str(number): source for number, source in enumerate(sources)}
     model: Any = load_model(str(options.base_model), names, options.dtype, options.device, options.trust_remote_code)
     linears = dict(model.named_modules())

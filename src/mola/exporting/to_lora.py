@@ -202,7 +202,7 @@ def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
 def _read(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
     found = {}
     if options.data is not None and task is not None:
-        found["answer"] = read_data(options, options.data[0], task)
+        found["answer"] = read_data(options, options.data[0], task, options.source[0])
     if options.text is not None:
         found["text"] = read_general_text(options, "text")
     if options.test is not None and task is not None:

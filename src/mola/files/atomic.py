@@ -44,8 +44,9 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
         MolaError: the folder or the file cannot be written.
     """
     target = check_writable(path)
+    # Of a name in any script no more than file systems take, with what is added.
     # A plain open, not `tempfile`: the result gets the permissions of any other new file.
-    temporary = target.parent / f".{target.name[:80]}.{uuid.uuid4().hex}.tmp"
+    temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
         with writing(repr(str(target))):
             with open(temporary, "xb") as file:

@@ -55,12 +55,12 @@ def main(options: GenerateOptions) -> int:
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
-    name = _template_of(options)
-    check_template(name)
     _check_text(options)
-    check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
+    name = _template_of(options)
+    check_template(name)
+    check_model(options)
     tokenizer = tokenizer_for(options)
     template = template_for(name, tokenizer, options.adapter)
     prompt = template.prompt(options.instruction, options.input) if options.instruction is not None else options.prompt

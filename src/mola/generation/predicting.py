@@ -57,7 +57,8 @@ def encode_before_answer(
     GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
     """
     encoded = encode_prompts(tokenizer, prompts, template)
-    if not tokenizer.is_fast or (template is not None and template.is_encoded_apart):
+    # A chat template's is trained as it is encoded alone, and where it is not the two are encoded apart.
+    if not tokenizer.is_fast or not _adds_special_tokens(template):
         return encoded
     answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
     return [

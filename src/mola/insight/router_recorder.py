@@ -17,6 +17,7 @@ from mola.insight.usage import FURTHER, ModuleUsage, usage_of_sums
 from mola.tuner.layer import MolaLinear
 from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
+from mola.tuner.routing import DEFAULT_ROUTER, route_all
 
 
 class Watched(NamedTuple):
@@ -29,6 +30,7 @@ class Watched(NamedTuple):
 
 class _Seen(NamedTuple):
     row: int
+    router: str
     layer_index: int | None
     output: RouterOutput
 
@@ -71,7 +73,7 @@ class RouterWatch:
     def _watch(self, name: str, layer: MolaLinear) -> None:
         rows = {}
         for adapter in layer.mola_router:
-            rows[adapter] = len(self.routers)
+            rows[adapter] = len(self.routers), layer.settings[adapter].router
             label = name if adapter in layer.active_adapters[:1] else f"{name} ({adapter})"
             self.routers.append(Watched(label, layer.layer_index, layer.num_experts[adapter]))
         layer.observer = _Place(self, layer.layer_index, rows)
@@ -102,23 +104,23 @@ class RouterWatch:
             logits, expert_indices = seen.output
             side = masks.side(seen.layer_index, logits.shape[0])
             # The number of tokens is compared, not part of the key: a compiler would make a graph for each.
-            alike = groups[logits.device, logits.shape[1], expert_indices.shape[1], side]
+            alike = groups[logits.device, seen.router, logits.shape[1], expert_indices.shape[1], side]
             members = next((group for group in alike if len(group[0].output.logits) == len(logits)), None)
             if members is None:
                 alike.append([seen])
             else:
                 members.append(seen)
-        for (device, *_, side), alike in groups.items():
+        for (device, router, *_, side), alike in groups.items():
             for members in alike:
-                self._add(device, members, None if side is None else masks.by_side[side])
+                self._add(device, router, members, None if side is None else masks.by_side[side])
         self._seen = []
 
-    def _add(self, device: torch.device, members: list[_Seen], mask: torch.Tensor | None) -> None:
+    def _add(self, device: torch.device, router: str, members: list[_Seen], mask: torch.Tensor | None) -> None:
         """Add what routers with equal shapes gave."""
         outputs = [seen.output for seen in members]
         logits = torch.stack([output.logits.t() for output in outputs])  # (M, E, N)
         expert_indices = torch.stack([output.expert_indices.t() for output in outputs])  # (M, K, N)
-        sums = sums_over_tokens(logits, expert_indices, mask, self._width)
+        sums = sums_over_tokens(router, logits, expert_indices, mask, self._width)
         self._sums_on(device).index_add_(0, self._rows_on(device, members), sums)
 
     def _sums_on(self, device: torch.device) -> torch.Tensor:
@@ -164,7 +166,7 @@ class RouterWatch:
 class _Place:
     """What a layer knows of the watch."""
 
-    def __init__(self, watch: RouterWatch, layer_index: int | None, rows: dict[str, int]) -> None:
+    def __init__(self, watch: RouterWatch, layer_index: int | None, rows: dict[str, tuple[int, str]]) -> None:
         self.watch = watch
         self.layer_index = layer_index
         self.rows = rows
@@ -176,7 +178,7 @@ class _Place:
     def see(self, adapter_name: str, output: RouterOutput) -> None:
         row = self.rows.get(adapter_name)
         if row is not None:  # else an adapter that came later
-            self.watch._seen.append(_Seen(row, self.layer_index, output))
+            self.watch._seen.append(_Seen(*row, self.layer_index, output))
 
 
 class _TokenMasks:
@@ -208,12 +210,22 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
 
 
+def _gates(router: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
+    """Of the chosen experts, `(M, K, N)`."""
+    if router == DEFAULT_ROUTER:
+        return torch.softmax(logits.gather(1, expert_indices), dim=1)
+    by_token = logits.transpose(0, 1).flatten(1)  # (E, M N)
+    gates, _ = route_all(router, by_token, expert_indices.shape[1], 0)
+    return gates.unflatten(1, (len(logits), -1)).transpose(0, 1).gather(1, expert_indices)
+
+
 def sums_over_tokens(
-    logits: torch.Tensor, expert_indices: torch.Tensor, mask: torch.Tensor | None, width: int
+    router: str, logits: torch.Tensor, expert_indices: torch.Tensor, mask: torch.Tensor | None, width: int
 ) -> torch.Tensor:
     """Sums over the counted tokens of `M` routers.
 
     Args:
+        router: name of the function that gives gates, in `mola.tuner.routing.ROUTERS`.
         logits: float32 `(M, E, N)`.
         expert_indices: chosen experts, `(M, K, N)`.
         mask: booleans `(N,)`; None counts all.
@@ -223,11 +235,11 @@ def sums_over_tokens(
         float64 (float32 on MPS) `(M, 2 width + 3)`: choices and gates by expert, entropy, margin, tokens.
     """
     dtype = _sum_dtype(logits.device)
-    gates = torch.softmax(logits.gather(1, expert_indices), dim=1)  # (M, K, N)
+    gates = _gates(router, logits, expert_indices)  # (M, K, N)
     counted = torch.ones_like(gates)
     if mask is not None:
         counted = counted * mask.to(logits.device)
-    margins = counted[:, 0]
+    margins = gates[:, 0] * counted[:, 0]
     if gates.shape[1] > 1:
         largest = gates if gates.shape[1] == 2 else gates.topk(2, dim=1).values
         margins = (largest[:, 0] - largest[:, 1]).abs() * counted[:, 0]

@@ -9,7 +9,8 @@ class TokenTypes:
     """Kinds of tokens by their text; every token of a vocabulary is decoded once at most."""
 
     def __init__(self, tokenizer: Any) -> None:
-        special = set(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder.items()  # a chat template's: `all_special_ids` has named ones alone
+        special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
 
         @cache
         def type_of(token: int) -> str:

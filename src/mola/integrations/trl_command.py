@@ -13,6 +13,7 @@ from dataclasses import field, make_dataclass
 from typing import Any
 
 import trl
+import yaml
 
 from mola.errors import MolaError
 from mola.integrations.mixture_settings import FIELDS, PREFIX, read_settings
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
     try:
         *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
-    except ValueError as error:  # a key of --config that no option has, or a value that an option refuses
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # A file of --config that cannot be read, a key in it that no option has, a value that an option refuses.
         raise MolaError(f"a setting is refused: {error}") from error
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
     # Wherever the script looks for it: at the top of its module, or inside its function.

@@ -26,7 +26,7 @@ from mola.files.failures import lack_of_memory
 from mola.files.reading import read_json
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
-from mola.tuner.replication import layer_counts
+from mola.tuner.replication import layer_settings, restore
 from mola.tuner.router_losses import RouterLosses
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
 def _as_before(base: Any) -> Iterator[None]:
     """Take out of a base model what an adapter has put into it, if the block raises: nothing else knows it then."""
     children = [(module, dict(module._modules)) for module in base.modules()]
-    attributes, counts = set(vars(base)), layer_counts(base)
+    attributes, settings = set(vars(base)), layer_settings(base)
     try:
         yield
     except BaseException:
@@ -190,8 +190,7 @@ def _as_before(base: Any) -> Iterator[None]:
             module._modules.update(modules)
         for name in set(vars(base)) - attributes:
             delattr(base, name)
-        for config, num_layers in counts:
-            config.num_hidden_layers = num_layers
+        restore(settings)
         raise
 
 

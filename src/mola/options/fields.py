@@ -44,8 +44,8 @@ def options_by_group(options_class: Any) -> dict[str, list[Field]]:
     return groups
 
 
-def names_between_commas(names: str | None) -> list[str] | str | None:
-    """Module names from a comma-separated option; "all-linear" and regular expressions stay one text.
+def names_between_commas(names: str | None, option: str = "target_modules") -> list[str] | str | None:
+    """Module names from a comma-separated `option`; "all-linear" and regular expressions stay one text.
 
     Raises:
         MolaError: a name is empty.
@@ -54,7 +54,7 @@ def names_between_commas(names: str | None) -> list[str] | str | None:
         return names and "all-linear"
     parts = [name.strip() for name in names.split(",")]
     if not all(parts):
-        raise MolaError(f"`target_modules` must be names between commas, got {names!r}. Example: 'q_proj,v_proj'.")
+        raise MolaError(f"`{option}` must be names between commas, got {names!r}. Example: 'q_proj,v_proj'.")
     return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
 
 

@@ -86,12 +86,19 @@ class Shelf:
         """Take a name out at once, and its adapter out of memory when the last answer with it has ended.
 
         Raises:
-            RequestError: not allowed here, no such adapter, or it is the base model.
+            RequestError: not allowed here, no such adapter, it is the base model, or PEFT cannot take it out.
         """
         self._allowed()
         inside = self._jobs.adapter(name)
         if inside is None:
             raise RequestError(400, f"`lora_name` {name!r} is the base model, which stays.", param="lora_name")
+        if not hasattr(self._adapters.model.base_model, "unload"):
+            raise RequestError(
+                400,
+                f"{name!r} puts tokens before the prompt, and PEFT cannot take such adapters out of a model. It stays "
+                "until the server is started without it.",
+                param="lora_name",
+            )
         del self._jobs.adapters[name]
         await self._leave(inside)
 

@@ -90,4 +90,5 @@ def check_run(options: TrainOptions) -> CheckedRun:
             check_nothing_is_left(checkpoint, options.num_train_epochs if options.max_steps < 1 else 0)
             # Nothing is left, but in an epoch that was begun the trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
+            options.warmup_steps = 1  # of no steps the polynomial schedule divides by those after the warm-up
     return CheckedRun(folder, checkpoint, first_step, tokenizer, data, record)

@@ -31,11 +31,13 @@ class Interruption(TrainerCallback):
     From the beginning of training on; `restore` gives the signals back.
 
     Attributes:
-        signal_number: the signal that stopped the run, or None.
+        signal_number: the signal that stops the run, in all processes, or None.
+        received: the first one that came to this process, which the others do not know of yet; or None.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.received: int | None = None
         self._previous: dict[int, Any] = {}
         self._is_trained = False
         self._on_host: Any = None
@@ -63,7 +65,8 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the last evaluation, if a signal came."""
-        if self._is_trained and self.signal_number is not None and args.world_size == 1:
+        if self._is_trained and self.received is not None and args.world_size == 1:
+            self.share(args)
             raise _LeftError
 
     def restore(self) -> None:
@@ -98,10 +101,11 @@ class Interruption(TrainerCallback):
     def share(self, args: TrainingArguments) -> None:
         """All processes stop at the same place, or those left would wait for the others for ever."""
         if args.world_size == 1:
+            self.signal_number = self.received
             return
         if self._on_host is None:  # a group of its own: on GPUs every step would wait for what they still compute
             self._on_host = distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
-        number = torch.tensor(self.signal_number or 0)
+        number = torch.tensor(self.received or 0)  # one that comes while it waits for the others is for the next time
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._on_host)
         self.signal_number = int(number) or None
 
@@ -118,10 +122,10 @@ class Interruption(TrainerCallback):
         return control
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.signal_number is not None:
+        if self.received is not None:
             self.restore()
             os.kill(os.getpid(), number)
             return
-        self.signal_number = number
+        self.received = number
         what = "leaving the evaluation" if self._is_trained else "saving a checkpoint after this step, then stopping"
         logger.warning("%s: %s. Once more stops at once, without saving.", signal.Signals(number).name, what)

@@ -189,7 +189,12 @@ class TrainOptions(Quantization, TrainingArguments):
         if self.num_gpus > 1:
             self._n_gpu = 1  # the trainer would copy the model to all of them in every step, and multiply the batch
         share_checkpointing(self)
-        if self.torch_compile:
+        if self.torch_compile:  # which its backend and mode turn on
+            if self.on_loading:
+                raise MolaError(
+                    "`torch_compile` cannot be combined with a quantised base: Transformers does not train one "
+                    "compiled. Leave it out."
+                )
             check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
         check_trackers(self.report_to or ())
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
@@ -199,11 +204,6 @@ class TrainOptions(Quantization, TrainingArguments):
     def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
         check_quantization(self, device, dtype)
         check_mixed_precision(self, self.mixed_dtype)
-        if self.on_loading and self.torch_compile:
-            raise MolaError(
-                "`torch_compile` cannot be combined with a quantised base: Transformers does not train one compiled. "
-                "Leave it out."
-            )
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:

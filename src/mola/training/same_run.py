@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     form: dict[str, Any] = {f"{name}?": ({str: ANYTHING}, None) for name in (*_SAME_WHEN_RESUMED, "settings")}
     form["effective_batch_size?"] = INTEGER
     check_form(before, form, str(checkpoint.parent / RUN_FILE), "Restore the file, or start a new run.")
-    _warn_of_changes(before, record)
+    _warn_of_changes(before, record, checkpoint)
     _check_loss_scale(checkpoint, record)
     _check_same_schedule(before.get("settings") or {}, record.get("settings") or {})
     known = [name for name in _SAME_SETTINGS if name in (before.get("settings") or {})]
@@ -65,14 +66,27 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
             )
 
 
-def _warn_of_changes(before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    began, now = (each.get("effective_batch_size") for each in (before, record))
-    if None not in (began, now) and began != now:
+def _samples_per_step(before: Mapping[str, Any], checkpoint: Path) -> int | None:
+    """Of the steps before a checkpoint: the record of a run that was killed has the batch that was asked for."""
+    settings = before.get("settings") or {}
+    parts: list[Any] = [
+        read_json_object(checkpoint / STATE_FILE).get("train_batch_size"),
+        settings.get("gradient_accumulation_steps"),
+        before.get("processes"),
+    ]
+    if settings.get("auto_find_batch_size") and all(isinstance(part, int) for part in parts):
+        return math.prod(parts)
+    return before.get("effective_batch_size")
+
+
+def _warn_of_changes(before: Mapping[str, Any], record: Mapping[str, Any], checkpoint: Path) -> None:
+    samples, now = _samples_per_step(before, checkpoint), record.get("effective_batch_size")
+    if None not in (samples, now) and samples != now:
         logger.warning(
             "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
             "are left out or come again.",
             now,
-            began,
+            samples,
         )
     began, now = (_precision(each.get("settings") or {}) for each in (before, record))
     if None not in (began, now) and began != now:  # the default is another on another processor

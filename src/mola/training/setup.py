@@ -47,7 +47,7 @@ def check_model_options(options: TrainOptions, checkpoint: Path | None = None) -
     check_quantized_base(options.base_model, config, options, options.device, training=True)
     if options.on_loading or (stored_quantization(config) and options.modules_to_save):
         model = model_on_meta(options.base_model, options.trust_remote_code)
-        check_packable(model, options.base_model, _module_list(options.modules_to_save) or ())
+        check_packable(model, options.base_model, _module_list("modules_to_save", options.modules_to_save) or ())
     if options.adapter is not None:
         adapter = str(checkpoint or options.adapter)
         check_adapter(adapter)
@@ -146,8 +146,8 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
         target_modules=names_between_commas(setting("target_modules")),
-        target_parameters=_module_list(setting("target_parameters")),
-        modules_to_save=_module_list(setting("modules_to_save")),
+        target_parameters=_module_list("target_parameters", setting("target_parameters")),
+        modules_to_save=_module_list("modules_to_save", setting("modules_to_save")),
         task_type=TaskType.CAUSAL_LM,
     )
 
@@ -176,9 +176,9 @@ def training_changes(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
 
 
-def _module_list(names: str | None) -> list[str] | None:
+def _module_list(option: str, names: str | None) -> list[str] | None:
     """PEFT takes no expression for these: a text would be read letter by letter."""
-    split = names_between_commas(names)
+    split = names_between_commas(names, option)
     return [split] if isinstance(split, str) else split
 
 

@@ -33,7 +33,7 @@ def is_sharded(options: TrainingArguments) -> bool:
 
 
 def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quantized: bool = False) -> None:
-    """Refuse what could not shard, or could not save an adapter.
+    """Refuse what could not shard, could not save an adapter, or could not be done in several processes.
 
     Args:
         options: of the run; processes are known.
@@ -41,10 +41,17 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quant
         is_quantized: whether the base model's weights are packed.
 
     Raises:
-        MolaError: one process, a CPU, FSDP1, sharded state dicts, a quantised base, or a checkpoint of another kind.
+        MolaError: one process, a CPU, FSDP1, sharded state dicts, a quantised base, a checkpoint of another kind, or a
+            search for the batch in several processes.
     """
     if checkpoint is not None:
         _check_checkpoint(options, checkpoint)
+    if options.auto_find_batch_size and options.world_size > 1:
+        raise MolaError(
+            "`auto_find_batch_size` works in one process only: each would look for a batch of its own, and those whose "
+            f"memory sufficed would wait for the others. Got {options.world_size} processes. Pass a "
+            "--per_device_train_batch_size that fits."
+        )
     if not is_sharded(options):
         return
     if options.world_size == 1:
@@ -58,11 +65,6 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quant
             "`fsdp` cannot be combined with a quantised base: packed weights are not sharded, every process would "
             "hold all of them. Leave the quantisation out, or train with one model per process "
             "(recipes/accelerate/ddp.yaml)."
-        )
-    if options.auto_find_batch_size:
-        raise MolaError(
-            "`auto_find_batch_size` cannot be used with `fsdp`: what steps have changed before the memory ran out "
-            "cannot be put back. Pass a --per_device_train_batch_size that fits."
         )
     if options.optim == OptimizerNames.ADAFACTOR:
         raise MolaError("`optim` adafactor does not work on sharded weights. Pass another, such as adamw_torch.")

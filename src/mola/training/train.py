@@ -172,7 +172,7 @@ def _trained(
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
         if isinstance(error, NotFiniteError):
-            error.was_interrupted = interruption.signal_number is not None
+            error.was_interrupted = interruption.received is not None
         failed |= {"max_steps": trainer.state.max_steps, "seconds": _seconds(trainer)}
         with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
             write_record(trainer, run.folder, failed)

@@ -14,9 +14,11 @@ from peft.utils import infer_device
 from torch.optim import Optimizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
+from mola.generation.predicting import max_positions
 from mola.training.batch_search import SameStart
 from mola.training.callbacks import (
     AveragedWeights,
@@ -45,7 +47,7 @@ _PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
 
 def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, interruption: Interruption) -> MolaTrainer:
     """With mola's collator and callbacks, and an optimiser where it can be made before training."""
-    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
+    collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_multiple(options, model))
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
     # In this order: what is to be saved is known first, and is looked at before it is.
@@ -81,6 +83,12 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
         except (ImportError, ValueError) as error:
             raise MolaError(f"`optim` {OptimizerNames(options.optim).value} cannot be made: {error}") from error
     return trainer
+
+
+def _multiple(options: TrainOptions, model: PeftModel) -> int | None:
+    """Of tokens that batches are padded to; None where padding could lead beyond a model's last position."""
+    limit, longest = max_positions(model.config), options.cutoff_len + -options.cutoff_len % _PAD_TO_MULTIPLE_OF
+    return None if limit is not None and longest > limit else _PAD_TO_MULTIPLE_OF
 
 
 class MolaTrainer(Trainer):
@@ -143,6 +151,13 @@ class MolaTrainer(Trainer):
     def _load_best_model(self) -> None:
         check_best_weights(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        if is_best and self.args.save_strategy == SaveStrategy.BEST:  # of which Transformers 5.2 keeps no note
+            self.state.best_global_step = step = self.state.global_step
+            self.state.best_model_checkpoint = str(Path(str(self.args.output_dir)) / f"checkpoint-{step}")
+        return is_best
 
     def _limit(self) -> int | None:
         return self._hidden_limit if self.args.save_total_limit is None else self.args.save_total_limit

@@ -13,6 +13,8 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 
+_LISTS = {"layer_types", "mlp_layer_types", "layers_block_type"}  # of configurations, an entry for each layer
+
 
 @contextmanager
 def replicated_layers(model: nn.Module, ranges: list[tuple[int, int]] | None) -> Iterator[None]:
@@ -22,22 +24,44 @@ def replicated_layers(model: nn.Module, ranges: list[tuple[int, int]] | None) ->
         return
     lists = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     lists = [each for each in lists if isinstance(each[2], nn.ModuleList)]
-    counts = layer_counts(model)
+    before = layer_settings(model)
     _replicate_layers(model, ranges)
+    repeated = [module for module, name, layers in lists if getattr(module, name) is not layers]
+    for config, values in before:
+        if any(getattr(module, "config", None) is config for module in repeated):
+            _repeat_lists(config, values, ranges)
     try:
         yield
     except BaseException:
         for module, name, layers in lists:
             setattr(module, name, layers)
-        for config, num_layers in counts:
-            config.num_hidden_layers = num_layers
+        restore(before)
         raise
 
 
-def layer_counts(model: nn.Module) -> list[tuple[Any, int]]:
-    """Configurations of the model and its parts, with the number of layers that each has now."""
+def layer_settings(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """Configurations of the model and its parts, with the number of layers that each has now and lists by layer."""
     found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    return [(each, each.num_hidden_layers) for each in found.values() if hasattr(each, "num_hidden_layers")]
+    configs = [each for each in found.values() if hasattr(each, "num_hidden_layers")]
+    return [
+        (each, {"num_hidden_layers": each.num_hidden_layers} | {key: vars(each)[key] for key in _LISTS & {*vars(each)}})
+        for each in configs
+    ]
+
+
+def restore(settings: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Put back what `layer_settings` found."""
+    for config, values in settings:
+        for name, value in values.items():
+            setattr(config, name, value)
+
+
+def _repeat_lists(config: Any, before: dict[str, Any], ranges: list[tuple[int, int]]) -> None:
+    """Models ask these lists which mask, positions and cache a layer has: PEFT leaves them as they are."""
+    for name in _LISTS & before.keys():
+        values = before[name]
+        if isinstance(values, (list, tuple)) and len(values) == before["num_hidden_layers"]:
+            setattr(config, name, [values[index] for first, end in ranges for index in range(first, end)])
 
 
 def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:

@@ -703,7 +703,7 @@ def test_one_seed_or_question_tells_nothing_apart():
     found = paired_differences({"all": np.ones((1, 50))}, np.zeros((1, 50)))["all"]
     assert (found.verdict, found.seeds_95, found.both_95, found.value) == ("one seed: no verdict", None, None, 1.0)
     found = paired_differences({"all": np.ones((3, 1))}, np.zeros((3, 1)))["all"]
-    assert (found.verdict, found.both_95) == ("one question: no verdict", None)
+    assert (found.verdict, found.both_95, found.questions_95) == ("one question: no verdict", None, (-1.0, 1.0))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
