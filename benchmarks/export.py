@@ -72,6 +72,8 @@ def measure(options: ExportOptions) -> dict[str, Any]:
         )
     if wrong := set(options.ways) - _WAYS.keys():
         raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
+    if not options.text and all("TEXT" in _WAYS[way] for way in options.ways):
+        raise MolaError(f"`ways` ({', '.join(options.ways)}) need `text`: got none. Pass a text file.")
     done = {(row["way"], row["rank"]) for row in document["rows"]}
     for way, rank in product(options.ways, options.ranks):
         if (way, rank) not in done and (options.text or "TEXT" not in _WAYS[way]):
@@ -139,7 +141,11 @@ def table(document: dict[str, Any]) -> Table:
 def main(words: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
-    document = measure(options)
+    try:
+        document = measure(options)
+    except MolaError as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     console = table_console()
     for name in ("base", "mixture"):
         row = document["rows"][0]

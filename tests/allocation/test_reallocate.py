@@ -54,6 +54,13 @@ def test_the_same_numbers_are_the_same_adapter(tiny_model_dir, adapter, tmp_path
     assert torch.equal(logits(tiny_model_dir, adapter), logits(tiny_model_dir, tmp_path / "new"))
 
 
+def test_stacked_experts_alone_have_no_numbers(tiny_model_dir, tmp_path):
+    config = MolaConfig(r=2, num_experts=1, target_modules=[], target_parameters=["mlp.up_proj.weight"])
+    source = save_adapter(tiny_model_dir, tmp_path / "stacked", config)
+    with pytest.raises(MolaError, match="`adapter` must have experts on linears: .* has `target_parameters` only"):
+        moved(source, "2", tmp_path / "new")
+
+
 def test_layers_that_keep_their_number_keep_their_tensors(tiny_model_dir, adapter, tmp_path):
     result = moved(adapter, "2,2,4,1", tmp_path / "new")
     assert (result.before, result.num_experts, result.top_k) == ([1, 2, 3, 4], [2, 2, 4, 1], [2, 2, 2, 1])

@@ -205,6 +205,11 @@ def _layers(
     By names alone they are not, where there is more than one list of layers, or may be: towers, an encoder.
     """
     names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
+    if not names:
+        raise MolaError(
+            f"`adapter` must have experts on linears: {options.adapter!r} has `target_parameters` only, one LoRA for "
+            "each, and no number to change."
+        )
     sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(sides) > 1:
         raise MolaError(

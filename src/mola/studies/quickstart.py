@@ -5,6 +5,7 @@ experts as `recipes/quickstart.yaml` says, measures again, looks at the experts,
 and writes a report of it all.
 """
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,7 +149,5 @@ def _show(
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
     print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:")
-    print(
-        f"mola generate --base_model {model} --adapter {folder} --template alpaca_short "
-        f'--instruction "{question} {options}"'
-    )
+    asked = ["--template", "alpaca_short", "--instruction", f"{question} {options}"]
+    print(shlex.join(["mola", "generate", "--base_model", str(model), "--adapter", str(folder), *asked]))

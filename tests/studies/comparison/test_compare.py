@@ -345,6 +345,10 @@ def test_allocations_are_in_the_record_for_a_machine_without_the_run_folders(run
     shutil.rmtree(tmp_path / "out")
     again = run(recipes=PROBED, seeds=[1], record=str(record), **ONE)
     assert numbers(again.results) == numbers(first.results)
+    content["allocations"]["physics/found-seed-1"]["made_from"]["base_model"] = "another"
+    record.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(MolaError, match="recipe `found`: .* an allocation that was made from another `base_model`"):
+        run(recipes=PROBED, seeds=[1], record=str(record), **ONE)
     content["allocations"]["physics/found-seed-1"]["settings"]["budget"] = 13
     record.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(MolaError, match="recipe `found`: `allocations` of the `record` has, .* another `budget`: 13"):
@@ -447,6 +451,8 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path, caplog):
 
 # ---------------------------------------------------------------------- what is refused
 
+SHAPE = {"method": "triangle", "budget": 8}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -523,6 +529,21 @@ def test_one_seed_without_curves_has_no_picture(run, tmp_path, caplog):
             "recipe `a`: `shuffle` must be at least 0: got -2",
         ),
         ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`"),
+        ({"recipes": {"base": {"allocate": SHAPE}}}, "`recipes.base` has `allocate`, whose file"),
+        ({"recipes": {"a": {"allocate": SHAPE}}, "adapter": "x"}, "`adapter` .'x'. brings its own experts"),
+        (
+            {"recipes": {"a": {"allocate": SHAPE}}, "tasks": {"a": TASKS["physics"] | {"num_experts": "2,"}}},
+            "`num_experts` is set by the task 'a', and the recipe 'a' has `allocate`",
+        ),
+        (
+            {
+                "recipes": {"a": {"allocate": {"method": "alphalora", "budget": 8}}},
+                "tune": {"target_modules": ["q_proj", "k_proj"]},
+                "tuning_seeds": [7],
+                "tuning_split": "tuning",
+            },
+            "`target_modules` cannot be in `tune`: `recipes.a.allocate` is made once",
+        ),
         ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`"),
     ],

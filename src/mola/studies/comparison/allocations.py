@@ -1,6 +1,7 @@
 """Experts by layer of recipes that leave it to `mola allocate`; kept as files and in the record."""
 
 import copy
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +10,11 @@ from typing import Any
 
 from mola.allocation.allocate import AllocateOptions, allocate, one_per_layer
 from mola.allocation.options import check_options
+from mola.data.encode import data_fingerprint
+from mola.data.examples import load_examples
+from mola.data.tasks import load_task
 from mola.errors import MolaError
+from mola.files.digests import weights_sha256
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.begun import begin_or_go_on
@@ -84,18 +89,21 @@ class Allocations:
             MolaError: as `allocate`; there is another allocation; a probe is needed and is not there.
         """
         assert run.allocation is not None
-        place = self._place(run)
+        place, made_from = self._place(run), {"base_model": run.base_model, **_made_from(run.allocation)}
         if place in self.known:
             where, advice = (
                 f"`allocations` of the `record` has, as {place!r},",
                 "Rename the recipe, or pass another `record`.",
             )
             _check_same(self.known[place], run.allocation, _OF_A_MACHINE, where, advice)
+            earlier = self.known[place].get("made_from", {})  # records of earlier versions have none
+            if (name := first_difference(earlier, made_from, earlier)) is not None:
+                raise MolaError(f"{where} an allocation that was made from another `{name}`. {advice}")
             return self.known[place]
         found = self._from_file_or_new(run, adapter)
         settings = {name: value for name, value in found["settings"].items() if name not in _OF_A_MACHINE}
         numbers = {name: found[name] for name in ("num_experts", _PATTERN) if name in found}
-        self.known[place] = {**numbers, "settings": settings}
+        self.known[place] = {**numbers, "settings": settings, "made_from": made_from}
         return self.known[place]
 
     def _place(self, run: Run) -> str:
@@ -129,6 +137,21 @@ class Allocations:
         made = self.make(run, str(probe) if run.probe else None)
         pattern = {_PATTERN: made[_PATTERN] or None} if _PATTERN in made else {}
         return {"num_experts": one_per_layer(made["num_experts"]), **pattern}
+
+
+def _made_from(allocation: AllocateOptions) -> dict[str, str]:
+    """Fingerprints of what an allocation is made from besides the base model."""
+    found = {}
+    if allocation.adapter is not None:
+        found["adapter"] = weights_sha256(allocation.adapter) or ""
+    if allocation.data is not None:
+        found["data"] = _fingerprint(allocation.data, str(allocation.task), allocation.split, allocation.limit)
+    return found
+
+
+@functools.cache
+def _fingerprint(data: str, task: str, split: str, limit: int) -> str:
+    return data_fingerprint(load_examples(data, load_task(task), split, limit=limit))
 
 
 def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:

@@ -204,6 +204,7 @@ def _allocate_options(
         shared["template"] = run_options.template
     values = {"base_model": run_options.base_model, **shared, **asked}
     allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
+    allocation.method = allocation.method.strip().lower().replace("-", "_")
     if allocation.per_module and run_options.num_experts_pattern:
         raise MolaError(
             f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "

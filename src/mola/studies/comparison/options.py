@@ -190,6 +190,14 @@ class CompareOptions(TrainAndTestOptions):
             raise MolaError(f"`margin` must be above 0 (points): got {self.margin}.")
         if not self.candidates:
             return
+        first = next(iter(self.candidates.values()))
+        for name, asked in self.allocations.items():
+            of_all = {"target_modules", *(["template"] if "data" in asked else [])} if "probe" not in asked else set()
+            if wrong := sorted(of_all & first.keys()):
+                raise MolaError(
+                    f"`{wrong[0]}` cannot be in `tune`: `recipes.{name}.{ALLOCATE}` is made once, for all candidates, "
+                    "and depends on it. Leave one out."
+                )
         both = {*self.tuning_seeds, *self.seeds}
         if not self.tuning_seeds or len(both) < len(self.tuning_seeds) + len(self.seeds):
             raise MolaError(
@@ -227,11 +235,23 @@ class CompareOptions(TrainAndTestOptions):
         if twice := changes.keys() & more.keys():
             raise MolaError(f"`{min(twice)}` is in `tune`, and set by the task or recipe of {key}. Leave one out.")
         changes |= convert(TrainAndTestOptions, more, "tune")
+        is_allocated = key.plain_recipe in self.allocations
+        if is_allocated and changes.get("num_experts") is not None:
+            raise MolaError(
+                f"`num_experts` is set by the task {key.task!r}, and the recipe {key.plain_recipe!r} has `{ALLOCATE}`, "
+                "which gives another. Leave one out."
+            )
         if key.candidate:  # the search has its own questions
             changes |= {"test_split": self.tuning_split, "test_data": None}
         folder = Path(self.output_dir or "") / str(key)
+        values = {**self._given, **changes, "seed": key.seed, "output_dir": str(folder)}
+        if is_allocated and values.get("adapter") is not None:
+            raise MolaError(
+                f"`adapter` ({values['adapter']!r}) brings its own experts, and the recipe of {key} has `{ALLOCATE}`, "
+                "which gives others. Leave one out."
+            )
         try:
-            return TrainAndTestOptions(**{**self._given, **changes, "seed": key.seed, "output_dir": str(folder)})
+            return TrainAndTestOptions(**values)
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
 
@@ -280,6 +300,8 @@ def _allocation(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if values.get("num_experts") is not None:
         raise MolaError(f"`recipes.{name}` has `num_experts` and `{ALLOCATE}`, which gives another. Leave one out.")
+    if name == "base":
+        raise MolaError(f"`recipes.{name}` has `{ALLOCATE}`, whose file would be that of the base model. Rename it.")
     asked = mapping(f"recipes.{name}.{ALLOCATE}", values[ALLOCATE])
     if "method" not in asked or "budget" not in asked:
         raise MolaError(f"`recipes.{name}.{ALLOCATE}` must have `method` and `budget`: got {asked!r}.")

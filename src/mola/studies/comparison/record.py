@@ -35,7 +35,14 @@ _RUN = {
     "curve?": [[ANYTHING, ANYTHING]],
     "diverged_at?": (INTEGER, None),
 }
-_ALLOCATIONS = {str: {"num_experts": [INTEGER], "num_experts_pattern?": ANYTHING, "settings": {str: ANYTHING}}}
+_ALLOCATIONS = {
+    str: {
+        "num_experts": [INTEGER],
+        "num_experts_pattern?": ANYTHING,
+        "settings": {str: ANYTHING},
+        "made_from?": {str: TEXT},
+    }
+}
 
 
 @dataclass
