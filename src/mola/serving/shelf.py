@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Shelf:
         chat = await run_in_threadpool(own_chat, folder)
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
-        await self._queue.call(functools.partial(self._attach, inside, folder))
+        await self._queue.call(functools.partial(self._attach, inside, folder, config))
         try:
             self._check_name(name, in_place)  # others may have been quicker
         except RequestError:
@@ -137,11 +138,10 @@ class Shelf:
             )
         return os.fspath(folder)
 
-    def _attach(self, inside: str, folder: str) -> None:
+    def _attach(self, inside: str, folder: str, config: Mapping[str, Any]) -> None:
         # Here and not beside answers being made: models without weights are built under another default dtype, which is
         # one for all threads.
         self._check(folder)
-        config = check_adapter(folder)
         if self._queue.is_mixed and (name := next((each for each in _TURNS if config.get(each)), None)):
             raise RequestError(
                 409,

@@ -213,6 +213,30 @@ def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
     assert first.listener.events == ["begins", "ends"]
 
 
+def test_no_answer_goes_on_with_a_cache_that_is_partly_moved(adapted, monkeypatch):
+    rows = [Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Heard()) for length in (3, 90, 3)]
+    engine = batched(adapted, prefill=200)
+    original = _Layer._shift
+
+    def shift(self, by):
+        if self is engine._running.cache._own[-1] and by > 0:
+            raise RuntimeError("out of memory")
+        original(self, by)
+
+    with predicting.inference_state(adapted):
+        engine.add(rows[0])
+        engine.step()
+        monkeypatch.setattr(_Layer, "_shift", shift)
+        engine.add(rows[1])
+        engine.step()
+        assert [isinstance(row.listener.events[-1], RuntimeError) for row in rows[:2]] == [True, True]
+        engine.add(rows[2])
+        while not engine.is_idle:
+            engine.step()
+    assert rows[2].listener.events == ["begins", "ends"]
+    assert rows[2].listener.tokens[0] == rows[0].listener.tokens[0]
+
+
 def test_the_cache_is_as_large_as_what_it_holds_and_never_the_most_of_both(adapted):
     """Many short answers, of which one stays, and then a long prompt."""
     rows = [Row("first", [5] * 4, Sampling(decoding_settings(60 if index == 3 else 4)), Heard()) for index in range(16)]

@@ -120,12 +120,14 @@ class RowCache(Cache):
         """Columns in use: tokens of the longest row, at least."""
         return self._own[0].columns
 
+    def make_room(self, other: "RowCache") -> None:
+        """Allocate what `append` needs, to be called before: where memory does not suffice, no layer is changed."""
+        for layer, more in zip(self._own, other._own, strict=True):
+            layer.make_room(more)
+
     def append(self, other: "RowCache") -> None:
         """Put the rows of another cache below those here; both end at the same column then."""
-        pairs = list(zip(self._own, other._own, strict=True))
-        for layer, more in pairs:  # of all first: where memory does not suffice, no layer is changed
-            layer.make_room(more)
-        for layer, more in pairs:
+        for layer, more in zip(self._own, other._own, strict=True):
             layer.append(more) if layer.rows else layer.__dict__.update(more.__dict__)
 
     def drop(self, row: int) -> None:

@@ -110,7 +110,10 @@ class BatchEngine:
                 if part.rows[index].listener.is_unwanted():
                     part.drop(index)
         self._reading = deque(part for part in self._reading if part.rows)
-        self._running.cache.trim([row.cached for row in self._running.rows])
+        self._guarded(self._running, self._trim)
+
+    def _trim(self, part: _Part) -> None:
+        part.cache.trim([row.cached for row in part.rows])
 
     def _admit(self) -> None:
         """Let in who waits, first come, first served, as long as there is room."""
@@ -159,15 +162,19 @@ class BatchEngine:
             self._reading.append(part)
             return
         self._take(part, logits)
-        if part.rows:
-            self._running.cache.append(part.cache)
-            self._running.rows += part.rows
+        if not part.rows:
+            return
+        self._running.cache.make_room(part.cache)
+        self._running.rows += part.rows
+        part.rows = []
+        # From here on what fails would leave them all with a cache that is partly moved.
+        self._guarded(self._running, lambda running: running.cache.append(part.cache))
 
     def _decode(self, part: _Part) -> None:
         lengths = [row.cached + 1 for row in part.rows]
         logits = self._pass(part, [row.answer[-1:] for row in part.rows], lengths, will_stay=True)
         self._take(part, logits)
-        part.cache.trim([row.cached for row in part.rows])
+        self._trim(part)
 
     def _pass(self, part: _Part, new: Any, lengths: list[int], will_stay: bool) -> torch.Tensor:
         with self._adapters.using([row.adapter for row in part.rows], will_stay) as arguments:
