@@ -58,7 +58,8 @@ def test_values_of_mixed_kinds_are_what_they_were(tmp_path):
     ]
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read_rows(tmp_path / "a.parquet") == expected
-    assert list(_batches(datasets.Dataset(table), None)) == expected
+    if hasattr(datasets, "Json"):  # else it has no data set of them
+        assert list(_batches(datasets.Dataset(table), None)) == expected
 
 
 @given(rows=st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.lists(st.text())), min_size=1))

@@ -121,6 +121,7 @@ def test_frozen_adapters_stay_frozen_on_a_base_in_half_precision(low, base, inpu
     assert trained == {"second"}
 
 
+@needs("transformers", "5.16", "its positions ask for an autocast that this device has not")
 def test_shapes_on_the_meta_device_are_those_of_the_base(base, inputs):
     model = get_peft_model(clone(base), random_config()).to("meta")
     ids = inputs["input_ids"].to("meta")

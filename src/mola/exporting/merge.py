@@ -5,6 +5,7 @@ mola merge lora --base_model my-model --output merged
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from mola.tuner import MolaConfig
 from mola.tuner.merging import check_not_replicated, check_own_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass
@@ -94,11 +97,28 @@ def merge(options: MergeOptions) -> Path:
     if chat is not None:
         use_chat(tokenizer, chat)
     with new_folder("output", output) as folder:
-        merged.save_pretrained(folder)
+        _save(merged, folder)
         tokenizer.save_pretrained(folder)
         if chat is not None:
-            _end_with(end_token_ids(merged, tokenizer), folder / "generation_config.json")
+            _end_with(end_token_ids(merged, tokenizer), folder / _GENERATION)
     return output
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save a model with its settings of generation as they are, also those that Transformers finds odd.
+
+    Such as a temperature without sampling, which older base models have: many versions would save nothing.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = type(own)()
+        model.save_pretrained(folder)
+        model.generation_config = own
+        atomic_write_json(folder / _GENERATION, json.loads(own.to_json_string()))
+    else:
+        model.save_pretrained(folder)
 
 
 def _end_with(ends: list[int], path: Path) -> None:

@@ -15,7 +15,8 @@ def stop_rescaling(model: nn.Module) -> None:
     """
     for module in model.modules():
         rwkv: Any = module
-        if getattr(rwkv, "layers_are_rescaled", None) is None or not hasattr(rwkv, "_rescale_layers"):
+        # Its own: what wraps modules to save hands questions on, and in older PEFT raises where no adapter is active.
+        if "layers_are_rescaled" not in vars(rwkv) or not hasattr(rwkv, "_rescale_layers"):
             continue
         if rwkv.layers_are_rescaled:
             mode, rwkv.training = rwkv.training, True
