@@ -9,6 +9,7 @@ from mola import MolaError
 from mola.insight.kernels import TOKENS, inputs_for_shapes, report
 from mola.tuner.kernels import dispatch
 from mola.tuner.kernels.api import MixtureSettings
+from tests.tuner.kernels.native import needs_numba
 from tests.tuner.models import random_config, tiny_llama
 
 
@@ -33,6 +34,12 @@ def test_what_is_told_is_what_computes(model, monkeypatch):
     model.train()(input_ids=torch.randint(3, 60, (8, 64)))
     told = {choice.backend for choice in mola.kernels_report(model) if choice.mode == "training"}
     assert told == {backend.name for backend in used}
+
+
+@needs_numba
+def test_decoding_has_kernels_of_its_own(model):
+    choices = mola.kernels_report(model, modes=["decode"])
+    assert {(choice.mode, choice.backend) for choice in choices} == {("decode", "lora"), ("decode", "cpu_decode")}
 
 
 def test_a_reason_for_each_faster_kernel(model, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from mola import ContinualOptions, PlanOptions, load_model, plan
 from mola.cli import main
 from mola.models.quantization import Quantization
+from mola.models.quantized import prepare_for_training
 from mola.studies.train_and_test import evaluation_of
 from tests.quantised.models import KINDS, packed_layers, quantised
 
@@ -60,9 +61,17 @@ def output(model):
 def trained(blocks_dir, sample, tmp_path_factory):
     """Run folder of experts trained on NF4, in mixed precision, with evaluations in between."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'mola-peft[quant]'")
-    folder = tmp_path_factory.mktemp("run") / "nf4"
+    folder, packed = tmp_path_factory.mktemp("run") / "nf4", []
+
+    def prepare(model, *how):
+        packed.append(len(packed_layers(model)))
+        return prepare_for_training(model, *how)
+
     flags = ["--load_in_4bit", "--bnb_4bit_use_double_quant"]
-    assert train(blocks_dir, sample, folder, *flags, dtype="bfloat16") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mola.training.setup.prepare_for_training", prepare)
+        assert train(blocks_dir, sample, folder, *flags, dtype="bfloat16") == 0
+    assert packed == [28]
     return folder
 
 
@@ -107,16 +116,20 @@ def test_the_adapter_loads_onto_any_form_of_its_base(trained, blocks_dir):
 
 
 @pytest.mark.parametrize("flags", [["--load_in_4bit"], ["--load_in_8bit"], ["--load_in_4bit", "--dtype=bfloat16"]])
-def test_evaluating_and_generating(flags, trained, blocks_dir, sample, tmp_path, capsys):
+def test_evaluating_and_generating(flags, trained, blocks_dir, sample, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
     common = {"base_model": blocks_dir, "adapter": trained}
     result = tmp_path / "result.json"
     options = {"task": "scienceqa", "data": sample / "test.json", "output": result, "max_new_tokens": 2}
     assert command("evaluate", *flags, **common, **options) == 0
     settings = json.loads(result.read_text(encoding="utf-8"))["settings"]
     assert settings["load_in_8bit"] is ("--load_in_8bit" in flags)
+    assert "The base has" in caplog.text  # which is said of packed ones
+    caplog.clear()
     capsys.readouterr()
     assert command("generate", *flags, **common, prompt="The sun", max_new_tokens=4) == 0
     assert capsys.readouterr().out.strip()
+    assert "The base has" in caplog.text
 
 
 @pytest.mark.slow

@@ -138,8 +138,8 @@ def test_its_output_may_be_changed_in_place(shape, dtype):
 
 
 def test_gradcheck():
-    layer = make(dtype=torch.float64).double()
-    x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    layer = make(r=2, inner=5, outer=4, dtype=torch.float64).double()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     parameters = [*layer.parameters(), x]
     assert torch.autograd.gradcheck(lambda *_: layer(x), parameters, eps=1e-6, atol=1e-5)
 
@@ -161,13 +161,16 @@ def test_empty_and_non_contiguous_input():
     torch.testing.assert_close(layer(x.t()), layer(x.t().contiguous()))
 
 
-def test_eval_is_deterministic_and_training_draws_dropout_and_jitter():
-    layer = make(lora_dropout=0.5, router_jitter_noise=0.5)
+@pytest.mark.parametrize("drawn", ["lora_dropout", "router_jitter_noise"])
+def test_eval_is_deterministic_and_training_draws_dropout_and_jitter(drawn):
+    layer = make(**{drawn: 0.5})
     x = torch.randn(6, 16)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
+    for training in (False, True):
+        layer.train(training)
+        assert torch.equal(layer(x), layer(x)) is not training
+        settings = layer.mixture_inputs("default", x, layer.base_layer(x)).settings
+        found = {"lora_dropout": settings.dropout, "router_jitter_noise": settings.jitter}
+        assert found == {name: 0.5 if training and name == drawn else 0.0 for name in found}
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["fused", "plain"])

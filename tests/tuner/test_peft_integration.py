@@ -234,6 +234,12 @@ def test_two_adapters_at_once(base, inputs):
     both = logits(model, inputs)
     assert not torch.equal(both, with_one)
     assert not torch.equal(both, with_two)
+    layer = next(module for module in model.modules() if isinstance(module, MolaLinear))
+    x, sums = torch.randn(3, layer.in_features), []
+    for names in (["one"], ["two"], ["one", "two"]):
+        model.base_model.set_adapter(names)
+        sums.append(layer(x) - layer.base_layer(x))
+    torch.testing.assert_close(sums[0] + sums[1], sums[2], atol=1e-5, rtol=1e-5)
 
 
 def test_two_adapters_are_saved_apart(base, inputs, tmp_path):
@@ -407,8 +413,11 @@ def test_other_base_model_is_refused(saved, inputs):
 
 def test_mixing_with_another_method_is_refused(base):
     model = get_peft_model(clone(base), random_config())
-    with pytest.raises((MolaError, ValueError), match="peft_type|can only|MOLA|mix"):
+    with pytest.raises(ValueError, match="PeftType.MOLA"):  # PEFT's own
         model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.base_model.peft_config["other"] = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(MolaError, match="all adapters of a model must be of one kind"):
+        model.base_model.inject_adapter(model.base_model.model, "other")
 
 
 @pytest.mark.parametrize(

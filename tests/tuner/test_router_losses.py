@@ -695,6 +695,8 @@ def test_a_module_that_runs_several_times_counts_every_time():
     ids = torch.arange(12).view(2, 6)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
+    model(input_ids=ids, attention_mask=mask, labels=ids)
+    inputs.clear()  # of every pass anew
     output = model(input_ids=ids, attention_mask=mask, labels=ids)
     counted = mask.bool()
     counted[:, -1] = False  # the last position predicts nothing
