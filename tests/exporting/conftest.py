@@ -1,6 +1,8 @@
 """A mixture, LoRAs and data of the tiny model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
+from tests.damage import change_tensors
 
 
 def base(folder):
@@ -41,8 +44,13 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture
-def mixture(tiny_model_dir, tmp_path):
-    """A mixture with one to three experts of rank 2; the first layer is a LoRA of rank 6."""
+def mixture(made_mixture, tmp_path):
+    """A mixture with one to three experts of rank 2; the first layer is a LoRA of rank 6, the head is trained."""
+    return Path(shutil.copytree(made_mixture, tmp_path / "mixture"))
+
+
+@pytest.fixture(scope="session")
+def made_mixture(tiny_model_dir, tmp_path_factory):
     config = MolaConfig(
         num_experts=[1, 2, 3, 3],
         r=[6, 2, 2, 2],
@@ -52,7 +60,9 @@ def mixture(tiny_model_dir, tmp_path):
         modules_to_save=["lm_head"],
         task_type="CAUSAL_LM",
     )
-    return saved(tiny_model_dir, tmp_path / "mixture", config)
+    folder = saved(tiny_model_dir, tmp_path_factory.mktemp("mixture") / "mixture", config)
+    change_tensors(folder, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(0.01))
+    return folder
 
 
 @pytest.fixture

@@ -40,7 +40,16 @@ def _test_result(path):
 
 def _adapter(path):
     (path.parent / "adapter_model.safetensors").write_bytes(save({"a": torch.ones(2)}))
-    return check_adapter(path.parent), read_published(path.parent, 1)
+    return check_adapter(path.parent)
+
+
+def _published(path):
+    (path.parent / "adapter_model.safetensors").write_bytes(save({"a": torch.ones(2)}))
+    return read_published(path.parent, 1)
+
+
+def _moe_peft(path):
+    return read_moe_peft(path.parent, ["model.layers.0.self_attn.q_proj"], 1)
 
 
 def _foreign_weights(path):
@@ -72,6 +81,8 @@ READERS = {
     "state of a saved dataset": ("state.json", lambda path: read_rows(path.parent)),
     "allocation": ("experts.json", lambda path: resolve_per_layer(str(path), 4, "num_experts")),
     "adapter settings": ("adapter_config.json", _adapter),
+    "published settings": ("adapter_config.json", _published),
+    "foreign settings": ("adapter_config.json", _moe_peft),
     "adapter weights": ("adapter_model.safetensors", lambda path: read_tensors(path.parent)),
     "adapter pickle": ("adapter_model.bin", lambda path: read_tensors(path.parent)),
     "foreign weights": ("adapter_model.bin", _foreign_weights),

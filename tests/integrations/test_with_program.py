@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig
+from mola.cli import main
 from mola.integrations import startup
 from tests.grids import slow
 
@@ -79,12 +80,12 @@ def test_programs_of_the_same_environment_are_found_by_name():
     assert Path(process.stdout.strip()).parent == Path(sys.executable).parent
 
 
-def test_wrong_program_and_help():
-    process = run(MOLA, "with", "nosuch")
-    assert process.returncode == 2
-    assert "mola with: error: `mola with` needs the name of a program: there is no 'nosuch'" in process.stderr
-    assert run(MOLA, "with").returncode == 2
-    assert "transformers serve" in run(MOLA, "with", "--help").stdout
+def test_wrong_program_and_help(capsys):
+    assert main(["with", "nosuch"]) == 2
+    assert "mola with: error: `mola with` needs the name of a program: there is no 'nosuch'" in capsys.readouterr().err
+    assert main(["with"]) == 2
+    assert main(["with", "--help"]) == 0
+    assert "transformers serve" in capsys.readouterr().out
 
 
 def test_a_peft_that_cannot_be_imported_is_still_an_import_error(tmp_path):

@@ -1,5 +1,6 @@
 """`mola report`: everything of a run in one page, nothing else replaced, nothing from elsewhere."""
 
+import datetime
 import json
 import re
 import shlex
@@ -171,6 +172,9 @@ def test_samples(page, finished_run):
 def test_same_input_same_page(finished_run, tmp_path):
     first, second = (report(ReportOptions(str(finished_run), output=str(tmp_path / name))) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
+    today = datetime.datetime.now(datetime.UTC).date()
+    text = first.read_text(encoding="utf-8")
+    assert not any(str(today + datetime.timedelta(days=days)) in text for days in (-1, 0, 1))  # in any time zone
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mola.generation.decoding import generate_text
 from mola.models.loading import load_model, load_tokenizer
 
 from ..waiting import PATIENCE
-from .raw import SECRET, TOKEN, is_idle, serving
+from .raw import SECRET, TOKEN, is_idle, logged_in_test, serving
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 NEW_TOKENS = 4
@@ -102,5 +102,6 @@ def unharmed(narrow_url, caplog):
     with caplog.at_level(logging.DEBUG):
         yield
         is_idle(narrow_url)
+    logged = logged_in_test(caplog)
     for forbidden in ("Traceback", TOKEN, SECRET):
-        assert forbidden not in caplog.text
+        assert forbidden not in logged

@@ -122,6 +122,11 @@ def vanish(opened):
     opened.close()
 
 
+def logged_in_test(caplog):
+    """What was logged in the test itself, tracebacks too: behind a `yield` `caplog.text` has its teardown alone."""
+    return "\n".join(caplog.handler.format(record) for record in caplog.get_records("call"))
+
+
 def is_idle(url):
     """Wait until the server holds no request; then it answers one."""
     wait_until(lambda: _health(url) == {"status": "ok", "running": 0, "waiting": 0})

@@ -126,7 +126,7 @@ def test_such_a_one_waits_for_answers_that_are_made_together(endless_model_dir, 
     """Beside it answers take turns, which those that run together cannot any more."""
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", mixture(), 0)}
     trained(endless_model_dir, tmp_path / "whole", mixture(modules_to_save=["norm"]), 1)
-    long = {"prompt": PROMPTS[0], "max_tokens": 900, "stream": True}
+    long = {"prompt": PROMPTS[0], "max_tokens": 400, "stream": True}
     with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, contextlib.ExitStack() as stack:
         texts = []
         for name in (endless_model_dir.name, "plain"):

@@ -42,6 +42,7 @@ def test_with_and_without_the_adapter(answerer, model, tiny_tokenizer):
 
 def test_it_grows(answerer):
     texts = [answer.text for answer in answerer.answer("The cat", with_adapter=True, max_new_tokens=12)]
+    assert len(texts) > 6
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
@@ -58,6 +59,7 @@ def test_whoever_stops_stops_the_model(answerer, tiny_tokenizer):
     running = answerer.answer("The cat", with_adapter=False, max_new_tokens=900)
     next(running)
     running.close()
+    assert len(answerer._running.token_ids) < 450
     again = last(answerer.answer("The cat", with_adapter=True, max_new_tokens=4))
     assert again.text == generate_text(answerer.model, tiny_tokenizer, "The cat", max_new_tokens=4)
 
