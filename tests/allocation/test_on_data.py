@@ -90,7 +90,11 @@ def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny
         assert ["Below is an instruction" in text for text in texts] == [False, True]
 
 
-def test_activations_count_the_strongest_directions(base, samples):
+@pytest.mark.parametrize(("count", "length"), [(8, None), (1, 20)], ids=["many tokens", "few tokens"])
+def test_activations_count_the_strongest_directions(count, length, base, data):
+    """Of the first 1,024 tokens, and of fewer tokens than there are features."""
+    samples = SampleSource(data, "sample", None, "train", count).read(base)
+    samples = [{name: sample[name][:length] for name in ("input_ids", "labels")} for sample in samples]
     model = load_for_scores(base, "cpu")
     seen = {linear.name: [] for linear in base.linears}
     handles = [
@@ -104,6 +108,7 @@ def test_activations_count_the_strongest_directions(base, samples):
         handle.remove()
     shares = {}
     for name, rows in seen.items():
+        assert (len(torch.cat(rows)) > 1024) is (length is None)
         x = torch.cat(rows)[:1024].double()
         values = torch.linalg.svdvals(x - x.mean(0)) ** 2
         shares[name] = values / values.sum()

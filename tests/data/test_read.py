@@ -75,13 +75,15 @@ def test_parquet_keeps_lists_and_none_and_ignores_folder_names(tmp_path):
     assert read_rows(folder / "a.parquet") == ROWS
 
 
-def test_csv_values_are_text(tmp_path):
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_csv_values_are_text(name, tmp_path):
     rows = [{"sentence": 'a, "b"\nc', "label": "1"}, {"sentence": "NA", "label": ""}]
-    with (tmp_path / "a.csv").open("w", newline="") as file:
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt", newline="") as file:
         writer = csv.DictWriter(file, ["sentence", "label"])
         writer.writeheader()
         writer.writerows(rows)
-    assert read_rows(tmp_path / "a.csv") == rows
+    assert read_rows(tmp_path / name) == rows
 
 
 def test_saved_datasets_are_read_and_left_alone(tmp_path):

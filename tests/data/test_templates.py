@@ -1,7 +1,7 @@
 """The prompt strings are interface: they are written out here once more, by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mola.data.templates import CHAT, get_template, template_names
@@ -79,12 +79,14 @@ def test_unknown_name_lists_the_names(name):
 
 @pytest.mark.parametrize("name", EXPECTED)
 @given(instruction=st.text(), context=st.text(min_size=1))
+@example(instruction="{input} {", context="{instruction}")
 def test_fields_are_inserted_untouched(name, instruction, context):
     template = get_template(name)
     before, after = template.prompt_no_input.split("{instruction}")
     assert template.prompt(instruction) == before + instruction + after
-    parts = template.prompt(instruction, context)
-    assert parts.endswith(context + template.prompt_input.split("{input}")[1])
+    before, rest = template.prompt_input.split("{instruction}")
+    middle, after = rest.split("{input}")
+    assert template.prompt(instruction, context) == before + instruction + middle + context + after
 
 
 def test_none_instruction_is_the_empty_prompt_of_meta_only():

@@ -95,7 +95,8 @@ def test_resumed_run_is_the_same(processes, environments, whole, tmp_path, stage
     with goes_on_from(part, "checkpoint-4", removed="checkpoint-8"):
         processes.mola([*arguments, "--resume_from_checkpoint=last"], environment=environments[stage])
     assert f"broken {path.name}" in processes.output[0]
-    assert "going on" not in processes.output[1]
+    assert "Skipping" in processes.output[0]
+    assert "Skipping" not in processes.output[1]
     assert_same_run(part, folder, 0.0)
 
 

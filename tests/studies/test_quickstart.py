@@ -34,8 +34,9 @@ def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys):
-    """The whole way in two steps on the tiny model, which counts as converted."""
+def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys, monkeypatch):
+    """The whole way in two steps on the tiny model, which counts as converted; with fewer questions."""
+    monkeypatch.setattr("mola.data.prepare.SAMPLE_SIZES", {"train": 20, "validation": 4, "test": 10})
     model, run, recipe = tmp_path / "model", tmp_path / "run", tmp_path / "recipe.yaml"
     shutil.copytree(tiny_model_dir, model)
     (model / MARKER).write_text("{}", encoding="utf-8")

@@ -124,11 +124,13 @@ def test_reentrant_checkpointing_with_a_balance_loss_is_refused(flags, error_lin
 @pytest.mark.parametrize(
     "options",
     [
-        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "optim": "adamw_torch"},
-        {"train_sampling_strategy": "group_by_length", "report_to": "none", "optim": "sgd"},
+        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "optim": "adamw_torch", "max_steps": 2},
+        {"train_sampling_strategy": "group_by_length", "report_to": "none", "optim": "sgd", "max_steps": 2},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-5}', "max_grad_norm": 0},
         {"target_modules": r".*self_attn\.(q|v)_proj", "modules_to_save": "lm_head", "max_steps": 2},
-        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "validation_size": 2},
+        *slow(
+            {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "validation_size": 2}
+        ),
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -185,6 +187,15 @@ def test_a_quantised_base_is_not_sharded():
     options = SimpleNamespace(fsdp=["full_shard"], **settings)
     with pytest.raises(MolaError, match="`fsdp` cannot be combined with a quantised base"):
         check_sharding(options, None, is_quantized=True)
+
+
+def test_what_sharding_does_not_take_is_refused(monkeypatch):
+    settings = {"world_size": 2, "device": torch.device("cuda"), "auto_find_batch_size": False}
+    with pytest.raises(MolaError, match="`optim` adafactor does not work on sharded weights"):
+        check_sharding(SimpleNamespace(fsdp=True, optim="adafactor", **settings), None)
+    monkeypatch.setattr("mola.training.sharding.importlib.metadata.version", lambda name: "1.14.0")
+    with pytest.raises(MolaError, match="needs accelerate 1.15 or newer, .*: here is 1.14.0"):
+        check_sharding(SimpleNamespace(fsdp=True, optim="adamw_torch", **settings), None)
 
 
 def test_the_batch_is_looked_for_in_one_process():

@@ -86,7 +86,7 @@ def uninterrupted():
     return {}
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", *slow("SIGTERM")])
 @pytest.mark.parametrize(
     ("in_own_process", "epochs"), [(False, 4), pytest.param(True, 20, marks=pytest.mark.slow)], ids=["", "process"]
 )
@@ -152,7 +152,7 @@ def test_groups_of_similar_length_are_those_of_seed_and_epoch():
         assert sum(max(batch) - min(batch) for batch in batches) < 0.1 * 6 * len(batches)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT)])
 def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(number, flags, tmp_path, monkeypatch, capsys, caplog):
     """And the same command with `last` makes up for the evaluation."""
     options = {**INTERRUPTIBLE, "num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 1}
@@ -199,7 +199,7 @@ def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, t
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", *slow("cosine")])
 def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedule, flags, tmp_path):
     """Not with the 0 at which the shorter one ended."""
     options = {**NO_EVALUATION, "lr_scheduler_type": schedule, "save_strategy": "epoch", "warmup_steps": 0}

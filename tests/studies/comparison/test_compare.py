@@ -33,6 +33,7 @@ from mola.evaluation.differences import (
 )
 from mola.evaluation.evaluate import evaluate
 from mola.evaluation.partial import PartialResults
+from mola.models.devices import cpu_has_native_bfloat16
 from mola.reporting.formatting import duration
 from mola.studies.comparison import checks
 from mola.studies.comparison.compare import CompareOptions, compare
@@ -414,19 +415,20 @@ def test_another_base_model_is_refused(run, tiny_model_dir, tmp_path):
         run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other), output_dir=str(tmp_path / "second"))
 
 
-@pytest.mark.parametrize("native", [False, *slow(True)])
-def test_a_record_may_go_to_a_machine_whose_dtype_is_another(native, run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_another", [True, *slow(False)])
+def test_a_record_may_go_to_a_machine_whose_dtype_is_another(is_another, run, monkeypatch, tmp_path):
     """`auto` is bfloat16 on some processors and float32 on others; a dtype that is named is the same on all."""
     shared = {"tasks": ONE["tasks"], "seeds": [0], "recipes": {"lora": RECIPES["lora"]}}
     for dtype in ("auto", "float32"):
         run(**shared, dtype=dtype, record=str(tmp_path / dtype), output_dir=str(tmp_path / "first" / dtype))
     before = read(tmp_path / "auto")["runs"][0]["dtype"]
-    monkeypatch.setattr("mola.models.devices.cpu_has_native_bfloat16", lambda: native)
+    here = cpu_has_native_bfloat16()
+    monkeypatch.setattr("mola.models.devices.cpu_has_native_bfloat16", lambda: here is not is_another)
     checks._defaults.cache_clear()
     elsewhere = str(tmp_path / "elsewhere")
     assert run(**shared, dtype="float32", record=str(tmp_path / "float32"), output_dir=elsewhere).open == 0
     again = {**shared, "record": str(tmp_path / "auto"), "output_dir": elsewhere}
-    if before == ("bfloat16" if native else "float32"):
+    if not is_another:
         assert run(**again, dtype="auto").open == 0
     else:
         with pytest.raises(MolaError, match=f"was made with another model `dtype`: '{before}', now"):
@@ -734,6 +736,10 @@ def test_mean_lies_in_its_interval(accuracies):
     assert (mean.interval_95 is None) == (len(accuracies) == 1)
     if mean.interval_95 is not None:
         assert 0 <= mean.interval_95[0] <= mean.value <= mean.interval_95[1] <= 1
+
+
+def test_a_group_takes_all_within_five_per_cent():
+    assert budget_groups({"a": 100, "b": 1000, "c": 1040, "d": 1060}, "a") == {"a": 0, "b": 1, "c": 1, "d": 2}
 
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1))

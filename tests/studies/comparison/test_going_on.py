@@ -59,7 +59,7 @@ def stopped_in_the_test(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_steps": 3}, *slow({"warmup_steps": 2}, {"dtype": "bfloat16"}, {"scoring": "generate"}), {"test_limit": 3}],
+    [{"max_steps": 3}, *slow({"warmup_steps": 2}, {"dtype": "bfloat16"}, {"scoring": "generate"}, {"test_limit": 3})],
     ids=lambda change: next(iter(change)),
 )
 def test_a_stopped_training_goes_on_with_the_same_only(change, run, stopped):
@@ -131,7 +131,7 @@ def test_without_evaluation_data_a_stopped_test_goes_on(run, stopped_in_the_test
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("experts", ["1", "2,"])
+@pytest.mark.parametrize("experts", ["2,", *slow("1")])
 def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny_model_dir, tmp_path):
     settings = {name: value for name, value in SETTINGS.items() if name in TrainOptions.__dataclass_fields__}
     settings |= {"base_model": str(tiny_model_dir), "data": str(data), "num_experts": experts, "max_steps": 1}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import mola.studies.comparison.compare as compare_module
 from mola import MolaError
+from mola.evaluation.differences import MeanSquares
 from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
@@ -25,6 +26,7 @@ from mola.studies.comparison.record import BASE
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
 from mola.studies.comparison.tuning import Power, _edges
 from mola.training.callbacks import MetricsFile
+from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES, read
 
 ONE_TASK = {"tasks": {"physics": {"filters": {"topic": "physics"}}}}
@@ -35,13 +37,15 @@ SEARCH = {"tune": {"learning_rate": RATES}, "tuning_seeds": [7, 8], "learning_ra
 # ---------------------------------------------------------------------- the search
 
 
-def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_questions(run, tmp_path):
-    result = run(**ONE_TASK, **SEARCH, seeds=[0])
+@pytest.mark.parametrize("tuning_seeds", [[7], *slow([7, 8])], ids=str)
+def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_questions(tuning_seeds, run, tmp_path):
+    search = SEARCH | {"tuning_seeds": tuning_seeds}
+    result = run(**ONE_TASK, **search, seeds=[0])
     assert (result.status, result.open) == ("finished", 0)
     by_key = {each.key: each for each in result.results}
     for found in result.found:
         for rate in RATES:
-            runs = [by_key["physics", f"{found.recipe}@learning_rate={rate}", seed] for seed in (7, 8)]
+            runs = [by_key["physics", f"{found.recipe}@learning_rate={rate}", seed] for seed in tuning_seeds]
             assert found.accuracies[f"@learning_rate={rate}"] == pytest.approx(np.mean([r.accuracy for r in runs]))
             assert {each.settings["learning_rate"] for each in runs} == {rate}
         best = max(found.accuracies, key=found.accuracies.get)
@@ -53,9 +57,9 @@ def test_each_recipe_gets_the_rate_that_was_best_for_it_on_other_seeds_and_quest
     assert {row.recipe for row in result.rows} == {*RECIPES, BASE}  # the search is in no table
     record = read(tmp_path / "out" / "compare.json")
     assert [each["chosen"] for each in record["search"]] == [each.chosen for each in result.found]
-    assert [power.seeds for power in result.power] == [1]
+    assert len(result.power) == (len(tuning_seeds) > 1)
     # Nothing is left to do, and the choice is found again; the base model was asked other questions than the search.
-    again = run(**ONE_TASK, **SEARCH, seeds=[0])
+    again = run(**ONE_TASK, **search, seeds=[0])
     assert again.found == result.found
     assert len(again.results) == len(result.results)
 
@@ -72,6 +76,19 @@ def test_a_search_may_choose_checkpoints_by_its_own_questions(run):
         save_strategy="epoch",
     )
     assert (result.status, len(result.found)) == ("finished", 1)
+
+
+def test_every_combination_of_what_is_searched_for_is_a_candidate(values):
+    tune = {"learning_rate": [0.001, 0.02], "weight_decay": [0.0, 0.1]}
+    options = CompareOptions(**values(tune=tune, tuning_seeds=[7], learning_rate=None))
+    assert len(options.candidates) == 4
+    assert options.candidates["@learning_rate=0.001,weight_decay=0.1"] == {"learning_rate": 0.001, "weight_decay": 0.1}
+
+
+def test_components_are_those_of_the_mean_squares():
+    squares = [(MeanSquares(6.0, 2.0, 2.0), (2, 3)), (MeanSquares(6.0, 8.0, 2.0), (2, 3))]
+    assert Components.pooled(squares[:1]) == Components(4 / 3, 0.0, 2.0)
+    assert Components.pooled(squares) == Components(4 / 3, 3 / 2, 2.0)
 
 
 def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
@@ -256,8 +273,11 @@ def test_a_training_that_goes_on_keeps_its_tests(run, tmp_path, monkeypatch):
     assert run(**asked).status == "interrupted"
     curve = tmp_path / "out" / "physics" / "lora" / "seed-0" / CURVE_FILE
     before = curve.read_text(encoding="utf-8").splitlines()
+    state = curve.parent / "checkpoint-2" / "trainer_state.json"
+    written = state.stat().st_mtime_ns
     result = run(**asked)
     assert result.status == "finished"
+    assert state.stat().st_mtime_ns == written  # it did not begin again
     lines = curve.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert lines[: len(before)] == before

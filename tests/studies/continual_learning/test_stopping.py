@@ -42,8 +42,11 @@ def test_signal_during_training_and_the_same_command_again(values, whole, tmp_pa
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     first = contents(folder / FOLDERS[0])
+    state = folder / FOLDERS[1] / "checkpoint-3" / "trainer_state.json"
+    written = state.stat().st_mtime_ns
     assert main(arguments) == 0
     assert contents(folder / FOLDERS[0]) == first, "a finished stage and its test are not repeated"
+    assert state.stat().st_mtime_ns == written, "the stage goes on from there"
     assert_same_end(folder, whole, 2)
 
 
