@@ -341,6 +341,7 @@ def test_costs_of_one_layer_by_hand():
     assert layer.expert_parameters == 4 * 6 * (3 + 5) + 4 * 6 * (7 + 2)
     assert layer.router_parameters == 4 * 3 + 4 * 7
     assert layer.flops_per_token == 2 * 4 * 6 * (3 + 7) + 2 * 4 * 6 * (5 + 2) + 2 * 4 * (3 + 7)
+    assert layer.active_flops_per_token == 2 * 2 * 6 * (3 + 7 + 5 + 2) + 2 * 4 * (3 + 7)  # two of four experts
     assert layer.adapter_bytes == 2 * (layer.expert_parameters + layer.router_parameters)
 
 
@@ -355,10 +356,13 @@ def test_layers_without_adapted_linears_cost_nothing():
     assert [layer.expert_parameters for layer in plan.layers] == [0, 64, 0]
 
 
+FLOPS = ("flops_per_token", "active_flops_per_token")
+
+
 def test_totals_are_the_sums_of_the_layers():
     plan = plan_7b("2468", top_k=2, r="8")
     data = json.loads(json.dumps(plan.to_dict()))
-    for key in ("num_experts", "expert_parameters", "router_parameters", "flops_per_token", "adapter_bytes"):
+    for key in ("num_experts", "expert_parameters", "router_parameters", "adapter_bytes", *FLOPS):
         assert data["totals"][key] == sum(layer[key] for layer in data["layers"])
     assert data["totals"]["trainable_parameters"] == 105_635_840
     assert data["totals"]["adapter_bytes"] == 4 * 105_635_840

@@ -216,28 +216,19 @@ def test_compiled_without_gradients(tokens, top_k, dtype, monkeypatch):
     torch._dynamo.reset()
     layer = make(8, top_k, dtype=dtype).eval()
     x = torch.randn(1, tokens, 16).to(dtype)
+    products = []  # with a whole weight matrix, in the graph that a compiler is given
+
+    def backend(graph, inputs):
+        products.extend(node for node in graph.graph.nodes if node.target is torch.nn.functional.linear)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
     with torch.no_grad():
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
-        output = compiled(x)
+        output = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)(x)
         assert output.dtype == dtype
         tolerance = {"atol": 1e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
         torch.testing.assert_close(output, layer(x), **tolerance)
     # Base and router; all experts in one more product, or matrices looked up for every token.
-    assert products(layer, x) == (2 if tokens <= 8 else 3)
-
-
-@torch.no_grad()
-def products(layer, x):
-    """Products with a whole weight matrix in the graph that a compiler is given."""
-    found = []
-
-    def backend(graph, inputs):
-        found.extend(node for node in graph.graph.nodes if node.target is torch.nn.functional.linear)
-        return graph.forward
-
-    torch._dynamo.reset()
-    torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)(x)
-    return len(found)
+    assert len(products) == (2 if tokens <= 8 else 3)
 
 
 def count(layer, backward=True):
