@@ -223,6 +223,16 @@ def test_command_seed_takes_effect(options, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_seed_that_was_drawn_is_named(options, capsys, caplog):
+    caplog.set_level("INFO")
+    options.prompt, options.do_sample = "Once", True
+    main(options)
+    drawn = capsys.readouterr().out
+    options.seed = int(caplog.text.split("Random seed ")[1].split(".")[0])
+    main(options)
+    assert capsys.readouterr().out == drawn
+
+
 def test_command_without_seed_gives_another_text_each_time(options, capsys):
     options.prompt, options.temperature = "Once", 1.0
     texts = set()

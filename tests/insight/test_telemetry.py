@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.training_args import ParallelMode
 
 from mola import MolaConfig, MolaLinear
 from mola.insight import ROUTING_FILE
@@ -264,6 +268,19 @@ def test_nothing_is_left_on_the_model(make, model, tmp_path):
     assert all(module.observer is None for module in model.modules() if isinstance(module, MolaLinear))
     model.train()(torch.tensor([[5, 6, 7]]))
     assert not any(watch.sums().flatten())
+
+
+def test_why_nothing_is_recorded_is_said_once(model, tmp_path, caplog):
+    telemetry = ExpertTelemetry(tmp_path / ROUTING_FILE)
+    telemetry.on_train_begin(SimpleNamespace(parallel_mode=ParallelMode.NOT_DISTRIBUTED), None, None)
+    assert "not recorded under nn.DataParallel" in caplog.text
+    caplog.clear()
+    args, state = SimpleNamespace(parallel_mode=None, world_size=1), TrainerState(is_world_process_zero=True)
+    telemetry.on_train_begin(args, state, TrainerControl(), model=model)
+    for _ in range(2):  # and no forward pass before, as of a model whose compiled code knows no watch
+        telemetry.on_log(args, state, TrainerControl(), logs={"loss": 1.0})
+    telemetry.close()
+    assert caplog.text.count("no training forward pass of the model was seen") == 1
 
 
 def test_log_only_and_models_without_routers(make, model, data, tmp_path, tiny_model_dir):

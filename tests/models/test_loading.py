@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mola.models.loading import (
     resolve_device,
     resolve_dtype,
 )
+from mola.models.quantization import Quantization, check_quantized_base
 from tests.damage import change_tensors
 
 IDS = torch.tensor([[0, 5, 80, 33, 60]])
@@ -332,3 +334,15 @@ def test_broken_configuration_is_one_clear_error(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(MolaError, match="no readable configuration"):
         load_config(tmp_path)
+
+
+def test_bases_of_other_quantisations(monkeypatch, caplog):
+    """What Transformers does not train is refused, what nobody has tried is said."""
+    quantizer = SimpleNamespace(validate_environment=lambda **_: None, is_trainable=False)
+    monkeypatch.setattr("mola.models.quantization.AutoHfQuantizer.from_config", lambda *_, **__: quantizer)
+    config = SimpleNamespace(quantization_config={"quant_method": "hqq"})
+    asked = "my-model", config, Quantization(), torch.device("cpu")
+    with pytest.raises(MolaError, match="quantised with hqq, through which Transformers allows no training"):
+        check_quantized_base(*asked, training=True)
+    check_quantized_base(*asked)
+    assert "not tested on bases quantised with hqq" in caplog.text

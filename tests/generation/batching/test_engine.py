@@ -25,7 +25,7 @@ from mola.generation.batching.cache import _Layer
 from mola.generation.batching.engine import BatchEngine
 from mola.generation.batching.forward import Adapters, why_not_batched
 from mola.generation.batching.rows import Row
-from mola.generation.batching.sampling import Sampling
+from mola.generation.batching.sampling import Penalties, Sampling
 from mola.generation.batching.single import SingleEngine
 from mola.generation.decoding import decoding_settings
 
@@ -388,6 +388,11 @@ def test_rows_enter_first_come_first_served_and_memory_is_bounded(adapted):
     assert all(three or not four for _, _, three, four in begun)
     assert [True, True, True, False] in begun
     assert [len(row.listener.tokens) for row in rows] == [4, 4, 60, 4]
+
+
+def test_penalties_do_not_count_the_prompt():
+    found = Penalties(3, 1.0, 0.5)(torch.tensor([[5, 6, 7, 8, 8]]), torch.zeros(1, 10))
+    assert found.tolist() == [[0.0] * 8 + [-2.0, 0.0]]
 
 
 def test_a_long_prompt_does_not_hold_up_others(adapted):

@@ -42,7 +42,7 @@ def options(tiny_model_dir, adapter_dir):
     return DemoOptions(str(tiny_model_dir), str(adapter_dir), port=free_port(), max_new_tokens=8, device="cpu")
 
 
-def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch):
+def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch, caplog):
     from mola.serving.demonstration import page
 
     begun = []
@@ -55,6 +55,9 @@ def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch)
                 assert begun[-1] == template
         finally:
             Path(options.adapter, "run.json").unlink()
+    assert "password" not in caplog.text
+    with running_demo(replace(options, template="meta", host="0.0.0.0")):
+        assert "Anyone who reaches 0.0.0.0 can use this page: it asks for no password" in caplog.text
 
 
 def closed():
