@@ -123,16 +123,20 @@ def test_plan_of_a_language_model_beside_a_tower(tmp_path):
         plan(PlanOptions(base_model=str(tmp_path), num_experts="24", target_modules="all-linear"))
 
 
-def test_an_encoder_of_pytorch_has_its_experts_in_evaluation_too():
-    """Its fast path there reads the weights of its linears."""
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["linear1", "linear2"]}, {"target_modules": [], "target_parameters": ["linear1.weight"]}],
+    ids=list,
+)
+def test_an_encoder_of_pytorch_has_its_experts_in_evaluation_too(targets):
+    """Its fast path there reads the weights of its linears, and takes padded batches in a form of its own."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
-    x = torch.randn(2, 3, 8)
-    plain = base.eval()(x)
-    config = MolaConfig(num_experts=2, r=2, target_modules=["linear1", "linear2"], init_lora_weights=False)
-    model = get_peft_model(base, config)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False] * 3, [False, False, True]])
     with torch.no_grad():
-        found = [model.train(mode)(x) for mode in (True, False)]
+        plain = base(x, src_key_padding_mask=padding)[0]
+        model = get_peft_model(base, MolaConfig(num_experts=2, r=2, init_lora_weights=False, **targets))
+        found = [model.train(mode)(x, src_key_padding_mask=padding)[0] for mode in (True, False)]
     torch.testing.assert_close(*found)
     assert not torch.allclose(found[1], plain, atol=1e-3)
 

@@ -123,8 +123,9 @@ def vanish(opened):
 
 
 def logged_in_test(caplog):
-    """What was logged in the test itself, tracebacks too: behind a `yield` `caplog.text` has its teardown alone."""
-    return "\n".join(caplog.handler.format(record) for record in caplog.get_records("call"))
+    """What was logged in the test and after it, tracebacks too: behind a `yield` `caplog.text` has the latter alone."""
+    records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
+    return "\n".join(map(caplog.handler.format, records))
 
 
 def is_idle(url):

@@ -75,13 +75,18 @@ class AllocateOptions:
     overwrite: bool = option(False, "Replace an existing result.")
 
 
+def method_name(method: str) -> str:
+    """As it is written here, whatever its case and dashes were."""
+    return method.strip().lower().replace("-", "_")
+
+
 def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
     """The digits of the method's shape, if it is one, and the exponent of its scores, if it is none.
 
     Raises:
         MolaError: a value is out of its range, or options contradict each other.
     """
-    name = options.method.strip().lower().replace("-", "_")
+    name = method_name(options.method)
     digits = "1" if name == _UNIFORM else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
     if digits is None and name not in DEFAULT_BETA:
         known = ", ".join((*SHAPES, _UNIFORM, *DEFAULT_BETA))

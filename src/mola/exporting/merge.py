@@ -109,9 +109,10 @@ def _save(model: Any, folder: Path) -> None:
 
     Such as a temperature without sampling, which older base models have: many versions would save nothing.
     """
-    own = model.generation_config
+    own: Any = getattr(model, "generation_config", None)
     try:
-        own.validate(strict=True)
+        if own is not None:
+            own.validate(strict=True)
     except ValueError:
         model.generation_config = type(own)()
         model.save_pretrained(folder)

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
     try:
         *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        # A file of --config that cannot be read, a key in it that no option has, a value that an option refuses.
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        # A file of --config that cannot be read or is no mapping, a key that no option has, a value that one refuses.
         raise MolaError(f"a setting is refused: {error}") from error
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
     # Wherever the script looks for it: at the top of its module, or inside its function.

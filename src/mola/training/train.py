@@ -168,6 +168,7 @@ def _trained(
         if run.data.evaluation is not None and interruption.signal_number is None:
             with interruption.leaving():
                 metrics.update(trainer.evaluate())
+            interruption.share(options)  # one that came too late to end it
     except BaseException as error:
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}

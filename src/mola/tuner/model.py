@@ -34,7 +34,7 @@ from mola.tuner.per_layer import PerLayer
 from mola.tuner.places import check_places
 from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.replication import replicated_layers
-from mola.tuner.rescaling import stop_rescaling
+from mola.tuner.rescaling import stop_fast_paths, stop_rescaling
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.stacked import StackedParameters
 
@@ -95,6 +95,7 @@ class MolaModel(BaseTuner):
         with replicated_layers(model, config.layer_replication):
             self._inject(model, adapter_name, config, *args, **kwargs)
         stop_rescaling(model)
+        stop_fast_paths(model)
         if original is not None:
             copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
@@ -182,8 +183,6 @@ class MolaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # its fast path in eval mode would read the base's weight
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

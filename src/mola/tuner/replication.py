@@ -13,7 +13,8 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 
-_LISTS = {"layer_types", "mlp_layer_types", "layers_block_type"}  # of configurations, an entry for each layer
+# Of configurations, with an entry for each layer, which models read in every pass.
+_LISTS = {"layer_types", "mlp_layer_types", "layers_block_type", "layer_rope_theta"}
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Models that change their own weights between training and evaluation, of which those of experts know nothing."""
+"""What models do by themselves in evaluation, without experts: stopped here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
 
 
 def stop_rescaling(model: nn.Module) -> None:
@@ -23,3 +26,16 @@ def stop_rescaling(model: nn.Module) -> None:
             rwkv._rescale_layers()
             rwkv.training = mode
         rwkv.config.rescale_every = 0
+
+
+def stop_fast_paths(model: nn.Module) -> None:
+    """Have PyTorch's own encoder layers call their linears, of which they would read the weights in evaluation."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if not any(isinstance(part, (MolaLinear, StackedParameters)) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # a form of padded batches that only those paths take
+        else:
+            module.activation_relu_or_gelu = 0

@@ -77,7 +77,6 @@ class Chooser:
 
     def __init__(self, sampling: Sampling, prompt_length: int, device: torch.device) -> None:
         decoding = sampling.decoding
-        self.num_logprobs = sampling.num_logprobs
         self._processors = LogitsProcessorList(penalties(sampling, prompt_length))
         self._reads_tokens = bool(self._processors)  # those below do not
         self._generator = None

@@ -1,7 +1,6 @@
 """Experts by layer of recipes that leave it to `mola allocate`; kept as files and in the record."""
 
 import copy
-import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions, allocate, one_per_layer
-from mola.allocation.options import check_options
+from mola.allocation.options import check_options, method_name
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
@@ -50,6 +49,7 @@ class Allocations:
         self.known: dict[str, dict[str, Any]] = {}
         self._made: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
+        self._fingerprints: dict[tuple[Any, ...], str] = {}
 
     def make_and_check(self, runs: Sequence[Run], results: Mapping[Key, Result]) -> None:
         """Make those that can be made, and check what can be checked of the others; an error names the recipe.
@@ -89,7 +89,7 @@ class Allocations:
             MolaError: as `allocate`; there is another allocation; a probe is needed and is not there.
         """
         assert run.allocation is not None
-        place, made_from = self._place(run), {"base_model": run.base_model, **_made_from(run.allocation)}
+        place, made_from = self._place(run), self._made_from(run)
         if place in self.known:
             where, advice = (
                 f"`allocations` of the `record` has, as {place!r},",
@@ -100,7 +100,7 @@ class Allocations:
             if (name := first_difference(earlier, made_from, earlier)) is not None:
                 raise MolaError(f"{where} an allocation that was made from another `{name}`. {advice}")
             return self.known[place]
-        found = self._from_file_or_new(run, adapter)
+        found = self._from_file_or_new(run, adapter, dict(made_from))
         settings = {name: value for name, value in found["settings"].items() if name not in _OF_A_MACHINE}
         numbers = {name: found[name] for name in ("num_experts", _PATTERN) if name in found}
         self.known[place] = {**numbers, "settings": settings, "made_from": made_from}
@@ -112,10 +112,26 @@ class Allocations:
         recipe = run.key.recipe if run.probe else run.key.plain_recipe
         return f"{run.key.task}/{recipe}{seed}"
 
-    def _from_file_or_new(self, run: Run, adapter: str | None) -> dict[str, Any]:
+    def _made_from(self, run: Run) -> dict[str, str]:
+        """Fingerprints of what the allocation is made from."""
+        options, found = run.allocation, {"base_model": run.base_model}
+        assert options is not None
+        _check_options(options)
+        if options.adapter is not None:
+            found["adapter"] = weights_sha256(options.adapter) or ""
+        if options.data is not None:
+            key = options.data, str(options.task), options.split, options.limit
+            if key not in self._fingerprints:
+                examples = load_examples(options.data, load_task(key[1]), options.split, limit=options.limit)
+                self._fingerprints[key] = data_fingerprint(examples)
+            found["data"] = self._fingerprints[key]
+        return found
+
+    def _from_file_or_new(self, run: Run, adapter: str | None, made_from: dict[str, str]) -> dict[str, Any]:
         assert run.allocation is not None
         path = self.folder / f"{self._place(run)}.json"
-        begin_or_go_on(path, {"model": {"base_model": run.base_model}})
+        base_model = made_from.pop("base_model")
+        begin_or_go_on(path, {"model": {"base_model": base_model}, "source": made_from})
         found = read_json_object(path)
         if found:
             _check_same(found, run.allocation, _PLACES, f"{str(path)!r} is", "Delete it, or pass another `output_dir`.")
@@ -139,21 +155,6 @@ class Allocations:
         return {"num_experts": one_per_layer(made["num_experts"]), **pattern}
 
 
-def _made_from(allocation: AllocateOptions) -> dict[str, str]:
-    """Fingerprints of what an allocation is made from besides the base model."""
-    found = {}
-    if allocation.adapter is not None:
-        found["adapter"] = weights_sha256(allocation.adapter) or ""
-    if allocation.data is not None:
-        found["data"] = _fingerprint(allocation.data, str(allocation.task), allocation.split, allocation.limit)
-    return found
-
-
-@functools.cache
-def _fingerprint(data: str, task: str, split: str, limit: int) -> str:
-    return data_fingerprint(load_examples(data, load_task(task), split, limit=limit))
-
-
 def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
     """Options and budget; what the probe will say is open."""
     if allocation.method not in _PROBED:
@@ -163,14 +164,20 @@ def _check_probed(allocation: AllocateOptions, targets: str | None) -> None:
     allocate(replace(allocation, **stand_in))  # type: ignore[arg-type]
 
 
+def _check_options(allocation: AllocateOptions) -> tuple[str | None, float | None]:
+    """As `check_options`; the adapter of a probe may be still to come."""
+    is_probed = allocation.method in _PROBED and allocation.adapter is None
+    return check_options(replace(allocation, adapter="-") if is_probed else allocation)
+
+
 def _check_same(
     found: dict[str, Any], allocation: AllocateOptions, places: Collection[str], where: str, advice: str
 ) -> None:
     # A file of an earlier version lacks later options, which had their defaults.
     wanted, old = asdict(allocation), asdict(AllocateOptions("", "", 0)) | found.get("settings", {})
+    old["method"] = method_name(old["method"])
     # The exponent that was used, which may be a method's own; records of earlier versions lack it.
-    probed = replace(allocation, adapter="-") if allocation.method in _PROBED else allocation
-    wanted["beta"] = check_options(probed)[1] if old["beta"] is not None else None
+    wanted["beta"] = _check_options(allocation)[1] if old["beta"] is not None else None
     name = first_difference(old, wanted, (name for name in wanted if name not in places))
     is_whole = isinstance(found.get("num_experts"), list) and allocation.per_module == (_PATTERN in found)
     if name is not None or not is_whole:

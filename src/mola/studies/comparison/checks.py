@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
+from mola.allocation.options import method_name
 from mola.data.encode import data_fingerprint
 from mola.data.read import split_names
 from mola.data.tasks import load_task
@@ -204,7 +205,7 @@ def _allocate_options(
         shared["template"] = run_options.template
     values = {"base_model": run_options.base_model, **shared, **asked}
     allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
-    allocation.method = allocation.method.strip().lower().replace("-", "_")
+    allocation.method = method_name(allocation.method)
     if allocation.per_module and run_options.num_experts_pattern:
         raise MolaError(
             f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "

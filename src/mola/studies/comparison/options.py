@@ -193,7 +193,7 @@ class CompareOptions(TrainAndTestOptions):
         first = next(iter(self.candidates.values()))
         for name, asked in self.allocations.items():
             of_all = {"target_modules", *(["template"] if "data" in asked else [])} if "probe" not in asked else set()
-            if wrong := sorted(of_all & first.keys()):
+            if wrong := sorted((of_all - asked.keys()) & first.keys()):
                 raise MolaError(
                     f"`{wrong[0]}` cannot be in `tune`: `recipes.{name}.{ALLOCATE}` is made once, for all candidates, "
                     "and depends on it. Leave one out."
