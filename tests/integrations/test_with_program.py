@@ -43,7 +43,7 @@ def run(*words, **variables):
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("door", [*slow(AUTO_PEFT, PIPELINE, AUTO, LOAD_ADAPTER), TRAINER_FIRST])
+@pytest.mark.parametrize("door", slow(AUTO_PEFT, PIPELINE, AUTO, LOAD_ADAPTER, TRAINER_FIRST))
 def test_every_front_door_opens_without_a_line_of_code(door, adapter, tiny_model_dir):
     words = (sys.executable, "-c", door + SHOW, adapter, tiny_model_dir)
     process = run(MOLA, "with", *words)

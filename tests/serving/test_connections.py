@@ -115,7 +115,13 @@ SLOW = {  # what comes at once, the status that answers it, and what comes slowl
 }
 
 
-@pytest.mark.parametrize(("at_once", "status", "slowly"), SLOW.values(), ids=SLOW)
+@pytest.mark.parametrize(
+    ("at_once", "status", "slowly"),
+    [
+        pytest.param(*values, id=name, marks=[] if name in ("headers", "body", "chunks") else [pytest.mark.slow])
+        for name, values in SLOW.items()
+    ],
+)
 def test_slow_requests_are_sent_away(at_once, status, slowly, narrow_url):
     with connected(narrow_url) as opened:
         opened.sendall(at_once)

@@ -16,11 +16,13 @@ from tests.research_code.training.runs import TRAIN, adapter_config, log_entries
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
+@pytest.mark.slow
 def test_empty_path_means_new_experts(command, tmp_path):
     assert command(resume_from_checkpoint="") == 0
     assert record(tmp_path / "run")["settings"]["adapter"] is None
 
 
+@pytest.mark.slow
 def test_private_default_folder_is_not_loaded(finished, command, tmp_path):
     """The research code silently continued from a folder of this name, if there was one."""
     shutil.copytree(finished, tmp_path / "step2_biology256r_8mbs_no8bit_scale10")

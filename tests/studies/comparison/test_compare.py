@@ -259,9 +259,9 @@ def test_a_signal_during_garbage_collection_is_not_lost(monkeypatch):
     stop_if_asked()
 
 
-def test_an_adapter_of_other_options_is_not_taken(run, values, tmp_path):
+def test_an_adapter_of_other_options_is_not_taken(whole, run, tmp_path):
     only = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
-    run(**only)
+    shutil.copytree(whole[0], tmp_path / "out")
     record = tmp_path / "out" / "compare.json"
     with pytest.raises(MolaError, match="made with another setting `learning_rate`"):
         run(**only, learning_rate=0.01)
@@ -397,9 +397,8 @@ def test_results_of_other_seeds_are_kept_and_stand_in_no_table(run, tmp_path):
     assert numbers(second.results[:2]) == numbers(first.results)
 
 
-def test_another_base_model_is_refused(run, tiny_model_dir, tmp_path):
-    record = str(tmp_path / "record.json")
-    run(seeds=[0], record=record, tasks=ONE["tasks"])
+def test_another_base_model_is_refused(whole, run, tiny_model_dir, tmp_path):
+    record = str(shutil.copy(whole[0] / "compare.json", tmp_path / "record.json"))
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     assert run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other)).open == 0  # another place
@@ -407,7 +406,7 @@ def test_another_base_model_is_refused(run, tiny_model_dir, tmp_path):
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(MolaError, match="was made with another model `base_model`: .* Use the same"):
-        run(seeds=[0, 1], record=record, tasks=ONE["tasks"], base_model=str(other))
+        run(seeds=[0, 2], record=record, tasks=ONE["tasks"], base_model=str(other))
     content = read(record)
     content["runs"] = [each for each in content["runs"] if each["recipe"] == "base model"]
     Path(record).write_text(json.dumps(content), encoding="utf-8")
@@ -444,9 +443,10 @@ def test_recipes_may_have_a_dtype_of_their_own(run):
         assert [each.dtype for each in result.results if each.recipe != BASE] == ["float32", "bfloat16"]
 
 
-def test_one_seed_without_curves_has_no_picture(run, tmp_path, caplog):
+def test_one_seed_without_curves_has_no_picture(whole, run, tmp_path, caplog):
     pytest.importorskip("matplotlib")
-    assert run(seeds=[0], plots=str(tmp_path / "plot.svg"), **ONE).status == "finished"
+    record = str(shutil.copy(whole[0] / "compare.json", tmp_path / "record.json"))
+    assert run(seeds=[0], record=record, plots=str(tmp_path / "plot.svg"), **ONE).status == "finished"
     assert not (tmp_path / "plot.svg").exists()
     assert "plot.svg is not written" in caplog.text
 
