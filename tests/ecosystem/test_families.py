@@ -155,14 +155,43 @@ def test_balance_loss_counts_the_tokens_of_its_own_side(family):
     # Without cross attention, whose keys and values are tokens of the encoder.
     model = adapt(build(family), family, router_aux_loss_coef=0.1, exclude_modules=r".*(EncDecA|encoder_a)tt.*").train()
     model(**inputs)
-    expected = []
+    masks = {True: inputs["attention_mask"].bool(), False: inputs["labels"] != -100}
+    expected = balance_of(model, lambda name: masks[".encoder." in f".{name}"])
+    torch.testing.assert_close(model.get_balance_loss(), expected)
+
+
+def balance_of(model, mask_of):
+    """Mean over the routers of a model; `mask_of(name)` has the tokens that count in a module."""
+    found = []
     for name, layer in layers(model).items():
-        mask = inputs["attention_mask"].bool() if ".encoder." in f".{name}" else inputs["labels"] != -100
-        output = layer.router_outputs["default"]
-        counted = output.logits[mask.flatten()].softmax(-1)
-        share = torch.bincount(output.expert_indices[mask.flatten()].flatten(), minlength=counted.shape[1])
-        expected.append(counted.shape[1] * (share / share.sum() * counted.mean(0)).sum())
-    torch.testing.assert_close(model.get_balance_loss(), torch.stack(expected).mean())
+        output, mask = layer.router_outputs["default"], mask_of(name).flatten()
+        counted = output.logits[mask].softmax(-1)
+        share = torch.bincount(output.expert_indices[mask].flatten(), minlength=counted.shape[1])
+        found.append(counted.shape[1] * (share / share.sum() * counted.mean(0)).sum())
+    return torch.stack(found).mean()
+
+
+@pytest.mark.parametrize("num_labels", [3, 8])
+def test_keys_of_cross_attention_count_by_the_attention_mask(num_labels):
+    """But where there are as many labels as input tokens, which are told from each other by their number."""
+    ids = torch.arange(3, 19).view(2, 8)
+    mask, labels = torch.ones_like(ids), ids[:, :num_labels].clone()
+    mask[0, 5:] = 0
+    labels[1, 2:] = -100
+    model = adapt(build("t5"), "t5", router_aux_loss_coef=0.1, target_modules=["EncDecAttention.k"]).train()
+    model(input_ids=ids, attention_mask=mask, labels=labels)
+    expected = balance_of(model, lambda name: mask.bool() if num_labels == 3 else labels != -100)
+    torch.testing.assert_close(model.get_balance_loss(), expected)
+
+
+def test_balance_loss_of_a_classifier_counts_all_but_padding():
+    inputs = batch("sequence-classifier")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 6:] = 0
+    model = adapt(build("sequence-classifier"), "sequence-classifier", router_aux_loss_coef=0.1).train()
+    model(**inputs)
+    expected = balance_of(model, lambda name: inputs["attention_mask"].bool())
+    torch.testing.assert_close(model.get_balance_loss(), expected)
 
 
 @pytest.mark.compatibility(column="train")
