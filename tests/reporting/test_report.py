@@ -169,6 +169,21 @@ def test_samples(page, finished_run):
         assert row[1:] == [str(each.index(max(each))) for each in gates]
 
 
+def test_samples_that_say_most_are_shown_where_there_are_many(run_dir):
+    """Forty of them, in their order: those that changed or are wrong before those that stayed right."""
+    for name, wrong in (("before", ()), ("after", (41, 42, 43, 44))):
+        path = run_dir / f"{name}.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["samples"] = [
+            {**result["samples"][0], "id": str(number), "correct": number not in wrong} for number in range(45)
+        ]
+        path.write_text(json.dumps(result), encoding="utf-8")
+    section = page_of(run_dir).section("samples")
+    assert "40 of 45" in section.text
+    assert len(section.all("details")) == 40
+    assert section.text.count("newly wrong") >= 4
+
+
 def test_same_input_same_page(finished_run, tmp_path):
     first, second = (report(ReportOptions(str(finished_run), output=str(tmp_path / name))) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()

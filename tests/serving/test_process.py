@@ -1,5 +1,6 @@
 """Beginning and end of the server: options, signals, a full queue, models without chat template."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -122,15 +124,18 @@ def test_a_request_the_memory_does_not_suffice_for_ends_alone(options, monkeypat
         assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 
-def run_main_and_stop(options, sign, num_streams, max_tokens):
-    """Exit code of the command, and the lines of every stream; the signal comes while the first one runs."""
+def run_main_and_stop(options, sign, num_streams, max_tokens, times=1):
+    """Exit code of the command, and the lines of every stream; signals come while the first one runs."""
     url = f"http://127.0.0.1:{options.port}"
 
     def read():
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=LONG | {"max_tokens": max_tokens}, timeout=PATIENCE
-        ) as answer:
-            return [line for line in answer.iter_lines() if line]
+        lines, body = [], LONG | {"max_tokens": max_tokens}
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # a connection that was cut
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as answer,
+        ):
+            lines.extend(line for line in answer.iter_lines() if line)
+        return lines
 
     def visit():
         wait_until(lambda: "status" in health(url))
@@ -139,7 +144,9 @@ def run_main_and_stop(options, sign, num_streams, max_tokens):
             streams.append(in_background(read))
             wait_until(lambda: health(url)["running"] + health(url)["waiting"] == len(streams))
         wait_until(lambda: health(url)["running"])
-        os.kill(os.getpid(), sign)
+        for number in range(times):
+            time.sleep(0.1 if number else 0)
+            os.kill(os.getpid(), sign)
         return [wait() for wait in streams]
 
     wait = in_background(visit)
@@ -157,6 +164,13 @@ def test_signals_let_the_running_answer_finish(sign, options):
     assert '"finish_reason":"length"' in running[-2]
     assert '"code":"stopping"' in waiting[-1]
     assert len(waiting) == 1
+
+
+def test_a_second_interrupt_does_not_wait(options):
+    options.port, options.shutdown_timeout = free_port(), 300
+    code, (running,) = run_main_and_stop(options, signal.SIGINT, num_streams=1, max_tokens=900, times=2)
+    assert code == 0
+    assert running[-1:] != ["data: [DONE]"]
 
 
 def test_signals_end_an_answer_that_takes_too_long(options):
