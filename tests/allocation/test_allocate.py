@@ -410,3 +410,12 @@ def test_inspections_that_do_not_serve(no_weights_dir, tmp_path, content, messag
     (tmp_path / "inspect.json").write_text(content)
     with pytest.raises(MolaError, match=message):
         allocate(options(no_weights_dir, "usage", inspection=str(tmp_path / "inspect.json")))
+
+
+def test_alphalora_needs_plain_weights(tiny_model_dir, tmp_path):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "packed")
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": packed}), encoding="utf-8")
+    with pytest.raises(MolaError, match="plain weights"):
+        allocate(AllocateOptions(str(base), "alphalora", 16))
