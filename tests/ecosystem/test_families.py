@@ -22,6 +22,7 @@ from tests.ecosystem.families import (
     logits,
 )
 from tests.tuner.kernels.native import needs_compiler
+from tests.versions import needs
 
 # Their linears are those of a family beside them.
 ALIKE = ("mistral", "qwen3", "gemma2", "qwen2-moe")
@@ -169,6 +170,19 @@ def balance_of(model, mask_of):
         share = torch.bincount(output.expert_indices[mask].flatten(), minlength=counted.shape[1])
         found.append(counted.shape[1] * (share / share.sum() * counted.mean(0)).sum())
     return torch.stack(found).mean()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param({}, marks=needs("peft", "0.20", "0.18 takes lists inside of T5's layers too")),
+        {"layers_pattern": "block"},
+    ],
+    ids=["", "pattern"],
+)
+def test_layers_to_transform_count_within_encoder_and_decoder(pattern):
+    model = adapt(build("t5"), "t5", num_experts=2, layers_to_transform=[1], **pattern)
+    assert {".".join(name.split(".")[:3]) for name in layers(model)} == {"encoder.block.1", "decoder.block.1"}
 
 
 @pytest.mark.parametrize("num_labels", [3, 8])
