@@ -66,7 +66,6 @@ class Interruption(TrainerCallback):
     ) -> None:
         """Leave the last evaluation, if a signal came."""
         if self._is_trained and self.received is not None and args.world_size == 1:
-            self.share(args)
             raise _LeftError
 
     def restore(self) -> None:

@@ -49,7 +49,7 @@ class Allocations:
         self.known: dict[str, dict[str, Any]] = {}
         self._made: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
-        self._fingerprints: dict[tuple[Any, ...], str] = {}
+        self._sources: dict[tuple[Any, ...], dict[str, str]] = {}
 
     def make_and_check(self, runs: Sequence[Run], results: Mapping[Key, Result]) -> None:
         """Make those that can be made, and check what can be checked of the others; an error names the recipe.
@@ -89,7 +89,8 @@ class Allocations:
             MolaError: as `allocate`; there is another allocation; a probe is needed and is not there.
         """
         assert run.allocation is not None
-        place, made_from = self._place(run), self._made_from(run)
+        place, sources = self._place(run), self._sources_of(run.allocation)
+        made_from = {"base_model": run.base_model, **sources}
         if place in self.known:
             where, advice = (
                 f"`allocations` of the `record` has, as {place!r},",
@@ -100,7 +101,7 @@ class Allocations:
             if (name := first_difference(earlier, made_from, earlier)) is not None:
                 raise MolaError(f"{where} an allocation that was made from another `{name}`. {advice}")
             return self.known[place]
-        found = self._from_file_or_new(run, adapter, dict(made_from))
+        found = self._from_file_or_new(run, adapter, sources)
         settings = {name: value for name, value in found["settings"].items() if name not in _OF_A_MACHINE}
         numbers = {name: found[name] for name in ("num_experts", _PATTERN) if name in found}
         self.known[place] = {**numbers, "settings": settings, "made_from": made_from}
@@ -112,26 +113,24 @@ class Allocations:
         recipe = run.key.recipe if run.probe else run.key.plain_recipe
         return f"{run.key.task}/{recipe}{seed}"
 
-    def _made_from(self, run: Run) -> dict[str, str]:
-        """Fingerprints of what the allocation is made from."""
-        options, found = run.allocation, {"base_model": run.base_model}
-        assert options is not None
+    def _sources_of(self, options: AllocateOptions) -> dict[str, str]:
+        """Fingerprints of what an allocation is made from besides the base model; read once."""
         _check_options(options)
-        if options.adapter is not None:
-            found["adapter"] = weights_sha256(options.adapter) or ""
-        if options.data is not None:
-            key = options.data, str(options.task), options.split, options.limit
-            if key not in self._fingerprints:
-                examples = load_examples(options.data, load_task(key[1]), options.split, limit=options.limit)
-                self._fingerprints[key] = data_fingerprint(examples)
-            found["data"] = self._fingerprints[key]
-        return found
+        key = options.adapter, options.data, options.task, options.split, options.limit
+        if key not in self._sources:
+            found = {}
+            if options.adapter is not None:
+                found["adapter"] = weights_sha256(options.adapter) or ""
+            if options.data is not None:
+                examples = load_examples(options.data, load_task(str(options.task)), options.split, limit=options.limit)
+                found["data"] = data_fingerprint(examples)
+            self._sources[key] = found
+        return self._sources[key]
 
-    def _from_file_or_new(self, run: Run, adapter: str | None, made_from: dict[str, str]) -> dict[str, Any]:
+    def _from_file_or_new(self, run: Run, adapter: str | None, sources: dict[str, str]) -> dict[str, Any]:
         assert run.allocation is not None
         path = self.folder / f"{self._place(run)}.json"
-        base_model = made_from.pop("base_model")
-        begin_or_go_on(path, {"model": {"base_model": base_model}, "source": made_from})
+        begin_or_go_on(path, {"model": {"base_model": run.base_model}, "source": sources})
         found = read_json_object(path)
         if found:
             _check_same(found, run.allocation, _PLACES, f"{str(path)!r} is", "Delete it, or pass another `output_dir`.")
