@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 from mola.errors import MolaError
 from mola.options.fields import START, Group, mapping, named_mappings, option
 from mola.options.parsing import convert
+from mola.studies.comparison.recipe_allocations import ALLOCATE, allocations_of, check_search_of_allocations
 from mola.studies.train_and_test import TrainAndTestOptions
 
-ALLOCATE = "allocate"  # key of a recipe whose `num_experts` comes from `mola allocate`
 MARK = "@"  # between a recipe and what of it is tried; no recipe has it in its name
 _SET_HERE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "push_to_hub")
 _EXAMPLES = {
@@ -123,9 +123,7 @@ class CompareOptions(TrainAndTestOptions):
         for kind, parts in (("tasks", self.tasks), ("recipes", self.recipes)):
             parts.update({name: _with_underscores(f"{kind}.{name}", values) for name, values in parts.items()})
         self._check()
-        self.allocations = {name: _allocation(name, values) for name, values in self.recipes.items()}
-        self.allocations = {name: values for name, values in self.allocations.items() if values}
-        _check_probes(self.allocations, self.recipes)
+        self.allocations = allocations_of(self.recipes)
         self.pairs = pairs_of(mapping("contrasts", self.contrasts), self.recipes)
         self._given = given
         self.candidates = _candidates(_with_underscores("tune", mapping("tune", self.tune)))
@@ -190,14 +188,7 @@ class CompareOptions(TrainAndTestOptions):
             raise MolaError(f"`margin` must be above 0 (points): got {self.margin}.")
         if not self.candidates:
             return
-        first = next(iter(self.candidates.values()))
-        for name, asked in self.allocations.items():
-            of_all = {"target_modules", *(["template"] if "data" in asked else [])} if "probe" not in asked else set()
-            if wrong := sorted((of_all - asked.keys()) & first.keys()):
-                raise MolaError(
-                    f"`{wrong[0]}` cannot be in `tune`: `recipes.{name}.{ALLOCATE}` is made once, for all candidates, "
-                    "and depends on it. Leave one out."
-                )
+        check_search_of_allocations(self.allocations, next(iter(self.candidates.values())))
         both = {*self.tuning_seeds, *self.seeds}
         if not self.tuning_seeds or len(both) < len(self.tuning_seeds) + len(self.seeds):
             raise MolaError(
@@ -293,27 +284,3 @@ def pairs_of(contrasts: Mapping[str, Any], recipes: Mapping[str, Any]) -> list[t
                 )
             found.append((recipe, other))
     return found
-
-
-def _allocation(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    if ALLOCATE not in values:
-        return {}
-    if values.get("num_experts") is not None:
-        raise MolaError(f"`recipes.{name}` has `num_experts` and `{ALLOCATE}`, which gives another. Leave one out.")
-    if name == "base":
-        raise MolaError(f"`recipes.{name}` has `{ALLOCATE}`, whose file would be that of the base model. Rename it.")
-    asked = mapping(f"recipes.{name}.{ALLOCATE}", values[ALLOCATE])
-    if "method" not in asked or "budget" not in asked:
-        raise MolaError(f"`recipes.{name}.{ALLOCATE}` must have `method` and `budget`: got {asked!r}.")
-    return asked
-
-
-def _check_probes(allocations: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, Any]) -> None:
-    """A probe is another recipe, trained before."""
-    order = list(recipes)
-    for name, asked in allocations.items():
-        probe = asked.get("probe")
-        if probe is not None and (probe not in recipes or order.index(probe) >= order.index(name)):
-            raise MolaError(
-                f"`recipes.{name}.{ALLOCATE}.probe` must be a recipe that stands before {name!r}: got {probe!r}."
-            )
