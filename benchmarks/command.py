@@ -23,6 +23,7 @@ from benchmarks.compiled import compile_steps
 from benchmarks.contention import contention
 from benchmarks.curve import curve
 from benchmarks.decode import decode
+from benchmarks.errors import in_one_line
 from benchmarks.growth import growth
 from benchmarks.load import load
 from benchmarks.logits import logits
@@ -61,6 +62,7 @@ RUN = {
 }
 
 
+@in_one_line("benchmarks")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks.
 
@@ -79,9 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(BenchmarkOptions, arguments, prog="python -m benchmarks", summary=sys.modules[__name__].__doc__)
         run(options, arguments)
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("benchmarks: interrupted; what was finished is in the JSON file", file=sys.stderr)
         return 130

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
@@ -138,14 +139,11 @@ def table(document: dict[str, Any]) -> Table:
     return found
 
 
+@in_one_line("benchmarks.export")
 def main(words: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
-    try:
-        document = measure(options)
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    document = measure(options)
     console = table_console()
     for name in ("base", "mixture"):
         row = document["rows"][0]

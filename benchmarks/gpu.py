@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import roofline
+from benchmarks.errors import in_one_line
 from benchmarks.models import PROJECT
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
@@ -240,6 +241,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *rows)]
 
 
+@in_one_line("benchmarks.gpu")
 def main(arguments: list[str] | None = None) -> int:
     """Run it: 0 if all parts went well, 1 if one failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
@@ -249,16 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     if not options.dry_run and not torch.cuda.is_available():
-        message = "PyTorch finds no GPU here: nvidia-smi tells what there is. --dry_run tries the command on a CPU."
-        print(f"benchmarks.gpu: error: {message}", file=sys.stderr)
-        return 2
-    try:
-        usual = Path("results", "gpu_dry_run.json" if options.dry_run else "gpu.json")
-        output = check_new_file("output", options.output or usual, options.overwrite)
-        record, is_whole = measure(output, dry_run=options.dry_run)
-    except MolaError as error:
-        print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
-        return 2
+        raise MolaError(
+            "PyTorch finds no GPU here: nvidia-smi tells what there is. --dry_run tries the command on a CPU."
+        )
+    usual = Path("results", "gpu_dry_run.json" if options.dry_run else "gpu.json")
+    output = check_new_file("output", options.output or usual, options.overwrite)
+    record, is_whole = measure(output, dry_run=options.dry_run)
     text = markdown(record)
     atomic_write_text(output.with_suffix(".md"), text)
     print(text)

@@ -15,7 +15,6 @@ fake_cuda.load()
 import argparse
 import contextlib
 import json
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +27,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.terminal import table_console
 from mola.tuner.kernels import native
@@ -192,17 +192,14 @@ def measure(num_experts: int) -> list[dict[str, Any]]:
     return rows
 
 
+@in_one_line("benchmarks.launches")
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--num_experts", type=int, default=8, help="experts of a mixture; top_k is 2")
     parser.add_argument("--json", action="store_true", help="rows as JSON, with the names of all kernels")
     options = parser.parse_args(arguments)
-    try:
-        rows = measure(options.num_experts)
-    except MolaError as error:
-        print(f"benchmarks.launches: error: {error}", file=sys.stderr)
-        return 2
+    rows = measure(options.num_experts)
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0

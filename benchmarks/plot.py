@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.errors import in_one_line
 from benchmarks.plot_data import OVER, Growth, Panel, read_growth
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_writable
@@ -92,6 +93,7 @@ class PlotOptions:
             raise MolaError(f"`output` must end in .svg, no other format is written: got {self.output!r}.")
 
 
+@in_one_line("benchmarks.plot")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the picture.
 
@@ -104,11 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--results", *arguments]
-    try:
-        run(parse(PlotOptions, arguments, prog="python -m benchmarks.plot", summary=__doc__ or ""))
-    except MolaError as error:
-        print(f"benchmarks.plot: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    run(parse(PlotOptions, arguments, prog="python -m benchmarks.plot", summary=__doc__ or ""))
     return 0
 
 

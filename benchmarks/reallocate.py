@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from benchmarks.errors import in_one_line
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.resize import Experts, resize
 from mola.architecture.layer_stacks import layer_index
@@ -81,6 +82,7 @@ class ReallocateBenchmarkOptions:
     output: str | None = option(None, "Result file (JSON).")
 
 
+@in_one_line("benchmarks.reallocate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked for.
 
@@ -90,14 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = parse(
-            ReallocateBenchmarkOptions, arguments, prog="python -m benchmarks.reallocate", summary=__doc__ or ""
-        )
-        run(options)
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    run(parse(ReallocateBenchmarkOptions, arguments, prog="python -m benchmarks.reallocate", summary=__doc__ or ""))
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.terminal import table_console
 from mola.tuner.kernels import native
@@ -88,16 +89,13 @@ def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arc
     }
 
 
+@in_one_line("benchmarks.resources")
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args(arguments)
-    try:
-        rows = measure()
-    except MolaError as error:
-        print(f"benchmarks.resources: error: {error}", file=sys.stderr)
-        return 2
+    rows = measure()
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0

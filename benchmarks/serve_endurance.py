@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.errors import in_one_line
 from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
@@ -63,6 +64,7 @@ class EnduranceOptions:
     output: str | None = option(None, "Result file (JSON).")
 
 
+@in_one_line("benchmarks.serve_endurance")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print what happened, write JSON if asked for.
 
@@ -72,12 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = parse(EnduranceOptions, arguments, prog="python -m benchmarks.serve_endurance", summary=__doc__ or "")
-        return run(options)
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run(parse(EnduranceOptions, arguments, prog="python -m benchmarks.serve_endurance", summary=__doc__ or ""))
 
 
 def run(options: EnduranceOptions) -> int:

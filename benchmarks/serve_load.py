@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.errors import in_one_line
 from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
@@ -59,6 +60,7 @@ class LoadOptions:
     output: str | None = option(None, "Result file (JSON).")
 
 
+@in_one_line("benchmarks.serve_load")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked for.
 
@@ -68,12 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options = parse(LoadOptions, arguments, prog="python -m benchmarks.serve_load", summary=__doc__ or "")
-        return run(options)
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run(parse(LoadOptions, arguments, prog="python -m benchmarks.serve_load", summary=__doc__ or ""))
 
 
 def run(options: LoadOptions) -> int:

@@ -30,6 +30,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.errors import in_one_line
 from benchmarks.serve_load import _SUBJECTS, LoadOptions
 from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
@@ -70,6 +71,7 @@ class VllmOptions:
     output: str | None = option(None, "Result file (JSON).")
 
 
+@in_one_line("benchmarks.serve_vllm")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked for.
 
@@ -79,11 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        run(parse(VllmOptions, arguments, prog="python -m benchmarks.serve_vllm", summary=__doc__ or ""))
-    except MolaError as error:
-        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    run(parse(VllmOptions, arguments, prog="python -m benchmarks.serve_vllm", summary=__doc__ or ""))
     return 0
 
 
