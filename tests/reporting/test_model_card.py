@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,14 +18,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mola.cli import main
 from mola.errors import MolaError
 from mola.files.ownership import is_own_file
+from mola.options.parsing import parse
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import render_card, write_model_card
 from mola.training import hub
+from mola.training.options import TrainOptions
+from mola.training.train import train
 from tests.waiting import PATIENCE
 
 TOKEN = "hf_of_the_test"
@@ -438,6 +442,30 @@ def test_failed_upload_keeps_the_run(flags, local_hub, use_hub, tmp_path, capsys
     assert not any("checkpoint" in word for word in command[4:])
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+class SignalInTheFirstStep(TrainerCallback):
+    """Ctrl-C while a run trains."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_only_the_finished_run_is_uploaded(flags, local_hub, use_hub, tmp_path, caplog):
+    use_hub(local_hub.address)
+    asked = {"push_to_hub": "true", "hub_private_repo": "true", "hub_revision": "trial"}
+    command = flags(tmp_path / "run", **asked)
+    stopped = train(parse(TrainOptions, command[1:], prog="mola train"), callbacks=[SignalInTheFirstStep()])
+    assert (stopped.status, stopped.steps) == ("interrupted", 1)
+    assert "Not uploaded to me/run: the run is not finished" in caplog.text
+    made = [json.loads(body) for path, _, body in local_hub.calls if path == "/api/repos/create"]
+    assert [call.get("private") or call.get("visibility") for call in made] in ([True], ["private"])
+    assert not any("/commit/" in path for path, *_ in local_hub.calls)
+    assert main([*command, "--resume_from_checkpoint", "last"]) == 0
+    commits = [path for path, *_ in local_hub.calls if "/commit/" in path]
+    assert commits == ["/api/models/me/run/commit/trial"]
+    assert 'from_pretrained("me/run", revision="trial")' in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 WRONG = [

@@ -101,6 +101,20 @@ def test_what_each_flag_becomes(flags, expected, tmp_path):
     assert all(plain.get(name) != value for name, value in expected.items() if name != "router_aux_loss_reduction")
 
 
+def test_templates_of_the_scripts(tmp_path):
+    """The script for instructions has a flag of its own, and `meta` where the other has `alpaca`."""
+    data = str(write_dataset(tmp_path / "data.hf", {"train": 240}))
+    templates = [
+        train_settings(script(data_path=data, **flag))["template"]
+        for script, flag in [
+            (ResearchTrainOptions, {}),
+            (ResearchInstructionOptions, {}),
+            (ResearchInstructionOptions, {"prompt_template_name_meta": "vigogne"}),
+        ]
+    ]
+    assert templates == ["alpaca", "meta", "vigogne"]
+
+
 def test_several_processes_share_the_batch(tmp_path, monkeypatch):
     data = str(write_dataset(tmp_path / "data.hf", {"train": 320}))
     options = ResearchTrainOptions(data_path=data, batch_size=16, micro_batch_size=4, val_set_size=0, num_epochs=10)
