@@ -22,9 +22,9 @@ from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
 from mola.studies.comparison.notes import power_line
 from mola.studies.comparison.power import Components, seeds_needed
-from mola.studies.comparison.record import BASE
+from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import AT_END, OVER_TRAINING
-from mola.studies.comparison.tuning import Power, _edges
+from mola.studies.comparison.tuning import Power, _edges, found_by_search
 from mola.training.callbacks import MetricsFile
 from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES, read
@@ -83,6 +83,35 @@ def test_every_combination_of_what_is_searched_for_is_a_candidate(values):
     options = CompareOptions(**values(tune=tune, tuning_seeds=[7], learning_rate=None))
     assert len(options.candidates) == 4
     assert options.candidates["@learning_rate=0.001,weight_decay=0.1"] == {"learning_rate": 0.001, "weight_decay": 0.1}
+
+
+def test_where_tests_are_on_the_way_the_whole_training_decides(values):
+    """The first rate ends higher, the second is higher for longer."""
+    asked = {**ONE_TASK, **SEARCH, "recipes": {"lora": RECIPES["lora"]}, "max_steps": 8}
+    marks = {0.001: ("0000", "1110"), 0.02: ("1100", "1100")}  # of four questions, after 4 steps and after 8
+    unknown = dict.fromkeys(("unanswered", "trainable_parameters", "eval_loss", "fingerprints", "versions", "machine"))
+    unknown |= dict.fromkeys(("seconds_training", "seconds_testing", "settings"))
+    results = [
+        Result(
+            *("physics", f"lora@learning_rate={rate}", seed),
+            **unknown,
+            accuracy=end.count("1") / 4,
+            correct=end.count("1"),
+            total=4,
+            marks=end,
+            num_experts=[1],
+            steps=8,
+            curve=[(4, before)],
+        )
+        for rate, (before, end) in marks.items()
+        for seed in SEARCH["tuning_seeds"]
+    ]
+    (found,) = found_by_search(CompareOptions(**values(**asked, test_every=4)), results)
+    assert (found.chosen, found.measure) == ("@learning_rate=0.02", OVER_TRAINING)
+    assert found.accuracies == {"@learning_rate=0.001": 0.375, "@learning_rate=0.02": 0.5}
+    (at_end,) = found_by_search(CompareOptions(**values(**asked)), results)
+    assert (at_end.chosen, at_end.measure) == ("@learning_rate=0.001", AT_END)
+    assert found_by_search(CompareOptions(**values(**asked)), results[1:]) == []
 
 
 def test_components_are_those_of_the_mean_squares():
