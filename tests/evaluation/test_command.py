@@ -130,6 +130,12 @@ def test_metrics_of_the_task_are_in_the_result_and_the_table(pair_options, capsy
     assert f"matthews {written['metrics']['matthews']:.3f}, f1 {written['metrics']['f1']:.3f}, 0 unanswered" in printed
 
 
+def test_a_length_of_answers_that_are_not_generated_is_warned_of(pair_options, caplog):
+    pair_options.max_new_tokens = 40
+    assert main(pair_options) == 0
+    assert "`max_new_tokens` is not used" in caplog.text
+
+
 def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_options, tiny_model_dir, tmp_path):
     folder = tmp_path / "no-weights"
     folder.mkdir()

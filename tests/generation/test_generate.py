@@ -18,9 +18,7 @@ from mola.generation.generate import GenerateOptions, main
 
 @pytest.fixture
 def options(tiny_model_dir):
-    return GenerateOptions(
-        base_model=str(tiny_model_dir), dtype="float32", device="cpu", max_new_tokens=12, template="meta"
-    )
+    return GenerateOptions(base_model=str(tiny_model_dir), dtype="float32", device="cpu", max_new_tokens=12)
 
 
 def sample(model, tokenizer, **arguments):
@@ -157,7 +155,9 @@ def test_sampling_happens_only_if_asked_for_and_always_takes_effect(temperature,
         ({"prompt": "a", "instruction": "b"}, "`prompt`"),
         ({"prompt": "a", "input": "b"}, "`prompt`"),
         ({"input": "b"}, "`input` needs"),
-        ({"prompt": "a", "template": "nope"}, "nope"),
+        ({"instruction": "a", "template": "nope"}, "nope"),
+        ({"prompt": "a", "template": "meta"}, "`prompt`.*`template` 'meta'"),
+        ({"instruction": "a", "temperature": 0.0, "top_p": 0.9}, "`temperature` 0 is greedy.*`top_p` 0.9"),
         ({"prompt": "a", "seed": -1}, "`seed`.*-1"),
     ],
 )
@@ -179,7 +179,7 @@ def test_prompt_without_tokens_is_refused(tiny_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_command_prints_the_text_alone(stream, options, tiny_model, tiny_tokenizer, capsys):
-    options.stream, options.instruction, options.input = stream, "Add.", "2 and 3"
+    options.stream, options.instruction, options.input, options.template = stream, "Add.", "2 and 3", "meta"
     assert main(options) == 0
     prompt = get_template("meta").prompt("Add.", "2 and 3")
     expected = generate_text(tiny_model, tiny_tokenizer, prompt, max_new_tokens=12)
@@ -209,7 +209,7 @@ def test_an_adapter_is_asked_in_the_prompts_of_its_training(
     assert main(options) == 0
     assert ("does not say in which prompts it was trained" in caplog.text) == (place is None)
     said = capsys.readouterr().out
-    options.instruction, options.prompt = None, get_template(used).prompt("Add.")
+    options.instruction, options.template, options.prompt = None, None, get_template(used).prompt("Add.")
     assert main(options) == 0
     assert capsys.readouterr().out == said
 
@@ -244,7 +244,7 @@ def test_command_without_seed_gives_another_text_each_time(options, capsys):
 
 def test_loop_reads_instructions_until_exit(options, tiny_model, tiny_tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  second \n/exit\nthird\n"))
-    options.stream = False
+    options.stream, options.template = False, "meta"
     assert main(options) == 0
     expected = [
         generate_text(tiny_model, tiny_tokenizer, get_template("meta").prompt(line), max_new_tokens=12)
@@ -254,6 +254,7 @@ def test_loop_reads_instructions_until_exit(options, tiny_model, tiny_tokenizer,
 
 
 def test_loop_goes_on_after_a_line_that_is_too_long(options, capsys, monkeypatch):
+    options.template = "meta"
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 2000 + "\nshort"))
     assert main(options) == 0
     captured = capsys.readouterr()

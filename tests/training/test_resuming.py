@@ -468,6 +468,14 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_
     assert {name: (folder / name).read_text(encoding="utf-8") for name in foreign} == foreign
 
 
+@pytest.mark.parametrize("name", ["checkpoint-2", "adapter_config.json"])
+def test_what_another_program_has_written_is_not_overwritten(flags, tmp_path, error_line, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    line = error_line([*flags(), "--overwrite_output_dir"])
+    assert f"holds {name!r} but no run.json" in line
+    assert (tmp_path / "run" / name).is_dir()
+
+
 def test_an_optimiser_that_cannot_be_made_leaves_the_earlier_run(finished_run, error_line):
     folder, arguments = finished_run
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -14,6 +14,7 @@ from torch import distributed
 from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerState
 
 from mola import TrainOptions, train
+from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
 from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
@@ -77,6 +78,11 @@ class KeepsACopy(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 1:
             shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
+
+
+def test_wrong_choices_of_the_trainer_are_errors_of_ours(options_of):
+    with pytest.raises(MolaError, match="cosin"):
+        options_of(lr_scheduler_type="cosin")
 
 
 @pytest.mark.parametrize("limit", [1, 2])

@@ -60,9 +60,9 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
     assert "eval_loss" not in record["metrics"]
 
 
-@pytest.mark.parametrize("name", ["validation_size", "eval_data"])
+@pytest.mark.parametrize("name", ["validation_size", *slow("eval_data", "eval_limit"), "eval_split"])
 def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_file, caplog):
-    value = {"validation_size": 2, "eval_data": rows_file}[name]
+    value = {"validation_size": 2, "eval_data": rows_file, "eval_limit": 2, "eval_split": "dev"}[name]
     assert main(flags(**{name: value}, num_train_epochs=1, **NO_EVALUATION)) == 0
     assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
 

@@ -116,6 +116,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 def main(options: EvaluateOptions) -> int:
     """Run the command and print the summary."""
+    if options.scoring == "likelihood" and options.max_new_tokens != MAX_NEW_TOKENS:
+        logger.warning("`max_new_tokens` is not used: scoring by likelihood generates nothing.")
     result = evaluate(options)
     table_console().print(_table(result, options))
     if options.output is not None:

@@ -107,12 +107,23 @@ def _template_of(options: GenerateOptions) -> str:
 def _check_text(options: GenerateOptions) -> None:
     """What can be wrong with what is asked."""
     decoding_settings(**_decoding(options))
+    unused = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
+    if options.temperature == 0 and unused:
+        raise MolaError(
+            f"`temperature` 0 is greedy, so `{unused[0]}` {getattr(options, unused[0])} would do nothing. Leave one "
+            "of them out."
+        )
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
     if options.prompt is not None and (options.instruction is not None or options.input is not None):
         raise MolaError(
             "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "
             "Pass one of them."
+        )
+    if options.prompt is not None and options.template is not None:
+        raise MolaError(
+            f"`prompt` is used as it is, without the `template` {options.template!r}: got both. Leave one out, or "
+            "pass the text as `instruction`."
         )
     if options.input is not None and options.instruction is None:
         raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")

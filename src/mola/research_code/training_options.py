@@ -38,8 +38,8 @@ class SharedOptions:
     lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
     lora_target_modules: str | None = option(
         None,
-        "Names of the linears to adapt, between commas. Default: the seven of LLaMA where they exist, else PEFT's "
-        "choice for the architecture.",
+        "Names of the linears to adapt, between commas. Default: the seven of LLaMA, also fused, where they exist, "
+        "else PEFT's choice for the architecture.",
     )
     number_experts: str | None = option(
         None,

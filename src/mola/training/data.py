@@ -129,8 +129,8 @@ def _warn_of_shared(train: Examples, evaluation: Examples) -> None:
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
     """Training and evaluation examples: from another source, another split, or taken from the training part."""
     if options.eval_strategy == IntervalStrategy.NO:
-        for name in ("eval_data", "validation_size"):
-            if getattr(options, name):
+        for name in ("eval_data", "eval_split", "eval_limit", "validation_size"):
+            if getattr(options, name) != getattr(TrainOptions, name):
                 logger.warning("`%s` is not used, since `eval_strategy` is no: all of `data` is trained on.", name)
         return train, []
     filters = mapping("filters", options.filters)

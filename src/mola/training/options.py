@@ -183,8 +183,11 @@ class TrainOptions(Quantization, TrainingArguments):
         if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         settle_backend(self, device)
-        with meeting(self):
-            super().__post_init__()
+        try:
+            with meeting(self):
+                super().__post_init__()
+        except ValueError as error:  # its own checks
+            raise MolaError(str(error)) from error
         self.num_gpus = self.n_gpu  # those that this process sees
         if self.num_gpus > 1:
             self._n_gpu = 1  # the trainer would copy the model to all of them in every step, and multiply the batch

@@ -78,7 +78,8 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
         resume: as in `checkpoints.find_checkpoint`; a checkpoint of another folder is no reason to write into this one.
 
     Raises:
-        MolaError: no folder given, not writable, or not empty without `overwrite` or `resume`.
+        MolaError: no folder given, not writable, not empty without `overwrite` or `resume`, or with the checkpoints or
+            the adapter of another program.
     """
     if not folder:
         raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR.")
@@ -93,8 +94,22 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
             f"`output_dir` must be empty: {folder!r} is not. Pass another folder, --resume_from_checkpoint last to "
             "go on with its run, or --overwrite_output_dir to replace it."
         )
+    if is_used and not goes_on:
+        _check_own(path)
     check_writable(path / RUN_FILE)
     return path
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse to overwrite what no run of ours has written: their folders hold a record from the first step on."""
+    foreign = [
+        path.name for path in (*checkpoints_in(folder), *(folder / name for name in ADAPTER_FILES)) if path.exists()
+    ]
+    if foreign and not (folder / RUN_FILE).exists():
+        raise MolaError(
+            f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but no "
+            f"{RUN_FILE}: another program has written it. Pass another --output_dir, or remove it yourself."
+        )
 
 
 @contextlib.contextmanager

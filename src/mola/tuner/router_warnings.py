@@ -36,7 +36,8 @@ class RouterWarnings:
             self.warn_once(
                 f"dtype {adapter_name}",
                 f"The routers of adapter {adapter_name!r} are trained in {router.dtype}: something has cast them, as "
-                "TRL does with trained weights of a 4-bit base. Small updates are rounded away, also in what is saved.",
+                "TRL does with trained weights of a 4- or 8-bit base. Small updates are rounded away, also in what is "
+                "saved.",
             )
 
     def warn_once(self, key: str, message: str) -> None:
