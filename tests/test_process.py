@@ -12,6 +12,7 @@ import pytest
 
 from mola._process import is_own_program
 
+from .grids import slow
 from .versions import needs
 
 MOLA = Path(sys.executable).with_name("mola")
@@ -103,6 +104,19 @@ def test_other_programs_find_every_name(tmp_path, monkeypatch, name, chosen, exp
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     printed = run(tmp_path / name, **variables).stdout
     assert printed.splitlines() == [f"{expected} TrainOptions train plan", "module 'mola' has no attribute 'nosuch'"]
+
+
+@pytest.mark.parametrize("words", [["--help"], *slow([], ["--json"])], ids=str)
+def test_a_pipe_that_nobody_reads(words, tiny_model_dir):
+    """Python notices it when it writes, which for a short text is at its end; rich would say nothing of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, MOLA, "plan", *words, "--base_model", tiny_model_dir]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, "mola plan: nobody reads its output any more\n")
 
 
 @pytest.mark.slow

@@ -161,7 +161,9 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
             bare_no=bare_no,
         )
         with within_memory(_LESS_MEMORY):
-            return module.main(options)
+            code: int = module.main(options)
+        sys.stdout.flush()  # else a pipe that nobody reads is noticed when Python has left
+        return code
     except MolaError as error:
         print(f"{name}: error: {_one_line(str(error))}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, t
         ({"batch_size": 0}, "`batch_size`.*0"),
         ({"max_new_tokens": 0}, "`max_new_tokens`.*0"),
         ({"limit": 0}, "`limit`.*0"),
+        ({"seed": -1}, "`seed` must be a whole number from 0 .*: got -1"),
         ({"dtype": "half"}, "half"),
         ({"device": "tpu9"}, "tpu9"),
         ({"scoring": "guess"}, "guess"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -133,6 +133,15 @@ def test_the_tokenizer_is_that_of_the_base(tiny_model_dir, lora, tmp_path, run):
     )
     assert {"pad_token", "padding_side"} & {*after} == {"pad_token", "padding_side"} & {*before}
     assert "pad_token" not in after
+
+
+def test_a_method_that_does_not_merge_is_refused_before_the_weights_are_read(
+    tiny_model, no_weights_dir, tmp_path, refusal
+):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(tiny_model, config).save_pretrained(tmp_path / "prompt")
+    flags = ["--base_model", no_weights_dir, "--output", tmp_path / "merged"]
+    assert "must be of a method that merges" in refusal("merge", tmp_path / "prompt", *flags)
 
 
 def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refusal):

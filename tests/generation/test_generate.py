@@ -171,6 +171,21 @@ def test_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):
         generate_text(tiny_model, tiny_tokenizer, "x" * 1000)
 
 
+def test_command_refuses_such_a_prompt_before_the_weights_are_read(no_weights_dir):
+    options = {"base_model": str(no_weights_dir), "dtype": "float32", "device": "cpu"}
+    for asked in ({"prompt": "x" * 1000}, {"instruction": "x" * 1000, "template": "meta"}):
+        with pytest.raises(MolaError, match="1024 positions: sample 'prompt'"):
+            main(GenerateOptions(**options, **asked))
+
+
+def test_loop_goes_on_after_a_line_that_is_no_unicode(options, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nshort\n"), "utf-8"))
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    assert "saved as UTF-8" in captured.err
+    assert captured.out.strip()
+
+
 def test_prompt_without_tokens_is_refused(tiny_model, tiny_tokenizer):
     tiny_tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(MolaError, match="at least one token"):

@@ -130,6 +130,12 @@ def test_wrong_options(llama_7b, options, message):
         plan(PlanOptions(llama_7b, **options))
 
 
+def test_a_folder_of_gguf_files_is_told_apart(tmp_path):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MolaError, match="--gguf_file small.gguf"):
+        main(PlanOptions(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -91,6 +91,19 @@ def test_a_group_called_as_kinds_of_tokens_are_is_refused(no_weights_dir, adapte
     assert "must not have `token`" in capsys.readouterr().err
 
 
+def test_an_adapter_without_routers_is_refused_before_the_weights_are_read(
+    tiny_model_dir, no_weights_dir, sample, tmp_path, capsys
+):
+    adapter = save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
+    assert run(no_weights_dir, adapter, sample) == 2
+    assert "no module of" in capsys.readouterr().err
+
+
+def test_a_limit_without_effect_is_refused(no_weights_dir, adapter, sample, capsys):
+    assert run(no_weights_dir, adapter, sample, "--leave_one_out_limit", "3") == 2
+    assert "`leave_one_out_limit` counts only with `leave_one_out`: got 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("result", ["--json", "--html"])
 def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
     base = tmp_path / "base"
@@ -231,12 +244,6 @@ def test_new_experts_have_no_output_directions(tiny_model_dir, sample, tmp_path,
     assert {row["distance"] for row in rows} == {0.0}
     assert {row["output_overlap"] for row in rows} == {None}
     assert "nan" not in capsys.readouterr().out
-
-
-def test_an_adapter_without_routers_is_refused(tiny_model_dir, sample, tmp_path, capsys):
-    adapter = save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
-    assert run(tiny_model_dir, adapter, sample) == 2
-    assert "no module of" in capsys.readouterr().err
 
 
 def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, capsys):

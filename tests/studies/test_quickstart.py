@@ -34,6 +34,18 @@ def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("folder", "message"), [("run", "`output_dir` must be empty"), ("model", "cannot be written")])
+def test_what_is_there_is_not_replaced(folder, message, tmp_path):
+    """An earlier run, and a file where the folder of the model is to be made."""
+    (tmp_path / "run").mkdir()
+    mine = tmp_path / "run" / "adapter_model.safetensors" if folder == "run" else tmp_path / "model"
+    mine.write_text("mine")
+    options = QuickstartOptions(str(tmp_path / "run"), RECIPE, str(tmp_path / "model" / "below"), dtype="float32")
+    with pytest.raises(MolaError, match=message):
+        main(options)
+    assert mine.read_text() == "mine"
+
+
 def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys, monkeypatch):
     """The whole way in two steps on the tiny model, which counts as converted; with fewer questions."""
     monkeypatch.setattr("mola.data.prepare.SAMPLE_SIZES", {"train": 20, "validation": 4, "test": 10})

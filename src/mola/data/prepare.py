@@ -75,6 +75,8 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         writer="`mola prepare`",
         is_own=is_prepared_folder,
     )
+    if options.seed < 0:
+        raise MolaError(f"`seed` must be at least 0: got {options.seed}.")
     task = load_task(options.task)
     sizes = _drawn_sizes(options)
     if sizes is not None:

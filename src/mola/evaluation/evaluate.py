@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
+from mola.errors import MolaError
 from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, check_positive, checked_questions, evaluate_examples
 from mola.evaluation.partial import PartialResults
 from mola.files.atomic import atomic_write_json, check_new_file
@@ -128,6 +129,8 @@ def main(options: EvaluateOptions) -> int:
 def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
     """Task, examples and tokenizer; refuses everything that can be wrong without a model, cheapest first."""
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
+    if not 0 <= options.seed < 2**32:
+        raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")
     config = check_model(options)
     if options.adapter is not None:
         check_adapter(options.adapter)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 
 from mola.checkpoints.tensors import read_tensors
@@ -67,6 +68,8 @@ def merge(options: MergeOptions) -> Path:
     settings = check_adapter(adapter)
     kind = settings["peft_type"]
     check_not_replicated(settings.get("layer_replication"), f"`adapter` {shlex.quote(adapter)}")
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload"):
+        raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
     config: Any = load_config(options.base_model, options.trust_remote_code)
     if (method := stored_quantization(config)) is not None:
         raise MolaError(
@@ -84,8 +87,6 @@ def merge(options: MergeOptions) -> Path:
     tokenizer = own_tokenizer(options.base_model, options.trust_remote_code)
     dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
-    if not hasattr(model.base_model, "merge_and_unload"):
-        raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
     check_own_weights(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)

@@ -156,6 +156,8 @@ def check_direction(options: ConvertOptions) -> str:
     if options.limit < 1:
         raise MolaError(f"`limit` must be at least 1, got {options.limit}.")
     _check_effect(options, _TAKES[direction])
+    if not options.memory_gb > 0:
+        raise MolaError(f"`memory_gb` must be above 0, got {options.memory_gb}.")
     return direction
 
 

@@ -100,12 +100,30 @@ def generate_text(
         MolaError: a value out of range, or a prompt too long for the model.
     """
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
+    limit = predicting.positions_left(model)
+    encoded = encoded_prompt(tokenizer, prompt, max_new_tokens, limit, before_answer, template)
+    ends = [] if template is None else template.ending(tokenizer)[:1]
+    with seeded(seed), predicting.inference_state(model):
+        return predicting.generate_batch(model, tokenizer, [encoded], streamer=streamer, ends=ends, **settings)[0]
+
+
+def encoded_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    limit: int | None,
+    before_answer: bool,
+    template: Template | None,
+) -> list[int]:
+    """Token ids of a prompt that leaves room for its answer within `limit` positions; the rest as `generate_text`.
+
+    Raises:
+        MolaError: it has no token, is no Unicode text, or leaves no room.
+    """
     encode = predicting.encode_before_answer if before_answer else predicting.encode_prompts
     encoded = encode(tokenizer, [prompt], template)
-    ends = [] if template is None else template.ending(tokenizer)[:1]
-    predicting.check_lengths(["prompt"], encoded, max_new_tokens, predicting.positions_left(model))
-    with seeded(seed), predicting.inference_state(model):
-        return predicting.generate_batch(model, tokenizer, encoded, streamer=streamer, ends=ends, **settings)[0]
+    predicting.check_lengths(["prompt"], encoded, max_new_tokens, limit)
+    return encoded[0]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Standard output carries the generated text alone.
 """
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from transformers import TextStreamer
 
 from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
-from mola.generation.decoding import decoding_settings, generate_text
+from mola.generation.decoding import decoding_settings, encoded_prompt, generate_text
+from mola.generation.predicting import max_positions
 from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chat, template_for, trained_template
@@ -60,10 +62,13 @@ def main(options: GenerateOptions) -> int:
         check_adapter(options.adapter)
     name = _template_of(options)
     check_template(name)
-    check_model(options)
+    config = check_model(options)
     tokenizer = tokenizer_for(options)
     template = template_for(name, tokenizer, options.adapter)
     prompt = template.prompt(options.instruction, options.input) if options.instruction is not None else options.prompt
+    form = template if options.prompt is None else None  # of the prompt
+    if prompt is not None:
+        encoded_prompt(tokenizer, prompt, options.max_new_tokens, max_positions(config), form is not None, form)
     model = model_for(options, options.adapter)
     # torch starts every process with the same state, so "another text each time" needs a fresh seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
@@ -71,7 +76,7 @@ def main(options: GenerateOptions) -> int:
     if decoding_settings(**_decoding(options))["do_sample"]:
         logger.info("Random seed %d.", seed)
     if prompt is not None:
-        _answer(model, tokenizer, prompt, options, template if options.prompt is None else None)
+        _answer(model, tokenizer, prompt, options, form)
         return 0
     for line in _read_lines():
         try:
@@ -142,6 +147,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, t
 
 def _read_lines() -> Iterator[str]:
     """Instructions from standard input; blank lines are skipped."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is one error, not the end
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         print("One instruction per line; /exit or Ctrl-D ends.", file=sys.stderr)

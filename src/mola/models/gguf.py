@@ -27,7 +27,7 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
     if gguf_file is None and names and not (folder / "config.json").is_file():
         raise MolaError(
             f"`base_model` {str(folder)!r} has no config.json but GGUF files: {', '.join(names)}. Pass one of them as "
-            f"well: --gguf_file {names[0]}."
+            f"well: --gguf_file {names[0]}. Commands without this option need a model that was saved as safetensors."
         )
     if gguf_file is None:
         return

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
-from mola.models.gguf import read_gguf_config
+from mola.models.gguf import check_gguf_file, read_gguf_config
 
 _WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
 
@@ -85,6 +85,8 @@ def _place(base_model: str) -> str:
         if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
             raise MolaError(f"`base_model` does not exist: {base_model!r}. {_WANTED}")
         return base_model
+    if path.is_dir():
+        check_gguf_file(path, None)
     if path.is_dir() and not (path / "config.json").is_file():
         raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
     return str(path)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
+from mola.files.atomic import check_writable
+from mola.files.failures import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,24 +71,25 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
         `folder` as a path.
 
     Raises:
-        MolaError: a package is missing, or `folder` holds something else.
+        MolaError: a package is missing, `folder` holds something else, or cannot be written.
     """
     target = Path(folder)
     if _is_complete(target):
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MolaError(
-            f"`folder` must be absent, empty or an earlier conversion, but '{target}' holds something else. "
-            "Remove it or choose another folder."
+            f"The folder of the converted model must be absent, empty or an earlier conversion, but '{target}' holds "
+            "something else. Remove it or choose another folder."
         )
+    check_writable(target.parent / MARKER)
     source = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _convert(source, temporary)
+        with writing(f"'{target}'"):
+            _convert(source, temporary)
         try:
             os.replace(temporary, target)
         except OSError:

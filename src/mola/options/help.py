@@ -18,7 +18,7 @@ class ShowHelp(Action):
 
     def __call__(self, parser: Any, namespace: object, values: object, option_string: str | None = None) -> None:
         """Print, and end the program, whatever options are missing."""
-        print(_help_text(parser, is_complete=values is not None))
+        print(_help_text(parser, is_complete=values is not None), flush=True)
         parser.exit()
 
 

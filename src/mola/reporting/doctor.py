@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from rich.console import Console
-
 from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
 from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings
@@ -49,7 +48,7 @@ def main(options: DoctorOptions) -> int:
     lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]
     lines += [f"Not looked at: {each}." for each in _missing(run, late)]
     for line in lines:
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        OutputConsole().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

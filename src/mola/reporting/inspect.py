@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mola.checkpoints.tensors import read_tensors
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
@@ -126,11 +128,6 @@ def inspect(options: InspectOptions) -> InspectResult:
     samples = _check(options)
     model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
-    if not redundancy:
-        raise MolaError(
-            f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
-            "nothing to look at."
-        )
     is_terminal = Console(stderr=True).is_terminal
     columns = [samples.task.group_values(example) for example in samples.examples]
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
@@ -195,8 +192,18 @@ def _check(options: InspectOptions) -> _Samples:
         raise MolaError(
             f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
         )
+    default = type(options).leave_one_out_limit
+    if options.leave_one_out == "none" and options.leave_one_out_limit != default:
+        raise MolaError(
+            f"`leave_one_out_limit` counts only with `leave_one_out`: got {options.leave_one_out_limit}. Pass that too."
+        )
     config = check_model(options)
     check_adapter(options.adapter)
+    if not any(".mola_router" in name for name in read_tensors(Path(options.adapter))):
+        raise MolaError(
+            f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
+            "nothing to look at."
+        )
     for name in ("json", "html"):
         path = getattr(options, name)
         if path is not None:

@@ -4,11 +4,10 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_writable
 from mola.files.ownership import is_own_file, with_mark
+from mola.files.terminal import OutputConsole
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE
 from mola.reporting.load_run import gather, old_results, read_record
@@ -62,7 +61,7 @@ def report(options: ReportOptions) -> Path:
 def main(options: ReportOptions) -> int:
     """Run the command and print where the page is."""
     path = report(options)
-    Console().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
+    OutputConsole().print(f"Open {path} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

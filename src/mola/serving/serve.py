@@ -23,7 +23,7 @@ from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats
 from mola.options.fields import START, Group, option
-from mola.serving.addresses import is_loopback
+from mola.serving.addresses import bind, is_loopback
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -153,7 +153,7 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     from mola.serving.jobs import JobMaker, Limits
     from mola.serving.metrics import Metrics
     from mola.serving.queue import AnswerQueue
-    from mola.serving.server import Server, bind, url_of
+    from mola.serving.server import Server, url_of
     from mola.serving.shelf import Shelf
 
     _check_numbers(options)

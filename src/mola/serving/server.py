@@ -11,39 +11,13 @@ from typing import Any
 
 import uvicorn
 
-from mola.errors import MolaError
+from mola.serving.addresses import cannot_listen
 from mola.serving.connections import MAX_HEAD_BYTES
 from mola.serving.queue import AnswerQueue
 
 logger = logging.getLogger(__name__)
 
 _BACKSTOP = 5  # seconds after the queue gave up, before connections are cut
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket on the address, before anything heavy is loaded; it does not listen yet.
-
-    Raises:
-        MolaError: no such address here, or it is taken.
-    """
-    opened = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind, protocol)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-        return opened
-    except OSError as error:
-        if opened is not None:
-            opened.close()
-        raise _cannot_listen(host, port, error) from error
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> MolaError:
-    return MolaError(
-        f"`host` {host!r} and `port` {port} cannot be listened on: {error.strerror or error}. Choose another port, or "
-        "end the program that uses it."
-    )
 
 
 def url_of(bound: socket.socket) -> str:
@@ -101,7 +75,7 @@ class Server(uvicorn.Server):
             if self.started:
                 raise
             host, port = bound.getsockname()[:2]
-            raise _cannot_listen(host, port, error) from error  # another server has bound it, too, and was faster
+            raise cannot_listen(host, port, error) from error  # another server has bound it, too, and was faster
         finally:
             self._queue.close()
         return self.started

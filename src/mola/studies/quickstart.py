@@ -6,6 +6,7 @@ and writes a report of it all.
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, EvaluateResult, evaluate
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
+from mola.files.terminal import OutputConsole
 from mola.models.smollm2 import prepare_smollm2
 from mola.options.fields import option
 from mola.options.parsing import parse
@@ -47,9 +49,14 @@ def main(options: QuickstartOptions) -> int:
     if not Path(options.recipe).is_file():
         raise MolaError(f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or name one.")
     start = time.perf_counter()
-    console = Console()
+    console = OutputConsole()
     seconds: dict[str, float] = {}
     folder = Path(options.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "dataset.hf").exists():
+        raise MolaError(
+            f"`output_dir` must be empty, or of an earlier quickstart: {options.output_dir!r} holds something else, "
+            "which would be replaced. Pass another folder."
+        )
     train_options = _train_options(options, folder / "data")
     with _timed(console, seconds, "base model"):
         base_model = prepare_smollm2(options.model_dir)
@@ -62,6 +69,7 @@ def main(options: QuickstartOptions) -> int:
     with _timed(console, seconds, "fine-tuning"):
         result = train(train_options)
     if result.status != "finished":
+        print("Interrupted. The same command begins anew.", file=sys.stderr)
         return 130
     with _timed(console, seconds, "accuracy after"):
         adapter = str(folder)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig, generate_text, load_model, load_tokenizer
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.serving.demonstration.demo import DemoOptions, running_demo
+from mola.serving.demonstration.demo import DemoOptions, main, running_demo
 from tests.browser import browser, complaints, requested_addresses
 from tests.ports import free_port
 from tests.waiting import PATIENCE
@@ -138,15 +138,25 @@ def address(process):
     raise AssertionError("".join(lines))
 
 
-@pytest.mark.slow
-def test_a_port_that_is_taken(options):
+def test_a_port_that_is_taken(options, no_weights_dir):
+    options.base_model = str(no_weights_dir)
     with socket.socket() as one:
         one.bind(("127.0.0.1", options.port))
         one.listen()
-        with command(options) as process:
-            error = process.stderr.read()
-    assert f"mola demo: error: `port` {options.port} of 127.0.0.1 is not free" in error
-    assert "Traceback" not in error
+        with pytest.raises(MolaError, match=f"'127.0.0.1' and `port` {options.port} cannot be listened on"):
+            main(options)
+
+
+def test_a_chat_template_that_is_not_there(options, no_weights_dir):
+    options.base_model, options.template = str(no_weights_dir), "chat"
+    with pytest.raises(MolaError, match="chat template"):
+        main(options)
+
+
+def test_signals_end_the_program_while_the_model_is_loaded(options, monkeypatch):
+    monkeypatch.setattr("mola.serving.demonstration.demo.model_for", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        main(options)
 
 
 @pytest.mark.slow

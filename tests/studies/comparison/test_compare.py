@@ -124,6 +124,17 @@ def test_more_seeds_join_a_record(whole, run, tmp_path):
     assert {row.mean.seeds for row in more.rows if row.recipe in RECIPES} == {3}
 
 
+def test_files_that_are_not_its_own_are_not_replaced(run, tmp_path):
+    """A page of the user, and a file where the folder of the runs is to be."""
+    page, place = tmp_path / "page.md", tmp_path / "file"
+    page.write_text("mine")
+    with pytest.raises(MolaError, match=r"`tables` must name files that are not there yet.*page\.md"):
+        run(tables=str(page))
+    with pytest.raises(MolaError, match="cannot be written"):
+        run(output_dir=str(page / "out"), record=str(place))
+    assert page.read_text() == "mine"
+
+
 def test_tables_in_every_form(whole, values, tmp_path, capsys):
     folder, result = whole
     names = [tmp_path / f"table{ending}" for ending in (".csv", ".md", ".html")]

@@ -14,9 +14,9 @@ from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import trained_template
+from mola.models.prompts import template_for, trained_template
 from mola.options.fields import START, option
-from mola.serving.addresses import is_loopback
+from mola.serving.addresses import bind, cannot_listen, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,17 @@ def main(options: DemoOptions) -> int:
     """Run the command until SIGINT or SIGTERM.
 
     Raises:
-        MolaError: wrong options, before the model is loaded; a port that is taken.
+        MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
     ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with running_demo(options) as url:
+    with running_demo(options) as url:  # until here signals end the program at once
+        before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
             logger.info("The demo is at %s. Ctrl-C ends it.", url)
             ended.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0
 
 
@@ -59,10 +59,11 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     """The address of the page, served by threads of this program for the length of a `with` block.
 
     Raises:
-        MolaError: wrong options, before the model is loaded; a port that is taken.
+        MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
     _check(options)
     tokenizer = tokenizer_for(options)
+    template_for(_template(options), tokenizer, options.adapter)
     model = model_for(options, options.adapter)
     from mola.serving.demonstration.answering import Answerer
     from mola.serving.demonstration.page import PageText, build_page, launch
@@ -73,8 +74,8 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     try:
         try:
             url = launch(page, options.host, options.port)
-        except OSError as error:
-            raise MolaError(f"`port` {options.port} of {options.host} is not free: {error}. Pass another.") from error
+        except OSError as error:  # another program was faster
+            raise cannot_listen(options.host, options.port, error) from error
         yield url
     finally:
         page.close(verbose=False)
@@ -100,5 +101,6 @@ def _check(options: DemoOptions) -> None:
             f"`adapter` {options.adapter!r} {reason}, so the page could not show the base model beside it. Ask it with "
             "`mola generate`."
         )
+    bind(options.host, options.port).close()
     if not is_loopback(options.host):
         logger.warning("Anyone who reaches %s can use this page: it asks for no password.", options.host)

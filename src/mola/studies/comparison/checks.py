@@ -199,6 +199,8 @@ def _allocate_options(
     run_options: TrainAndTestOptions, asked: Mapping[str, Any], probed: TrainAndTestOptions | None
 ) -> AllocateOptions:
     shared: dict[str, Any] = {"trust_remote_code": run_options.trust_remote_code}
+    if run_options.gguf_file is not None:
+        shared["gguf_file"] = run_options.gguf_file
     if probed is None:  # else it says what is adapted
         shared["target_modules"] = run_options.target_modules
     if "data" in asked and "task" in asked and run_options.template != load_task(str(asked["task"])).template:

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from mola.errors import MolaError, NotFiniteError
 from mola.evaluation.evaluate import evaluate
-from mola.files.atomic import atomic_write_json
+from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations, probed_by
 from mola.studies.comparison.begun import begin_or_go_on
@@ -73,8 +73,9 @@ def compare(options: CompareOptions) -> CompareResult:
             other settings, a probe has diverged, or what the base model itself answers is no number.
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
-    record = read_record(path)
-    check_files(options.tables, options.plots)
+    check_writable(Path(options.output_dir or "") / RECORD_FILE)
+    is_new, record = not path.exists(), read_record(path)
+    check_files(options.tables, options.plots, is_new)
     searched = check_runs(options, options.tuning_runs)
     runs = check_runs(options, options.runs)
     check_search(searched, runs)

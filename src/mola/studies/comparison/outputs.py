@@ -37,8 +37,10 @@ from mola.studies.comparison.tuning import Found, Power
 logger = logging.getLogger(__name__)
 
 
-def check_files(tables: str | None, plots: str | None) -> None:
+def check_files(tables: str | None, plots: str | None, is_new: bool) -> None:
     """Refuse an ending that says no form, a file that cannot be written, and pictures without matplotlib.
+
+    Files without markers that are there when a comparison begins (`is_new`) are not its own, and would be replaced.
 
     Raises:
         MolaError: as said.
@@ -50,6 +52,11 @@ def check_files(tables: str | None, plots: str | None) -> None:
             check_writable(path)
             if has_markers(path):
                 check_page(path)
+            elif is_new and path.exists():
+                raise MolaError(
+                    f"`{option}` must name files that are not there yet, or pages with two markers for the tables: "
+                    f"{str(path)!r} is there, and would be replaced. Remove it, or pass another name."
+                )
     if _paths(plots):
         check_matplotlib()
 
