@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig
@@ -219,6 +219,16 @@ def test_other_methods_of_peft_load(config, tiny_model_dir, tmp_path):
 def test_adapters_of_two_methods_are_refused_before_weights_load(no_weights_dir, mola_adapter, lora_adapter):
     with pytest.raises(MolaError, match=r"`adapter` must be of one method: 'a' is MOLA, 'b' is LORA"):
         load_model(no_weights_dir, {"a": mola_adapter[0], "b": lora_adapter[0]})
+
+
+def test_names_without_the_prefix_of_peft_are_told_before_weights_load(no_weights_dir, mola_adapter, tmp_path):
+    """As `save_pretrained(..., save_peft_format=False)` of Transformers leaves them, which only its own way loads."""
+    folder = shutil.copytree(mola_adapter[0], tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    bare = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
+    save_file(bare, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(MolaError, match="lack 'base_model.model.' in front"):
+        load_model(no_weights_dir, folder, "float32", "cpu")
 
 
 def test_a_lora_of_another_size_is_refused_before_weights_load(no_weights_dir, tmp_path):

@@ -26,6 +26,7 @@ from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
+from mola.tuner.loading import PREFIX
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d{0,4})|(?P<router>router)\.router)\.weight"
@@ -67,7 +68,10 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
     counts = _experts_per_layer(experts)
     state_dict: dict[str, torch.Tensor] = {}
     for module, found in experts.items():
-        state_dict.update(found.stacked(module))
+        name = f"{PREFIX}{module.removeprefix(PREFIX)}"  # which tools leave out that know nothing of PEFT
+        if f"{name}.mola_A" in state_dict:
+            raise MolaError(f"{folder} holds the experts of {module!r} twice, with and without {PREFIX!r} in front.")
+        state_dict.update(found.stacked(name))
     if len(settings["r"]) < len(counts):
         raise MolaError(
             f"`r` in {folder / 'adapter_config.json'} must have one number per layer: {len(settings['r'])} numbers, "

@@ -42,7 +42,9 @@ def to_published(
     _check_expressible(config)
     modules = _own_modules(tensors)
     num_layers, names = _same_in_every_layer(modules)
-    if config.target_modules != "all-linear" and set(config.target_modules or ()) != set(names):
+    targets = config.target_modules  # whole names, where "all-linear" was asked for
+    plain = {} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets or ()}
+    if targets != "all-linear" and plain != {*names}:
         raise MolaError(
             f"`target_modules` must be a list of the linears' plain names, {names}, got {config.target_modules!r}. "
             "The research code's format knows no other way to choose modules; change it in adapter_config.json."

@@ -177,12 +177,12 @@ def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
 
 def _not_computed_there(config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """That the base model is not the research code's own LLaMA, which has no grouped queries."""
-    outputs = [
-        min((tensor.shape[-1] for key, tensor in tensors.items() if key.endswith(f"{name}.mola_B")), default=0)
-        for name in ("q_proj", "k_proj")
-    ]
+    queries, values = (
+        [each.shape[-1] for key, each in tensors.items() if key.endswith(tuple(f"{name}.mola_B" for name in names))]
+        for names in (["q_proj"], ["k_proj", "v_proj"])
+    )
     kind = config.base_model_type
-    if all(outputs) and outputs[1] < outputs[0]:
+    if queries and values and min(values) < min(queries):
         base = "grouped queries"
     elif kind not in (None, "llama"):
         base = f"the type {kind}"

@@ -102,10 +102,9 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
         )
     target = Path(f"{Path(source).resolve()}.mola")
     num_layers = count_decoder_layers(model_on_meta(base_model, trust_remote_code), base_model)
-    # Numbers, not the text: "2" and "2,2,2,2" are the same adapter.
     record = {"source": _fingerprint(Path(source)), "top_k": resolve_per_layer(top_k, num_layers, "top_k")}
     if target.exists():
-        if read_json_object(target / _RECORD) == record:
+        if _is_the_same(read_json_object(target / _RECORD), record, target):
             return str(target)
         raise MolaError(
             f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
@@ -142,6 +141,14 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
         raise
     logger.warning("Converted the adapter of the research code:\n%s", report)
     return str(target)
+
+
+def _is_the_same(before: Mapping[str, Any], now: Mapping[str, Any], target: Path) -> bool:
+    """Whether a conversion is that of these files and numbers: "2" and "1,2,2,2" may be the same adapter."""
+    counts, known = read_json_object(target / "adapter_config.json").get("num_experts"), before.get("top_k")
+    if before.get("source") != now["source"] or not isinstance(counts, list) or not isinstance(known, list):
+        return False
+    return effective_top_k(counts, known) == effective_top_k(counts, now["top_k"])
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:

@@ -42,9 +42,16 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
     Raises:
         MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
     """
-    # The model may sit inside a PeftModel or be the bare model; both forms of a key name one tensor.
-    found = {key.removeprefix(PREFIX): value for key, value in state_dict.items() if ".mola_" in key}
     expected = _expected_shapes(model, adapter_name)
+    # Whatever form the keys have, a bare model takes them; a PeftModel only those with its own prefix.
+    is_bare = not any(key.startswith(PREFIX) for key in expected)
+    own = {key: value for key, value in state_dict.items() if ".mola_" in key}
+    found = {key.removeprefix(PREFIX): value for key, value in own.items()} if is_bare else own
+    if not is_bare and found and not any(key.startswith(PREFIX) for key in found):
+        raise MolaError(
+            f"The adapter file does not fit a PeftModel: names of tensors, such as {next(iter(found))}, lack "
+            f"{PREFIX!r} in front, as saved with `save_peft_format=False`. Save it with `save_peft_format=True`."
+        )
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
     if missing or unknown:
@@ -83,8 +90,7 @@ def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int
             for part in module.adapter_layer_names:
                 parameters = getattr(module, part)
                 if adapter_name in parameters:
-                    key = f"{name}.{part}.{adapter_name}".removeprefix(PREFIX)
-                    shapes[key] = tuple(parameters[adapter_name].shape)
+                    shapes[f"{name}.{part}.{adapter_name}"] = tuple(parameters[adapter_name].shape)
     return shapes
 
 

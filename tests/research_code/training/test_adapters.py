@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mola.research_code.adapters import _is_the_same
 from tests.research_code.scripts import character_tokenizer, error_line
 from tests.research_code.training.runs import TRAIN, adapter_config, log_entries, loss_on, record
 
@@ -153,6 +154,15 @@ def golden_base(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     character_tokenizer(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("top_k", "same"), [([2, 2, 2, 2], True), ([1, 2, 2, 2], True), ([1, 1, 2, 2], False), (None, False)]
+)
+def test_a_conversion_is_known_again_by_the_experts_that_are_used(top_k, same, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"num_experts": [1, 2, 4, 8]}')
+    assert _is_the_same({"source": {}, "top_k": top_k}, {"source": {}, "top_k": [2] * 4}, tmp_path) == same
+    assert not _is_the_same({"source": {"a": "b"}, "top_k": [2] * 4}, {"source": {}, "top_k": [2] * 4}, tmp_path)
 
 
 def test_training_goes_on_from_an_adapter_of_the_research_code(command, tmp_path, golden_base, capsys):
