@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig
@@ -224,9 +224,12 @@ def test_adapters_of_two_methods_are_refused_before_weights_load(no_weights_dir,
 def test_names_without_the_prefix_of_peft_are_told_before_weights_load(no_weights_dir, mola_adapter, tmp_path):
     """As `save_pretrained(..., save_peft_format=False)` of Transformers leaves them, which only its own way loads."""
     folder = shutil.copytree(mola_adapter[0], tmp_path / "adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    bare = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
-    save_file(bare, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+    change_tensors(folder, rename)
     with pytest.raises(MolaError, match="lack 'base_model.model.' in front"):
         load_model(no_weights_dir, folder, "float32", "cpu")
 
