@@ -1,7 +1,7 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
 # make test         set up, run the tests: what a change is likely to break (five minutes on two cores)
 # make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
-# make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows
+# make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows for what they install
 # make test-mid     the same with versions in between
 # make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
@@ -9,6 +9,7 @@
 # make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
+# make clean        remove environments, caches and what was built; runs stay
 # make bench-gpu    is mola right and fast on the GPU of this machine? in a quarter of an hour (see docs/gpu.md)
 
 PYTHON ?= python3
@@ -17,6 +18,11 @@ BIN = $(VENV)/bin
 # Tests run in several processes: one thread each, or they wait for one another.
 # Each begins with tests that lie together, whose fixtures are then made once, and helps the others at the end.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
+
+# uv reads no settings of pip.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
 
 # Two installs into one environment would get in each other's way.
 .NOTPARALLEL:
@@ -141,4 +147,4 @@ $(VENV)/.extras: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-min .venv-mid .cache runs build dist *.egg-info
+	rm -rf $(VENV) .venv-min .venv-mid .cache build dist src/*.egg-info

@@ -137,6 +137,11 @@ def test_missing_extra_is_named(installed, tiny_model_dir, tmp_path, extra, word
     assert f"pip install 'mola-peft[{extra}]'" in line
 
 
+def test_missing_trl_is_named(installed, tmp_path):
+    process = run(installed / "python", "-m", "mola.integrations.trl_command", "sft", cwd=tmp_path, code=1)
+    assert process.stderr == "trl_command: error: TRL is not installed. Run: pip install 'mola-peft[trl]'\n"
+
+
 # ---------------------------------------------------------------------- types
 
 RIGHT = """

@@ -33,6 +33,8 @@ def venv(name, requirements, stand_ins=(), *, python=sys.executable, overrides=(
         shutil.rmtree(folder, ignore_errors=True)
         changes.write_text("\n".join(overrides), encoding="utf-8")
         links = [word for link in os.environ.get("PIP_FIND_LINKS", "").split() for word in ("--find-links", link)]
+        if "PIP_INDEX_URL" in os.environ:  # uv reads no settings of pip
+            links += ["--default-index", os.environ["PIP_INDEX_URL"]]
         install = ["-m", "uv", "pip", "install", "--quiet", "--python", interpreter, "--overrides", changes, *links]
         for command in (
             [python, "-m", "venv", folder],

@@ -19,6 +19,7 @@ from mola.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    own_tokenizer,
     resolve_device,
     resolve_dtype,
 )
@@ -130,6 +131,21 @@ def test_folder_without_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(MolaError, match="no tokenizer"):
         load_tokenizer(tmp_path, "left")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_package_that_a_tokenizer_needs_is_named(installed, tmp_path, monkeypatch):
+    """Transformers asks for sentencepiece, or for what the base model's own code imports."""
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+
+    def fail(*args, **kwargs):
+        raise ImportError("requires another package")
+
+    monkeypatch.setattr("mola.models.loading.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("mola.models.loading.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(MolaError, match="requires another package") as caught:
+        own_tokenizer(tmp_path)
+    assert ("pip install 'mola-peft[sentencepiece]'" in str(caught.value)) is not installed
 
 
 def test_wrong_padding_side_is_refused(tiny_model_dir):

@@ -7,12 +7,12 @@ what a mixture has besides is `mola_num_experts` and so on.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from typing import Any
 
-import trl
 import yaml
 
 from mola.errors import MolaError
@@ -56,8 +56,12 @@ def main(arguments: Sequence[str]) -> None:
         arguments: its name, such as sft, and its flags.
 
     Raises:
-        MolaError: TRL has no such script, or a setting of the mixture is wrong.
+        MolaError: TRL is not installed or has no such script, or a setting of the mixture is wrong.
     """
+    if importlib.util.find_spec("trl") is None:
+        raise MolaError("TRL is not installed. Run: pip install 'mola-peft[trl]'")
+    import trl
+
     name = arguments[0] if arguments else ""
     try:
         script: Any = importlib.import_module(f"trl.scripts.{name}")

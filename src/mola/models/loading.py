@@ -150,11 +150,18 @@ def own_tokenizer(
         )
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code, **arguments, **settings)
-    except (OSError, ValueError, KeyError) as error:
-        hint = ""
-        if any(folder.glob("*.model")) and find_spec("sentencepiece") is None:  # Transformers then speaks of another
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint, needed = "", ("sentencepiece", "google.protobuf")
+        if any(folder.glob("*.model")) and not all(map(_is_installed, needed)):  # Transformers then speaks of others
             hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
         raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package above
+        return False
 
 
 def load_tokenizer(
@@ -263,7 +270,7 @@ def load_model(
         arguments["device_map"] = {"": target}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(os.fspath(base_model), config=config, **arguments)
-    except OSError as error:
+    except (OSError, ImportError) as error:  # the second of its own code
         raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
     if not is_quantized:
         model = model.to(target)

@@ -64,7 +64,7 @@ def check_sharding(options: TrainingArguments, checkpoint: Path | None, is_quant
         raise MolaError(
             "`fsdp` cannot be combined with a quantised base: packed weights are not sharded, every process would "
             "hold all of them. Leave the quantisation out, or train with one model per process "
-            "(recipes/accelerate/ddp.yaml)."
+            "(as the repository's recipes/accelerate/ddp.yaml)."
         )
     if options.optim == OptimizerNames.ADAFACTOR:
         raise MolaError("`optim` adafactor does not work on sharded weights. Pass another, such as adamw_torch.")

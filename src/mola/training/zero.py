@@ -48,7 +48,8 @@ def settle_backend(options: TrainingArguments, device: torch.device) -> None:
     if options.deepspeed:
         raise MolaError(
             "`deepspeed` as an option works on GPUs only. On a CPU start the run with accelerate launch and a "
-            "configuration such as recipes/accelerate/zero3.yaml, which may name the file as `deepspeed_config_file`."
+            "configuration such as the repository's recipes/accelerate/zero3.yaml, which may name the file as "
+            "`deepspeed_config_file`."
         )
     if torch.cuda.is_available():
         raise MolaError("`use_cpu` does not keep DeepSpeed from a GPU: hide it with CUDA_VISIBLE_DEVICES=''.")
@@ -70,7 +71,8 @@ def check_deepspeed(options: TrainingArguments, is_quantized: bool) -> None:
     if is_quantized:
         raise MolaError(
             "`deepspeed` cannot be combined with a quantised base: its checkpoints do not load into packed weights. "
-            "Leave the quantisation out, or train with one model per process (recipes/accelerate/ddp.yaml)."
+            "Leave the quantisation out, or train with one model per process (as the repository's "
+            "recipes/accelerate/ddp.yaml)."
         )
     if options.auto_find_batch_size:
         raise MolaError(

@@ -345,7 +345,7 @@ PROBED = {
 
 @pytest.mark.slow
 def test_allocations_are_in_the_record_for_a_machine_without_the_run_folders(run, tmp_path):
-    """The session ended between the probe and what is made from it, and the next one has the record alone."""
+    """Stopped between the probe and what is made from it, it goes on where the record alone is."""
     record = tmp_path / "record.json"
     first = run(recipes=PROBED, seeds=[1], record=str(record), **ONE)
     content = read(record)

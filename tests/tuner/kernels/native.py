@@ -13,7 +13,10 @@ needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="needs a build of torch with oneDNN for the CPU"
 )
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in torch.__file__,
+    reason="needs a C++ compiler (install g++), and no space in the path to PyTorch, which it cannot pass on",
+)
 needs_fake_devices = pytest.mark.skipif(
     torch.version.cuda is not None and not torch.cuda.is_available(),
     reason="a build of PyTorch with CUDA has no fake CUDA devices where there is no GPU",
