@@ -1,4 +1,4 @@
-"""Errors of the benchmarks' commands: one line on standard error, and the exit code 2."""
+"""How the benchmarks' commands end: errors are one line on standard error, and the exit code 2."""
 
 import functools
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mola.errors import MolaError
+from mola.files.terminal import end_unread
 
 
 def in_one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -15,7 +16,11 @@ def in_one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
         @functools.wraps(main)
         def run(*arguments: Any) -> int:
             try:
-                return main(*arguments)
+                code = main(*arguments)
+                sys.stdout.flush()
+                return code
+            except BrokenPipeError:
+                return end_unread(name)
             except MolaError as error:
                 print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
                 return 2

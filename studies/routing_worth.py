@@ -30,7 +30,7 @@ from mola.files.environment import machine_description, software_versions
 from mola.files.marked_pages import check_page, write_part
 from mola.files.reading import read_json, read_json_object
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
-from mola.files.terminal import table_console
+from mola.files.terminal import end_unread, table_console
 from mola.models.adapters import check_adapter
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
@@ -260,12 +260,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study.do_all()
         if options.page:
             write_part(options.page, markdown(study.entries))
+        _show(study, options.output)
+    except BrokenPipeError:
+        return end_unread("studies.routing_worth")
     except MolaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; go on with the same command", file=sys.stderr)
         return 130
+    return 0
+
+
+def _show(study: Study, output: str) -> None:
     for head, rows in tables(study.entries):
         table = Table()
         for column in head:
@@ -273,8 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             table.add_row(*map(escape, row))
         table_console().print(table)
-    print(f"{note_of(study.entries)} Everything is in {options.output}")
-    return 0
+    print(f"{note_of(study.entries)} Everything is in {output}", flush=True)
 
 
 if __name__ == "__main__":

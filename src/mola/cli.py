@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from typing import NamedTuple
 from mola._version import __version__
 from mola.errors import MolaError
 from mola.files.failures import within_memory
+from mola.files.terminal import end_unread
 from mola.options.parsing import parse
 
 _LONGEST_MESSAGE = 4000
-_PIPE = 141  # what shells say of a program whose output nobody reads
 _LESS_MEMORY = (
     "Pass a smaller batch or shorter texts, where the command has options for these, --dtype bfloat16, or a quantised "
     "base model."
@@ -98,11 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0 if arguments else 2
+        return _say(_usage(), 0 if arguments else 2)
     if arguments[0] == "--version":
-        print(f"mola {__version__}")
-        return 0
+        return _say(f"mola {__version__}", 0)
     name, *rest = arguments
     if name == "with":
         return _with_program(rest)
@@ -110,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mola: error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(name, rest)
+
+
+def _say(text: str, code: int) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return end_unread("mola")
+    return code
 
 
 def _with_program(arguments: Sequence[str]) -> int:
@@ -171,9 +176,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        print(f"{name}: nobody reads its output any more", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its end
-        return _PIPE
+        return end_unread(name)
 
 
 def _one_line(message: str) -> str:

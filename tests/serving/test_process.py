@@ -1,14 +1,17 @@
 """Beginning and end of the server: options, signals, a full queue, models without chat template."""
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,7 +24,7 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 from mola import cli  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
-from mola.serving import server  # noqa: E402
+from mola.serving.addresses import bind  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
 from ..ports import free_port  # noqa: E402
@@ -166,16 +169,45 @@ def test_signals_let_the_running_answer_finish(sign, options):
     assert len(waiting) == 1
 
 
-def test_a_second_interrupt_does_not_wait(options):
-    options.port, options.shutdown_timeout = free_port(), 300
-    code, (running,) = run_main_and_stop(options, signal.SIGINT, num_streams=1, max_tokens=900, times=2)
+@pytest.fixture
+def patient_options(options, tmp_path):
+    """With room for an answer that takes minutes, however late this program comes to do its part."""
+    folder = shutil.copytree(options.base_model, tmp_path / "tiny")
+    settings = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 100_000}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return replace(options, base_model=str(folder), port=free_port(), max_tokens=90_000)
+
+
+def test_a_second_interrupt_does_not_wait(patient_options):
+    options = replace(patient_options, shutdown_timeout=300)
+    code, (running,) = run_main_and_stop(options, signal.SIGINT, num_streams=1, max_tokens=90_000, times=2)
     assert code == 0
     assert running[-1:] != ["data: [DONE]"]
 
 
-def test_signals_end_an_answer_that_takes_too_long(options):
-    options.port, options.shutdown_timeout = free_port(), 0.2
-    code, (running,) = run_main_and_stop(options, signal.SIGTERM, num_streams=1, max_tokens=900)
+def test_a_second_interrupt_does_not_wait_for_a_request_that_is_not_complete(patient_options):
+    options = replace(patient_options, shutdown_timeout=300, client_timeout=300)
+
+    def visit():
+        wait_until(lambda: "status" in health(f"http://127.0.0.1:{options.port}"))
+        with socket.create_connection(("127.0.0.1", options.port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.3)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            client.settimeout(PATIENCE)
+            return client.recv(1)
+
+    wait, start = in_background(visit), time.monotonic()
+    assert main(options) == 0
+    wait()
+    assert time.monotonic() - start < 100
+
+
+def test_signals_end_an_answer_that_takes_too_long(patient_options):
+    options = replace(patient_options, shutdown_timeout=0.2)
+    code, (running,) = run_main_and_stop(options, signal.SIGTERM, num_streams=1, max_tokens=90_000)
     assert code == 0
     assert '"code":"stopping"' in running[-1]
 
@@ -259,10 +291,9 @@ def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
 
 def test_a_port_that_is_taken_while_the_model_loads_is_one_line(options, monkeypatch):
     """Two may bind it before one listens."""
-    load = server.bind
 
     def and_another(host, port):
-        bound = load(host, port)
+        bound = bind(host, port)
         other = socket.socket()
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `bind` does
         other.bind(bound.getsockname())
@@ -271,7 +302,7 @@ def test_a_port_that_is_taken_while_the_model_loads_is_one_line(options, monkeyp
         return bound
 
     others = []
-    monkeypatch.setattr(server, "bind", and_another)
+    monkeypatch.setattr("mola.serving.serve.bind", and_another)
     options.port = 0
     try:
         with pytest.raises(MolaError, match="cannot be listened on: Address already in use"):

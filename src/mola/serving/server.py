@@ -62,10 +62,21 @@ class Server(uvicorn.Server):
         """Called by uvicorn after a signal."""
         self._queue.stop()
         timer = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._queue.abort)
+        forced = asyncio.create_task(self._end_when_forced())
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            forced.cancel()
+
+    async def _end_when_forced(self) -> None:
+        """Cut what runs after a second interrupt: from Python 3.12 on a server that closes waits for connections."""
+        while not self.force_exit:
+            await asyncio.sleep(0.1)
+        self._queue.abort()
+        await asyncio.sleep(0.5)  # for answers to say that they end
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def run_on(self, bound: socket.socket) -> bool:
         """Serve until a signal; the model is free afterwards. Whether the server had started."""

@@ -31,6 +31,10 @@ from mola.reporting.report import ReportOptions, report
 from mola.training.train import TrainOptions, train
 
 _NUM_INSPECTED = 20
+_REPLACED = (
+    *("run.json", "adapter_config.json", "adapter_model.safetensors", "before.json", "after.json", "inspect.json"),
+    "summary.json",
+)
 
 
 @dataclass
@@ -52,11 +56,7 @@ def main(options: QuickstartOptions) -> int:
     console = OutputConsole()
     seconds: dict[str, float] = {}
     folder = Path(options.output_dir)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "dataset.hf").exists():
-        raise MolaError(
-            f"`output_dir` must be empty, or of an earlier quickstart: {options.output_dir!r} holds something else, "
-            "which would be replaced. Pass another folder."
-        )
+    _check_own(folder)
     train_options = _train_options(options, folder / "data")
     with _timed(console, seconds, "base model"):
         base_model = prepare_smollm2(options.model_dir)
@@ -83,6 +83,17 @@ def main(options: QuickstartOptions) -> int:
     _show(console, folder, summary, before, after)
     print(f"Open {page} in a browser")
     return 0
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse to replace what other commands have written: a quickstart's folder has its questions first."""
+    found = [name for name in _REPLACED if (folder / name).exists()]
+    is_own = (folder / "data" / "dataset.hf").exists() or any(folder.glob(".data.*"))  # these of one that was killed
+    if found and not is_own:
+        raise MolaError(
+            f"`output_dir` must be empty, or of an earlier quickstart: {str(folder)!r} holds {found[0]!r} of something "
+            "else, which would be replaced. Pass another folder."
+        )
 
 
 @contextmanager

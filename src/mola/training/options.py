@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -186,6 +187,8 @@ class TrainOptions(Quantization, TrainingArguments):
         try:
             with meeting(self):
                 super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
         except ValueError as error:  # its own checks
             raise MolaError(str(error)) from error
         self.num_gpus = self.n_gpu  # those that this process sees

@@ -101,14 +101,14 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
 
 
 def _check_own(folder: Path) -> None:
-    """Refuse to overwrite what no run of ours has written: their folders hold a record from the first step on."""
+    """Refuse to overwrite what no run has written: their folders hold a record from the first step on."""
     foreign = [
         path.name for path in (*checkpoints_in(folder), *(folder / name for name in ADAPTER_FILES)) if path.exists()
     ]
     if foreign and not (folder / RUN_FILE).exists():
         raise MolaError(
             f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but no "
-            f"{RUN_FILE}: another program has written it. Pass another --output_dir, or remove it yourself."
+            f"{RUN_FILE}: no run has written it. Pass another --output_dir, or remove it yourself."
         )
 
 

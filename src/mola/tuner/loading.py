@@ -39,11 +39,13 @@ def check_model_type(trained_on: str | None, found: str | None) -> None:
 def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Compare the tensors of a file (already with the adapter's name in their keys) to the model's.
 
+    PEFT before 0.21 does not ask; what `check_when_loaded` then sees are names with the prefix of a PeftModel only.
+
     Raises:
         MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
     """
     expected = _expected_shapes(model, adapter_name)
-    # Whatever form the keys have, a bare model takes them; a PeftModel only those with its own prefix.
+    # A bare model takes names of both forms (with PEFT 0.18 those without the prefix), a PeftModel those with its own.
     is_bare = not any(key.startswith(PREFIX) for key in expected)
     own = {key: value for key, value in state_dict.items() if ".mola_" in key}
     found = {key.removeprefix(PREFIX): value for key, value in own.items()} if is_bare else own

@@ -50,7 +50,7 @@ def check_files(tables: str | None, plots: str | None, is_new: bool) -> None:
             if path.suffix not in forms:
                 raise MolaError(f"`{option}` must be files that end in {', '.join(forms)}: got {str(path)!r}.")
             check_writable(path)
-            if has_markers(path):
+            if path.suffix == ".md" and has_markers(path):
                 check_page(path)
             elif is_new and path.exists():
                 raise MolaError(
