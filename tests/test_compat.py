@@ -24,6 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Function, package, the first version that needs it no more.
 ENTRIES = [
     ("gguf_arguments", "transformers", "5.17"),
+    ("own_tokenizers", "transformers", "5.16"),  # or earlier
     ("has_activation_checkpointing", "transformers", "5.21"),
     ("share_checkpointing", "transformers", "5.21"),
     ("set_adapter_to_infer", "peft", "0.19"),

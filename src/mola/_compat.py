@@ -17,6 +17,16 @@ def gguf_arguments(file: str) -> dict[str, Any]:
     return {"gguf_file": file} | ({"quantization_config": config(gguf_file=file, dequantize=True)} if config else {})
 
 
+def own_tokenizers() -> dict[str, Any]:
+    """For `AutoTokenizer`: Transformers' own tokenizers, also where mistral-common is installed.
+
+    Transformers before 5.16 may have no such switch.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    return {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}
+
+
 def has_activation_checkpointing() -> bool:
     """Whether `TrainingArguments` names it so: since Transformers 5.21, before it was `gradient_checkpointing`."""
     from transformers import TrainingArguments

@@ -11,6 +11,7 @@ from mola.data.tokenized import IGNORED, tokenized
 from mola.errors import MolaError
 from mola.evaluation.answering import make_questions
 from mola.generation import predicting
+from mola.generation.likelihood import _encoded
 from tests.conftest import BOS, EOS, build_byte_tokenizer
 
 TURNS = (
@@ -130,6 +131,28 @@ def test_a_token_never_reaches_from_the_prompt_into_the_answer(blanks_tokenizer)
     asked = predicting.encode_before_answer(blanks_tokenizer, [prompt], template)[0]
     assert sample.ids[: sample.start] == asked == blanks_tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert blanks_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
+
+
+def test_a_row_whose_first_token_would_reach_across_is_encoded_in_two_parts(blanks_tokenizer):
+    """Also where the template's own text leaves no such token: an output that begins with a line break."""
+    blanks_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    blanks_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    template = get_template(CHAT, blanks_tokenizer)
+    assert not template.is_encoded_apart
+    rows = [
+        {"id": "x", "instruction": "Which one?", "input": "", "output": text, "answer": text, "num_choices": None}
+        for text in ("It.", "\nIt.")
+    ]
+    prompt = template.prompt("Which one?")
+    asked = blanks_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for sample, row in zip(tokenized(rows, blanks_tokenizer, template, []), rows, strict=True):
+        assert sample.ids[: sample.start] == asked
+        assert blanks_tokenizer.decode(sample.ids[sample.start :]) == row["output"]
+        (ids,) = _encoded(blanks_tokenizer, [[prompt + row["output"]]], template, [prompt])
+        assert ids == [sample.ids]
 
 
 def test_a_cut_prompt_keeps_its_begin_token(tokenizer):

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.evaluation.answering import Question
 from mola.evaluation.choices import answer_options, around_answer
-from mola.evaluation.core import evaluate_examples
+from mola.evaluation.core import evaluate_examples, warn_of_pattern
 from mola.generation import likelihood, predicting
 
 
@@ -87,8 +88,36 @@ def test_an_answer_that_begins_another_is_rated_with_what_follows():
     """Or "1" could not be less probable than "10"."""
     question = Question({}, "How much? ", "Answer: ", ("1", "10", "2"), ".")
     assert question.option_texts("</s>") == [f"How much? Answer: {each}." for each in ("1", "10", "2")]
+    reason = replace(question, suffix=". Ten is what the right answer's reason says")
+    assert reason.option_texts("</s>") == question.option_texts("</s>")
+    assert replace(question, suffix=" apples, as he said").option_texts("</s>")[1] == "How much? Answer: 10 apples"
     assert replace(question, suffix="").option_texts("</s>")[0] == "How much? Answer: 1</s>"
     assert replace(question, options=("1", "2")).option_texts("</s>") == ["How much? Answer: 1", "How much? Answer: 2"]
+
+
+def test_around_an_answer_in_a_script_without_blanks(tmp_path):
+    lines = [
+        "name: own",
+        "version: 1",
+        "template: alpaca",
+        "instruction: '{text}'",
+        "output: '答案是{answer}。'",
+        "answer_pattern: '答案是(对|错)'",
+    ]
+    lines += ["columns: [text, label]", "answer: {column: label, words: {0: 错, 1: 对}}", "metric: accuracy"]
+    (tmp_path / "own.yaml").write_text("\n".join(lines), encoding="utf-8")
+    example = {"id": "x", "answer": "对", "num_choices": None, "output": "答案是对。"}
+    assert around_answer(example, load_task(str(tmp_path / "own.yaml"))) == ("答案是", "。")
+
+
+def test_a_pattern_that_does_not_read_the_outputs_of_the_data_is_told(task, caplog):
+    examples = [
+        {"id": "x", "answer": "A", "num_choices": 2, "output": "The answer is A."},
+        {"id": "y", "answer": "B", "num_choices": 2, "output": "It is the second."},
+        {"id": "z", "answer": "B", "num_choices": 2, "output": None},
+    ]
+    warn_of_pattern(task, examples)
+    assert "does not find the answer in the output of 1 of 3 samples, such as 'y'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,12 @@ def test_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path, "left")
 
 
+def test_a_tokenizer_of_mistral_common_is_refused(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("mola.models.loading.AutoTokenizer.from_pretrained", lambda *_, **__: SimpleNamespace())
+    with pytest.raises(MolaError, match="mistral-common"):
+        own_tokenizer(tiny_model_dir)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_package_that_a_tokenizer_needs_is_named(installed, tmp_path, monkeypatch):
     """Transformers asks for sentencepiece, or for what the base model's own code imports."""

@@ -82,6 +82,8 @@ def encode_with_border(
 ) -> Iterator[tuple[list[int], int, int]]:
     """Prompt and output of each text in one tokenisation, by a fast tokenizer.
 
+    Where a token reaches across the border of a text that has its special tokens itself, it is encoded in two parts.
+
     Yields:
         Ids without special tokens after the text, special tokens before it, first token of the output.
     """
@@ -106,7 +108,11 @@ def encode_with_border(
         border = len(prompt)
         # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
         after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
-        yield ids[:end], prefix, next(after, end)
+        start = next(after, end)
+        if not adds_special_tokens and start < end and offsets[start][0] < border:
+            yield from _encode_apart(tokenizer, [texts[index]], adds_special_tokens)
+        else:
+            yield ids[:end], prefix, start
 
 
 def _encode_apart(

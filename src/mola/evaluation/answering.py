@@ -1,6 +1,7 @@
 """From examples to answers: prompts, checks that need no model, batches, extraction."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,19 @@ class Question:
     def option_texts(self, end: str) -> list[str]:
         """Prompt and output up to and with the answer, for every option.
 
-        Where one begins as another ("1" and "10") what follows the answer is part of both, the `end` of a text if
-        nothing else does: the shorter one could not be less probable than the longer.
+        Where one begins as another ("1" and "10") the word or mark that follows the answer is part of both, the `end`
+        of a text if nothing does: the shorter one could not be less probable than the longer. Not all that follows,
+        which may give the reason for the right answer.
         """
         begins = any(a != b and b.startswith(a) for a in self.options for b in self.options)
-        suffix = (self.suffix or end) if begins else ""
+        suffix = (_begin_of(self.suffix) or end) if begins else ""
         return [self.prompt + self.prefix + option + suffix for option in self.options]
+
+
+def _begin_of(text: str) -> str:
+    """The first word or mark of a text, with the blanks before it."""
+    found = re.match(r"\s*(\w+|[^\w\s]+)", text)
+    return found[0] if found else text
 
 
 def make_questions(

@@ -36,7 +36,10 @@ def around_answer(example: Mapping[str, Any], task: Task) -> tuple[str, str]:
     """
     options = answer_options(example, task)
     output, answer = example["output"], example["answer"]
-    for place in reversed(list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", output))):
+    whole, anywhere = (
+        list(re.finditer(pattern, output)) for pattern in (rf"(?<!\w){re.escape(answer)}(?!\w)", re.escape(answer))
+    )
+    for place in [*reversed(whole), *reversed(anywhere)]:  # the second for scripts without blanks between words
         before, after = output[: place.start()], output[place.end() :]
         if all(task.extract_answer(before + option + after, example["num_choices"]) == option for option in options):
             return before, after

@@ -170,6 +170,8 @@ def checked_questions(
     """
     questions = make_questions(task, examples, template, scoring, tokenizer)
     check_answers(task, examples)
+    if scoring == "generate":
+        warn_of_pattern(task, examples)
     return questions, question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
 
 
@@ -186,6 +188,23 @@ def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
                 f"`answer` of sample {example['id']!r} must be one of {known} for the task {task.name!r}: got "
                 f"{example['answer']!r}. Correct it, or run `mola prepare` on the raw data."
             )
+
+
+def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Say so where not even the outputs of the data are read as their own answers."""
+    if task.answer is None:
+        return
+    lost = [
+        each["id"]
+        for each in examples
+        if each.get("output") and task.extract_answer(each["output"], each["num_choices"]) != each["answer"]
+    ]
+    if lost:
+        logger.warning(
+            "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
+            "model that writes these outputs counts as wrong.",
+            *(task.name, len(lost), len(examples), lost[0]),
+        )
 
 
 def check_positive(**values: int | None) -> None:

@@ -56,13 +56,17 @@ def _encoded(
     prompts: Sequence[str],
 ) -> list[list[list[int]]]:
     """Token ids of all texts, as they are in training."""
-    if template is None or not template.is_encoded_apart:
-        return [encode_prompts(tokenizer, options, template) for options in texts]
+    whole = [encode_prompts(tokenizer, options, template) for options in texts]
+    if template is None or (template.adds_special_tokens and tokenizer.is_fast):
+        return whole
     found = []
-    for prompt, options in zip(prompts, texts, strict=True):
+    for prompt, options, encoded in zip(prompts, texts, whole, strict=True):
         (asked,) = encode_prompts(tokenizer, [prompt], template)
-        rest = encode_prompts(tokenizer, [text[len(prompt) :] for text in options], template)
-        found.append([[*asked, *ids] for ids in rest])
+        if tokenizer.is_fast and all(ids[: len(asked)] == asked for ids in encoded):  # no token reaches across
+            found.append(encoded)
+        else:
+            rest = tokenizer([text[len(prompt) :] for text in options], add_special_tokens=False)["input_ids"]
+            found.append([[*asked, *ids] for ids in rest])
     return found
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mola._compat import own_tokenizers
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
@@ -47,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken")
+_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _pad_tokens_reported: set[tuple[str, str]] = set()
 
 
@@ -149,12 +150,21 @@ def own_tokenizer(
             f"`base_model` has no tokenizer that loads: {base_model!r} holds none of {', '.join(_TOKENIZERS)}."
         )
     try:
-        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code, **arguments, **settings)
+        arguments |= own_tokenizers()
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_model, trust_remote_code=trust_remote_code, **arguments, **settings
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         hint, needed = "", ("sentencepiece", "google.protobuf")
         if any(folder.glob("*.model")) and not all(map(_is_installed, needed)):  # Transformers then speaks of others
             hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
         raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
+    if not hasattr(tokenizer, "is_fast"):
+        raise MolaError(
+            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which does not say where in a text a "
+            "token is. Update Transformers, or uninstall mistral-common."
+        )
+    return tokenizer
 
 
 def _is_installed(name: str) -> bool:
