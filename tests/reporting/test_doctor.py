@@ -145,7 +145,7 @@ def test_gates_that_are_always_equal(run, planted):
     assert run(adapter=planted(2, 2, {"mola_router": torch.zeros_like}), **QUIET) == [LORA]
 
 
-def test_an_export_that_answers_as_well(finished_run, tmp_path):
+def test_an_export_that_answers_as_well(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     export = {
         "method": "regression",
@@ -163,6 +163,9 @@ def test_an_export_that_answers_as_well(finished_run, tmp_path):
     assert "-1.0 points (95 % -4.0 to +2.0), 0.0020 nats" in found.seen
     change(path, lambda content: content["differences"]["lora"].update(value=-0.03))
     assert LORA not in [each.name for each in doctor(options)]
+    change(path, lambda content: content.update(differences={}))
+    assert main(["doctor", str(folder), "--export", str(path)]) == 0
+    assert "Not looked at: whether a LoRA answers as well (no answers to a `test`" in capsys.readouterr().out
 
 
 def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, capsys):
@@ -269,6 +272,17 @@ def test_what_was_learnt_after_the_last_evaluation_is_not_compared_with_it(finis
     entries = [{"step": 10, "loss": 1.15}, {"step": 10, "eval_loss": 1.2}, {"step": 19, "loss": 0.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     assert "evaluation loss" not in " ".join(each.name for each in doctor(DoctorOptions(str(folder))))
+
+
+def test_an_evaluation_of_the_untrained_model_is_no_gap(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
+    entries = [{"step": 0, "eval_loss": 3.4}, {"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.8}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    assert main(["doctor", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "far above" not in printed
+    assert "Not looked at: the evaluation loss" in printed
 
 
 def test_telemetry_that_ended_long_before_says_nothing_of_the_end(finished_run, tmp_path, capsys):

@@ -15,9 +15,12 @@ from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.options.parsing import parse
 from mola.reporting.adapter_weights import read_adapter_weights
+from mola.reporting.heat import gate_maps
 from mola.reporting.inspect import InspectOptions
+from mola.reporting.load_run import gather
 from mola.reporting.page import render_inspection
 from mola.reporting.report import ReportOptions, report
+from mola.reporting.run_summary import _figures, _share
 from mola.training.run_folder import clear_run
 from tests.conftest import save_adapter
 from tests.damage import change_tensors, flip_bit
@@ -199,7 +202,7 @@ def test_same_input_same_page(finished_run, tmp_path):
         ("after.json", "accuracy", "Accuracy with the adapter has not been measured."),
         ("inspect.json", "gates", "Gates by prompt, answer, kind of token and group are not known."),
         ("inspect.json", "agreement", "Whether routers agree is not known."),
-        ("inspect.json", "samples", "Which experts answered is not known."),
+        ("inspect.json", "samples", "Which experts work on the expected answers is not known."),
         ("routing.jsonl", "routing", "The run kept no telemetry"),
         ("metrics.jsonl", "loss", "Nothing was logged"),
         ("adapter_model.safetensors", "allocation", "There is no adapter in the run folder"),
@@ -655,3 +658,27 @@ def test_a_new_run_in_the_folder_removes_the_report_of_the_old_one(run_dir):
     page.write_text("mine")
     clear_run(run_dir)
     assert page.exists()
+
+
+def test_weights_of_an_earlier_step_are_said(run_dir):
+    change(run_dir / "run.json", lambda record: record.update(best_checkpoint="run/checkpoint-1", steps=9))
+    figures = dict((name, value) for name, value, _ in _figures(gather(str(run_dir))) if value)
+    assert (figures["steps"], figures["weights"]) == ("9", "of step 1")
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.213, "21.3"), (0.0004567, "0.046"), (0.00001, "0.0010")])
+def test_small_shares_have_digits(share, said):
+    assert _share(share) == f"{said}\u00a0%"
+
+
+def test_linears_that_see_other_tokens_leave_the_other_views_alone():
+    """Such as a base model's own experts: they are in the view of all tokens only."""
+    names = [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("up_proj", "experts.0.up_proj")]
+    rows = [
+        {"module": name, "layer_index": int(name.split(".")[2]), "mean_gates": [0.5, 0.5], "balance": 1.0}
+        for name in names
+    ]
+    for row in rows:
+        row["num_tokens"] = 4
+    maps = gate_maps({"all": rows, "answer": [row for row in rows if "experts" not in row["module"]]})
+    assert [len(view) for view in maps.views] == [2, 1]

@@ -64,7 +64,7 @@ def leave_one_out_section(run: Run) -> dict[str, Any] | None:
     lines = [(row["module"], row["expert"], f"{row['loss_change']:+.4f}") for row in strongest]
     caption = f"The {len(lines)} largest changes of {len(single):,}"
     return {
-        "loss": (inspection.get("leave_one_out_baseline") or {}).get("loss"),
+        **{name: (inspection.get("leave_one_out_baseline") or {}).get(name) for name in ("loss", "samples")},
         "map": change_map(whole, "Change of the loss") if whole else None,
         "largest": Table(("module", "expert", "change of the loss"), lines, caption) if lines else None,
     }

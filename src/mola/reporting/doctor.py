@@ -7,7 +7,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
-from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings
+from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings, is_compared
 from mola.reporting.late_use import LateUse, read_late_use
 from mola.reporting.load_run import Run, gather, old_results
 
@@ -65,16 +65,20 @@ def _missing(run: Run, late: Mapping[str, LateUse]) -> list[str]:
     """What the folder does not have, so that nothing can be said about it."""
     status = run.record.get("status", "finished")
     export = "no export.json" if not run.paths["export"].is_file() else "its export.json is older than the adapter"
+    if run.export is not None:
+        export = "no answers to a `test` in the export.json"
     is_over, num_losses = status not in ("running", "interrupted"), len(run.curves.get("training", []))
     is_lora = not run.has_routers
     parts = {
         f"the rest of the training (`status` in run.json is {status})": is_over,
         f"the training loss (fewer than {FEWEST_LOSSES} entries in metrics.jsonl)": num_losses >= FEWEST_LOSSES,
-        "the evaluation loss (no evaluation data, or --eval_strategy no)": "evaluation" in run.curves,
+        "the evaluation loss (no evaluation data, or --eval_strategy no)": any(
+            step for step, _ in run.curves.get("evaluation", [])
+        ),
         "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
         "routers in the last quarter of training (routing.jsonl ends before)": run.routing is None or late or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
-        f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": run.export is not None
+        f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": is_compared(run.export or {})
         or not run.has_routers,
     }
     return [name for name, is_there in parts.items() if not is_there]

@@ -23,12 +23,14 @@ def allocation_section(run: Run) -> dict[str, Any]:
     """Experts and trained values by layer."""
     rows = run.adapter.layers if run.adapter else []
     # The configuration of another method may hold anything.
-    modules = run.adapter.config.get("target_modules") or [] if run.adapter and rows else []
+    config = run.adapter.config if run.adapter and rows else {}
+    modules, stacks = config.get("target_modules") or [], config.get("target_parameters") or []
+    names = [*([modules] if isinstance(modules, str) else sorted(modules)), *stacks]
     return {
         "adapter": run.adapter,
         "status": run.record.get("status"),
-        "modules": modules if isinstance(modules, str) else ", ".join(sorted(modules)),
-        "own_numbers": own_numbers(run.adapter.config) if run.adapter and rows else "",
+        "modules": ", ".join(names),
+        "own_numbers": own_numbers(config) if rows else "",
         "experts": [Column(layer_name(row.layer_index), [row.most], _said(row)) for row in rows],
         "trained": [
             Column(layer_name(row.layer_index), [row.expert_values, row.router_values], _said(row)) for row in rows

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
+from typing import Any
 
 from mola.reporting.late_use import LateUse
 from mola.reporting.load_run import Run, step_of_weights
@@ -115,7 +116,7 @@ def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     """Of the weights that were saved, as `mola train` says it."""
     kept = step_of_weights(run.record)
     evaluation = [entry for entry in run.curves.get("evaluation", []) if kept is None or entry[0] <= kept]
-    if not evaluation:
+    if not evaluation or evaluation[-1][0] == 0:  # of the untrained model
         return None
     curve = run.curves.get("training", [])
     # What was learnt after that evaluation is not in it. Weights may be from before the first entry.
@@ -185,12 +186,22 @@ def _undecided(late: Mapping[str, LateUse]) -> Finding | None:
     )
 
 
+def is_compared(export: Mapping[str, Any]) -> bool:
+    """Whether an export tells how the LoRA answers, and how far from the mixture it is."""
+    return "lora" in export.get("differences", {}) and _distance(export) is not None
+
+
+def _distance(export: Mapping[str, Any]) -> float | None:
+    divergence = export.get("divergence", {})
+    return divergence.get("test answer", divergence.get("answer"))
+
+
 def _exported(run: Run) -> Finding | None:
     export = run.export or {}
-    less = export.get("differences", {}).get("lora")
-    divergence = export.get("divergence", {})
-    distance = divergence.get("test answer", divergence.get("answer"))
-    if less is None or distance is None or distance > _NEAR_KL or less["value"] < -_NEAR_POINTS:
+    if not is_compared(export):
+        return None
+    less, distance = export["differences"]["lora"], _distance(export) or 0.0
+    if distance > _NEAR_KL or less["value"] < -_NEAR_POINTS:
         return None
     low, high = less["questions_95"]
     return Finding(

@@ -72,12 +72,13 @@ def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
     """One map for each kind of module and each kind of token; `usage` has the modules by kind of token."""
     shown = _shown(usage)
     most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
-    kinds = list(_by_kind(usage[shown[0]]))
+    # Kinds of all modules: one that sees other tokens is not in every view.
+    kind_of = kinds_of(dict.fromkeys(row["module"] for name in shown for row in usage[name]))
+    kinds = list(dict.fromkeys(kind_of.values()))
     views = [
         [
             (kinds.index(kind), _gate_map(rows, most, f"{kind}, {_label(name)}"))
-            for kind, rows in _by_kind(usage[name]).items()
-            if kind in kinds
+            for kind, rows in _by_kind(usage[name], kind_of).items()
         ]
         for name in shown
     ]
@@ -86,13 +87,13 @@ def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
 
 
 def answer_map(experts: Usage) -> HeatMap:
-    """Which expert of each module weighed most for one answer, shaded by its mean gate."""
+    """Which expert of each module weighed most for one expected answer, shaded by its mean gate."""
     layers = sorted({row["layer_index"] for row in experts}, key=layer_order)
     rows = []
     for kind, members in _by_kind(experts).items():
         by_layer = {row["layer_index"]: row["mean_gates"] for row in members}
         rows.append((kind, [_top_cell(by_layer.get(layer)) for layer in layers]))
-    caption = "Strongest expert by module and layer"
+    caption = "Strongest expert over the expected answer by module and layer; the darker, the higher its mean gate"
     return HeatMap(caption, "module / layer", [layer_name(layer) for layer in layers], rows)
 
 
@@ -128,8 +129,8 @@ def _label(name: str) -> str:
     return _NAMES.get(name) or name.replace("=", ": ", 1)
 
 
-def _by_kind(rows: Usage) -> dict[str, list[Mapping[str, Any]]]:
-    kinds = kinds_of(row["module"] for row in rows)
+def _by_kind(rows: Usage, kinds: Mapping[str, str] | None = None) -> dict[str, list[Mapping[str, Any]]]:
+    kinds = kinds_of(row["module"] for row in rows) if kinds is None else kinds
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         grouped[kinds[row["module"]]].append(row)

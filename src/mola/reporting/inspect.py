@@ -244,7 +244,10 @@ def _table(result: InspectResult) -> Table:
     columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
     columns += ["output overlap", "agreement", "below"]
     if result.leave_one_out is not None:
-        columns += ["loss without an expert, least", "most"]
+        columns += [
+            f"loss without an expert, {(result.leave_one_out_baseline or {})['samples']} samples, least",
+            "most",
+        ]
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")  # no digit is cut
     usage, redundancy, left_out = (

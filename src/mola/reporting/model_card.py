@@ -225,6 +225,8 @@ def _training(record: Mapping[str, Any]) -> str:
         command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
     processor = record["machine"].get("gpu") or record["machine"]["cpu"]
     length = f"{record['steps']} steps, {record['status']}, in {record['seconds']:.0f} s on {processor}."
+    if (kept := step_of_weights(record)) not in (None, record["steps"]):
+        length += f" The weights are those of step {kept}, which had the best evaluation loss."
     return f"{table}\n\n{length}\n\n{command}"
 
 

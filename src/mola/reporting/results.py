@@ -65,7 +65,7 @@ def loss_section(run: Run) -> dict[str, Any]:
     return {
         "lines": lines,
         "axis": value_axis([value for line in lines for _, value in line.points], may_be_log=True),
-        "together": max(together for _, together in curves.values()),
+        "together": [(label, together) for label, (_, together) in curves.items() if together > 1],
         "numbers": Table(head, rows, f"Loss by step{rows_said(len(steps))}"),
     }
 

@@ -1,6 +1,7 @@
 """What a run was: the summary on top of the page, and how it was made at its end."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from mola.reporting.document import Table
 from mola.reporting.formatting import duration, model_name, number, percent
-from mola.reporting.load_run import Run
+from mola.reporting.load_run import Run, step_of_weights
 
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
 
@@ -70,21 +71,28 @@ def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
     """Name, value, and what to add in small print; those without a value are not shown."""
     record, allocation = run.record, run.record.get("allocation", {})
     accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
-    share = allocation.get("trainable_share")
+    trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
+    kept = step_of_weights(record)
     losses = [(label, _known(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()]
     return [
         ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
         ("status", record.get("status"), None),
         ("steps", _known(number, record.get("steps")), None),
+        ("weights", f"of step {kept}" if kept not in (None, record.get("steps")) else None, "the best evaluation loss"),
         *losses,
         ("experts", None if _has_own_experts(run) else _known(number, allocation.get("num_experts")), None),
         (
             "trained values",
-            _known(number, record.get("trainable_parameters")),
-            f"{percent(share)} of the base" if share else None,
+            _known(number, trained),
+            f"{_share(trained / base)} of the base" if trained and base else None,
         ),
         ("time", _known(duration, record.get("seconds")), None),
     ]
+
+
+def _share(value: float) -> str:
+    """Of small ones two digits that count."""
+    return percent(value) if value >= 0.001 else percent(value, 1 - math.floor(math.log10(100 * value)))
 
 
 def _has_own_experts(run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""Samples: questions, answers before and after, and the experts behind them."""
+"""Samples: questions, answers before and after, and the experts behind the expected answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]
 
 
 def samples_section(run: Run) -> dict[str, Any]:
-    """Questions with the answers before and after, and the experts behind the answers."""
+    """Questions with the answers before and after, and the experts behind the expected ones."""
     if run.after is None and run.before is None:
         command = evaluate_command(run, "after") if has_answers(run) else None
         return {"counts": [], "samples": [], "left_out": 0, "command": command}

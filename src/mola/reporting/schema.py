@@ -22,7 +22,7 @@ RECORD = {
     "data_fingerprints?": {str: (TEXT, None)},
     "data?": {str: dict.fromkeys(("kept", "tokens", "trained_tokens"), INTEGER)},
     "metrics?": {str: (NUMBER, None)},
-    "allocation?": {"num_experts?": INTEGER, "num_layers?": INTEGER, "trainable_share?": (NUMBER, None)},
+    "allocation?": {"num_experts?": INTEGER, "num_layers?": INTEGER, "base_parameters?": (INTEGER, None)},
     "machine?": {str: ANYTHING},
     "versions?": {str: ANYTHING},
     "adapter_settings?": {str: ANYTHING},
@@ -63,7 +63,7 @@ INSPECTION = {
         [{"layer_index": (INTEGER, None), "module?": (TEXT, None), "expert": INTEGER, "loss_change": (NUMBER, None)}],
         None,
     ),
-    "leave_one_out_baseline?": ({"loss?": (NUMBER, None)}, None),
+    "leave_one_out_baseline?": ({"loss?": (NUMBER, None), "samples?": INTEGER}, None),
 }
 EXPORT = {
     "method": TEXT,

@@ -104,7 +104,9 @@ class Answerer:
 
     def experts(self, answer: Answer) -> Experts:
         """Gates of all routers for an answer that was given with the adapter."""
-        modules = self._executor.submit(gates_of_tokens, self.model, answer.token_ids).result()
+        found = self._executor.submit(gates_of_tokens, self.model, answer.token_ids).result()
+        # Others, such as a base model's own experts, see some of the tokens, in another order.
+        modules = [each for each in found if len(each.gates) == len(answer.token_ids)]
         tokens = [str(self.tokenizer.decode([token])) for token in answer.token_ids]
         return Experts(modules, tokens, answer.num_prompt_tokens)
 

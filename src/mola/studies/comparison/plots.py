@@ -22,6 +22,12 @@ Band = tuple[int, float, float, float]  # step, mean accuracy, its interval over
 Curves = Mapping[str, Sequence[Band]]  # by recipe
 
 
+_OF_THE_BASE = (
+    *("template", "gguf_file", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"),
+    "bnb_4bit_use_double_quant",
+)
+
+
 def check_matplotlib() -> None:
     """Refuse to draw without it.
 
@@ -35,7 +41,7 @@ def check_matplotlib() -> None:
 def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[str, list[Band]]:
     """Learning curves of all recipes that have one: mean over seeds and Student's 95 % interval at each step.
 
-    They begin with the base model, but those of recipes that train an adapter on.
+    They begin with the base model, but those of recipes that train an adapter on, or another base than was tested.
     """
     found: dict[str, list[Band]] = {}
     base = [each for each in results if (each.task, each.recipe) == (task, BASE)]
@@ -43,7 +49,7 @@ def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[
         runs = [each for each in results if (each.task, each.recipe) == (task, recipe) and each.curve]
         if not runs:
             continue
-        begins_with_base = base and not any("adapter" in each.fingerprints for each in runs)
+        begins_with_base = base and all(_begins_with(each, base[0]) for each in runs)
         by_step: dict[int, list[float]] = {0: [base[0].accuracy]} if begins_with_base else {}
         for run in runs:
             for step, marks in curve_of(run):
@@ -53,6 +59,13 @@ def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[
             for step, values in sorted(by_step.items())
         ]
     return found
+
+
+def _begins_with(run: Result, base: Result) -> bool:
+    """Whether what was tested without training is the model that a run began with, asked in the same way."""
+    is_same = "adapter" not in run.fingerprints and (run.base_model, run.dtype) == (base.base_model, base.dtype)
+    settings, asked = run.settings or {}, base.settings or {}
+    return is_same and all((settings.get(each) or None) == (asked.get(each) or None) for each in _OF_THE_BASE)
 
 
 def draw(
