@@ -155,6 +155,15 @@ WRONG = [
     ({"save_strategy": "best", "eval_strategy": "no"}, ["`save_strategy` best", "`eval_strategy` is no"]),
     ({"bf16_full_eval": "true"}, ["`bf16_full_eval`", "round the weights"]),
     ({"label_names": "foo"}, ["`label_names`", "foo"]),
+    ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, ["`optim` galore_adamw", "Pass another"]),
+    ({"enable_jit_checkpoint": "true"}, ["`enable_jit_checkpoint`", "SIGTERM"]),
+    ({"dataloader_num_workers": -1}, ["`dataloader_num_workers`", "-1"]),
+    ({"dataloader_num_workers": 2, "dataloader_prefetch_factor": 0}, ["`dataloader_prefetch_factor`", "0"]),
+    ({"dataloader_persistent_workers": "true"}, ["`dataloader_persistent_workers`", "`dataloader_num_workers`"]),
+    ({"accelerator_config": "nowhere.json"}, ["nowhere.json"]),
+    ({"accelerator_config": '{"use_seedable_sampler": false}'}, ["`accelerator_config`", "use_seedable_sampler"]),
+    ({"accelerator_config": '{"gradient_accumulation_kwargs": {"num_steps": 4}}'}, ["`gradient_accumulation_steps`"]),
+    ({"label_smoothing_factor": 10}, ["`label_smoothing_factor`", "10"]),
     (
         {"label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.5},
         ["`label_smoothing_factor` (0.1)", "`router_aux_loss_coef` (0.5)"],
@@ -277,7 +286,7 @@ def test_recipe_values_of_every_kind(tmp_path):
         num_experts: [2, 4, 6, 8]
         r: 4
         target_modules: [q_proj, v_proj]
-        label_names: [labels, more]
+        label_names: [labels]
         report-to: [none]
         train_on_inputs: true
         add_eos_token: no
@@ -294,7 +303,7 @@ def test_recipe_values_of_every_kind(tmp_path):
     )
     options = parse_train("--config", str(recipe))
     assert (options.num_experts, options.r, options.target_modules) == ("2,4,6,8", "4", "q_proj,v_proj")
-    assert (options.label_names, options.report_to) == (["labels", "more"], [])
+    assert (options.label_names, options.report_to) == (["labels"], [])
     assert (options.train_on_inputs, options.add_eos_token) == (True, False)
     assert (options.eval_strategy, options.save_strategy, options.load_best_model_at_end) == ("no", "no", False)
     assert options.save_total_limit is None

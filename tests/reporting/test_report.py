@@ -662,7 +662,7 @@ def test_a_new_run_in_the_folder_removes_the_report_of_the_old_one(run_dir):
 
 def test_weights_of_an_earlier_step_are_said(run_dir):
     change(run_dir / "run.json", lambda record: record.update(best_checkpoint="run/checkpoint-1", steps=9))
-    figures = dict((name, value) for name, value, _ in _figures(gather(str(run_dir))) if value)
+    figures = {name: value for name, value, _ in _figures(gather(str(run_dir))) if value}
     assert (figures["steps"], figures["weights"]) == ("9", "of step 1")
 
 
@@ -675,7 +675,13 @@ def test_linears_that_see_other_tokens_leave_the_other_views_alone():
     """Such as a base model's own experts: they are in the view of all tokens only."""
     names = [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("up_proj", "experts.0.up_proj")]
     rows = [
-        {"module": name, "layer_index": int(name.split(".")[2]), "mean_gates": [0.5, 0.5], "balance": 1.0}
+        {
+            "module": name,
+            "layer_index": int(name.split(".")[2]),
+            "mean_gates": [0.5, 0.5],
+            "balance": 1.0,
+            "dead_experts": [],
+        }
         for name in names
     ]
     for row in rows:

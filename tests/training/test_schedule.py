@@ -65,8 +65,8 @@ def options_of(tiny_model_dir, rows_file, tmp_path):
     def build(**more):
         places = {"base_model": tiny_model_dir, "data": rows_file, "output_dir": tmp_path / "run"}
         values = {"num_experts": "2,", "r": "2", "max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0}
-        values |= {"use_cpu": True, "disable_tqdm": True}
-        return TrainOptions(**{name: str(place) for name, place in places.items()}, **values, **more)
+        values |= {"use_cpu": True, "disable_tqdm": True, **more}
+        return TrainOptions(**{name: str(place) for name, place in places.items()}, **values)
 
     return build
 
@@ -80,9 +80,21 @@ class KeepsACopy(TrainerCallback):
             shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
 
 
-def test_wrong_choices_of_the_trainer_are_errors_of_ours(options_of):
-    with pytest.raises(MolaError, match="cosin"):
-        options_of(lr_scheduler_type="cosin")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr_scheduler_type": "cosin"},
+        {"train_sampling_strategy": "batch_rebalance"},
+        {"activation_checkpointing_kwargs": "use_reentrant=false"},
+    ],
+    ids=str,
+)
+def test_wrong_choices_of_the_trainer_are_errors_of_ours(wrong, options_of):
+    ((name, value),) = wrong.items()
+    if not hasattr(TrainOptions, name):
+        pytest.skip(f"this version of Transformers has no {name}")
+    with pytest.raises(MolaError, match=value):
+        options_of(**wrong)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -193,9 +205,13 @@ def test_weights_of_a_schedule_free_optimizer_are_its_averages(options_of, tmp_p
         lr_scheduler_type="constant",
         eval_strategy="no",
         save_strategy="no",
+        warmup_steps=0.1,
     )
     train(options, [Looks()])
+    assert options.warmup_steps == 0.1, "those of the caller stay"
     assert not any(found["trains"])
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["warmup_steps"] == 1, "a share of the steps is none that this optimiser knows"
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     for name, tensor in found["weights"].items():
         assert torch.equal(saved[name.replace(".default", "")], tensor)

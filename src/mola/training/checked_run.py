@@ -66,6 +66,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
     if checkpoint is not None and options.auto_find_batch_size:
         goes_on_with_found_batch(options, checkpoint)
     steps = check_steps(options, data)
+    if str(getattr(options.optim, "value", options.optim)).startswith("schedule_free"):
+        options.warmup_steps = options.get_warmup_steps(steps)  # the optimiser counts them, and knows no shares
     if options.num_gpus > 1:
         logger.warning(
             "One of %d GPUs is used. To use all start one process for each: with torchrun, in studies the same command "
@@ -87,7 +89,8 @@ def check_run(options: TrainOptions) -> CheckedRun:
         if options.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
         if first_step >= steps:
-            check_nothing_is_left(checkpoint, options.num_train_epochs if options.max_steps < 1 else 0)
+            is_counted = options.max_steps < 1 and not options.ignore_data_skip
+            check_nothing_is_left(checkpoint, options.num_train_epochs if is_counted else 0)
             # Nothing is left, but in an epoch that was begun the trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # of no steps the polynomial schedule divides by those after the warm-up

@@ -62,10 +62,12 @@ def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool
 
 
 def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
-    # The first two compute the loss again from all logits, the third cuts a batch along its first dimension.
+    # The first two compute the loss again from all logits, the others cut a batch along its first dimension.
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if getattr(options, name):
             return f"`{name}` reads them"
+    if getattr(getattr(options, "accelerator_config", None), "dispatch_batches", None):
+        return "`accelerator_config` with dispatch_batches cuts a batch along its first dimension"
     if options.n_gpu > 1:
         return "one process uses several GPUs"
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -33,6 +33,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "eval_limit": (1, math.inf, "at least 1"),
     "eval_accumulation_steps": (1, math.inf, "at least 1"),
     "max_grad_norm": (0, math.inf, "at least 0"),
+    "label_smoothing_factor": (0, 1, "between 0 and 1"),
+    "neftune_noise_alpha": (0, math.inf, "at least 0"),
 }
 
 
@@ -63,8 +65,6 @@ def check_choices(options: Any) -> None:
                 f"`{name}` would round the weights that are saved: the trainer casts the model before its last "
                 "evaluation. Leave it out; `dtype` sets that of the base model."
             )
-    if options.label_names is not None and "labels" not in options.label_names:
-        raise MolaError(f"`label_names` must have labels among them, got {options.label_names}. Leave it out.")
     if options.use_liger_kernel and not is_liger_kernel_available():
         raise MolaError("`use_liger_kernel` needs the package liger-kernel. Run: pip install liger-kernel")
     if options.greater_is_better:

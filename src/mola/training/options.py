@@ -24,6 +24,7 @@ from mola.training.option_checks import (
     check_schedule,
 )
 from mola.training.trackers import check_trackers
+from mola.training.trainer_checks import check_trainer_options
 from mola.training.zero import settle_backend
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
@@ -189,8 +190,9 @@ class TrainOptions(Quantization, TrainingArguments):
                 super().__post_init__()
         except json.JSONDecodeError as error:
             raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
-        except ValueError as error:  # its own checks
+        except (ValueError, OSError) as error:  # its own checks, and files that it reads
             raise MolaError(str(error)) from error
+        check_trainer_options(self)
         self.num_gpus = self.n_gpu  # those that this process sees
         if self.num_gpus > 1:
             self._n_gpu = 1  # the trainer would copy the model to all of them in every step, and multiply the batch

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, enable_full_determinism
 
 from mola.errors import MolaError, NotFiniteError
 from mola.files.failures import within_memory
@@ -107,6 +107,8 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
     pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
     if pushes and options.process_index == 0:
         run.record["repository"] = create_repository(options)
+    if options.full_determinism:  # cuBLAS reads what this sets when it is used first
+        enable_full_determinism(options.seed)
     with whole_weights(), within_memory(loading_advice(options)):
         model = build_model(options, run.checkpoint)
     if options.process_index == 0 and not is_sharded(options):  # whose weights are not yet where they are computed

@@ -1,0 +1,94 @@
+"""Options of `TrainingArguments` that do not do in `mola train` what they say: refused, with the reason.
+
+The function knows them as `Any`, since it is called while the options are made; some are not in every version.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers.trainer_pt_utils import LabelSmoother
+
+from mola.errors import MolaError
+
+
+def check_trainer_options(options: Any) -> None:
+    """Refuse what Transformers would ignore for experts, compute wrongly, or notice when an earlier run is gone.
+
+    Raises:
+        MolaError: the first of these.
+    """
+    reason = next((reason for check in _CHECKS if (reason := check(options)) is not None), None)
+    if reason is not None:
+        raise MolaError(reason)
+
+
+def _optimizer(options: Any) -> str | None:
+    name = str(getattr(options.optim, "value", options.optim))
+    if not name.startswith(("galore", "apollo")):
+        return None
+    return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
+
+
+def _signals(options: Any) -> str | None:
+    if not getattr(options, "enable_jit_checkpoint", False):
+        return None
+    return "`enable_jit_checkpoint` takes SIGTERM from `mola train`, which saves a checkpoint then. Leave it out."
+
+
+def _sampling(options: Any) -> str | None:
+    strategy = getattr(options, "train_sampling_strategy", None)
+    if strategy != "batch_rebalance":
+        return None
+    return "`train_sampling_strategy` batch_rebalance knows no seed, and no place to go on from. Pass group_by_length."
+
+
+def _loading(options: Any) -> str | None:
+    workers, prefetch = options.dataloader_num_workers, options.dataloader_prefetch_factor
+    if workers < 0:
+        return f"`dataloader_num_workers` must be at least 0: got {workers}."
+    if prefetch is not None and prefetch < 1:
+        return f"`dataloader_prefetch_factor` must be at least 1: got {prefetch}."
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(options, name, None) and not workers:
+            return f"`{name}` needs `dataloader_num_workers`, which is 0. Pass both, or leave it out."
+    return None
+
+
+def _checkpointing(options: Any) -> str | None:
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        value = getattr(options, name, None)
+        if isinstance(value, str):
+            return f"`{name}` must be a mapping, on the command line as JSON: got {value!r}."
+    return None
+
+
+def _accelerate(options: Any) -> str | None:
+    config = options.accelerator_config
+    if getattr(config, "split_batches", False) and options.world_size > 1:
+        return "`accelerator_config` with split_batches shares one batch among processes. Pass a smaller batch instead."
+    if (getattr(config, "gradient_accumulation_kwargs", None) or {}).get("num_steps") is not None:
+        return "`accelerator_config` must leave num_steps to `gradient_accumulation_steps`. Pass that."
+    if getattr(config, "use_seedable_sampler", True) is False:
+        return "`accelerator_config` with use_seedable_sampler false has no order to go on from. Leave it out."
+    return None
+
+
+def _labels(options: Any) -> str | None:
+    if options.label_names not in (None, ["labels"]):
+        return f"`label_names` can only be labels: got {options.label_names}. Leave it out."
+    if not options.label_smoothing_factor:
+        return None
+    if options.use_liger_kernel:
+        return "`label_smoothing_factor` needs logits, of which `use_liger_kernel` makes none. Leave one out."
+    knows_count = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
+    if not knows_count and (options.gradient_accumulation_steps > 1 or options.world_size > 1):
+        return (
+            "`label_smoothing_factor` with `gradient_accumulation_steps` or several processes needs a newer version of "
+            "Transformers: this one adds losses up where it should average them."
+        )
+    return None
+
+
+_CHECKS = (_optimizer, _signals, _sampling, _loading, _checkpointing, _accelerate, _labels)
