@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.linears import adaptable
-from mola.architecture.read_weights import is_read
+from mola.architecture.read_weights import is_read, is_read_in
 from mola.architecture.targets import (
     LLAMA_LINEARS,
     check_target_modules,
@@ -330,3 +330,12 @@ def test_linears_that_a_mixer_reads_are_left_out():
     assert len(linear_shapes(model, r".*\.(in|x)_proj", ["x_proj"])) == 2
     with pytest.raises(MolaError, match=r"this model has: conv1d, in_proj, lm_head\."):
         default_target_modules([name for name, _ in model.named_modules()], "mamba")
+
+
+def test_linears_that_are_read_are_told_apart_from_others_of_their_name():
+    assert is_read_in("detr", "bbox_attention.k_proj")
+    assert is_read_in("mobilebert", "cls.predictions.dense")
+    assert is_read_in("mamba", "backbone.layers.0.mixer.out_proj")
+    assert not is_read_in("detr", "model.encoder.layers.0.self_attn.k_proj")
+    assert not is_read_in("mobilebert", "mobilebert.encoder.layer.0.output.dense")
+    assert not is_read_in("llama", "model.layers.0.mlp.out_proj")

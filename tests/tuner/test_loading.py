@@ -4,12 +4,13 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from mola import MolaError
 from mola.files.finite import check_finite
 from mola.tuner.loading import check_model_type, check_when_loaded
 
+from ..versions import needs
 from .models import random_config, tiny_llama
 
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -66,3 +67,13 @@ def test_what_is_loaded_later_is_compared_where_peft_asks_nobody():
     copied = pickle.loads(pickle.dumps(model))
     with pytest.raises(MolaError, match="missing"):
         copied.load_state_dict({name: each for name, each in tensors.items() if name != key}, strict=False)
+
+
+@needs("peft", "0.21", "PEFT asks nobody before it loads")
+def test_values_of_saved_modules_are_looked_at(tmp_path):
+    model = get_peft_model(tiny_llama(), random_config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        next(each for name, each in model.named_parameters() if "modules_to_save.default" in name).fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MolaError, match="lm_head.*not finite"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)

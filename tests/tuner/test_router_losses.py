@@ -120,6 +120,11 @@ def test_layer_reduction_pools_and_sums_and_counts_padding():
     torch.testing.assert_close(model.get_balance_loss(), expected)
 
 
+@torch.no_grad()
+def loss_in_evaluation(model, batch):
+    return model.eval()(**batch).loss
+
+
 def test_z_loss():
     model = make(router_aux_loss_coef=0.0, router_z_loss_coef=COEF)
     batch = token_batch()
@@ -127,7 +132,7 @@ def test_z_loss():
     counted[:, :-1] = True
     with_loss = model(**batch).loss
     z = [logits.logsumexp(-1).square().mean() for _, logits in reference_terms(model, batch, counted)]
-    plain = model.eval()(**batch).loss
+    plain = loss_in_evaluation(model, batch)
     torch.testing.assert_close(with_loss - plain, COEF * torch.stack(z).mean())
 
 
@@ -237,7 +242,7 @@ def test_evaluation_does_not_count_it():
     model = make()
     batch = token_batch()
     trained = model(**batch).loss
-    evaluated = model.eval()(**batch).loss
+    evaluated = loss_in_evaluation(model, batch)
     torch.testing.assert_close(trained - evaluated, COEF * make_balance(model, batch))
 
 
@@ -279,8 +284,8 @@ def test_non_reentrant_checkpointing_gives_the_same_gradients():
     again(**batch).loss.backward()
     assert_same_gradients(gradients(again), expected)
     # What the recomputation left behind must not reach the next forward pass.
-    plain = again.eval()(**batch).loss
-    torch.testing.assert_close(plain, model.eval()(**batch).loss)
+    plain = loss_in_evaluation(again, batch)
+    torch.testing.assert_close(plain, loss_in_evaluation(model, batch))
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -559,7 +564,7 @@ def test_a_loss_of_ones_own_gets_all_that_the_models_loss_has():
     weighted = model.get_router_loss()
     assert weighted > COEF * model.get_balance_loss()
     with torch.no_grad():
-        task_loss = model.eval()(**batch).loss
+        task_loss = loss_in_evaluation(model, batch)
     torch.testing.assert_close(task_loss + weighted, whole)
 
 
@@ -610,7 +615,7 @@ def test_the_losses_stay_on_the_device_of_the_logits(masked):
 def test_hooks_can_be_taken_off():
     model = make()
     batch = token_batch()
-    plain = model.eval()(**batch).loss
+    plain = loss_in_evaluation(model, batch)
     RouterLosses.remove(model.train().base_model.model)
     torch.testing.assert_close(model(**batch).loss, plain)
     RouterLosses.remove(model.base_model.model)  # a second time does nothing
@@ -626,7 +631,7 @@ def test_hooks_are_installed_once_for_several_adapters():
     model.set_adapter("second")
     second = model(**batch).loss
     assert not torch.equal(first, second)
-    torch.testing.assert_close(second - model.eval()(**batch).loss, clone_balance(model, batch))
+    torch.testing.assert_close(second - loss_in_evaluation(model, batch), clone_balance(model, batch))
 
 
 def clone_balance(model, batch):
@@ -642,6 +647,26 @@ def test_a_model_can_be_copied_between_forward_and_backward():
     again = clone(model)
     torch.testing.assert_close(again(**batch).loss, loss)
     assert routers(again)[0].router_losses is not routers(model)[0].router_losses
+
+
+def test_a_base_in_evaluation_mode_is_told_once():
+    """As `from_pretrained` leaves it, while new layers say that they train."""
+    model = make()
+    model.base_model.model.eval()
+    assert model.training
+    batch = token_batch()
+    with pytest.warns(UserWarning, match=r"in evaluation mode, so the losses of its routers are left out.*train\(\)"):
+        model(**batch)
+    model(**batch)
+    for name, parameter in (plain := make(router_aux_loss_coef=0.0)).named_parameters():
+        parameter.requires_grad_("router" in name)
+    plain.eval()(**batch)  # has no losses to leave out
+
+
+def test_rounded_routers_are_told_in_inference_too():
+    model = make().to(torch.bfloat16)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"routers of adapter 'default' are in torch.bfloat16"):
+        model.eval()(**token_batch())
 
 
 def test_rounded_routers_are_told_once():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -338,6 +339,12 @@ def test_an_offloaded_base_is_refused(tmp_path):
     offloaded = Auto.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "off")
     with pytest.raises(MolaError, match=r"must not be offloaded: the weights of 'model\.layers\.1.*experts'"):
         get_peft_model(offloaded, config(target_modules=[]))
+
+
+def test_experts_that_were_offloaded_end_in_one_error():
+    model = cpu_offload(get_peft_model(base(), config(target_modules=[])), execution_device="cpu")
+    with pytest.raises(MolaError, match="the experts have no values: the model was offloaded"):
+        logits(model)
 
 
 # ---------------------------------------------------------------------- merging

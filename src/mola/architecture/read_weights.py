@@ -15,18 +15,21 @@ _READ = {
     "reformer": ("query_key", "value"),  # where it goes on from a cache
     "longcat_flash": ("classifier",),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), ("correction_coefs",)),  # while training
+    "mobilebert": ("predictions.dense",),
+    **dict.fromkeys(("detr", "conditional_detr"), ("bbox_attention.k_proj",)),
+    "neomme": ("unembedding_projection",),
 }
-_LEAVES = {leaf for leaves in _READ.values() for leaf in leaves}
+_ENDS = {end for ends in _READ.values() for end in ends}
 
 
 def is_read_in(model_type: str | None, name: str) -> bool:
     """Whether a module of this name, as in `named_modules()`, is one of them in models of this type."""
-    return name.rpartition(".")[2] in _READ.get(model_type or "", ())
+    return any(f".{name}".endswith(f".{end}") for end in _READ.get(model_type or "", ()))
 
 
 def is_read(model: nn.Module, name: str) -> bool:
     """Whether a model, or one that it is made of, reads the weight of the module of this name."""
-    if not any(name.endswith(leaf) for leaf in _LEAVES):
+    if not any(name.endswith(end) for end in _ENDS):
         return False
     module: Any = model
     for part in ("", *name.split(".")):

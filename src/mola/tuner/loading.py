@@ -69,7 +69,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
                 f"needs {shape} (experts, rank or experts, features). The file belongs to another base model, or "
                 "`num_experts` or `r` in adapter_config.json was changed."
             )
-    check_finite(found, "The adapter file")
+    check_finite(state_dict, "The adapter file")  # saved modules and trained tokens, too
 
 
 def check_when_loaded(model: nn.Module) -> None:

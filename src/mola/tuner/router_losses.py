@@ -50,6 +50,7 @@ class RouterLosses:
         self._label_mask: torch.Tensor | None = None
         self._follows_items = True  # whether the model's loss is of its share of `num_items_in_batch`
         self._warnings = RouterWarnings()
+        self._has_looked = self._has_warned = False  # outside of training
         self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
@@ -92,6 +93,8 @@ class RouterLosses:
             self.collecting = False
             if self._has_outputs:
                 self._clear()
+            if not torch.compiler.is_compiling():
+                self._look_outside_training(kwargs)
             return
         self._clear()
         adapters = self._active_adapters()
@@ -109,6 +112,24 @@ class RouterLosses:
             inputs = call_arguments(module, args, kwargs)
             unshifted, self._follows_items = labels_of(self.model, [config.task_type for config in configs])
             self._set_masks(inputs, unshifted=unshifted)
+
+    def _look_outside_training(self, kwargs: dict[str, Any]) -> None:
+        if not self._has_looked:
+            self._has_looked = True
+            for name in self._active_adapters():
+                self._warnings.look_at_dtype(name, self._layers)
+        # Last what costs something: this runs for each generated token, which has no gradients.
+        if torch.is_grad_enabled() and kwargs.get("labels") is not None and not self._has_warned:
+            routers = [each for layer in self._layers for each in layer.mola_router.values()]
+            if any(each.requires_grad for each in routers) and any(
+                _wants_loss(self._config(name)) for name in self._active_adapters()
+            ):
+                self._has_warned = True
+                self._warnings.warn_once(
+                    "evaluation",
+                    "The base model is in evaluation mode, so the losses of its routers are left out of the loss. Call "
+                    "`model.train()` to train, or compute under `torch.no_grad()` to evaluate.",
+                )
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.collecting:

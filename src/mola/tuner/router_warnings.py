@@ -9,6 +9,8 @@ import torch
 
 from mola.tuner.layer import MolaLinear
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class RouterWarnings:
     """Warnings about the routers of a model in training; each comes once."""
@@ -32,12 +34,23 @@ class RouterWarnings:
                 "router no gradient and it never learns. Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`.",
             )
         router = routed[0].mola_router[adapter_name] if routed else None
-        if router is not None and router.requires_grad and router.dtype in (torch.bfloat16, torch.float16):
+        if router is not None and router.requires_grad and router.dtype in _HALF:
             self.warn_once(
                 f"dtype {adapter_name}",
                 f"The routers of adapter {adapter_name!r} are trained in {router.dtype}: something has cast them, as "
                 "TRL does with trained weights of a 4- or 8-bit base. Small updates are rounded away, also in what is "
                 "saved.",
+            )
+
+    def look_at_dtype(self, adapter_name: str, layers: Sequence[MolaLinear]) -> None:
+        """Warn of routers that something has rounded; arguments as those of `look_at`."""
+        routers = [each.mola_router[adapter_name] for each in layers if adapter_name in each.mola_router]
+        if any(each.dtype in _HALF for each in routers):
+            self.warn_once(
+                f"dtype {adapter_name}",
+                f"The routers of adapter {adapter_name!r} are in {routers[0].dtype}: something has cast them, as "
+                "`model.half()` and `model.to(dtype)` do. Some tokens may get other experts, and saving keeps what was "
+                "rounded. Load the base model in that dtype instead.",
             )
 
     def warn_once(self, key: str, message: str) -> None:

@@ -79,11 +79,20 @@ class StackedParameters(nn.Module, BaseTunerLayer):
             self.unmerge()
         weights: dict[str, torch.Tensor] = {}
         if not (self.disable_adapters or self.merged or self.mixed_batch is not None):
+            self._check_there()
             for name in self.active_adapters:
                 weights |= self._changed(name, weights)
         if not weights:
             return self.base_layer(*args, **kwargs)
         return torch.func.functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
+
+    def _check_there(self) -> None:
+        is_active = any(name in self.settings for name in self.active_adapters)
+        if is_active and hasattr(self.base_layer, "_hf_hook") and any(each.is_meta for each in self.parameters()):
+            raise MolaError(
+                "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
+                "weights of modules that are called only. Keep it on its device."
+            )
 
     def _changed(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
         """The parameters of one adapter with its update; those in `weights` come in place of the base's."""
