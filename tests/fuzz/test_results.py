@@ -47,7 +47,7 @@ EVALUATION |= {"settings": {"data": "d", "task": "t"}, "data_fingerprint": "ab"}
 RUN = {"status": "finished", "settings": {"base_model": "m", "data": "d"}, "data_fingerprints": {"train": "ab"}}
 RUN |= {"adapter_settings": {"r": 2}, "quantization": None, "metrics": {"eval_loss": 1.0}, "seconds": 2.5}
 RUN |= {
-    "allocation": {"num_experts": 3, "num_layers": 2, "trainable_share": 0.1},
+    "allocation": {"num_experts": 3, "num_layers": 2, "base_parameters": 100},
     "command": ["mola", "train"],
     "machine": {"cpu": "x"},
 }

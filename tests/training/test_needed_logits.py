@@ -75,6 +75,12 @@ def test_where_something_else_reads_the_logits(setting, options, caplog, monkeyp
     assert f"`{next(iter(setting))}` reads them" in caplog.text
 
 
+def test_where_accelerate_cuts_batches(options, caplog):
+    with caplog.at_level("INFO"):
+        assert not computes_needed_logits(tiny_llama(), options(accelerator_config={"dispatch_batches": True}))
+    assert "dispatch_batches cuts a batch" in caplog.text
+
+
 def test_models_that_can_not(options, caplog):
     class NoSuchArgument(torch.nn.Module):
         def __init__(self):

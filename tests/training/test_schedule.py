@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from mola.training.interruption import Interruption
 from mola.training.same_run import _samples_per_step
 from mola.training.schedule import goes_on_with_found_batch
 from mola.training.trainer import _multiple
+from tests.versions import has
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,23 @@ class KeepsACopy(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 1:
             shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"accelerator_config": {"split_batches": True}}, "shares one batch"),
+        ({"label_smoothing_factor": 0.1, "use_liger_kernel": True}, "needs logits"),
+        ({"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, None),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_would_compute_wrongly(wrong, reason, options_of, monkeypatch):
+    monkeypatch.setattr("mola.training.option_checks.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(TrainOptions, "world_size", 2)
+    reason = "newer version" if reason is None and not has("transformers", "5.16") else reason
+    with nullcontext() if reason is None else pytest.raises(MolaError, match=reason):
+        options_of(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class Question:
 
 
 def _begin_of(text: str) -> str:
-    """The first word or mark of a text, with the blanks before it."""
-    found = re.match(r"\s*(\w+|[^\w\s]+)", text)
+    """The first word or mark of a text, with the blanks before it; of a script without blanks the first character."""
+    found = re.match(r"\s*([a-zA-Z\u00c0-\u058f0-9_]+|[^\w\s]+|\w)", text)
     return found[0] if found else text
 
 

@@ -22,6 +22,8 @@ from mola.generation import predicting
 
 logger = logging.getLogger(__name__)
 
+_patterns_told: set[tuple[str, int, Any]] = set()
+
 # Masked or not, it is part of their state, or shifts the windows into which they cut a sequence.
 _SEE_PADDING = (
     *("rwkv", "recurrent_gemma", "xlstm"),
@@ -191,7 +193,7 @@ def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Say so where not even the outputs of the data are read as their own answers."""
+    """Say so, once, where not even the outputs of the data are read as their own answers."""
     if task.answer is None:
         return
     lost = [
@@ -199,7 +201,8 @@ def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
         for each in examples
         if each.get("output") and task.extract_answer(each["output"], each["num_choices"]) != each["answer"]
     ]
-    if lost:
+    if lost and (told := (task.name, len(lost), lost[0])) not in _patterns_told:
+        _patterns_told.add(told)
         logger.warning(
             "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
             "model that writes these outputs counts as wrong.",

@@ -56,14 +56,15 @@ def _encoded(
     prompts: Sequence[str],
 ) -> list[list[list[int]]]:
     """Token ids of all texts, as they are in training."""
-    whole = [encode_prompts(tokenizer, options, template) for options in texts]
-    if template is None or (template.adds_special_tokens and tokenizer.is_fast):
+    may_be_whole = template is None or (tokenizer.is_fast and not template.is_encoded_apart)
+    whole = [encode_prompts(tokenizer, options, template) for options in texts] if may_be_whole else []
+    if template is None or (may_be_whole and template.adds_special_tokens):
         return whole
     found = []
-    for prompt, options, encoded in zip(prompts, texts, whole, strict=True):
+    for row, (prompt, options) in enumerate(zip(prompts, texts, strict=True)):
         (asked,) = encode_prompts(tokenizer, [prompt], template)
-        if tokenizer.is_fast and all(ids[: len(asked)] == asked for ids in encoded):  # no token reaches across
-            found.append(encoded)
+        if may_be_whole and all(ids[: len(asked)] == asked for ids in whole[row]):  # no token reaches across
+            found.append(whole[row])
         else:
             rest = tokenizer([text[len(prompt) :] for text in options], add_special_tokens=False)["input_ids"]
             found.append([[*asked, *ids] for ids in rest])

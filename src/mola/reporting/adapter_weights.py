@@ -68,11 +68,11 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
         raise MolaError(f"{str(folder / 'adapter_config.json')!r} cannot be read. Restore the file, or train again.")
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
-    check_form(config, PER_LAYER, str(folder / "adapter_config.json"), "Restore the file.")
+    names = {"target_parameters?": ([TEXT], None)}
     if not isinstance(config.get("target_modules"), str):
-        check_form(
-            config, {"target_modules?": ([TEXT], None)}, str(folder / "adapter_config.json"), "Restore the file."
-        )
+        names["target_modules?"] = ([TEXT], None)
+    for form in (PER_LAYER, names):
+        check_form(config, form, str(folder / "adapter_config.json"), "Restore the file.")
     check_digest(folder)
     redundancy = []
     with opened(path) as file:

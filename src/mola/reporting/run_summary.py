@@ -84,7 +84,7 @@ def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
         (
             "trained values",
             _known(number, trained),
-            f"{_share(trained / base)} of the base" if trained and base else None,
+            f"{_share(trained / base)} of the base" if trained and base and 0 < trained < 1000 * base else None,
         ),
         ("time", _known(duration, record.get("seconds")), None),
     ]
@@ -92,7 +92,7 @@ def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
 
 def _share(value: float) -> str:
     """Of small ones two digits that count."""
-    return percent(value) if value >= 0.001 else percent(value, 1 - math.floor(math.log10(100 * value)))
+    return percent(value) if value >= 0.001 else percent(value, min(9, 1 - math.floor(math.log10(100 * value))))
 
 
 def _has_own_experts(run: Run) -> bool:

@@ -83,7 +83,8 @@ def _labels(options: Any) -> str | None:
     if options.use_liger_kernel:
         return "`label_smoothing_factor` needs logits, of which `use_liger_kernel` makes none. Leave one out."
     knows_count = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
-    if not knows_count and (options.gradient_accumulation_steps > 1 or options.world_size > 1):
+    is_summed = options.world_size > 1 and options.average_tokens_across_devices
+    if not knows_count and (options.gradient_accumulation_steps > 1 or is_summed):
         return (
             "`label_smoothing_factor` with `gradient_accumulation_steps` or several processes needs a newer version of "
             "Transformers: this one adds losses up where it should average them."

@@ -50,7 +50,8 @@ class RouterLosses:
         self._label_mask: torch.Tensor | None = None
         self._follows_items = True  # whether the model's loss is of its share of `num_items_in_batch`
         self._warnings = RouterWarnings()
-        self._has_looked = self._has_warned = False  # outside of training
+        self._looked_at: set[str] = set()  # adapters, outside of training
+        self._has_warned = False  # there
         self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
@@ -114,16 +115,15 @@ class RouterLosses:
             self._set_masks(inputs, unshifted=unshifted)
 
     def _look_outside_training(self, kwargs: dict[str, Any]) -> None:
-        if not self._has_looked:
-            self._has_looked = True
-            for name in self._active_adapters():
+        names = self._active_adapters()
+        if not self._looked_at.issuperset(names):
+            self._looked_at.update(names)
+            for name in names:
                 self._warnings.look_at_dtype(name, self._layers)
         # Last what costs something: this runs for each generated token, which has no gradients.
         if torch.is_grad_enabled() and kwargs.get("labels") is not None and not self._has_warned:
             routers = [each for layer in self._layers for each in layer.mola_router.values()]
-            if any(each.requires_grad for each in routers) and any(
-                _wants_loss(self._config(name)) for name in self._active_adapters()
-            ):
+            if any(each.requires_grad for each in routers) and any(_wants_loss(self._config(name)) for name in names):
                 self._has_warned = True
                 self._warnings.warn_once(
                     "evaluation",

@@ -44,11 +44,12 @@ class RouterWarnings:
 
     def look_at_dtype(self, adapter_name: str, layers: Sequence[MolaLinear]) -> None:
         """Warn of routers that something has rounded; arguments as those of `look_at`."""
-        routers = [each.mola_router[adapter_name] for each in layers if adapter_name in each.mola_router]
-        if any(each.dtype in _HALF for each in routers):
+        dtypes = [each.mola_router[adapter_name].dtype for each in layers if adapter_name in each.mola_router]
+        rounded = next((each for each in dtypes if each in _HALF), None)
+        if rounded is not None:
             self.warn_once(
                 f"dtype {adapter_name}",
-                f"The routers of adapter {adapter_name!r} are in {routers[0].dtype}: something has cast them, as "
+                f"The routers of adapter {adapter_name!r} are in {rounded}: something has cast them, as "
                 "`model.half()` and `model.to(dtype)` do. Some tokens may get other experts, and saving keeps what was "
                 "rounded. Load the base model in that dtype instead.",
             )

@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from mola.evaluation.differences import paired_differences
 from mola.studies.comparison.contrasts import contrasts
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.outputs import Outcome, page
-from mola.studies.comparison.plots import draw
-from mola.studies.comparison.record import Result
+from mola.studies.comparison.plots import bands, draw
+from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import ALL_TASKS, AT_END, OVER_TRAINING, summarize
 from mola.studies.comparison.tables import comma_separated, terminal_tables
 from tests.reporting.pages import Page
@@ -122,3 +123,16 @@ def test_a_finished_comparison_takes_them_up(run, tmp_path):
 def test_wrong_pairs_are_refused(run, given, message):
     with pytest.raises(MolaError, match=message):
         run(contrasts=given)
+
+
+@pytest.mark.parametrize(
+    ("change", "begins"),
+    [({}, True), ({"dtype": "bfloat16"}, False), ({"settings": {"load_in_4bit": True}}, False)],
+    ids=str,
+)
+def test_curves_begin_with_the_base_that_was_tested(change, begins):
+    known = {"task": "one", "base_model": "a", "dtype": "float32", "fingerprints": {}, "steps": 8, "marks": "11"}
+    base = SimpleNamespace(recipe=BASE, accuracy=0.25, settings={"load_in_4bit": False, "batch_size": 8}, **known)
+    run = SimpleNamespace(recipe="lora", curve=[(4, "10")], **{**known, "settings": {"r": 4}, **change})
+    found = bands([base, run], "one", ["lora"])["lora"]
+    assert [point[:2] for point in found] == [(0, 0.25)] * begins + [(4, 0.5), (8, 1.0)]

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from mola.errors import MolaError
 from mola.evaluation.differences import t_interval
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.marks import curve_of
 from mola.studies.comparison.record import BASE, Result
@@ -22,10 +24,12 @@ Band = tuple[int, float, float, float]  # step, mean accuracy, its interval over
 Curves = Mapping[str, Sequence[Band]]  # by recipe
 
 
-_OF_THE_BASE = (
-    *("template", "gguf_file", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"),
-    "bnb_4bit_use_double_quant",
-)
+# What an answer of the base model depends on, with the defaults.
+_OF_THE_BASE = {
+    each.name: each.default
+    for each in fields(EvaluateOptions)
+    if each.name in ("template", "scoring", "max_new_tokens", "gguf_file") or "bit" in each.name
+}
 
 
 def check_matplotlib() -> None:
@@ -64,8 +68,12 @@ def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[
 def _begins_with(run: Result, base: Result) -> bool:
     """Whether what was tested without training is the model that a run began with, asked in the same way."""
     is_same = "adapter" not in run.fingerprints and (run.base_model, run.dtype) == (base.base_model, base.dtype)
-    settings, asked = run.settings or {}, base.settings or {}
-    return is_same and all((settings.get(each) or None) == (asked.get(each) or None) for each in _OF_THE_BASE)
+    # Settings of runs are those that are not the defaults, of a test all.
+    of_run, of_base = (
+        {name: (each.settings or {}).get(name, default) for name, default in _OF_THE_BASE.items()}
+        for each in (run, base)
+    )
+    return is_same and of_run == of_base
 
 
 def draw(
