@@ -10,7 +10,11 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from mola import MolaConfig, MolaError
+from mola import MolaConfig, MolaError, load_tokenizer
+from mola.exporting.calibration import read_task
+from mola.exporting.options import ConvertOptions
+from mola.generation.generate import GenerateOptions, _template_of
+from mola.models.prompts import template_for
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
 
@@ -169,3 +173,27 @@ def test_a_quantised_base_is_refused(no_weights_dir, lora, tmp_path, refusal):
     finally:
         path.write_text(text)
     assert "`base_model` must not be quantised" in message
+
+
+def test_the_merged_model_is_asked_as_the_adapter_was(tiny_model_dir, lora, tmp_path, run):
+    adapter = lora("a")
+    (adapter / "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
+    run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+    assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"))) == "meta"
+    assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"), template="vigogne")) == "vigogne"
+    assert _template_of(GenerateOptions(base_model=str(tiny_model_dir))) == "alpaca"
+
+
+def test_tokens_of_chats_that_the_base_does_not_have_are_told(tiny_model_dir, tmp_path, caplog):
+    """As of an adapter whose tokenizer got tokens for which the base has spare rows."""
+    tokenizer = load_tokenizer(tiny_model_dir)
+    names = ["<|im_start|>", "<|im_end|>", "<|unused|>", "</s>"]
+    content = {"added_tokens": [{"content": name} for name in names]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}</s>", encoding="utf-8")
+    template_for("chat", tokenizer, tmp_path)
+    assert "writes chats with <|im_start|>, <|im_end|>, which the base model's tokenizer does not have" in caplog.text
+    options = ConvertOptions([str(tmp_path)], "out", target_format="lora", data=["x"], task="sample")
+    assert read_task(options).template == "alpaca_short"
+    assert "has a chat template beside it" in caplog.text

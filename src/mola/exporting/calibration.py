@@ -21,7 +21,7 @@ from mola.exporting.options import ConvertOptions
 from mola.files.reading import read_text
 from mola.generation.predicting import max_positions
 from mola.models.loading import load_config, load_tokenizer
-from mola.models.prompts import template_for, trained_template
+from mola.models.prompts import template_for, trained_template, warn_of_other_template
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def read_task(options: ConvertOptions) -> Task | None:
     if options.template is None and len(trained) > 1:
         logger.warning("The adapters were trained in different prompts: `data` are read in those of %s.", name)
     check_template(name)
+    for source in options.source:
+        warn_of_other_template(source, name)
     return replace(task, template=name)
 
 

@@ -95,7 +95,8 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
 def _template_of(options: GenerateOptions) -> str:
     """What was asked for, or what the adapter was trained with: other prompts are none that it knows."""
     if options.template is not None or options.adapter is None:
-        return options.template or "alpaca"
+        merged = trained_template(options.base_model)  # of a folder that `mola merge` wrote
+        return options.template or merged or "alpaca"
     if options.prompt is not None:
         return "alpaca"  # which is not used
     trained = trained_template(options.adapter)

@@ -60,6 +60,8 @@ def template_for(name: str, tokenizer: Any, adapter: str | os.PathLike[str] | No
         MolaError: no template has this name, or there is no chat template.
     """
     own = own_chat(adapter) if adapter is not None and name == CHAT else None
+    if own is not None and adapter is not None:
+        warn_of_unknown_tokens(adapter, own, tokenizer)
     return get_template(name, tokenizer, *(() if own is None else own))
 
 
@@ -94,6 +96,20 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
         except (OSError, ValueError) as error:
             raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
     return Chat(template, end_token_of(folder)) if isinstance(template, str) else None
+
+
+def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenizer: Any) -> None:
+    """Say so where an adapter writes chats with tokens of its own tokenizer that the base model's does not have."""
+    added = read_json_object(Path(adapter).expanduser() / "tokenizer.json").get("added_tokens")
+    names = [each["content"] for each in added or [] if isinstance(each, dict) and isinstance(each.get("content"), str)]
+    used = [name for name in names if name in chat.template or name == chat.end_token]
+    known = tokenizer.get_vocab() if used else {}
+    if missing := [name for name in used if name not in known]:
+        logger.warning(
+            "%s writes chats with %s, which the base model's tokenizer does not have: they are read as text, not as "
+            "the tokens of its training. Save the adapter's tokenizer into the base model's folder, and pass that.",
+            *(adapter, ", ".join(missing)),
+        )
 
 
 def end_token_of(folder: str | os.PathLike[str]) -> str | None:

@@ -21,7 +21,7 @@ from mola.generation.batching.forward import Adapters
 from mola.models.adapters import changes_base, check_adapter
 from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import own_chats
+from mola.models.prompts import own_chats, warn_of_unknown_tokens
 from mola.options.fields import START, Group, option
 from mola.serving.addresses import bind, is_loopback
 
@@ -166,6 +166,8 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     alone = _check_neighbours(folders, options.adapter_root)
     chats = own_chats(folders)
     tokenizer = tokenizer_for(options)
+    for name, chat in chats.items():
+        warn_of_unknown_tokens(folders[name], chat, tokenizer)
     with bind(options.host, options.port) as bound:
         # Names inside the model are ours: PEFT takes no dots, requests do.
         inside = {name: f"served{number}" for number, name in enumerate(folders)}

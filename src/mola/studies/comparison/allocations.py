@@ -13,7 +13,7 @@ from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.files.digests import weights_sha256
+from mola.files.digests import find_weights, weights_sha256
 from mola.files.reading import read_json_object
 from mola.options.fields import first_difference
 from mola.studies.comparison.begun import begin_or_go_on
@@ -135,7 +135,7 @@ class Allocations:
         if found:
             _check_same(found, run.allocation, _PLACES, f"{str(path)!r} is", "Delete it, or pass another `output_dir`.")
             return found
-        if run.probe and not (adapter and Path(adapter).is_dir()):
+        if run.probe and not (adapter and find_weights(Path(adapter))):
             raise MolaError(
                 f"`recipes.{run.key.recipe}` needs the adapter of {run.probe!r} on {run.key.task} with seed "
                 f"{run.key.seed}, which is gone. Take that run out of the `record`, so that it is trained again."
