@@ -177,7 +177,7 @@ def test_a_quantised_base_is_refused(no_weights_dir, lora, tmp_path, refusal):
 
 def test_the_merged_model_is_asked_as_the_adapter_was(tiny_model_dir, lora, tmp_path, run):
     adapter = lora("a")
-    (adapter / "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
+    Path(adapter, "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
     run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
     assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"))) == "meta"
     assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"), template="vigogne")) == "vigogne"
