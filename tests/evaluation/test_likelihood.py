@@ -91,6 +91,7 @@ def test_an_answer_that_begins_another_is_rated_with_what_follows():
     reason = replace(question, suffix=". Ten is what the right answer's reason says")
     assert reason.option_texts("</s>") == question.option_texts("</s>")
     assert replace(question, suffix="因为他说了").option_texts("</s>")[1] == "How much? Answer: 10因"
+    assert replace(question, suffix=" được vì").option_texts("</s>")[1] == "How much? Answer: 10 được"
     assert replace(question, suffix=" apples, as he said").option_texts("</s>")[1] == "How much? Answer: 10 apples"
     assert replace(question, suffix="").option_texts("</s>")[0] == "How much? Answer: 1</s>"
     assert replace(question, options=("1", "2")).option_texts("</s>") == ["How much? Answer: 1", "How much? Answer: 2"]

@@ -17,6 +17,8 @@ from mola.generation import predicting
 from mola.generation.likelihood import option_log_probabilities
 
 SCORINGS = ("generate", "likelihood")
+# Thai to Myanmar, Khmer, Chinese and Japanese.
+_WITHOUT_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Question:
 
 def _begin_of(text: str) -> str:
     """The first word or mark of a text, with the blanks before it; of a script without blanks the first character."""
-    found = re.match(r"\s*([a-zA-Z\u00c0-\u058f0-9_]+|[^\w\s]+|\w)", text)
+    found = re.match(rf"\s*([^\W{_WITHOUT_BLANKS}]+|[^\w\s]+|\w)", text)
     return found[0] if found else text
 
 

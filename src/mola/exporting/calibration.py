@@ -79,7 +79,7 @@ def read_task(options: ConvertOptions) -> Task | None:
     if options.template is None and len(trained) > 1:
         logger.warning("The adapters were trained in different prompts: `data` are read in those of %s.", name)
     check_template(name)
-    for source in options.source:
+    for source in options.source[:1] if len(trained) < 2 else ():  # of different ones it was said
         warn_of_other_template(source, name)
     return replace(task, template=name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -168,12 +169,11 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
     """
     settings = read_settings(folder)
     if settings.get("peft_type") != "LORA" or foreign_format(settings):
-        advice = (
-            f" `mola convert {folder} --to lora ...` makes one of it." if settings.get("peft_type") == "MOLA" else ""
-        )
+        is_ours = settings.get("peft_type") == "MOLA" and not foreign_format(settings)
+        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes one of it." if is_ours else ""
         raise MolaError(
             f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
-            f"{settings.get('peft_type')!r}{', of the research code' if foreign_format(settings) else ''}.{advice}"
+            f"{settings.get('peft_type')!r}{', of another program' if foreign_format(settings) else ''}.{advice}"
         )
     refused = {name: why for name, why in _REFUSED.items() if settings.get(name)}
     if settings.get("bias", "none") != "none":

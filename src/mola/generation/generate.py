@@ -5,6 +5,7 @@ Standard output carries the generated text alone.
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class GenerateOptions(ModelOptions):
     _answer: ClassVar = Group("answer")
     template: str | None = option(
         None,
-        "Prompt template for instructions. Default: that of the adapter's training, if its folder tells, else alpaca.",
+        "Prompt template for instructions. Default: that of the adapter's training, if its folder tells or that of the "
+        "merged model, else alpaca.",
     )
     max_new_tokens: int = option(128, "Longest answer in tokens.")
     temperature: float | None = option(
@@ -94,11 +96,13 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
 
 def _template_of(options: GenerateOptions) -> str:
     """What was asked for, or what the adapter was trained with: other prompts are none that it knows."""
-    if options.template is not None or options.adapter is None:
-        merged = trained_template(options.base_model)  # of a folder that `mola merge` wrote
-        return options.template or merged or "alpaca"
+    if options.template is not None:
+        return options.template
     if options.prompt is not None:
         return "alpaca"  # which is not used
+    if options.adapter is None:
+        merged = trained_template(options.base_model) if os.path.isdir(options.base_model) else None
+        return merged or "alpaca"  # `mola merge` writes down what the adapter was trained in
     trained = trained_template(options.adapter)
     if trained is None:
         logger.warning(

@@ -22,6 +22,8 @@ _RECORD = "run.json"  # of `mola train`
 
 logger = logging.getLogger(__name__)
 
+_tokens_looked_at: set[tuple[str, str]] = set()
+
 
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
     """Name of the prompt template of an adapter's training; None if its folder does not tell."""
@@ -99,7 +101,11 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
 
 
 def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenizer: Any) -> None:
-    """Say so where an adapter writes chats with tokens of its own tokenizer that the base model's does not have."""
+    """Say so, once, where an adapter writes chats with tokens of its tokenizer that the base model's does not have."""
+    key = os.fspath(adapter), tokenizer.name_or_path
+    if key in _tokens_looked_at:
+        return
+    _tokens_looked_at.add(key)
     added = read_json_object(Path(adapter).expanduser() / "tokenizer.json").get("added_tokens")
     names = [each["content"] for each in added or [] if isinstance(each, dict) and isinstance(each.get("content"), str)]
     used = [name for name in names if name in chat.template or name == chat.end_token]

@@ -127,7 +127,12 @@ def test_wrong_pairs_are_refused(run, given, message):
 
 @pytest.mark.parametrize(
     ("change", "begins"),
-    [({}, True), ({"dtype": "bfloat16"}, False), ({"settings": {"load_in_4bit": True}}, False)],
+    [
+        ({}, True),
+        ({"dtype": "bfloat16"}, False),
+        *(({"settings": {name: value}}, False) for name, value in [("load_in_4bit", True), ("scoring", "likelihood")]),
+        ({"settings": {"max_new_tokens": 64}}, False),
+    ],
     ids=str,
 )
 def test_curves_begin_with_the_base_that_was_tested(change, begins):

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _look(
     name = json.dumps(same, sort_keys=True, default=str)
     if name not in looked_at:
         logger.info("Checking %s on %s.", key.recipe, key.task)
-        task, examples, _ = check_evaluation(replace(evaluation_of(run_options), adapter=run_options.adapter))
+        task, examples, _ = check_evaluation(evaluation_of(run_options))
         data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
         steps = check_steps(run_options, data)
         if test_every is not None and test_every >= steps:

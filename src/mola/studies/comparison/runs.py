@@ -30,8 +30,7 @@ def train_and_test(run: Run) -> Result | None:
     folder = Path(run.options.output_dir or "")
     if not is_finished(run):
         (folder / _TEST_FILE).unlink(missing_ok=True)  # of weights that will be others
-        asked = replace(run.test, adapter=run.options.adapter)  # as the adapter that the run begins with is asked
-        on_the_way = [TestsOnTheWay(asked, run.test_every, folder)] if run.test_every else []
+        on_the_way = [TestsOnTheWay(run.test, run.test_every, folder)] if run.test_every else []
         if not train_or_go_on(run.options, on_the_way):
             return None
     test = replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE))

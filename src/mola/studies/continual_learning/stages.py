@@ -57,7 +57,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
                 config = replace(config, **changes) if changes else config
                 check_settings(stage_options, config)
             test = evaluation_of(stage_options)
-            _, test_examples, _ = check_evaluation(replace(test, adapter=first.adapter))  # whose chats all stages have
+            _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
             check_steps(stage_options, data)
         except MolaError as error:
