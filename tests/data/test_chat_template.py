@@ -116,42 +116,47 @@ def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_traini
         encoded(tokenizer)
 
 
-def test_a_token_never_reaches_from_the_prompt_into_the_answer(blanks_tokenizer):
-    """Who asks has the prompt alone: two line breaks are one token of this vocabulary, whichever side they are on."""
+@pytest.fixture
+def crossing_tokenizer(blanks_tokenizer):
+    """Two line breaks are one token, whichever side of a border they are on."""
     blanks_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    blanks_tokenizer.chat_template = (
+    return blanks_tokenizer
+
+
+def test_a_token_never_reaches_from_the_prompt_into_the_answer(crossing_tokenizer):
+    """Who asks has the prompt alone: two line breaks are one token of this vocabulary, whichever side they are on."""
+    crossing_tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<think>\n\n</think>{{ m.content }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
     )
-    template = get_template(CHAT, blanks_tokenizer)
+    template = get_template(CHAT, crossing_tokenizer)
     assert (template.lead, template.is_encoded_apart) == ("\n</think>", True)
     example = {"id": "x", "instruction": "Which one?", "input": "", "output": "It."}
-    sample = next(iter(tokenized([example], blanks_tokenizer, template, [])))
+    sample = next(iter(tokenized([example], crossing_tokenizer, template, [])))
     prompt = template.prompt("Which one?")
-    asked = predicting.encode_before_answer(blanks_tokenizer, [prompt], template)[0]
-    assert sample.ids[: sample.start] == asked == blanks_tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert blanks_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
+    asked = predicting.encode_before_answer(crossing_tokenizer, [prompt], template)[0]
+    assert sample.ids[: sample.start] == asked == crossing_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert crossing_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
 
 
-def test_a_row_whose_first_token_would_reach_across_is_encoded_in_two_parts(blanks_tokenizer):
+def test_a_row_whose_first_token_would_reach_across_is_encoded_in_two_parts(crossing_tokenizer):
     """Also where the template's own text leaves no such token: an output that begins with a line break."""
-    blanks_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    blanks_tokenizer.chat_template = (
+    crossing_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}assistant\n{% endif %}"
     )
-    template = get_template(CHAT, blanks_tokenizer)
+    template = get_template(CHAT, crossing_tokenizer)
     assert not template.is_encoded_apart
     rows = [
         {"id": "x", "instruction": "Which one?", "input": "", "output": text, "answer": text, "num_choices": None}
         for text in ("It.", "\nIt.")
     ]
     prompt = template.prompt("Which one?")
-    asked = blanks_tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    for sample, row in zip(tokenized(rows, blanks_tokenizer, template, []), rows, strict=True):
+    asked = crossing_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for sample, row in zip(tokenized(rows, crossing_tokenizer, template, []), rows, strict=True):
         assert sample.ids[: sample.start] == asked
-        assert blanks_tokenizer.decode(sample.ids[sample.start :]) == row["output"]
-        (ids,) = _encoded(blanks_tokenizer, [[prompt + row["output"]]], template, [prompt])
+        assert crossing_tokenizer.decode(sample.ids[sample.start :]) == row["output"]
+        (ids,) = _encoded(crossing_tokenizer, [[prompt + row["output"]]], template, [prompt])
         assert ids == [sample.ids]
 
 

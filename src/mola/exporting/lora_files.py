@@ -168,12 +168,13 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
         MolaError: another kind of adapter, one that does what experts cannot, or one that does not fit the model.
     """
     settings = read_settings(folder)
-    if settings.get("peft_type") != "LORA" or foreign_format(settings):
-        is_ours = settings.get("peft_type") == "MOLA" and not foreign_format(settings)
+    is_foreign = foreign_format(settings) is not None
+    if settings.get("peft_type") != "LORA" or is_foreign:
+        is_ours = settings.get("peft_type") == "MOLA" and not is_foreign
         advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes one of it." if is_ours else ""
         raise MolaError(
             f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
-            f"{settings.get('peft_type')!r}{', of another program' if foreign_format(settings) else ''}.{advice}"
+            f"{settings.get('peft_type')!r}{', of another program' if is_foreign else ''}.{advice}"
         )
     refused = {name: why for name, why in _REFUSED.items() if settings.get(name)}
     if settings.get("bias", "none") != "none":

@@ -26,7 +26,7 @@ from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter, load_config, load_model, own_tokenizer
 from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
-from mola.models.prompts import PROMPTS_FILE, own_chat, trained_template, use_chat, warn_of_unknown_tokens
+from mola.models.prompts import hand_on_template, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
 from mola.options.fields import option
 from mola.tuner import MolaConfig
@@ -103,8 +103,7 @@ def merge(options: MergeOptions) -> Path:
         tokenizer.save_pretrained(folder)
         if chat is not None:
             _end_with(end_token_ids(merged, tokenizer), folder / _GENERATION)
-        if (template := trained_template(adapter)) is not None:
-            atomic_write_json(folder / PROMPTS_FILE, {"template": template})
+        hand_on_template(adapter, folder)
     return output
 
 

@@ -87,8 +87,8 @@ def _place(base_model: str) -> str:
         return base_model
     if path.is_dir():
         check_gguf_file(path, None)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
+        if not (path / "config.json").is_file():
+            raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
     return str(path)
 
 

@@ -125,10 +125,15 @@ def end_token_of(folder: str | os.PathLike[str]) -> str | None:
     return end if isinstance(end, str) else None
 
 
-def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
-    """Let the folder of an adapter say how it is asked, as that of the adapter does that it was made from."""
+def hand_on_template(source: str | os.PathLike[str], target: Path) -> None:
+    """Write down the name of an adapter's prompt template, if its folder tells."""
     if (template := trained_template(source)) is not None:
         atomic_write_json(target / PROMPTS_FILE, {"template": template})
+
+
+def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
+    """Let the folder of an adapter say how it is asked, as that of the adapter does that it was made from."""
+    hand_on_template(source, target)
     if own_chat(source) is not None:
         for name in TOKENIZER_FILES:
             if (path := Path(source).expanduser() / name).is_file():

@@ -66,7 +66,7 @@ def check_run(options: TrainOptions) -> CheckedRun:
     if checkpoint is not None and options.auto_find_batch_size:
         goes_on_with_found_batch(options, checkpoint)
     steps = check_steps(options, data)
-    if str(getattr(options.optim, "value", options.optim)).startswith("schedule_free"):
+    if options.optim.startswith("schedule_free"):
         options.warmup_steps = options.get_warmup_steps(steps)  # the optimiser counts them, and knows no shares
     if options.num_gpus > 1:
         logger.warning(

@@ -25,9 +25,9 @@ def check_trainer_options(options: Any) -> None:
 
 
 def _optimizer(options: Any) -> str | None:
-    name = str(getattr(options.optim, "value", options.optim))
-    if not name.startswith(("galore", "apollo")):
+    if not options.optim.startswith(("galore", "apollo")):
         return None
+    name = options.optim.value
     return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
 
 

@@ -41,6 +41,14 @@ class ExpertSettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+def offloaded() -> MolaError:
+    """The error of experts that have no values, since nothing brings them where they are computed."""
+    return MolaError(
+        "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
+        "weights of modules that are called only. Keep it on its device."
+    )
+
+
 class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     r"""A linear map with a mixture of LoRA experts (paper, section 3.1).
 
@@ -209,10 +217,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         parts: Any = self._modules
         experts_A, experts_B = (_tensor(parts[each], adapter_name) for each in ("mola_A", "mola_B"))
         if experts_A.is_meta and not x.is_meta:
-            raise MolaError(
-                "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
-                "weights of modules that are called only. Keep it on its device."
-            )
+            raise offloaded()
         if experts_A.ndim != 3:
             raise MolaError(
                 f"the experts have no values here, but the shape {tuple(experts_A.shape)}: DeepSpeed ZeRO-3 has shared "

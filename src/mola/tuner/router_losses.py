@@ -50,8 +50,6 @@ class RouterLosses:
         self._label_mask: torch.Tensor | None = None
         self._follows_items = True  # whether the model's loss is of its share of `num_items_in_batch`
         self._warnings = RouterWarnings()
-        self._looked_at: set[str] = set()  # adapters, outside of training
-        self._has_warned = False  # there
         self._signs = LossSigns()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
@@ -116,20 +114,14 @@ class RouterLosses:
 
     def _look_outside_training(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
-        if not self._looked_at.issuperset(names):
-            self._looked_at.update(names)
-            for name in names:
-                self._warnings.look_at_dtype(name, self._layers)
+        self._warnings.look_outside_training(names, self._layers)
         # Last what costs something: this runs for each generated token, which has no gradients.
-        if torch.is_grad_enabled() and kwargs.get("labels") is not None and not self._has_warned:
-            routers = [each for layer in self._layers for each in layer.mola_router.values()]
-            if any(each.requires_grad for each in routers) and any(_wants_loss(self._config(name)) for name in names):
-                self._has_warned = True
-                self._warnings.warn_once(
-                    "evaluation",
-                    "The base model is in evaluation mode, so the losses of its routers are left out of the loss. Call "
-                    "`model.train()` to train, or compute under `torch.no_grad()` to evaluate.",
-                )
+        if (
+            torch.is_grad_enabled()
+            and kwargs.get("labels") is not None
+            and any(map(_wants_loss, map(self._config, names)))
+        ):
+            self._warnings.say_left_out(self._layers)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.collecting:

@@ -10,6 +10,7 @@ import torch
 from mola.tuner.layer import MolaLinear
 
 _HALF = (torch.bfloat16, torch.float16)
+_LEFT_OUT = "evaluation"
 
 
 class RouterWarnings:
@@ -17,6 +18,7 @@ class RouterWarnings:
 
     def __init__(self) -> None:
         self._given: set[str] = set()
+        self._looked_at: set[str] = set()  # adapters, outside of training
 
     def look_at(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
         """Warn of a router that learns nothing, or rounds what it learns.
@@ -42,16 +44,31 @@ class RouterWarnings:
                 "saved.",
             )
 
-    def look_at_dtype(self, adapter_name: str, layers: Sequence[MolaLinear]) -> None:
-        """Warn of routers that something has rounded; arguments as those of `look_at`."""
-        dtypes = [each.mola_router[adapter_name].dtype for each in layers if adapter_name in each.mola_router]
-        rounded = next((each for each in dtypes if each in _HALF), None)
-        if rounded is not None:
+    def look_outside_training(self, adapter_names: Sequence[str], layers: Sequence[MolaLinear]) -> None:
+        """Warn of routers that something has rounded, once an adapter is used; arguments as those of `look_at`."""
+        if self._looked_at.issuperset(adapter_names):
+            return
+        self._looked_at.update(adapter_names)
+        for name in adapter_names:
+            dtypes = [each.mola_router[name].dtype for each in layers if name in each.mola_router]
+            rounded = next((each for each in dtypes if each in _HALF), None)
+            if rounded is not None:
+                self.warn_once(
+                    f"dtype {name}",
+                    f"The routers of adapter {name!r} are in {rounded}: something has cast them, as `model.half()` and "
+                    "`model.to(dtype)` do. Some tokens may get other experts, and saving keeps what was rounded. Load "
+                    "the base model in that dtype instead.",
+                )
+
+    def say_left_out(self, layers: Sequence[MolaLinear]) -> None:
+        """Warn where routers would be trained in a call that leaves their losses out."""
+        if _LEFT_OUT in self._given:  # before a look at every layer
+            return
+        if any(each.requires_grad for layer in layers for each in layer.mola_router.values()):
             self.warn_once(
-                f"dtype {adapter_name}",
-                f"The routers of adapter {adapter_name!r} are in {rounded}: something has cast them, as "
-                "`model.half()` and `model.to(dtype)` do. Some tokens may get other experts, and saving keeps what was "
-                "rounded. Load the base model in that dtype instead.",
+                _LEFT_OUT,
+                "The base model is in evaluation mode, so the losses of its routers are left out of the loss. Call "
+                "`model.train()` to train, or compute under `torch.no_grad()` to evaluate.",
             )
 
     def warn_once(self, key: str, message: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from mola.architecture.parameters import StackShape, is_transposed
 from mola.errors import MolaError
 from mola.tuner.initialization import initialize
-from mola.tuner.layer import ExpertSettings
+from mola.tuner.layer import ExpertSettings, offloaded
 
 
 class StackedParameters(nn.Module, BaseTunerLayer):
@@ -89,10 +89,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
     def _check_there(self) -> None:
         is_active = any(name in self.settings for name in self.active_adapters)
         if is_active and hasattr(self.base_layer, "_hf_hook") and any(each.is_meta for each in self.parameters()):
-            raise MolaError(
-                "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
-                "weights of modules that are called only. Keep it on its device."
-            )
+            raise offloaded()
 
     def _changed(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
         """The parameters of one adapter with its update; those in `weights` come in place of the base's."""
