@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mola.errors import MolaError
-from mola.models.loading import check_base_model
+from mola.models.base_model import check_base_model
 from mola.studies.quickstart import QuickstartOptions
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -39,7 +39,8 @@ from mola.files.terminal import table_console
 from mola.insight.ablation import answer_loss
 from mola.insight.recording import gates_of_tokens
 from mola.insight.usage import UsageCounter
-from mola.models.loading import load_model, load_tokenizer
+from mola.models.loading import load_model
+from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.training.train import TrainOptions, train

@@ -105,7 +105,8 @@ def run(options: EnduranceOptions) -> int:
 def _expected(options: EnduranceOptions, root: Path) -> dict[tuple[str, str, int | None], str]:
     """Answers by model, prompt and seed; None for greedy."""
     from mola.generation.decoding import generate_text
-    from mola.models.loading import load_model, load_tokenizer
+    from mola.models.loading import load_model
+    from mola.models.tokenizer import load_tokenizer
 
     tokenizer, expected = load_tokenizer(options.base_model), {}
     for name in ("base", "first", _LOADED):

@@ -105,7 +105,8 @@ def run(options: LoadOptions) -> int:
 def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple[str, str], str], list[dict[str, Any]]]:
     """Greedy answers by model name and prompt, and rows that say how long they took without a server."""
     from mola.generation.decoding import generate_text
-    from mola.models.loading import load_model, load_tokenizer
+    from mola.models.loading import load_model
+    from mola.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.base_model)
     expected, rows = {}, []

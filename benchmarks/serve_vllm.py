@@ -212,7 +212,8 @@ def _answers_of_mola(
 ) -> tuple[list[str], list[float]]:
     """Greedy texts, and how many per second and per second of processor time, after a first one."""
     from mola.generation.decoding import generate_text
-    from mola.models.loading import load_model, load_tokenizer
+    from mola.models.loading import load_model
+    from mola.models.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(options.base_model, adapter, options.dtype), load_tokenizer(options.base_model)
     generate_text(model, tokenizer, prompts[0], max_new_tokens=max_tokens)

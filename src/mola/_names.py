@@ -8,9 +8,9 @@ from mola.generation.decoding import generate_text as generate_text
 from mola.generation.generate import GenerateOptions as GenerateOptions
 from mola.insight.kernels import kernels_report as kernels_report
 from mola.models.loading import load_model as load_model
-from mola.models.loading import load_tokenizer as load_tokenizer
 from mola.models.plan import PlanOptions as PlanOptions
 from mola.models.plan import plan as plan
+from mola.models.tokenizer import load_tokenizer as load_tokenizer
 from mola.studies.continual_learning.continual import ContinualOptions as ContinualOptions
 from mola.studies.continual_learning.continual import ContinualResult as ContinualResult
 from mola.studies.continual_learning.continual import continual as continual

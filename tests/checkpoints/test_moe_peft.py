@@ -14,7 +14,7 @@ from mola import MolaError, load_model
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.cli import main
 from mola.exporting.convert import ConvertOptions, convert
-from mola.models.loading import check_adapter
+from mola.models.adapters import check_adapter
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, Llama, make_settings, make_tensors, write
 
 LINEARS = [f"model.layers.{layer}.{name}" for layer in range(4) for name in LLAMA_SIZES]

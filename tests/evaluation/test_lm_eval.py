@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from mola import MolaConfig, cli
 from mola.evaluation.lm_eval import LmEvalOptions, lm_eval
-from mola.models.loading import load_model, load_tokenizer
+from mola.models.loading import load_model
+from mola.models.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval: pip install 'mola-peft[lm-eval]'")
 

@@ -16,8 +16,9 @@ from mola.exporting.calibration import read_general_text
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.lora_files import read_lora
 from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
-from mola.models.loading import load_model, load_tokenizer
+from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
+from mola.models.tokenizer import load_tokenizer
 from tests.exporting.conftest import base, load, logits, report_of, saved
 from tests.versions import needs
 

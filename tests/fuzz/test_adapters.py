@@ -24,6 +24,7 @@ from mola.exporting.merge import MergeOptions, merge
 from mola.models import loading
 from mola.models.adapters import attach, check_adapter
 from mola.models.meta import model_on_meta
+from mola.models.tokenizer import load_tokenizer
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.tuner import MolaConfig
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, make_settings, make_tensors
@@ -133,7 +134,7 @@ def skeleton(tiny_model_dir, monkeypatch):
 @pytest.fixture
 def loaded(tiny_model_dir, tiny_model, monkeypatch):
     """The same for the model with its weights, and its tokenizer."""
-    tokenizer = loading.load_tokenizer(tiny_model_dir)
+    tokenizer = load_tokenizer(tiny_model_dir)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: copy.deepcopy(tiny_model))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **options: tokenizer)
 

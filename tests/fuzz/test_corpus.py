@@ -22,7 +22,7 @@ from mola.data.tasks import load_task
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.partial import PartialResults
 from mola.models.adapters import check_adapter
-from mola.models.loading import load_config
+from mola.models.base_model import load_config
 from mola.models.plan import PlanOptions
 from mola.options.parsing import parse, read_recipe
 from mola.reporting.load_run import gather, read_losses

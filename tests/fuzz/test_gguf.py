@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola import MolaError
-from mola.models.loading import check_base_model, load_config
+from mola.models.base_model import check_base_model, load_config
 from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import TEXTS, broken
 

@@ -17,7 +17,7 @@ from mola.cli import main
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.templates import get_template
-from mola.models.loading import load_tokenizer
+from mola.models.tokenizer import load_tokenizer
 from tests.conftest import save_adapter
 from tests.integrations.environments import ROOT, run, venv
 from tests.training.runs import losses

@@ -11,18 +11,9 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig
 from mola.errors import MolaError
-from mola.models.adapters import attach
-from mola.models.gguf import tokenizer_arguments
-from mola.models.loading import (
-    check_adapter,
-    check_base_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    own_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from mola.models.adapters import attach, check_adapter
+from mola.models.devices import resolve_device, resolve_dtype
+from mola.models.loading import load_model
 from mola.models.quantization import Quantization, check_quantized_base
 from tests.damage import change_tensors
 
@@ -75,93 +66,6 @@ def test_unknown_dtype_is_refused():
 def test_unknown_device_is_refused(device):
     with pytest.raises(MolaError, match=device):
         resolve_device(device)
-
-
-def test_base_model_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(MolaError, match=r"no config\.json"):
-        check_base_model(tmp_path)
-
-
-def test_adapter_given_as_base_model_is_named_as_such(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(MolaError, match="Pass it as `adapter`"):
-        check_base_model(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../missing", "a/b/c", "~/model", " "])
-def test_missing_base_model_path_is_refused(name):
-    with pytest.raises(MolaError, match="`base_model`"):
-        check_base_model(name)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "NousResearch/Llama-2-7b-hf", "owner/name_1.5-b"])
-def test_hub_ids_pass(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_base_model(name)
-
-
-def test_file_as_base_model_is_refused(tmp_path):
-    file = tmp_path / "model.gguf"
-    file.touch()
-    with pytest.raises(MolaError, match="is a file"):
-        check_base_model(file)
-
-
-def test_tokenizer_pads_with_an_existing_token_and_says_so_once(tiny_tokenizer_dir, tmp_path, caplog):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_tokenizer_dir, folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with caplog.at_level(logging.WARNING, logger="mola"):
-        first = load_tokenizer(folder, "left")
-        second = load_tokenizer(folder, "right")
-    assert first.pad_token == second.pad_token == "</s>"
-    assert len(first) == 258
-    assert (first.padding_side, second.padding_side) == ("left", "right")
-    assert len([record for record in caplog.records if "padding" in record.message]) == 1
-
-
-def test_settings_of_a_tokenizer_alone_are_none(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {"gguf_file": "model.gguf"}
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {}
-
-
-def test_folder_without_tokenizer_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(MolaError, match="no tokenizer"):
-        load_tokenizer(tmp_path, "left")
-
-
-def test_a_tokenizer_of_mistral_common_is_refused(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr("mola.models.loading.AutoTokenizer.from_pretrained", lambda *_, **__: SimpleNamespace())
-    with pytest.raises(MolaError, match="mistral-common"):
-        own_tokenizer(tiny_model_dir)
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_package_that_a_tokenizer_needs_is_named(installed, tmp_path, monkeypatch):
-    """Transformers asks for sentencepiece, or for what the base model's own code imports."""
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-
-    def fail(*args, **kwargs):
-        raise ImportError("requires another package")
-
-    monkeypatch.setattr("mola.models.loading.AutoTokenizer.from_pretrained", fail)
-    monkeypatch.setattr("mola.models.loading.find_spec", lambda name: object() if installed else None)
-    with pytest.raises(MolaError, match="requires another package") as caught:
-        own_tokenizer(tmp_path)
-    assert ("pip install 'mola-peft[sentencepiece]'" in str(caught.value)) is not installed
-
-
-def test_wrong_padding_side_is_refused(tiny_model_dir):
-    with pytest.raises(MolaError, match="'middle'"):
-        load_tokenizer(tiny_model_dir, "middle")
-
-
-def test_config_loads_without_weights(tiny_model_dir, tmp_path):
-    shutil.copy(tiny_model_dir / "config.json", tmp_path)
-    assert load_config(tmp_path).num_hidden_layers == 4
 
 
 def test_base_model_is_ready_for_inference(tiny_model_dir, tiny_model):
@@ -362,13 +266,6 @@ def test_tensors_that_do_not_match_are_refused(kind, change, tiny_model_dir, tmp
 def test_adapter_names_pytorch_cannot_use_are_refused(name, tiny_model_dir, lora_adapter):
     with pytest.raises(MolaError, match="without dots"):
         load_model(tiny_model_dir, {name: lora_adapter[0]})
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
-def test_broken_configuration_is_one_clear_error(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(MolaError, match="no readable configuration"):
-        load_config(tmp_path)
 
 
 def test_bases_of_other_quantisations(monkeypatch, caplog):

@@ -7,8 +7,8 @@ from transformers import LlamaForCausalLM
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.exporting.convert import ConvertOptions, convert
-from mola.models.loading import load_tokenizer
 from mola.models.quantized import prepare_for_training, weight_bytes
+from mola.models.tokenizer import load_tokenizer
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.usefixtures("bitsandbytes")]

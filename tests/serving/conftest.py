@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mola import MolaConfig
 from mola.generation.decoding import generate_text
-from mola.models.loading import load_model, load_tokenizer
+from mola.models.loading import load_model
+from mola.models.tokenizer import load_tokenizer
 
 from ..waiting import PATIENCE
 from .raw import SECRET, TOKEN, is_idle, logged_in_test, serving

@@ -16,7 +16,8 @@ from mola import MolaConfig  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.generation.decoding import generate_text  # noqa: E402
 from mola.models.adapters import changes_base  # noqa: E402
-from mola.models.loading import load_model, load_tokenizer  # noqa: E402
+from mola.models.loading import load_model  # noqa: E402
+from mola.models.tokenizer import load_tokenizer  # noqa: E402
 from mola.serving.demonstration.demo import DemoOptions, running_demo  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 

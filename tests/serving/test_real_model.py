@@ -9,7 +9,8 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="needs the extra `test`")
 
 from mola.generation.decoding import generate_text  # noqa: E402
-from mola.models.loading import load_model, load_tokenizer  # noqa: E402
+from mola.models.loading import load_model  # noqa: E402
+from mola.models.tokenizer import load_tokenizer  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from .conftest import save_adapter  # noqa: E402

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.templates import get_template
-from mola.models.loading import load_tokenizer
+from mola.models.tokenizer import load_tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
 NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no"}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
-from mola.models.loading import resolve_device, resolve_dtype
+from mola.models.devices import resolve_device, resolve_dtype
 from mola.training.run_folder import claimed
 from mola.training.setup import build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mola.architecture.allocation import LinearShape, plan_allocation
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import linear_shapes, resolve_target_modules
-from mola.models.loading import load_config
+from mola.models.base_model import load_config
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
 

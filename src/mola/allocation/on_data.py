@@ -22,7 +22,9 @@ from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.insight.float64 import in_float64
-from mola.models.loading import load_config, load_model, load_tokenizer
+from mola.models.base_model import load_config
+from mola.models.loading import load_model
+from mola.models.tokenizer import load_tokenizer
 
 _RANK = 8  # components of a linear's input that count, in the mean
 _TOKENS = 1024  # of which an input's spectrum is taken

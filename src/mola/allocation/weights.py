@@ -12,7 +12,8 @@ from transformers.utils.hub import cached_file
 
 from mola.allocation.base import Base
 from mola.errors import MolaError
-from mola.models.loading import load_config, load_model
+from mola.models.base_model import load_config
+from mola.models.loading import load_model
 from mola.models.quantization import Quantization, stored_quantization
 
 logger = logging.getLogger(__name__)

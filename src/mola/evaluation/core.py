@@ -1,5 +1,6 @@
 """The core of an evaluation: a loaded model answers examples in memory, and the answers are counted."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from mola.generation import predicting
 
 logger = logging.getLogger(__name__)
 
-_patterns_told: set[tuple[str, int, Any]] = set()
+_warn_once = functools.cache(logger.warning)
 
 # Masked or not, it is part of their state, or shifts the windows into which they cut a sequence.
 _SEE_PADDING = (
@@ -201,9 +202,8 @@ def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
         for each in examples
         if each.get("output") and task.extract_answer(each["output"], each["num_choices"]) != each["answer"]
     ]
-    if lost and (told := (task.name, len(lost), lost[0])) not in _patterns_told:
-        _patterns_told.add(told)
-        logger.warning(
+    if lost:
+        _warn_once(
             "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
             "model that writes these outputs counts as wrong.",
             *(task.name, len(lost), len(examples), lost[0]),

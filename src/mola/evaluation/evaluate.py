@@ -27,8 +27,8 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.files.terminal import table_console
 from mola.generation import predicting
+from mola.models.adapters import check_adapter
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.models.loading import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, mapping, option

@@ -24,8 +24,10 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
 from mola.files.reading import read_json_object
-from mola.models.adapters import warn_other_base
-from mola.models.loading import check_adapter, check_adapter_fits, load_config, resolve_device, resolve_dtype
+from mola.models.adapters import check_adapter, warn_other_base
+from mola.models.base_model import load_config
+from mola.models.devices import resolve_device, resolve_dtype
+from mola.models.loading import check_adapter_fits
 from mola.options.fields import option
 
 # Flags of the harness that an option of this command sets, and that option.

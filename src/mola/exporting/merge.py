@@ -21,13 +21,15 @@ from mola.files.atomic import atomic_write_json
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
-from mola.models.adapters import check_fits
+from mola.models.adapters import check_adapter, check_fits
+from mola.models.base_model import load_config
 from mola.models.devices import DTYPES
-from mola.models.loading import check_adapter, load_config, load_model, own_tokenizer
+from mola.models.loading import load_model
 from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_template, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
+from mola.models.tokenizer import own_tokenizer
 from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.merging import check_not_replicated, check_own_weights

@@ -33,10 +33,12 @@ from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
 from mola.generation.predicting import max_positions
 from mola.models.adapters import check_fits, warn_other_base
-from mola.models.loading import load_config, load_model, load_tokenizer
+from mola.models.base_model import load_config
+from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts, template_for
 from mola.models.quantized import keep_gradients
+from mola.models.tokenizer import load_tokenizer
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mola.errors import MolaError
-from mola.models.loading import load_config
+from mola.models.base_model import load_config
 
 
 def check_attention(

@@ -1,6 +1,6 @@
-"""Loading what a command needs: device, dtype, tokenizer, base model, adapters.
+"""Base models with their adapters, as a command needs them.
 
-- Everything that can be checked without weights is checked first (`check_base_model`, `check_adapter`,
+- Everything that can be checked without weights is checked first (`load_config`, `check_adapter`,
   `check_adapter_fits`).
 - Routers are kept in float32 on any base: in bfloat16 a few tokens would pick other experts.
 """
@@ -8,99 +8,26 @@
 import gc
 import logging
 import os
-import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mola._compat import own_tokenizers
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
+from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.models.gguf import TOKENIZER_FILES, check_gguf_file, tokenizer_arguments
 from mola.models.lora_fit import check_lora
-from mola.models.meta import model_on_meta, read_config
+from mola.models.meta import model_on_meta
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, finish_loading, loading_arguments
 from mola.tuner import MolaConfig
 
-__all__ = [
-    "check_adapter",
-    "check_base_model",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "resolve_device",
-    "resolve_dtype",
-]
-
 logger = logging.getLogger(__name__)
-
-_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-_pad_tokens_reported: set[tuple[str, str]] = set()
-
-
-def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Refuse a base model that cannot load, before anything heavy happens; a hub id is let through.
-
-    Args:
-        base_model: folder or hub id.
-        gguf_file: GGUF file in that folder, which holds everything; None for a folder with `config.json`.
-
-    Raises:
-        MolaError: a folder without `config.json` or without the GGUF file, a file, or a path that does not exist.
-    """
-    name = os.fspath(base_model)
-    if not name.strip():
-        raise MolaError("`base_model` must name a model: got an empty text. Pass a folder or a hub id.")
-    path = Path(name)
-    if os.path.isdir(path):
-        check_gguf_file(path, gguf_file)
-        if gguf_file is not None or (path / "config.json").is_file():
-            return
-        if (path / "adapter_config.json").is_file():
-            raise MolaError(
-                f"`base_model` must hold a whole model: folder {name!r} has no config.json but "
-                "an adapter. Pass it as `adapter` and its base model as `base_model`."
-            )
-        raise MolaError(
-            f"`base_model` must hold a model: folder {name!r} has no config.json. "
-            "Pass a folder written by save_pretrained or a hub id."
-        )
-    if os.path.exists(path):
-        raise MolaError(f"`base_model` must be a folder or a hub id: {name!r} is a file. Pass its folder.")
-    # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise MolaError(f"`base_model` names a folder that does not exist: {name!r}. Check the path.")
-
-
-def load_config(
-    base_model: str | os.PathLike[str], trust_remote_code: bool = False, gguf_file: str | None = None
-) -> PretrainedConfig:
-    """Configuration of the base model; loads no weights.
-
-    Args:
-        base_model: folder or hub id.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder, if it is one.
-
-    Raises:
-        MolaError: see `check_base_model`; also when the configuration is broken or the hub does not have it.
-    """
-    check_base_model(base_model, gguf_file)
-    return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
 
 
 def check_adapter_fits(
@@ -132,96 +59,6 @@ def check_adapter_fits(
         check_fits(on_meta, config, read_tensors(Path(adapter)))
     except (MolaError, TypeError) as error:
         raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
-
-
-def own_tokenizer(
-    base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None, **settings: Any
-) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model as it is, but for the `settings`; see `load_tokenizer`, which makes it pad.
-
-    Raises:
-        MolaError: no tokenizer there.
-    """
-    arguments = tokenizer_arguments(base_model, gguf_file)
-    folder = Path(base_model)
-    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
-    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
-        raise MolaError(
-            f"`base_model` has no tokenizer that loads: {base_model!r} holds none of {', '.join(_TOKENIZERS)}."
-        )
-    try:
-        arguments |= own_tokenizers()
-        tokenizer = AutoTokenizer.from_pretrained(
-            base_model, trust_remote_code=trust_remote_code, **arguments, **settings
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        hint, needed = "", ("sentencepiece", "google.protobuf")
-        if any(folder.glob("*.model")) and not all(map(_is_installed, needed)):  # Transformers then speaks of others
-            hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
-        raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
-    if not hasattr(tokenizer, "is_fast"):
-        raise MolaError(
-            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which does not say where in a text a "
-            "token is. Update Transformers, or uninstall mistral-common."
-        )
-    return tokenizer
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package above
-        return False
-
-
-def load_tokenizer(
-    base_model: str | os.PathLike[str],
-    padding_side: str = "left",
-    trust_remote_code: bool = False,
-    gguf_file: str | None = None,
-) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model with a padding token; the vocabulary never grows.
-
-    Without a padding token of its own it pads with the unknown or, failing that, the end token (padded
-    positions are masked, so the choice does not change a result).
-
-    Args:
-        base_model: folder or hub id.
-        padding_side: `"left"` for generation, `"right"` for training.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder; its tokenizer is used only where the folder has no other.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        MolaError: see `check_base_model`; no tokenizer there, or no token that could pad.
-    """
-    check_base_model(base_model, gguf_file)
-    name = os.fspath(base_model)
-    if padding_side not in ("left", "right"):
-        raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
-    tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
-    pads, vocabulary = tokenizer.pad_token_id, _vocabulary(name, trust_remote_code, gguf_file)
-    if pads is None or (vocabulary is not None and pads >= vocabulary):
-        substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
-        if substitute is None:
-            raise MolaError(
-                f"`base_model` has a tokenizer without padding, unknown or end token: {name!r}. "
-                "Set `pad_token` in its tokenizer_config.json to an existing token."
-            )
-        tokenizer.pad_token = substitute
-        if (name, substitute) not in _pad_tokens_reported:
-            _pad_tokens_reported.add((name, substitute))
-            what = "no padding token" if pads is None else f"a padding token, {pads}, that the model does not know"
-            logger.warning("The tokenizer of %s has %s; padding with %r.", name, what, substitute)
-    return tokenizer
-
-
-def _vocabulary(base_model: str, trust_remote_code: bool, gguf_file: str | None) -> int | None:
-    """Tokens for which the model has embeddings, as its configuration says."""
-    config: Any = read_config(base_model, trust_remote_code, gguf_file)
-    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def load_model(

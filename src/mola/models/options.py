@@ -8,8 +8,11 @@ from typing import ClassVar
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mola.models.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from mola.models.base_model import load_config
+from mola.models.devices import resolve_device, resolve_dtype
+from mola.models.loading import load_model
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base
+from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import START, Group, option
 
 
@@ -44,7 +47,7 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
 
 
 def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:
-    """The base model's tokenizer; see `mola.models.loading.load_tokenizer`."""
+    """The base model's tokenizer; see `mola.models.tokenizer.load_tokenizer`."""
     return load_tokenizer(options.base_model, padding_side, options.trust_remote_code, options.gguf_file)
 
 

@@ -1,5 +1,6 @@
 """In which prompts an adapter was trained: others are none that it knows."""
 
+import functools
 import logging
 import os
 import shutil
@@ -22,7 +23,7 @@ _RECORD = "run.json"  # of `mola train`
 
 logger = logging.getLogger(__name__)
 
-_tokens_looked_at: set[tuple[str, str]] = set()
+_warn_once = functools.cache(logger.warning)
 
 
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
@@ -102,19 +103,15 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
 
 def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenizer: Any) -> None:
     """Say so, once, where an adapter writes chats with tokens of its tokenizer that the base model's does not have."""
-    key = os.fspath(adapter), tokenizer.name_or_path
-    if key in _tokens_looked_at:
-        return
-    _tokens_looked_at.add(key)
     added = read_json_object(Path(adapter).expanduser() / "tokenizer.json").get("added_tokens")
     names = [each["content"] for each in added or [] if isinstance(each, dict) and isinstance(each.get("content"), str)]
     used = [name for name in names if name in chat.template or name == chat.end_token]
     known = tokenizer.get_vocab() if used else {}
     if missing := [name for name in used if name not in known]:
-        logger.warning(
+        _warn_once(
             "%s writes chats with %s, which the base model's tokenizer does not have: they are read as text, not as "
             "the tokens of its training. Save the adapter's tokenizer into the base model's folder, and pass that.",
-            *(adapter, ", ".join(missing)),
+            *(os.fspath(adapter), ", ".join(missing)),
         )
 
 

@@ -27,7 +27,7 @@ from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_wi
 from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
 from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
-from mola.models.loading import check_adapter
+from mola.models.adapters import check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, mapping, option

@@ -19,7 +19,7 @@ from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json
 from mola.files.digests import file_sha256
 from mola.files.reading import read_json_object
-from mola.models.loading import check_adapter
+from mola.models.adapters import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
 

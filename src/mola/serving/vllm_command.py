@@ -16,7 +16,8 @@ from typing import Any
 
 from mola._process import SET
 from mola.errors import MolaError
-from mola.models.loading import check_adapter, check_base_model
+from mola.models.adapters import check_adapter
+from mola.models.base_model import check_base_model
 from mola.models.prompts import CHAT_TEMPLATE, Chat, end_token_of, own_chats
 from mola.tuner import MolaConfig
 

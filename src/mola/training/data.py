@@ -23,7 +23,7 @@ from mola.data.tasks import Task, load_task
 from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.generation.predicting import max_positions
-from mola.models.loading import load_config
+from mola.models.base_model import load_config
 from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
 from mola.options.fields import mapping
 from mola.training.options import TrainOptions

@@ -14,13 +14,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
+from mola.models.adapters import check_adapter
 from mola.models.attention import check_attention
+from mola.models.base_model import load_config
 from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
-from mola.models.loading import check_adapter, check_adapter_fits, load_config, load_model, load_tokenizer
+from mola.models.loading import check_adapter_fits, load_model
 from mola.models.meta import model_on_meta
 from mola.models.quantization import check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
+from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.sharding import is_sharded

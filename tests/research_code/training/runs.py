@@ -8,7 +8,7 @@ from mola import load_model
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.templates import get_template
-from mola.models.loading import load_tokenizer
+from mola.models.tokenizer import load_tokenizer
 
 TRAIN, INSTRUCTION = "mola_training.py", "mola_training_instruction.py"
 

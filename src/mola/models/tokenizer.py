@@ -1,0 +1,108 @@
+"""Tokenizers of base models: as they are, and with a token that pads."""
+
+import functools
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mola._compat import own_tokenizers
+from mola.errors import MolaError
+from mola.models.base_model import check_base_model
+from mola.models.gguf import TOKENIZER_FILES, tokenizer_arguments
+from mola.models.meta import read_config
+
+_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
+
+
+def load_tokenizer(
+    base_model: str | os.PathLike[str],
+    padding_side: str = "left",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model with a padding token; the vocabulary never grows.
+
+    Without a padding token of its own it pads with the unknown or, failing that, the end token (padded
+    positions are masked, so the choice does not change a result).
+
+    Args:
+        base_model: folder or hub id.
+        padding_side: `"left"` for generation, `"right"` for training.
+        trust_remote_code: run code shipped with the model.
+        gguf_file: GGUF file in that folder; its tokenizer is used only where the folder has no other.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        MolaError: see `check_base_model`; no tokenizer there, or no token that could pad.
+    """
+    check_base_model(base_model, gguf_file)
+    name = os.fspath(base_model)
+    if padding_side not in ("left", "right"):
+        raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
+    tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
+    pads, vocabulary = tokenizer.pad_token_id, _vocabulary(name, trust_remote_code, gguf_file)
+    if pads is None or (vocabulary is not None and pads >= vocabulary):
+        substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
+        if substitute is None:
+            raise MolaError(
+                f"`base_model` has a tokenizer without padding, unknown or end token: {name!r}. "
+                "Set `pad_token` in its tokenizer_config.json to an existing token."
+            )
+        tokenizer.pad_token = substitute
+        what = "no padding token" if pads is None else f"a padding token, {pads}, that the model does not know"
+        _warn_once("The tokenizer of %s has %s; padding with %r.", name, what, substitute)
+    return tokenizer
+
+
+def own_tokenizer(
+    base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None, **settings: Any
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model as it is, but for the `settings`; see `load_tokenizer`, which makes it pad.
+
+    Raises:
+        MolaError: no tokenizer there.
+    """
+    arguments = tokenizer_arguments(base_model, gguf_file)
+    folder = Path(base_model)
+    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
+    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
+        raise MolaError(
+            f"`base_model` has no tokenizer that loads: {base_model!r} holds none of {', '.join(_TOKENIZERS)}."
+        )
+    try:
+        arguments |= own_tokenizers()
+        tokenizer = AutoTokenizer.from_pretrained(
+            base_model, trust_remote_code=trust_remote_code, **arguments, **settings
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint, needed = "", ("sentencepiece", "google.protobuf")
+        if any(folder.glob("*.model")) and not all(map(_is_installed, needed)):  # Transformers then speaks of others
+            hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
+        raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
+    if not hasattr(tokenizer, "is_fast"):
+        raise MolaError(
+            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which does not say where in a text a "
+            "token is. Update Transformers, or uninstall mistral-common."
+        )
+    return tokenizer
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package above
+        return False
+
+
+def _vocabulary(base_model: str, trust_remote_code: bool, gguf_file: str | None) -> int | None:
+    """Tokens for which the model has embeddings, as its configuration says."""
+    config: Any = read_config(base_model, trust_remote_code, gguf_file)
+    return getattr(config.get_text_config(), "vocab_size", None)

@@ -1,0 +1,61 @@
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from mola.errors import MolaError
+from mola.models.gguf import tokenizer_arguments
+from mola.models.tokenizer import load_tokenizer, own_tokenizer
+
+
+def test_tokenizer_pads_with_an_existing_token_and_says_so_once(tiny_tokenizer_dir, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_tokenizer_dir, folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with caplog.at_level(logging.WARNING, logger="mola"):
+        first = load_tokenizer(folder, "left")
+        second = load_tokenizer(folder, "right")
+    assert first.pad_token == second.pad_token == "</s>"
+    assert len(first) == 258
+    assert (first.padding_side, second.padding_side) == ("left", "right")
+    assert len([record for record in caplog.records if "padding" in record.message]) == 1
+
+
+def test_settings_of_a_tokenizer_alone_are_none(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {"gguf_file": "model.gguf"}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {}
+
+
+def test_folder_without_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MolaError, match="no tokenizer"):
+        load_tokenizer(tmp_path, "left")
+
+
+def test_a_tokenizer_of_mistral_common_is_refused(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("mola.models.tokenizer.AutoTokenizer.from_pretrained", lambda *_, **__: SimpleNamespace())
+    with pytest.raises(MolaError, match="mistral-common"):
+        own_tokenizer(tiny_model_dir)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_package_that_a_tokenizer_needs_is_named(installed, tmp_path, monkeypatch):
+    """Transformers asks for sentencepiece, or for what the base model's own code imports."""
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+
+    def fail(*args, **kwargs):
+        raise ImportError("requires another package")
+
+    monkeypatch.setattr("mola.models.tokenizer.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("mola.models.tokenizer.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(MolaError, match="requires another package") as caught:
+        own_tokenizer(tmp_path)
+    assert ("pip install 'mola-peft[sentencepiece]'" in str(caught.value)) is not installed
+
+
+def test_wrong_padding_side_is_refused(tiny_model_dir):
+    with pytest.raises(MolaError, match="'middle'"):
+        load_tokenizer(tiny_model_dir, "middle")
