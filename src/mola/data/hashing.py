@@ -30,6 +30,11 @@ def hash_head(example: Mapping[str, Any]) -> int:
     return hash_instruction(example) or hash_example(example)
 
 
+def distinct_questions(examples: Iterable[Mapping[str, Any]]) -> NDArray[np.uint64]:
+    """`hash_head` of the examples, sorted, each once."""
+    return np.unique(np.fromiter(map(hash_head, examples), np.uint64))
+
+
 def count_shared(splits: Iterable[NDArray[np.uint64]]) -> int:
     """Values other than 0 that occur in more than one split."""
     values, counts = np.unique(np.concatenate([np.unique(part) for part in splits]), return_counts=True)

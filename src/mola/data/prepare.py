@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mola.data.draw.sizes import drawn_sizes, prepare_drawn
 from mola.data.examples import check_columns, check_ids
-from mola.data.hashing import count_shared, hash_head
+from mola.data.hashing import count_shared, distinct_questions
 from mola.data.read import read_rows
 from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
@@ -92,7 +90,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         why = "its filters left out every row" if has_rows else "there are none"
         why = "all sizes are 0" if options.task == "sample" else why
         raise MolaError(f"`data` must have rows for the task `{task.name}`: {why}.")
-    heads = [np.array([hash_head(row) for row in rows], dtype=np.uint64) for rows in splits.values()]
+    heads = [distinct_questions(rows) for rows in splits.values()]
     shared = count_shared(heads)
     write_splits(splits, output_dir)
     for name, count in counts.items():

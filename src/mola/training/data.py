@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute
+from numpy.typing import NDArray
 from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.examples import load_examples
-from mola.data.hashing import hash_example
+from mola.data.hashing import distinct_questions, hash_example
 from mola.data.read import has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
@@ -42,6 +44,7 @@ class TrainingData:
         evaluation: encoded evaluation samples, or None.
         reports: what encoding did, by part.
         fingerprints: sha256 of the examples, by part.
+        questions: hashes of the questions, by part; see `mola.data.hashing.distinct_questions`.
         template: name of the prompt template.
     """
 
@@ -49,6 +52,7 @@ class TrainingData:
     evaluation: datasets.Dataset | None
     reports: dict[str, EncodeReport]
     fingerprints: dict[str, str]
+    questions: dict[str, NDArray[np.uint64]]
     template: str
 
 
@@ -85,7 +89,7 @@ def prepare_data(
             f"`cutoff_len` must not be above what the model can read: got {options.cutoff_len}, "
             f"{options.base_model} has {limit} positions. Lower `cutoff_len`."
         )
-    encoded, reports, fingerprints = {}, {}, {}
+    encoded, reports, fingerprints, questions = {}, {}, {}, {}
     for part, examples in (("train", train), ("evaluation", evaluation)):
         if examples:
             encoded[part], reports[part] = encode_examples(
@@ -99,8 +103,9 @@ def prepare_data(
             )
             _check_known(encoded[part], options)
             fingerprints[part] = data_fingerprint(examples)
+            questions[part] = distinct_questions(examples)
             logger.info("%s data: %s", part, reports[part].summary())
-    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, name)
+    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, questions, name)
 
 
 def _check_known(dataset: datasets.Dataset, options: TrainOptions) -> None:

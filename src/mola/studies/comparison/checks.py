@@ -6,14 +6,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
 from mola.allocation.options import method_name
 from mola.data.encode import data_fingerprint
-from mola.data.read import split_names
+from mola.data.hashing import distinct_questions
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
@@ -21,6 +20,7 @@ from mola.files.digests import weights_sha256
 from mola.models.identity import weights_identity
 from mola.options.parsing import convert
 from mola.studies.comparison.options import CompareOptions, Key
+from mola.studies.overlaps import Questions, check_seen, holds_the_other, warn_of_seen
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.options import ADAPTER_DEFAULTS
@@ -39,7 +39,8 @@ _NOT_OF_A_TEST = ("adapter", "data", "base_model", "output", "overwrite", "devic
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay")
 
 
-_Data = tuple[dict[str, str], int, str, str, str]  # fingerprints, number of questions, base model, its dtype, task
+# Fingerprints, number of questions, base model, its dtype, task, questions
+_Data = tuple[dict[str, str], int, str, str, str, Questions]
 # Evaluation, allocation asked for, its probe, data
 _Looked = tuple[EvaluateOptions, AllocateOptions | None, str | None, _Data]
 
@@ -60,6 +61,7 @@ class Run:
     base_model: str  # which weights, see `mola.models.identity`
     dtype: str  # of the base, which `auto` chooses for each machine
     rule: str  # sha256 of the task's template and of how it reads answers
+    questions: Questions = field(repr=False)  # of the test
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -119,12 +121,13 @@ def check_search(searched: Sequence[Run], runs: Sequence[Run]) -> None:
     tests = {(run.key.task, run.key.recipe): run for run in runs}
     for run in searched:
         tested = tests[run.key.task, run.key.plain_recipe]
-        if run.fingerprints["test"] == tested.fingerprints["test"]:
+        if holds_the_other(run.questions, tested.questions):
             raise MolaError(
                 f"task `{run.key.task}`, recipe `{run.key.plain_recipe}`: `tuning_split` ({run.test.split!r}) has the "
                 f"questions of the test ({tested.test.data!r}, split {tested.test.split!r}). A choice on them says "
                 "nothing about others: name another split."
             )
+        warn_of_seen(run.key.task, tested.questions, run.questions, f"in `tuning_split` ({run.test.split!r})")
 
 
 def _look(
@@ -156,35 +159,14 @@ def _look(
                 "with earlier weights: pass --load_best_model_at_end false, or leave `test_every` out."
             )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
-        # A search may choose by its own questions, which are not the test's.
-        if not key.candidate and _chooses_by(evaluation_of(run_options), run_options, fingerprints):
-            raise MolaError(
-                "`load_best_model_at_end` would choose a checkpoint by the questions of the test, which are the "
-                "evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
-            )
+        questions = distinct_questions(examples)
+        check_seen(key.task, questions, run_options, data, is_search=bool(key.candidate))
         if run_options.adapter:
             fingerprints["adapter"] = weights_sha256(run_options.adapter) or ""
         weights = weights_identity(run_options.base_model or "")
-        looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype, task.fingerprint()
+        rule = task.fingerprint()
+        looked_at[name] = fingerprints, len(examples), weights, run_options.base_dtype, rule, questions
     return looked_at[name]
-
-
-def _chooses_by(test: EvaluateOptions, run_options: TrainAndTestOptions, fingerprints: Mapping[str, str]) -> bool:
-    """Whether a checkpoint is chosen by the rows that a test is of, or by those around a part of them."""
-    if not run_options.load_best_model_at_end or "evaluation" not in fingerprints:
-        return False
-    if fingerprints["evaluation"] == fingerprints["test"]:
-        return True
-    evaluated = _place(run_options.eval_data or run_options.data or "", run_options.eval_split)
-    return not run_options.validation_size and evaluated == _place(test.data or "", test.split)
-
-
-def _place(source: str, split: str | None) -> tuple[str, str | None]:
-    """Where rows are, however it is written: a file has no splits."""
-    path = Path(source).expanduser()
-    if not path.exists():  # a name on the Hub
-        return source, split
-    return str(path.resolve()), split if split_names(path) else None
 
 
 def _with_any_numbers(run_options: TrainAndTestOptions) -> TrainAndTestOptions:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mola.data.encode import data_fingerprint
+from mola.data.hashing import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
+from mola.studies.overlaps import check_seen
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.hub import check_hub_options
@@ -60,6 +62,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
             check_steps(stage_options, data)
+            check_seen(name, distinct_questions(test_examples), stage_options, data)
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from mola.errors import MolaError
 from mola.tuner.kernels.api import Backend, Grads, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import sample_dropout_mask
+from mola.tuner.kernels.tensors import autocast_is_on
 
 _FIELDS = MixtureInputs._fields
 _GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]  # after the backend
@@ -55,7 +57,10 @@ class _MixtureFunction(torch.autograd.Function):
         if grad_output is None:
             grad_output = x.new_zeros(*x.shape[:-1], inputs.experts_B.shape[2])
         wanted = Grads(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
-        grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)
+        # Formats are those of the forward pass: autocast around `backward()` may be another.
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext():
+            grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)
         grad_x = None if grads.x is None else grads.x.view(x.shape).to(ctx.x_dtype)
         of_parameters = [
             None if grad is None else grad.view(parameter.shape).to(parameter.dtype)

@@ -15,7 +15,7 @@ from mola.tuner.kernels.api import NO_ROUTER, Backend, Grads, Mixture, MixtureIn
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
 from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
-from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.kernels.tensors import as_rows, results_are_kept
 from mola.tuner.routing import DEFAULT_ROUTER
 
 
@@ -25,6 +25,8 @@ def why_not_written_out(inputs: MixtureInputs) -> str | None:
         return NO_ROUTER
     if torch.compiler.is_compiling():
         return "a compiler is given plain operators"
+    if results_are_kept():
+        return "selective activation checkpointing keeps results that would be added to"
     return "the router's input is jittered" if inputs.settings.jitter else None
 
 

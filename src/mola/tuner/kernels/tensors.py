@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -25,6 +27,14 @@ def has_hooks(module: nn.Module) -> bool:
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is on for a type of device; on the meta device there is none, and asking raises."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def results_are_kept() -> bool:
+    """Whether selective activation checkpointing keeps what operators return, or gives it back: none may be changed."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    kinds = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+    return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
