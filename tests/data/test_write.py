@@ -121,19 +121,32 @@ def test_folder_that_has_to_stay_gets_the_files(tmp_path, monkeypatch, place):
     with pytest.raises(KeyError):
         write_and_fail(folder)
     assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
-    replaced = []
+    replaced, move = [], os.replace
 
-    def replace(path, target, replace=os.replace):
+    def replace(path, target):
         replaced.append(Path(path).name)
         if Path(path).name == "dataset_dict.json" and Path(path).parent.suffix == ".tmp":
             raise OSError(28, "full")
-        replace(path, target)
+        move(path, target)
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(MolaError, match="full"):
         write_two(folder)
     assert replaced[:4] == ["dataset_dict.json", "second.json", "a.json", "dataset_dict.json"]  # what completes it last
     assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
+    for is_done in (False, True):  # an interrupt comes before a file is moved, or right after
+
+        def interrupted(path, target, move=move, is_done=is_done):
+            is_it = Path(path).name == "a.json" and Path(target).parent == folder
+            if is_done or not is_it:
+                move(path, target)
+            if is_it:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_two(folder)
+        assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
     assert folder.stat().st_ino == number
 
 

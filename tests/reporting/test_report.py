@@ -17,7 +17,7 @@ from mola.options.parsing import parse
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.heat import gate_maps
 from mola.reporting.inspect import InspectOptions
-from mola.reporting.load_run import gather
+from mola.reporting.load_run import gather, step_of_weights
 from mola.reporting.page import render_inspection
 from mola.reporting.report import ReportOptions, report
 from mola.reporting.run_summary import _figures, _share
@@ -664,6 +664,7 @@ def test_weights_of_an_earlier_step_are_said(run_dir):
     change(run_dir / "run.json", lambda record: record.update(best_checkpoint="run/checkpoint-1", steps=9))
     figures = {name: value for name, value, _ in _figures(gather(str(run_dir))) if value}
     assert (figures["steps"], figures["weights"]) == ("9", "of step 1")
+    assert step_of_weights({"best_checkpoint": "checkpoint-" + "9" * 5000}) is None  # more digits than Python reads
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.213, "21.3"), (0.0004567, "0.046"), (0.00001, "0.0010")])

@@ -12,6 +12,7 @@ from ..waiting import PATIENCE, wait_until
 from .raw import (
     CHUNKED,
     CLIENT_TIMEOUT,
+    JSON,
     LAST,
     MOST_CONNECTIONS,
     TOKEN,
@@ -148,6 +149,27 @@ def test_a_long_answer_is_no_slow_request(narrow_url):
     assert status == 200
     assert json.loads(body)["usage"]["completion_tokens"] == 1000
     assert time.monotonic() - start > CLIENT_TIMEOUT  # else the test says nothing
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_answer_to_who_asks_for_another_protocol(stream, narrow_url):
+    """As Java's clients do, and curl --http2: HTTP/1.1 is what they get, in full."""
+    start = time.monotonic()
+    headers = ["Connection: Upgrade, HTTP2-Settings, close", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"]
+    with connected(narrow_url) as opened:
+        opened.sendall(completion(TOKEN, headers, max_tokens=1000, stream=stream))
+        received = read_to_end(opened)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.rstrip(b"\r\n0").endswith(b"data: [DONE]" if stream else b"}")
+    assert time.monotonic() - start > CLIENT_TIMEOUT  # else the test says nothing
+
+
+def test_a_body_that_comes_after_its_answer_leaves_no_connection_open(narrow_url):
+    with connected(narrow_url) as opened:
+        opened.sendall(request("/v1/completions", "POST", headers=[JSON, "Content-Length: 2"]))
+        assert read_answer(opened)[0] == 401
+        opened.sendall(b"{}")
+        assert read_to_end(opened) == b""  # closed, as every connection on which nothing comes
 
 
 def test_a_client_that_reads_nothing_is_cut(endless_model_dir, adapters, caplog):

@@ -19,10 +19,11 @@ from mola.models.adapters import changes_base  # noqa: E402
 from mola.models.loading import load_model  # noqa: E402
 from mola.models.tokenizer import load_tokenizer  # noqa: E402
 from mola.serving.demonstration.demo import DemoOptions, running_demo  # noqa: E402
+from mola.serving.queue import AnswerQueue  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from ..grids import slow  # noqa: E402
-from ..waiting import PATIENCE  # noqa: E402
+from ..waiting import PATIENCE, wait_until  # noqa: E402
 
 # PEFT before 0.19 says so where not every adapter has trained the same modules; the outputs are right.
 pytestmark = pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
@@ -233,7 +234,48 @@ def test_wrong_loads_end_in_one_error_and_leave_no_trace(endless_model_dir, tmp_
             answer = http.post(path, content=half, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400
             assert "surrogate" in answer.json()["error"]["message"]
+        # Names of so many parts take minutes to look at.
+        assert "`lora_path`" in load(http, "x", "a/" * 400_000, 400)["error"]["message"]
+        assert "4096" in load(http, "x" * 5000, "plain", 400)["error"]["message"]
+        assert "below the server's" in load(http, "x", ".", 400)["error"]["message"]
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [endless_model_dir.name]
+
+
+def test_too_little_memory_for_an_adapter_is_no_bug(endless_model_dir, tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
+
+    trained(endless_model_dir, tmp_path / "plain", lora(), 0)
+    monkeypatch.setattr("mola.serving.shelf.attach", fail)
+    with server(endless_model_dir, {}, adapter_root=str(tmp_path)) as url, client(url) as http:
+        assert "memory did not suffice for this adapter" in load(http, "x", "plain", 503)["error"]["message"]
+    assert "Traceback" not in caplog.text
+
+
+def test_requests_that_nobody_waits_for_any_more_are_forgotten_while_another_is_answered(
+    endless_model_dir, monkeypatch
+):
+    left = []
+
+    def forget(self, ticket, forget=AnswerQueue._forget):
+        forget(self, ticket)
+        left.append(len(self._rows))
+
+    monkeypatch.setattr(AnswerQueue, "_forget", forget)
+    body = {"model": endless_model_dir.name, "prompt": "x", "max_tokens": 1000}
+    with (
+        server(endless_model_dir, {}, max_batch_size=1) as url,
+        client(url) as http,
+        http.stream("POST", "/v1/completions", json=body | {"stream": True}) as running,
+    ):
+        lines = running.iter_lines()
+        next(lines)
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.2)
+        wait_until(lambda: len(left) == 3)
+        assert left == [0, 0, 0]
+        assert "data: [DONE]" in [*lines]
 
 
 def test_when_no_answer_can_be_made_any_more_everybody_hears_of_it(endless_model_dir, monkeypatch):

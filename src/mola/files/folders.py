@@ -149,11 +149,12 @@ def _put_inside(temporary: Path, folder: Path, old: Path) -> None:
     try:
         for path in [*before, *sorted(temporary.iterdir(), key=lambda path: (path.name in _LAST, path.name))]:
             target = (old if path.parent == folder else folder) / path.name
-            os.replace(path, target)
             moved.append((path, target))
-    except OSError:
+            os.replace(path, target)
+    except BaseException:  # an interrupt, too: what was there before may not stay in a hidden folder
         for path, target in reversed(moved):
-            os.replace(target, path)
+            if not os.path.lexists(path):  # the last one may not have been moved
+                os.replace(target, path)
         old.rmdir()
         raise
     _remove(old, folder)

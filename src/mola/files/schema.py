@@ -78,9 +78,10 @@ def _problem(value: Any, form: Any, place: str) -> str:
 def _is_kind(value: Any, kind: Kind) -> bool:
     if isinstance(value, bool) and kind in (INTEGER, NUMBER):
         return False
-    if kind == NUMBER and isinstance(value, (int, float)):
+    if kind in (INTEGER, NUMBER) and isinstance(value, (int, float)):
         try:
-            return math.isfinite(value)
+            if not math.isfinite(value):
+                return False
         except OverflowError:  # an integer beyond what a float can hold
             return False
     return isinstance(value, kind.types)

@@ -1,5 +1,6 @@
 """What a run folder holds. A file that is not there is None; one that is there and is something else is an error."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_record(run_dir: str) -> dict[str, Any]:
 def step_of_weights(record: Mapping[str, Any]) -> int | None:
     """The step whose weights a run has kept, if it has kept the best ones; None for the last."""
     number = str(record.get("best_checkpoint") or "").rpartition("-")[2]
-    return int(number) if number.isascii() and number.isdigit() else None
+    return int(number) if re.fullmatch("[0-9]{1,18}", number) else None
 
 
 def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int, float]]]:

@@ -60,10 +60,14 @@ class Connection(H11Protocol):
         if self._is_refused or self.transport.is_closing():
             return
         is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
-        if is_between or self.conn.their_state in (h11.DONE, h11.MUST_CLOSE):
+        # The third: asked for another protocol, which is not spoken here, with a request that has arrived in full.
+        if is_between or self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL):
             self._arriving.stop()
         else:
             self._arriving.start(self._client_timeout, self._give_up)
+        if is_between and self.timeout_keep_alive_task is None:  # after a body that came later than its answer
+            seconds = self.timeout_keep_alive
+            self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def pause_writing(self) -> None:
         """What was sent waits for the client to read."""

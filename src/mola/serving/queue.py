@@ -191,6 +191,8 @@ class AnswerQueue:
         if ticket not in self._tickets:
             return
         del self._tickets[ticket]
+        with self._news:  # which an engine that makes one answer at a time takes between two answers only
+            self._rows = [row for row in self._rows if not row.listener.is_unwanted()]
         outcome = "finished" if not ticket.missing else "unfinished"
         self._metrics.request_ended(ticket.model, outcome, time.monotonic() - ticket.submitted)
         if ticket.begun is not None and not ticket.missing:

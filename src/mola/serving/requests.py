@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mola.errors import MolaError
 
 _MOST_STOPS = 4  # as OpenAI has it
+_LONGEST_STOP = 500  # characters: every token is looked at for the beginnings of all of them
 _MOST_LOGPROBS = 20
+_LONGEST_PLACE = 4096  # characters of a name or path of an adapter
 _FREE_OF_EFFECT = ("user", "metadata")  # they name the caller; answers do not depend on them
 _LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
 
@@ -72,7 +74,7 @@ class AnswerRequest(_Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, lt=2**31)
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -101,6 +103,8 @@ class AnswerRequest(_Strict):
         texts = [stop] if isinstance(stop, str) else stop or []
         if len(texts) > _MOST_STOPS:
             raise MolaError(f"`stop` takes at most {_MOST_STOPS} texts: got {len(texts)}.")
+        if (longest := max(map(len, texts), default=0)) > _LONGEST_STOP:
+            raise MolaError(f"`stop` takes texts of at most {_LONGEST_STOP} characters: got {longest}. Shorten them.")
         if not all(texts):
             raise MolaError("`stop` must not hold an empty text: every answer would end at once. Leave it out.")
         return stop
@@ -189,7 +193,7 @@ class CompletionRequest(AnswerRequest):
 class UnloadRequest(_Strict):
     """Body of `/v1/unload_lora_adapter`, with vLLM's names."""
 
-    lora_name: str
+    lora_name: str = Field(max_length=_LONGEST_PLACE)
 
     @model_validator(mode="before")
     @classmethod
@@ -202,7 +206,7 @@ class UnloadRequest(_Strict):
 class LoadRequest(UnloadRequest):
     """Body of `/v1/load_lora_adapter`, with vLLM's names."""
 
-    lora_path: str
+    lora_path: str = Field(max_length=_LONGEST_PLACE)
     load_inplace: bool = False
 
 

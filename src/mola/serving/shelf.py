@@ -1,6 +1,7 @@
 """Adapters that come and go while the server runs. Requests in flight keep the one they began with."""
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,15 @@ from starlette.concurrency import run_in_threadpool
 
 from mola._compat import set_adapter_to_infer
 from mola.errors import MolaError
+from mola.files.failures import lack_of_memory
 from mola.generation.batching.forward import Adapters, waits_for_tokens
 from mola.models.adapters import attach, changes_base, check_adapter
 from mola.models.prompts import own_chat
 from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.queue import AnswerQueue
+
+logger = logging.getLogger(__name__)
 
 # What may keep rows with different adapters from going through the model together, see `why_not_mixed`.
 _TURNS = ("modules_to_save", "target_parameters", "trainable_token_indices", "use_dora")
@@ -70,7 +74,13 @@ class Shelf:
         chat = await run_in_threadpool(own_chat, folder)
         self._count += 1
         inside = f"loaded{self._count}"  # PEFT takes no dots, requests do
-        await self._queue.call(functools.partial(self._attach, inside, folder, config))
+        try:
+            await self._queue.call(functools.partial(self._attach, inside, folder, config))
+        except Exception as error:
+            if (lack := lack_of_memory(error)) is None:
+                raise
+            logger.warning("Out of memory: %s.", lack)
+            raise RequestError(503, "the server's memory did not suffice for this adapter.") from error
         try:
             self._check_name(name, in_place)  # others may have been quicker
         except RequestError:
@@ -132,7 +142,7 @@ class Shelf:
             folder = (root / path).resolve()
         except (OSError, ValueError, RuntimeError):  # null characters, circles of links
             folder = root.parent
-        if root not in folder.parents:
+        if folder == root or not folder.is_relative_to(root):
             raise RequestError(
                 400, "`lora_path` must be a folder below the server's `--adapter_root`.", param="lora_path"
             )
