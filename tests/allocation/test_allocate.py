@@ -371,6 +371,7 @@ def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
         ({"target_modules": "q_prj"}, "did you mean 'q_proj'"),
         ({"target_modules": "lm_head"}, "'lm_head' is not"),
         ({"method": "alphalora", "max_experts": 2}, "between 4 and 8"),
+        ({"device": "auto"}, "`device` .'auto'. is where .* `method` '2468' computes nothing"),
         ({"method": "usage", "inspection": "nosuch.json"}, "`inspection` cannot be read: 'nosuch.json'"),
     ],
 )

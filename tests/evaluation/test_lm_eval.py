@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
-from mola import MolaConfig, cli
+from mola import MolaConfig, MolaError, cli
 from mola.evaluation.lm_eval import LmEvalOptions, lm_eval
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
@@ -163,6 +163,12 @@ def test_wrong_input_is_found_before_the_model_loads(tiny_model_dir, tasks, chan
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("mola lm-eval: error: ")
     assert re.search(message, error)
+
+
+def test_a_launcher_is_refused(tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MolaError, match="runs in one process"):
+        lm_eval(LmEvalOptions(base_model=str(tiny_model_dir), tasks="parity"))
 
 
 @pytest.mark.slow

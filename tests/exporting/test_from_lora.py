@@ -232,6 +232,7 @@ def test_sources_that_do_not_fit(no_weights_dir, mixture, lora, tmp_path, refusa
         ({"target_modules": ["q_proj"]}, "belongs to no adapted linear"),
         ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "is missing"),
         ({"target_modules": ["nothing"]}, "does not fit the base model"),
+        ({"lora_alpha": 1e400}, "must adapt linears with a finite scale"),
     ):
         source = lora(f"changed {len(message)}")
         path = f"{source}/adapter_config.json"

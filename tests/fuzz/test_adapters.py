@@ -32,10 +32,10 @@ from tests.fuzz.checking import fuzz, survives
 from tests.fuzz.documents import JSON_TEXTS, broken, changed, files, written
 
 SIZES = {"self_attn.q_proj": (32, 32)}
-LINEARS = [f"model.layers.{layer}.{name}" for layer in range(2) for name in LLAMA_SIZES]
+LINEARS = [f"model.layers.{layer}.{name}" for layer in range(4) for name in LLAMA_SIZES]
 SETTINGS = make_settings(["q_proj"], num_experts=2, top_k=1, r=2)
-TENSORS = {key: value.detach() for key, value in make_tensors(SETTINGS, 2, SIZES).items()}
-PUBLISHED_SETTINGS = {"peft_type": "LORA", "r": [2, 2], "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none"}
+TENSORS = {key: value.detach() for key, value in make_tensors(SETTINGS, 4, SIZES).items()}
+PUBLISHED_SETTINGS = {"peft_type": "LORA", "r": [2] * 4, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none"}
 PUBLISHED_SETTINGS |= {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": "a/b"}
 
 
@@ -184,7 +184,7 @@ def test_published_adapter(folder, data):
 @given(data=st.data())
 def test_moe_peft_adapter(folder, data):
     fill(data, folder, SETTINGS, TENSORS)
-    survives(read_moe_peft, folder, LINEARS, 2)
+    survives(read_moe_peft, folder, LINEARS, 4)
 
 
 @fuzz
@@ -195,7 +195,7 @@ def test_lora(folder, skeleton, data):
 
 
 WAYS = {
-    "from published": ("published", None, PUBLISHED_SETTINGS | {"r": [2] * 4}, PUBLISHED, {"top_k": "1"}),
+    "from published": ("published", None, PUBLISHED_SETTINGS, PUBLISHED, {"top_k": "1"}),
     "from moe_peft": ("moe_peft", None, SETTINGS, TENSORS, {}),
     "from lora": ("lora", None, LORA_SETTINGS, LORA, {"top_k": "1", "num_experts": "2,"}),
     "to published": (None, "published", OWN_SETTINGS, OWN, {}),
@@ -203,19 +203,30 @@ WAYS = {
 }
 
 
+def converted(folder, base, way):
+    source, target, _, _, own = WAYS[way]
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    base = None if target == "published" else str(base)
+    return convert(ConvertOptions([str(folder)], str(folder / "out"), source, target, base, **own))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @fuzz
 @given(data=st.data())
 def test_conversion(folder, tiny_model_dir, skeleton, way, data):
-    source, target, settings, tensors, own = WAYS[way]
-    fill(data, folder, settings, tensors)
-    base = None if target == "published" else str(tiny_model_dir)
+    fill(data, folder, *WAYS[way][2:4])
+    survives(converted, folder, tiny_model_dir, way)
 
-    def run():
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        return convert(ConvertOptions([str(folder)], str(folder / "out"), source, target, base, **own))
 
-    survives(run)
+@pytest.mark.parametrize("way", WAYS)
+def test_conversion_of_what_is_whole(folder, tiny_model_dir, skeleton, way):
+    """Else none of the damaged ones gets far."""
+    _, _, settings, tensors, _ = WAYS[way]
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "adapter_model.bin").unlink(missing_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors))
+    converted(folder, tiny_model_dir, way)
+    assert (folder / "out" / "adapter_config.json").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")  # what PEFT says about settings without an effect

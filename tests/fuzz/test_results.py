@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from mola.allocation.probe import routing_records
+from mola.data.tasks import load_task
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.evaluation.partial import PartialResults
 from mola.reporting.doctor import DoctorOptions, doctor
@@ -44,6 +46,9 @@ SAMPLE = {
 EVALUATION = {"accuracy": 0.5, "correct": 1, "total": 2, "interval_95": [0.1, 0.9], "samples": [SAMPLE]}
 EVALUATION |= {"groups": {"a": {"b": {"accuracy": 0.5, "correct": 1, "total": 2, "interval_95": [0.1, 0.9]}}}}
 EVALUATION |= {"settings": {"data": "d", "task": "t"}, "data_fingerprint": "ab"}
+TEST_OPTIONS = EvaluateOptions(base_model="m", data="d", task="sample")
+TESTED = EVALUATION | {"settings": asdict(TEST_OPTIONS), "unanswered": 0, "seconds": 1.5}
+TESTED |= {"task_fingerprint": load_task("sample").fingerprint()}
 RUN = {"status": "finished", "settings": {"base_model": "m", "data": "d"}, "data_fingerprints": {"train": "ab"}}
 RUN |= {"adapter_settings": {"r": 2}, "quantization": None, "metrics": {"eval_loss": 1.0}, "seconds": 2.5}
 RUN |= {
@@ -98,11 +103,15 @@ def test_record_of_a_sequence(folder, content):
 
 
 @fuzz
-@given(files(EVALUATION))
+@given(files(TESTED))
 def test_result_of_a_test(folder, content):
     (folder / "test.json").write_bytes(content)
-    options = EvaluateOptions(base_model="m", data="d", task="sample", output=str(folder / "test.json"))
-    survives(evaluate_once, options, "ab")
+    survives(evaluate_once, replace(TEST_OPTIONS, output=str(folder / "test.json")), "ab")
+
+
+def test_result_of_a_test_as_it_was(folder):
+    (folder / "test.json").write_text(json.dumps(TESTED), encoding="utf-8")
+    assert evaluate_once(replace(TEST_OPTIONS, output=str(folder / "test.json")), "ab") == TESTED
 
 
 @fuzz

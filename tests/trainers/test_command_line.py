@@ -73,7 +73,9 @@ def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
         )
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("a: [1", "flow sequence"), ("", "")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "No such file"), ("a: [1", "flow sequence"), ("", "mapping|NoneType")]
+)
 def test_a_recipe_that_cannot_be_read_is_one_line(trl, tmp_path, text, message):
     from mola.integrations.trl_command import main
 

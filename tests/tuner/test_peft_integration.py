@@ -541,3 +541,5 @@ def test_registering_twice_is_harmless():
     assert add_peft_type("MOLA") is add_peft_type("MOLA")
     register(mola.MolaConfig, mola.MolaModel)
     assert mola.MolaConfig().peft_type in list(type(mola.MolaConfig().peft_type))
+    with pytest.raises(MolaError, match=r"already has a method named 'MOLA' \(mola\..*MolaConfig\)"):
+        register(LoraConfig, mola.MolaModel)

@@ -127,4 +127,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"`r` in {path} must be a list with one number per layer, got {settings['r']!r}. This is not an adapter of "
             "the research code."
         )
+    targets = settings["target_modules"]
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MolaError(f"`target_modules` in {path} must be a text or a list of texts, got {targets!r}.")
     return settings

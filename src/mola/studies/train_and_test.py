@@ -19,6 +19,7 @@ from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.files.reading import read_json
+from mola.files.schema import ANYTHING, FLAG, INTEGER, NUMBER, TEXT, check_form
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import Group, first_difference, option
 from mola.training.checkpoints import find_checkpoint
@@ -46,6 +47,14 @@ _TEST_OPTIONS = {
     "limit": "test_limit",
     "batch_size": "test_batch_size",
     "dtype": "base_dtype",
+}
+
+_RESULT = {  # what is used of the file of a test
+    **dict.fromkeys(("correct", "total", "unanswered"), INTEGER),
+    **dict.fromkeys(("accuracy", "seconds"), NUMBER),
+    "samples": [{"correct": FLAG}],
+    "settings": {str: ANYTHING},
+    "data_fingerprint": TEXT,
 }
 
 
@@ -141,12 +150,10 @@ def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
         return found
     try:
         result = read_json(path)
-        old = {**result["settings"], "data": result["data_fingerprint"]}
-        missing = {"accuracy", "correct", "total", "samples"} - result.keys()
-        if missing:
-            raise KeyError(*missing)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
+    check_form(result, _RESULT, str(path), "It is no result of a test. Delete it to test again.")
+    old = {**result["settings"], "data": result["data_fingerprint"]}
     new = {**asdict(options), "data": fingerprint}
     if "task_fingerprint" in result:  # which older results lack
         rule = load_task(options.task).fingerprint()

@@ -64,6 +64,16 @@ def test_other_data_under_the_same_name_are_refused(begun, tmp_path):
         continual(ContinualOptions(**options))
 
 
+def test_a_folder_of_another_sequence_is_refused(begun, whole):
+    folder, options = begun
+    shutil.copytree(whole[0] / FOLDERS[2], folder / FOLDERS[2])
+    record = read(folder / "continual.json")
+    del record["stages"][2]
+    (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(MolaError, match=f"{FOLDERS[2]}' is not of this sequence. Move it away"):
+        continual(ContinualOptions(**options))
+
+
 def test_a_result_of_another_test_is_refused(begun):
     folder, options = begun
     path = folder / FOLDERS[1] / "evaluation" / "01-physics.json"
