@@ -32,7 +32,6 @@ ENTRIES = [
     ("generation_finds_cache", "peft", "0.22"),  # not before
     ("num_queries", "transformers", "5.4"),
     ("asks_before_loading", "peft", "0.21"),
-    ("saves_bias_of_any_method", "peft", "0.21"),
     ("ties_saved_modules", "peft", "0.19"),
 ]
 
@@ -59,7 +58,6 @@ def test_what_this_version_is_taken_for():
     assert _compat.cache_argument(LlamaForCausalLM) == ("cache" if has("transformers", "5.24") else "past_key_values")
     assert _compat.num_queries(3) == _compat.num_queries(torch.arange(3)) == 3
     assert _compat.asks_before_loading(BaseTuner) == has("peft", "0.21")
-    assert _compat.saves_bias_of_any_method(BaseTuner) == has("peft", "0.21")
     assert _compat.ties_saved_modules(BaseTuner) == has("peft", "0.19")
 
 

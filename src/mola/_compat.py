@@ -74,13 +74,9 @@ def num_queries(query: Any) -> int:
 
 
 def asks_before_loading(tuner: type[nn.Module]) -> bool:
-    """Whether PEFT lets a method look at an adapter's tensors before it loads them: since 0.21."""
+    """Whether PEFT lets a method look at an adapter's tensors before it loads them, and saves trained biases of
+    methods that it does not know: both since 0.21."""
     return hasattr(tuner, "_remap_adapter_state_dict_for_load")
-
-
-def saves_bias_of_any_method(tuner: type[nn.Module]) -> bool:
-    """Whether PEFT saves trained biases of methods it does not know: since 0.21."""
-    return asks_before_loading(tuner)
 
 
 def ties_saved_modules(tuner: type[nn.Module]) -> bool:

@@ -19,15 +19,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.layer_stacks import LayerStacks, count_layers, layer_index
 from mola.architecture.linears import adaptable
 from mola.architecture.read_weights import is_read, is_read_in
 from mola.architecture.targets import (
     LLAMA_LINEARS,
     check_target_modules,
-    count_layers,
     default_target_modules,
-    layer_index,
     linear_shapes,
     resolve_target_modules,
 )

@@ -16,8 +16,6 @@ from torch import nn
 
 from mola.architecture.allocation import LinearShape
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.layer_stacks import count_layers as count_layers
-from mola.architecture.layer_stacks import layer_index as layer_index
 from mola.architecture.linears import adaptable, base_layer_of, original_modules, sizes_of
 from mola.architecture.read_weights import is_read, is_read_in
 from mola.errors import MolaError

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mola.architecture.targets import layer_index
+from mola.architecture.layer_stacks import layer_index
 from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
-from mola.architecture.targets import layer_index
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
 from mola.tuner.routing import DEFAULT_ROUTER

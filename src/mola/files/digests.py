@@ -16,7 +16,8 @@ from mola.errors import MolaError
 from mola.files.reading import check_regular, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT loads the first one there is
+WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")  # PEFT loads the first one there is
 DIGEST_FIELD = "weights_sha256"
 
 

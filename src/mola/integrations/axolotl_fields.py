@@ -11,9 +11,6 @@ from mola.files.reading import read_json
 from mola.integrations.mixture_settings import FIELDS, checked_settings, refuse_merging
 from mola.tuner import MolaConfig
 
-BLOCK = FIELDS
-"""Settings in the block `mola:`; the others have names in axolotl already."""
-
 _FIELDS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -65,16 +62,16 @@ def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
         MolaError: a setting that a mixture does not have or that cannot be honoured, or a wrong value.
     """
     block = cfg.get("mola") or {}
-    unknown = sorted(set(block) - set(BLOCK)) if isinstance(block, Mapping) else [block]
+    unknown = sorted(set(block) - set(FIELDS)) if isinstance(block, Mapping) else [block]
     if unknown:
-        raise MolaError(f"`mola` must be a block with settings among {', '.join(BLOCK)}: got {unknown}.")
+        raise MolaError(f"`mola` must be a block with settings among {', '.join(FIELDS)}: got {unknown}.")
     for name, value in cfg.items():
         why = _REFUSED.get(name, "it is not for a mixture" if str(name).startswith(_FOREIGN) else None)
         if value and why and name not in (*_FIELDS, *_ALSO_READ):
             raise MolaError(f"`{name}` must be left out with `adapter: mola`: got {value!r}, but {why}.")
         if name in _SIZES and value not in (None, 1):
             raise MolaError(f"`{name}` must be 1 with `adapter: mola`, {_SHARDED}: got {value!r}.")
-    named = {ours: cfg.get(theirs) for theirs, ours in _FIELDS.items()} | {name: block.get(name) for name in BLOCK}
+    named = {ours: cfg.get(theirs) for theirs, ours in _FIELDS.items()} | {name: block.get(name) for name in FIELDS}
     if cfg.get("lora_target_linear"):
         if named["target_modules"] is not None:
             raise MolaError(

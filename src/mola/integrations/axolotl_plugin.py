@@ -24,7 +24,7 @@ TRIED = "0.21.0"
 class MolaArgs(BaseModel):
     """What axolotl's YAML gets in addition; `MolaPlugin.register` checks it."""
 
-    mola: dict[str, Any] | None = Field(None, description=f"Settings of a mixture: {', '.join(yaml.BLOCK)}")
+    mola: dict[str, Any] | None = Field(None, description=f"Settings of a mixture: {', '.join(yaml.FIELDS)}")
 
 
 class MolaPlugin(BasePlugin):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
-from mola.files.atomic import check_writable
+from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.failures import writing
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _convert(source: Path, folder: Path) -> None:
         "package_version": importlib.metadata.version(PACKAGE),
         "transformers_version": importlib.metadata.version("transformers"),
     }
-    (folder / MARKER).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    atomic_write_json(folder / MARKER, provenance)
 
 
 def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

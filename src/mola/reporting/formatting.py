@@ -23,13 +23,13 @@ def points(value: float, sign: str = "+") -> str:
     return f"{rounded + 0:{sign}}"  # no -0.0
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A measured value with some significant digits."""
+def number(value: float | None) -> str:
+    """A measured value with three significant digits."""
     if _is_missing(value):
         return NO_VALUE
     assert value is not None
-    is_short = abs(value) < 10**digits - 0.5  # which `g` writes without an exponent
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}" if is_short else f"{value:,.0f}"
+    is_short = abs(value) < 999.5  # which `g` writes without an exponent
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if is_short else f"{value:,.0f}"
 
 
 def interval(bounds: Sequence[float]) -> str:

@@ -17,14 +17,13 @@ from mola.checkpoints.formats import foreign_format
 from mola.errors import MolaError
 from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json
-from mola.files.digests import file_sha256
+from mola.files.digests import CONFIG_FILE, WEIGHTS_FILES, file_sha256
 from mola.files.reading import read_json_object
 from mola.models.adapters import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
 
 _RECORD = "conversion.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ def _is_the_same(before: Mapping[str, Any], now: Mapping[str, Any], target: Path
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:
-    files = [folder / name for name in ("adapter_config.json", *_WEIGHTS)]
+    files = [folder / name for name in (CONFIG_FILE, *WEIGHTS_FILES)]
     return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 

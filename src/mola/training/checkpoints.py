@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files.digests import CONFIG_FILE, check_digest, damaged_record
+from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE, check_digest, damaged_record
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
 from mola.training.digests import DIGESTS_FILE, changed_file
@@ -23,8 +23,7 @@ from mola.training.digests import DIGESTS_FILE, changed_file
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
-_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, _WEIGHTS_FILE)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 logger = logging.getLogger(__name__)
 
 
@@ -32,6 +31,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, complete or not, newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_in_name(path) >= 0]
     return sorted(found, key=step_in_name, reverse=True)
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether a run folder holds a run that has ended, and its adapter."""
+    return read_json_object(folder / RUN_FILE).get("status") == "finished" and (folder / WEIGHTS_FILE).is_file()
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
@@ -152,16 +156,16 @@ def _broken_file(path: Path) -> str:
 
 def _broken_weights(path: Path) -> str:
     try:
-        with safe_open(path / _WEIGHTS_FILE, "pt"):
+        with safe_open(path / WEIGHTS_FILE, "pt"):
             pass
         check_digest(path)
     except (OSError, SafetensorError, MolaError):
-        return f"has a broken {_WEIGHTS_FILE}"
+        return f"has a broken {WEIGHTS_FILE}"
     return ""
 
 
 def _changed_weights(path: Path) -> str:
-    names = [_WEIGHTS_FILE, *(file.name for file in sorted(path.glob("pytorch_model_fsdp*")))]  # which FSDP loads
+    names = [WEIGHTS_FILE, *(file.name for file in sorted(path.glob("pytorch_model_fsdp*")))]  # which FSDP loads
     changed = [name for name in names if changed_file(path, name) == name]
     return f"has a broken {changed[0]}" if changed else ""
 

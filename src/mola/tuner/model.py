@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mola._compat import asks_before_loading, saves_bias_of_any_method, ties_saved_modules
+from mola._compat import asks_before_loading, ties_saved_modules
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks, config_of
 from mola.architecture.linears import adaptable
@@ -74,7 +74,7 @@ class MolaModel(BaseTuner):
                 f"Adapter {adapter_name!r} has peft_type {config.peft_type}; all adapters of a model must be of "
                 "one kind, here MOLA."
             )
-        if config.bias != "none" and not saves_bias_of_any_method(BaseTuner):
+        if config.bias != "none" and not asks_before_loading(BaseTuner):
             raise MolaError(
                 f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
                 "upgrade peft, or pass 'none'."

@@ -27,8 +27,8 @@ from mola.studies.comparison.tables import (
     comma_separated,
     contrast_tables,
     markdown,
-    search_lines,
     search_markdown,
+    search_parts,
     steps_cell,
     title_of,
 )
@@ -131,20 +131,17 @@ def page(outcome: Outcome) -> str:
     for number, (title, lines) in enumerate(contrast_tables(outcome.contrasts), start=1):
         data = {"differences": Table(CONTRAST_COLUMNS, lines, title), "note": CONTRAST_NOTE}
         sections.append(Section(f"contrasts-{number}", title, data, "contrasts"))
-    verdicts = [row.difference.verdict for row in outcome.rows if row.difference is not None]
+    tested = [(title_of(row), row.difference) for row in outcome.rows if row.difference and row.difference.joint_95]
     return render(
         "comparison.html",
         "Recipes compared: mola",
         sections,
-        significant=sum(verdict in ("better", "worse") for verdict in verdicts),
-        compared=len(verdicts),
+        significant=sum(difference.verdict in ("better", "worse") for _, difference in tested),
+        compared=len(tested),
+        tables=len({title for title, _ in tested}),
         reference=reference,
         note=" ".join(filter(None, [outcome.state, note_of(outcome.rows, reference)])),
-        searches=[
-            Table(tuple(head), lines, f"{task}: search")
-            for task, members in groupby(outcome.found, key=lambda each: each.task)
-            for head, *lines in [search_lines(list(members))]
-        ],
+        searches=[Table(tuple(part.head), part.lines, part.title) for part in search_parts(outcome.found)],
         search_note=search_note(outcome.found) if outcome.found else "",
         powers=[power_line(each) for each in outcome.powers],
         effort=outcome.effort,

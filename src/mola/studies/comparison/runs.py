@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.files.digests import WEIGHTS_FILE
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.curve import TestsOnTheWay, marks_of, read_curve
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.train_and_test import evaluate_once, train_or_go_on
-from mola.training.checkpoints import RUN_FILE, checkpoints_in
+from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 
-_WEIGHTS = "adapter_model.safetensors"
 _TEST_FILE = "test.json"
-_LARGE = (_WEIGHTS, "tokenizer.json")
+_LARGE = (WEIGHTS_FILE, "tokenizer.json")
 
 
 def train_and_test(run: Run) -> Result | None:
@@ -44,10 +44,9 @@ def is_finished(run: Run) -> bool:
         MolaError: it has other tests on the way.
     """
     folder = Path(run.options.output_dir or "")
-    record = read_json_object(folder / RUN_FILE)
-    if record.get("status") != "finished" or not (folder / _WEIGHTS).is_file():
+    if not has_finished(folder):
         return False
-    if [step for step, _ in read_curve(folder)[0]] != _test_steps(run, record["steps"]):
+    if [step for step, _ in read_curve(folder)[0]] != _test_steps(run, read_json_object(folder / RUN_FILE)["steps"]):
         raise MolaError(
             f"{str(folder)!r} holds a run without the tests on the way that `test_every` {run.test_every} asks for. "
             "Delete that folder, or pass another `output_dir`."

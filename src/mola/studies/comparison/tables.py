@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from itertools import groupby
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -75,9 +75,7 @@ def terminal_tables(rows: Sequence[Row], reference: str, contrasts: Sequence[Con
     for title, lines in contrast_tables(contrasts):
         table = Table(title=escape(title), caption=CONTRAST_NOTE)
         _add_columns(table, CONTRAST_COLUMNS)
-        for line in lines:
-            table.add_row(*map(escape, line))
-        tables.append(table)
+        tables.append(_filled(table, lines))
     return tables
 
 
@@ -85,6 +83,12 @@ def _add_columns(table: Table, names: Sequence[str]) -> None:
     for name in names:
         side: Any = "left" if name in ("recipe", "less", "verdict") else "right"
         table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("accuracy", "difference", "p"))
+
+
+def _filled(table: Table, lines: Sequence[Sequence[str]]) -> Table:
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
 
 
 def by_budget(rows: Sequence[Row]) -> list[Row]:
@@ -144,33 +148,37 @@ def _difference_cells(found: Difference) -> list[str]:
 def search_tables(found: Sequence[Found]) -> list[Table]:
     """What was tried, and chosen, for each recipe: one table per task."""
     tables = []
-    for task, members in groupby(found, key=lambda each: each.task):
-        tried = list(members)
-        table = Table(title=escape(f"{task}: search"), caption=escape(search_note(tried)))
-        lines = search_lines(tried)
-        for column in lines[0]:
+    for part in search_parts(found):
+        table = Table(title=escape(part.title), caption=escape(search_note(part.tried)))
+        for column in part.head:
             table.add_column(column, overflow="fold")
-        for line in lines[1:]:
-            table.add_row(*map(escape, line))
-        tables.append(table)
+        tables.append(_filled(table, part.lines))
     return tables
 
 
-def search_lines(found: Sequence[Found]) -> list[list[str]]:
-    """Headings and cells of one task's search."""
-    marks = list(found[0].accuracies)
-    head = ["recipe", *(mark.lstrip(MARK) for mark in marks), "chosen"]
-    return [
-        head,
-        *(
-            [
-                each.recipe,
-                *(points(each.accuracies[mark], "") for mark in marks),
-                each.chosen.lstrip(MARK) + (f" (at the edge: {', '.join(each.edges)})" if each.edges else ""),
-            ]
-            for each in found
-        ),
-    ]
+class SearchPart(NamedTuple):
+    """What was tried for one task, as a table."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+    tried: list[Found]
+
+
+def search_parts(found: Sequence[Found]) -> list[SearchPart]:
+    """A table for every task of a search."""
+    parts = []
+    for task, members in groupby(found, key=lambda each: each.task):
+        tried = list(members)
+        marks = list(tried[0].accuracies)
+        head = ["recipe", *(mark.lstrip(MARK) for mark in marks), "chosen"]
+        parts.append(SearchPart(f"{task}: search", head, [_search_line(each, marks) for each in tried], tried))
+    return parts
+
+
+def _search_line(found: Found, marks: Sequence[str]) -> list[str]:
+    edges = f" (at the edge: {', '.join(found.edges)})" if found.edges else ""
+    return [found.recipe, *(points(found.accuracies[mark], "") for mark in marks), found.chosen.lstrip(MARK) + edges]
 
 
 def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> str:
@@ -189,9 +197,8 @@ def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] 
 def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
     """The search and what it says about the number of seeds; empty without one."""
     parts = []
-    for task, members in groupby(found, key=lambda each: each.task):
-        head, *lines = search_lines(list(members))
-        parts += [f"### {task}: search", markdown_table(head, lines)]
+    for part in search_parts(found):
+        parts += [f"### {part.title}", markdown_table(part.head, part.lines)]
     if parts:
         parts += [search_note(found, "`"), *map(power_line, powers)]
     return "".join(f"{part}\n\n" for part in parts)

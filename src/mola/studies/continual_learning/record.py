@@ -14,12 +14,12 @@ from typing import Any
 
 from mola.errors import MolaError
 from mola.files.atomic import check_writable
-from mola.files.digests import file_sha256
-from mola.files.reading import read_json, read_json_object
+from mola.files.digests import WEIGHTS_FILE, file_sha256
+from mola.files.reading import read_json
 from mola.models.prompts import TOKENIZER_FILES
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
-from mola.training.checkpoints import RUN_FILE, checkpoints_in
+from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 from mola.training.run_folder import clear_run
 
 RECORD_FILE = "continual.json"
@@ -27,7 +27,6 @@ START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
-_ADAPTER_FILE = "adapter_model.safetensors"
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
 
@@ -66,18 +65,17 @@ def _check_entries(record: Mapping[str, Any]) -> None:
 
 def is_begun(folder: Path) -> bool:
     """Whether a stage was begun there; what else lies in a folder is the user's, and in nobody's way."""
-    return any((folder / name).exists() for name in (RUN_FILE, _ADAPTER_FILE)) or bool(checkpoints_in(folder))
+    return any((folder / name).exists() for name in (RUN_FILE, WEIGHTS_FILE)) or bool(checkpoints_in(folder))
 
 
 def is_finished(stage: Stage) -> bool:
     """Whether the stage's training has ended and its adapter is there."""
-    status = read_json_object(stage.folder / RUN_FILE).get("status")
-    return status == "finished" and (stage.folder / _ADAPTER_FILE).is_file()
+    return has_finished(stage.folder)
 
 
 def adapter_sha256(stage: Stage) -> str:
     """Sha256 (hex) of a finished stage's weights."""
-    return file_sha256(stage.folder / _ADAPTER_FILE)
+    return file_sha256(stage.folder / WEIGHTS_FILE)
 
 
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
