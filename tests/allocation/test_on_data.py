@@ -10,6 +10,7 @@ from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.base import read_base
 from mola.allocation.measured import layer_scores
 from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
+from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 
@@ -133,6 +134,25 @@ def test_the_budget_is_exact_and_the_file_says_how(method, tiny_model_dir, data,
     assert [result.num_experts[layer] for layer in ranked] == sorted(result.num_experts)
     again = allocate(AllocateOptions(str(tiny_model_dir), method, target_modules=TARGETS, **words, overwrite=True))
     assert again.scores == result.scores
+
+
+def test_the_command_measures_the_samples_that_are_asked_for(tiny_model_dir, base, data, tmp_path):
+    """Its scores are those of the same split, number and prompts, and of no other."""
+    asked = {"template": "alpaca", "split": "validation", "limit": 1}
+    words = {"base_model": tiny_model_dir, "target_modules": TARGETS, "data": data, "task": "sample", **asked}
+    output = tmp_path / "allocation.json"
+    flags = [f"--{name}={value}" for name, value in words.items()]
+    assert main(["allocate", "--method=gradient", "--budget=14", *flags, f"--output={output}"]) == 0
+    found = [row["score"] for row in json.loads(output.read_text())["layers"]]
+    model = load_for_scores(base, "cpu")
+
+    def scores(**changes):
+        samples = SampleSource(data, "sample", **{**asked, **changes}).read(base)
+        return layer_scores(gradient_scores(base, samples, model), base.num_layers)
+
+    assert found == scores()
+    for name in asked:
+        assert found != pytest.approx(scores(**{name: getattr(AllocateOptions, name)}), rel=1e-3), name
 
 
 @pytest.mark.parametrize(

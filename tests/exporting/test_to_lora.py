@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mola import MolaConfig
+from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.exporting.calibration import read_general_text
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.lora_files import read_lora
@@ -88,6 +89,77 @@ def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, q
         measured[trained, asked] = report_of(folder)["divergence"]
     assert measured["alpaca", None] == measured[None, "alpaca"] != measured[None, None]
     assert measured["alpaca", "alpaca_short"] == measured[None, None]  # the task's own
+
+
+def test_the_heavier_answers_weigh_the_nearer_the_fit_is_on_them(tiny_model_dir, mixture, questions, tmp_path, run):
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    data = ["--data", questions / "train.json", "--task", "sample", "--limit", 20]
+    weights = {"default": (), **{name: ("--answer_weight", name) for name in ("1", "10", "100")}}
+    for name, weight in weights.items():
+        run("convert", mixture, *flags, *data, *weight, "--output", tmp_path / name)
+    fitted = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in weights}
+    assert fitted["default"].keys() == fitted["1"].keys() == fitted["100"].keys()
+    assert all(torch.equal(tensor, fitted["10"][key]) for key, tensor in fitted["default"].items())
+    of_several_experts = [key for key in fitted["1"] if ".layers.0." not in key and "lora_" in key]
+    assert len(of_several_experts) == 3 * 7 * 2
+    for key in of_several_experts:
+        assert not torch.allclose(fitted["1"][key], fitted["100"][key], rtol=1e-3), key
+    near = {name: report_of(tmp_path / name)["divergence"]["answer"] for name in weights}
+    assert near["100"] < 0.95 * near["1"]
+    assert near["default"] < 0.95 * near["1"]
+
+
+def test_the_fit_reads_the_split_that_is_asked_for(tiny_model_dir, mixture, questions, tmp_path, run):
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    places = {
+        "split": ("dataset.hf", "--split", "validation"),
+        "file": ("validation.json",),
+        "default": ("dataset.hf",),
+    }
+    for name, (data, *split) in places.items():
+        words = ["--data", questions / data, "--task", "sample", *split, "--output", tmp_path / name]
+        run("convert", mixture, *flags, *words)
+    reports = {name: report_of(tmp_path / name) for name in places}
+    assert reports["split"]["rows"] == reports["file"]["rows"] == {"answer": {"fitted": 1, "held_out": 1}}
+    assert reports["default"]["rows"] == {"answer": {"fitted": 36, "held_out": 4}}
+    for measured in ("divergence", "loss", "explained"):
+        assert reports["split"][measured] == reports["file"][measured]
+    assert reports["split"]["divergence"] != reports["default"]["divergence"]
+
+
+OF_ONE_LETTER = """
+name: letter
+version: 1
+template: alpaca_short
+columns: [question, answer]
+answer: {column: answer, words: {0: "m", 1: "W"}}
+instruction: "{question}\n"
+input: ""
+output: "{answer}"
+answer_pattern: '(m|W)'
+metric: accuracy
+"""
+
+
+def test_accuracies_by_generation_are_those_of_evaluations(tiny_model_dir, mixture, questions, tmp_path, run):
+    """Of a task whose answers an untrained model gives now and then: one of two letters, whichever comes first."""
+    (tmp_path / "letter.yaml").write_text(OF_ONE_LETTER, encoding="utf-8")
+    rows = [{**row, "answer": "mW"[i % 2]} for i, row in enumerate(json.loads((questions / "test.json").read_text()))]
+    (tmp_path / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    source = {"task": str(tmp_path / "letter.yaml"), "test": str(tmp_path / "test.json")}
+    asked = [*(word for name, value in source.items() for word in (f"--{name}", value)), "--scoring", "generate"]
+    same = ["--device", "cpu", "--dtype", "float32", "--output", tmp_path / "lora"]
+    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, *asked, *same)
+    report = report_of(tmp_path / "lora")
+    assert report["settings"]["scoring"] == "generate"
+    for name, adapter in (("lora", tmp_path / "lora"), ("mixture", mixture), ("base", None)):
+        words = {"task": source["task"], "data": source["test"], "adapter": adapter and str(adapter)}
+        alone = evaluate(
+            EvaluateOptions(str(tiny_model_dir), **words, scoring="generate", device="cpu", dtype="float32")
+        )
+        found = report["accuracy"][name]
+        assert (found["accuracy"], found["correct"], found["total"]) == (alone.accuracy, alone.correct, 12)
+    assert 0 < report["accuracy"]["lora"]["correct"] < 12
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
@@ -369,6 +441,8 @@ def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path,
     assert "of `distill_steps` must be finite" in refusal("convert", mixture, *flags, *broken)
     last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
     assert "must be finite to be compared" in refusal("convert", mixture, *flags, *last)
+    last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e39, "--output", tmp_path / "no"]
+    assert "the LoRA must stay finite" in refusal("convert", mixture, *flags, *last)
     assert not (tmp_path / "no").exists()
 
 

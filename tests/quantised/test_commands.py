@@ -13,7 +13,9 @@ from mola.cli import main
 from mola.models.quantization import Quantization
 from mola.models.quantized import prepare_for_training
 from mola.studies.train_and_test import evaluation_of
+from tests.distributed.conftest import goes_on_from
 from tests.quantised.models import KINDS, packed_layers, quantised
+from tests.training.runs import WEIGHTS, assert_same_weights, losses, same_weights
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -134,15 +136,26 @@ def test_evaluating_and_generating(flags, trained, blocks_dir, sample, tmp_path,
 
 @pytest.mark.slow
 def test_training_on_8_bits_goes_on_from_an_adapter_and_resumes(trained, blocks_dir, sample, tmp_path, capsys):
-    run, resume = tmp_path / "run", "--resume_from_checkpoint=last"
+    whole, part, resume = tmp_path / "whole", tmp_path / "part", "--resume_from_checkpoint=last"
     options = {"adapter": trained, "num_experts": None, "eval_data": None, "eval_strategy": "no"}
-    assert train(blocks_dir, sample, run, "--load_in_8bit", **options) == 0
-    assert record(run)["quantization"] == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    once = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-30}  # too little to change anything
+    assert train(blocks_dir, sample, tmp_path / "once", "--load_in_8bit", **options, **once) == 0
+    first = load_file(tmp_path / "once" / WEIGHTS)
+    for name, tensor in load_file(trained / WEIGHTS).items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-20, msg=name)
+    options["num_train_epochs"] = 3
+    assert train(blocks_dir, sample, whole, "--load_in_8bit", **options) == 0
+    assert losses(whole)[1] == losses(tmp_path / "once")[1]
+    assert record(whole)["quantization"] == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    shutil.copytree(whole, part)
     capsys.readouterr()
-    assert train(blocks_dir, sample, run, "--load_in_4bit", resume, **options, num_train_epochs=3) == 2
+    assert train(blocks_dir, sample, part, "--load_in_4bit", resume, **options) == 2
     assert "(quantization) differs" in capsys.readouterr().err
-    assert train(blocks_dir, sample, run, "--load_in_8bit", resume, **options, num_train_epochs=3) == 0
-    assert record(run)["steps"] == 9
+    with goes_on_from(part, "checkpoint-6", removed="checkpoint-9"):
+        assert train(blocks_dir, sample, part, "--load_in_8bit", resume, **options) == 0
+    assert record(part)["steps"] == 9
+    assert_same_weights(part, whole)
+    assert not same_weights(part, part / "checkpoint-6")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GGUF files as base models: a tiny one, written here in two of its formats."""
 
+import json
 import shutil
 
 import pytest
@@ -89,21 +90,27 @@ def folder(gguf, blocks_dir, tmp_path):
     return tmp_path / "base"
 
 
+@pytest.fixture
+def exact(gguf, blocks_dir, tmp_path):
+    """Only a GGUF file, its weights as they are."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(blocks_dir), AutoTokenizer.from_pretrained(blocks_dir)
+    (tmp_path / "exact").mkdir()
+    write(gguf, model, tokenizer, tmp_path / "exact" / NAME, quantise=False)
+    return tmp_path / "exact"
+
+
 def output(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
 
 
-def test_weights_are_unpacked(gguf, folder, blocks_dir, tmp_path):
+def test_weights_are_unpacked(folder, exact, blocks_dir):
     expected = output(LlamaForCausalLM.from_pretrained(blocks_dir).eval())
     model = load_model(folder, dtype="float32", device="cpu", quantization=Quantization(gguf_file=NAME))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert 0 < (output(model) - expected).norm() < 0.05 * expected.norm()
-    (tmp_path / "exact").mkdir()
-    plain = LlamaForCausalLM.from_pretrained(blocks_dir)
-    write(gguf, plain, AutoTokenizer.from_pretrained(blocks_dir), tmp_path / "exact" / NAME, quantise=False)
-    exact = load_model(tmp_path / "exact", dtype="float32", device="cpu", quantization=Quantization(gguf_file=NAME))
-    torch.testing.assert_close(output(exact), expected)
+    same = load_model(exact, dtype="float32", device="cpu", quantization=Quantization(gguf_file=NAME))
+    torch.testing.assert_close(output(same), expected)
 
 
 def test_the_plan_needs_the_file_only(folder, blocks_dir):
@@ -143,3 +150,27 @@ def test_training_evaluating_and_generating(folder, blocks_dir, sample, tmp_path
 def test_a_folder_with_only_a_file_names_the_option(folder):
     with pytest.raises(MolaError, match=rf"--gguf_file {NAME}"):
         load_model(folder)
+
+
+def test_an_allocation_by_weights_is_that_of_the_folder_with_the_same_weights(exact, folder, blocks_dir, tmp_path):
+    """Other weights beside the file are not looked at."""
+    shutil.copy(blocks_dir / "model.safetensors", folder)
+    of_file, found = [f"--gguf_file={NAME}"], {}
+    for name, base, more in (("plain", blocks_dir, []), ("exact", exact, of_file), ("rounded", folder, of_file)):
+        path = tmp_path / f"{name}.json"
+        words = ["--method=alphalora", "--budget=14", "--beta=20", f"--base_model={base}", f"--output={path}"]
+        assert main(["allocate", *words, *more]) == 0
+        found[name] = json.loads(path.read_text(encoding="utf-8"))
+    scores = {name: [row["score"] for row in each["layers"]] for name, each in found.items()}
+    assert scores["exact"] == pytest.approx(scores["plain"], rel=1e-9)
+    assert scores["rounded"] != pytest.approx(scores["plain"], rel=1e-6)
+    assert found["exact"]["num_experts"] == found["plain"]["num_experts"]
+    assert len(set(found["exact"]["num_experts"])) > 1
+
+
+@pytest.mark.parametrize("method", ["gradient", "activation"])
+def test_an_allocation_by_data_is_refused(method, folder, sample, capsys):
+    data = ["--task=scienceqa", f"--data={sample / 'train.json'}"]
+    words = [f"--method={method}", "--budget=14", f"--base_model={folder}", f"--gguf_file={NAME}"]
+    assert main(["allocate", *words, *data]) == 2
+    assert "`gguf_file` is not read by methods that look at data. Convert the file" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """One adapted linear on a packed weight: base plus experts, dtypes, gradients, merging."""
 
+from collections import Counter
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -123,12 +125,18 @@ def test_which_weights_bitsandbytes_may_repack(tiny_model_dir, blocks_dir, monke
 
 
 def test_checkpointing_gives_the_same_gradients(blocks_dir):
-    plain, checkpointed = (
-        gradients(adapted(prepare_for_training(quantised(blocks_dir, "nf4"), on, {"use_reentrant": False})).train())
-        for on in (False, True)
-    )
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    """And runs every decoder layer once more; that may stop before its last linears."""
+    found, calls = {}, {False: Counter(), True: Counter()}
+    for on in (False, True):
+        model = adapted(prepare_for_training(quantised(blocks_dir, "nf4"), on, {"use_reentrant": False})).train()
+        for layer in mixtures(model):
+            layer.register_forward_hook(lambda layer, *_, seen=calls[on]: seen.update([layer.layer_index]))
+        found[on] = gradients(model)
+    assert calls[False] == dict.fromkeys(range(4), 7)
+    assert all(calls[True][index] > 7 for index in range(4))
+    assert found[True].keys() == found[False].keys()
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, msg=name)
 
 
 def test_distilling_trains_through_weights_that_were_not_repacked(blocks_dir, sample, tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mola import MolaConfig, MolaError, MolaLinear, load_model
+from mola import MolaConfig, MolaError, MolaLinear, load_model, load_tokenizer
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
+from mola.data.tasks import load_task
+from mola.data.templates import get_template
 from mola.insight.inspection import redundancy_of
 from mola.insight.recording import gates_of_tokens
 from mola.reporting.inspect import InspectOptions, inspect
@@ -24,7 +26,7 @@ from tests.reporting.pages import Page
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
-    prepare(PrepareOptions("sample", str(folder), train_size=4, validation_size=2, test_size=6))
+    prepare(PrepareOptions("sample", str(folder), train_size=2, validation_size=4, test_size=6))
     return folder / "test.json"
 
 
@@ -213,10 +215,6 @@ def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path
     assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", output, "--dtype", "float32") == 0
     [row] = json.loads(sample.read_text())[:1]
     model = load_model(tiny_model_dir, adapter, dtype="float32", device="cpu")
-    from mola import load_tokenizer
-    from mola.data.tasks import load_task
-    from mola.data.templates import get_template
-
     tokenizer = load_tokenizer(tiny_model_dir)
     text = get_template(load_task("sample").template).prompt(row["instruction"], row["input"]) + row["output"]
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -252,6 +250,33 @@ def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, cap
     assert "must be a new file" in capsys.readouterr().err
     assert run(tiny_model_dir, adapter, sample, "--limit", 0) == 2
     assert "`limit` must be at least 1" in capsys.readouterr().err
+
+
+def test_rows_and_prompts_are_those_that_are_asked_for(tiny_model_dir, adapter, sample, tmp_path, capsys):
+    output, page = tmp_path / "experts.json", tmp_path / "experts.html"
+    chosen = ("--split", "validation", "--filters", '{"category": "Tense"}', "--template", "alpaca")
+    words = (tiny_model_dir, adapter, sample.parent / "dataset.hf", *chosen, "--json", output, "--html", page)
+    assert run(*words) == 0
+    assert "2 samples" in capsys.readouterr().out
+    rows = json.loads((sample.parent / "validation.json").read_text())
+    assert [row["category"] == "Tense" for row in rows] == [False, False, True, True]
+    prompts = [get_template("alpaca").prompt(row["instruction"], row["input"]) for row in rows[2:]]
+    found = json.loads(output.read_text())
+    assert found["samples"] == 2
+    assert [example["prompt"] for example in found["examples"]] == prompts
+    assert [example["answer"] for example in found["examples"]] == [row["output"] for row in rows[2:]]
+    tokenizer = load_tokenizer(tiny_model_dir)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert {row["num_tokens"] for row in found["usage"]["prompt"]} == {sum(lengths)}
+
+    before = output.read_bytes(), page.read_bytes()
+    assert run(*words, "--limit", 1) == 2
+    assert "must be a new file" in capsys.readouterr().err
+    assert (output.read_bytes(), page.read_bytes()) == before
+    assert run(*words, "--limit", 1, "--overwrite") == 0
+    again = json.loads(output.read_text())
+    assert (again["samples"], [example["prompt"] for example in again["examples"]]) == (1, prompts[:1])
+    assert len(Page(page.read_text()).section("samples").all("details")) == 1
 
 
 def test_modules_that_see_other_tokens_are_counted_in_all(tiny_model_dir, adapter, sample, tmp_path, monkeypatch):

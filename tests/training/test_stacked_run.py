@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from mola.cli import main
 from tests.conftest import build_byte_tokenizer
-from tests.training.runs import NO_EVALUATION, read_record
+from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, read_record
 from tests.tuner.test_stacked import base
 
 STACKS = "mlp.experts.gate_up_proj,mlp.experts.down_proj"
@@ -48,7 +49,13 @@ def test_a_run_trains_them_and_is_trained_on(flags, moe_dir, tmp_path, capsys):
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "`q_proj`, `mlp.experts.down_proj`, `mlp.experts.gate_up_proj`" in card
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    tensors = load_file(tmp_path / "run" / WEIGHTS)
+    of_stacks = [name for name in tensors if ".mlp.experts.mola_B_" in name]
+    assert len(of_stacks) == 2 * 2
+    assert [name for name in of_stacks if not tensors[name].any()] == []
+    common |= {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-30}  # too little to change anything
     assert main(flags(tmp_path / "more", adapter=tmp_path / "run", **common)) == 0
+    assert_same_weights(tmp_path / "more", tmp_path / "run")
     assert main(["merge", str(tmp_path / "run"), "--base_model", str(moe_dir), "--output", str(tmp_path / "m")]) == 2
     assert "cannot be merged" in capsys.readouterr().err
 

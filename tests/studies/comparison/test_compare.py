@@ -169,6 +169,7 @@ def test_names_are_text_on_the_page():
         difference = Difference(0.1, (0.05, 0.15), (0.02, 0.2), (0.01, 0.3), (0.01, 0.3), 0.02, "better", 2)
         means = Mean(0.5, (0.4, 0.6), 2), Mean(0.6, (0.5, 0.7), 2)
         rows = [Row(task, reference, 5, 0, [[1]], means[0], None), Row(task, other, 5, 0, [[2]], means[1], difference)]
+        rows += [replace(rows[1], recipe="c", difference=replace(difference, joint_95=None, verdict="one seed"))]
         return Page(page(Outcome(rows, reference)))
 
     def looks(tree):
@@ -178,8 +179,17 @@ def test_names_are_text_on_the_page():
     found = tree(hostile, f"a{hostile}", f"b{hostile}")
     assert looks(found) == looks(tree("task", "a", "b"))
     assert found.root.one("h2").text == hostile
-    assert [row[0] for row in found.root.one("table").rows[1:]] == [f"a{hostile}", f"b{hostile}"]
+    assert [row[0] for row in found.root.one("table").rows[1:]] == [f"a{hostile}", f"b{hostile}", "c"]
     assert f"1 of 1 differences to a{hostile} are significant." in found.root.one("header").text
+
+
+def test_differences_without_a_verdict_are_not_counted_on_the_page(run, tmp_path):
+    paths = [tmp_path / name for name in ("one.html", "two.html")]
+    for path, seeds in zip(paths, ([0], [0, 1]), strict=True):
+        run(seeds=seeds, tables=str(path), output_dir=str(tmp_path / "same"))
+    texts = [Page(path.read_text(encoding="utf-8")).root.one("header").text for path in paths]
+    assert "No verdict: it takes two seeds of lora" in texts[0]
+    assert "of 3 differences to lora are significant, each at the level of its table." in texts[1]
 
 
 # ---------------------------------------------------------------------- stopping and going on
@@ -228,7 +238,7 @@ def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run
     assert numbers(again.results) == numbers(expected)
 
 
-def test_a_test_that_was_cut_short_goes_on_in_another_folder(run, values, tmp_path, monkeypatch):
+def test_a_test_that_was_cut_short_goes_on_in_another_folder(whole, run, values, tmp_path, monkeypatch):
     original = PartialResults.append
 
     def append(self, records):
@@ -244,6 +254,10 @@ def test_a_test_that_was_cut_short_goes_on_in_another_folder(run, values, tmp_pa
     shutil.move(tmp_path / "out", tmp_path / "moved")
     moved = compare(CompareOptions(**{**values(**asked), "output_dir": str(tmp_path / "moved")}))
     assert moved.status == "finished"
+    (expected,) = (each for each in whole[1].results if each.key == ("physics", "lora", 0))
+    (found,) = moved.results
+    assert (found.key, found.marks, found.total) == (expected.key, expected.marks, expected.total)
+    assert (len(found.marks), set(found.marks)) == (8, {"0", "1"})
 
 
 def test_a_signal_during_garbage_collection_is_not_lost(monkeypatch):
@@ -511,7 +525,7 @@ SHAPE = {"method": "triangle", "budget": 8}
         ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no use here"),
         ({"tables": "table.xls"}, "`tables` must be files that end in"),
         ({"recipes": {"a": {"num_experts": "2,2"}}}, "recipe `a`: `num_experts` needs one entry per decoder layer"),
-        ({"recipes": {"a": {"allocate": {"method": "trangle", "budget": 8}}}}, "recipe `a`"),
+        ({"recipes": {"a": {"allocate": {"method": "trangle", "budget": 8}}}}, "recipe `a`: `method` .*'trangle'"),
         (
             {"recipes": {"a": {"allocate": {"method": "uniform", "budget": 8, "per_module": True}}}},
             "recipe `a`: `per_module` needs a method that measures",
@@ -541,7 +555,7 @@ SHAPE = {"method": "triangle", "budget": 8}
             },
             "recipe `a`: `shuffle` must be at least 0: got -2",
         ),
-        ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`"),
+        ({"recipes": {"a": {"allocate": {"method": "triangle", "budget": 3}}}}, "recipe `a`: `budget` .*3"),
         ({"recipes": {"base": {"allocate": SHAPE}}}, "`recipes.base` has `allocate`, whose file"),
         ({"recipes": {"a": {"allocate": SHAPE}}, "adapter": "x"}, "`adapter` .'x'. brings its own experts"),
         (
@@ -557,8 +571,8 @@ SHAPE = {"method": "triangle", "budget": 8}
             },
             "`target_modules` cannot be in `tune`: `recipes.a.allocate` is made once",
         ),
-        ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`"),
-        ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`"),
+        ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`.*nowhere.json"),
+        ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`.*split.*'tset'"),
     ],
 )
 def test_wrong_comparisons_are_refused_before_anything_is_trained(run, tmp_path, changes, message):
