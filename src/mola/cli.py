@@ -17,7 +17,6 @@ from mola._version import __version__
 from mola.errors import MolaError
 from mola.files.failures import within_memory
 from mola.files.terminal import end_unread
-from mola.options.parsing import parse
 
 _LONGEST_MESSAGE = 4000
 _LESS_MEMORY = (
@@ -149,6 +148,8 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
+    from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
+
     try:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":

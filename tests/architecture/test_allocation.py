@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.architecture.allocation import LinearShape, check_top_k, effective_top_k, plan_allocation
+from mola.architecture.allocation import LinearShape, StackShape, check_top_k, effective_top_k, plan_allocation
 from mola.architecture.notation import SHAPES, check_notation, resolve_per_layer
 from mola.errors import MolaError
 
@@ -343,6 +343,15 @@ def test_costs_of_one_layer_by_hand():
     assert layer.flops_per_token == 2 * 4 * 6 * (3 + 7) + 2 * 4 * 6 * (5 + 2) + 2 * 4 * (3 + 7)
     assert layer.active_flops_per_token == 2 * 2 * 6 * (3 + 7 + 5 + 2) + 2 * 4 * (3 + 7)  # two of four experts
     assert layer.adapter_bytes == 2 * (layer.expert_parameters + layer.router_parameters)
+
+
+@pytest.mark.parametrize(("indices", "experts"), [([0], 4), ([], 12)])
+def test_layers_with_stacks_alone_have_no_mixture_beside_those_with_linears(indices, experts):
+    linears = [LinearShape(f"layers.{index}.a", index, 3, 5) for index in indices]
+    stacks = [StackShape(f"layers.{index}.mlp", "up", index, 8, 3, 5) for index in range(3)]
+    plan = plan_allocation(linears, [4] * 3, [2] * 3, [6] * 3, stacks=stacks)
+    assert (plan.num_experts, len(plan.adapted_layers)) == (experts, len(indices) or 3)
+    assert plan.to_dict()["totals"]["num_experts"] == experts
 
 
 def test_a_layer_with_one_expert_has_no_router_flops():

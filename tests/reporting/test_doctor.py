@@ -338,6 +338,14 @@ def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):
         assert (LORA in {each.name for each in findings(run, late)}) == is_said
 
 
+def test_twins_that_share_their_tokens_are_no_sign_of_a_lora(finished_run):
+    """As `mola reallocate` makes them of experts: either of two is as good, while the pairs are told apart."""
+    run = gather(str(finished_run))
+    for entropy, is_said in ((0.95, False), (0.999, True)):
+        late = {name: LateUse(10, [0.5] * 4, 0.01, entropy) for name in "ab"}
+        assert (LORA in {each.name for each in findings(run, late)}) == is_said
+
+
 def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}

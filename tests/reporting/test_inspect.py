@@ -296,3 +296,4 @@ def test_modules_that_see_other_tokens_are_counted_in_all(tiny_model_dir, adapte
     assert first["num_tokens"] == 2 * 3
     assert name["first"] not in {row["module"] for row in found["usage"]["answer"]}
     assert len(found["usage"]["answer"]) == len(found["usage"]["all"]) - 1
+    assert name["first"] not in {row["module"] for example in found["examples"] for row in example["experts"]}

@@ -7,7 +7,8 @@ import struct
 import sys
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
 
 from mola.cli import main
 from mola.options.parsing import parse
@@ -184,3 +185,13 @@ def test_missing_tracker_is_one_line_before_anything_loads(flags, tmp_path, monk
     assert line.startswith("mola train: error: ")
     assert [word for word in words if word not in line] == []
     assert not (tmp_path / "run").exists()
+
+
+def test_operations_of_a_batch_are_those_of_transformers(flags, monkeypatch):
+    made, make = [], train.make_trainer
+    monkeypatch.setattr(train, "make_trainer", lambda *arguments: made.append(make(*arguments)) or made[0])
+    assert main(flags(max_steps=1)) == 0
+    for shape in ((2, 3), (1, 8)):
+        batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        expected = Trainer.floating_point_ops(made[0], batch)
+        assert made[0].floating_point_ops(batch) == expected > 0

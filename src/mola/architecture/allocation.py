@@ -156,8 +156,9 @@ class AllocationPlan:
 
     @property
     def adapted_layers(self) -> list[LayerPlan]:
-        """Layers with an adapted linear; what others have for a number of experts means nothing."""
-        return [layer for layer in self.layers if layer.expert_parameters]
+        """Layers with an adapted linear, if there is one; what others have for a number of experts means nothing."""
+        with_linears = [layer for layer in self.layers if layer.flops_per_token]
+        return with_linears or [layer for layer in self.layers if layer.expert_parameters]
 
     @property
     def num_experts(self) -> int:

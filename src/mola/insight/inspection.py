@@ -109,7 +109,7 @@ def look_at(
                 counters.setdefault(name, UsageCounter()).add(alike, mask)
         agreement.add(recorded)
         if number in examples:
-            gates[number] = [_mean_gates(each, is_answer) for each in recorded]
+            gates[number] = [_mean_gates(each, is_answer) for each in alike]
     usage = {name: counter.usage() for name, counter in counters.items()}
     return Seen(usage, agreement.modules, agreement.cramers_v().tolist(), gates)
 
@@ -124,7 +124,7 @@ def _check_finite(recorded: Sequence[ModuleGates]) -> None:
 
 
 def _mean_gates(recorded: ModuleGates, mask: torch.Tensor) -> dict[str, Any]:
-    mean = recorded.gates[mask].mean(0) if len(mask) == len(recorded.gates) else recorded.gates.mean(0)
+    mean = recorded.gates[mask].mean(0)
     return {"module": recorded.module, "layer_index": recorded.layer_index, "mean_gates": mean.tolist()}
 
 

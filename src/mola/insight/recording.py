@@ -30,11 +30,6 @@ class ModuleGates(NamedTuple):
     gates: torch.Tensor
     entropies: torch.Tensor
 
-    @property
-    def kind(self) -> str:
-        """Last part of the name, such as `q_proj`: what modules of all layers have in common."""
-        return self.module.rpartition(".")[2]
-
 
 @contextmanager
 def recorded_gates(model: torch.nn.Module) -> Iterator[list[ModuleGates]]:

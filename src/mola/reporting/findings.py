@@ -17,6 +17,7 @@ _DEAD = 0.15  # of all experts
 _COLLAPSED = 0.25  # of the modules whose routers have a choice
 _SAME = 0.99  # of the choices that the same experts get
 _ALIKE = 0.9  # overlap of what experts read, and of what they write: 1 for the same subspace
+_EVEN = 0.99  # entropy of a router that tells nothing apart, of 1
 _UNDECIDED = 0.02  # margin between the two largest gates of two; of more, whose gates are smaller, less
 _RISE = 1.5  # of the lowest training loss
 _NOISE = 4  # standard errors
@@ -176,6 +177,8 @@ def _undecided(late: Mapping[str, LateUse]) -> Finding | None:
     margins = [use.margin for use in late.values()]
     # With gates that are all alike a choice of few experts is random; with all experts it is none.
     if not margins or fmean(use.margin * max(1.0, sum(use.shares) / 2) for use in late.values()) >= _UNDECIDED:
+        return None
+    if fmean(use.entropy for use in late.values()) < _EVEN:  # twins share their tokens, which others do not get
         return None
     return Finding(
         "a LoRA would do",

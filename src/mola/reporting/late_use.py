@@ -13,7 +13,10 @@ _PART = 0.25
 _FORM = {
     "step": INTEGER,
     "modules": [
-        {"module": TEXT, "num_tokens": INTEGER, "shares": [NUMBER], "margin": (NUMBER, None)},
+        {
+            **{"module": TEXT, "num_tokens": INTEGER, "shares": [NUMBER]},
+            **{"margin": (NUMBER, None), "entropy?": (NUMBER, None)},
+        },
     ],
 }
 
@@ -26,11 +29,13 @@ class LateUse:
         tokens: how many.
         shares: of each expert, the share of tokens that chose it; they add up to `top_k`.
         margin: largest minus second largest gate.
+        entropy: of the softmax over all experts, over its largest value.
     """
 
     tokens: int = 0
     shares: list[float] = field(default_factory=list)
     margin: float = 0.0
+    entropy: float = 1.0
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Count one interval in."""
@@ -40,6 +45,8 @@ class LateUse:
         self.shares = [old + weight * (new - old) for old, new in zip(before, record["shares"], strict=True)]
         margin = 1.0 if record["margin"] is None else record["margin"]  # no number: it says nothing
         self.margin += weight * (margin - self.margin)
+        entropy = 1.0 if (found := record.get("entropy")) is None else found  # as for the margin
+        self.entropy += weight * (entropy - self.entropy)
 
     @property
     def top_k(self) -> int:

@@ -95,6 +95,7 @@ class MolaTrainer(Trainer):
     """For `TrainOptions`."""
 
     _hidden_limit: int | None = None
+    _operations_per_token: int | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimiser of the options, with `loraplus_lr_ratio`."""
@@ -124,6 +125,13 @@ class MolaTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.args.average_tokens_across_devices = is_shared
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Transformers', which would walk through all modules for every batch."""
+        tokens = inputs["input_ids"].numel()
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // tokens
+        return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Transformers', with the mean of all processes as the loss of the whole training.

@@ -88,6 +88,21 @@ def test_page_without_a_browser(options):
         answerer.close()
 
 
+def test_two_linears_of_one_name_in_a_layer_are_told_apart():
+    """As GPT-2's `c_proj`, of its attention and of its MLP."""
+    from mola.insight.recording import ModuleGates
+    from mola.serving.demonstration.answering import Experts
+    from mola.serving.demonstration.page import _look, _tables
+
+    names = [f"transformer.h.{layer}.{part}.c_proj" for layer in range(2) for part in ("attn", "mlp")]
+    gates = torch.full((3, 2), 0.5)
+    modules = [ModuleGates(name, int(name[14]), gates, gates[:, 0]) for name in names]
+    experts = Experts(modules, ["a", "b", "c"], 1)
+    _, kind, _ = _look(SimpleNamespace(experts=lambda answer: experts), None)
+    assert [value for value, _ in kind.choices] == ["attn.c_proj", "mlp.c_proj"]
+    assert _tables(experts, "mlp.c_proj", 1, "answer")[0].count('scope="row"') == 2
+
+
 def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
     from mola.serving.demonstration.answering import Answer, Answerer
     from mola.serving.demonstration.page import _look, _tables

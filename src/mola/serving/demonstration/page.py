@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from mola.architecture.kinds import kinds_of
 from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.insight.tables import layers_table, tokens_table
@@ -129,7 +130,7 @@ def _answers(
 
 def _look(answerer: Answerer, answer: Answer) -> tuple[Experts, Any, Any]:
     experts = answerer.experts(answer)
-    kinds = list(dict.fromkeys(module.kind for module in experts.modules))
+    kinds = list(dict.fromkeys(_kinds(experts).values()))
     layers = list(dict.fromkeys(module.layer_index for module in experts.modules if module.layer_index is not None))
     return (
         experts,
@@ -138,11 +139,16 @@ def _look(answerer: Answerer, answer: Answer) -> tuple[Experts, Any, Any]:
     )
 
 
+def _kinds(experts: Experts) -> dict[str, str]:
+    return kinds_of(module.module for module in experts.modules)
+
+
 def _tables(experts: Experts | None, kind: str | None, layer: int | None, part: str) -> tuple[str, str]:
     """The tables by layer and by token."""
     if experts is None:
         return _NOTHING_YET, ""
-    modules = [module for module in experts.modules if module.kind == kind]
+    kinds = _kinds(experts)
+    modules = [module for module in experts.modules if kinds[module.module] == kind]
     if not modules:
         return _NO_ROUTERS, ""
     prompt = experts.num_prompt_tokens

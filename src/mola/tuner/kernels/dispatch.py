@@ -38,6 +38,7 @@ BACKENDS: tuple[Backend, ...] = (
     Dense(),
     Reference(),
 )
+_FOR_GPUS = tuple(backend for backend in BACKENDS if backend.device_type != "cpu")  # others need not be asked
 # Lets compiled graphs find a layer by its B.
 register = (lambda layer: None) if _cpu_decode is None else _cpu_decode.register
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -97,7 +98,7 @@ def select(inputs: MixtureInputs) -> Backend:
                 f"{tuple(inputs.experts_A.shape)}: {reason}. Unset {_CHOICE} to let mola choose."
             )
         return forced
-    for backend in BACKENDS:
+    for backend in _FOR_GPUS if inputs.x.is_cuda else BACKENDS:
         if backend.supports(inputs) is None and backend.is_slower(inputs) is None:
             return backend
     raise AssertionError("the reference backend supports what no other does")

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -95,9 +96,14 @@ def _why_not_on(device: torch.device) -> str | None:
     launch = native.load("launch", "gpu") if device.type == "cuda" or native.is_interpreting() else None
     if launch is None:
         return "needs a GPU and Triton"
-    if launch.IS_INTERPRETED or torch.cuda.get_device_capability(device) >= _CAPABILITY:
+    if launch.IS_INTERPRETED or _capability(device) >= _CAPABILITY:
         return None
     return "needs a GPU of compute capability 8.0 or newer"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
