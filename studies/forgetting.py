@@ -164,6 +164,7 @@ class Study:
         run |= {"versions": software_versions(), "machine": machine_description()}
         with self.locks.lock("record"):
             self.read()
+            self._check_same(fingerprints)  # another process may have been the first
             self.record["fingerprints"] = fingerprints
             self.record["runs"].append(run)
             atomic_write_json(self.path, self.record, indent=None)
@@ -181,12 +182,15 @@ class Study:
         if len(files) == 3:
             raise MolaError(f"`base_model` must be a folder with *.safetensors: {options.base_model!r} has none.")
         found = {name: file_sha256(path) for name, path in files.items()}
+        self._check_same(found)
+        return found
+
+    def _check_same(self, found: dict[str, str]) -> None:
         if self.record["fingerprints"] not in (None, found):
             raise MolaError(
                 f"base model or data are others than those of {str(self.path)!r}: {self.record['fingerprints']}, now "
                 f"{found}. Use the same, or pass another `record`."
             )
-        return found
 
     def _data(self) -> Path:
         return self.folder / "-".join(["data", *map(str, _sizes(self.options).values())])

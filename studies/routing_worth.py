@@ -32,6 +32,7 @@ from mola.files.reading import read_json, read_json_object
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.files.terminal import end_unread, table_console
 from mola.models.adapters import check_adapter
+from mola.models.identity import weights_identity
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.options.fields import first_difference, mapping, option
 from mola.options.parsing import parse
@@ -185,6 +186,13 @@ class Study:
             raise MolaError(
                 f"the test data of {key} are not those that the mixture was tested on: {test.data!r} has changed."
             )
+        now = {"base_model": weights_identity(test.base_model), "rule": load_task(test.task).fingerprint()}
+        for name, value in now.items():
+            if getattr(result, name, value) not in (None, "", value):  # which older records lack
+                raise MolaError(
+                    f"`{name}` of {key} is not that with which the mixture was tested: {getattr(result, name)!r} then, "
+                    f"now {value!r}. Use the same."
+                )
         work = self.work / "-".join(map(str, key))
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         try:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from mola.data.spool import Spool
 from mola.data.write import write_splits
 from mola.errors import MolaError
-from mola.files.folders import complete_folder
+from mola.files.folders import complete_folder, new_folder
 
 PROMPT = {"input": "", "instruction": "i", "output": "o"}
 
@@ -148,6 +149,20 @@ def test_folder_that_has_to_stay_gets_the_files(tmp_path, monkeypatch, place):
             write_two(folder)
         assert files(folder) == {"dataset_dict.json": "second", "second.json": "second"}
     assert folder.stat().st_ino == number
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_has_come_into_a_new_folder_meanwhile_is_kept(tmp_path, monkeypatch, stays):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if stays:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    for text in ("first", "second"):
+        refused = pytest.raises(MolaError, match="'a' has come into")
+        with contextlib.nullcontext() if text == "first" else refused, new_folder("output", folder) as new:
+            (new / "a").write_text(text)
+    assert files(folder) == {"a": "first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):

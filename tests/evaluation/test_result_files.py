@@ -135,6 +135,17 @@ def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, monkeypa
         evaluate(options)
 
 
+def test_a_result_is_one_evaluations_alone(options, monkeypatch):
+    interrupt_after(options, monkeypatch, num_batches=1)
+    partial = PartialResults(options.output, {})
+    before = partial.path.read_bytes()
+    with partial.held(), pytest.raises(MolaError, match="another one is writing .*partial.jsonl"):
+        evaluate(EvaluateOptions(**asdict(options) | {"max_new_tokens": 6, "overwrite": True}))
+    assert partial.path.read_bytes() == before
+    assert evaluate(options).total == 11
+    assert not [path for path in Path(options.output).parent.iterdir() if path.name.startswith(".")]
+
+
 def test_damaged_partial_results_are_refused(tmp_path):
     partial = PartialResults(tmp_path / "result.json", {"a": 1})
     partial.path.write_text('{"a": 1}\nnot json\n')

@@ -56,6 +56,8 @@ def test_all_linears():
         ("gptq", True),
         ("fsdp_config", {"fsdp_version": 2}),
         ("tensor_parallel_size", 2),
+        ("context_parallel", {"size": 2}),
+        ("sequence_parallel_degree", 2),
         ("rl", "dpo"),
     ],
 )
@@ -66,6 +68,7 @@ def test_what_a_mixture_cannot_honour_is_refused(field, value):
 
 def test_what_is_switched_off_is_not_refused():
     given_settings({**YAML, "peft_use_dora": False, "lora_mlp_kernel": None, "tensor_parallel_size": 1, "rl": None})
+    given_settings({**YAML, "context_parallel": {"size": 1}, "sequence_parallel_degree": None})
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,9 @@ BROKEN = {
     "`--speculative-config` must be off": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     },
+    "`--kv-transfer-config` and `--kv-offloading-size` must be off": {
+        "kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    },
     "`--load-format mola` needs the adapter's folder": {"extra": {"adapter": ""}},
     "no such folder": {"extra": {"adapter": "nowhere"}},
     "`load_format` 'nonsense' cannot be used": {"extra": {"load_format": "nonsense"}},

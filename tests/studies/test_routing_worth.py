@@ -236,6 +236,17 @@ def test_data_that_have_changed_are_refused(words, comparison, tmp_path, capsys)
     assert not list(tmp_path.glob("out/.worth/*/*"))
 
 
+@pytest.mark.parametrize("name", ["base_model", "rule"])
+def test_another_base_model_or_rule_than_the_comparisons_is_refused(name, words, tmp_path, capsys):
+    flags, output = words
+    change(tmp_path / "out" / "compare.json", lambda content: [each.update({name: "abc"}) for each in content["runs"]])
+    assert main([*flags, "--seeds", "0"]) == 2
+    assert f"`{name}` of physics/2468/seed-0 is not that with which the mixture was tested: 'abc' then" in (
+        capsys.readouterr().err
+    )
+    assert not output.exists()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(words):
     flags, output = words

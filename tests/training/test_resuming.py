@@ -32,6 +32,7 @@ INTERRUPTIBLE = {
     "validation_size": 1,
     "learning_rate": 1e-3,
 }
+UNSAVED = {"save_strategy": "no", "load_best_model_at_end": "false"}
 
 
 @pytest.fixture
@@ -152,10 +153,14 @@ def test_groups_of_similar_length_are_those_of_seed_and_epoch():
         assert sum(max(batch) - min(batch) for batch in batches) < 0.1 * 6 * len(batches)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT)])
-def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(number, flags, tmp_path, monkeypatch, capsys, caplog):
-    """And the same command with `last` makes up for the evaluation."""
-    options = {**INTERRUPTIBLE, "num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 1}
+@pytest.mark.parametrize(
+    ("number", "saves"), [(signal.SIGTERM, {}), (signal.SIGTERM, UNSAVED), *slow((signal.SIGINT, {}))]
+)
+def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
+    number, saves, flags, tmp_path, monkeypatch, capsys, caplog
+):
+    """And the same command with `last` makes up for the evaluation, also where nothing is saved on the way."""
+    options = {**INTERRUPTIBLE, "num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 1, **saves}
     assert main(flags(tmp_path / "whole", **options)) == 0
     seen = []
 

@@ -88,12 +88,23 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         MolaError: anything wrong with the options or the data, before the model is loaded.
     """
     task, examples, tokenizer = check_evaluation(options)
-    partial, finished = None, []
-    if options.output is not None:
-        partial = PartialResults(options.output, _identity(options, task, examples))
-        finished = partial.read(discard_other=options.overwrite)
-        if finished:
-            logger.warning("Going on with %d finished samples of %s.", len(finished), partial.path)
+    if options.output is None:
+        return _evaluate(options, task, examples, tokenizer, None)
+    partial = PartialResults(options.output, _identity(options, task, examples))
+    with partial.held():
+        return _evaluate(options, task, examples, tokenizer, partial)
+
+
+def _evaluate(
+    options: EvaluateOptions,
+    task: Task,
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    partial: PartialResults | None,
+) -> EvaluateResult:
+    finished = [] if partial is None else partial.read(discard_other=options.overwrite)
+    if partial is not None and finished:
+        logger.warning("Going on with %d finished samples of %s.", len(finished), partial.path)
     set_seed(options.seed)
     model = model_for(options, options.adapter)
     result = evaluate_examples(

@@ -3,11 +3,14 @@
 One JSON object per line: first what identifies the run, then one record per finished sample.
 """
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, check_writable
@@ -26,6 +29,28 @@ class PartialResults:
         self.path = check_writable(f"{os.fspath(output)}.partial.jsonl")
         # Through JSON once, so that tuples and lists compare equal after reading.
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The journal is one evaluation's alone within the block.
+
+        Raises:
+            MolaError: another one is at work on it.
+        """
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise MolaError(
+                f"`output` must be one evaluation's alone: another one is writing {str(self.path)!r}. Wait for its "
+                "end, or pass another `output`."
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
 
     def read(self, discard_other: bool = False) -> list[dict[str, Any]]:
         """Records of an earlier run; empty without one, or if that had another identity and `discard_other` says so.

@@ -61,6 +61,17 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     return target
 
 
+def keep_on_disk(*paths: str | os.PathLike[str]) -> None:
+    """Wait until files and folders are on the disk, and not in the machine's memory alone, which loses power."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # of a system that opens no folders, or a file system that does not say
+            place = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
+
+
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Add lines, given without their ends, to a text file in UTF-8; it is made where there is none.
 

@@ -95,8 +95,10 @@ def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:
 
 
 @contextmanager
-def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[Path, Path]]:
+def complete_folder(folder: Path, option: str = "output_dir", *, replaces: bool = True) -> Iterator[tuple[Path, Path]]:
     """Write or replace a folder under a temporary name; it takes its place when the block ends without an error.
+
+    Where it `replaces` nothing, what has come into the folder meanwhile stays, and is an error.
 
     A folder that cannot be renamed, or should not be, since a file system is mounted there or this process works in
     it, gets the files one after the other, those in `_LAST` at the end.
@@ -105,7 +107,8 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
         The folder to fill, and a second one for scratch files that goes away in any case.
 
     Raises:
-        MolaError: the folder cannot be written. Other errors of the block, also an OSError of a file elsewhere, pass.
+        MolaError: the folder cannot be written, or holds something by now that is not to be replaced. Other errors of
+            the block, also an OSError of a file elsewhere, pass.
     """
     mark, stays = uuid.uuid4().hex, _stays(folder)
     temporary, scratch, old = (
@@ -119,6 +122,8 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
             raise MolaError(f"`{option}` cannot be written: {error}. Choose another folder.") from error
         with _write_errors(option, within=(temporary, scratch)):
             yield temporary, scratch
+        if not replaces:
+            _check_still_empty(folder, option, besides=(temporary, scratch))
         with _write_errors(option):
             (_put_inside if stays else _put_in_place)(temporary, folder, old)
     finally:
@@ -129,8 +134,17 @@ def complete_folder(folder: Path, option: str = "output_dir") -> Iterator[tuple[
 @contextmanager
 def new_folder(option: str, folder: Path) -> Iterator[Path]:
     """`complete_folder` without scratch files, for results that libraries write; refuses one that cannot be written."""
-    with writing(f"`{option}`"), complete_folder(folder, option) as (temporary, _):
+    with writing(f"`{option}`"), complete_folder(folder, option, replaces=False) as (temporary, _):
         yield temporary
+
+
+def _check_still_empty(folder: Path, option: str, besides: tuple[Path, ...]) -> None:
+    found = [path.name for path in folder.iterdir() if path not in besides] if folder.is_dir() else []
+    if found:
+        raise MolaError(
+            f"`{option}` must not exist or be empty: {found[0]!r} has come into {str(folder)!r} since this command "
+            "began, and is kept. Choose another folder."
+        )
 
 
 def _stays(folder: Path) -> bool:

@@ -32,7 +32,7 @@ _REFUSED = {
     **dict.fromkeys(("flash_attn_fuse_qkv", "flash_attn_fuse_mlp"), "it replaces the linears that get experts"),
     **dict.fromkeys(("rl", "reward_model", "process_reward_model", "use_ray", "orpo_alpha"), _UNTRIED),
 }
-_SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size")
+_SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size", "sequence_parallel_degree")
 
 
 def is_mixture(folder: str | Path | None) -> bool:
@@ -69,7 +69,8 @@ def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
         why = _REFUSED.get(name, "it is not for a mixture" if str(name).startswith(_FOREIGN) else None)
         if value and why and name not in (*_FIELDS, *_ALSO_READ):
             raise MolaError(f"`{name}` must be left out with `adapter: mola`: got {value!r}, but {why}.")
-        if name in _SIZES and value not in (None, 1):
+        size = value.get("size") if name == "context_parallel" and isinstance(value, Mapping) else value
+        if name in (*_SIZES, "context_parallel") and size not in (None, 1):
             raise MolaError(f"`{name}` must be 1 with `adapter: mola`, {_SHARDED}: got {value!r}.")
     named = {ours: cfg.get(theirs) for theirs, ours in _FIELDS.items()} | {name: block.get(name) for name in FIELDS}
     if cfg.get("lora_target_linear"):

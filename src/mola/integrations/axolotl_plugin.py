@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from mola.errors import MolaError
 from mola.integrations import axolotl_fields as yaml
-from mola.integrations.mixture_settings import continued_config
+from mola.integrations.mixture_settings import continued_config, keep_router_losses
 
 TRIED = "0.21.0"
 
@@ -77,4 +77,4 @@ class MolaPlugin(BasePlugin):
                 set_seed(cfg.seed)
             adapted = get_peft_model(model, config, **options)
         adapted.print_trainable_parameters()
-        return adapted, config
+        return (adapted if inference else keep_router_losses(adapted)), config

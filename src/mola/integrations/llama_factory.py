@@ -91,6 +91,9 @@ def _set_up(
     settings = finetuning_args.mixture_settings
     if folders:
         model = continue_mixture(model, folders[0], settings, **init_kwargs)
+        for parameter in model.parameters() if cast else ():  # copies of `modules_to_save`, which PEFT does not cast
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     else:
         with _config_of_mixture(settings):
             model = original(config, model, model_args, finetuning_args, is_trainable, cast)
@@ -98,8 +101,17 @@ def _set_up(
     base, checkpointing = model.get_base_model(), not model_args.disable_gradient_checkpointing
     if has_router_losses(vars(model.peft_config["default"])) and checkpointing and base.supports_gradient_checkpointing:
         adapter.logger.info_rank0("Router losses: gradient checkpointing is not re-entrant.")
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_without_reentering(base)
     return model
+
+
+def _checkpoint_without_reentering(base: Any) -> None:
+    """Now, and where the trainer switches checkpointing on without saying how: LLaMA-Factory's own way re-enters."""
+    enable, how = base.gradient_checkpointing_enable, {"use_reentrant": False}
+    base.gradient_checkpointing_enable = lambda gradient_checkpointing_kwargs=None, **more: enable(
+        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or how, **more
+    )
+    base.gradient_checkpointing_enable()
 
 
 def _check_use(model_args: Any, finetuning_args: Any, folders: list, kinds: list[bool], is_trainable: bool) -> None:

@@ -162,6 +162,6 @@ def _refuse_outputs_without_loss(model: Any, inputs: Any, output: Any) -> None:
     if model.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None:
         raise MolaError(
             "This loss of the trainer is computed from logits (label smoothing, a scale per token, preferences), and "
-            "leaves router losses out: choose another, or set `mola_router_aux_loss_coef` and "
-            "`mola_router_z_loss_coef` to 0."
+            "leaves router losses out: choose another, or set the mixture's `router_aux_loss_coef` and "
+            "`router_z_loss_coef` to 0."
         )

@@ -52,7 +52,7 @@ _EXPORTS = ("merge_lora", "quant_method", "to_ollama", "to_mcore", "to_hf")
 
 
 class MolaTuner(PeftTuner):
-    """The tuner type `mola`; saving is PEFT's."""
+    """The tuner type `mola`."""
 
     settings: dict[str, Any] = {}  # noqa: RUF012 # of this process, which trains once
 
@@ -74,6 +74,14 @@ class MolaTuner(PeftTuner):
             **MolaTuner.settings,
         )
         return keep_router_losses(get_peft_model(model, config))
+
+    @staticmethod
+    def save_pretrained(
+        model: Any, save_directory: str, state_dict: Any = None, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """As PEFT does it, of the weights that the trainer has gathered where it shards them."""
+        kwargs["selected_adapters"] = ["default"]
+        model.save_pretrained(save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs)
 
     @staticmethod
     def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from mola.errors import MolaError
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
     check_best_checkpoint,
@@ -42,6 +43,26 @@ class CheckedRun:
     record: dict[str, Any]
 
 
+def check_folder_again(options: TrainOptions, run: CheckedRun) -> None:
+    """Refuse a folder in which another run has ended since it was looked at; for who has it alone now.
+
+    Raises:
+        MolaError: there is a checkpoint or a result that was not there.
+    """
+    _check_folder(options)
+    if find_checkpoint(run.folder, options.resume_from_checkpoint) != run.checkpoint:
+        raise MolaError(
+            f"`resume_from_checkpoint`: another run in {str(run.folder)!r} has ended while this one was looking at its "
+            "data, and saved a later checkpoint. Start it again to go on from there."
+        )
+
+
+def _check_folder(options: TrainOptions) -> Path:
+    return check_output_dir(
+        options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
+    )
+
+
 def check_run(options: TrainOptions) -> CheckedRun:
     """Everything that can be wrong before weights are loaded; settles what options leave open."""
     check_hub_options(options)
@@ -49,9 +70,7 @@ def check_run(options: TrainOptions) -> CheckedRun:
         check_start_is_kept(options.adapter, options.output_dir)
     # It tries to write, which others would take for an earlier run's file.
     with options.main_process_first(local=False):
-        folder = check_output_dir(
-            options.output_dir, overwrite=options.overwrite_output_dir, resume=options.resume_from_checkpoint
-        )
+        folder = _check_folder(options)
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
     check_sharding(options, checkpoint, is_quantized=is_sharded(options) and stores_packed(options))
     if uses_deepspeed(options):

@@ -110,6 +110,8 @@ def upload(folder: Path, names: Sequence[str], repository: str, options: Trainin
     Raises:
         MolaError: the hub cannot be reached, or refuses; the run folder is complete.
     """
+    where = [f"--revision={options.hub_revision}"] if options.hub_revision else []
+    command = ["hf", "upload", repository, str(folder), *where, *(f"--include={name}" for name in names)]
     try:
         commit: Any = HfApi(token=_token(options)).upload_folder(
             repo_id=repository,
@@ -118,9 +120,10 @@ def upload(folder: Path, names: Sequence[str], repository: str, options: Trainin
             commit_message="Adapter trained with mola",
             revision=options.hub_revision,
         )
+    except KeyboardInterrupt:
+        logger.warning("Not uploaded to %s. Upload the finished run with `%s`.", repository, shlex.join(command))
+        raise
     except Exception as error:  # as above
-        where = [f"--revision={options.hub_revision}"] if options.hub_revision else []
-        command = ["hf", "upload", repository, str(folder), *where, *(f"--include={name}" for name in names)]
         raise MolaError(
             f"`push_to_hub` could not upload to {repository!r} at {constants.ENDPOINT}: {_reason(error)}. Nothing is "
             f"lost: the finished run is in {str(folder)!r}. Upload it with `{shlex.join(command)}`."

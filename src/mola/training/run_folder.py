@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mola.errors import MolaError
-from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable
+from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
 from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
 from mola.reporting import REPORT_FILE
@@ -209,6 +209,7 @@ def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: b
                 name = file.relative_to(temporary)
                 if name.parts[0] not in _NOT_IN_RESULT:
                     (folder / name).parent.mkdir(exist_ok=True, parents=True)
+                    keep_on_disk(file)  # the record that says so is
                     os.replace(file, folder / name)
                     moved.append(name.as_posix())
     return moved

@@ -30,7 +30,7 @@ from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock
-from mola.training.checked_run import CheckedRun, check_run
+from mola.training.checked_run import CheckedRun, check_folder_again, check_run
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.compiling import compiled_if_asked
 from mola.training.hub import create_repository, upload
@@ -40,7 +40,7 @@ from mola.training.run_folder import METRICS_FILE, claimed, save_result, start_r
 from mola.training.run_record import write_record
 from mola.training.setup import build_model
 from mola.training.sharding import is_sharded
-from mola.training.trainer import make_trainer
+from mola.training.trainer import MolaTrainer, make_trainer
 from mola.training.zero import uses_deepspeed, whole_weights
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -99,6 +99,8 @@ def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> Train
     with whole_weights():
         run = check_run(options)
     with claimed(run.folder) if options.process_index == 0 else contextlib.nullcontext():
+        if options.process_index == 0:
+            check_folder_again(options, run)
         return _train_in(options, callbacks, run)
 
 
@@ -151,7 +153,7 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
 
 
 def _trained(
-    options: TrainOptions, trainer: Trainer, run: CheckedRun, interruption: Interruption
+    options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, interruption: Interruption
 ) -> tuple[dict[str, Any], float]:
     """Trains and evaluates: metrics, and seconds of training."""
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
@@ -171,6 +173,8 @@ def _trained(
             with interruption.leaving():
                 metrics.update(trainer.evaluate())
             interruption.share(options)  # one that came too late to end it
+        if interruption.signal_number is not None and trainer.state.global_step > run.first_step:
+            trainer.save_last_step()
     except BaseException as error:
         reason = str(error) or type(error).__name__
         failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
@@ -232,6 +236,6 @@ def main(options: TrainOptions) -> int:
     if result.status == "interrupted":
         if newest_complete(Path(result.output_dir)) is not None:
             print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
-        else:  # as by --save_only_model, or where training had ended
+        else:  # as by --save_only_model, or where best weights had been loaded
             print(f"There is no checkpoint to go on from: train on with --adapter {result.output_dir}", file=sys.stderr)
     return exit_code

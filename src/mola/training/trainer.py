@@ -14,10 +14,11 @@ from peft.utils import infer_device
 from torch.optim import Optimizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
+from mola.files.atomic import keep_on_disk
 from mola.generation.predicting import max_positions
 from mola.training.batch_search import SameStart
 from mola.training.callbacks import (
@@ -178,7 +179,21 @@ class MolaTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate(Path(str(self.args.output_dir)), limit, self.state.best_model_checkpoint)
+            folder = Path(str(self.args.output_dir))
+            if limit:  # before an older one goes
+                newest = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                keep_on_disk(*(path for path in newest.rglob("*") if path.is_file()), newest, folder)
+            rotate(folder, limit, self.state.best_model_checkpoint)
+
+    def save_last_step(self) -> None:
+        """A checkpoint of the step that training has come to, if it has none, and the weights are those of this step.
+
+        A signal in the last evaluation would else leave nothing to go on from where `save_strategy` is no.
+        """
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not (folder.is_dir() or self.args.load_best_model_at_end):
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         hidden = self.args.save_total_limit

@@ -95,6 +95,11 @@ def _check_engine(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         )
     if vllm_config.speculative_config is not None:
         raise MolaError("`--speculative-config` must be off with `--load-format mola`, which was not tried with it.")
+    if vllm_config.kv_transfer_config is not None:
+        raise MolaError(
+            "`--kv-transfer-config` and `--kv-offloading-size` must be off with `--load-format mola`: stores of keys "
+            "and values outside the server tell base models apart, and not mixtures. Leave them out."
+        )
     if model_config.use_mla:
         raise MolaError(
             f"`--load-format mola` cannot serve {model_config.model!r}: its attention (MLA) reads weights past their "
