@@ -359,6 +359,23 @@ def test_many_examples_keep_their_order():
     assert [tokenizer.decode(trained(row)[:-1]) for row in dataset] == outputs
 
 
+@pytest.mark.parametrize("truncation", ["drop", "right"])
+def test_many_examples_are_encoded_in_parts(monkeypatch, truncation):
+    outputs = ["a" * (1 + number % 40) for number in range(250)]
+    examples = [example(output=output, number=number) for number, output in enumerate(outputs)]
+    options = {"tokenizer": TOKENIZERS["bos"], "cutoff_len": 125, "truncation": truncation}
+    whole, report = encode(examples, **options)
+    assert report.total == 250
+    assert 0 < report.dropped + report.truncated < 250
+    monkeypatch.setattr("mola.data.encode._CHUNK", 100)
+    parts, same = encode(examples, **options)
+    assert same == report
+    assert parts.features == whole.features
+    assert parts.to_list() == whole.to_list()
+    with pytest.raises(MolaError, match=r"of 250 samples would lose tokens, the longest has \d+, `cutoff_len` is 125"):
+        encode(examples, **{**options, "truncation": "error"})
+
+
 def test_fingerprint_follows_content_and_order():
     one, two = example(), example("Other?", number=1)
     first = data_fingerprint([one, two])

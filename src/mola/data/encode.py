@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("error", "drop", "left", "right")
 _SMALLEST_CUTOFF = 8
+_CHUNK = 10_000  # samples that are lists of Python at a time, which take several times the memory
 _NO_LIMIT = 1 << 30
 
 
@@ -98,45 +101,59 @@ def encode_examples(
     """
     _check_options(examples, tokenizer, cutoff_len, add_eos_token, truncation)
     ending = template.ending(tokenizer) if add_eos_token else []
-    samples = list(tokenized(examples, tokenizer, template, ending))
-    return _dataset(samples, cutoff_len, train_on_inputs, truncation)
+    return _dataset(tokenized(examples, tokenizer, template, ending), cutoff_len, train_on_inputs, truncation)
 
 
 def _dataset(
-    samples: Sequence[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str
+    samples: Iterable[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str
 ) -> tuple[datasets.Dataset, EncodeReport]:
-    too_long = [sample for sample in samples if len(sample.ids) > cutoff_len]
-    longest = max(len(sample.ids) for sample in samples)
+    parts: list[datasets.Dataset] = []
+    counts: Counter[str] = Counter()
+    longest = 0
+    for chunk in _chunks(samples):
+        longest = max(longest, *(len(sample.ids) for sample in chunk))
+        counts["total"] += len(chunk)
+        counts["too long"] += sum(len(sample.ids) > cutoff_len for sample in chunk)
+        if counts["too long"] and truncation == "error":
+            continue  # to say how many there are
+        kept, truncated, answer_cut = _fitted(chunk, cutoff_len, train_on_inputs, truncation)
+        labels = [sample.labels(train_on_inputs) for sample in kept]
+        counts.update(
+            kept=len(kept),
+            truncated=truncated,
+            answer_cut=answer_cut,
+            tokens=sum(len(sample.ids) for sample in kept),
+            trained_tokens=sum(label != IGNORED for row in labels for label in row),
+        )
+        columns = {
+            "input_ids": [sample.ids for sample in kept],
+            "attention_mask": [[1] * len(sample.ids) for sample in kept],
+            "labels": labels,
+            "length": [len(sample.ids) for sample in kept],
+        }
+        if kept:
+            parts.append(datasets.Dataset.from_dict(columns))
+    total, too_long = counts["total"], counts["too long"]
     if too_long and truncation == "error":
         raise MolaError(
-            f"`cutoff_len` must not be smaller than a sample: {len(too_long)} of {len(samples)} samples "
+            f"`cutoff_len` must not be smaller than a sample: {too_long} of {total} samples "
             f"would lose tokens, the longest has {longest}, `cutoff_len` is {cutoff_len}. Raise `cutoff_len` "
             f"to {longest}, or choose `truncation` drop, left or right."
         )
-    kept, truncated, answer_cut = _fitted(samples, cutoff_len, train_on_inputs, truncation)
-    if not kept:
+    if not parts:
         raise MolaError(
-            f"`cutoff_len` leaves no sample: all {len(samples)} were dropped, the longest has {longest} "
+            f"`cutoff_len` leaves no sample: all {total} were dropped, the longest has {longest} "
             f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or choose `truncation` left."
         )
-    labels = [sample.labels(train_on_inputs) for sample in kept]
-    report = EncodeReport(
-        total=len(samples),
-        kept=len(kept),
-        dropped=len(samples) - len(kept),
-        truncated=truncated,
-        answer_cut=answer_cut,
-        longest=longest,
-        tokens=sum(len(sample.ids) for sample in kept),
-        trained_tokens=sum(label != IGNORED for row in labels for label in row),
-    )
-    columns = {
-        "input_ids": [sample.ids for sample in kept],
-        "attention_mask": [[1] * len(sample.ids) for sample in kept],
-        "labels": labels,
-        "length": [len(sample.ids) for sample in kept],
-    }
-    return datasets.Dataset.from_dict(columns), report
+    same = {name: counts[name] for name in ("kept", "truncated", "answer_cut", "tokens", "trained_tokens")}
+    report = EncodeReport(total=total, dropped=total - counts["kept"], longest=longest, **same)
+    return datasets.concatenate_datasets(parts), report
+
+
+def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    left = iter(samples)
+    while chunk := list(itertools.islice(left, _CHUNK)):
+        yield chunk
 
 
 def data_fingerprint(examples: Iterable[Mapping[str, Any]]) -> str:

@@ -41,6 +41,7 @@ def waits_for_tokens(config: Any) -> bool:
 
 
 _UNKNOWN: Any = object()
+_REMEMBERED = 8  # rows of which it is known how to compute them: while prompts are read in parts two alternate
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -58,8 +59,7 @@ class Adapters:
     def changed(self) -> None:
         """Look at the model again."""
         self._off = ExitStack()
-        self._rows: RowAdapters | None = None
-        self._names: list[str] = []
+        self._rows: dict[tuple[str, ...], RowAdapters] = {}
         is_adapted = isinstance(self.model, PeftModel)
         self._active = self.model.active_adapter if is_adapted else None
         self.can_mix = is_adapted and self._can_mix()
@@ -114,9 +114,11 @@ class Adapters:
         if not RowAdapters.suits(self.model.base_model):  # PEFT's own
             yield {"adapter_names": texts}
             return
-        if texts != self._names or self._rows is None:
-            self._names, self._rows = texts, RowAdapters(self.model.base_model, texts)
-        with self._rows:
+        if tuple(texts) not in self._rows:
+            if len(self._rows) == _REMEMBERED:
+                self._rows.clear()
+            self._rows[tuple(texts)] = RowAdapters(self.model.base_model, texts)
+        with self._rows[tuple(texts)]:
             yield {}
 
     def _switch(self, name: str | None) -> None:
