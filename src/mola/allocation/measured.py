@@ -7,14 +7,13 @@ from statistics import fmean
 from typing import NamedTuple, cast
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from mola.allocation.base import Base
 from mola.allocation.probe import read_probe, routing_records
 from mola.allocation.weights import weights_of
 from mola.architecture.kinds import kinds_of
 from mola.errors import MolaError
+from mola.files.terminal import progress
 from mola.insight.redundancy import expert_distances, mean_pairwise
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.models.devices import resolve_device
@@ -42,15 +41,7 @@ def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
     """
     target = resolve_device(device)
     found = {}
-    console = Console(stderr=True)
-    matrices = track(
-        weights_of(base),
-        "Spectra of the weights",
-        total=len(base.linears),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    for name, weight in matrices:
+    for name, weight in progress(weights_of(base), "Spectra of the weights", len(base.linears)):
         try:
             found[name] = power_law_exponent(eigenvalues(weight.to(target)))
         except MolaError as error:

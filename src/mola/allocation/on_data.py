@@ -10,8 +10,6 @@ from math import fsum
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from mola.allocation.base import Base
@@ -21,6 +19,7 @@ from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
+from mola.files.terminal import progress
 from mola.insight.float64 import in_float64
 from mola.models.base_model import load_config
 from mola.models.loading import load_model
@@ -137,8 +136,8 @@ def load_for_scores(base: Base, device: str) -> Any:
 def _tensors(
     samples: Sequence[Mapping[str, Any]], model: Any, title: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    device, console = next(model.parameters()).device, Console(stderr=True)
-    for sample in track(samples, title, console=console, disable=not console.is_terminal):
+    device = next(model.parameters()).device
+    for sample in progress(samples, title):
         ids, labels = (torch.tensor([list(sample[name])], device=device) for name in ("input_ids", "labels"))
         yield ids, labels
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 
 from mola.errors import MolaError
 from mola.exporting.calibration import Row, answer_tokens, batches
 from mola.exporting.measuring import log_probabilities
 from mola.exporting.mixtures import Lora, as_lora
+from mola.files.terminal import progress
 from mola.tuner.layer import MolaLinear
 
 
@@ -49,8 +48,7 @@ def distill(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     every, chance, order = batches(rows), random.Random(seed), list[int]()
-    console = Console(stderr=True)
-    for step in track(range(steps), "Distilling", console=console, disable=not console.is_terminal):
+    for step in progress(range(steps), "Distilling"):
         order = order or chance.sample(range(len(every)), len(every))
         ids, labels = every[order.pop()]
         wanted = answer_tokens(labels)

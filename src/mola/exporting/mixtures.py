@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mola.insight.float64 import in_float64
-from mola.tuner.layer import ExpertSettings, MolaLinear
+from mola.insight.replacing import Experts, replaced_experts
+from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 
 NAME = "default"  # of the adapter in a model that a command has loaded
@@ -100,26 +101,9 @@ def as_lora(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iter
         layers: by module.
         loras: of some of the modules; the others keep their experts.
     """
-    kept = {}
-    try:
+    with ExitStack() as stack:
         for name, (A, B) in loras.items():
             layer, rank = layers[name], A.shape[1]
-            router = layer.mola_router.pop(NAME) if NAME in layer.mola_router else None
-            kept[name] = layer.mola_A[NAME], layer.mola_B[NAME], router, layer.settings[NAME]
-            layer.mola_A[NAME], layer.mola_B[NAME] = A, B
             one = replace(layer.settings[NAME], num_experts=1, top_k=1, r=rank, lora_alpha=rank, use_rslora=False)
-            _set(layer, one)
+            stack.enter_context(replaced_experts(layer, NAME, Experts(A, B, None, one)))
         yield
-    finally:
-        for name, (old_A, old_B, router, settings) in kept.items():
-            layer = layers[name]
-            layer.mola_A[NAME], layer.mola_B[NAME] = old_A, old_B
-            if router is not None:
-                layer.mola_router[NAME] = router
-            _set(layer, settings)
-
-
-def _set(layer: MolaLinear, settings: ExpertSettings) -> None:
-    layer.settings[NAME] = settings
-    layer.num_experts[NAME], layer.top_k[NAME] = settings.num_experts, settings.top_k
-    layer.r[NAME], layer.scaling[NAME] = settings.r, settings.scaling

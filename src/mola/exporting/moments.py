@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from mola.errors import MolaError
+from mola.files.terminal import progress
 from mola.generation.predicting import base_of, last_positions
 
 Rows = torch.Tensor  # token ids (samples, length), all real: batches are of one length, so there is no padding
@@ -129,9 +128,7 @@ def gather_all(
             found[index][key] += product.to(found[index][key].device)
 
     with inputs_seen({name: modules[name] for name in place}, see):
-        console = Console(stderr=True)
-        numbers = range(len(batches))
-        for number in track(numbers, "Reading the data", console=console, disable=not console.is_terminal):
+        for number in progress(range(len(batches)), "Reading the data"):
             weight = weight if weights is None else weights[number]
             run(model, batches[number], **every_logit(model, (modules[name] for name in place)))
     for names, sums in zip(groups, found, strict=True):

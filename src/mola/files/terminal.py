@@ -1,10 +1,14 @@
-"""Standard output: tables whole, also in a pipe or a file; what to do when nobody reads it."""
+"""Standard output: tables whole, also in a pipe or a file; what to do when nobody reads it. A bar for long work."""
 
 import os
 import sys
+from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import track
 
+_Item = TypeVar("_Item")
 _NO_LIMIT = 1000  # columns; a table takes what it needs, and rich would assume 80 and cut cells
 
 
@@ -14,6 +18,18 @@ class OutputConsole(Console):
     def on_broken_pipe(self) -> None:
         """Rich itself would end the program without a word."""
         raise BrokenPipeError
+
+
+def progress(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
+    """The items, with a bar on standard error while they are worked on, where that is a terminal.
+
+    Args:
+        items: what is worked on.
+        title: what is done.
+        total: how many there are, where they do not say.
+    """
+    console = Console(stderr=True)
+    return track(items, title, total, console=console, disable=not console.is_terminal)
 
 
 def end_unread(name: str) -> int:

@@ -3,17 +3,17 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
+from mola.files.terminal import progress
+from mola.insight.replacing import Experts, replaced_experts
 from mola.tuner.layer import MolaLinear
 
 LEAVE_ONE_OUT = ("none", "layers", "modules")
@@ -67,32 +67,24 @@ def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]
     The `top_k` largest of the other logits are chosen, or all of them where fewer are left; gates add up to 1. Each
     of the modules has a router and more than `expert` experts.
     """
-    kept: list[tuple[MolaLinear, str, list[nn.Parameter], Any]] = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
             name = _adapter(layer) or ""
-            places = [layer.mola_A, layer.mola_B, layer.mola_router]
-            kept.append((layer, name, [place[name] for place in places], layer.settings[name]))
             others = [index for index in range(layer.num_experts[name]) if index != expert]
-            for place in places:
-                place[name] = nn.Parameter(place[name].detach()[others], requires_grad=False)
+            A, B, router = layer.mola_A[name], layer.mola_B[name], layer.mola_router[name]
             old = layer.settings[name]
-            _set(layer, name, replace(old, num_experts=len(others), top_k=min(old.top_k, len(others))))
+            settings = replace(old, num_experts=len(others), top_k=min(old.top_k, len(others)))
+            left = Experts(_only(A, others), _only(B, others), _only(router, others), settings)
+            stack.enter_context(replaced_experts(layer, name, left))
         yield
-    finally:
-        for layer, name, parameters, settings in kept:
-            for place, parameter in zip((layer.mola_A, layer.mola_B, layer.mola_router), parameters, strict=True):
-                place[name] = parameter
-            _set(layer, name, settings)
 
 
-def _set(layer: MolaLinear, name: str, settings: Any) -> None:
-    layer.settings[name] = settings
-    layer.num_experts[name], layer.top_k[name] = settings.num_experts, settings.top_k
+def _only(part: nn.Parameter, experts: Sequence[int]) -> nn.Parameter:
+    return nn.Parameter(part.detach()[experts], requires_grad=False)
 
 
 def losses_without(
-    model: Any, samples: Sequence[Mapping[str, Any]], wanted: Sequence[Experiment], show_progress: bool = False
+    model: Any, samples: Sequence[Mapping[str, Any]], wanted: Sequence[Experiment]
 ) -> tuple[float, list[LeftOut]]:
     """The loss of the whole model, and its change without each expert; `(1 + experts) * samples` forward passes.
 
@@ -103,8 +95,7 @@ def losses_without(
     """
     loss, found = 0.0, []
     steps: list[Experiment | None] = [None, *wanted]
-    bar = {"total": len(steps), "console": Console(stderr=True), "disable": not show_progress}
-    for each in track(steps, f"Leaving out {len(wanted)} experts", **bar):  # type: ignore[arg-type]
+    for each in progress(steps, f"Leaving out {len(wanted)} experts"):
         if each is None:
             loss = answer_loss(model, samples)
             if not math.isfinite(loss):

@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
+from mola.files.terminal import progress
 from mola.insight.ablation import LeftOut
 from mola.insight.agreement import AgreementCounter
 from mola.insight.recording import ModuleGates, gates_of_tokens
@@ -67,7 +66,6 @@ def look_at(
     groups: Sequence[Mapping[str, str]],
     token_types: Callable[[Sequence[int]], list[str]],
     examples: Collection[int] = (),
-    show_progress: bool = False,
 ) -> Seen:
     """Use of experts over samples, which are read one at a time: there is no padding to leave out.
 
@@ -77,7 +75,6 @@ def look_at(
         groups: column -> value of each sample, such as `{"subject": "physics"}`.
         token_types: kind of each token, see `mola.insight.token_types.TokenTypes`.
         examples: numbers of the samples whose gates are wanted.
-        show_progress: show a bar on standard error.
 
     Returns:
         The use over `all` tokens, over those of the `prompt` and of the `answer`, over those of a kind, named
@@ -90,8 +87,7 @@ def look_at(
     counters: dict[str, UsageCounter] = {"all": UsageCounter()}
     agreement, gates = AgreementCounter(), {}
     samples = enumerate(zip(dataset, groups, strict=True))
-    bar = {"total": len(groups), "console": Console(stderr=True), "disable": not show_progress}
-    for number, (sample, group) in track(samples, "Looking at the experts", **bar):  # type: ignore[arg-type]
+    for number, (sample, group) in progress(samples, "Looking at the experts", len(groups)):
         ids = list(sample["input_ids"])
         recorded = gates_of_tokens(model, ids)
         _check_finite(recorded)

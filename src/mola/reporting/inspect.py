@@ -128,12 +128,11 @@ def inspect(options: InspectOptions) -> InspectResult:
     samples = _check(options)
     model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
-    is_terminal = Console(stderr=True).is_terminal
     columns = [samples.task.group_values(example) for example in samples.examples]
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
     chosen = spread(options.examples, len(groups))
     types = TokenTypes(samples.tokenizer)
-    seen = look_at(model, samples.dataset, groups, types, chosen, show_progress=is_terminal)
+    seen = look_at(model, samples.dataset, groups, types, chosen)
     result = InspectResult(
         seen.usage,
         redundancy,
@@ -143,7 +142,7 @@ def inspect(options: InspectOptions) -> InspectResult:
         asdict(options),
     )
     if options.leave_one_out != "none":
-        result = _leave_one_out(result, model, samples, options, is_terminal)
+        result = _leave_one_out(result, model, samples, options)
     if options.json is not None:
         atomic_write_json(options.json, result.to_dict())
     if options.html is not None:
@@ -151,9 +150,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     return result
 
 
-def _leave_one_out(
-    result: InspectResult, model: Any, samples: _Samples, options: InspectOptions, is_terminal: bool
-) -> InspectResult:
+def _leave_one_out(result: InspectResult, model: Any, samples: _Samples, options: InspectOptions) -> InspectResult:
     count = min(options.leave_one_out_limit, len(samples.examples))
     wanted = experiments(model, options.leave_one_out)
     passes = (len(wanted) + 1) * count
@@ -161,7 +158,7 @@ def _leave_one_out(
         f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
     )
     dataset = [samples.dataset[number] for number in range(count)]
-    loss, found = losses_without(model, dataset, wanted, show_progress=is_terminal)
+    loss, found = losses_without(model, dataset, wanted)
     return replace(result, leave_one_out=found, leave_one_out_baseline={"loss": loss, "samples": count})
 
 

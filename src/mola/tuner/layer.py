@@ -119,11 +119,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def update_layer(self, adapter_name: str, settings: ExpertSettings, *, inference_mode: bool = False) -> None:
         """Add the experts and the router of one adapter."""
         shape = settings.num_experts, settings.r
-        self.settings[adapter_name] = settings
-        self.scaling[adapter_name] = settings.scaling
-        self.r[adapter_name] = settings.r
-        self.num_experts[adapter_name] = settings.num_experts
-        self.top_k[adapter_name] = settings.top_k
+        self.set_settings(adapter_name, settings)
         dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout > 0 else nn.Identity()
         self.mola_dropout[adapter_name] = dropout
         self.mola_A[adapter_name] = nn.Parameter(torch.empty(*shape, self.in_features))
@@ -137,6 +133,14 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_settings(self, adapter_name: str, settings: ExpertSettings) -> None:
+        """Take settings of an adapter over; its weights are the caller's."""
+        self.settings[adapter_name] = settings
+        self.scaling[adapter_name] = settings.scaling
+        self.r[adapter_name] = settings.r
+        self.num_experts[adapter_name] = settings.num_experts
+        self.top_k[adapter_name] = settings.top_k
 
     def reset_parameters(self, adapter_name: str) -> None:
         """Draw experts and router anew, as `init_lora_weights` says; see `mola.tuner.initialization`."""
