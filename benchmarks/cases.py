@@ -13,8 +13,7 @@ import torch
 from benchmarks.models import Case
 from benchmarks.options import BenchmarkOptions
 from mola.errors import MolaError
-from mola.generation.predicting import max_positions
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions
 from mola.models.devices import resolve_device
 from mola.models.plan import PlanOptions, plan
 

@@ -17,8 +17,7 @@ from mola.data.sample import generate_splits
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.generation.predicting import max_positions
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions
 from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)

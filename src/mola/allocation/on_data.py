@@ -21,7 +21,7 @@ from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.files.terminal import progress
 from mola.insight.float64 import in_float64
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
 
@@ -48,8 +48,7 @@ class SampleSource:
         task = load_task(self.task)
         examples = load_examples(self.data, task, self.split, limit=self.limit)
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
-        config = load_config(base.name, base.trust_remote_code, base.gguf_file).get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
         return encode_whole(examples, tokenizer, get_template(self.template or task.template, tokenizer), limit)
 
 

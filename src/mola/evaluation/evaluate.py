@@ -26,8 +26,8 @@ from mola.evaluation.partial import PartialResults
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.files.terminal import table_console
-from mola.generation import predicting
 from mola.models.adapters import check_adapter
+from mola.models.base_model import max_positions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
@@ -151,7 +151,7 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)
-    limit = predicting.max_positions(config)
+    limit = max_positions(config)
     warn_of_other_template(options.adapter, options.template or task.template)
     template = template_for(options.template or task.template, tokenizer, options.adapter)
     checked_questions(tokenizer, task, examples, template, options.scoring, options.max_new_tokens, limit)

@@ -19,8 +19,7 @@ from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.files.reading import read_text
-from mola.generation.predicting import max_positions
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions
 from mola.models.prompts import template_for, trained_template, warn_of_other_template
 from mola.models.tokenizer import load_tokenizer
 

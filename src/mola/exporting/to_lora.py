@@ -31,9 +31,8 @@ from mola.exporting.report import REPORT_FILE, ExportReport
 from mola.exporting.stacked_lora import stacked_lora
 from mola.files.atomic import atomic_write_json
 from mola.files.folders import new_folder
-from mola.generation.predicting import max_positions
 from mola.models.adapters import check_fits, warn_other_base
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts, template_for

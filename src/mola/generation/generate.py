@@ -17,8 +17,8 @@ from transformers import TextStreamer
 from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, encoded_prompt, generate_text
-from mola.generation.predicting import max_positions
 from mola.models.adapters import check_adapter
+from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chat, template_for, trained_template
 from mola.options.fields import START, Group, option

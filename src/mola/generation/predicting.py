@@ -21,6 +21,7 @@ from mola.data.templates import Template
 from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError
 from mola.generation.virtual_tokens import may_cache
+from mola.models.base_model import max_positions
 
 
 def encode_prompts(
@@ -76,11 +77,6 @@ def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = getattr(config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
-
-
-def max_positions(config: Any) -> int | None:
-    """Longest sequence a model of this configuration takes; None when it names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def prompt_learning(model: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -60,3 +61,13 @@ def load_config(
     """
     check_base_model(base_model, gguf_file)
     return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence a model of this configuration takes; None when it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Tokens for which a model of this configuration has embeddings; None when it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)

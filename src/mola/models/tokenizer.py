@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mola._compat import own_tokenizers
 from mola.errors import MolaError
-from mola.models.base_model import check_base_model
+from mola.models.base_model import check_base_model, vocabulary_size
 from mola.models.gguf import TOKENIZER_FILES, tokenizer_arguments
 from mola.models.meta import read_config
 
@@ -48,7 +48,7 @@ def load_tokenizer(
     if padding_side not in ("left", "right"):
         raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
     tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
-    pads, vocabulary = tokenizer.pad_token_id, _vocabulary(name, trust_remote_code, gguf_file)
+    pads, vocabulary = tokenizer.pad_token_id, vocabulary_size(read_config(name, trust_remote_code, gguf_file))
     if pads is None or (vocabulary is not None and pads >= vocabulary):
         substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
         if substitute is None:
@@ -100,9 +100,3 @@ def _is_installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # of the package above
         return False
-
-
-def _vocabulary(base_model: str, trust_remote_code: bool, gguf_file: str | None) -> int | None:
-    """Tokens for which the model has embeddings, as its configuration says."""
-    config: Any = read_config(base_model, trust_remote_code, gguf_file)
-    return getattr(config.get_text_config(), "vocab_size", None)

@@ -22,12 +22,12 @@ from mola.evaluation.core import check_positive
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
 from mola.files.terminal import table_console
-from mola.generation.predicting import max_positions
 from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
 from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
 from mola.insight.token_types import TokenTypes
 from mola.insight.usage import ModuleUsage
 from mola.models.adapters import check_adapter
+from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, mapping, option

@@ -24,8 +24,7 @@ from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
-from mola.generation.predicting import max_positions
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, max_positions, vocabulary_size
 from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
 from mola.options.fields import mapping
 from mola.training.options import TrainOptions
@@ -110,8 +109,7 @@ def prepare_data(
 
 def _check_known(dataset: datasets.Dataset, options: TrainOptions) -> None:
     """Refuse tokens that the base model has no embedding for, as a tokenizer may have them."""
-    config = load_config(options.base_model or "", options.trust_remote_code, options.gguf_file).get_text_config()
-    known = getattr(config, "vocab_size", None)
+    known = vocabulary_size(load_config(options.base_model or "", options.trust_remote_code, options.gguf_file))
     highest = pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data.column("input_ids"))).as_py()
     if known is not None and highest >= known:
         raise MolaError(

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from mola.errors import MolaError
 from mola.files.atomic import keep_on_disk
-from mola.generation.predicting import max_positions
+from mola.models.base_model import max_positions
 from mola.training.batch_search import SameStart
 from mola.training.callbacks import (
     AveragedWeights,
