@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 import mola
 from mola import cli
 from mola.data.prepare import PrepareOptions, prepare
+from mola.options.parsing import parse
 
 from .versions import has
 
@@ -149,7 +150,7 @@ def test_commands_exist(page, tmp_path, monkeypatch):
         words = without_missing_recipe(arguments)
         if name == "train" and words != arguments and "--output_dir" not in words:
             words = [*words, "--output_dir", "out"]  # which the recipe has
-        parsed = cli.parse(options, words, prog=name, positional=command.positional)
+        parsed = parse(options, words, prog=name, positional=command.positional)
         assert isinstance(parsed, options)
 
 

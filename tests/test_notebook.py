@@ -16,6 +16,7 @@ from peft import get_peft_model
 
 import mola
 from mola import cli
+from mola.options.parsing import parse
 from tests.waiting import PATIENCE
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "mola_inference.ipynb"
@@ -121,4 +122,4 @@ def test_commands_in_the_notebook_exist():
     _, name, *arguments = shlex.split(line)
     command = cli.COMMANDS[name]
     module = importlib.import_module(command.module)
-    cli.parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)
+    parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)

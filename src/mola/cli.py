@@ -148,9 +148,9 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
-    from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
-
     try:
+        from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
+
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error has it

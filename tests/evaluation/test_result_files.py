@@ -1,5 +1,6 @@
 """The result file, and the partial results that an interrupted evaluation goes on from."""
 
+import errno
 import json
 import logging
 from dataclasses import asdict, replace
@@ -7,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -135,6 +137,23 @@ def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, monkeypa
         evaluate(options)
 
 
+def raise_no_locks(self, *args, **kwargs):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_a_result_that_came_meanwhile_is_kept(options, monkeypatch):
+    read = PartialResults.held
+
+    def another_ends(self):
+        Path(options.output).write_text("precious")
+        return read(self)
+
+    monkeypatch.setattr(PartialResults, "held", another_ends)
+    with pytest.raises(MolaError, match="`output` must be a new file"):
+        evaluate(options)
+    assert Path(options.output).read_text() == "precious"
+
+
 def test_a_result_is_one_evaluations_alone(options, monkeypatch):
     interrupt_after(options, monkeypatch, num_batches=1)
     partial = PartialResults(options.output, {})
@@ -142,6 +161,10 @@ def test_a_result_is_one_evaluations_alone(options, monkeypatch):
     with partial.held(), pytest.raises(MolaError, match="another one is writing .*partial.jsonl"):
         evaluate(EvaluateOptions(**asdict(options) | {"max_new_tokens": 6, "overwrite": True}))
     assert partial.path.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", raise_no_locks)
+        with pytest.raises(MolaError, match="4 samples of an unfinished run"):  # as without any lock
+            evaluate(EvaluateOptions(**asdict(options) | {"max_new_tokens": 6}))
     assert evaluate(options).total == 11
     assert not [path for path in Path(options.output).parent.iterdir() if path.name.startswith(".")]
 

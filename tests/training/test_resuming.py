@@ -15,7 +15,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mola import TrainOptions, train
 from mola.cli import main
+from mola.files import atomic
 from mola.files.atomic import WRITE_TEST
+from mola.training import checkpoints
 from mola.training.callbacks import MetricsFile, ResumedCheckpoints
 from mola.training.checkpoints import best_checkpoint
 from mola.training.digests import DIGESTS_FILE
@@ -565,3 +567,17 @@ def test_earlier_run_survives_options_that_are_wrong(finished_run, error_line):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     error_line([*arguments, "--overwrite_output_dir", "--num_experts=2,4,6"])
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_checkpoint_is_on_the_disk_before_an_older_one_goes(flags, tmp_path, monkeypatch):
+    done, keep, remove = [], atomic.keep_on_disk, checkpoints.rotate
+    monkeypatch.setattr("mola.training.trainer.keep_on_disk", lambda *paths: done.append(paths) or keep(*paths))
+    monkeypatch.setattr("mola.training.trainer.rotate", lambda *rest: done.append(None) or remove(*rest))
+    options = {**NO_EVALUATION, "max_steps": 2, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 1}
+    assert main(flags(**options, save_total_limit=1)) == 0
+    for number in (1, 2):
+        kept, then = done[2 * number - 2 : 2 * number]
+        names = {Path(path).name for path in kept}
+        assert {f"checkpoint-{number}", "run", WEIGHTS, "optimizer.pt", "trainer_state.json"} <= names
+        assert then is None
+    assert not (tmp_path / "run" / "checkpoint-1").exists()

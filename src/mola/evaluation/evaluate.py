@@ -92,6 +92,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         return _evaluate(options, task, examples, tokenizer, None)
     partial = PartialResults(options.output, _identity(options, task, examples))
     with partial.held():
+        check_new_file("output", options.output, options.overwrite)  # another one may have ended meanwhile
         return _evaluate(options, task, examples, tokenizer, partial)
 
 

@@ -52,6 +52,7 @@ _TEST_OPTIONS = {
 _RESULT = {  # what is used of the file of a test
     **dict.fromkeys(("correct", "total", "unanswered"), INTEGER),
     **dict.fromkeys(("accuracy", "seconds"), NUMBER),
+    "interval_95": [NUMBER, NUMBER],
     "samples": [{"correct": FLAG}],
     "settings": {str: ANYTHING},
     "data_fingerprint": TEXT,

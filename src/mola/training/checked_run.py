@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from mola.errors import MolaError
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.training.checkpoints import (
+    asks_for_last,
     check_best_checkpoint,
     checkpoint_step,
     find_checkpoint,
+    newest_complete,
 )
 from mola.training.data import TrainingData, prepare_data
 from mola.training.hub import check_hub_options
@@ -50,7 +52,7 @@ def check_folder_again(options: TrainOptions, run: CheckedRun) -> None:
         MolaError: there is a checkpoint or a result that was not there.
     """
     _check_folder(options)
-    if find_checkpoint(run.folder, options.resume_from_checkpoint) != run.checkpoint:
+    if asks_for_last(options.resume_from_checkpoint) and newest_complete(run.folder) != run.checkpoint:
         raise MolaError(
             f"`resume_from_checkpoint`: another run in {str(run.folder)!r} has ended while this one was looking at its "
             "data, and saved a later checkpoint. Start it again to go on from there."

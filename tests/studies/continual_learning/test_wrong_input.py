@@ -40,6 +40,10 @@ WRONG = [
         ["stage `b`", "`label_smoothing_factor`", "`router_aux_loss_coef`"],
     ),
     ({"stages": {"a": {}, "b": {"attn_implementation": "nosuch"}}}, ["stage `b`", "`attn_implementation`", "'nosuch'"]),
+    (
+        {"stages": {"a": {}, "b": {"test_split": "validation", "eval_strategy": "steps", "eval_steps": 2}}},
+        ["stage `b`", "`load_best_model_at_end` would choose a checkpoint by the questions of the test"],
+    ),
     ({"task": None}, ["stage `physics`", "`task`"]),
     ({"data": None}, ["stage `physics`", "`data`"]),
     ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),

@@ -146,7 +146,7 @@ def check_same_base(record: Mapping[str, Any], first: Stage, weights: str) -> No
 
 def clear_tests(folder: Path) -> None:
     """Remove the results of tests, finished or not, in the folder of a stage or of the start; nothing else."""
-    for pattern in (f"*.json{_PARTIAL}", "[0-9][0-9]*-*.json", ".[0-9][0-9]*-*.tmp"):
+    for pattern in (f"*.json{_PARTIAL}", "[0-9][0-9]*-*.json", ".[0-9][0-9]*-*.tmp", ".[0-9][0-9]*-*.lock"):
         for path in (folder / EVALUATION_FOLDER).glob(pattern):
             path.unlink()
 
