@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mola.data.spool import Spool
 from mola.data.write import write_splits
 from mola.errors import MolaError
-from mola.files.folders import complete_folder, new_folder
+from mola.files.folders import check_new_folder, complete_folder, new_folder
 
 PROMPT = {"input": "", "instruction": "i", "output": "o"}
 
@@ -172,6 +173,28 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
         complete_folder(tmp_path / "file" / "out", "save_path"),
     ):
         raise AssertionError("not reached")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(MolaError, match="`output` cannot be written: Permission denied"):
+            check_new_folder("output", tmp_path / "a" / "b")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_place_that_is_read_only_is_found_before_the_work(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "NamedTemporaryFile", full)
+        with pytest.raises(MolaError, match="`output` cannot be written: Read-only file system"):
+            check_new_folder("output", tmp_path / "a" / "b")
+    assert check_new_folder("output", tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not list(tmp_path.iterdir())
 
 
 def raise_in_block(folder, error):

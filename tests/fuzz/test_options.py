@@ -21,7 +21,10 @@ WORDS |= st.sampled_from(["2468", "a,,b", "true", "10,"]) | SCALARS.map(str)
 def flags(draw, options_class):
     names = [name for name in options_class.__dataclass_fields__ if name not in ("output_dir",)]
     given_ = draw(st.lists(st.tuples(st.sampled_from(names) | TEXTS, WORDS, st.booleans()), max_size=4))
-    return [part for name, word, joined in given_ for part in ([f"--{name}={word}"] if joined else [f"--{name}", word])]
+    place = ["--output_dir=out"] if "output_dir" in options_class.__dataclass_fields__ else []
+    return place + [
+        part for name, word, joined in given_ for part in ([f"--{name}={word}"] if joined else [f"--{name}", word])
+    ]
 
 
 def _options_class(command):

@@ -77,6 +77,22 @@ def test_base_model_is_ready_for_inference(tiny_model_dir, tiny_model):
         torch.testing.assert_close(model(IDS).logits, tiny_model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("damage", ["pointer", "cut", "sizes"])
+def test_a_base_with_damaged_weights_is_one_error(damage, tiny_model_dir, tmp_path):
+    """As a copy without Git LFS has them, one that was cut off, or beside another configuration."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    weights = folder / "model.safetensors"
+    if damage == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    with pytest.raises(MolaError, match="`base_model` cannot be loaded: .*copy it again"):
+        load_model(folder, device="cpu")
+
+
 @pytest.mark.parametrize("kind", ["mola_adapter", "lora_adapter"])
 def test_adapter_gives_the_logits_it_was_saved_with(kind, tiny_model_dir, request):
     folder, expected = request.getfixturevalue(kind)

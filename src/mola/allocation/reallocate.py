@@ -101,6 +101,8 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     """
     check_mixture(options.adapter)
     output = check_new_folder("output_dir", options.output_dir)
+    if not 0 <= options.seed < 2**63:
+        raise MolaError(f"`seed` must be a whole number from 0 to 2**63 - 1: got {options.seed}.")
     config: Any = MolaConfig.from_pretrained(options.adapter)
     if config.num_experts_pattern:
         raise MolaError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -66,8 +66,13 @@ def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
     """File and key of every linear's weight; empty if they are not all there under the model's own names."""
     places: dict[str, Path] = {}
     for path in _safetensors(base.name):
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                places |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise MolaError(
+                f"`base_model` has weights that cannot be read: {str(path)!r}: {error}. Copy it again."
+            ) from error
     # Files of a model without its head lack the prefix, such as GPT-2's "transformer.".
     prefixes = ("", *{f"{linear.name.partition('.')[0]}." for linear in base.linears})
     for prefix in prefixes:

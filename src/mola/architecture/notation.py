@@ -100,6 +100,11 @@ def layers_named(value: Notation, name: str) -> int | None:
     return len(parsed.values) if parsed.kind == "layers" else None
 
 
+def smallest(value: Notation, name: str) -> int:
+    """The lowest number that a notation gives to any layer."""
+    return min(_parse(value, name).values)
+
+
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
     """`num_experts_pattern` that belongs to a value of `num_experts`: what its JSON file holds, else what is given.
 

@@ -8,6 +8,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -148,6 +149,8 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
         check_adapter(options.adapter)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
+        if os.path.realpath(options.output) == os.path.realpath(options.data):
+            raise MolaError(f"`output` must not be `data` ({options.data!r}), which it would replace. Choose another.")
     task = load_task(options.task)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)

@@ -75,6 +75,8 @@ class MixtureReport:
 def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     """Make a mixture; see `mola.exporting.convert.convert`."""
     base_model, sources = str(options.base_model), [os.path.expanduser(source) for source in options.source]
+    if not 0 <= options.seed < 2**63:
+        raise MolaError(f"`seed` must be a whole number from 0 to 2**63 - 1: got {options.seed}.")
     if not 0 <= options.noise < math.inf:
         raise MolaError(f"`noise` must be at least 0, got {options.noise}. Pass 0 for equal copies.")
     loras = [read_lora(Path(source), _on_meta(options)) for source in sources]
@@ -85,9 +87,9 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     if options.data is None:  # else they are loaded, which says so too
         for source in sources:
             warn_other_base(base_model, source, read_settings(Path(source)))
-    routers = _fitted(options, sources, [name.removeprefix(PREFIX) for name in layers])
+    notes: list[str] = []
+    routers = _fitted(options, sources, [name.removeprefix(PREFIX) for name in layers], notes)
     tensors: dict[str, torch.Tensor] = {}
-    notes = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         for name, layer in layers.items():
@@ -178,8 +180,10 @@ def _experts(
     return {"A": A, "B": B, "router": rows}
 
 
-def _fitted(options: ConvertOptions, sources: Sequence[str], modules: Sequence[str]) -> Routers | None:
-    """Routers fitted to `data`; None without."""
+def _fitted(
+    options: ConvertOptions, sources: Sequence[str], modules: Sequence[str], notes: list[str]
+) -> Routers | None:
+    """Routers fitted to `data`; None without. What is left out of it joins the notes."""
     task = read_task(options)
     if options.data is None or task is None:
         return None
@@ -189,6 +193,8 @@ def _fitted(options: ConvertOptions, sources: Sequence[str], modules: Sequence[s
             "Routers learn from them which adapter is whose; leave it out for fresh ones."
         )
     data = [read_data(options, path, task, source) for path, source in zip(options.data, sources, strict=True)]
+    left_out = {path: each.too_long for path, each in zip(options.data, data, strict=True) if each.too_long}
+    notes += [f"{count} rows of {path} left out: too long" for path, count in left_out.items()]
     names = {str(number): source for number, source in enumerate(sources)}
     model: Any = load_model(str(options.base_model), names, options.dtype, options.device, options.trust_remote_code)
     linears = dict(model.named_modules())

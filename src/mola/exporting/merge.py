@@ -5,6 +5,7 @@ mola merge lora --base_model my-model --output merged
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
@@ -140,7 +141,7 @@ def _own_dtype(config: Any, base_model: str) -> str:
     own = getattr(config, "dtype", None)
     files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
     if files:
-        with safe_open(files[0], "pt") as file:
+        with contextlib.suppress(SafetensorError), safe_open(files[0], "pt") as file:  # loading says what is wrong
             own = file.get_tensor(next(iter(file.keys()))).dtype
     return next((name for name, dtype in DTYPES.items() if dtype == own), "float32")
 

@@ -69,6 +69,7 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     if examples and task is not None:
         _check_test(options, task, examples)
     data = _read(options, task)
+    gates = _gates(source, experts) if method == "usage" else {}
     seconds: dict[str, float] = {}
     model, layers = None, {}
     if data or examples:
@@ -92,7 +93,6 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
             if unseen:
                 notes.append(f"{len(unseen)} linears saw no token and have the experts' mean, such as {unseen[0]}")
         else:
-            gates = _gates(source, experts) if method == "usage" else {}
             updates = {name: mean_of_experts(mixture, rank, gates.get(name)) for name, mixture in experts.items()}
     loras = as_parameters(layers, updates) if layers else {}
     if options.distill_steps:

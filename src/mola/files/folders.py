@@ -5,12 +5,14 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mola.errors import MolaError
+from mola.files.atomic import WRITE_TEST
 from mola.files.failures import writing
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,15 @@ def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
     folder = Path(os.path.expanduser(path)).resolve()
     if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
-    if os.path.isdir(folder) and any(folder.iterdir()):
+    try:
+        is_used = os.path.isdir(folder) and any(folder.iterdir())
+    except OSError as error:
+        raise MolaError(f"`{option}` cannot be read: `{folder}` ({error.strerror}). Choose another folder.") from error
+    if is_used:
         raise MolaError(
             f"`{option}` must not exist or be empty, got {os.fspath(path)!r} with files in it. Choose another folder."
         )
+    _check_can_be_written(option, folder)
     return folder
 
 
@@ -50,6 +57,7 @@ def check_output_folder(
     _restore_replaced(folder, is_own)
     # `Path.exists` would raise where a folder above must not be entered, or a name is too long.
     if not os.path.exists(folder):
+        _check_can_be_written(option, folder)
         return
     if not os.path.isdir(folder):
         raise MolaError(f"`{option}` must be a folder: `{folder}` is a file. Choose another name.")
@@ -62,12 +70,26 @@ def check_output_folder(
             f"`{option}` must be empty: `{folder}` is not. Choose another folder, or pass `{overwrite_option}` to "
             "replace it."
         )
+    _check_can_be_written(option, folder)
     # The folder is replaced as a whole, so it must hold nothing that someone else put there.
     if names and not is_own(folder):
         raise MolaError(
             f"`{option}` is replaced only if {writer} wrote it: `{folder}` holds {', '.join(names[:5])}. "
             "Choose another folder."
         )
+
+
+def _check_can_be_written(option: str, folder: Path) -> None:
+    """Fail before the long work, not after it; nothing stays there, and the folder is not made."""
+    above = [folder, *folder.parents] if _stays(folder) else folder.parents
+    place = next((each for each in above if os.path.isdir(each)), Path("."))
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=WRITE_TEST):
+            pass
+    except OSError as error:
+        raise MolaError(
+            f"`{option}` cannot be written: {error.strerror}: {str(place)!r}. Choose another folder."
+        ) from error
 
 
 def _restore_replaced(folder: Path, is_own: Callable[[Path], bool]) -> None:

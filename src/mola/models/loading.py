@@ -10,14 +10,17 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
+from mola.files.failures import lack_of_memory
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
@@ -119,6 +122,13 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(os.fspath(base_model), config=config, **arguments)
     except (OSError, ImportError) as error:  # the second of its own code
         raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
+    except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        if lack_of_memory(error) or isinstance(error, MolaError):
+            raise
+        raise MolaError(
+            f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}. Its weights may be damaged, cut off "
+            "or of another configuration: copy it again."
+        ) from error
     if not is_quantized:
         model = model.to(target)
     finish_loading(model)

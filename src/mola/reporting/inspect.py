@@ -1,6 +1,7 @@
 """`mola inspect`: what the routers of an adapter do on data, and how different its experts are."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -205,6 +206,8 @@ def _check(options: InspectOptions) -> _Samples:
         path = getattr(options, name)
         if path is not None:
             check_new_file(name, path, options.overwrite)
+    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
+        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
     task = load_task(options.task)
     if "token" in task.groups:
         raise MolaError(

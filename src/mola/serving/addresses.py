@@ -27,14 +27,16 @@ def bind(host: str, port: int) -> socket.socket:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
         return opened
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second for names that no host can have
         if opened is not None:
             opened.close()
         raise cannot_listen(host, port, error) from error
 
 
-def cannot_listen(host: str, port: int, error: OSError) -> MolaError:
+def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> MolaError:
     """The error of an address that no server can have."""
+    if isinstance(error, UnicodeError):
+        return MolaError(f"`host` must be a name or an address: got {host!r} ({error}). Choose another.")
     return MolaError(
         f"`host` {host!r} and `port` {port} cannot be listened on: {error.strerror or error}. Choose another port, or "
         "end the program that uses it."

@@ -269,6 +269,14 @@ def _check_numbers(options: ServeOptions) -> None:
         )
     if options.adapter_root is not None and not os.path.isdir(options.adapter_root):
         raise MolaError(f"`adapter_root` must be a folder: got {options.adapter_root!r}. Check the path.")
+    if options.max_batch_size == 1:
+        if options.max_batch_total_tokens is not None:
+            raise MolaError(
+                f"`max_batch_total_tokens` ({options.max_batch_total_tokens}) needs answers side by side, and "
+                "`max_batch_size` is 1. Leave one of the two out."
+            )
+        if options.max_batch_prefill_tokens != ServeOptions.max_batch_prefill_tokens:
+            logger.warning("`max_batch_prefill_tokens` is not used: with `max_batch_size` 1 prompts are read whole.")
     if not 0 < options.client_timeout < float("inf"):
         raise MolaError(f"`client_timeout` must be a positive number of seconds: got {options.client_timeout}.")
     if not 0 <= options.shutdown_timeout < float("inf"):

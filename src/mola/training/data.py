@@ -166,6 +166,12 @@ def _evaluation_examples(options: TrainOptions, task: Task | None, train: Exampl
     order = list(range(len(train)))
     random.Random(options.seed).shuffle(order)
     taken = set(order[:count])
+    if options.eval_limit is not None and options.eval_limit < count:
+        logger.warning(
+            "`eval_limit` %d leaves %d samples that `validation_size` takes out neither trained on nor evaluated. "
+            "Lower `validation_size`.",
+            *(options.eval_limit, count - options.eval_limit),
+        )
     return _pick(train, taken, False), _pick(train, taken, True)[: options.eval_limit]
 
 

@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "ddp_timeout": (1, math.inf, "at least 1 (seconds)"),
     "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
     "validation_size": (0, math.inf, "at least 0"),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (1e-9, math.inf, "above 0, and finite")),
+    "save_total_limit": (1, math.inf, "at least 1; left out for all"),
     "eval_limit": (1, math.inf, "at least 1"),
     "eval_accumulation_steps": (1, math.inf, "at least 1"),
     "max_grad_norm": (0, math.inf, "at least 0"),

@@ -571,6 +571,24 @@ SHAPE = {"method": "triangle", "budget": 8}
             },
             "`target_modules` cannot be in `tune`: `recipes.a.allocate` is made once",
         ),
+        (
+            {
+                "recipes": {
+                    "b": {"num_experts": "1222"},
+                    "a": {"allocate": {"method": "redundancy", "budget": 8, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `num_experts` of the `probe` must be at least 2 .*: got '1222'",
+        ),
+        (
+            {
+                "recipes": {
+                    "b": {"expert_telemetry": False},
+                    "a": {"allocate": {"method": "usage", "budget": 8, "probe": "b"}},
+                }
+            },
+            "recipe `a`: `expert_telemetry` of the `probe` must be on",
+        ),
         ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`.*nowhere.json"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`.*split.*'tset'"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
 from mola.allocation.options import method_name
+from mola.architecture.notation import smallest
 from mola.data.encode import data_fingerprint
 from mola.data.hashing import distinct_questions
 from mola.data.tasks import load_task
@@ -190,6 +191,8 @@ def _allocate_options(
     values = {"base_model": run_options.base_model, **shared, **asked}
     allocation = AllocateOptions(**convert(AllocateOptions, values, "allocate"))
     allocation.method = method_name(allocation.method)
+    if probed is not None:
+        _check_probe(allocation.method, probed)
     if allocation.per_module and run_options.num_experts_pattern:
         raise MolaError(
             f"`num_experts_pattern` ({run_options.num_experts_pattern!r}) must not be given beside `allocate` with "
@@ -201,6 +204,18 @@ def _allocate_options(
             f"probe has {probed.target_modules!r}."
         )
     return allocation
+
+
+def _check_probe(method: str, probed: TrainAndTestOptions) -> None:
+    """What a probe's training cannot change, before it is trained."""
+    if method == "usage" and not probed.expert_telemetry:
+        raise MolaError("`expert_telemetry` of the `probe` must be on for method 'usage', which reads it: got False.")
+    numbers = probed.adapter_setting("num_experts")
+    if method == "redundancy" and probed.adapter is None and smallest(numbers, "num_experts") < 2:
+        raise MolaError(
+            f"`num_experts` of the `probe` must be at least 2 in every layer for method 'redundancy': got {numbers!r}. "
+            "Take a probe with the same number everywhere."
+        )
 
 
 def _settings(options: TrainAndTestOptions, allocation: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`CompareOptions`: recipes, tasks and seeds, and the options of `mola train` as defaults of all runs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -12,6 +13,9 @@ from mola.options.parsing import convert
 from mola.studies.comparison.recipe_allocations import ALLOCATE, allocations_of, check_search_of_allocations
 from mola.studies.train_and_test import TrainAndTestOptions
 
+logger = logging.getLogger(__name__)
+
+_TUNING_SEEDS = (1000, 1001)
 MARK = "@"  # between a recipe and what of it is tried; no recipe has it in its name
 _SET_HERE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "push_to_hub")
 _EXAMPLES = {
@@ -79,7 +83,7 @@ class CompareOptions(TrainAndTestOptions):
         "Every combination is trained with `tuning_seeds`; the best on `tuning_split` is taken.",
     )
     tuning_seeds: list[int] = field(
-        default_factory=lambda: [1000, 1001], metadata={"help": "Seeds of the search; none of `seeds`."}
+        default_factory=lambda: [*_TUNING_SEEDS], metadata={"help": "Seeds of the search; none of `seeds`."}
     )
     tuning_split: str = option("validation", "Split of `data` that the search is tested on, instead of the test data.")
 
@@ -187,6 +191,11 @@ class CompareOptions(TrainAndTestOptions):
         if not self.margin > 0:
             raise MolaError(f"`margin` must be above 0 (points): got {self.margin}.")
         if not self.candidates:
+            cls = type(self)
+            defaults = {"tuning_seeds": [*_TUNING_SEEDS], "tuning_split": cls.tuning_split, "margin": cls.margin}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    logger.warning("`%s` is not used: it is about a search, and there is no `tune`.", name)
             return
         check_search_of_allocations(self.allocations, next(iter(self.candidates.values())))
         both = {*self.tuning_seeds, *self.seeds}
