@@ -31,6 +31,18 @@ def _optimizer(options: Any) -> str | None:
     return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
 
 
+def _optimizer_arguments(options: Any) -> str | None:
+    given = options.optim_args
+    if given is None:
+        return None
+    if not all(len(part.split("=")) == 2 for part in given.replace(" ", "").split(",")):
+        return f"`optim_args` must be key=value, with commas between several: got {given!r}."
+    if options.optim.value in ("adamw_torch", "adamw_torch_fused"):
+        names = "`adam_beta1`, `adam_beta2` and `adam_epsilon`"
+        return f"`optim_args` ({given!r}) is not read by `optim` {options.optim.value}. Pass {names} instead."
+    return None
+
+
 def _signals(options: Any) -> str | None:
     if not getattr(options, "enable_jit_checkpoint", False):
         return None
@@ -92,4 +104,4 @@ def _labels(options: Any) -> str | None:
     return None
 
 
-_CHECKS = (_optimizer, _signals, _sampling, _loading, _checkpointing, _accelerate, _labels)
+_CHECKS = (_optimizer, _optimizer_arguments, _signals, _sampling, _loading, _checkpointing, _accelerate, _labels)
