@@ -116,6 +116,9 @@ def test_other_modules_of_a_tied_model_merge(kind, more, tied_dir, tmp_path, run
     change_tensors(folder, lambda tensors: [tensor.add_(0.1) for tensor in tensors.values()])
     run("merge", folder, "--base_model", tied_dir, "--dtype", "float32", "--output", tmp_path / "merged")
     torch.testing.assert_close(logits(base(tmp_path / "merged")), logits(load(tied_dir, folder)), atol=1e-4, rtol=1e-4)
+    merged = base(tmp_path / "merged")
+    is_tied = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] == is_tied
 
 
 def test_layers_that_share_their_weights_are_not_merged_into(tiny_model_dir, no_weights_dir, tmp_path, refusal, run):
@@ -146,6 +149,15 @@ def test_a_method_that_does_not_merge_is_refused_before_the_weights_are_read(
     get_peft_model(tiny_model, config).save_pretrained(tmp_path / "prompt")
     flags = ["--base_model", no_weights_dir, "--output", tmp_path / "merged"]
     assert "must be of a method that merges" in refusal("merge", tmp_path / "prompt", *flags)
+
+
+@pytest.mark.filterwarnings("ignore:.*no bias. This means that merging", "ignore:Adapter 'default'")  # of PEFT
+def test_biases_of_a_lora_that_the_base_has_no_place_for_are_refused(tiny_model_dir, tmp_path, refusal):
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    folder = saved(tiny_model_dir, tmp_path / "biased", config)
+    message = refusal("merge", folder, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
+    assert "`adapter` cannot be merged" in message
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refusal):

@@ -1,11 +1,15 @@
 """`mola convert` and an adapter of stacked experts: LoRA has them exactly, the research code's format not."""
 
+import shutil
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from mola import MolaConfig, MolaError
 from mola.exporting.convert import ConvertOptions, convert
+from mola.exporting.merge import MergeOptions, merge
+from tests.exporting.conftest import base as load_base
 from tests.exporting.conftest import load, logits
 from tests.tuner.test_stacked import BOTH, KINDS, LIKE_OURS, base
 
@@ -15,7 +19,8 @@ from tests.tuner.test_stacked import BOTH, KINDS, LIKE_OURS, base
 @LIKE_OURS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [["q_proj", "o_proj"], []], ids=["linears", "no-linears"])
-def test_export_is_exact(kind, targets, tmp_path):
+def test_export_is_exact(kind, targets, tiny_tokenizer_dir, tmp_path):
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "base")
     base(kind).save_pretrained(tmp_path / "base")
     settings = {
         "num_experts": 1,
@@ -32,6 +37,8 @@ def test_export_is_exact(kind, targets, tmp_path):
     ours, lora = (logits(load(tmp_path / "base", tmp_path / name)) for name in ("adapter", "lora"))
     torch.testing.assert_close(lora, ours, rtol=0, atol=1e-5)
     assert (ours - logits(base(kind))).abs().max() > 0.1
+    merge(MergeOptions(str(tmp_path / "lora"), str(tmp_path / "base"), str(tmp_path / "merged"), dtype="float32"))
+    torch.testing.assert_close(logits(load_base(tmp_path / "merged")), ours, rtol=0, atol=1e-4)
 
 
 def test_the_research_code_s_format_has_none(tmp_path):

@@ -7,9 +7,16 @@ import sys
 
 import pytest
 import torch
-from peft import set_peft_model_state_dict
+from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mola import MolaConfig
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
@@ -518,3 +525,14 @@ def test_linears_that_peft_moves_elsewhere_are_refused_before_the_work(tmp_path,
         assert not (tmp_path / "no").exists()
     run("convert", tmp_path / "attention", *words, "--output", tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_repeated_layers_of_a_model_with_lists_by_layer_are_refused(tmp_path, refusal):
+    """PEFT's LoRA would read the lists of other layers, or too few of them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=32, num_key_value_heads=2, head_dim=8, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    mixture = MolaConfig(num_experts=2, r=2, layer_replication=[(0, 2), (1, 3)], target_modules=["q_proj"])
+    get_peft_model(Qwen3ForCausalLM.from_pretrained(tmp_path / "base"), mixture).save_pretrained(tmp_path / "adapter")
+    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base", "--output", tmp_path / "lora"]
+    assert "which PEFT does not repeat for a LoRA" in refusal("convert", tmp_path / "adapter", *words)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
+from mola.files.failures import lack_of_memory
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
@@ -93,10 +94,13 @@ def merge(options: MergeOptions) -> Path:
     check_own_weights(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, ValueError) as error:
-        if isinstance(error, MolaError):
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        if isinstance(error, MolaError) or lack_of_memory(error):
             raise
         raise MolaError(f"`adapter` cannot be merged: {shlex.quote(adapter)}: {error}") from error
+    heads = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if all(heads) and heads[0].weight is not heads[1].weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # which PEFT before 0.20 leaves as it was
     chat = own_chat(adapter)
     if chat is not None:
         warn_of_unknown_tokens(adapter, chat, tokenizer)

@@ -40,6 +40,7 @@ from mola.models.quantized import keep_gradients
 from mola.models.tokenizer import load_tokenizer
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
+from mola.tuner.replication import has_lists
 
 
 def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
@@ -52,6 +53,11 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         raise MolaError(f"`bias` of the adapter must be 'none' to be exported, got {config.bias!r}.")
     tensors = read_tensors(Path(source))
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
+    if config.layer_replication and has_lists(on_meta):
+        raise MolaError(
+            f"`layer_replication` of the adapter ({config.layer_replication}) cannot be exported for {base_model!r}: "
+            "its configuration has lists by layer, such as `layer_types`, which PEFT does not repeat for a LoRA."
+        )
     experts = mixtures(tensors, mola_layers(on_meta))
     _check_rank(rank, experts)
     stacked, ranks = stacked_lora(on_meta, tensors, rank)

@@ -37,7 +37,7 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+            owners.setdefault(id(parameter), []).append(_inmost(name))
     for name, module in model.named_modules():
         # Trained tokens are merged once for both.
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
@@ -46,12 +46,19 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
         if adapters is not None and not {*adapters} & known:
             continue
         for parameter in module.get_base_layer().parameters(recurse=False):
-            others = [other for other in owners.get(id(parameter), ()) if other != name]
+            others = [other for other in owners.get(id(parameter), ()) if other != _inmost(name)]
             if others:
                 raise MolaError(
                     f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, to "
                     "which the update would be added as well. Keep it as an adapter, or train it without this module."
                 )
+
+
+def _inmost(name: str) -> str:
+    """The adapted module; PEFT puts wrappers around each other where it adapts several parameters of one."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 class SingleExpertMerging:

@@ -50,6 +50,12 @@ def layer_settings(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     ]
 
 
+def has_lists(model: nn.Module) -> bool:
+    """Whether a model's configuration has lists by layer, which PEFT does not repeat with the layers."""
+    found = (values[key] for _, values in layer_settings(model) for key in _LISTS & values.keys())
+    return any(isinstance(each, (list, tuple)) and each for each in found)
+
+
 def restore(settings: list[tuple[Any, dict[str, Any]]]) -> None:
     """Put back what `layer_settings` found."""
     for config, values in settings:
