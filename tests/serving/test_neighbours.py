@@ -25,7 +25,7 @@ from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 from ..grids import slow  # noqa: E402
 from ..waiting import PATIENCE, wait_until  # noqa: E402
 
-# PEFT before 0.19 says so where not every adapter has trained the same modules; the outputs are right.
+# PEFT before 0.19 says so where not every adapter has trained the same modules.
 pytestmark = pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
 TOKEN = "a-secret-token"
 PROMPTS = ["What is it?", "Once upon a time"]

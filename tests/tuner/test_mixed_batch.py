@@ -304,6 +304,18 @@ def test_modules_to_save_of_some_adapters(active):
     assert_untouched(model)
 
 
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")  # of PEFT 0.18
+@pytest.mark.parametrize("active", ["growing", "narrow"])
+def test_a_module_that_one_adapter_saves(active):
+    """PEFT 0.18 switches what it saves off where another adapter is the active one."""
+    adapters = {"growing": ADAPTERS["growing"], "narrow": {**ADAPTERS["narrow"], "modules_to_save": ["lm_head"]}}
+    model = filled(several(adapters), "modules_to_save")
+    model.set_adapter(active)
+    assert largest_difference(model, token_batch(4), ["narrow", BASE, "growing", "narrow"]) < 1e-5
+    assert model.active_adapter == active
+    assert_untouched(model)
+
+
 @adds_saved_modules
 @pytest.mark.parametrize("active", ["growing", "wide"])
 def test_trainable_tokens_of_some_adapters(active):

@@ -156,6 +156,7 @@ class RowAdapters:
         self._layers = [module for module in modules if isinstance(module, (MolaLinear, StackedParameters))]
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         self._handles: list[Any] = []
+        self._woken: list[Any] = []
 
     @staticmethod
     def suits(tuner: Any) -> bool:
@@ -166,12 +167,19 @@ class RowAdapters:
         tell = self._batch.tell
         self._handles = [each.register_forward_pre_hook(tell, with_kwargs=True) for each in self._wrappers]
         self._handles.append(self._model.register_forward_pre_hook(self._batch.see, with_kwargs=True))
+        # PEFT 0.18 switches wrappers off where the active adapter has none, and then ignores the names as well.
+        is_off = all(layer.disable_adapters for layer in self._layers)
+        self._woken = [] if is_off else [each for each in self._wrappers if each._disable_adapters]
+        for each in self._woken:
+            each._disable_adapters = False
         for layer in self._layers:
             layer.mixed_batch = self._batch
 
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.mixed_batch = None
+        for each in self._woken:
+            each._disable_adapters = True
         for handle in self._handles:
             handle.remove()
 
