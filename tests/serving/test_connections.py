@@ -164,6 +164,7 @@ def test_a_long_answer_to_who_asks_for_another_protocol(stream, narrow_url):
     assert time.monotonic() - start > CLIENT_TIMEOUT  # else the test says nothing
 
 
+@pytest.mark.slow
 def test_a_body_that_comes_after_its_answer_leaves_no_connection_open(narrow_url):
     with connected(narrow_url) as opened:
         opened.sendall(request("/v1/completions", "POST", headers=[JSON, "Content-Length: 2"]))

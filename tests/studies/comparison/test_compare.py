@@ -183,13 +183,22 @@ def test_names_are_text_on_the_page():
     assert f"1 of 1 differences to a{hostile} are significant." in found.root.one("header").text
 
 
-def test_differences_without_a_verdict_are_not_counted_on_the_page(run, tmp_path):
-    paths = [tmp_path / name for name in ("one.html", "two.html")]
-    for path, seeds in zip(paths, ([0], [0, 1]), strict=True):
-        run(seeds=seeds, tables=str(path), output_dir=str(tmp_path / "same"))
-    texts = [Page(path.read_text(encoding="utf-8")).root.one("header").text for path in paths]
-    assert "No verdict: it takes two seeds of lora" in texts[0]
-    assert "of 3 differences to lora are significant, each at the level of its table." in texts[1]
+def test_differences_without_a_verdict_are_not_counted_on_the_page():
+    told = Difference(0.1, (0.05, 0.15), (0.02, 0.2), (0.01, 0.3), (0.01, 0.3), 0.02, "better", 2)
+    untold = replace(told, joint_95=None, verdict="one seed: no verdict")
+    mean = Mean(0.5, (0.4, 0.6), 2)
+
+    def lead(*tables):
+        rows = [
+            Row(str(number), name, 5, 0, [[1]], mean, difference)
+            for number, differences in enumerate(tables)
+            for name, difference in (("lora", None), *zip("ab", differences, strict=False))
+        ]
+        return Page(page(Outcome(rows, "lora"))).root.one("header").text
+
+    assert "No verdict: it takes two seeds of lora" in lead([untold, untold])
+    assert "1 of 1 differences to lora are significant." in lead([told, untold])
+    assert "2 of 2 differences to lora are significant, each at the level of its table." in lead([told], [told, untold])
 
 
 # ---------------------------------------------------------------------- stopping and going on
