@@ -81,22 +81,24 @@ def write(gguf, model, tokenizer, path, quantise):
     writer.close()
 
 
+def alone(gguf, blocks_dir, folder, quantise):
+    """A folder with nothing but a GGUF file."""
+    folder.mkdir()
+    model, tokenizer = LlamaForCausalLM.from_pretrained(blocks_dir), AutoTokenizer.from_pretrained(blocks_dir)
+    write(gguf, model, tokenizer, folder / NAME, quantise=quantise)
+    return folder
+
+
 @pytest.fixture
 def folder(gguf, blocks_dir, tmp_path):
-    """Only a GGUF file, its weights in 8 bits."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(blocks_dir), AutoTokenizer.from_pretrained(blocks_dir)
-    (tmp_path / "base").mkdir()
-    write(gguf, model, tokenizer, tmp_path / "base" / NAME, quantise=True)
-    return tmp_path / "base"
+    """Weights in 8 bits."""
+    return alone(gguf, blocks_dir, tmp_path / "base", quantise=True)
 
 
 @pytest.fixture
 def exact(gguf, blocks_dir, tmp_path):
-    """Only a GGUF file, its weights as they are."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(blocks_dir), AutoTokenizer.from_pretrained(blocks_dir)
-    (tmp_path / "exact").mkdir()
-    write(gguf, model, tokenizer, tmp_path / "exact" / NAME, quantise=False)
-    return tmp_path / "exact"
+    """Weights as they are."""
+    return alone(gguf, blocks_dir, tmp_path / "exact", quantise=False)
 
 
 def output(model):

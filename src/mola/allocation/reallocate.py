@@ -31,15 +31,14 @@ from mola.architecture.notation import (
 )
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
+from mola.files.digests import WEIGHTS_FILE
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
 from mola.models.meta import count_decoder_layers, model_on_meta, read_config
 from mola.models.prompts import hand_on_prompts
-from mola.options.fields import option
+from mola.options.fields import check_seed, option
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
-
-_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -101,8 +100,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     """
     check_mixture(options.adapter)
     output = check_new_folder("output_dir", options.output_dir)
-    if not 0 <= options.seed < 2**63:
-        raise MolaError(f"`seed` must be a whole number from 0 to 2**63 - 1: got {options.seed}.")
+    check_seed(options.seed)
     config: Any = MolaConfig.from_pretrained(options.adapter)
     if config.num_experts_pattern:
         raise MolaError(
@@ -145,7 +143,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     if config.init_lora_weights == "principal" and any(new > old for old, new in zip(before, after, strict=True)):
         config.init_lora_weights = True  # there may be too few components for more experts, and these did not start so
     with new_folder("output_dir", output) as folder:
-        save_file(resized, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(resized, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         hand_on_prompts(options.adapter, folder)
     places = set(layers.values())

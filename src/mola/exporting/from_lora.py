@@ -22,11 +22,13 @@ from mola.exporting.lora_files import Factors, read_lora, targets
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
+from mola.files.digests import WEIGHTS_FILE
 from mola.files.folders import new_folder
 from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts, own_chat, trained_template
+from mola.options.fields import check_seed
 from mola.tuner import MolaConfig
 from mola.tuner.initialization import initialize
 from mola.tuner.layer import MolaLinear
@@ -75,8 +77,7 @@ class MixtureReport:
 def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     """Make a mixture; see `mola.exporting.convert.convert`."""
     base_model, sources = str(options.base_model), [os.path.expanduser(source) for source in options.source]
-    if not 0 <= options.seed < 2**63:
-        raise MolaError(f"`seed` must be a whole number from 0 to 2**63 - 1: got {options.seed}.")
+    check_seed(options.seed)
     if not 0 <= options.noise < math.inf:
         raise MolaError(f"`noise` must be at least 0, got {options.noise}. Pass 0 for equal copies.")
     loras = [read_lora(Path(source), _on_meta(options)) for source in sources]
@@ -109,7 +110,7 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     with new_folder("output", output) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         if is_one_way:
             hand_on_prompts(sources[0], folder)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mola.checkpoints.formats import foreign_format
 from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
+from mola.files.digests import WEIGHTS_FILE
 from mola.models.lora_fit import check_shape, put_into
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -88,7 +89,7 @@ def write_lora(
             own_ranks[module.removeprefix(PREFIX)] = A.shape[0]
     own_ranks |= {name: r for name, r in stacked_ranks.items() if r > rank}
     lora = lora_config(updates, rank, config, base, stacked_ranks, own_ranks)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
 
 

@@ -22,6 +22,7 @@ from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
+from mola.files.digests import WEIGHTS_FILE
 from mola.files.folders import new_folder
 from mola.models.adapters import check_fits
 from mola.models.meta import count_decoder_layers, model_on_meta
@@ -61,7 +62,7 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
     config.base_model_name_or_path = base_model
     with new_folder("output", output) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
     modules = adapted_modules(tensors)
     experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)

@@ -21,7 +21,7 @@ from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chat, template_for, trained_template
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, check_seed, option
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ def _check_text(options: GenerateOptions) -> None:
             f"`temperature` 0 is greedy, so `{unused[0]}` {getattr(options, unused[0])} would do nothing. Leave one "
             "of them out."
         )
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {options.seed}.")
+    if options.seed is not None:
+        check_seed(options.seed)
     if options.prompt is not None and (options.instruction is not None or options.input is not None):
         raise MolaError(
             "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "

@@ -91,8 +91,8 @@ def _set_up(
     settings = finetuning_args.mixture_settings
     if folders:
         model = continue_mixture(model, folders[0], settings, **init_kwargs)
-        for parameter in model.parameters() if cast else ():  # copies of `modules_to_save`, which PEFT does not cast
-            if parameter.requires_grad:
+        for parameter in model.parameters():
+            if cast and parameter.requires_grad:  # copies of `modules_to_save`, which PEFT does not cast
                 parameter.data = parameter.data.float()
     else:
         with _config_of_mixture(settings):

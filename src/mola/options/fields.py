@@ -120,3 +120,9 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iter
     """
     compared = sorted({*old, *new}) if names is None else names
     return next((name for name in compared if old.get(name) != new.get(name)), None)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a `seed` that generators of torch do not take."""
+    if not 0 <= seed < 2**63:
+        raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {seed}.")

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mola.data.read import hub_dataset, is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
+from mola.files.digests import WEIGHTS_FILE
 from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, opened, own_numbers, shapes_in
@@ -187,7 +188,7 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
     """One row per run of equal layers; each figure is for one layer."""
     if config.get("peft_type") != "MOLA":
         return f"The adapter is of type {config.get('peft_type')}: it has none."
-    with opened(folder / "adapter_model.safetensors") as file:
+    with opened(folder / WEIGHTS_FILE) as file:
         found = layers_of(config, shapes_in(file))
     rows = {
         layer: (each.experts_said, each.top_k, each.r, each.expert_values, each.router_values)
