@@ -19,6 +19,7 @@ _SYNCHRONISING = (
     "_unique",
     "unique_",
     "masked_select",
+    "bincount",
     "repeat_interleave.Tensor",
 )
 _INDEXING = ("index.", "index_put", "_index_put_impl_", "_unsafe_index")

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class CountOperators(TorchDispatchMode):
     """Counts operators, and those that make the host wait for the device."""
 
-    SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique", "masked_select")
+    SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique", "masked_select", "bincount")
 
     def __init__(self):
         super().__init__()

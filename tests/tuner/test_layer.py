@@ -267,3 +267,12 @@ def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it(dtype):
     layer = MolaLinear(base, "default", ExpertSettings(3, 2, 2, 16.0))
     for part in (layer.mola_A, layer.mola_B, layer.mola_router):
         assert part["default"].dtype == torch.float32
+
+
+def test_what_a_kernel_keeps_is_dropped_before_a_training(monkeypatch):
+    layer, dropped = MolaLinear(nn.Linear(6, 5), "default", ExpertSettings(2, 3, 2, 4.0)), []
+    monkeypatch.setattr("mola.tuner.layer.forget", lambda experts: dropped.extend(experts))
+    layer.eval()
+    assert dropped == []
+    nn.Sequential(layer).train()
+    assert [each is layer.mola_A["default"] for each in dropped] == [True]

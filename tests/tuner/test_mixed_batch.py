@@ -424,3 +424,15 @@ def test_a_layer_that_passes_further_arguments_on():
     mixed = model(x, scale=3.0, adapter_names=["two", "one", BASE, "one"])
     for row, name in enumerate(["two", "one", BASE, "one"]):
         torch.testing.assert_close(mixed[row], alone(model, name, lambda model: model(x, scale=3.0))[row])
+
+
+@pytest.mark.parametrize("changed", [{"bias": "all"}, {"layer_replication": [(0, 2), (1, 2)]}], ids=str)
+def test_what_an_adapter_changes_for_all_rows_is_refused_beside_others(changed):
+    adapters = {"changes": {"num_experts": 2, **changed}, "plain": {"num_experts": 2}}
+    model, batch = several(adapters), token_batch()
+    ids = batch["input_ids"][:2]
+    for names in (["changes", BASE], ["plain", "plain"]):
+        with pytest.raises(MolaError, match="beside it: its `bias` or `layer_replication` is the base model's"):
+            model(input_ids=ids, adapter_names=names)
+    together = model(input_ids=ids, adapter_names=["changes", "changes"]).logits
+    torch.testing.assert_close(together, model(input_ids=ids).logits)

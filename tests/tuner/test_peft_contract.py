@@ -323,3 +323,94 @@ def test_a_mixture_of_any_name_is_no_lora():
     model = get_peft_model(tiny_llama(), random_config(num_experts=4), adapter_name="mix")
     assert not model.supports_lora_conversion()
     assert get_peft_model(tiny_llama(), random_config(num_experts=1), adapter_name="one").supports_lora_conversion()
+
+
+# ---------------------------------------------------------------------- modules that are trained in full
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 5)
+        self.router = nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.router(torch.relu(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.last = nn.Linear(4, 6), Block(), Block(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.third(self.second(self.first(x))))
+
+
+def test_a_bases_own_router_is_trained_beside_mixtures(tmp_path):
+    """Not ours, whose names end alike."""
+    settings = {"target_modules": ["first", "last"], "modules_to_save": ["router"], "r": 2}
+    model = get_peft_model(Blocks(), MolaConfig(num_experts=2, **settings))
+    saved = [name for name, _ in model.named_parameters() if "modules_to_save" in name]
+    assert saved == [
+        f"base_model.model.{place}.router.modules_to_save.default.{part}"
+        for place in ("second", "third")
+        for part in ("weight", "bias")
+    ]
+    model.save_pretrained(tmp_path)
+    loaded, x = PeftModel.from_pretrained(Blocks(), tmp_path), torch.randn(3, 4)
+    base = {name: each for name, each in model.state_dict().items() if "mola_" not in name and "to_save" not in name}
+    loaded.load_state_dict(base, strict=False)
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+
+
+def test_a_module_that_is_not_there_cannot_be_saved():
+    with pytest.raises(MolaError, match="`modules_to_save` must all exist in the model, these do not: lats"):
+        get_peft_model(Blocks(), MolaConfig(num_experts=2, r=2, target_modules=["first"], modules_to_save=["lats"]))
+
+
+def test_linears_inside_of_what_another_adapter_trains_are_refused():
+    first = MolaConfig(num_experts=2, r=2, target_modules=["first"], modules_to_save=["second"])
+    model = get_peft_model(Blocks(), first)
+    with pytest.raises(MolaError, match=r"`target_modules` matches 'second.*up', which lies in 'second'"):
+        model.add_adapter("other", MolaConfig(num_experts=2, r=2, target_modules=["first", "up"]))
+
+
+def test_an_adapter_that_is_refused_late_leaves_nothing(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), random_config())
+    with pytest.raises(ValueError, match="typo"):
+        model.add_adapter("late", random_config(trainable_token_indices={"typo": [1]}))
+    assert not [name for name, _ in model.named_parameters() if "late" in name]
+    model.save_pretrained(tmp_path)
+    batch = token_batch()
+    again = PeftModel.from_pretrained(clone(model.unload()), tmp_path)
+    assert again(**batch).logits.isfinite().all()
+
+
+@needs("peft", "0.21", "before, nobody is asked what is saved")
+def test_what_was_only_used_may_not_lose_tensors_when_it_is_saved(tmp_path):
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        adapted().save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(TwoLinears(), tmp_path / "one")
+    model.load_adapter(tmp_path / "two", "lin0")
+    with pytest.raises(MolaError, match="cannot be called 'lin0'"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_a_packed_linear_without_a_weight_is_put_back():
+    """As those of GPTQ."""
+    model = adapted()
+    for layer in layers(model):
+        del layer.base_layer.weight
+    assert [type(each) for each in model.unload().children()] == [nn.Linear, nn.Linear]
+
+
+def test_routers_that_are_rounded_after_their_first_use_are_told():
+    model, batch = get_peft_model(tiny_llama(), random_config()).eval(), token_batch()
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"])
+        model.half()
+        with pytest.warns(UserWarning, match="are in torch.float16: something has cast them"):
+            model(input_ids=batch["input_ids"])

@@ -52,6 +52,13 @@ def test_a_new_adapter_changes_nothing(base, inputs, monkeypatch):
     assert torch.equal(logits(model, inputs), logits(base, inputs))
 
 
+@pytest.mark.parametrize("given", [{"number_experts": [2, 2]}, {"top_k": [4]}], ids=str)
+def test_lists_beside_a_saved_adapter_are_refused(base, saved, given):
+    """As the research code wants them; PEFT drops them, or lets the file win."""
+    with pytest.raises(MolaError, match="must not be passed beside a saved adapter, which says it itself"):
+        PeftModel.from_pretrained(base, saved[0], **given)
+
+
 def test_peft_model_from_pretrained(base, inputs, saved):
     folder, expected = saved
     model = PeftModel.from_pretrained(clone(base), folder)
@@ -73,6 +80,19 @@ def test_low_cpu_mem_usage(base, inputs, saved):
     folder, expected = saved
     model = PeftModel.from_pretrained(clone(base), folder, low_cpu_mem_usage=True)
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("trained", [{}, {"layer_replication": [(0, 2), (1, 4)]}], ids=str)
+def test_low_cpu_mem_usage_rounds_nothing(base, inputs, tmp_path, trained):
+    """On a base in half precision, whose dtype PEFT casts to once more after loading."""
+    torch.manual_seed(5)
+    half = clone(base).bfloat16()
+    get_peft_model(clone(half), random_config(**trained)).save_pretrained(tmp_path)
+    models = [PeftModel.from_pretrained(clone(half), tmp_path, low_cpu_mem_usage=low) for low in (False, True)]
+    states = [{name: each for name, each in model.state_dict().items() if "mola_" in name} for model in models]
+    assert {each.dtype for each in states[1].values()} == {torch.float32}
+    assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())
+    assert torch.equal(*(logits(model, inputs) for model in models))
 
 
 def test_auto_peft_model(base, inputs, tmp_path):

@@ -93,6 +93,16 @@ def test_gradients_of_routers(router, top_k, monkeypatch):
         torch.testing.assert_close(found, expected + 1)
 
 
+def test_a_gate_of_zero_has_finite_gradients(monkeypatch):
+    """Far below the largest, a chosen expert's gate is 0 in float32."""
+    monkeypatch.setitem(ROUTERS, "tested", top_k_softmax)
+    logits = torch.tensor([[200.0, 1.0], [0.0, 2.0], [-5.0, 0.5]])
+    agreement = torch.tensor([[0.5, 0.25], [0.0, 0.75], [0.0, 0.0]])
+    found = router_backward("tested", logits, 2, agreement)
+    gates = dense_gates(top_k_softmax(logits, 2, 0), 3, 0)
+    torch.testing.assert_close(found, agreement - gates * agreement.sum(0))
+
+
 def test_one_choice_has_gate_one_and_no_gradient():
     logits = torch.randn(5, 3, requires_grad=True)
     routing = top_k_softmax(logits, 1)

@@ -254,8 +254,14 @@ class MolaConfig(PeftConfig):
         """Read a configuration, see PEFT; weights that are in the same folder must be those it was saved with.
 
         Raises:
-            MolaError: a setting is wrong, or the weights are not those that were saved.
+            MolaError: a setting is wrong, or given beside the folder; or the weights are not those that were saved.
         """
+        own = {"number_experts", *(each.name for each in fields(cls))} - {each.name for each in fields(PeftConfig)}
+        if given := sorted(own & kwargs.keys()):
+            raise MolaError(
+                f"`{given[0]}` must not be passed beside a saved adapter, which says it itself: got "
+                f"{kwargs[given[0]]!r} and {pretrained_model_name_or_path!r}. Leave it out."
+            )
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         check_digest(Path(pretrained_model_name_or_path, subfolder or ""))
         return config

@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.tuner.frozen import flags_kept
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import decode_layer, mixture, register
+from mola.tuner.kernels.dispatch import decode_layer, forget, mixture, register
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
@@ -132,6 +132,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             del self.mola_router[adapter_name]
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._cast_experts(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_settings(self, adapter_name: str, settings: ExpertSettings) -> None:
@@ -149,19 +150,31 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         initialize(start, *parts, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        kept = [(self.mola_router, self.mola_router.get(adapter_name))]
-        weight = getattr(self.get_base_layer(), "weight", None)
-        # Packed: PEFT takes what it is unpacked to, or a format of 8 bits, in which no expert can be held.
-        if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
-            kept += [(part, part.get(adapter_name)) for part in (self.mola_A, self.mola_B)]
+        # Not into the base's dtype, as PEFT's: it also calls this after a file in float32 was loaded.
+        parts = self.mola_A, self.mola_B, self.mola_router
+        kept = [(part, part[adapter_name]) for part in parts if adapter_name in part]
         with flags_kept(self):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             for part, before in kept:
-                if before is not None:
-                    # The router stays float32 on a half-precision base: put back the values from before the cast.
-                    part[adapter_name] = nn.Parameter(before.detach().to(part[adapter_name].device))
+                part[adapter_name] = nn.Parameter(before.detach().to(part[adapter_name].device))
+
+    def _cast_experts(self, adapter_name: str) -> None:
+        """New experts are in the base's dtype, as PEFT's are, the router is not; of packed weights neither."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        # Formats of 8 bits cannot hold an expert.
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            return
+        with flags_kept(self):
+            for part in (self.mola_A, self.mola_B):
+                part[adapter_name] = nn.Parameter(part[adapter_name].detach().to(weight.dtype))
 
     # ------------------------------------------------------------------ forward
+
+    def train(self, mode: bool = True) -> MolaLinear:
+        """As any module's; what a kernel keeps of frozen weights is dropped."""
+        if mode:
+            forget(self.mola_A.values())
+        return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map `(..., in)` to `(..., out)`; further arguments go to the base layer."""

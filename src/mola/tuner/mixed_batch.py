@@ -114,6 +114,11 @@ class MixedBatch:
         return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}
 
 
+def _changes_base(config: Any) -> bool:
+    """Whether rows without the adapter would be computed with a part of it."""
+    return getattr(config, "bias", "none") != "none" or bool(getattr(config, "layer_replication", None))
+
+
 class RowAdapters:
     """A context in which each row of a model's forward passes has its adapter; it may be entered again and again.
 
@@ -123,7 +128,8 @@ class RowAdapters:
         options: what the model is called with; of `generate` they say how many rows become of one.
 
     Raises:
-        MolaError: the model is in training mode or an adapter is merged, or names are not those of adapters.
+        MolaError: the model is in training mode or an adapter is merged, names are not those of adapters, or one of
+            these has changed the base model for all rows.
     """
 
     def __init__(self, tuner: Any, names: Any, options: Mapping[str, Any] | None = None) -> None:
@@ -151,6 +157,12 @@ class RowAdapters:
                 "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
                 "weight for all rows. Call the model once per adapter, with `set_adapter`."
             )
+        for name, config in tuner.peft_config.items():
+            if _changes_base(config) and {*names} != {name}:
+                raise MolaError(
+                    f"Cannot pass `adapter_names` of others than {name!r} beside it: its `bias` or `layer_replication` "
+                    "is the base model's, which is one for all rows. Load the others into a model without it."
+                )
         self._model = tuner.model
         self._batch = MixedBatch(list(names), _copies(tuner.model, options or {}))
         self._layers = [module for module in modules if isinstance(module, (MolaLinear, StackedParameters))]

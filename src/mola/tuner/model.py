@@ -36,7 +36,9 @@ from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.replication import replicated_layers
 from mola.tuner.rescaling import stop_fast_paths, stop_rescaling
 from mola.tuner.router_losses import RouterLosses
+from mola.tuner.saved_modules import check_not_inside, resolved
 from mola.tuner.stacked import StackedParameters
+from mola.tuner.undoing import taken_back
 
 
 class MolaModel(BaseTuner):
@@ -92,7 +94,7 @@ class MolaModel(BaseTuner):
         check_model_type(config.base_model_type, found)
         config.base_model_type = found or config.base_model_type
         add_head(model, config, self._is_new)
-        with replicated_layers(model, config.layer_replication):
+        with replicated_layers(model, config.layer_replication), taken_back(model, adapter_name):
             self._inject(model, adapter_name, config, *args, **kwargs)
         stop_rescaling(model)
         stop_fast_paths(model)
@@ -114,6 +116,8 @@ class MolaModel(BaseTuner):
         self._stacked = self._find_stacks(model, config)
         modules = dict(model.named_modules())
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
+        check_not_inside(adapted, modules)
+        config.modules_to_save = resolved(config.modules_to_save, modules, is_new=self._is_new)
         check_places(config, modules, adapted, self._per_layer, self._stacks, self._stacked, self._is_new)
         with warnings.catch_warnings():
             # PEFT looks for them among linears only; `check_places` has looked everywhere.
@@ -205,8 +209,10 @@ class MolaModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
-            setattr(parent, child_name, new_module)  # PEFT's would look for a weight
+        # PEFT's would look for a weight, which packed linears need not have either.
+        is_base = isinstance(child, MolaLinear) and new_module is child.base_layer
+        if is_base or isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -294,7 +300,20 @@ class MolaModel(BaseTuner):
         """Call the model, not its `forward` as PEFT before 0.21 does: hooks add the routers' losses."""
         return self.model(*args, **kwargs)
 
-    # ------------------------------------------------------------------ loading
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Those that were only used may be called as modules are, until something is saved.
+        check_names(unwanted_adapter_names, model)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import replicate_layers
+from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
@@ -80,4 +81,4 @@ def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:
             f"`layer_replication` must be ranges [first, end) of the model's {num_layers} layers, such as [[0, 2], "
             f"[1, {num_layers}]]: got {ranges!r}."
         )
-    replicate_layers(model, ranges)
+    skip_init_on_device(replicate_layers)(model, ranges)  # else the layers have no values with `low_cpu_mem_usage`

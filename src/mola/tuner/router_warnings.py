@@ -18,7 +18,8 @@ class RouterWarnings:
 
     def __init__(self) -> None:
         self._given: set[str] = set()
-        self._looked_at: set[str] = set()  # adapters, outside of training
+        # Of adapters outside of training: a layer with a router, and the dtype that it had.
+        self._looked_at: dict[str, tuple[MolaLinear | None, torch.dtype | None]] = {}
 
     def look_at(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
         """Warn of a router that learns nothing, or rounds what it learns.
@@ -46,10 +47,12 @@ class RouterWarnings:
 
     def look_outside_training(self, adapter_names: Sequence[str], layers: Sequence[MolaLinear]) -> None:
         """Warn of routers that something has rounded, once an adapter is used; arguments as those of `look_at`."""
-        if self._looked_at.issuperset(adapter_names):
-            return
-        self._looked_at.update(adapter_names)
         for name in adapter_names:
+            first, before = self._looked_at.get(name) or (_with_router(name, layers), None)
+            now = first.mola_router[name].dtype if first is not None and name in first.mola_router else None
+            if name in self._looked_at and now is before:
+                continue
+            self._looked_at[name] = first, now
             dtypes = [each.mola_router[name].dtype for each in layers if name in each.mola_router]
             rounded = next((each for each in dtypes if each in _HALF), None)
             if rounded is not None:
@@ -76,3 +79,7 @@ class RouterWarnings:
         if key not in self._given:
             self._given.add(key)
             warnings.warn(message, stacklevel=3)
+
+
+def _with_router(adapter_name: str, layers: Sequence[MolaLinear]) -> MolaLinear | None:
+    return next((each for each in layers if adapter_name in each.mola_router), None)

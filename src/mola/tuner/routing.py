@@ -132,7 +132,7 @@ def top_k_softmax_backward(
 
 
 def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: torch.Tensor) -> torch.Tensor:
-    """The same through any router of `ROUTERS`, by autograd through the logarithm of its gates.
+    """The same through any router of `ROUTERS`, by autograd through its gates, of which `v_e / g_e` is the gradient.
 
     Args:
         router: its name.
@@ -143,8 +143,9 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: to
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         routing = ROUTERS[router](logits, top_k, 0)
-        log_gates = routing.routing_weights.log()
-    return torch.autograd.grad(log_gates, logits, agreement.gather(0, routing.expert_indices))[0]
+    gates, chosen = routing.routing_weights, agreement.gather(0, routing.expert_indices)
+    of_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 gives nothing
+    return torch.autograd.grad(gates, logits, of_gates)[0]
 
 
 def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

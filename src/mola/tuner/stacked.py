@@ -56,6 +56,10 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         A, B = self._factors(adapter_name, stack.parameter)
         initialize(settings.init_lora_weights, A, B, None, self.base_layer)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        dtype = getattr(self.base_layer, stack.parameter).dtype
+        for part in "AB":  # PEFT's are in the base's dtype, too, until it casts them
+            held = getattr(self, f"mola_{part}_{stack.parameter}")
+            held[adapter_name] = nn.Parameter(held[adapter_name].detach().to(dtype))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _factors(self, adapter_name: str, parameter: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +72,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
                 held = getattr(self, f"mola_{part}_{parameter}")
                 old = held[adapter_name]
                 if not old.is_meta:
-                    held[adapter_name] = nn.Parameter(old.detach().to(device or weight.device, weight.dtype))
+                    held[adapter_name] = nn.Parameter(old.detach().to(device or weight.device))
                     held[adapter_name].requires_grad_(old.requires_grad)
 
     # ------------------------------------------------------------------ forward

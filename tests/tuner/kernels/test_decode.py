@@ -194,6 +194,7 @@ def test_changed_weights_of_a_model_are_seen(model, tensor, way):
         assert_usual(IDS, model)
 
 
+@pytest.mark.filterwarnings("ignore:The routers of adapter 'default' are in torch.bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_another_dtype_and_back(model, dtype):
     assert few(model.to(dtype), IDS).dtype == dtype

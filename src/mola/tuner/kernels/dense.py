@@ -23,7 +23,7 @@ def why_not_written_out(inputs: MixtureInputs) -> str | None:
     """Why no backend that writes its backward pass out computes such inputs; None if one may."""
     if inputs.router is None:
         return NO_ROUTER
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a compiler is given plain operators"
     if results_are_kept():
         return "selective activation checkpointing keeps results that would be added to"

@@ -41,6 +41,8 @@ BACKENDS: tuple[Backend, ...] = (
 _FOR_GPUS = tuple(backend for backend in BACKENDS if backend.device_type != "cpu")  # others need not be asked
 # Lets compiled graphs find a layer by its B.
 register = (lambda layer: None) if _cpu_decode is None else _cpu_decode.register
+# Before the experts of a layer are trained.
+forget = (lambda experts: None) if _gpu is None else _gpu.forget
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 

@@ -24,6 +24,7 @@ from mola.tuner.routing import DEFAULT_ROUTER, router_logits_by_expert, top_k_so
 # oneDNN makes the products of all, in half the time, that is so for 24 and 16.
 _FROM_EXPERTS, _FROM_EXPERTS_ONEDNN = 16, 24
 _ROW_BYTES = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertSort(NamedTuple):
@@ -46,7 +47,8 @@ class ExpertSort(NamedTuple):
         """Sort the choices `(top_k, N)`."""
         experts = expert_indices.flatten()
         permutation = experts.argsort(stable=True)
-        ends = torch.bincount(experts, minlength=num_experts).cumsum(0).to(torch.int32)
+        counts = experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+        ends = counts.cumsum(0).to(torch.int32)  # not of `bincount`, which waits for the device
         return cls(permutation % max(expert_indices.shape[1], 1), permutation, ends, expert_indices)
 
 
@@ -64,6 +66,8 @@ class Grouped(Backend):
             return OTHER_ROUTER
         if not (inputs.experts_A.is_contiguous() and inputs.experts_B.is_contiguous()):
             return "grouped products need contiguous experts"
+        if inputs.settings.dtype not in _DTYPES:
+            return f"grouped products are of float32, bfloat16 or float16, not {inputs.settings.dtype}"
         _, r, in_features = inputs.experts_A.shape
         row_bytes = math.gcd(r, in_features, inputs.experts_B.shape[2]) * inputs.settings.dtype.itemsize
         return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None

@@ -299,6 +299,16 @@ def test_an_exported_program_needs_no_operator_of_mola():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_layer_can_be_traced(tokens):
+    """Its sizes are tensors then, which compiled functions do not take."""
+    layer, x = make_layer(), draw(tokens, 16)
+    program = torch.jit.trace(layer, x)
+    torch.testing.assert_close(program(x), layer(x))
+
+
 def test_a_forced_backend_switches_the_operator_off(force):
     layer, x = make_layer(), draw(3, 16)
     force("reference")

@@ -343,6 +343,20 @@ def test_weights_that_are_trained_are_packed_every_time(name, packings):
     assert not torch.equal(before, after)
 
 
+def test_training_by_another_backend_is_followed_by_new_packing(packings):
+    """Nothing but `train` tells of it: a fused optimiser changes no version."""
+    inputs = make((4, 24))
+    for each in (inputs.experts_A, inputs.experts_B, inputs.router):
+        each.requires_grad_(False)
+    with torch.no_grad():
+        compute(TRITON, inputs)
+        compute(TRITON, inputs)
+        assert len(packings) == 1
+        backend_module.forget([inputs.experts_A])
+        compute(TRITON, inputs)
+    assert len(packings) == 2
+
+
 def test_in_inference_mode(packings):
     with torch.inference_mode():
         inputs = make((4, 24))

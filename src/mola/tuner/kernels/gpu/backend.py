@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -167,11 +168,22 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
         return _pack(inputs)
     if _is_capturing(inputs.x) or any(each.is_inference() for each in weights):
         return _pack(inputs)
-    state = inputs.settings.dtype, *((each.data_ptr(), each._version) for each in weights)
+    state = inputs.settings.dtype, _stream(inputs.x), *((each.data_ptr(), each._version) for each in weights)
     found = _packed_of.get(inputs.experts_A)
     if found is None or found[0] != state:
         found = _packed_of[inputs.experts_A] = state, _pack(inputs)
     return found[1]
+
+
+def forget(experts: Iterable[torch.Tensor]) -> None:
+    """Pack anew what belongs to these A: they are to be trained, which other backends may do, and optimisers hide."""
+    for experts_A in experts:
+        _packed_of.pop(experts_A, None)
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    """Where operators are queued: what another stream has packed may not be there yet."""
+    return torch.cuda.current_stream(tensor.device).stream_id if tensor.is_cuda else 0
 
 
 def _is_capturing(tensor: torch.Tensor) -> bool:

@@ -86,9 +86,10 @@ def gates_forward(
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tokens < num_tokens
     experts = tl.arange(0, BLOCK_E)[:, None]
-    places = experts * num_tokens + tokens[None, :]
+    count = num_tokens.to(tl.int64)
+    places = experts * count + tokens[None, :]
     valid = (experts < E) & inside[None, :]
-    shift = num_tokens.to(tl.int64) * E
+    shift = count * E
     z = tl.load(products + 2 * shift + places, mask=valid, other=0.0) / STEP
     z = (z + tl.load(products + shift + places, mask=valid, other=0.0)) / STEP
     z += tl.load(products + places, mask=valid, other=0.0)
@@ -116,7 +117,7 @@ def gates_forward(
             total += power
             gates += tl.where(is_chosen, power[None, :], 0.0)
             free = free & (experts != chosen[None, :])
-            tl.store(indices + k * num_tokens + tokens, chosen.to(tl.int64), mask=inside)
+            tl.store(indices + k * count + tokens, chosen.to(tl.int64), mask=inside)
         gates = gates / total[None, :]
         # What was not chosen is 0 whatever the sum is.
         gates = tl.where(free, 0.0, gates)
@@ -127,7 +128,7 @@ def gates_forward(
     some = (ranks < R) & inside[None, :]
     for e in range(E):
         weight = tl.sum(tl.where(experts == e, w, 0.0), 0)
-        at = (e * R + ranks) * num_tokens.to(tl.int64) + tokens[None, :]
+        at = (e * R + ranks) * count + tokens[None, :]
         row = tl.load(hidden + at, mask=some, other=0.0).to(tl.float32)
         tl.store(gated + at, (row * weight[None, :]).to(gated.dtype.element_ty), mask=some)
 
