@@ -1,12 +1,14 @@
 """The quickstart: its recipe, and the whole of it on the real model."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 from mola import MolaError
+from mola.data.templates import get_template
 from mola.models.smollm2 import MARKER
 from mola.options.parsing import parse
 from mola.studies.quickstart import QuickstartOptions, main
@@ -60,7 +62,11 @@ def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys,
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (before["accuracy"], after["accuracy"])
     assert summary["eval_loss"] == record["metrics"]["eval_loss"] > 0
     assert 0 < record["seconds"] < summary["seconds"]
-    assert f"Evaluation loss after training: {summary['eval_loss']:.3f}" in capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert f"Evaluation loss after training: {summary['eval_loss']:.3f}" in printed.splitlines()
+    words = shlex.split(printed[printed.index("mola generate") :].partition("\nOpen ")[0])
+    asked = get_template("alpaca_short").prompt(words[words.index("--instruction") + 1], "")
+    assert asked in [sample["prompt"] for sample in after["samples"]]
     assert {each["settings"]["dtype"] for each in (before, record, after, experts)} == {"float32"}
     assert record["settings"]["seed"] == 3
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mola.cli import main
+from mola.errors import MolaError
 from mola.training.needed_logits import NeededLogits, computes_needed_logits, needed_logits
 from mola.training.options import TrainOptions
 from tests.training.runs import WEIGHTS, losses, read_metrics
@@ -21,6 +22,12 @@ def options(tmp_path):
         return TrainOptions(base_model="a/b", output_dir=str(tmp_path), use_cpu=True, dtype="float32", **settings)
 
     return make
+
+
+def test_liger_that_is_missing_is_named(options, monkeypatch):
+    monkeypatch.setattr("mola.training.option_checks.is_liger_kernel_available", lambda: False)
+    with pytest.raises(MolaError, match="pip install liger-kernel"):
+        options(use_liger_kernel=True)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))

@@ -263,7 +263,18 @@ def test_resume_from_a_named_checkpoint_in_another_folder(finished_run, tmp_path
     other = [f"--output_dir={tmp_path / 'other'}", f"--resume_from_checkpoint={folder / 'checkpoint-4'}"]
     assert main([*arguments, *other]) == 0
     assert_same_weights(tmp_path / "other", folder)
-    assert sorted(losses(tmp_path / "other")) == [5, 6]
+    curve = losses(tmp_path / "other")
+    assert curve == losses(folder), "with what came before the checkpoint"
+    trained = [entry["train_loss"] for entry in read_metrics(tmp_path / "other") if "train_loss" in entry]
+    assert trained == [pytest.approx((curve[5] + curve[6]) / 2, abs=1e-3)], "the mean of its own steps"
+
+
+def test_going_on_from_a_kept_copy_removes_later_checkpoints_only(finished_run):
+    folder, arguments = finished_run
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-4-good")
+    before = {path.name for path in folder.glob("checkpoint-*")}
+    assert main([*arguments, f"--resume_from_checkpoint={folder / 'checkpoint-4-good'}"]) == 0
+    assert {path.name for path in folder.glob("checkpoint-*")} == before
 
 
 def test_incomplete_checkpoint_is_skipped_with_a_warning(finished_run, caplog):
@@ -338,6 +349,7 @@ def test_resume_refuses_another_allocation_or_other_data(finished_run, error_lin
     [
         *("--cutoff_len=100", "--truncation=left", "--train_on_inputs=true"),
         *("--learning_rate=5e-2", "--optim=adafactor", "--weight_decay=0.5", "--adam_beta2=0.5", "--seed=7"),
+        *("--data_seed=7", "--add_eos_token=false", "--loraplus_lr_ratio=4", "--adam_beta1=0.5", "--adam_epsilon=1e-3"),
     ],
 )
 def test_resume_refuses_what_the_run_did_not_begin_with(finished_run, error_line, flag):
@@ -422,7 +434,7 @@ def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
     assert main(flags(**{**NO_EVALUATION, "max_steps": 2})) == 0
 
 
-def test_a_resumed_run_without_telemetry_drops_what_came_after_its_checkpoint(flags, tmp_path):
+def test_a_resumed_run_without_telemetry_drops_what_came_after_its_checkpoint(flags, tmp_path, caplog):
     options = NO_EVALUATION | {"num_experts": "1224", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     assert main(flags(**options)) == 0
     on = [
@@ -431,6 +443,7 @@ def test_a_resumed_run_without_telemetry_drops_what_came_after_its_checkpoint(fl
         "--expert_telemetry=false",
     ]
     assert main(on) == 0
+    assert "checkpoint-4: the run goes on from checkpoint-2" in caplog.text
     lines = (tmp_path / "run" / "routing.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 

@@ -164,3 +164,11 @@ def test_what_another_run_leaves_meanwhile_is_kept(flags, tmp_path, error_line, 
     assert (folder / "checkpoint-2").is_dir()
     if resumes:
         assert main([*flags(max_steps=3, **options), *more]) == 0
+
+
+def test_a_tokenizer_of_another_program_is_not_overwritten(flags, tmp_path, tiny_model_dir, capsys):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "run")
+    tokenizer = (base / "tokenizer.json").read_bytes()
+    assert main([*flags(), "--overwrite_output_dir"]) == 2
+    assert "holds 'tokenizer.json' but no run.json" in capsys.readouterr().err
+    assert (base / "tokenizer.json").read_bytes() == tokenizer

@@ -17,7 +17,7 @@ from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerSta
 from mola import TrainOptions, train
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
-from mola.training.callbacks import AveragedWeights, ResumedCheckpoints
+from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedCheckpoints
 from mola.training.checkpoints import checkpoints_in, rotate
 from mola.training.interruption import Interruption
 from mola.training.same_run import _samples_per_step
@@ -86,6 +86,8 @@ class KeepsACopy(TrainerCallback):
     ("wrong", "reason"),
     [
         ({"accelerator_config": {"split_batches": True}}, "shares one batch"),
+        ({"accelerator_config": {"even_batches": False}}, "other numbers of steps"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "batches of one length"),
         ({"label_smoothing_factor": 0.1, "use_liger_kernel": True}, "needs logits"),
         ({"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, None),
     ],
@@ -164,6 +166,62 @@ def test_a_second_signal_stops_at_once(caplog):
     finally:
         interruption.restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+class SignalInEvaluation(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None):
+            signal.raise_signal(signal.SIGTERM)
+            self.on_prediction_step = lambda *given, **more: None  # a second one would end the process
+
+
+def test_no_step_follows_an_evaluation_in_which_a_signal_came(options_of, tmp_path):
+    how = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "epoch", "load_best_model_at_end": False}
+    result = train(options_of(validation_size=1, logging_steps=1, **how), [SignalInEvaluation()])
+    assert result.status == "interrupted"
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert max(entry["step"] for entry in found) == 2
+    assert [entry["step"] for entry in found if "eval_loss" in entry] == [2], "what it measured is kept"
+
+
+def test_a_signal_before_the_first_step_waits_for_it():
+    interruption, control = Interruption(), TrainerControl()
+    interruption.received = 15
+    args = SimpleNamespace(world_size=1, save_total_limit=None, save_strategy="epoch")
+    interruption.on_evaluate(args, TrainerState(global_step=0), control)
+    assert not control.should_save
+    assert not control.should_training_stop
+    interruption.on_evaluate(args, TrainerState(global_step=1), control)
+    assert control.should_save
+    assert control.should_training_stop
+
+
+def test_a_step_is_saved_once():
+    last, control = CheckpointLast(), TrainerControl(should_save=True, should_training_stop=True)
+    state = TrainerState(global_step=4, epoch=1.0)
+    last.on_step_end(None, state, control)
+    last.on_save(None, state, control)  # a signal in the evaluation after the step
+    control.should_save = True  # as the trainer's own callback asks at the end of an epoch
+    last.on_epoch_end(None, state, control)
+    assert not control.should_save
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interruption = Interruption()
+    try:
+        interruption.on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        interruption.restore()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_token_is_saved_with_a_checkpoint(options_of, tmp_path):
+    train(options_of(save_strategy="steps", save_steps=4, eval_strategy="no", hub_token="hf_secret"))
+    assert b"hf_secret" not in (tmp_path / "run" / "checkpoint-4" / "training_args.bin").read_bytes()
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):

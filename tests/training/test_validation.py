@@ -60,9 +60,9 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
     assert "eval_loss" not in record["metrics"]
 
 
-@pytest.mark.parametrize("name", ["validation_size", *slow("eval_data", "eval_limit"), "eval_split"])
+@pytest.mark.parametrize("name", ["validation_size", *slow("eval_data", "eval_limit", "eval_steps"), "eval_split"])
 def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_file, caplog):
-    value = {"validation_size": 2, "eval_data": rows_file, "eval_limit": 2, "eval_split": "dev"}[name]
+    value = {"validation_size": 2, "eval_data": rows_file, "eval_limit": 2, "eval_steps": 2, "eval_split": "dev"}[name]
     assert main(flags(**{name: value}, num_train_epochs=1, **NO_EVALUATION)) == 0
     assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
 
@@ -75,7 +75,7 @@ def test_evaluation_samples_that_are_trained_on_are_counted(flags, rows_file, tm
     assert "2 of 3 evaluation samples are trained on, too" in caplog.text
 
 
-def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
+def test_splits_and_limits_are_those_asked_for(flags, tmp_path, caplog):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=6))
     named = {"data": "dataset.hf", "train_split": "test", "eval_split": "train", "eval_limit": 3}
     taken = {"data": "train.json", "validation_size": 4, "eval_limit": 2}
@@ -84,6 +84,24 @@ def test_splits_and_limits_are_those_asked_for(flags, tmp_path):
         assert main(flags(tmp_path / name, num_train_epochs=1, warmup_steps=0, **options)) == 0
         found = read_record(tmp_path / name)["data"]
         assert [found[part]["total"] for part in ("train", "evaluation")] == totals
+    assert "`eval_limit` 2 leaves 2 samples that `validation_size` takes out" in caplog.text
+
+
+def test_a_run_whose_evaluation_chose_nothing_says_so(flags, caplog):
+    assert main(flags(validation_size=2, num_train_epochs=1, eval_delay=100)) == 0
+    assert "No evaluation chose a best checkpoint" in caplog.text
+
+
+def test_a_split_that_is_not_there_is_named_as_the_options_are(flags, tmp_path, capsys):
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=4))
+    data = tmp_path / "data" / "dataset.hf"
+    for options, name in (
+        ({"data": data, "train_split": "fit"}, "`train_split` must be one of train"),
+        ({"data": data, "eval_data": data, "eval_split": "fit"}, "`eval_split` must be one of train"),
+        ({"data": data, "eval_data": tmp_path / "nowhere.json"}, "`eval_data` must be an existing"),
+    ):
+        assert main(flags(**options)) == 2
+        assert name in capsys.readouterr().err
 
 
 def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):

@@ -10,10 +10,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, check_writable
+from mola.files.locks import held
 from mola.files.reading import check_regular, parse_json
 
 logger = logging.getLogger(__name__)
@@ -37,23 +36,18 @@ class PartialResults:
         Raises:
             MolaError: another one is at work on it.
         """
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise MolaError(
-                f"`output` must be one evaluation's alone: another one is writing {str(self.path)!r}. Wait for its "
-                "end, or pass another `output`."
-            ) from None
-        except (OSError, NotImplementedError):  # of a file system without locks
-            yield
-            return
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)
-            lock.release()
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with held(lock, waits=False) as is_mine:
+            if not is_mine:
+                raise MolaError(
+                    f"`output` must be one evaluation's alone: another one is writing {str(self.path)!r}. Wait for its "
+                    "end, or pass another `output`."
+                )
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(lock)
 
     def read(self, discard_other: bool = False) -> list[dict[str, Any]]:
         """Records of an earlier run; empty without one, or if that had another identity and `discard_other` says so.

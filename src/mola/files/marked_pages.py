@@ -17,8 +17,8 @@ def has_markers(path: Path) -> bool:
         return False
 
 
-def check_page(path: str | Path) -> str:
-    """The content of a page that has the part once.
+def check_page(path: str | Path, option: str = "page") -> str:
+    """The content of a page that has the part once; `option` names it in messages.
 
     Raises:
         MolaError: it cannot be read, or has not.
@@ -26,11 +26,11 @@ def check_page(path: str | Path) -> str:
     try:
         page = read_text(Path(path))
     except (OSError, ValueError) as error:
-        raise MolaError(f"`page` cannot be read: {str(path)!r} ({error}). Name a page with two markers.") from error
+        raise MolaError(f"`{option}` cannot be read: {str(path)!r} ({error}). Name a page with two markers.") from error
     if [page.count(marker) for marker in (BEGIN, END)] != [1, 1] or page.index(BEGIN) > page.index(END):
         raise MolaError(
-            f"`page` must hold the lines {BEGIN.strip()} and {END} once, in this order: {str(path)!r} does not. Add "
-            "them."
+            f"`{option}` must hold the lines {BEGIN.strip()} and {END} once, in this order: {str(path)!r} does not. "
+            "Add them."
         )
     return page
 

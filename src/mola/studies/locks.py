@@ -1,10 +1,9 @@
 """Locks through which several processes with the same command share the work of a study."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from mola.files.locks import held
 
 POLL_SECONDS = 5.0  # between two looks at what others have left
 
@@ -15,21 +14,14 @@ class Locks:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def lock(self, name: str) -> BaseFileLock:
+    def lock(self, name: str) -> AbstractContextManager[bool]:
         """A lock to wait for."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / name)
+        return self._held(name, waits=True)
 
-    @contextmanager
-    def claim(self, name: str) -> Iterator[bool]:
+    def claim(self, name: str) -> AbstractContextManager[bool]:
         """Whether no other process is at work on it; none will be in the block. A killed process claims nothing."""
-        lock = self.lock(name)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        return self._held(name, waits=False)
+
+    def _held(self, name: str, *, waits: bool) -> AbstractContextManager[bool]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return held(self.folder / name, waits=waits)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from mola.data.read import split_names
 from mola.errors import MolaError
-from mola.studies.train_and_test import TrainAndTestOptions, evaluation_of
+from mola.evaluation.evaluate import EvaluateOptions
+from mola.studies.train_and_test import TrainAndTestOptions
 from mola.training.data import TrainingData
 
 Questions = NDArray[np.uint64]  # see `mola.data.hashing.distinct_questions`
@@ -33,32 +34,40 @@ def warn_of_seen(task: str, test: Questions, seen: Questions, what: str) -> None
 
 
 def check_seen(
-    task: str, questions: Questions, options: TrainAndTestOptions, data: TrainingData, is_search: bool = False
+    task: str,
+    questions: Questions,
+    test: EvaluateOptions,
+    options: TrainAndTestOptions,
+    data: TrainingData,
+    is_search: bool = False,
+    where: str = "",
 ) -> None:
-    """Whether a run's training has seen the questions of its test.
+    """Whether a training has seen the questions of a test that follows it.
 
     Args:
-        task: its name in the warnings.
+        task: that of the test in the warnings.
         questions: of the test.
-        options: of the training and its test.
+        test: where they are from.
+        options: of the training.
         data: of the training.
         is_search: a search may choose a checkpoint by its own questions, which are not those of the test.
+        where: which training it is in the warnings, if it is not that of the task.
 
     Raises:
         MolaError: a checkpoint would be chosen by the rows that the test is of, or by those around a part of them.
     """
-    warn_of_seen(task, questions, data.questions["train"], "trained on")
+    warn_of_seen(task, questions, data.questions["train"], f"trained on{where}")
     if is_search or not options.load_best_model_at_end or "evaluation" not in data.questions:
         return
-    test, evaluated = evaluation_of(options), data.questions["evaluation"]
+    evaluated = data.questions["evaluation"]
     place = _place(options.eval_data or options.data or "", options.eval_split)
     is_place = not options.validation_size and place == _place(test.data or "", test.split)
     if is_place or holds_the_other(evaluated, questions):
         raise MolaError(
-            "`load_best_model_at_end` would choose a checkpoint by the questions of the test, which are the "
-            "evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
+            f"`load_best_model_at_end` would choose a checkpoint{where} by the questions of the test of `{task}`, "
+            "which are the evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
         )
-    warn_of_seen(task, questions, evaluated, "evaluation data, by which a checkpoint is chosen")
+    warn_of_seen(task, questions, evaluated, f"evaluation data, by which a checkpoint is chosen{where}")
 
 
 def _place(source: str, split: str | None) -> tuple[str, str | None]:

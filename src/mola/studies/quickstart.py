@@ -168,5 +168,6 @@ def _show(
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
     print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:")
-    asked = ["--template", "alpaca_short", "--instruction", f"{question} {options}"]
+    first = next(number for number, line in enumerate(lines) if line.startswith("Context:"))
+    asked = ["--instruction", "\n".join([*lines[first : lines.index(options) + 1], ""])]  # as it was trained
     print(shlex.join(["mola", "generate", "--base_model", str(model), "--adapter", str(folder), *asked]))

@@ -30,10 +30,14 @@ _EPOCH_TOLERANCE = 1e-6  # far below one step of the longest epoch, far above ro
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log entry to a JSON lines file; a resumed run keeps the lines up to its step."""
+    """Appends every log entry to a JSON lines file; a resumed run keeps the lines up to its step.
 
-    def __init__(self, path: Path) -> None:
+    `checkpoint` is the one that a run goes on from; it may be in another folder.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
         self.path = path
+        self._before = path if checkpoint is None else checkpoint.parent / path.name  # maybe another run's
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,7 +45,7 @@ class MetricsFile(TrainerCallback):
         """Drop lines that the resumed part of the run will write again."""
         if not state.is_world_process_zero:
             return
-        kept = kept_lines(self.path, _written_by(state.global_step)) if state.global_step else []
+        kept = kept_lines(self._before, _written_by(state.global_step)) if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -144,6 +148,11 @@ class CheckpointLast(TrainerCallback):
 
     def __init__(self) -> None:
         self._is_wanted = False
+        self._saved = -1  # step of the last checkpoint
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A signal in an evaluation after the step asks for it at once."""
+        self._saved = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the checkpoint off."""
@@ -155,7 +164,7 @@ class CheckpointLast(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Follows at once."""
-        control.should_save = control.should_save or self._is_wanted
+        control.should_save = (control.should_save or self._is_wanted) and self._saved != state.global_step
         self._is_wanted = False
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def prepare_data(
             name,
         )
     filters = mapping("filters", options.filters)
-    train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
+    with _named(split="train_split"):
+        train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)
     _warn_of_shared(train, evaluation)
     limit = max_positions(load_config(options.base_model or "", options.trust_remote_code, options.gguf_file))
@@ -129,18 +131,31 @@ def _warn_of_shared(train: Examples, evaluation: Examples) -> None:
         )
 
 
+@contextlib.contextmanager
+def _named(**options: str) -> Iterator[None]:
+    """Errors of the block about `data` or `split` name the options that these are of."""
+    try:
+        yield
+    except MolaError as error:
+        text = str(error)
+        for name, option in options.items():
+            text = text.replace(f"`{name}`", f"`{option}`")
+        raise MolaError(text) from error
+
+
 def _evaluation_examples(options: TrainOptions, task: Task | None, train: Examples) -> tuple[Examples, Examples]:
     """Training and evaluation examples: from another source, another split, or taken from the training part."""
     if options.eval_strategy == IntervalStrategy.NO:
-        for name in ("eval_data", "eval_split", "eval_limit", "validation_size"):
+        for name in ("eval_data", "eval_split", "eval_limit", "eval_steps", "validation_size"):
             if getattr(options, name) != getattr(TrainOptions, name):
                 logger.warning("`%s` is not used, since `eval_strategy` is no: all of `data` is trained on.", name)
         return train, []
     filters = mapping("filters", options.filters)
     if options.eval_data is not None:
-        return train, load_examples(
-            options.eval_data, task, options.eval_split, limit=options.eval_limit, filters=filters
-        )
+        with _named(data="eval_data", split="eval_split"):
+            return train, load_examples(
+                options.eval_data, task, options.eval_split, limit=options.eval_limit, filters=filters
+            )
     if options.validation_size == 0:
         splits = data_splits(options.data or "")
         is_default = options.eval_split == TrainOptions.eval_split

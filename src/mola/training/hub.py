@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ONLY_WHEN_PUSHED = ("hub_model_id", "hub_revision", "hub_always_push")
+_ONLY_WHEN_PUSHED = ("hub_model_id", "hub_revision", "hub_private_repo", "hub_always_push")
 _MASK = "<HUB_TOKEN>"
 
 

@@ -26,7 +26,7 @@ class _LeftError(Exception):
 
 
 class Interruption(TrainerCallback):
-    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
+    """On SIGINT or SIGTERM: finish the step or the evaluation, save a checkpoint, stop. A second signal stops at once.
 
     From the beginning of training on; `restore` gives the signals back.
 
@@ -40,16 +40,19 @@ class Interruption(TrainerCallback):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
         self._is_trained = False
+        self._first_step = 0
         self._on_host: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the signals; only the main thread of a program may."""
+        self._first_step = state.global_step
         self.restore()  # a training that begins again, with smaller batches, has taken them over before
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell does for jobs in the background
+                    self._previous[number] = signal.signal(number, self._handle)
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
@@ -78,19 +81,37 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end, if a signal came."""
-        self.share(args)
-        if self.signal_number is not None:
-            control.should_save = True
-            control.should_training_stop = True
-            self._keep_last_checkpoint(args)
-            if args.save_strategy == SaveStrategy.BEST:
-                args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
+        self._look(args, control, saves=True)
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A signal that came after the last step, while the trainer evaluated or saved."""
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """A signal that came during an evaluation: what it measured is kept, no step follows.
+
+        Not one before the first step: a checkpoint of it would not be what an untouched run has.
+        """
+        if not self._is_trained and state.global_step > self._first_step:
+            self._look(args, control, saves=True)
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """A signal that came while the trainer saved."""
+        self._look(args, control, saves=False)
+        return control
+
+    def _look(self, args: TrainingArguments, control: TrainerControl, *, saves: bool) -> None:
         self.share(args)
+        if self.signal_number is None:
+            return
+        control.should_training_stop = True
         self._keep_last_checkpoint(args)
+        if saves:
+            control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:
+                args.save_strategy = SaveStrategy.EPOCH  # an evaluation would take back the wish to save
 
     def _keep_last_checkpoint(self, args: TrainingArguments) -> None:
         """With a limit of one the trainer ends with the best checkpoint alone, and the run could not go on here."""
@@ -126,5 +147,6 @@ class Interruption(TrainerCallback):
             os.kill(os.getpid(), number)
             return
         self.received = number
-        what = "leaving the evaluation" if self._is_trained else "saving a checkpoint after this step, then stopping"
+        what = "saving a checkpoint after this step or evaluation, then stopping"
+        what = "leaving the evaluation" if self._is_trained else what
         logger.warning("%s: %s. Once more stops at once, without saving.", signal.Signals(number).name, what)

@@ -5,6 +5,7 @@ The functions know them as `Any`, since they are called while the options are ma
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from transformers.utils import is_liger_kernel_available
 
 from mola.data.encode import TRUNCATIONS
 from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
 
 _LOSS_NAMES = (None, "loss", "eval_loss")
 # Lowest and highest value, and the rule in words.
@@ -106,9 +109,31 @@ def check_ranges(options: Any) -> None:
         raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {options.max_steps}.")
 
 
+def check_warmup(options: Any) -> None:
+    """Refuse what schedules that begin at the full rate do not read; unless asked for there is no warm-up then."""
+    name = getattr(options.lr_scheduler_type, "value", options.lr_scheduler_type)
+    if name in ("constant", "constant_with_warmup") and options.lr_scheduler_kwargs:
+        raise MolaError(
+            f"`lr_scheduler_kwargs` ({options.lr_scheduler_kwargs!r}) is not read by `lr_scheduler_type` {name}. Leave "
+            "it out."
+        )
+    optimizer = str(getattr(options.optim, "value", options.optim))
+    warms_up = optimizer in ("schedule_free_adamw", "schedule_free_sgd")  # by itself
+    if name not in ("constant", "reduce_lr_on_plateau", "greedy") or warms_up:
+        return
+    if options.warmup_steps not in (0, type(options).warmup_steps):
+        other = "constant_with_warmup" if name == "constant" else "another schedule"
+        raise MolaError(
+            f"`warmup_steps` ({options.warmup_steps:g}) is not read by `lr_scheduler_type` {name}, which begins at the "
+            f"full rate. Pass {other}, or leave it out."
+        )
+    options.warmup_steps = 0
+
+
 def check_schedule(options: Any) -> None:
     """What is evaluated and saved when; Transformers ignores some contradictions in silence."""
-    evaluate, save = (getattr(value, "value", value) for value in (options.eval_strategy, options.save_strategy))
+    strategies = options.eval_strategy, options.save_strategy, options.logging_strategy
+    evaluate, save, log = (getattr(value, "value", value) for value in strategies)
     if evaluate not in ("no", "steps", "epoch") or save not in ("no", "steps", "epoch", "best"):
         return  # TrainingArguments names the choices
     if save != "steps" and options.save_steps != TrainingArguments.save_steps:
@@ -120,6 +145,12 @@ def check_schedule(options: Any) -> None:
         raise MolaError(
             f"`eval_steps` ({options.eval_steps}) counts only with `eval_strategy` steps, which is epoch. "
             "Pass --eval_strategy steps as well."
+        )
+    sets_evaluations = evaluate == "steps" and options.eval_steps is None
+    if log in ("no", "epoch") and options.logging_steps != type(options).logging_steps and not sets_evaluations:
+        raise MolaError(
+            f"`logging_steps` ({options.logging_steps:g}) counts only with `logging_strategy` steps, which is {log}. "
+            "Leave one of the two out."
         )
     if evaluate == "no" and save == "best":
         raise MolaError(
@@ -140,6 +171,7 @@ def check_schedule(options: Any) -> None:
         every = options.eval_steps or options.logging_steps
         if options.save_steps == TrainingArguments.save_steps:
             options.save_steps, options.saves_as_evaluated = every, True
+            logger.info("A checkpoint at every evaluation: `save_steps` is %g.", every)
         if options.save_steps != every:
             raise MolaError(
                 "`load_best_model_at_end` needs a checkpoint at every evaluation: `save_steps` is "

@@ -22,6 +22,7 @@ from mola.training.option_checks import (
     check_launcher,
     check_ranges,
     check_schedule,
+    check_warmup,
 )
 from mola.training.trackers import check_trackers
 from mola.training.trainer_checks import check_trainer_options
@@ -124,7 +125,7 @@ class TrainOptions(Quantization, TrainingArguments):
     _run: ClassVar = Group("run")
     max_steps: int = option(-1, "Steps in all; -1: as `num_train_epochs` says.")
     warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 the share of all.")
-    lr_scheduler_type: SchedulerType | str = option("linear", "After warm-up: linear, cosine, constant, ...")
+    lr_scheduler_type: SchedulerType | str = option("linear", "Linear, cosine, ...; constant has no warm-up.")
     weight_decay: float = option(0.0, "Weight decay of the optimiser.")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: how many times the learning rate B has.")
     bf16: bool = option(False, "Mixed precision in bfloat16; on if the base is in it.")
@@ -159,6 +160,7 @@ class TrainOptions(Quantization, TrainingArguments):
         check_adapter_options(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
         check_ranges(self)
         check_schedule(self)
+        check_warmup(self)
         device = resolve_device("cpu" if self.use_cpu else None)
         if device.type == "cpu":
             self.use_cpu = True

@@ -18,10 +18,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from transformers.utils import CHAT_TEMPLATE_DIR
+
 from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
 from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
+from mola.models.prompts import TOKENIZER_FILES
 from mola.reporting import REPORT_FILE
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE
@@ -31,6 +34,7 @@ from mola.training.checkpoints import (
     RUN_FILE,
     asks_for_last,
     asks_to_resume,
+    checkpoint_step,
     checkpoints_in,
     is_in,
     step_in_name,
@@ -38,12 +42,13 @@ from mola.training.checkpoints import (
 
 METRICS_FILE = "metrics.jsonl"
 _SAVING = ".saving-"  # the adapter on its way into the run folder
-_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *ADAPTER_FILES, "training_args.bin", RUN_FILE)
+_ALSO_REMOVED = (*TOKENIZER_FILES, CHAT_TEMPLATE_DIR, "training_args.bin")  # which other programs write, too
+_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin", RUN_FILE)
 # What a run that was killed while it wrote can leave behind besides checkpoints.
 _LEFTOVERS = (
     f"{_SAVING}*",
     *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE)),
-    ".write-test-*",
+    f"{WRITE_TEST}*",
 )
 # What the trainer adds for itself, and PEFT's card: the run has its own.
 _NOT_IN_RESULT = ("training_args.bin", CARD_FILE)
@@ -103,7 +108,9 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
 def _check_own(folder: Path) -> None:
     """Refuse to overwrite what no run has written: their folders hold a record from the first step on."""
     foreign = [
-        path.name for path in (*checkpoints_in(folder), *(folder / name for name in ADAPTER_FILES)) if path.exists()
+        path.name
+        for path in (*checkpoints_in(folder), *(folder / name for name in (*ADAPTER_FILES, *_ALSO_REMOVED)))
+        if path.exists()
     ]
     if foreign and not (folder / RUN_FILE).exists():
         raise MolaError(
@@ -170,13 +177,16 @@ def clear_run(folder: Path) -> None:
             (folder / name).unlink()
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
     _remove_leftovers(folder)
 
 
 def _drop_later_checkpoints(folder: Path, checkpoint: Path) -> None:
     """The trainer would write into their folders file by file: killed then, old and new files were mixed."""
+    step = step_in_name(checkpoint)
+    step = checkpoint_step(checkpoint) if step < 0 else step  # of a copy somebody has kept
     for path in checkpoints_in(folder):
-        if step_in_name(path) > step_in_name(checkpoint):
+        if step_in_name(path) > step:
             logger.warning("Removing %s: the run goes on from %s.", path, checkpoint.name)
             shutil.rmtree(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.sharding import is_sharded
 from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
+from mola.tuner.saved_modules import resolved
+
+logger = logging.getLogger(__name__)
 
 
 def check_model_options(options: TrainOptions, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -99,19 +103,18 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
 
 
 def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
-    """PEFT passes over a name that matches nothing, if another one does."""
+    """Before the weights are loaded."""
     model = model_on_meta(options.base_model or "", options.trust_remote_code, options.gguf_file)
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missing = [name for name in names if name.rpartition(".")[2] not in known]
-    if missing:
-        raise MolaError(
-            f"`modules_to_save` must all exist in the model, these do not: {', '.join(missing)}. Modules of this "
-            f"model: {', '.join(sorted(name for name in known if name and not name.isdigit()))}."
-        )
+    resolved(names, dict(model.named_modules()), is_new=True)
 
 
 def _check_router_losses(options: TrainOptions, config: PeftConfig) -> None:
-    """With label smoothing the trainer computes a loss of its own, which has none of a router."""
+    """Those that have no effect; with label smoothing the trainer computes a loss of its own, without any."""
+    if options.router_aux_loss_reduction is not None and not getattr(config, "router_aux_loss_coef", None):
+        logger.warning(
+            "`router_aux_loss_reduction` (%s) is not used: `router_aux_loss_coef` is 0.",
+            options.router_aux_loss_reduction,
+        )
     names = [name for name in ("router_aux_loss_coef", "router_z_loss_coef") if (getattr(config, name, None) or 0) > 0]
     if options.label_smoothing_factor > 0 and names:
         raise MolaError(

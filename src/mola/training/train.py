@@ -162,6 +162,7 @@ def _trained(
     elif trainer.is_world_process_zero():
         drop_later_lines(run.folder / ROUTING_FILE, run.first_step)
     trainer.add_callback(TrainingClock())
+    trainer.first_step = run.first_step
     try:
         with failures_explained(options), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics

@@ -52,7 +52,11 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
     # In this order: what is to be saved is known first, and is looked at before it is.
-    own: list[TrainerCallback] = [MetricsFile(run.folder / METRICS_FILE), interruption, CheckpointLast()]
+    own: list[TrainerCallback] = [
+        MetricsFile(run.folder / METRICS_FILE, run.checkpoint),
+        interruption,
+        CheckpointLast(),
+    ]
     own += [SameStart(), AveragedWeights(), FiniteLoss()]  # without sharding: see `check_sharding`
     own += [FrozenInput(), CheckpointDigests()]
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose gradients lie elsewhere
@@ -97,6 +101,7 @@ class MolaTrainer(Trainer):
 
     _hidden_limit: int | None = None
     _operations_per_token: int | None = None
+    first_step = 0  # steps that were done before this call
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimiser of the options, with `loraplus_lr_ratio`."""
@@ -135,15 +140,22 @@ class MolaTrainer(Trainer):
         return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Transformers', with the mean of all processes as the loss of the whole training.
+        """As Transformers', with the mean of this call's steps, and of all processes, as the loss of the training.
 
-        Of the steps after the last entry each process has its own part only.
+        Older versions divide by the steps before a resume, too. Of the steps after the last entry each process has its
+        own part only.
         """
-        if "train_loss" in logs and self.args.world_size > 1:
-            loss = torch.tensor(logs["train_loss"], dtype=torch.float32, device=self.args.device)
-            logs["train_loss"] = float(self.accelerator.reduce(loss, "mean"))
+        is_last, steps = "train_loss" in logs, self.state.global_step - self.first_step
+        if is_last and steps:
+            loss = self._total_loss_scalar / steps
+            if self.args.world_size > 1:
+                mine = torch.tensor(loss, dtype=torch.float32, device=self.args.device)
+                loss = float(self.accelerator.reduce(mine, "mean"))
+            logs["train_loss"] = loss
+        elif is_last:
+            logs["train_loss"] = 0.0  # of no step; the run's record leaves it out
         super().log(logs, *args, **kwargs)
-        if "train_loss" in logs:  # the last thing before the trainer would remove checkpoints
+        if is_last:  # the last thing before the trainer would remove checkpoints
             self._hidden_limit, self.args.save_total_limit = self._limit(), None
 
     # Transformers removes whatever is called `checkpoint-...` beyond `save_total_limit`: it does not see the limit.
@@ -196,12 +208,13 @@ class MolaTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        hidden = self.args.save_total_limit
-        self.args.save_total_limit = self._limit()  # the arguments are saved with the weights
+        hidden, token = self.args.save_total_limit, self.args.hub_token
+        # The arguments are saved with the weights.
+        self.args.save_total_limit, self.args.hub_token = self._limit(), None
         try:
             super()._save(*args, **kwargs)
         finally:
-            self.args.save_total_limit = hidden
+            self.args.save_total_limit, self.args.hub_token = hidden, token
 
     def _end_rotation(self) -> None:
         """With a limit of one training ends with the best checkpoint alone."""

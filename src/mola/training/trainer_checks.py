@@ -31,15 +31,20 @@ def _optimizer(options: Any) -> str | None:
     return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
 
 
+_READ_NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "lomo", "adalomo")
+
+
 def _optimizer_arguments(options: Any) -> str | None:
     given = options.optim_args
     if given is None:
         return None
     if not all(len(part.split("=")) == 2 for part in given.replace(" ", "").split(",")):
         return f"`optim_args` must be key=value, with commas between several: got {given!r}."
-    if options.optim.value in ("adamw_torch", "adamw_torch_fused"):
+    name = options.optim.value
+    is_packed = name.endswith("bit") and not any(word in name for word in ("ademamix", "rmsprop"))
+    if name in _READ_NO_ARGUMENTS or is_packed:
         names = "`adam_beta1`, `adam_beta2` and `adam_epsilon`"
-        return f"`optim_args` ({given!r}) is not read by `optim` {options.optim.value}. Pass {names} instead."
+        return f"`optim_args` ({given!r}) is not read by `optim` {name}. Pass {names}, or leave it out."
     return None
 
 
@@ -80,6 +85,12 @@ def _accelerate(options: Any) -> str | None:
     config = options.accelerator_config
     if getattr(config, "split_batches", False) and options.world_size > 1:
         return "`accelerator_config` with split_batches shares one batch among processes. Pass a smaller batch instead."
+    if getattr(config, "even_batches", True) is False and options.world_size > 1:
+        return "`accelerator_config` with even_batches false gives processes other numbers of steps. Leave it out."
+    if getattr(config, "dispatch_batches", None) and options.world_size > 1:
+        return (
+            "`accelerator_config` with dispatch_batches needs batches of one length, which they have not. Leave it out."
+        )
     if (getattr(config, "gradient_accumulation_kwargs", None) or {}).get("num_steps") is not None:
         return "`accelerator_config` must leave num_steps to `gradient_accumulation_steps`. Pass that."
     if getattr(config, "use_seedable_sampler", True) is False:

@@ -83,9 +83,11 @@ def test_a_seed_that_diverges_stays_in_the_mean_of_its_recipe(run, monkeypatch, 
     assert one.seconds_training > 0
 
 
-def test_answers_that_are_no_numbers_are_wrong(run, monkeypatch):
+@pytest.mark.parametrize("scoring", ["likelihood", "generate"])
+def test_answers_that_are_no_numbers_are_wrong(run, scoring):
     """Weights may be finite and what they compute is not: with huge ones the test after the last step says so."""
-    result = run(**ONE_TASK, recipes={"lora": RECIPES["lora"]}, seeds=[0], learning_rate=TOO_HIGH, max_steps=1)
+    settings = {"scoring": scoring, "recipes": {"lora": RECIPES["lora"]}, "learning_rate": TOO_HIGH, "max_steps": 1}
+    result = run(**ONE_TASK, **settings, seeds=[0])
     (one,) = result.results
     assert (one.correct, one.diverged_at, one.steps) == (0, 1, 1)
 
@@ -106,15 +108,16 @@ def test_a_signal_that_came_before_is_heard(run, monkeypatch):
     assert (result.status, result.open, result.results) == ("interrupted", 2, [])
 
 
-def test_a_base_model_whose_answers_are_no_numbers_is_no_recipes_fault(run, values, tmp_path):
+@pytest.mark.parametrize(("scoring", "said"), [("likelihood", "scores"), ("generate", "logits of an answer")])
+def test_a_base_model_whose_answers_are_no_numbers_is_no_recipes_fault(run, values, tmp_path, scoring, said):
     base = tmp_path / "base"
     shutil.copytree(values()["base_model"], base)
 
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"].fill_(float("nan"))
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MolaError, match="scores must be numbers to be compared"):
-        run(**ONE_TASK, base_model=str(base), seeds=[0])
+    with pytest.raises(MolaError, match=f"{said} must be numbers"):
+        run(**ONE_TASK, scoring=scoring, base_model=str(base), seeds=[0])
     assert read(tmp_path / "out" / "compare.json")["runs"] == []
 
 

@@ -19,7 +19,7 @@ from mola import MolaError
 from mola.evaluation.differences import MeanSquares
 from mola.files.marked_pages import BEGIN, END
 from mola.studies.comparison.compare import CompareOptions, compare
-from mola.studies.comparison.curve import CURVE_FILE, over_the_training, steps_to
+from mola.studies.comparison.curve import CURVE_FILE, over_the_training, read_curve, steps_to
 from mola.studies.comparison.notes import power_line
 from mola.studies.comparison.power import Components, seeds_needed
 from mola.studies.comparison.record import BASE, Result
@@ -362,3 +362,16 @@ def test_no_number_of_seeds_replaces_questions():
     assert "1,000 seeds are not enough: it takes more of them, or more questions, on 200" in power_line(
         replace(power, needed=None)
     )
+
+
+def test_options_of_a_search_without_one_are_warned_of(values, caplog):
+    CompareOptions(**values(tuning_seeds=[7], tuning_split="dev", margin=2.0))
+    for name in ("tuning_seeds", "tuning_split", "margin"):
+        assert f"`{name}` is not used: it is about a search" in caplog.text
+
+
+def test_a_line_that_was_cut_off_is_no_test_on_the_way(tmp_path):
+    lines = [{"step": step, "marks": "10", "seconds": 1.5} for step in (2, 4)]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / CURVE_FILE).write_text(text[:-9], encoding="utf-8")
+    assert read_curve(tmp_path) == ([(2, "10")], 1.5)

@@ -38,11 +38,11 @@ def test_signal_during_training_and_the_same_command_again(values, whole, tmp_pa
     record = read(folder / "continual.json")
     assert (record["status"], len(record["results"])) == ("interrupted", 1)
     assert read(folder / FOLDERS[1] / "run.json")["status"] == "interrupted"
-    assert (folder / FOLDERS[1] / "checkpoint-3").is_dir(), "the step is finished and kept"
+    assert (folder / FOLDERS[1] / "checkpoint-2").is_dir(), "the step is finished and kept"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     first = contents(folder / FOLDERS[0])
-    state = folder / FOLDERS[1] / "checkpoint-3" / "trainer_state.json"
+    state = folder / FOLDERS[1] / "checkpoint-2" / "trainer_state.json"
     written = state.stat().st_mtime_ns
     assert main(arguments) == 0
     assert contents(folder / FOLDERS[0]) == first, "a finished stage and its test are not repeated"

@@ -1,9 +1,12 @@
 """Options of a sequence and its stages that are refused before anything is trained."""
 
+import re
+
 import pytest
 
 from mola import ContinualOptions, MolaError, TrainOptions, continual
 from mola.cli import main
+from mola.studies.continual_learning.stages import check_stages
 from tests.studies.continual_learning.sequences import flags
 
 WRONG = [
@@ -63,6 +66,18 @@ def test_wrong_input_is_refused_before_any_stage(values, changes, parts, tmp_pat
     assert lines[-1].startswith("mola continual: error: ")
     assert [part for part in parts if part not in lines[-1]] == []
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_tests_of_earlier_stages_are_compared_with_later_data(values, data, caplog):
+    """They are asked again: what a later stage trains on is not remembered."""
+    test = str(data.parent / "test.json")
+    stages = {"a": {}, "b": {"data": test, "test_data": str(data.parent / "validation.json")}}
+    check_stages(ContinualOptions(**values(stages=stages, max_steps=1)))
+    assert re.search("task `a`: (.+) of the \\1 test questions are trained on in stage `b`, too", caplog.text)
+    stages["b"] = {"eval_data": test, "load_best_model_at_end": True}
+    stages["b"] |= {"eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(MolaError, match="choose a checkpoint in stage `b` by the questions of the test of `a`"):
+        check_stages(ContinualOptions(**values(stages=stages, max_steps=1)))
 
 
 def test_training_data_without_splits_are_not_tested_on(values, data, tmp_path, capsys):

@@ -11,6 +11,7 @@ from mola.allocation.allocate import AllocateOptions, allocate, one_per_layer
 from mola.allocation.options import check_options, method_name
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
+from mola.data.hashing import distinct_questions
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.files.digests import find_weights, weights_sha256
@@ -20,6 +21,7 @@ from mola.studies.comparison.begun import begin_or_go_on
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result
+from mola.studies.overlaps import Questions, holds_the_other, warn_of_seen
 from mola.training.setup import check_model_options
 
 _PATTERN = "num_experts_pattern"
@@ -49,7 +51,7 @@ class Allocations:
         self.known: dict[str, dict[str, Any]] = {}
         self._made: dict[str, dict[str, Any]] = {}
         self._checked: set[str] = set()
-        self._sources: dict[tuple[Any, ...], dict[str, str]] = {}
+        self._sources: dict[tuple[Any, ...], tuple[dict[str, str], Questions | None]] = {}
 
     def make_and_check(self, runs: Sequence[Run], results: Mapping[Key, Result]) -> None:
         """Make those that can be made, and check what can be checked of the others; an error names the recipe.
@@ -67,8 +69,22 @@ class Allocations:
                     self._check_numbers(run)
                 else:
                     _check_probed(run.allocation, run.options.target_modules)
+                self._check_unseen(run)
             except MolaError as error:
                 raise MolaError(f"task `{run.key.task}`, recipe `{run.key.recipe}`: {error}") from error
+
+    def _check_unseen(self, run: Run) -> None:
+        """Whether the allocation is made from questions of the test."""
+        assert run.allocation is not None
+        questions = self._sources_of(run.allocation)[1]
+        if questions is None or run.key.candidate:
+            return
+        if holds_the_other(questions, run.questions):
+            raise MolaError(
+                f"`allocate` must not be made from the questions of the test: `data` {run.allocation.data!r} has them. "
+                "Name the training data."
+            )
+        warn_of_seen(run.key.task, run.questions, questions, f"in the `data` of `allocate` of {run.key.recipe!r}")
 
     def _check_numbers(self, run: Run) -> None:
         """Whether the run can be trained with what is found, before hours of others are."""
@@ -89,7 +105,7 @@ class Allocations:
             MolaError: as `allocate`; there is another allocation; a probe is needed and is not there.
         """
         assert run.allocation is not None
-        place, sources = self._place(run), self._sources_of(run.allocation)
+        place, sources = self._place(run), self._sources_of(run.allocation)[0]
         made_from = {"base_model": run.base_model, **sources}
         if place in self.known:
             where, advice = (
@@ -113,18 +129,18 @@ class Allocations:
         recipe = run.key.recipe if run.probe else run.key.plain_recipe
         return f"{run.key.task}/{recipe}{seed}"
 
-    def _sources_of(self, options: AllocateOptions) -> dict[str, str]:
-        """Fingerprints of what an allocation is made from besides the base model; read once."""
+    def _sources_of(self, options: AllocateOptions) -> tuple[dict[str, str], Questions | None]:
+        """Fingerprints of what an allocation is made from besides the base model, and the questions; read once."""
         _check_options(options)
         key = options.adapter, options.data, options.task, options.split, options.limit
         if key not in self._sources:
-            found = {}
+            found, questions = {}, None
             if options.adapter is not None:
                 found["adapter"] = weights_sha256(options.adapter) or ""
             if options.data is not None:
                 examples = load_examples(options.data, load_task(str(options.task)), options.split, limit=options.limit)
-                found["data"] = data_fingerprint(examples)
-            self._sources[key] = found
+                found["data"], questions = data_fingerprint(examples), distinct_questions(examples)
+            self._sources[key] = found, questions
         return self._sources[key]
 
     def _from_file_or_new(self, run: Run, adapter: str | None, sources: dict[str, str]) -> dict[str, Any]:

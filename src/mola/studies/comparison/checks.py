@@ -146,7 +146,8 @@ def _look(
     name = json.dumps(same, sort_keys=True, default=str)
     if name not in looked_at:
         logger.info("Checking %s on %s.", key.recipe, key.task)
-        task, examples, _ = check_evaluation(evaluation_of(run_options))
+        test = evaluation_of(run_options)
+        task, examples, _ = check_evaluation(test)
         data = prepare_data(copy.copy(run_options), load_tokenizer_for(run_options))
         steps = check_steps(run_options, data)
         if test_every is not None and test_every >= steps:
@@ -161,7 +162,7 @@ def _look(
             )
         fingerprints = {**data.fingerprints, "test": data_fingerprint(examples)}
         questions = distinct_questions(examples)
-        check_seen(key.task, questions, run_options, data, is_search=bool(key.candidate))
+        check_seen(key.task, questions, test, run_options, data, is_search=bool(key.candidate))
         if run_options.adapter:
             fingerprints["adapter"] = weights_sha256(run_options.adapter) or ""
         weights = weights_identity(run_options.base_model or "")

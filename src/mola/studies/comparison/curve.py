@@ -16,7 +16,7 @@ from mola.data.tasks import load_task
 from mola.evaluation.core import evaluate_examples
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.atomic import append_lines, atomic_write_text
-from mola.files.reading import kept_lines, parse_json
+from mola.files.reading import json_lines, kept_lines
 from mola.generation.predicting import base_of
 from mola.training.callbacks import ask_for_averages, check_weights
 
@@ -87,8 +87,7 @@ def marks_of(samples: Sequence[dict[str, Any]]) -> str:
 
 def read_curve(folder: Path) -> tuple[Curve, float]:
     """The tests of a run on the way, in the order of steps, and their seconds."""
-    path = folder / CURVE_FILE
-    lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = list(json_lines(folder / CURVE_FILE))
     return [(line["step"], line["marks"]) for line in lines], sum(line["seconds"] for line in lines)
 
 

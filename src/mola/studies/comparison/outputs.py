@@ -51,7 +51,7 @@ def check_files(tables: str | None, plots: str | None, is_new: bool) -> None:
                 raise MolaError(f"`{option}` must be files that end in {', '.join(forms)}: got {str(path)!r}.")
             check_writable(path)
             if path.suffix == ".md" and has_markers(path):
-                check_page(path)
+                check_page(path, option)
             elif is_new and path.exists():
                 raise MolaError(
                     f"`{option}` must name files that are not there yet, or pages with two markers for the tables: "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import check_writable
+from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
 from mola.files.reading import read_json
 from mola.models.prompts import TOKENIZER_FILES
@@ -28,7 +28,7 @@ EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
 _PARTIAL = ".partial.jsonl"
-_LEFTOVERS = (f".{RECORD_FILE}.", ".write-test-")  # of a call that was killed while it wrote
+_LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # of a call that was killed while it wrote
 
 
 def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:

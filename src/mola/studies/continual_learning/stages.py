@@ -10,7 +10,7 @@ from mola.data.hashing import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
-from mola.studies.overlaps import check_seen
+from mola.studies.overlaps import Questions, check_seen
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.hub import check_hub_options
@@ -49,7 +49,8 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     check_model_options(first)
     config: Any = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
     tokenizer = load_tokenizer_for(first)
-    stages = []
+    stages: list[Stage] = []
+    tests: dict[str, tuple[Questions, EvaluateOptions]] = {}
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
@@ -62,7 +63,10 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
             _, test_examples, _ = check_evaluation(test)
             data = prepare_data(stage_options, tokenizer)
             check_steps(stage_options, data)
-            check_seen(name, distinct_questions(test_examples), stage_options, data)
+            tests[name] = distinct_questions(test_examples), test
+            for asked, (questions, source) in tests.items():  # the tests of the stages before are asked again
+                where = "" if asked == name else f" in stage `{name}`"
+                check_seen(asked, questions, source, stage_options, data, where=where)
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
