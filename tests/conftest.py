@@ -12,6 +12,10 @@ from tests.gpus import hidden
 os.environ.update(hidden())
 # No test asks a hub; where none can be reached, each question would take half a minute of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of the user's shell.
+os.environ.pop("MOLA_API_KEY", None)
+os.environ.pop("MOLA_KERNEL", None)
+os.environ.pop("MOLA_ONEDNN", None)
 # What libraries keep of data sets and of models' own code is no business of the user's folder.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mola-tests-")
 

@@ -83,6 +83,22 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
     assert logits(load(tiny_model_dir, tmp_path / "fit")).shape == logits(model).shape
 
 
+def test_measured_rows_that_are_fitted_to_are_told(tiny_model_dir, mixture, questions, tmp_path, run):
+    rows = json.loads((questions / "train.json").read_text(encoding="utf-8"))
+    twice, mixed = tmp_path / "twice.json", tmp_path / "mixed.json"
+    # One row of ten is held out: the last, rows[8].
+    twice.write_text(json.dumps([{**rows[0], "id": "again"}, *rows[:9]]), encoding="utf-8")
+    mixed.write_text(json.dumps([rows[0], rows[8], rows[20]]), encoding="utf-8")
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    data = ["--data", twice, "--task", "sample", "--test", mixed, "--scoring", "likelihood"]
+    printed = run("convert", mixture, *flags, *data, "--output", tmp_path / "fit")
+    note = "1 of the 3 held-out rows of test answer are fitted to, too, with the same text"
+    assert report_of(tmp_path / "fit")["notes"] == [note]
+    assert f"note: {note}" in printed
+    run("convert", mixture, *flags, *data, "--method", "mean", "--output", tmp_path / "mean")
+    assert report_of(tmp_path / "mean")["notes"] == []
+
+
 def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]

@@ -279,3 +279,11 @@ def test_loop_goes_on_after_a_line_that_is_too_long(options, capsys, monkeypatch
 
 def test_every_option_has_help():
     assert all(field.metadata.get("help") for field in fields(GenerateOptions))
+
+
+def test_whole_numbers_are_as_good_as_others():
+    found = decoding_settings(8, temperature=2, top_p=1, top_k=5)
+    assert [(type(found[name]), found[name]) for name in ("temperature", "top_p", "top_k")] == [
+        *((float, 2), (float, 1)),
+        (int, 5),
+    ]

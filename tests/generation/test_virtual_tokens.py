@@ -71,3 +71,11 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
     assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
     with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
+
+
+def test_what_the_server_cannot_do_with_them_is_said(tiny_model, tiny_tokenizer, caplog):
+    adapters = Adapters(adapted(tiny_model, PromptTuningConfig(**TOKENS)))
+    with pytest.raises(MolaError, match="which do not run here"):
+        engine_for(adapters, tiny_tokenizer, 32, 512, 100)
+    engine_for(adapters, tiny_tokenizer, 32, 512, None)
+    assert "made one after the other" in caplog.text

@@ -139,7 +139,7 @@ def test_a_folder_of_gguf_files_is_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "folder without config.json"),
+        (None, "has no config.json"),
         ("{", "not a valid JSON file"),
         ("{}", "model_type"),
         ("[]", "no readable configuration"),
@@ -160,7 +160,7 @@ def test_unreadable_models(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "nowhere/config.json", "a/b/c"])
 def test_missing_paths_need_no_network(name):
-    with pytest.raises(MolaError, match=f"`base_model` does not exist: '{name}'"):
+    with pytest.raises(MolaError, match=f"`base_model` names a folder that does not exist: '{name}'"):
         plan(PlanOptions(name))
 
 

@@ -22,6 +22,15 @@ def test_tokenizer_pads_with_an_existing_token_and_says_so_once(tiny_tokenizer_d
     assert len([record for record in caplog.records if "padding" in record.message]) == 1
 
 
+def test_a_padding_token_without_an_embedding_is_not_used(tiny_model_dir, tmp_path, caplog):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    own = own_tokenizer(str(base))
+    own.add_special_tokens({"pad_token": "<pad>"})
+    own.save_pretrained(base)
+    assert load_tokenizer(base).pad_token == "</s>"
+    assert "a padding token, 258, that the model does not know" in caplog.text
+
+
 def test_settings_of_a_tokenizer_alone_are_none(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert tokenizer_arguments(str(tmp_path), "model.gguf") == {"gguf_file": "model.gguf"}

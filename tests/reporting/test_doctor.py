@@ -200,6 +200,7 @@ def test_a_run_that_failed(finished_run, tmp_path, tiny_model_dir, data):
     folder = tmp_path / "run"
     values = {"base_model": str(tiny_model_dir), "task": "sample", "data": str(data), "output_dir": str(folder)}
     values |= {"learning_rate": 1e30, "max_steps": 20, "logging_steps": 2, "use_cpu": True, "disable_tqdm": True}
+    values |= {"dtype": "float32"}  # in bfloat16 the loss of some processors stays a number
     with pytest.raises(MolaError, match="training has diverged"):
         train(TrainOptions(**values, num_experts="4", r="2", target_modules=TARGETS, eval_strategy="no"))
     first = doctor(DoctorOptions(str(folder)))[0]

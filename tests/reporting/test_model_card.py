@@ -126,14 +126,14 @@ def test_table_counts_what_was_saved(finished):
     ranks = sum(a + b for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
     inputs = 6 * 32 + 48
     rows = re.findall(
-        r"^\| ([\d-]+) \| (\d+) \| (\d+) \| 2 \| ([\d,]+) \| ([\d,]+) \|$",
+        r"^\| ([\d–]+) \| (\d+) \| (\d+) \| 2 \| ([\d,]+) \| ([\d,]+) \|$",
         ModelCard.load(finished / "README.md").text,
         re.M,
     )
     numbers = [(name, *(int(value.replace(",", "")) for value in values)) for name, *values in rows]
     assert numbers == [
         ("0", 1, 1, 2 * ranks, 0),
-        ("1-2", 2, 2, 2 * 2 * ranks, 2 * inputs),
+        ("1–2", 2, 2, 2 * 2 * ranks, 2 * inputs),
         ("3", 4, 2, 4 * 2 * ranks, 4 * inputs),
     ]
 
@@ -143,7 +143,7 @@ def test_layers_that_are_not_adapted_and_targets_as_an_expression(flags, tmp_pat
     targets = r".*\.layers\.[02]\..*\.(q_proj|v_proj)"
     assert main(flags(folder, num_experts="3,", target_modules=targets)) == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| ([\d-]+) \| 3 \| 2 \| 2 ", text, re.M) == ["0", "2"]
+    assert re.findall(r"^\| ([\d–]+) \| 3 \| 2 \| 2 ", text, re.M) == ["0", "2"]
     assert f"Adapted modules: `{targets}`." in text
     for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
         compile(block, "README.md", "exec")
@@ -282,7 +282,7 @@ def test_a_changed_card_is_kept(run_folder, flags, mola_log):
 def test_own_card_is_replaced_by_that_of_a_new_run(run_folder, flags):
     assert main([*flags(run_folder, num_experts="2222"), "--overwrite_output_dir"]) == 0
     text = (run_folder / "README.md").read_text(encoding="utf-8")
-    assert "| 0-3 | 2 | 2 | 2 |" in text
+    assert "| 0–3 | 2 | 2 | 2 |" in text
     assert is_own_file(run_folder / "README.md")
 
 
@@ -475,6 +475,7 @@ WRONG = [
     ({"push_to_hub": "true", "hub_strategy": "every_save"}, {}, ["`hub_strategy`", "every_save"]),
     ({"push_to_hub": "true", "hub_always_push": "true"}, {}, ["`hub_always_push`", "once"]),
     ({"hub_model_id": "me/adapter"}, {}, ["`hub_model_id`", "--push_to_hub true"]),
+    ({"hub_private_repo": "true"}, {}, ["`hub_private_repo` (True)", "--push_to_hub true"]),
     ({"hub_revision": "v2"}, {}, ["`hub_revision`", "'v2'", "--push_to_hub true"]),
 ]
 

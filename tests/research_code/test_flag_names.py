@@ -1,6 +1,7 @@
 """Messages name the flags of a script, and nothing else is renamed."""
 
 import logging
+import warnings
 
 import pytest
 
@@ -69,3 +70,32 @@ def test_advice_names_flags_that_the_scripts_have():
     assert advice.startswith("Pass --micro_batch_size 4, which gives the same effective batch; or `mola train --act")
     assert "accumulation" not in advice
     assert "`mola train --per_device_eval_batch_size`" in advice
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pass --load_in_4bit or --load_in_8bit; or", "pass `mola train` with --load_in_4bit or --load_in_8bit; or"),
+        (
+            "Lower `learning_rate` (0.1), let it decay with `lr_scheduler_type` cosine or linear (now linear), or end "
+            "with an earlier checkpoint: evaluate more often with `load_best_model_at_end`.",
+            "Lower `learning_rate` (0.1) or end with an earlier checkpoint: save and evaluate more often with "
+            "`save_steps`.",
+        ),
+        ("`split` must be one of test for", "`data_path` must have the split `train`, not only test for"),
+        ("`train_split` must be one of test for", "`data_path` must have the split `train`, not only test for"),
+    ],
+)
+def test_words_of_other_flags_are_those_that_there_are(text, expected):
+    assert said(text, training._FLAGS, training._PHRASES) == expected
+
+
+def test_warnings_are_renamed_too():
+    text = "Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`."
+    shown = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest, **more: shown.append(str(message))
+        with flag_names(training._FLAGS, training._PHRASES):
+            warnings.warn(text, UserWarning, stacklevel=1)
+    assert shown == ["Set `obalance` or `top_k=2`."]

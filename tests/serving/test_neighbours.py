@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -290,3 +291,24 @@ def test_when_no_answer_can_be_made_any_more_everybody_hears_of_it(endless_model
             assert answer.status_code == 500
             assert "has to be restarted" in answer.json()["error"]["message"]
         assert http.get("/health").status_code == 500
+
+
+def test_tokens_without_an_embedding_are_refused(endless_model_dir, tmp_path):
+    base = shutil.copytree(endless_model_dir, tmp_path / "grown")
+    own = PreTrainedTokenizerFast.from_pretrained(base)
+    own.add_tokens(["<new>"])
+    own.save_pretrained(base)
+    with server(base, {}) as url, client(url) as http:
+        answer = http.post("/v1/completions", json={"model": "grown", "prompt": "a<new>"})
+    assert answer.status_code == 400
+    assert "258" in answer.json()["error"]["message"]
+
+
+def test_messages_that_the_template_refuses(endless_model_dir, tmp_path):
+    base = shutil.copytree(endless_model_dir, tmp_path / "strict")
+    (base / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}", encoding="utf-8")
+    messages = [{"role": "user", "content": "x"}]
+    with server(base, {}) as url, client(url) as http:
+        answer = http.post("/v1/chat/completions", json={"model": "strict", "messages": messages})
+    assert answer.status_code == 400
+    assert "roles must alternate" in answer.json()["error"]["message"]

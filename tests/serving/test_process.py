@@ -25,6 +25,7 @@ from mola import cli  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
 from mola.serving.addresses import bind  # noqa: E402
+from mola.serving.option_checks import check_numbers  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
 from ..ports import free_port  # noqa: E402
@@ -97,6 +98,12 @@ def test_room_of_a_cache_is_refused_where_answers_are_made_one_by_one(options):
         running_server(options),
     ):
         pass
+
+
+def test_a_limit_that_is_not_used_is_said(options, caplog):
+    options.max_batch_prefill_tokens = 5
+    check_numbers(options)
+    assert "`max_batch_prefill_tokens` is not used" in caplog.text
 
 
 def test_full_queue_sends_away_and_leaves_no_trace(options, caplog):
@@ -179,10 +186,11 @@ def patient_options(options, tmp_path):
 
 
 def test_a_second_interrupt_does_not_wait(patient_options):
-    options = replace(patient_options, shutdown_timeout=300)
+    options, start = replace(patient_options, shutdown_timeout=300), time.monotonic()
     code, (running,) = run_main_and_stop(options, signal.SIGINT, num_streams=1, max_tokens=90_000, times=2)
     assert code == 0
     assert running[-1:] != ["data: [DONE]"]
+    assert time.monotonic() - start < 250, "it waited for the answer"
 
 
 def test_a_second_interrupt_does_not_wait_for_a_request_that_is_not_complete(patient_options):
@@ -266,7 +274,7 @@ def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
         ({"shutdown_timeout": -1.0}, "`shutdown_timeout`.*-1"),
         ({"shutdown_timeout": float("nan")}, "`shutdown_timeout`.*nan"),
         ({"port": 65536}, "`port`.*65536"),
-        ({"host": "256.1.1.1"}, "`host` '256.1.1.1'"),
+        ({"host": "192.0.2.1"}, "`host` '192.0.2.1'"),
         ({"host": "127.0..0.1"}, "`host` must be a name or an address: got '127.0..0.1'"),
         ({"api_key": ""}, "`api_key` must be a token"),
         ({"api_key": "two words"}, "`api_key` must be a token"),

@@ -71,6 +71,9 @@ def test_an_adapters_own_chats_go_along(became, tiny_model_dir, folder, tmp_path
     (own / "chat_template.jinja").write_text("{{ messages }}")
     assert value_of(became(**asked)[0], "--chat-template") == str(own / "chat_template.jinja")
     assert "ends its answers with '<end>'" in caplog.text
+    caplog.clear()
+    became(base_model="owner/model", adapter=asked["adapter"])
+    assert "'<end>': vLLM's server stops at the base model's end token, which is not known" in caplog.text
     (own / "run.json").write_text(json.dumps({"template": "alpaca"}))
     assert "--chat-template" not in became(**asked)[0]
     assert "was trained with the prompt template alpaca" in caplog.text

@@ -49,7 +49,8 @@ class SampleSource:
         examples = load_examples(self.data, task, self.split, limit=self.limit)
         tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
         limit = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
-        return encode_whole(examples, tokenizer, get_template(self.template or task.template, tokenizer), limit)
+        template = get_template(self.template or task.template, tokenizer)
+        return encode_whole(examples, tokenizer, template, limit, bool(template.ending(tokenizer)))
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

@@ -34,7 +34,8 @@ from mola.errors import MolaError
 from mola.files.digests import WEIGHTS_FILE
 from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
-from mola.models.meta import count_decoder_layers, model_on_meta, read_config
+from mola.models.base_model import read_config
+from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.models.prompts import hand_on_prompts
 from mola.options.fields import check_seed, option
 from mola.tuner import MolaConfig

@@ -170,6 +170,7 @@ def encode_whole(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     positions: int | None,
+    add_eos_token: bool = True,
 ) -> datasets.Dataset:
     """`encode_examples` for what has no `cutoff_len`: nothing is cut, and nothing is longer than the model can read.
 
@@ -178,13 +179,14 @@ def encode_whole(
         tokenizer: of the model.
         template: prompt layout.
         positions: how many tokens the model can read; None for any number.
+        add_eos_token: end every sample with the token that ends an answer.
 
     Raises:
         MolaError: a sample is longer; and as `encode_examples`.
     """
     limit = _NO_LIMIT if positions is None else positions
-    _check_options(examples, tokenizer, limit, True, "error")
-    samples = list(tokenized(examples, tokenizer, template, template.ending(tokenizer)))
+    _check_options(examples, tokenizer, limit, add_eos_token, "error")
+    samples = list(tokenized(examples, tokenizer, template, template.ending(tokenizer) if add_eos_token else []))
     for sample in samples:
         if len(sample.ids) > limit:
             raise MolaError(
@@ -251,7 +253,8 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
         needed = len(sample.ids) - sample.start + before
         raise MolaError(
             f"`cutoff_len` must leave room for the answer: example `{sample.row_id}` needs {needed} tokens "
-            f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or choose `truncation` drop."
+            f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or choose "
+            "`truncation` drop, or right, which cuts the answer."
         )
     return replace(
         sample,

@@ -25,8 +25,8 @@ def generate_splits(
 ) -> dict[str, list[dict[str, Any]]]:
     """Generate science questions, all different, in the ScienceQA schema.
 
-    No question stands twice, within a split or in two. Topics take equal shares, and within a topic every
-    class is right equally often, up to one.
+    No question stands twice, within a split or in two. Over all splits together topics take equal shares, and
+    within a topic every class is right equally often, up to one.
 
     Args:
         sizes: split name -> number of questions, 0 or more.

@@ -1,5 +1,6 @@
 """From examples to answers: prompts, checks that need no model, batches, extraction."""
 
+import itertools
 import math
 import re
 import time
@@ -110,11 +111,12 @@ def question_lengths(
     """
     template, names = questions[0].template, [question.example["id"] for question in questions]
     end = _end(tokenizer, template)
-    texts = [max(question.option_texts(end), key=len, default=question.prompt) for question in questions]
-    encoded = predicting.encode_prompts(tokenizer, texts, template)
+    texts = [question.option_texts(end) or [question.prompt] for question in questions]
+    encoded = iter(predicting.encode_prompts(tokenizer, [text for each in texts for text in each], template))
+    longest = [max(itertools.islice(encoded, len(each)), key=len) for each in texts]  # in tokens: `ÄÖ` may be four
     num_new_tokens = max_new_tokens if scoring == "generate" else 0
-    predicting.check_lengths(names, encoded, num_new_tokens, limit)
-    return [len(ids) for ids in encoded]
+    predicting.check_lengths(names, longest, num_new_tokens, limit)
+    return [len(ids) for ids in longest]
 
 
 def answer_questions(

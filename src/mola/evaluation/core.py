@@ -20,6 +20,7 @@ from mola.evaluation.answering import Question, answer_questions, make_questions
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
+from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -208,13 +209,6 @@ def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
             "model that writes these outputs counts as wrong.",
             *(task.name, len(lost), len(examples), lost[0]),
         )
-
-
-def check_positive(**values: int | None) -> None:
-    """Refuse counts below 1; None passes."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise MolaError(f"`{name}` must be at least 1: got {value}.")
 
 
 def _result(

@@ -22,7 +22,7 @@ from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
-from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, check_positive, checked_questions, evaluate_examples
+from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, checked_questions, evaluate_examples
 from mola.evaluation.partial import PartialResults
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
@@ -32,7 +32,7 @@ from mola.models.base_model import max_positions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
-from mola.options.fields import START, Group, mapping, option
+from mola.options.fields import START, Group, check_positive, mapping, option
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,6 +171,17 @@ def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
             part = alike[start : start + size]
             found.append((torch.tensor([row.ids for row in part]), torch.tensor([row.labels for row in part])))
     return found
+
+
+def seen_rows(data: Mapping[str, Calibration]) -> list[str]:
+    """What to tell of held-out rows whose tokens are those of a fitted row, of whichever kind."""
+    fitted = {tuple(row.ids) for each in data.values() for row in each.fitted}
+    seen = {kind: sum(tuple(row.ids) in fitted for row in each.held_out) for kind, each in data.items()}
+    return [
+        f"{count} of the {len(data[kind].held_out)} held-out rows of {kind} are fitted to, too, with the same text"
+        for kind, count in seen.items()
+        if count
+    ]
 
 
 def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from mola.checkpoints.tensors import read_settings
 from mola.errors import MolaError
-from mola.exporting.calibration import read_data, read_task
+from mola.exporting.calibration import read_data, read_task, seen_rows
 from mola.exporting.lora_files import Factors, read_lora, targets
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
@@ -196,6 +196,7 @@ def _fitted(
     data = [read_data(options, path, task, source) for path, source in zip(options.data, sources, strict=True)]
     left_out = {path: each.too_long for path, each in zip(options.data, data, strict=True) if each.too_long}
     notes += [f"{count} rows of {path} left out: too long" for path, count in left_out.items()]
+    notes += seen_rows(dict(zip(options.data, data, strict=True)))
     names = {str(number): source for number, source in enumerate(sources)}
     model: Any = load_model(str(options.base_model), names, options.dtype, options.device, options.trust_remote_code)
     linears = dict(model.named_modules())

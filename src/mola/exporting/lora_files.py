@@ -224,11 +224,3 @@ def _factors(
         key, expected = f"{PREFIX}{name}.lora_{part}.weight", tuple(weights["default"].weight.shape)
         found.append(check_shape(tensors.pop(key, None), expected, key, folder).float())
     return found[0], found[1]
-
-
-def same_kind(names: Collection[str]) -> dict[str, list[str]]:
-    """Module names by their last part, such as `q_proj`."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    return kinds

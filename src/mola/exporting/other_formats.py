@@ -25,6 +25,7 @@ from mola.exporting.options import ConvertOptions
 from mola.files.digests import WEIGHTS_FILE
 from mola.files.folders import new_folder
 from mola.models.adapters import check_fits
+from mola.models.base_model import model_name
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 
@@ -82,8 +83,7 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
 
 
 def _other_base(recorded: str | None, base_model: str) -> list[str]:
-    # Folders move and hub ids lose their owner: only the last part says which model it is.
-    if not recorded or Path(recorded).name == Path(base_model).name:
+    if not recorded or model_name(recorded) == model_name(base_model):
         return []
     return [f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?"]
 

@@ -11,8 +11,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mola.exporting.lora_files import same_kind
+from mola.architecture.kinds import kinds_of
 from mola.files.environment import machine_description, software_versions
+from mola.reporting.formatting import points
 
 REPORT_FILE = "export.json"
 
@@ -58,7 +59,10 @@ class ExportReport:
     def by_kind(self) -> dict[str, float]:
         """Mean explained share of the modules of each kind that have several experts; empty without data."""
         known = {name: value for name, value in (self.explained or {}).items() if value is not None}
-        return {kind: fmean(known[name] for name in names) for kind, names in same_kind(known).items()}
+        values: dict[str, list[float]] = {}
+        for name, kind in kinds_of(known).items():
+            values.setdefault(kind, []).append(known[name])
+        return {kind: fmean(each) for kind, each in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,19 +72,21 @@ class ExportReport:
     def table(self) -> Table:
         """What routing is worth, for the terminal."""
         title = f"mixture to LoRA of rank {self.rank}, {self.method}"
-        table = Table(title=escape(title), caption="Measured on rows that were not fitted to.")
+        table = Table(title=escape(title), caption="Measured on held-out rows.")
         for column in ("", "value", "95 % interval"):
             table.add_column(column)
         for kind, value in self.by_kind().items():
             table.add_row(f"explained, {escape(kind)}", f"{value:.1%}", "")
         for kind, value in self.divergence.items():
             table.add_row(f"KL(mixture || LoRA) per {kind} token", f"{value:.4f} nats", "")
-            table.add_row(f"loss per {kind} token: base, mixture, LoRA", _three(self.loss[kind], ".3f"), "")
+            table.add_row(f"loss per {kind} token: base, mixture, LoRA", _three(self.loss[kind]), "")
         for name, row in self.accuracy.items():
-            table.add_row(f"accuracy of {name}", f"{row['accuracy']:.1%}", _interval(row["interval_95"], ""))
+            table.add_row(f"accuracy of {name}", f"{row['accuracy']:.1%}", _interval(row["interval_95"]))
         for name, row in self.differences.items():
             table.add_row(
-                f"{name} less mixture, same questions", f"{row['value']:+.1%}", _interval(row["questions_95"], "+")
+                f"{name} less mixture, same questions",
+                f"{points(row['value'])} points",
+                " to ".join(map(points, row["questions_95"])),
             )
         return table
 
@@ -91,9 +97,9 @@ class ExportReport:
         return "\n".join([*lines, f"written to {self.output}"])
 
 
-def _three(values: Mapping[str, float], form: str) -> str:
-    return ", ".join(f"{values[name]:{form}}" for name in ("base", "mixture", "lora"))
+def _three(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{values[name]:.3f}" for name in ("base", "mixture", "lora"))
 
 
-def _interval(ends: Any, sign: str) -> str:
-    return f"{ends[0]:{sign}.1%} to {ends[1]:{sign}.1%}"
+def _interval(ends: Any) -> str:
+    return f"{ends[0]:.1%} to {ends[1]:.1%}"

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.evaluation.answering import SCORINGS
 from mola.evaluation.core import checked_questions
-from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test
+from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test, seen_rows
 from mola.exporting.distilling import distill
 from mola.exporting.fitting import mean_of_experts, nearest_on_data
 from mola.exporting.lora_files import check_loads, lora_config, write_lora
 from mola.exporting.measuring import accuracies, divergence, explained_shares
-from mola.exporting.mixtures import Lora, Mixture, as_parameters, mixtures, mola_layers
+from mola.exporting.mixtures import Lora, Mixture, Update, as_parameters, mixtures, mola_layers
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.report import REPORT_FILE, ExportReport
 from mola.exporting.stacked_lora import stacked_lora
@@ -43,8 +43,76 @@ from mola.tuner.layer import MolaLinear
 from mola.tuner.replication import has_lists
 
 
+@dataclass
+class _Checked:
+    """What is exported, and what it is fitted to and measured on; of the model no weights are loaded yet."""
+
+    source: str
+    method: str
+    rank: int
+    task: Task | None
+    config: Any
+    tensors: dict[str, torch.Tensor]
+    on_meta: Any
+    experts: dict[str, Mixture]
+    stacked: dict[str, torch.Tensor]  # LoRAs of stacked parameters, as they are
+    ranks: dict[str, int]  # theirs
+    examples: list[dict[str, Any]] | None
+    data: dict[str, Calibration]
+    gates: dict[str, torch.Tensor]
+
+
 def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     """Export an adapter; see `mola.exporting.convert.convert`."""
+    checked = _check(options)
+    config, experts, data, rank = checked.config, checked.experts, checked.data, checked.rank
+    seconds: dict[str, float] = {}
+    model, layers = None, {}
+    if data or checked.examples:
+        with _timed(seconds, "loading"):
+            model = load_model(
+                str(options.base_model), checked.source, options.dtype, options.device, options.trust_remote_code
+            )
+            layers = mola_layers(model)
+            if options.distill_steps:
+                keep_gradients(model)
+    else:
+        warn_other_base(str(options.base_model), checked.source, config.to_dict())
+    notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
+    if config.layer_replication:
+        notes.append("it does not merge: layers of `layer_replication` share their weights")
+        notes.append("base: the base model with its layers repeated")
+    reads_rows = checked.method == "regression" or options.distill_steps > 0
+    notes += seen_rows(data) if reads_rows else []
+    updates, loras = _fitted(options, checked, model, layers, seconds, notes)
+    with _timed(seconds, "measuring"):
+        measured = _measured(options, checked, model, layers, loras)
+    report = ExportReport(
+        output,
+        checked.method,
+        rank,
+        len(experts),
+        sum(len(mixture.A) == 1 for mixture in experts.values()),
+        rows={
+            kind: {"fitted": len(each.fitted) if reads_rows else 0, "held_out": len(each.held_out)}
+            for kind, each in data.items()
+        },
+        seconds=seconds,
+        notes=notes,
+        settings=asdict(options),
+        **measured,
+    )
+    config.base_model_name_or_path = str(options.base_model)
+    others = {key: value for key, value in checked.tensors.items() if ".mola_" not in key} | checked.stacked
+    with new_folder("output", output) as folder:
+        write_lora(folder, updates, rank, config, checked.on_meta, others, checked.ranks)
+        atomic_write_json(folder / REPORT_FILE, report.to_dict())
+        hand_on_prompts(options.source[0], folder)
+    return report
+
+
+def _check(options: ConvertOptions) -> _Checked:
+    """Everything that can be wrong before weights are loaded."""
     source, base_model, rank = os.path.expanduser(options.source[0]), str(options.base_model), int(options.rank or 0)
     method, task = _method(options), read_task(options)
     check_mixture(source)
@@ -76,79 +144,50 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         _check_test(options, task, examples)
     data = _read(options, task)
     gates = _gates(source, experts) if method == "usage" else {}
-    seconds: dict[str, float] = {}
-    model, layers = None, {}
-    if data or examples:
-        with _timed(seconds, "loading"):
-            model = load_model(base_model, source, options.dtype, options.device, options.trust_remote_code)
-            layers = mola_layers(model)
-            if options.distill_steps:
-                keep_gradients(model)
-    else:
-        warn_other_base(base_model, source, config.to_dict())
-    notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
-    if config.layer_replication:
-        notes.append("it does not merge: layers of `layer_replication` share their weights")
-        notes.append("base: the base model with its layers repeated")
-    fitted = [row for each in data.values() for row in each.fitted]
-    reads_rows = method == "regression" or options.distill_steps > 0
+    return _Checked(
+        source, method, rank, task, config, tensors, on_meta, experts, stacked, ranks, examples, data, gates
+    )
+
+
+def _fitted(
+    options: ConvertOptions,
+    checked: _Checked,
+    model: Any,
+    layers: Mapping[str, MolaLinear],
+    seconds: dict[str, float],
+    notes: list[str],
+) -> tuple[dict[str, Update], dict[str, Lora]]:
+    """The LoRA, as it is written, and in the place of the mixture where a model is loaded."""
+    experts, rank = checked.experts, checked.rank
+    rows = [row for each in checked.data.values() for row in each.fitted]
     with _timed(seconds, "fitting"):
-        if method == "regression":
+        if checked.method == "regression":
             memory, passes, weight = options.memory_gb, options.fit_passes, options.answer_weight
-            updates, unseen = nearest_on_data(model, layers, experts, fitted, rank, memory, passes, weight)
+            updates, unseen = nearest_on_data(model, layers, experts, rows, rank, memory, passes, weight)
             if unseen:
                 notes.append(f"{len(unseen)} linears saw no token and have the experts' mean, such as {unseen[0]}")
         else:
-            updates = {name: mean_of_experts(mixture, rank, gates.get(name)) for name, mixture in experts.items()}
+            updates = {name: mean_of_experts(each, rank, checked.gates.get(name)) for name, each in experts.items()}
     loras = as_parameters(layers, updates) if layers else {}
     if options.distill_steps:
         trained = [name for name, mixture in experts.items() if len(mixture.A) > 1]
         with _timed(seconds, "distilling"):
             steps, rate = options.distill_steps, options.distill_learning_rate
-            distill(model, layers, loras, trained, fitted, steps, rate, options.seed)
+            distill(model, layers, loras, trained, rows, steps, rate, options.seed)
         updates |= {name: loras[name].update for name in trained}
-    with _timed(seconds, "measuring"):
-        measured = _measured(options, task, examples, model, layers, experts, loras, data)
-    report = ExportReport(
-        output,
-        method,
-        rank,
-        len(experts),
-        sum(len(mixture.A) == 1 for mixture in experts.values()),
-        rows={
-            kind: {"fitted": len(each.fitted) if reads_rows else 0, "held_out": len(each.held_out)}
-            for kind, each in data.items()
-        },
-        seconds=seconds,
-        notes=notes,
-        settings=asdict(options),
-        **measured,
-    )
-    config.base_model_name_or_path = base_model
-    others = {key: value for key, value in tensors.items() if ".mola_" not in key} | stacked
-    with new_folder("output", output) as folder:
-        write_lora(folder, updates, rank, config, on_meta, others, ranks)
-        atomic_write_json(folder / REPORT_FILE, report.to_dict())
-        hand_on_prompts(options.source[0], folder)
-    return report
+    return updates, loras
 
 
 def _measured(
-    options: ConvertOptions,
-    task: Task | None,
-    examples: list[dict[str, Any]] | None,
-    model: Any,
-    layers: Mapping[str, MolaLinear],
-    experts: Mapping[str, Mixture],
-    loras: Mapping[str, Lora],
-    data: Mapping[str, Calibration],
+    options: ConvertOptions, checked: _Checked, model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]
 ) -> dict[str, Any]:
     """What the report says of the LoRA, by its attributes."""
     found: dict[str, Any] = {}
+    data, examples, task = checked.data, checked.examples, checked.task
     if data:
         rows = [row for each in data.values() if each.fitted for row in each.held_out]
         if rows:
-            found["explained"] = explained_shares(model, layers, experts, loras, rows)
+            found["explained"] = explained_shares(model, layers, checked.experts, loras, rows)
         near = {kind: divergence(model, layers, loras, each.held_out) for kind, each in data.items()}
         found["divergence"] = {kind: kl for kind, (kl, _) in near.items()}
         found["loss"] = {kind: loss for kind, (_, loss) in near.items()}

@@ -44,8 +44,9 @@ def decoding_settings(
         raise MolaError(f"`top_p` must be above 0 and at most 1: got {top_p}. Pass 1 to keep all tokens.")
     if top_k is not None and top_k < 1:
         raise MolaError(f"`top_k` must be at least 1: got {top_k}. Leave it out to keep all tokens.")
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    # Transformers takes no whole numbers for the first two.
+    given = {name: value if name == "top_k" else float(value) for name, value in given.items() if value is not None}
     if do_sample and temperature == 0:
         raise MolaError("`do_sample` needs a `temperature` above 0: got 0, which is greedy. Leave one out.")
     if do_sample is False and given and temperature != 0:

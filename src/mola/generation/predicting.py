@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mola.data.templates import Template
 from mola.data.tokenized import encode_with_border
-from mola.errors import MolaError
+from mola.errors import MolaError, NotFiniteError
 from mola.generation.virtual_tokens import may_cache
 from mola.models.base_model import max_positions
 
@@ -63,8 +63,17 @@ def encode_before_answer(
         return encoded
     answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
     return [
-        ids[:start] if start > prefix else alone for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
+        ids[:start] if start > prefix and not _loses_text(tokenizer, alone, ids[:start]) else alone
+        for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
     ]
+
+
+def _loses_text(tokenizer: PreTrainedTokenizerBase, alone: list[int], before: list[int]) -> bool:
+    """Whether `before` lacks more than blanks of a prompt: a mark that is one token with the letter, as `:A`."""
+    pairs = enumerate(zip(alone, before, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), min(len(alone), len(before)))
+    whole, kept = (str(tokenizer.decode(ids[shared:])) for ids in (alone, before))
+    return bool(whole.removeprefix(kept).strip())
 
 
 def _adds_special_tokens(template: Template | None) -> bool:
@@ -216,6 +225,7 @@ def generate_batch(
     `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only. The processors see float32 logits
     before sampling values are applied.
     """
+    numbers = _Numbers()
     config = GenerationConfig(
         pad_token_id=pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -225,13 +235,34 @@ def generate_batch(
     )
     check_known(model, prompts)
     ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
-    further = {} if logits_processor is None else {"logits_processor": logits_processor}
+    further: dict[str, Any] = {"logits_processor": LogitsProcessorList([numbers, *(logits_processor or ())])}
     if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices
         further["logits_to_keep"] = last_positions(1, ids.device)
     sequences = model.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **further
     )
+    numbers.check()
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+class _Numbers(LogitsProcessor):
+    """Whether all logits were numbers: the largest of others is no answer. Nothing waits for it in between."""
+
+    def __init__(self) -> None:
+        self._none: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        found = scores.isnan().any()
+        self._none = found if self._none is None else self._none | found
+        return scores
+
+    def check(self) -> None:
+        """Raise a `NotFiniteError` if they were not."""
+        if self._none is not None and bool(self._none):
+            raise NotFiniteError(
+                "the logits of an answer must be numbers: some are NaN. Pass --dtype float32 or bfloat16, and look "
+                "whether the weights of `base_model` are finite."
+            )
 
 
 def _takes_indices(model: Any) -> bool:

@@ -24,6 +24,7 @@ from mola.errors import MolaError
 from mola.files.digests import WEIGHTS_FILES, find_weights
 from mola.files.failures import lack_of_memory
 from mola.files.reading import read_json
+from mola.models.base_model import model_name
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
 from mola.tuner.replication import layer_settings, restore
@@ -154,8 +155,7 @@ def warn_other_base(
 ) -> None:
     """Say it when an adapter was trained on a base model of another name."""
     recorded = config.get("base_model_name_or_path")
-    # Folders move and hub ids lose their owner: only the last part says which model it is.
-    if recorded and isinstance(recorded, str) and Path(recorded).name != Path(base_model).name:
+    if recorded and isinstance(recorded, str) and model_name(recorded) != model_name(base_model):
         logger.warning(
             "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
             "the same weights.",

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
-from mola.models.gguf import check_gguf_file, read_gguf_config
-
-_WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
-
-
-def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:
-    """Configuration of a model, whatever may be wrong with it.
-
-    Args:
-        base_model: a folder with config.json, a config.json file, or a name on the hub.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: name of a GGUF file there, which is read instead of config.json.
-
-    Raises:
-        MolaError: it is not there, broken, or of a type that Transformers does not know.
-    """
-    try:
-        if gguf_file is not None:
-            return read_gguf_config(base_model, gguf_file)
-        # Explicit False: with None Transformers would ask on the terminal.
-        return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError) as error:
-        _check_own_code(base_model, error)
-        raise MolaError(
-            f"`base_model` has no readable configuration: {base_model!r} ({_one_line(error)}). {_WANTED}"
-        ) from error
+from mola.models.base_model import check_base_model, check_own_code, one_line, read_config
 
 
 def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
@@ -55,10 +28,10 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
-        _check_own_code(base_model, error)
+        check_own_code(base_model, error)
         raise MolaError(
             f"`base_model` must be a causal language model: {base_model!r} of type "
-            f"{config.model_type!r} cannot be built as one ({_one_line(error)})."
+            f"{config.model_type!r} cannot be built as one ({one_line(error)})."
         ) from error
 
 
@@ -78,28 +51,8 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
 
 
 def _place(base_model: str) -> str:
-    """The folder or file behind a path; a name on the hub as it is."""
-    path = Path(os.path.expanduser(base_model))
-    if not os.path.exists(path):
-        # A hub name has at most one slash; anything else would only wait for the network to fail.
-        if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or path.suffix == ".json":
-            raise MolaError(f"`base_model` does not exist: {base_model!r}. {_WANTED}")
-        return base_model
-    if path.is_dir():
-        check_gguf_file(path, None)
-        if not (path / "config.json").is_file():
-            raise MolaError(f"`base_model` is a folder without config.json: {base_model!r}. {_WANTED}")
-    return str(path)
-
-
-def _check_own_code(base_model: str, error: Exception) -> None:
-    if "custom code" in str(error):
-        raise MolaError(
-            f"`base_model` {base_model!r} comes with code of its own, which would have to be run. Look at it, and pass "
-            "--trust_remote_code true if you trust it."
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    """The file behind a path, which may be a configuration alone; else a folder or a name on the hub."""
+    path = os.path.expanduser(base_model)
+    if not os.path.isfile(path):
+        check_base_model(path)
+    return path

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mola._compat import own_tokenizers
 from mola.errors import MolaError
-from mola.models.base_model import check_base_model, vocabulary_size
+from mola.models.base_model import check_base_model, read_config, vocabulary_size
 from mola.models.gguf import TOKENIZER_FILES, tokenizer_arguments
-from mola.models.meta import read_config
 
 _TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 

@@ -126,3 +126,10 @@ def check_seed(seed: int) -> None:
     """Refuse a `seed` that generators of torch do not take."""
     if not 0 <= seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {seed}.")
+
+
+def check_positive(**values: int | None) -> None:
+    """Refuse counts below 1; None passes."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise MolaError(f"`{name}` must be at least 1: got {value}.")

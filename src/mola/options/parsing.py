@@ -185,7 +185,8 @@ def _recipe_flags(
     types: Mapping[str, Any],
 ) -> list[str]:
     """A recipe's values as flags, so that argparse checks and converts them like any others."""
-    arguments = []
+    arguments: list[str] = []
+    given: set[str] = set()
     for key, value in values.items():
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
@@ -193,6 +194,11 @@ def _recipe_flags(
             hint = f" Did you mean `{close[0]}`?" if close else ""
             raise MolaError(f"`{key}` in {recipe} is no option of this command.{hint} Run it with --help for the list.")
         action = flags[flag]
+        if action.dest in given:
+            raise MolaError(
+                f"`{key}` is in {recipe} twice, with dashes and with underscores. Leave one of the two out."
+            )
+        given.add(action.dest)
         if value is None:
             if type(None) not in getattr(types.get(action.dest), "__args__", ()):
                 raise MolaError(f"`{key}` in {recipe} needs a value: it is empty. Fill it in or leave the line out.")

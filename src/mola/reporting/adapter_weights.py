@@ -95,8 +95,8 @@ def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
         # Those of `target_parameters` count the base model's experts.
         layer, is_stacked = layer_index(name), _STACKED.search(name) is not None
         own[layer] = max(1 if is_stacked else of_layer(config, "num_experts", layer), own.get(layer, 0))
-        if is_stacked or name.endswith("mola_A"):
-            modules[layer].append(1 if is_stacked else shape[0])
+        if name.endswith("mola_A"):
+            modules[layer].append(shape[0])
     found = []
     for layer, values in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0])):
         fewest, most = min(modules[layer], default=own[layer]), max(modules[layer], default=own[layer])
@@ -118,7 +118,7 @@ def own_numbers(config: Mapping[str, Any]) -> str:
     names = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
     given = {name: config[name] for name in names if config.get(name)}
     # An allocation per module names most of them.
-    found = [f"`{name}` {v if len(v) <= _MOST_NAMED else f'with {len(v)} entries'}" for name, v in given.items()]
+    found = [f"`{name}` {f'`{v}`' if len(v) <= _MOST_NAMED else f'with {len(v)} entries'}" for name, v in given.items()]
     return f" Some modules have numbers of their own: {', '.join(found)}." if found else ""
 
 

@@ -45,7 +45,7 @@ def evaluate_command(run: Run, name: str) -> str:
 def inspect_command(run: Run) -> str:
     """The command for `inspection`, which replaces one that is there."""
     words = ["mola", "inspect", *_base(run), "--adapter", str(run.folder)]
-    task = run.record["settings"].get("task")
+    task = _asked(run).get("task") or run.record["settings"].get("task")
     words += ["--task", task] if task else []
     words += [*_rows(run), *(["--overwrite"] if run.inspection else [])]
     return shlex.join([*words, "--json", str(run.paths["inspection"])])
@@ -58,16 +58,19 @@ def _base(run: Run) -> list[str]:
     return ["--base_model", str(settings["base_model"]), *_flags({name: settings.get(name) for name in names})]
 
 
+def _asked(run: Run) -> dict[str, Any]:
+    """Settings of the first result that is there and says of which data it is; empty if there is none."""
+    results = (result["settings"] for result in (run.after, run.before, run.inspection) if result is not None)
+    return next((settings for settings in results if settings.get("data")), {})
+
+
 def _rows(run: Run, *, of_adapter: bool = True) -> list[str]:
     """Data, the rows of them and their prompts: as a result that is there was asked, else as the run was trained.
 
     What that result leaves open is asked of the adapter as it was trained, of the base model as the result was.
     """
-    settings, data, asked = run.record["settings"], _data(run), {}
-    for result in (run.after, run.before, run.inspection):
-        if result is not None and result["settings"].get("data"):
-            data, asked = str(result["settings"]["data"]), result["settings"]
-            break
+    settings, asked = run.record["settings"], _asked(run)
+    data = str(asked["data"]) if asked else _data(run)
     # Without a task the run was asked in a template that the task named here may not have.
     template = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
     trained = {"template": template, "filters": settings.get("filters")} if of_adapter or not asked else {}

@@ -1,8 +1,6 @@
 """The experts: how many there are, which of them work, how they changed, how alike they are."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +11,7 @@ from mola.reporting.commands import inspect_command
 from mola.reporting.document import Table
 from mola.reporting.formatting import MOST_ROWS, NO_VALUE, layer_name, layer_order, layers, number, rows_said
 from mola.reporting.heat import GateMaps, gate_maps
+from mola.reporting.layers_table import layers_table
 from mola.reporting.load_run import Run
 from mola.reporting.routing_log import VALUES, RoutingLog
 
@@ -35,7 +34,7 @@ def allocation_section(run: Run) -> dict[str, Any]:
         "trained": [
             Column(layer_name(row.layer_index), [row.expert_values, row.router_values], _said(row)) for row in rows
         ],
-        "numbers": _allocation_table(rows),
+        "numbers": layers_table(rows),
     }
 
 
@@ -114,24 +113,6 @@ def _routing_table(log: RoutingLog) -> Table:
     curves = [dict(curve) for name in VALUES for curve in log.curves[name]]
     rows = [(step, *(number(curve.get(step)) for curve in curves), int(dead)) for step, dead in log.dead[-MOST_ROWS:]]
     return Table(head, rows, f"Routers over training, means over modules{rows_said(len(log.dead))}")
-
-
-def _allocation_table(rows: Sequence[LayerExperts]) -> Table:
-    """One line for neighbours that are equal."""
-
-    def figures(row: LayerExperts) -> tuple[str, ...]:
-        values = (row.top_k, row.r, row.expert_values, row.router_values)
-        return (row.experts_said, *(f"{value:,}" for value in values))
-
-    def neighbours(place_and_row: tuple[int, LayerExperts]) -> tuple[Any, ...]:
-        place, row = place_and_row
-        return (row.layer_index or 0) - place, *figures(row)  # a layer that is not adapted has no row
-
-    lines = []
-    for (_, *same), members in groupby(enumerate(rows), key=neighbours):
-        lines.append((layers([row.layer_index for _, row in members]), *same))
-    head = ("layers", "experts", "top_k", "r", "values of experts", "values of routers")
-    return Table(head, lines, "Experts by layer; each figure is for one layer")
 
 
 def _said(row: LayerExperts) -> str:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from mola.reporting.formatting import points
 from mola.reporting.late_use import LateUse
 from mola.reporting.load_run import Run, step_of_weights
 
@@ -209,8 +210,8 @@ def _exported(run: Run) -> Finding | None:
     low, high = less["questions_95"]
     return Finding(
         "a LoRA would do",
-        f"The plain LoRA of `mola convert --to lora` answers as many questions, {100 * less['value']:+.1f} points "
-        f"(95 % {100 * low:+.1f} to {100 * high:+.1f}), {distance:.4f} nats per answer token from the mixture.",
+        f"The plain LoRA of `mola convert --to lora` answers as many questions, {points(less['value'])} points "
+        f"(95 % {points(low)} to {points(high)}), {distance:.4f} nats per answer token from the mixture.",
         "Use that LoRA: it merges, and every server knows it. On other data routing may still be worth something.",
     )
 

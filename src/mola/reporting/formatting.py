@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 from typing import Any
 
 NO_VALUE = "–"
 MOST_ROWS = 500  # of a table of numbers
+_SET_OTHERWISE = frozenset("*\\<")
 _SPACE = "\u00a0"  # a number and its unit stay in one line
 
 
@@ -35,13 +35,6 @@ def number(value: float | None) -> str:
 def interval(bounds: Sequence[float]) -> str:
     """Bounds of a confidence interval."""
     return f"{percent(bounds[0])} to {percent(bounds[1])}"
-
-
-def model_name(base_model: str) -> str:
-    """The last part of a path or Hub name, also of its folder `models--owner--name/snapshots/<commit>`."""
-    path = Path(base_model)
-    is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
-    return path.parent.parent.name.rpartition("--")[2] if is_commit else path.name
 
 
 def duration(seconds: float) -> str:
@@ -94,7 +87,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _markdown_cell(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    text = " ".join(text.split()).replace("|", "\\|")
+    # As a regular expression has them, they would be set otherwise, or lost.
+    return f"`{text}`" if _SET_OTHERWISE.intersection(text.replace("\\|", "")) and "`" not in text else text
 
 
 def rows_said(count: int) -> str:

@@ -19,9 +19,9 @@ from mola.data.examples import load_examples
 from mola.data.tasks import Task, load_task
 from mola.data.templates import check_template
 from mola.errors import MolaError
-from mola.evaluation.core import check_positive
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
+from mola.files.reading import read_json_object
 from mola.files.terminal import table_console
 from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
 from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
@@ -31,7 +31,7 @@ from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
-from mola.options.fields import START, Group, mapping, option
+from mola.options.fields import START, Group, check_positive, mapping, option
 from mola.reporting.agreement import pair_means
 from mola.reporting.page import render_inspection
 
@@ -219,7 +219,10 @@ def _check(options: InspectOptions) -> _Samples:
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
     template = template_for(options.template or task.template, tokenizer, options.adapter)
-    dataset = encode_whole(examples, tokenizer, template, max_positions(config))
+    # As in training: an end token that was never trained is no part of an answer.
+    trained = read_json_object(Path(options.adapter, "run.json")).get("settings") or {}
+    ends = trained.get("add_eos_token") is not False
+    dataset = encode_whole(examples, tokenizer, template, max_positions(config), ends)
     return _Samples(examples, dataset, task, template, tokenizer)
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mola.files.ownership import is_own_file, with_mark
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, opened, own_numbers, shapes_in
 from mola.reporting.formatting import markdown_table
+from mola.reporting.layers_table import layers_table
 from mola.reporting.load_run import read_losses, step_of_weights
 from mola.reporting.loss_plot import PLOT_FILE, plot_losses
 from mola.reporting.run_summary import processes_said
@@ -190,22 +190,11 @@ def _experts(config: Mapping[str, Any], folder: Path) -> str:
         return f"The adapter is of type {config.get('peft_type')}: it has none."
     with opened(folder / WEIGHTS_FILE) as file:
         found = layers_of(config, shapes_in(file))
-    rows = {
-        layer: (each.experts_said, each.top_k, each.r, each.expert_values, each.router_values)
-        for each in found
-        if (layer := each.layer_index) is not None
-    }
-    grouped = []
-    # A layer that is not adapted has no row, and ends a run of equal ones.
-    for (_, *row), members in groupby(enumerate(rows), key=lambda each: (each[1] - each[0], *rows[each[1]])):
-        layers = [layer for _, layer in members]
-        name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-        grouped.append((name, *row[:3], f"{row[3]:,}", f"{row[4]:,}"))
-    header = ("layers", "experts per module", "top_k", "r", "expert values per layer", "router values per layer")
+    table = layers_table(found)
     targets = config.get("target_modules") or []
     names = [*([targets] if isinstance(targets, str) else sorted(targets)), *(config.get("target_parameters") or [])]
     modules = ", ".join(f"`{name}`" for name in names)
-    return f"{markdown_table(header, grouped)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
+    return f"{markdown_table(table.head, table.rows)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
 
 
 def _training(record: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mola.models.base_model import model_name
 from mola.reporting.charts import Line, thinned, value_axis
 from mola.reporting.commands import evaluate_command, has_answers
 from mola.reporting.document import Table
-from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, model_name, number, percent, rows_said
+from mola.reporting.formatting import MOST_ROWS, NO_VALUE, interval, number, percent, rows_said
 from mola.reporting.load_run import Run
 
 _LOOKS = {"before": "b", "after": "a"}

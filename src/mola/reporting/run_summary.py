@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mola.models.base_model import model_name
 from mola.reporting.document import Table
-from mola.reporting.formatting import duration, model_name, number, percent
+from mola.reporting.formatting import duration, number, percent
 from mola.reporting.load_run import Run, step_of_weights
 
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}

@@ -73,6 +73,7 @@ EXPORT = {
     "loss": {str: dict.fromkeys(("base", "mixture", "lora"), NUMBER)},
     "accuracy": {str: SCORE},
     "differences": {str: {"value": NUMBER, "questions_95": [NUMBER, NUMBER]}},
+    "notes?": [TEXT],
 }
 PER_LAYER = {
     "num_experts": ANYTHING,

@@ -1,10 +1,10 @@
 """What a plain LoRA does in place of the mixture: what routing is worth in this adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mola.reporting.document import Table
-from mola.reporting.formatting import NO_VALUE, interval, percent
+from mola.reporting.formatting import NO_VALUE, interval, percent, points
 from mola.reporting.load_run import Run
 
 _MODELS = {"base": "base model", "mixture": "mixture", "lora": "LoRA"}
@@ -19,7 +19,8 @@ def worth_section(run: Run) -> dict[str, Any] | None:
     lora = export["differences"].get("lora")
     return {
         "export": export,
-        "difference": None if lora is None else f"{percent(lora['value'])}, {interval(lora['questions_95'])}",
+        "difference": None if lora is None else f"{points(lora['value'])} points, {_points(lora['questions_95'])}",
+        "notes": export.get("notes", []),
         "tables": [table for table in tables if table.rows],
     }
 
@@ -28,10 +29,14 @@ def _accuracies(export: Mapping[str, Any]) -> Table:
     rows = []
     for name, row in export["accuracy"].items():
         less = export["differences"].get(name)
-        difference = (percent(less["value"]), interval(less["questions_95"])) if less else (NO_VALUE, NO_VALUE)
+        difference = (points(less["value"]), _points(less["questions_95"])) if less else (NO_VALUE, NO_VALUE)
         rows.append((_MODELS.get(name, name), percent(row["accuracy"]), interval(row["interval_95"]), *difference))
-    head = ("answers by", "accuracy", "95 % interval", "less the mixture", "95 % interval")
+    head = ("answers by", "accuracy", "95 % interval", "less the mixture, points", "95 % interval")
     return Table(head, rows, "Same questions")
+
+
+def _points(bounds: Sequence[float]) -> str:
+    return " to ".join(map(points, bounds))
 
 
 def _losses(export: Mapping[str, Any]) -> Table:

@@ -199,7 +199,8 @@ def _check_lists(
     if lists.lora_alpha is not None:
         given["lora_alpha"], saved["lora_alpha"] = float(lists.lora_alpha), float(settings["lora_alpha"])
     if lists.lora_target_modules is not None:
-        wanted, targets = names_between_commas(lists.lora_target_modules), settings.get("target_modules")
+        wanted = names_between_commas(lists.lora_target_modules, "lora_target_modules")
+        targets = settings.get("target_modules")
         if wanted is not None and _same_linears(model, wanted, targets):
             wanted = targets  # "all-linear" is saved as whole names
         given["lora_target_modules"] = sorted(wanted) if isinstance(wanted, list) else wanted

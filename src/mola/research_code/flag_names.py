@@ -2,8 +2,10 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from mola.errors import MolaError
 
@@ -15,7 +17,7 @@ _NO_FLAGS = re.compile(
 
 @contextmanager
 def flag_names(names: Mapping[str, str], phrases: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Errors and log lines of the block name the flags of a script.
+    """Errors, warnings and log lines of the block name the flags of a script.
 
     Args:
         names: option of a command -> flag of the script.
@@ -27,14 +29,20 @@ def flag_names(names: Mapping[str, str], phrases: Mapping[str, str] | None = Non
             record.msg, record.args = _in_words(record.getMessage(), names, phrases or {}), ()
         return True
 
-    handlers = [*logging.getLogger().handlers]
+    handlers, show = [*logging.getLogger().handlers], warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        show(_in_words(str(message), names, phrases or {}), category, *place, **more)
+
     for handler in handlers:
         handler.addFilter(translated)
+    warnings.showwarning = shown
     try:
         yield
     except MolaError as error:
         raise MolaError(_in_words(str(error), names, phrases or {})) from error
     finally:
+        warnings.showwarning = show
         for handler in handlers:
             handler.removeFilter(translated)
 

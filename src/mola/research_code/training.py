@@ -26,7 +26,7 @@ from mola.research_code.training_options import (
     ResearchTrainOptions,
     SharedOptions,
 )
-from mola.training.checkpoints import RUN_FILE, STATE_FILE
+from mola.training.checkpoints import RUN_FILE, STATE_FILE, find_checkpoint
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_start_is_kept
 from mola.training.train import main as train_main
@@ -54,6 +54,12 @@ _FLAGS = {
 _PHRASES = {
     r" --gradient_accumulation_steps \d+": "",  # which follows from `batch_size`
     r"--(adapter|activation_checkpointing|per_device_eval_batch_size|save_total_limit)\b(?!=)": r"`mola train --\1`",
+    # The scripts have no other data, schedule or weight than these.
+    r"`(train_)?split` must be one of": "`data_path` must have the split `train`, not only",
+    r"`router_aux_loss_coef` \(e\.g\. 1e-3\)": "`obalance`",
+    r"--(load_in_4bit or --load_in_8bit)": r"`mola train` with --\1",
+    r", let it decay with `lr_scheduler_type` [^)]*\),": "",
+    r"evaluate more often with `load_best_model_at_end`": "save and evaluate more often with `save_steps`",
     "Name the task, or prepare": "Prepare",
     "or pass the task that has prepared the rows": "or train with `mola train --task`",
 }
@@ -189,7 +195,7 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
     """New experts, those of an adapter, or those of an interrupted run."""
     balance = {
         "router_aux_loss_coef": BALANCE_COEF if options.obalance else 0.0,
-        "router_aux_loss_reduction": "layer",
+        "router_aux_loss_reduction": "layer" if options.obalance else None,
     }
     lists = lists_of(options)
     start = (options.resume_from_checkpoint or "").strip()
@@ -207,10 +213,9 @@ def _experts(options: SharedOptions) -> dict[str, Any]:
                 )
             return {"adapter": adapter, "lora_dropout": options.lora_dropout, **balance}
         if "adapter" in resume:
-            try:
-                usable_adapter(resume["adapter"], options.base_model, lists, options.trust_remote_code)
-            except MolaError as error:
-                raise MolaError(f"the run that goes on began from {resume['adapter']!r}: {error}") from error
+            # The lists are those of the checkpoint; the adapter that the run began from may be gone.
+            checkpoint = find_checkpoint(Path(options.output_dir), resume["resume_from_checkpoint"])
+            usable_adapter(str(checkpoint), options.base_model, lists, options.trust_remote_code)
             return {"lora_dropout": options.lora_dropout, **balance, **resume}
     return {
         "num_experts": lists.number_experts,

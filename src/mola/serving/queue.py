@@ -129,7 +129,8 @@ class AnswerQueue:
             self._hint = ""
         raise RequestError(
             429,
-            f"{self._max_waiting} requests are waiting, which is this server's limit. Try again later.",
+            f"This server takes {self._max_running + self._max_waiting} requests at a time, running or waiting. Try "
+            "again later.",
             code="queue_full",
             headers={"Retry-After": str(max(1, math.ceil(self._seconds)))},
         )

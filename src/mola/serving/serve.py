@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
-from mola.models.adapters import changes_base, check_adapter
 from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
 from mola.options.fields import START, Group, option
 from mola.serving.addresses import bind, is_loopback
+from mola.serving.option_checks import check_neighbours, check_numbers, warn_of_few_files
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -31,18 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
-_OWN_FILES = 64  # a process's own: model, libraries, log
 _FULL = "vLLM answers more at once, with one adapter: pip install 'mola-peft[vllm]', `mola serve --engine vllm`."
-_LEAST = {
-    "max_batch_size": 1,
-    "max_batch_prefill_tokens": 1,
-    "max_batch_total_tokens": 2,
-    "max_tokens": 1,
-    "max_choices": 1,
-    "max_waiting": 0,
-    "max_body_bytes": 1,
-    "max_connections": 1,
-}
 
 
 @dataclass
@@ -81,7 +70,7 @@ class ServeOptions(ModelOptions):
     _limits: ClassVar = Group("limits")
     max_tokens: int = option(1024, "Longest answer a request may ask for, in tokens.")
     max_choices: int = option(16, "Most answers of one request: prompts times n.")
-    max_waiting: int = option(128, "Requests that may wait; further ones are sent away with status 429.")
+    max_waiting: int = option(128, "Requests besides `max_batch_size` of them; further ones get status 429.")
     max_body_bytes: int = option(1 << 20, "Longest body of a request.")
     max_connections: int = option(256, "Connections at the same time; further ones are sent away with status 503.")
     client_timeout: float = option(
@@ -99,7 +88,7 @@ def main(options: ServeOptions) -> int:
     if options.engine == "vllm":
         from mola.serving.vllm_command import run_vllm
 
-        _check_numbers(options)
+        check_numbers(options)
         return run_vllm(options, base_name(options), adapter_folders(options), _api_key(options))
     with _prepared(options) as (server, bound, _):
         from mola.serving.server import signals_end_quietly
@@ -156,14 +145,14 @@ def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
     from mola.serving.server import Server, url_of
     from mola.serving.shelf import Shelf
 
-    _check_numbers(options)
-    _warn_of_few_files(options.max_connections)
+    check_numbers(options)
+    warn_of_few_files(options.max_connections)
     api_key = _api_key(options)
     if options.adapter_root is not None and api_key is None:
         raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
     check_model(options)
     folders = adapter_folders(options)
-    alone = _check_neighbours(folders, options.adapter_root)
+    alone = check_neighbours(folders, options.adapter_root)
     chats = own_chats(folders)
     tokenizer = tokenizer_for(options)
     for name, chat in chats.items():
@@ -232,71 +221,9 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
     return folders
 
 
-def _check_neighbours(folders: dict[str, str], adapter_root: str | None) -> bool:
-    """Look at every adapter's files; whether the only one is such that nothing can be served beside it.
-
-    Raises:
-        MolaError: one of them is broken, or such a one has neighbours.
-    """
-    for name, folder in folders.items():
-        reason = changes_base(check_adapter(folder))
-        if reason is None:
-            continue
-        if len(folders) > 1 or adapter_root is not None:
-            raise MolaError(
-                f"`adapter` {folder!r} {reason}, which would be so for the base model and all other adapters too. "
-                "Serve it alone: leave out the others and `adapter_root`."
-            )
-        logger.warning("The base model has no name here: %r %s.", name, reason)
-        return True
-    return False
-
-
 def _last_part(folder: str) -> str:
     """The name a folder goes by: of a link its own, of `.` the real one."""
     return os.path.basename(os.path.abspath(folder))
-
-
-def _check_numbers(options: ServeOptions) -> None:
-    for name, least in _LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise MolaError(f"`{name}` must be at least {least}: got {value}.")
-    if options.max_connections <= options.max_waiting:
-        raise MolaError(
-            f"`max_connections` must be more than `max_waiting`, {options.max_waiting}, or so many can never wait: got "
-            f"{options.max_connections}. Raise it, or lower `max_waiting`."
-        )
-    if options.adapter_root is not None and not os.path.isdir(options.adapter_root):
-        raise MolaError(f"`adapter_root` must be a folder: got {options.adapter_root!r}. Check the path.")
-    if options.max_batch_size == 1:
-        if options.max_batch_total_tokens is not None:
-            raise MolaError(
-                f"`max_batch_total_tokens` ({options.max_batch_total_tokens}) needs answers side by side, and "
-                "`max_batch_size` is 1. Leave one of the two out."
-            )
-        if options.max_batch_prefill_tokens != ServeOptions.max_batch_prefill_tokens:
-            logger.warning("`max_batch_prefill_tokens` is not used: with `max_batch_size` 1 prompts are read whole.")
-    if not 0 < options.client_timeout < float("inf"):
-        raise MolaError(f"`client_timeout` must be a positive number of seconds: got {options.client_timeout}.")
-    if not 0 <= options.shutdown_timeout < float("inf"):
-        raise MolaError(f"`shutdown_timeout` must be 0 or a positive number: got {options.shutdown_timeout}.")
-    if not 0 <= options.port < 2**16:
-        raise MolaError(f"`port` must be from 0 to 65535: got {options.port}.")
-
-
-def _warn_of_few_files(max_connections: int) -> None:
-    """Where the system says how many files a process may open."""
-    with contextlib.suppress(ImportError):  # Windows has no such number
-        import resource
-
-        allowed, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2 * max_connections + _OWN_FILES
-        if allowed != resource.RLIM_INFINITY and allowed < needed:
-            logger.warning(
-                "`max_connections` %d may need %d open files, this process may open %d; clients then wait until others "
-                "leave. Raise the limit (`ulimit -n %d`), or lower `max_connections`.",
-                *(max_connections, needed, allowed, needed),
-            )
 
 
 def _api_key(options: ServeOptions) -> str | None:

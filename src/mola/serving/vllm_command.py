@@ -94,11 +94,11 @@ def check_servable(folder: str) -> MolaConfig:
 
 def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
     """Of vLLM's server, for an adapter that was trained to chat in a way of its own."""
-    known = end_token_of(base_model)  # not of a name on the Hub
-    if None not in (chat.end_token, known) and chat.end_token != known:
+    known = end_token_of(base_model)
+    if chat.end_token is not None and chat.end_token != known:
         logger.warning(
-            "%r ends its answers with %r: vLLM's server stops at the base model's end token. Send it as `stop`.",
-            *(folder, chat.end_token),
+            "%r ends its answers with %r: vLLM's server stops at the base model's end token, %s. Send it as `stop`.",
+            *(folder, chat.end_token, "which is not known before it starts" if known is None else repr(known)),
         )
     path = Path(folder, CHAT_TEMPLATE)
     if path.is_file():

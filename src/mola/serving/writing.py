@@ -5,7 +5,7 @@ leaves out what later tokens could still change: half a character, or the beginn
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -103,9 +103,7 @@ class Writer:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Every token that answers never show, named as one of the tokenizer's own or only marked as special."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    added = added if isinstance(added, Mapping) else {}  # mistral-common's has a method that raises
-    marked = {str(token): token_id for token_id, token in added.items() if token.special}
+    marked = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
 
 

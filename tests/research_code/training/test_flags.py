@@ -242,11 +242,11 @@ def test_long_run_keeps_the_hundred_steps_of_warmup(command, tmp_path, caplog):
     assert "Warm-up" not in caplog.text
 
 
-@pytest.mark.parametrize(("flag", "coefficient"), [(True, 1e-3), *slow((False, 0.0))])
-def test_balance_loss(flag, coefficient, command, tmp_path):
+@pytest.mark.parametrize(("flag", "expected"), [(True, (1e-3, "layer")), *slow((False, (0.0, "module")))])
+def test_balance_loss(flag, expected, command, tmp_path):
     assert command(obalance=flag) == 0
     config = adapter_config(tmp_path / "run")
-    assert (config["router_aux_loss_coef"], config["router_aux_loss_reduction"]) == (coefficient, "layer")
+    assert (config["router_aux_loss_coef"], config["router_aux_loss_reduction"]) == expected
 
 
 @pytest.mark.parametrize("text", ["", "0", "two"])

@@ -55,6 +55,8 @@ def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
         def answers(*values: Any) -> Iterator[tuple[str, str, Answer | None]]:  # gradio asks for a generator function
             yield from _answers(answerer, *values)
 
+        # Those of an earlier answer are not this one's.
+        start.click(lambda: (None, _NOTHING_YET, ""), None, [experts, by_layer, by_token], queue=False)
         run = start.click(answers, [prompt, template, *sampling], [adapted, plain, given], concurrency_limit=1)
         run.success(lambda answer: _look(answerer, answer), [given], [experts, kind, layer]).success(
             _tables, [experts, kind, layer, part], [by_layer, by_token]
