@@ -147,6 +147,6 @@ class Interruption(TrainerCallback):
             os.kill(os.getpid(), number)
             return
         self.received = number
-        what = "saving a checkpoint after this step or evaluation, then stopping"
-        what = "leaving the evaluation" if self._is_trained else what
+        before = "saving a checkpoint after this step or evaluation, then stopping"
+        what = "leaving the evaluation" if self._is_trained else before
         logger.warning("%s: %s. Once more stops at once, without saving.", signal.Signals(number).name, what)

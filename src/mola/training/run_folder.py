@@ -42,8 +42,8 @@ from mola.training.checkpoints import (
 
 METRICS_FILE = "metrics.jsonl"
 _SAVING = ".saving-"  # the adapter on its way into the run folder
-_ALSO_REMOVED = (*TOKENIZER_FILES, CHAT_TEMPLATE_DIR, "training_args.bin")  # which other programs write, too
-_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin", RUN_FILE)
+_OTHERS_TOO = (*ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin")  # files that other programs write as well
+_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *_OTHERS_TOO, RUN_FILE)
 # What a run that was killed while it wrote can leave behind besides checkpoints.
 _LEFTOVERS = (
     f"{_SAVING}*",
@@ -107,11 +107,8 @@ def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None)
 
 def _check_own(folder: Path) -> None:
     """Refuse to overwrite what no run has written: their folders hold a record from the first step on."""
-    foreign = [
-        path.name
-        for path in (*checkpoints_in(folder), *(folder / name for name in (*ADAPTER_FILES, *_ALSO_REMOVED)))
-        if path.exists()
-    ]
+    places = [*checkpoints_in(folder), *(folder / name for name in (*_OTHERS_TOO, CHAT_TEMPLATE_DIR))]
+    foreign = [path.name for path in places if path.exists()]
     if foreign and not (folder / RUN_FILE).exists():
         raise MolaError(
             f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but no "
