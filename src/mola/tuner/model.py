@@ -36,7 +36,7 @@ from mola.tuner.reference_adapter import copy_experts, original_of
 from mola.tuner.replication import replicated_layers
 from mola.tuner.rescaling import stop_fast_paths, stop_rescaling
 from mola.tuner.router_losses import RouterLosses
-from mola.tuner.saved_modules import check_not_inside, resolved
+from mola.tuner.saved_modules import check_not_inside, resolved, tie
 from mola.tuner.stacked import StackedParameters
 from mola.tuner.undoing import taken_back
 
@@ -148,15 +148,8 @@ class MolaModel(BaseTuner):
         return find_stacks(model, config.target_parameters, lambda name: self._check_target_module_exists(named, name))
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
-        # For `ensure_weight_tying`. PEFT goes on with the user's object, so it is told there, too.
-        embedding = self.model.get_input_embeddings()
-        source = next(name for name, module in self.model.named_modules() if module is embedding)
-        configs: Any = (peft_config, self._passed_config)
-        for config in configs:
-            saved = config.modules_to_save
-            tied = [name for name in saved if any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
-            config.modules_to_save = [*(name for name in saved if name not in tied), source]
-            config.modules_to_tie = set(tied_weight_keys)
+        # PEFT goes on with the user's object, so it is told there, too.
+        tie(self.model, (peft_config, self._passed_config), tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # done before, in inject_adapter, where the model's modules are known

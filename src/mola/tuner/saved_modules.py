@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -53,6 +54,17 @@ def check_not_inside(adapted: Sequence[str], modules: Mapping[str, nn.Module]) -
                 f"`target_modules` matches {name!r}, which lies in {wrapper!r}: another adapter trains that in full "
                 "(`modules_to_save`), and neither could be saved. Leave it out with `exclude_modules`."
             )
+
+
+def tie(model: Any, configs: Iterable[Any], tied_weight_keys: Collection[str]) -> None:
+    """For `ensure_weight_tying`: the embeddings are trained, and what is tied to them is tied again."""
+    embedding = model.get_input_embeddings()
+    source = next(name for name, module in model.named_modules() if module is embedding)
+    for config in configs:
+        saved = config.modules_to_save
+        tied = [name for name in saved if any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
+        config.modules_to_save = [*(name for name in saved if name not in tied), source]
+        config.modules_to_tie = set(tied_weight_keys)
 
 
 def _wrapper_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
