@@ -183,7 +183,9 @@ def forget(experts: Iterable[torch.Tensor]) -> None:
 
 def _stream(tensor: torch.Tensor) -> int:
     """Where operators are queued: what another stream has packed may not be there yet."""
-    return torch.cuda.current_stream(tensor.device).stream_id if tensor.is_cuda else 0
+    if not tensor.is_cuda or not torch.cuda.is_initialized():  # the latter: fake tensors, on a machine without a GPU
+        return 0
+    return torch.cuda.current_stream(tensor.device).stream_id
 
 
 def _is_capturing(tensor: torch.Tensor) -> bool:
