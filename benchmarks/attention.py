@@ -16,6 +16,7 @@ from benchmarks.models import load_base
 from benchmarks.options import BenchmarkOptions
 from benchmarks.providers import build, make_step
 from benchmarks.text import has_text, question_batch
+from mola.errors import MolaError
 from mola.training.needed_logits import needed_logits
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,11 @@ def attention(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[d
         actions: dict[str, Callable[[], Any]] = {}
         for name in IMPLEMENTATIONS:
             provider = build("mola", base, case)  # a model of its own
-            provider.model.base_model.model.set_attn_implementation(name)
+            base_of_it = provider.model.base_model.model
+            base_of_it.set_attn_implementation(name)
+            if base_of_it.config._attn_implementation != name:  # of a model that knows one way only this says nothing
+                both = " and ".join(IMPLEMENTATIONS)
+                raise MolaError(f"`suite` attention compares {both}, and {model} cannot compute with {name}.")
             actions[name] = make_step(provider.model, batch, case)
         times = time_interleaved(actions, options.repeats, options.warmup, case.device)
         positions = {"positions": batch["input_ids"].shape[1]}

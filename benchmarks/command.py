@@ -152,6 +152,9 @@ def _output(options: BenchmarkOptions) -> Path:
     return check_writable(options.output)
 
 
+_CHOOSE = ("MOLA_KERNEL", "MOLA_ONEDNN", "OMP_", "MALLOC_")  # of kernels, threads and memory
+
+
 def _record(options: BenchmarkOptions, arguments: Sequence[str], device: str) -> dict[str, Any]:
     """What the numbers were made with."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
@@ -163,6 +166,7 @@ def _record(options: BenchmarkOptions, arguments: Sequence[str], device: str) ->
         "load_average_before": load and list(load),
         "threads": options.threads,
         "device": device,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_CHOOSE)},
         "versions": software_versions(),
         "options": dict(vars(options)),
         "suite_seconds": {},

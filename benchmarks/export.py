@@ -73,13 +73,15 @@ def measure(options: ExportOptions) -> dict[str, Any]:
         )
     if wrong := set(options.ways) - _WAYS.keys():
         raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
-    if not options.text and all("TEXT" in _WAYS[way] for way in options.ways):
-        raise MolaError(f"`ways` ({', '.join(options.ways)}) need `text`: got none. Pass a text file.")
+    needing = [way for way in options.ways if "TEXT" in _WAYS[way]]
+    if needing and not options.text and options.ways != list(_WAYS):  # of all, those that can be made are
+        raise MolaError(f"`ways` ({', '.join(needing)}) need `text`: got none. Pass a text file.")
+    made_with = {"machine": machine_description(), "versions": software_versions()}
     done = {(row["way"], row["rank"]) for row in document["rows"]}
     for way, rank in product(options.ways, options.ranks):
         if (way, rank) not in done and (options.text or "TEXT" not in _WAYS[way]):
-            document["rows"].append({"way": way, "rank": rank, **_row(options, way, rank)})
-            _save(path, document)
+            document["rows"].append({"way": way, "rank": rank, **_row(options, way, rank), **made_with})
+            atomic_write_json(path, document)
             Console(stderr=True).print(f"{way}, rank {rank}: {document['rows'][-1]['seconds']}")
     return document
 
@@ -111,10 +113,6 @@ def _run(words: list[str]) -> tuple[float, float]:
     if status != 0:
         raise MolaError(f"`mola {' '.join(words)}` failed with status {status}.")
     return round(time.perf_counter() - start, 1), round(usage.ru_maxrss / 1e6, 2)
-
-
-def _save(path: Path, document: dict[str, Any]) -> None:
-    atomic_write_json(path, document | {"machine": machine_description(), "versions": software_versions()})
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -52,7 +52,9 @@ class BenchmarkOptions:
     )
     batch_size: int = option(4, "Samples of a step.")
     seq_len: int = option(128, "Tokens of a sample.")
-    num_experts: str = option("2468", "Experts of mola and the loop, in any notation of MolaConfig.")
+    num_experts: str = option(
+        "2468", "Experts of mola and the loop, in any notation of MolaConfig; redundancy has 8 of rank 8."
+    )
     r: int = option(8, "Rank of each expert.")
     top_k: int = option(2, "Experts used per token.")
     repeats: int = option(5, "Measured rounds; every round runs each provider once.")

@@ -14,7 +14,7 @@ OVER = {"experts": "num_experts", "tokens": "tokens"}  # what grows -> the key o
 FROZEN = "frozen"  # 1 by definition, so it is no curve
 # Curves of different conditions would not be comparable.
 _SAME_IN_ROWS = ("model", "num_layers", "dropout", "r", "optimizer")
-_SAME_IN_RECORDS = ("cpu", "gpu", "device", "threads", "versions", "top_k")
+_SAME_IN_RECORDS = ("cpu", "gpu", "device", "threads", "keep_memory", "environment", "versions", "top_k")
 
 
 class Point(NamedTuple):
@@ -147,6 +147,8 @@ def _conditions(record: Mapping[str, Any]) -> dict[str, Any]:
         "device": record["device"],
         "threads": record["threads"],
         "versions": record["versions"],
+        "keep_memory": record["options"].get("keep_memory", False),
+        "environment": {name: value for name, value in record.get("environment", {}).items() if "MOLA" in name},
         "top_k": record["options"]["top_k"],  # rows have what was left of it with fewer experts
     }
 

@@ -155,7 +155,7 @@ def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None 
     words = ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
     words += ["--base_model", options.base_model, "--dtype", options.dtype, "--max_waiting", str(max(options.clients))]
     words += [] if options.device is None else ["--device", options.device]
-    if options.max_batch_size is not None and sources is None:
+    if options.max_batch_size is not None:
         words += ["--max_batch_size", str(options.max_batch_size)]
     return server(words, {} if sources is None else {"PYTHONPATH": os.path.abspath(sources)})
 

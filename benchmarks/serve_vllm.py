@@ -159,7 +159,8 @@ def _server(name: str, options: VllmOptions, more: list[str], folder: Path) -> I
 
 
 def _started(command: list[str], log: IO[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_ON_CPU | os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}  # it would ask for it
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_ON_CPU | environment)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

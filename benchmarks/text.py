@@ -23,6 +23,7 @@ from mola.models.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 SUITES_WITH_TEXT = ("curve", "outliers")  # in blocks of a wanted length
+_WITH_QUESTIONS = ("logits", "attention")  # as they are
 _QUESTIONS = 640  # as many as `mola quickstart` trains on
 
 
@@ -48,6 +49,14 @@ def check_text(options: BenchmarkOptions, folder: Path) -> None:
                 raise MolaError(f"`{name}` must fit the model: got {length}, {folder.name} has {limit} positions.")
             if not len(text_blocks(folder, length)):
                 raise MolaError(f"`{name}` must not be above the sample text's tokens: got {length}. Lower it.")
+    if set(_WITH_QUESTIONS) & set(options.suite):
+        encoded, _ = _encoded(load_tokenizer(folder, "right"), options.batch_size, train_on_inputs=False)
+        longest = max(map(len, encoded["input_ids"]))
+        if limit is not None and longest > limit:
+            raise MolaError(
+                f"{' and '.join(_WITH_QUESTIONS)} need a model that reads {longest} tokens: {folder.name} has {limit} "
+                "positions. Leave them out of `suite`."
+            )
 
 
 def _encoded(tokenizer: Any, questions: int, train_on_inputs: bool) -> tuple[datasets.Dataset, EncodeReport]:

@@ -13,9 +13,12 @@ import pytest
 from mola import TrainOptions, __version__
 from mola.cli import COMMANDS, main, run
 from mola.errors import MolaError
+from mola.exporting.options import ConvertOptions
 from mola.generation.generate import GenerateOptions
 from mola.models.plan import PlanOptions
 from mola.options.parsing import parse, read_recipe
+from mola.serving.serve import ServeOptions
+from mola.studies.comparison.options import CompareOptions
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -138,6 +141,15 @@ WRONG = [
     ({"lr_scheduler_type": "constant", "warmup_steps": 1}, ["`warmup_steps` (1)", "constant_with_warmup"]),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": '{"a": 1}'}, ["`lr_scheduler_kwargs`", "constant"]),
     ({"optim_args": "foo"}, ["`optim_args`", "key=value", "'foo'"]),
+    ({"optim": "sgd", "optim_args": "momentun=0.9"}, ["`optim_args`", "sgd", "momentum", "'momentun'"]),
+    ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, ["`optim_args`", "`weight_decay`"]),
+    ({"optim": "sgd", "adam_beta1": 0.8}, ["`adam_beta1` (0.8)", "sgd"]),
+    ({"optim": "grokadamw"}, ["`optim` grokadamw cannot be made", "pip install grokadamw"]),
+    ({"optim_target_modules": "q_proj"}, ["`optim_target_modules`", "galore"]),
+    (
+        {"data": "{files}/raw.json", "task": "scienceqa", "train_split": "fold1"},
+        ["`train_split` ('fold1')", "no splits"],
+    ),
     ({"optim": "adamw_torch", "optim_args": "beta1=0.8"}, ["`optim_args`", "adamw_torch", "`adam_beta1`"]),
     ({"learning_rate": "fast"}, ["learning_rate", "'fast'"]),
     ({"seed": -1}, ["`seed`", "-1"]),
@@ -396,7 +408,7 @@ def test_a_key_that_is_written_twice_is_refused_beside_a_reference_too(tmp_path,
 def test_a_tilde_is_the_home_folder_in_flags_and_recipes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "recipe.yaml").write_text("base_model: ~/model\ndata: test=~/a.json\noutput_dir: ~/runs/first\n")
-    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml"), "--adapter=~/old"], prog="mola train")
+    options = parse(TrainOptions, ["--config=~/recipe.yaml", "--adapter=~/old"], prog="mola train")
     assert options.base_model == f"{tmp_path}/model"
     assert options.data == f"test={tmp_path}/a.json"
     assert options.output_dir == f"{tmp_path}/runs/first"
@@ -404,6 +416,23 @@ def test_a_tilde_is_the_home_folder_in_flags_and_recipes(tmp_path, monkeypatch):
     words = ["--base_model=~/model", "--instruction=~/ is home", "--num_experts=~"]
     assert parse(GenerateOptions, words[:2], prog="mola generate").instruction == "~/ is home"
     assert parse(PlanOptions, [words[0], words[2]], prog="mola plan").num_experts == "~"
+
+
+def test_a_list_is_given_once(tmp_path):
+    with pytest.raises(
+        MolaError, match="`seeds` must be given once, with all its values after it: got a second --seeds"
+    ):
+        parse(CompareOptions, ["--seeds", "0", "--seeds=1"], prog="mola compare")
+    with pytest.raises(MolaError, match="`source` must be given once"):
+        parse(ConvertOptions, ["a", "--source", "b"], prog="mola convert", positional="source")
+    words = ["--base_model", "m", "--adapter", "a", "--adapter", "b"]
+    assert parse(ServeOptions, words, prog="mola serve").adapter == ["a", "b"]
+
+
+def test_a_stray_word_joins_no_list_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seeds: [0, 1]\n")
+    with pytest.raises(MolaError, match="'7' belongs to no flag"):
+        parse(CompareOptions, ["--config", str(tmp_path / "recipe.yaml"), "7"], prog="mola compare")
 
 
 def test_integers_of_a_recipe_are_those_of_yaml_1_2(tmp_path):

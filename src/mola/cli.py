@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -147,10 +148,18 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
     return _run(Command(module, options, summary), sys.argv[1:], name, bare_no=bare_no)
 
 
+def _open_streams() -> None:
+    """In place of standard streams that were closed, which Python has as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
     try:
         from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
 
+        _open_streams()
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error has it

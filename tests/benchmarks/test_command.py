@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import models
 from tests.grids import slow
+from tests.words import replaced
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_ratios_are_taken_within_rounds():
 
 def run(folder, output, *arguments):
     shape = ("--batch_size", "2", "--seq_len", "12", "--repeats", "1", "--warmup", "0", "--r", "4")
-    return main(["--model", str(folder), "--output", str(output), *shape, *arguments])
+    return main(replaced(["--model", str(folder), "--output", str(output), *shape], arguments))
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
 from benchmarks.providers import build, make_step
 
+from tests.words import replaced
+
 
 @pytest.fixture(scope="module")
 def case(case, small_model_dir):
@@ -29,7 +31,7 @@ def fresh_compiler():
 def run(folder, output, *arguments):
     shape = ("--batch_size", "2", "--seq_len", "12", "--repeats", "1", "--warmup", "0", "--num_experts", "4,")
     suite = ("--suite", "compile", "--dtype", "float32", "--dropout", "0")
-    return main(["--model", str(folder), "--output", str(output), *suite, *shape, *arguments])
+    return main(replaced(["--model", str(folder), "--output", str(output), *suite, *shape], arguments))
 
 
 def gradients(model):

@@ -170,6 +170,7 @@ def test_router_of_is_least_squares_with_the_wanted_margin():
         (["--num_experts", "1234"], "has 1. Raise it, such as --num_experts 2, or leave adapters out"),
         (["--num_experts", "2,", "--top_k", "3"], "top_k"),
         (["--num_experts", "2,", "--noise", "-1"], "`noise` must be at least 0"),
+        (["--num_experts", "2,", "--noise", "0.3"], "`noise` (0.3) is of copies"),
         (["--num_experts", "2,", "--rank", "4"], "`rank` is only for --to lora, got 4"),
         (["--num_experts", "2,", "--data", "x.json"], "`task` must be given with `data`"),
         (["--num_experts", "2,", "--data", "x.json", "--task", "sample"], "one file for each of at least two adapters"),

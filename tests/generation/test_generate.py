@@ -159,6 +159,7 @@ def test_sampling_happens_only_if_asked_for_and_always_takes_effect(temperature,
         ({"prompt": "a", "template": "meta"}, "`prompt`.*`template` 'meta'"),
         ({"instruction": "a", "temperature": 0.0, "top_p": 0.9}, "`temperature` 0 is greedy.*`top_p` 0.9"),
         ({"prompt": "a", "seed": -1}, "`seed`.*-1"),
+        ({"prompt": "a", "seed": 5}, r"`seed` \(5\) is of sampling"),
     ],
 )
 def test_contradicting_options_are_refused(arguments, message, tmp_path):

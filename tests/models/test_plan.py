@@ -27,6 +27,12 @@ def llama_7b(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_digit_is_cut_in_a_narrow_terminal(llama_7b, width):
+    text = text_of(render(plan(PlanOptions(llama_7b))), width)
+    assert "…" not in text
+
+
 def text_of(table, width=120):
     out = io.StringIO()
     Console(width=width, file=out).print(table)

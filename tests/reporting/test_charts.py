@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.reporting.charts import Axis, Column, shade, thinned, value_axis
+from mola.reporting.charts import Axis, Column, Line, shade, step_axis, thinned, value_axis
 from mola.reporting.document import environment
 from mola.reporting.formatting import duration, number, percent, points
+from mola.reporting.heat import change_map
 from mola.reporting.routing_log import layer_parts
 from tests.reporting.pages import Page
 
@@ -32,6 +33,17 @@ def test_ticks():
     assert Axis(0, 8.4).ticks(4) == [0, 2, 4, 6, 8]
     assert Axis(0.03, 1.8, is_log=True).ticks() == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
     assert Axis(3, 3).at(3) == 0.5
+
+
+def test_there_is_no_half_of_a_thing():
+    assert value_axis([0, 0], is_whole=True).ticks(4) == [0, 1]
+    assert value_axis([2, 1], is_whole=True).ticks(4) == [0, 1, 2]
+    assert step_axis([Line("a", [(1, 0.5), (3, 0.2)], "a")]).ticks() == [1, 2, 3]
+
+
+def test_a_change_too_small_for_its_map_has_no_sign():
+    rows = [(0, 0, 2.0), (0, 1, -0.04), (1, 0, -0.3), (1, 1, 0.03)]
+    assert [[cell.text for cell in cells] for _, cells in change_map(rows, "loss").rows] == [["+20", "−3"], ["0", "0"]]
 
 
 def drawn(chart, *arguments):

@@ -202,11 +202,24 @@ def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
         (("--leave_one_out", "experts"), "`leave_one_out` must be one of none, layers, modules: got 'experts'"),
         (("--leave_one_out_limit", 0), "`leave_one_out_limit` must be at least 1"),
         (("--examples", -1), "`examples` must be at least 0"),
+        (("--examples", 3), "`examples` (3) are written to `json` or `html`"),
+        (("--split", "validation"), "`split` ('validation') must be left out"),
     ],
 )
 def test_wrong_options_are_refused(tiny_model_dir, adapter, sample, capsys, words, message):
     assert run(tiny_model_dir, adapter, sample, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_task_is_that_of_the_training_or_none(tiny_model_dir, adapter, sample, tmp_path):
+    for place, groups in (("none", set()), ("trained", {"category"})):
+        folder = shutil.copytree(adapter, tmp_path / place)
+        if groups:
+            (folder / "run.json").write_text('{"settings": {"task": "sample"}}', encoding="utf-8")
+        words = ["--base_model", tiny_model_dir, "--adapter", folder, "--data", sample, "--limit", 4, "--device", "cpu"]
+        assert main(["inspect", *map(str, words), "--template", "alpaca", "--json", str(folder / "experts.json")]) == 0
+        found = json.loads((folder / "experts.json").read_text())["examples"]
+        assert {name for example in found for name in example["groups"]} == groups
 
 
 def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path):

@@ -26,6 +26,7 @@ from mola.files.ownership import is_own_file
 from mola.options.parsing import parse
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import render_card, write_model_card
+from mola.studies.comparison.plots import check_matplotlib
 from mola.training import hub
 from mola.training.options import TrainOptions
 from mola.training.train import train
@@ -258,10 +259,25 @@ def test_no_run_no_card(tmp_path):
 
 def test_without_matplotlib_the_card_says_so(run_folder, monkeypatch):
     (run_folder / PLOT_FILE).write_bytes(b"of an earlier card")
-    monkeypatch.setattr("mola.reporting.loss_plot.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     write_model_card(run_folder)
     assert "mola-peft[plot]" in (run_folder / "README.md").read_text(encoding="utf-8")
     assert not (run_folder / PLOT_FILE).exists()
+
+
+def test_a_matplotlib_that_cannot_be_imported_ends_no_training(run_folder, monkeypatch, mola_log):
+    """As one that was made for another numpy."""
+
+    def fail(name):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr("mola.reporting.loss_plot.importlib.import_module", fail)
+    write_model_card(run_folder)
+    assert not (run_folder / PLOT_FILE).exists()
+    assert "matplotlib cannot be used: numpy.core.multiarray failed to import" in mola_log.text
+    with pytest.raises(MolaError, match="`plots` needs matplotlib: numpy.core.multiarray failed to import"):
+        check_matplotlib()
 
 
 # ---------------------------------------------------------------------- whose it is

@@ -154,7 +154,7 @@ def test_telemetry_and_relations(page, finished_run):
     assert page.section("agreement").one("svg", role="img").attributes["aria-label"].startswith("Agreement of routers")
     assert "1.25" in page.section("leave-one-out").text
     rows = page.table("leave-one-out", "Change of the loss; 1 stands for 0.0001").rows
-    assert [row[4] for row in rows[1:]] == ["−10", "+0", "+10", "+20", "+30", "+40", "+50", "+60"]
+    assert [row[4] for row in rows[1:]] == ["−10", "0", "+10", "+20", "+30", "+40", "+50", "+60"]
 
 
 def test_samples(page, finished_run):
@@ -523,6 +523,24 @@ def test_a_task_of_free_text_is_not_to_be_evaluated(run_dir):
     found = page_of(run_dir, overwrite=True)
     assert "The task is free text" in found.section("accuracy").text
     assert not [box for box in found.root.all("pre") if box.text.startswith("mola evaluate")]
+
+
+def test_results_of_another_adapter_are_said(run_dir, tmp_path, caplog):
+    for name in ("after", "inspect"):
+        change(run_dir / f"{name}.json", lambda found: found["settings"].update(adapter="runs/b"))
+    page = page_of(run_dir, output=str(tmp_path / "b.html"))
+    warnings = [node.text for node in page.root.one("header").all("p", class_="warning")]
+    assert warnings == [
+        f"The {each} was measured with another adapter: runs/b" for each in ("result after", "inspection")
+    ]
+    assert caplog.text.count("was measured with another adapter: 'runs/b'") == 2
+    for adapter in (run_dir, f"elsewhere/{run_dir.name}"):  # a folder that was moved since
+        for name in ("after", "inspect"):
+            change(
+                run_dir / f"{name}.json", lambda found, adapter=adapter: found["settings"].update(adapter=str(adapter))
+            )
+        page = page_of(run_dir, output=str(tmp_path / "a.html"), overwrite=True)
+        assert not page.root.one("header").all("p", class_="warning")
 
 
 def test_old_results_are_said(run_dir, caplog):

@@ -19,6 +19,7 @@ from mola.files.marked_pages import BEGIN, END
 from mola.reporting.formatting import points
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 from mola.training.callbacks import MetricsFile
+from tests.words import replaced
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [("forgetting.json", "forgetting.md"), ("forgetting_rate.json", "forgetting-rate.md")]
@@ -202,7 +203,7 @@ def test_a_stopped_study_goes_on_and_runs_nothing_twice(words, tmp_path, monkeyp
         (["--recipes", json.dumps({**TWO, "lora": {"num_experts": 2}})], "`recipes` must be as in"),
         (["--seeds", "1"], "`seeds` must be as in"),
     ):
-        assert main([*words, *change]) == 2
+        assert main(replaced(words, change)) == 2
         assert message in capsys.readouterr().err
     more = Study(ForgettingOptions(**{**options_of(words), "seeds": [0, 1]}))
     assert [key[:2] for key in more.left()] == [("lora", 1), ("mixture", 1)]
@@ -255,6 +256,6 @@ def test_the_rate_is_chosen_on_other_seeds_and_sequences_of_others_are_left_alon
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_trained(words, change, message, tmp_path, capsys):
-    assert main([*words, *change]) == 2
+    assert main(replaced(words, change)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "record.json").exists()

@@ -16,6 +16,7 @@ from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.exporting.convert import ConvertOptions, convert
 from mola.studies.comparison.compare import CompareOptions, compare
 from tests.waiting import PATIENCE
+from tests.words import replaced
 
 ROOT = Path(__file__).parents[2]
 RECORD, PAGE = ROOT / "studies" / "routing_worth.json", ROOT / "docs" / "routing-worth.md"
@@ -181,7 +182,7 @@ def test_entries_of_another_comparison_are_refused(changed, message, words, comp
 )
 def test_wrong_options_are_refused(more, message, words, capsys):
     flags, output = words
-    assert main([*flags, *more]) == 2
+    assert main(replaced(flags, more)) == 2
     error = capsys.readouterr().err
     assert re.search(f"^error: {message}", error, re.M), error
     assert not output.exists()
@@ -192,13 +193,14 @@ def test_mixtures_of_several_comparisons_stand_in_one_record(words, tmp_path, ca
     first, second = tmp_path / "out", tmp_path / "second"
     shutil.copytree(first, second)
     more = ["--record", str(first / "compare.json"), str(second / "compare.json"), "--runs", str(first), str(second)]
-    assert main([*flags, *more]) == 2
+    flags = replaced(flags, more)
+    assert main(flags) == 2
     assert "physics/2468/seed-0 is in" in capsys.readouterr().err
     (second / "physics").rename(second / "mechanics")
     change(second / "compare.json", lambda content: [run.update(task="mechanics") for run in content["runs"]])
-    assert main([*flags, *more, "--seeds", "1", "--tasks", "physics"]) == 0
+    assert main([*flags, "--seeds", "1", "--tasks", "physics"]) == 0
     shutil.rmtree(first / "physics")  # no folder but of those that are asked for is needed
-    assert main([*flags, *more, "--seeds", "1", "--tasks", "mechanics"]) == 0
+    assert main([*flags, "--seeds", "1", "--tasks", "mechanics"]) == 0
     entries = read(output)["runs"]
     assert [(each["task"], each["seed"]) for each in entries] == [("physics", 1), ("mechanics", 1)]
     assert entries[0]["marks"] == entries[1]["marks"]

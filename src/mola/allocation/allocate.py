@@ -27,6 +27,7 @@ from mola.allocation.probe import check_mixture
 from mola.allocation.rounding import check_budget
 from mola.allocation.tables import layer_table, module_table
 from mola.architecture.notation import resolve_per_layer
+from mola.data.read import check_split
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
@@ -212,6 +213,7 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[ModuleScore], 
         )
     if name in _ON_DATA:
         check_layers(sum(base.is_adapted))
+        check_split("split", options.split, AllocateOptions.split, str(options.data))
         source = SampleSource(str(options.data), str(options.task), options.template, options.split, options.limit)
         samples = source.read(base)
         scores, why = _ON_DATA[name]

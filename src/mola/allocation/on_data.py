@@ -126,10 +126,6 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
 
 def load_for_scores(base: Base, device: str) -> Any:
     """The base model in float32: small gradients of half precision would be lost."""
-    if base.gguf_file is not None:
-        raise MolaError(
-            "`gguf_file` is not read by methods that look at data. Convert the file to a model folder first."
-        )
     return load_model(base.name, None, "float32", device, base.trust_remote_code)
 
 

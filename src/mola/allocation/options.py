@@ -132,6 +132,10 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
                 "it out."
             )
     if "data" in reads:
+        if options.gguf_file is not None:
+            raise MolaError(
+                "`gguf_file` is not read by methods that look at data. Convert the file to a model folder first."
+            )
         if options.data is None or options.task is None:
             raise MolaError(f"`method` {name} looks at samples: pass --data FILE --task TASK.")
         if options.limit < 1:

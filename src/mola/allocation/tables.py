@@ -1,7 +1,9 @@
 """Tables of an allocation for the terminal: a row per layer, or per layer with a column per kind of linears."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from rich.bar import Bar
 from rich.markup import escape
@@ -14,6 +16,13 @@ from mola.architecture.kinds import kinds_of
 _BAR_WIDTH = 30
 
 
+def _bar_of(value: int, most: int) -> Any:
+    """Blocks, or what standard output can show."""
+    if (sys.stdout.encoding or "").lower().startswith("utf"):
+        return Bar(most, 0, value, width=_BAR_WIDTH)
+    return "#" * round(_BAR_WIDTH * value / max(most, 1))
+
+
 def layer_table(scores: Scores, num_experts: Sequence[int], title: str) -> Table:
     """Score and number of every layer."""
     table = Table(title=escape(title))
@@ -22,7 +31,7 @@ def layer_table(scores: Scores, num_experts: Sequence[int], title: str) -> Table
     table.add_column("", width=_BAR_WIDTH)
     most = max(num_experts)
     for index, (score, experts) in enumerate(zip(scores, num_experts, strict=True)):
-        bar = "not adapted" if score is None else Bar(most, 0, experts, width=_BAR_WIDTH)
+        bar = "not adapted" if score is None else _bar_of(experts, most)
         table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
     return table
 

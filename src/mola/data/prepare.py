@@ -143,6 +143,8 @@ def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[s
             kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
     _refuse_options_of_sample(options)
+    if options.seed != PrepareOptions.seed:
+        raise MolaError(f"`seed` ({options.seed}) is of `num_samples` and of the task `sample`. Leave it out.")
     found = source_splits(_data(options, task))
     return {name: read_rows(source.path, source.split, may_be_empty=True) for name, source in found.items()}
 

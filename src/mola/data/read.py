@@ -112,6 +112,16 @@ def split_names(path: str | Path) -> list[str]:
         raise _hub_error(source, error) from error
 
 
+def check_split(option: str, split: str, default: str, data: str | Path) -> None:
+    """Refuse a split that is asked for where the data have none, so that all rows would be read.
+
+    Raises:
+        MolaError: `split` is not the option's default, and `data` a file, or a saved dataset without splits.
+    """
+    if split != default and os.path.exists(os.path.expanduser(data)) and not split_names(data):
+        raise MolaError(f"`{option}` ({split!r}) must be left out: {str(data)!r} has no splits.")
+
+
 def is_hub_name(source: str) -> bool:
     """Whether a string that is no existing path looks like a dataset on the Hub, ``owner/name[:configuration]``."""
     name = source.partition(":")[0].removesuffix(".gz")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
+from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
 from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, checked_questions, evaluate_examples
@@ -152,6 +153,7 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
         if os.path.realpath(options.output) == os.path.realpath(options.data):
             raise MolaError(f"`output` must not be `data` ({options.data!r}), which it would replace. Choose another.")
     task = load_task(options.task)
+    check_split("split", options.split, EvaluateOptions.split, options.data)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)

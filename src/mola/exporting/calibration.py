@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
+from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.data.templates import check_template
 from mola.data.tokenized import IGNORED
@@ -90,6 +91,7 @@ def read_data(options: ConvertOptions, path: str, task: Task, source: str) -> Ca
     Raises:
         MolaError: it is unreadable, or has fewer than two rows that fit.
     """
+    check_split("split", options.split, ConvertOptions.split, path)
     return _divided(*_read_rows(options, path, task, source, options.split, options.limit), path)
 
 

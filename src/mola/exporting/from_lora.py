@@ -85,6 +85,10 @@ def from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     model: Any = get_peft_model(base, _config(options, loras, base))
     config, layers = model.peft_config["default"], mola_layers(model)  # with notations as plain numbers
     _check_room(layers, len(loras))
+    if options.noise != ConvertOptions.noise and all(
+        layer.num_experts["default"] == len(loras) for layer in layers.values()
+    ):
+        raise MolaError(f"`noise` ({options.noise}) is of copies, and every adapter is one expert. Leave it out.")
     if options.data is None:  # else they are loaded, which says so too
         for source in sources:
             warn_other_base(base_model, source, read_settings(Path(source)))

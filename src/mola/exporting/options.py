@@ -89,17 +89,17 @@ class ConvertOptions:
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
 
 
-_ANY = ("source", "output", "source_format", "target_format", "trust_remote_code")
+_ANY = ("source", "output", "source_format", "target_format")
 _DATA = ("data", "task", "template", "split", "limit", "seed", "dtype", "device")
 # What each direction takes besides; the first names of each must be given.
 _TAKES = {
-    "--from published": ("base_model", "top_k"),
-    "--from moe_peft": ("base_model",),
-    "--from lora": ("base_model", "num_experts", "top_k", "noise", "memory_gb", *_DATA),
+    "--from published": ("base_model", "top_k", "trust_remote_code"),
+    "--from moe_peft": ("base_model", "trust_remote_code"),
+    "--from lora": ("base_model", "num_experts", "top_k", "noise", "memory_gb", "trust_remote_code", *_DATA),
     "--to published": (),
     "--to lora": (
         *("base_model", "rank", "method", "fit_passes", "answer_weight", "distill_steps", "distill_learning_rate"),
-        *("test", "test_text", "scoring", "memory_gb", "text", *_DATA),
+        *("test", "test_text", "scoring", "memory_gb", "text", "trust_remote_code", *_DATA),
     ),
 }
 # Options that do nothing unless one of others is given.

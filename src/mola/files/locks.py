@@ -13,6 +13,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 
+def warn_of_no_locks(folder: Path) -> None:
+    """Say once that a folder cannot be locked."""
+    _warn_once("The file system of %s has no locks: another process that writes there would not be noticed.", folder)
+
+
 @contextmanager
 def held(path: Path, *, waits: bool) -> Iterator[bool]:
     """Whether the lock in this file is the caller's within the block; a killed process holds none.
@@ -23,17 +28,16 @@ def held(path: Path, *, waits: bool) -> Iterator[bool]:
         path: the lock's file.
         waits: until another process gives it back, instead of finding that it is not free.
     """
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft one stays when its holder is killed
     try:
         lock.acquire(blocking=waits)
     except Timeout:
         yield False
         return
-    except (OSError, NotImplementedError) as error:  # the second from filelock before 3.13
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
-        what = "The file system of %s has no locks: another process that writes there would not be noticed."
-        _warn_once(what, path.parent)
+        warn_of_no_locks(path.parent)
         yield True
         return
     try:

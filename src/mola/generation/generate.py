@@ -116,7 +116,7 @@ def _template_of(options: GenerateOptions) -> str:
 
 def _check_text(options: GenerateOptions) -> None:
     """What can be wrong with what is asked."""
-    decoding_settings(**_decoding(options))
+    samples = decoding_settings(**_decoding(options))["do_sample"]
     unused = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
     if options.temperature == 0 and unused:
         raise MolaError(
@@ -125,6 +125,10 @@ def _check_text(options: GenerateOptions) -> None:
         )
     if options.seed is not None:
         check_seed(options.seed)
+        if not samples:
+            raise MolaError(
+                f"`seed` ({options.seed}) is of sampling, and this is greedy. Pass `temperature`, or leave it out."
+            )
     if options.prompt is not None and (options.instruction is not None or options.input is not None):
         raise MolaError(
             "`prompt` is used as it is and cannot be combined with `instruction` or `input`: got both. "

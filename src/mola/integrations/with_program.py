@@ -50,4 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     if os.name == "nt":  # where exec starts another process and ends this one
         return subprocess.call(command, env=environment)
     sys.stdout.flush()
-    os.execve(program, command, environment)
+    try:
+        os.execve(program, command, environment)
+    except OSError as error:  # such as a script without a first line that says whose it is
+        raise MolaError(
+            f"`mola with` cannot start {program!r}: {error}. For a script write `mola with sh FILE`."
+        ) from error

@@ -28,7 +28,7 @@ _warn_once = functools.cache(logger.warning)
 
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
     """Name of the prompt template of an adapter's training; None if its folder does not tell."""
-    folder = Path(adapter).expanduser().resolve()
+    folder = Path(os.path.expanduser(adapter)).resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     for path in (place / name for place in places for name in (_RECORD, PROMPTS_FILE)):
         record = read_json_object(path)
@@ -90,7 +90,7 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     """
     if trained_template(adapter) not in (None, CHAT):
         return None
-    folder = Path(adapter).expanduser()
+    folder = Path(os.path.expanduser(adapter))
     settings = read_json_object(folder / "tokenizer_config.json")
     path, template = folder / CHAT_TEMPLATE, settings.get("chat_template")
     if path.is_file():
@@ -103,7 +103,7 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
 
 def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenizer: Any) -> None:
     """Say so, once, where an adapter writes chats with tokens of its tokenizer that the base model's does not have."""
-    added = read_json_object(Path(adapter).expanduser() / "tokenizer.json").get("added_tokens")
+    added = read_json_object(Path(os.path.expanduser(adapter)) / "tokenizer.json").get("added_tokens")
     names = [each["content"] for each in added or [] if isinstance(each, dict) and isinstance(each.get("content"), str)]
     used = [name for name in names if name in chat.template or name == chat.end_token]
     known = tokenizer.get_vocab() if used else {}
@@ -133,7 +133,7 @@ def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
     hand_on_template(source, target)
     if own_chat(source) is not None:
         for name in TOKENIZER_FILES:
-            if (path := Path(source).expanduser() / name).is_file():
+            if (path := Path(os.path.expanduser(source)) / name).is_file():
                 shutil.copyfile(path, target / name)
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,8 +85,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
     source = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(f"'{target}'"):
             _convert(source, temporary)

@@ -12,6 +12,7 @@ import os
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from typing import Any, NoReturn, get_origin, get_type_hints
 
@@ -62,6 +63,9 @@ def parse(
     for word in arguments:
         if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
             raise MolaError(_unknown(word.partition("=")[0], flags))
+    if arguments and not arguments[0].startswith("-"):  # which a list at the end of a recipe would take
+        raise MolaError(_unknown(arguments[0], flags))
+    _refuse_lists_given_twice(arguments, flags, options_class)
     if recipe is not None:
         values = read_recipe(recipe)
         arguments = _recipe_flags(values, recipe, parser, flags, get_type_hints(options_class)) + arguments
@@ -156,6 +160,22 @@ def _refuse(message: str) -> NoReturn:
     raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
 
 
+def _refuse_lists_given_twice(arguments: Sequence[str], flags: Mapping[str, Action], options_class: Any) -> None:
+    """The second would be there instead of the first."""
+    added_up = [each.name for each in fields(options_class) if each.metadata.get("action") == "extend"]
+    given: set[str] = set()
+    for word in arguments:
+        action = flags.get(word.partition("=")[0]) if word.startswith("--") else None
+        if action is None or action.nargs != "+" or action.dest in added_up:
+            continue
+        if action.dest in given:
+            raise MolaError(
+                f"`{action.dest}` must be given once, with all its values after it: got a second "
+                f"{word.partition('=')[0]}."
+            )
+        given.add(action.dest)
+
+
 def _unknown(word: str, flags: Mapping[str, Action]) -> str:
     if not word.startswith("-"):
         return f"{word!r} belongs to no flag. Write every option as --flag value."
@@ -174,7 +194,7 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
         raise MolaError("`--config` needs the name of a YAML file after it.")
     if len(found.config) > 1:
         raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
-    return rest, next(iter(found.config), None)
+    return rest, next(map(os.path.expanduser, found.config), None)
 
 
 def _recipe_flags(

@@ -19,6 +19,7 @@ from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.digests import check_digest, find_weights
+from mola.files.failures import writing
 from mola.files.finite import check_finite
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
@@ -149,8 +150,12 @@ def opened(path: Path) -> Iterator[Any]:
         with ExitStack() as stack:
             readable = path
             if path.suffix == ".bin":  # which can be read as a whole only
-                readable = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
-                save_file(read_tensors(path.parent), readable)
+                tensors = read_tensors(path.parent)
+                with writing(
+                    f"a temporary copy of {str(path)!r}", "Free some space, or set TMPDIR to a larger folder."
+                ):
+                    readable = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
+                    save_file(tensors, readable)
             yield stack.enter_context(safe_open(readable, "pt"))
     except (OSError, SafetensorError) as error:
         raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error

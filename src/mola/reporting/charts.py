@@ -21,6 +21,7 @@ class Axis:
     low: float  # value at 0
     high: float  # value at 1
     is_log: bool = False  # whether equal ratios, not equal differences, have equal lengths
+    is_whole: bool = False  # whether there is nothing between 1 and 2
 
     def at(self, value: float) -> float:
         """Place of a value."""
@@ -42,17 +43,22 @@ class Axis:
             rough = (self.high - self.low) / count
             size = 10.0 ** math.floor(math.log10(rough))
             step = min((factor * size for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+            step = max(step, 1.0) if self.is_whole else step
             first = math.ceil(self.low / step - 1e-9)
             values = [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
         return [value for value in values if -1e-9 <= self.at(value) <= 1 + 1e-9]
 
 
-def value_axis(values: Sequence[float], *, may_be_log: bool = False) -> Axis:
-    """An axis for measured values that holds 0, or a logarithmic one where they differ by orders of magnitude."""
+def value_axis(values: Sequence[float], *, may_be_log: bool = False, is_whole: bool = False) -> Axis:
+    """An axis for measured values that holds 0, or a logarithmic one where they differ by orders of magnitude.
+
+    Whole are numbers of things.
+    """
     low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low >= _LOG_FROM:
         return Axis(low / 1.15, high * 1.15, True)
-    return Axis(min(low * 1.05, 0.0), max(high * 1.05, 0.0) or 1.0)
+    high = max(high * 1.05, 1.0 if is_whole else 0.0) or 1.0
+    return Axis(min(low * 1.05, 0.0), high, is_whole=is_whole)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Line:
 def step_axis(lines: Sequence[Line]) -> Axis:
     """The horizontal axis of curves."""
     steps = [step for line in lines for step, _ in line.points]
-    return Axis(min(steps), max(steps))
+    return Axis(min(steps), max(steps), is_whole=True)
 
 
 @dataclass(frozen=True)

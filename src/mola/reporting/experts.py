@@ -68,7 +68,7 @@ def routing_section(run: Run) -> dict[str, Any]:
         "log": log,
         "charts": charts,
         "dead": Line("dead experts", dead, "a"),
-        "dead_axis": value_axis([value for _, value in dead]),
+        "dead_axis": value_axis([value for _, value in dead], is_whole=True),
         "together": together,
         "numbers": _routing_table(log),
     }

@@ -93,7 +93,7 @@ def answer_map(experts: Usage) -> HeatMap:
     for kind, members in _by_kind(experts).items():
         by_layer = {row["layer_index"]: row["mean_gates"] for row in members}
         rows.append((kind, [_top_cell(by_layer.get(layer)) for layer in layers]))
-    caption = "Strongest expert over the expected answer by module and layer; the darker, the higher its mean gate"
+    caption = "Strongest expert over the expected answer by module and layer; a stronger shade is a higher mean gate"
     return HeatMap(caption, "module / layer", [layer_name(layer) for layer in layers], rows)
 
 
@@ -106,14 +106,17 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> Heat
     unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0
     layers = sorted({layer for layer, _, _ in rows}, key=layer_order)
     by_place = {
-        (layer, expert): Cell(
-            f"{round(change / unit):+d}".replace("-", "−"), shade(abs(change), most) + (" down" if change < 0 else "")
-        )
+        (layer, expert): Cell(_signed(round(change / unit)), shade(abs(change), most) + (" down" if change < 0 else ""))
         for layer, expert, change in rows
     }
     experts = sorted({expert for _, expert, _ in rows})
     body = [(expert, [by_place.get((layer, expert), Cell()) for layer in layers]) for expert in experts]
     return HeatMap(f"{what}; 1 stands for {unit:g}", "expert / layer", [layer_name(layer) for layer in layers], body)
+
+
+def _signed(units: int) -> str:
+    """A change; one that rounds to nothing has no sign."""
+    return f"{units:+d}".replace("-", "−") if units else "0"
 
 
 def _shown(usage: Mapping[str, Usage]) -> list[str]:

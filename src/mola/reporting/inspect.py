@@ -16,6 +16,7 @@ from rich.table import Table
 from mola.checkpoints.tensors import read_tensors
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
+from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.data.templates import check_template
 from mola.errors import MolaError
@@ -43,7 +44,9 @@ class InspectOptions(ModelOptions):
     _start: ClassVar = START
     adapter: str = field(metadata={"help": "Folder of an adapter."})
     data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
-    task: str = option("scienceqa", "Name of a task, or a task file (YAML).")
+    task: str | None = option(
+        None, "Task: its name or a YAML file. Default: that of the adapter's training; not needed for prepared data."
+    )
 
     _data: ClassVar = Group("data")
     split: str = option("test", "Split to read where the data has several.")
@@ -112,7 +115,7 @@ class _Samples(NamedTuple):
 
     examples: list[dict[str, Any]]
     dataset: Any
-    task: Task
+    task: Task | None
     template: Any
     tokenizer: Any
 
@@ -129,7 +132,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     samples = _check(options)
     model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
-    columns = [samples.task.group_values(example) for example in samples.examples]
+    columns = [samples.task.group_values(example) if samples.task else {} for example in samples.examples]
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
     chosen = spread(options.examples, len(groups))
     types = TokenTypes(samples.tokenizer)
@@ -186,6 +189,8 @@ def _check(options: InspectOptions) -> _Samples:
     check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
     if options.examples < 0:
         raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
+    if options.examples != InspectOptions.examples and options.json is None and options.html is None:
+        raise MolaError(f"`examples` ({options.examples}) are written to `json` or `html`. Pass one, or leave it out.")
     if options.leave_one_out not in LEAVE_ONE_OUT:
         raise MolaError(
             f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
@@ -208,19 +213,22 @@ def _check(options: InspectOptions) -> _Samples:
             check_new_file(name, path, options.overwrite)
     if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
         raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
-    task = load_task(options.task)
-    if "token" in task.groups:
+    trained = read_json_object(Path(options.adapter, "run.json")).get("settings") or {}
+    task_name = options.task or trained.get("task")
+    task = None if task_name is None else load_task(str(task_name))
+    if task is not None and "token" in task.groups:
         raise MolaError(
             f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
         )
-    check_template(options.template or task.template)
-    warn_of_other_template(options.adapter, options.template or task.template)
+    prompts = options.template or (task.template if task is not None else "alpaca")
+    check_template(prompts)
+    warn_of_other_template(options.adapter, prompts)
+    check_split("split", options.split, InspectOptions.split, options.data)
     filters = mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
-    template = template_for(options.template or task.template, tokenizer, options.adapter)
+    template = template_for(prompts, tokenizer, options.adapter)
     # As in training: an end token that was never trained is no part of an answer.
-    trained = read_json_object(Path(options.adapter, "run.json")).get("settings") or {}
     ends = trained.get("add_eos_token") is not False
     dataset = encode_whole(examples, tokenizer, template, max_positions(config), ends)
     return _Samples(examples, dataset, task, template, tokenizer)

@@ -135,6 +135,23 @@ def old_results(run: Run) -> list[str]:
     ]
 
 
+def other_adapters(run: Run) -> list[tuple[str, str]]:
+    """Results that were measured with another adapter than the run's, and with which."""
+    found = []
+    for name in ("after", "inspection"):
+        adapter = (getattr(run, name) or {}).get("settings", {}).get("adapter")
+        if adapter and not _is_of(str(adapter), run):
+            found.append((name, str(adapter)))
+    return found
+
+
+def _is_of(adapter: str, run: Run) -> bool:
+    """Whether an adapter is the run's; of one that is not here any more its name has to do, for folders are moved."""
+    if Path(adapter).exists():
+        return Path(adapter).samefile(run.folder)
+    return Path(adapter).name == run.folder.resolve().name or adapter == run.record.get("repository")
+
+
 def _intervals(path: Path) -> Iterator[dict[str, Any]]:
     for entry in json_lines(path):
         check_form(entry, INTERVAL, str(path), _CURE)

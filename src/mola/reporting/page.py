@@ -8,7 +8,7 @@ from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.agreement import agreement_section, has_agreement, leave_one_out_section, may_agree
 from mola.reporting.document import Section, render
 from mola.reporting.experts import allocation_section, gates_section, redundancy_section, routing_section
-from mola.reporting.load_run import Run
+from mola.reporting.load_run import Run, other_adapters
 from mola.reporting.results import accuracy_section, loss_section
 from mola.reporting.run_summary import making_section, summary
 from mola.reporting.samples import looked_at_samples, samples_section
@@ -32,7 +32,15 @@ def render_page(run: Run) -> str:
         Section("making", "How it was made", making_section(run)),
     ]
     title = f"{run.name}: a run of mola"
-    return render("run.html", title, sections, (gates or {}).get("choices", ()), run=run, summary=summary(run))
+    return render(
+        "run.html",
+        title,
+        sections,
+        (gates or {}).get("choices", ()),
+        run=run,
+        summary=summary(run),
+        others=other_adapters(run),
+    )
 
 
 def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from mola.files.ownership import is_own_file, with_mark
 from mola.files.terminal import OutputConsole
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE
-from mola.reporting.load_run import gather, old_results, read_record
+from mola.reporting.load_run import gather, old_results, other_adapters, read_record
 from mola.reporting.page import render_page
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ def report(options: ReportOptions) -> Path:
     run = gather(options.run_dir, options.before, options.after, options.inspection, options.export)
     for name in old_results(run):
         logger.warning("%s is older than the adapter: was it made with an earlier one?", run.paths[name])
+    for name, adapter in other_adapters(run):
+        logger.warning("%s was measured with another adapter: %r", run.paths[name], adapter)
     return atomic_write_text(target, with_mark(render_page(run)))
 
 

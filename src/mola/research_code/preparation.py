@@ -1,6 +1,7 @@
 """The research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
 
 import json
+import os
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _text_alone(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str,
 
 
 def _check_save_path(options: ScienceQAOptions | InstructionOptions, is_own: Any) -> Path:
-    folder = Path(options.save_path).expanduser().resolve()
+    folder = Path(os.path.expanduser(options.save_path)).resolve()
     check_output_folder(
         folder,
         option="save_path",

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def check_seen(
 
 def _place(source: str, split: str | None) -> tuple[str, str | None]:
     """Where rows are, however it is written: a file has no splits."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():  # a name on the Hub
         return source, split
     return str(path.resolve()), split if split_names(path) else None

@@ -20,7 +20,7 @@ from transformers import IntervalStrategy, PreTrainedTokenizerBase
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
 from mola.data.examples import load_examples
 from mola.data.hashing import distinct_questions, hash_example
-from mola.data.read import has_rows
+from mola.data.read import check_split, has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task
 from mola.data.templates import ChatTemplate
@@ -80,6 +80,7 @@ def prepare_data(
             name,
         )
     filters = mapping("filters", options.filters)
+    check_split("train_split", options.train_split, type(options).train_split, options.data)
     with _named(split="train_split"):
         train = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _evaluation_examples(options, task, train)

@@ -22,6 +22,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
+from mola.files.locks import warn_of_no_locks
 from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
@@ -126,6 +127,7 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
+        warn_of_no_locks(folder)
         yield
         return
     place = os.open(folder, os.O_RDONLY)
@@ -138,7 +140,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 "or pass another folder."
             ) from None
         except OSError:  # of a file system without locks
-            pass
+            warn_of_no_locks(folder)
         yield
     finally:
         with contextlib.suppress(OSError):  # also for processes that were forked meanwhile

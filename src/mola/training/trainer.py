@@ -85,7 +85,7 @@ def make_trainer(options: TrainOptions, model: PeftModel, run: CheckedRun, inter
     if not (is_sharded(options) or uses_deepspeed(options)):  # whose optimiser is of other parameters
         try:
             trainer.create_optimizer()
-        except (ImportError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise MolaError(f"`optim` {OptimizerNames(options.optim).value} cannot be made: {error}") from error
     return trainer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mola.errors import MolaError
@@ -26,12 +27,32 @@ def check_trainer_options(options: Any) -> None:
 
 def _optimizer(options: Any) -> str | None:
     if not options.optim.startswith(("galore", "apollo")):
-        return None
+        if options.optim_target_modules is None:
+            return None
+        return "`optim_target_modules` is for galore and apollo, which are no optimisers of experts. Leave it out."
     name = options.optim.value
     return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
 
 
+_READ_NO_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor", "lomo", "adalomo")
+# Those that Transformers looks for; it reads nothing else, and gives all groups the option `weight_decay`.
+_READ_ARGUMENTS = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
 _READ_NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "lomo", "adalomo")
+
+
+def _betas(options: Any) -> str | None:
+    name = options.optim.value
+    if name not in _READ_NO_BETAS:
+        return None
+    for beta in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value = getattr(options, beta)
+        if value != getattr(type(options), beta):
+            return f"`{beta}` ({value}) is not read by `optim` {name}. Leave it out."
+    return None
 
 
 def _optimizer_arguments(options: Any) -> str | None:
@@ -45,7 +66,27 @@ def _optimizer_arguments(options: Any) -> str | None:
     if name in _READ_NO_ARGUMENTS or is_packed:
         names = "`adam_beta1`, `adam_beta2` and `adam_epsilon`"
         return f"`optim_args` ({given!r}) is not read by `optim` {name}. Pass {names}, or leave it out."
+    known = _READ_ARGUMENTS.get(name)
+    for key in (part.split("=")[0] for part in given.replace(" ", "").split(",")):
+        if key == "weight_decay":
+            return "`optim_args` must leave weight_decay to the option `weight_decay`, which counts instead. Pass that."
+        if known is not None and key not in known:
+            return f"`optim_args` of `optim` {name} are {', '.join(known)}: got {key!r}."
     return None
+
+
+def check_optimizer(options: Any) -> None:
+    """Refuse an optimiser that cannot be made, as far as can be said without a model.
+
+    Raises:
+        MolaError: its package is missing, or it does not take its arguments.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(options)
+    except (ImportError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "lomo" in options.optim:  # of a model that is not there yet
+            return
+        raise MolaError(f"`optim` {options.optim.value} cannot be made: {error}") from error
 
 
 def _signals(options: Any) -> str | None:
@@ -115,4 +156,14 @@ def _labels(options: Any) -> str | None:
     return None
 
 
-_CHECKS = (_optimizer, _optimizer_arguments, _signals, _sampling, _loading, _checkpointing, _accelerate, _labels)
+_CHECKS = (
+    _optimizer,
+    _betas,
+    _optimizer_arguments,
+    _signals,
+    _sampling,
+    _loading,
+    _checkpointing,
+    _accelerate,
+    _labels,
+)

@@ -13,7 +13,7 @@ from mola.evaluation.differences import paired_differences
 from mola.studies.comparison.contrasts import contrasts
 from mola.studies.comparison.marks import as_numbers
 from mola.studies.comparison.outputs import Outcome, page
-from mola.studies.comparison.plots import bands, draw
+from mola.studies.comparison.plots import bands, draw, has_band
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import ALL_TASKS, AT_END, OVER_TRAINING, summarize
 from mola.studies.comparison.tables import comma_separated, terminal_tables
@@ -94,6 +94,18 @@ def test_they_are_drawn():
     plain, more = (draw(found, rows, ["one"], list(CHANCES), "svg", each).decode() for each in ((), pairs))
     assert "top - even" not in plain
     assert "recipes with each other" in more
+
+
+def test_curves_stand_beside_the_reference_or_alone_with_bands_where_seeds_differ():
+    found = results(curve=True)
+    for names, charts in ((["lora", "top"], 1), (["lora", "top", "even"], 2), (["lora"], 1)):
+        some = [each for each in found if each.recipe in names]
+        curves = {"one": bands(some, "one", names)}
+        text = page(Outcome(summarize(some, names, ["one"], "lora"), "lora", curves=curves))
+        assert text.count("Learning curve of") == charts
+        assert all(map(has_band, curves["one"].values()))
+        assert text.count('<polygon class="band') == (1 if len(names) == 1 else 2 * charts)
+        assert "band: 95 % interval over seeds" in text
 
 
 @pytest.mark.slow

@@ -53,15 +53,16 @@ def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
         by_layer, by_token = gr.HTML(_NOTHING_YET), gr.HTML()
 
         def answers(*values: Any) -> Iterator[tuple[str, str, Answer | None]]:  # gradio asks for a generator function
+            yield "", "", None  # no earlier answer beside this question, whatever becomes of it
             yield from _answers(answerer, *values)
 
         # Those of an earlier answer are not this one's.
         start.click(lambda: (None, _NOTHING_YET, ""), None, [experts, by_layer, by_token], queue=False)
         run = start.click(answers, [prompt, template, *sampling], [adapted, plain, given], concurrency_limit=1)
-        run.success(lambda answer: _look(answerer, answer), [given], [experts, kind, layer]).success(
-            _tables, [experts, kind, layer, part], [by_layer, by_token]
-        )
-        stop.click(None, cancels=[run])
+        look = run.success(lambda answer: _look(answerer, answer), [given], [experts, kind, layer])
+        tables = look.success(_tables, [experts, kind, layer, part], [by_layer, by_token])
+        start.click(None, cancels=[look, tables])
+        stop.click(None, cancels=[run, look, tables])
         for control in (kind, layer, part):
             control.input(_tables, [experts, kind, layer, part], [by_layer, by_token])
     return page

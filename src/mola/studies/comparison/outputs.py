@@ -16,7 +16,7 @@ from mola.reporting.formatting import points
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
 from mola.studies.comparison.options import CompareOptions
-from mola.studies.comparison.plots import Curves, check_matplotlib, draw
+from mola.studies.comparison.plots import NO_BAND, Curves, check_matplotlib, draw, has_band
 from mola.studies.comparison.record import Result
 from mola.studies.comparison.summary import AT_END, Row
 from mola.studies.comparison.tables import (
@@ -167,24 +167,25 @@ def _task(rows: Sequence[Row], reference: str, curves: Mapping[str, Curves]) -> 
         "forest": forest,
         "reach": f"{100 * reach:.1f}",
         "curves": _beside_the_reference(curves.get(rows[0].task, {}), reference) if rows[0].measure != AT_END else [],
+        "no_band": NO_BAND,
         "axis": Axis(0.0, 1.0),
         "differences": Table(columns_of(rows), lines, "Differences and their significance"),
     }
 
 
 def _beside_the_reference(curves: Curves, reference: str) -> list[list[Line]]:
-    """One chart for every recipe but the reference, which is in all of them."""
+    """One chart for every recipe but the reference, which is in all of them; of the reference where it is alone."""
     lines = {
         name: Line(
             name,
             [(step, mean) for step, mean, *_ in points],
             "b" if name == reference else "a",
-            band=[(step, low, high) for step, _, low, high in points],
+            band=[(step, low, high) for step, _, low, high in points] if has_band(points) else (),
         )
         for name, points in curves.items()
     }
     common = [lines[reference]] if reference in lines else []
-    return [[*common, line] for name, line in lines.items() if name != reference]
+    return [[*common, line] for name, line in lines.items() if name != reference] or [common] * bool(common)
 
 
 def _reach(row: Row) -> float:

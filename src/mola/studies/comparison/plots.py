@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -12,17 +11,21 @@ import numpy as np
 from mola.errors import MolaError
 from mola.evaluation.differences import t_interval
 from mola.evaluation.evaluate import EvaluateOptions
+from mola.reporting.loss_plot import why_no_matplotlib
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.marks import curve_of
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.summary import Row
 from mola.studies.comparison.tables import title_of
 
+_MARKERS = "osD^v"
 _WIDTH, _HEIGHT, _LINE = 6.4, 4.0, 0.28  # inches: of a picture of curves, and of one line of differences
 
 Band = tuple[int, float, float, float]  # step, mean accuracy, its interval over seeds
 Curves = Mapping[str, Sequence[Band]]  # by recipe
 
+NO_BAND = "no band: one seed, or all alike"
+INTERVAL = "95 % interval of all differences together"
 
 # What an answer of the base model depends on, with the defaults.
 _OF_THE_BASE = {
@@ -36,10 +39,10 @@ def check_matplotlib() -> None:
     """Refuse to draw without it.
 
     Raises:
-        MolaError: it is not installed.
+        MolaError: it is not installed, or cannot be imported.
     """
-    if find_spec("matplotlib") is None:
-        raise MolaError("`plots` needs matplotlib: pip install 'mola-peft[plot]', or leave the option out.")
+    if (reason := why_no_matplotlib()) is not None:
+        raise MolaError(f"`plots` needs matplotlib: {reason}. pip install 'mola-peft[plot]', or leave the option out.")
 
 
 def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[str, list[Band]]:
@@ -63,6 +66,11 @@ def bands(results: Sequence[Result], task: str, recipes: Sequence[str]) -> dict[
             for step, values in sorted(by_step.items())
         ]
     return found
+
+
+def has_band(points: Sequence[Band]) -> bool:
+    """Whether seeds differ anywhere along a curve."""
+    return any(low < high for _, _, low, high in points)
 
 
 def _begins_with(run: Result, base: Result) -> bool:
@@ -96,13 +104,14 @@ def draw(
     heights = [_HEIGHT] * len(curves) + [1.2 + _LINE * len(compared) for _, compared in tables]
     if not heights:
         raise MolaError("`plots` has nothing to draw: no two recipes have a common seed yet, and no run has a curve.")
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+    colors = {name: matplotlib.colormaps["tab20"](strong_first[n % 20]) for n, name in enumerate(recipes)}
+    markers = {name: _MARKERS[n // 20 % len(_MARKERS)] for n, name in enumerate(recipes)}  # where colours come again
     with matplotlib.rc_context({"svg.hashsalt": "mola", "font.size": 9}):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
         places = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
-        colors = {name: matplotlib.colormaps["tab20"](strong_first[n % 20]) for n, name in enumerate(recipes)}
         for axes, (task, found) in zip(places, curves.items(), strict=False):
-            _draw_curves(axes, task, found, colors)
+            _draw_curves(axes, task, found, colors, markers)
         for axes, (title, compared) in zip(places[len(curves) :], tables, strict=True):
             _draw_differences(axes, title, compared, colors)
         picture = io.BytesIO()
@@ -117,27 +126,28 @@ def _compared(rows: Sequence[Row] | Sequence[Contrast]) -> Iterator[tuple[str, l
             yield title, found
 
 
-def _draw_curves(axes: Any, task: str, found: Curves, colors: Mapping[str, Any]) -> None:
+def _draw_curves(axes: Any, task: str, found: Curves, colors: Mapping[str, Any], markers: Mapping[str, str]) -> None:
     for recipe, points in found.items():
         steps, means, lows, highs = zip(*points, strict=True)
         axes.fill_between(steps, lows, highs, color=colors[recipe], alpha=0.12, linewidth=0)
-        axes.plot(steps, means, marker="o", markersize=3, color=colors[recipe], label=recipe)
-    axes.set(title=task, xlabel="step", ylabel="accuracy", ylim=(0, 1))
+        axes.plot(steps, means, marker=markers[recipe], markersize=3, color=colors[recipe], label=recipe)
+    note = "band: 95 % interval over seeds" if any(map(has_band, found.values())) else NO_BAND
+    axes.set(title=task, xlabel=f"step ({note})", ylabel="accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
 
 
 def _draw_differences(axes: Any, title: str, rows: Sequence[Row | Contrast], colors: Mapping[str, Any]) -> None:
-    """Thick: 95 % of one difference; thin: of all together."""
+    """The interval of all together alone: it is the one that verdicts go by."""
     for place, row in enumerate(rows):
         other = row.difference
         assert other is not None
-        for interval, width in ((other.joint_95, 1.0), (other.both_95, 3.5)):
-            assert interval is not None
-            axes.plot([100 * bound for bound in interval], [place, place], color=colors[row.recipe], linewidth=width)
+        assert other.joint_95 is not None
+        ends = [100 * bound for bound in other.joint_95]
+        axes.plot(ends, [place, place], color=colors[row.recipe], linewidth=2.0)
         axes.plot(100 * other.value, place, "o", color=colors[row.recipe], markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title=title, xlabel="points", ylim=(len(rows) - 0.5, -0.5))
+    axes.set(title=title, xlabel=f"points ({INTERVAL})", ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.grid(axis="x", alpha=0.3)
 

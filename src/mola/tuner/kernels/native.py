@@ -9,6 +9,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from typing import Any
 
 _FOLDER = "mola.tuner.kernels"
@@ -24,7 +25,8 @@ def load(name: str, folder: str = "cpu") -> Any:
         if error.name == "numba":
             _log_once(logging.INFO, "Without numba, mola is slower on a CPU: pip install 'mola-peft[cpu]'.")
         elif error.name == "triton":
-            _log_once(logging.WARNING, "Without Triton, mola is slower on a GPU: pip install triton.")
+            package = "triton-windows" if sys.platform == "win32" else "triton"
+            _log_once(logging.WARNING, f"Without Triton, mola is slower on a GPU: pip install {package}.")
         elif error.name != f"{_FOLDER}.{folder}":
             raise
     except ImportError as error:  # numba refuses versions of numpy that it does not know

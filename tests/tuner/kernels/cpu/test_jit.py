@@ -65,7 +65,8 @@ def test_code_just_compiled_and_code_from_the_disk_make_the_same_bits(tmp_path):
     first, second = (run(COMPUTE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert len(first.split()) == 3 * (1 + (2 + len(TRAINED)) * 2 * 7)
     assert first == second
-    assert any(tmp_path.rglob("*.nbc"))
+    codes, indices = ([*tmp_path.rglob(f"*.{ending}")] for ending in ("nbc", "nbi"))
+    assert len(codes) == len(indices) > 0  # what shares an index may be taken for one another, see `compiled`
 
 
 @pytest.mark.slow
@@ -88,6 +89,30 @@ print(apply_gates(torch.ones(1, 8), torch.ones(2, 8), torch.ones(2, 1), settings
         source.write_text(text.replace("/ total * scaling", f"/ total * {factor}"), encoding="utf-8")
         weights.append(float(run(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path))))
     assert weights == [1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_code_on_the_disk_that_was_cut_off_is_compiled_anew(tmp_path):
+    script = """
+import logging, torch
+from mola.tuner.kernels import native
+logging.basicConfig()
+print(native.load("jit_decode").kernel(torch.float32, torch.float32) is not None)
+"""
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
+    for ending in ("nbc", "nbi"):
+        for path in tmp_path.rglob(f"*.{ending}"):
+            path.write_bytes(b"")
+        assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
+
+
+@pytest.mark.slow
+def test_where_numba_compiles_nothing_there_are_no_native_functions():
+    script = """
+from mola.tuner.kernels import native
+assert native.load("jit_decode") is native.load("jit_train") is None
+"""
+    run(script, NUMBA_DISABLE_JIT="1")
 
 
 @torch.no_grad()

@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these functions are none of Python's")
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +113,20 @@ def choose(logits, chosen, gates, scaling):
         gates[k] = gates[k] / total * scaling
 
 
-def compiled(function: Any, signature: Any) -> Any:
-    """A function compiled for a signature; what was compiled is kept on disk where that is possible."""
-    # By the name of the file, since numba looks at the function's own source only, and what it calls is compiled in.
-    function.__qualname__ += f"_{_sources_digest()}"
+def compiled(function: Any, signature: Any, *inner: Any) -> Any:
+    """A function compiled for a signature; what was compiled is kept on disk where that is possible.
+
+    `inner` are the dtypes and numbers that the function has from around it.
+    """
+    # All by the name of the file. numba looks at the function's own source only, and what it calls is compiled in; it
+    # numbers what shares an index without a lock: of two processes one could leave its code under the other's number.
+    key = _sources_digest(), numba.__version__, cpu_target.target_context.codegen().magic_tuple(), inner
+    function.__qualname__ += f"_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     try:
         return numba.njit(signature, nogil=True, cache=True)(function)
-    except (RuntimeError, OSError) as error:  # no folder can be written, or the disk is full
-        logger.warning("Compiled code could not be kept on disk and is compiled in every process: %s", error)
+    except Exception as error:  # no folder can be written, the disk is full, or what is there was cut off
+        what = "Compiled code (%s) could not be kept on disk, or read there, and is compiled in every process: %r"
+        logger.warning(what, function.__qualname__, error)
         return numba.njit(signature, nogil=True)(function)
 
 

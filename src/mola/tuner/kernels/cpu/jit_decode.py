@@ -94,7 +94,7 @@ def _specialize(values: Any, weights: Any) -> Any:
             top_k,
         )
 
-    return compiled(add, types.void(*[types.int64] * 10, types.float64, types.int64))
+    return compiled(add, types.void(*[types.int64] * 10, types.float64, types.int64), values, weights)
 
 
 def _specialize_rows(values: Any, weights: Any) -> Any:
@@ -116,7 +116,7 @@ def _specialize_rows(values: Any, weights: Any) -> Any:
                     top_k,
                 )
 
-    return compiled(add_rows, types.void(*[types.int64] * 8))
+    return compiled(add_rows, types.void(*[types.int64] * 8), values, weights)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def _specialize(bits: Any) -> Any:
             x = _mixed(np.uint32(x ^ between))
             dropped[i] = numbers[i] if x >= threshold else bits(0)
 
-    return compiled(drop, types.void(*[types.int64] * 4))
+    return compiled(drop, types.void(*[types.int64] * 4), bits)
 
 
 @functools.cache

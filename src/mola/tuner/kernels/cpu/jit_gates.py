@@ -150,7 +150,7 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         _scatter(of_chosen, indices, all_weights)
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
-    return compiled(gates, types.void(*[types.int64] * 11, types.float64))
+    return compiled(gates, types.void(*[types.int64] * 11, types.float64), values, products)
 
 
 def _specialize_gradient(products: Any) -> Any:
@@ -167,7 +167,7 @@ def _specialize_gradient(products: Any) -> Any:
             np.float32(s),
         )
 
-    return compiled(through, types.void(*[types.int64] * 8, types.float64))
+    return compiled(through, types.void(*[types.int64] * 8, types.float64), products)
 
 
 @functools.cache

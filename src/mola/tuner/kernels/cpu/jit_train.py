@@ -133,7 +133,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         add_to_tokens(output, itemsize, n, o, expert_indices, packed, lanes, gated, pairs)
         hold(memory_B)
 
-    return compiled(forward, types.void(*[types.int64] * 15, types.float64))
+    return compiled(forward, types.void(*[types.int64] * 15, types.float64), values, products, params, r)
 
 
 def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any:
@@ -184,7 +184,7 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
             hold(memory_A)
         hold(inner)
 
-    return compiled(backward, types.void(*[types.int64] * 19, types.float64))
+    return compiled(backward, types.void(*[types.int64] * 19, types.float64), products, params, r, joint)
 
 
 @functools.cache
