@@ -76,10 +76,10 @@ def test_page_without_a_browser(options):
         *_, (adapted, plain, answer) = _answers(answerer, "Hi", "alpaca", 8, 0, 1, 0, 0)
         expected = generate_text(model, tokenizer, get_template("alpaca").prompt("Hi", ""), max_new_tokens=8)
         assert adapted == answer.text == expected != plain
-        experts, kind, layer = _look(answerer, answer)
+        found, kind, layer = _look(answerer, answer)
         assert kind.value == "q_proj"
         assert layer.value == 3
-        by_layer, by_token = _tables(experts, "q_proj", 3, "answer")
+        by_layer, by_token = _tables(answer, found, "q_proj", 3, "answer")
         assert by_layer.count('scope="row"') == 4
         assert by_token.count('scope="row"') == len(answer.token_ids) - answer.num_prompt_tokens
         with pytest.raises(gradio.Error, match="must hold some text"):
@@ -91,16 +91,19 @@ def test_page_without_a_browser(options):
 def test_two_linears_of_one_name_in_a_layer_are_told_apart():
     """As GPT-2's `c_proj`, of its attention and of its MLP."""
     from mola.insight.recording import ModuleGates
-    from mola.serving.demonstration.answering import Experts
+    from mola.serving.demonstration.answering import Answer, Experts
     from mola.serving.demonstration.page import _look, _tables
 
     names = [f"transformer.h.{layer}.{part}.c_proj" for layer in range(2) for part in ("attn", "mlp")]
     gates = torch.full((3, 2), 0.5)
     modules = [ModuleGates(name, int(name[14]), gates, gates[:, 0]) for name in names]
     experts = Experts(modules, ["a", "b", "c"], 1)
-    _, kind, _ = _look(SimpleNamespace(experts=lambda answer: experts), None)
+    answer = Answer("c", [1, 2, 3], 1)
+    found, kind, _ = _look(SimpleNamespace(experts=lambda answer: experts), answer)
     assert [value for value, _ in kind.choices] == ["attn.c_proj", "mlp.c_proj"]
-    assert _tables(experts, "mlp.c_proj", 1, "answer")[0].count('scope="row"') == 2
+    assert _tables(answer, found, "mlp.c_proj", 1, "answer")[0].count('scope="row"') == 2
+    for other in (None, Answer("d", [1, 2, 4], 1)):  # another question is asked meanwhile, or answered
+        assert "row" not in _tables(other, found, "mlp.c_proj", 1, "answer")[0]
 
 
 def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
@@ -109,10 +112,11 @@ def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(target_modules=["q_proj"]))
     answerer = Answerer(model.eval(), load_tokenizer(options.base_model))
-    experts, kind, _ = _look(answerer, Answer("", [0, 5, 6], 2))
+    answer = Answer("", [0, 5, 6], 2)
+    found, kind, _ = _look(answerer, answer)
     answerer.close()
     assert kind.value is None
-    assert "no mixture" in _tables(experts, None, None, "answer")[0]
+    assert "no mixture" in _tables(answer, found, None, None, "answer")[0]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,13 @@ def test_in_a_browser(options, tmp_path):
         assert any(each.startswith(url) for each in asked)
         assert [each for each in asked if not each.startswith((url, "data:", "blob:"))] == []
         assert complaints(window) == []
+        keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+        box(window, "Instruction").send_keys(keys.CONTROL, "a", keys.NULL, keys.DELETE)
+        button(window, "Answer").click()  # nothing of that answer stays beside a question that is refused
+        waiting.until(lambda _: "must hold some text" in window.find_element("tag name", "body").text)
+        assert not box(window, "With the adapter").get_attribute("value")
+        assert not box(window, "Base model alone").get_attribute("value")
+        assert not window.find_elements("css selector", "table th[scope=row]")
 
 
 @pytest.mark.slow

@@ -57,14 +57,14 @@ def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
             yield from _answers(answerer, *values)
 
         # Those of an earlier answer are not this one's.
-        start.click(lambda: (None, _NOTHING_YET, ""), None, [experts, by_layer, by_token], queue=False)
+        start.click(lambda: (None, _NOTHING_YET, ""), None, [given, by_layer, by_token], queue=False)
         run = start.click(answers, [prompt, template, *sampling], [adapted, plain, given], concurrency_limit=1)
+        shown = [given, experts, kind, layer, part], [by_layer, by_token]
         look = run.success(lambda answer: _look(answerer, answer), [given], [experts, kind, layer])
-        tables = look.success(_tables, [experts, kind, layer, part], [by_layer, by_token])
-        start.click(None, cancels=[look, tables])
-        stop.click(None, cancels=[run, look, tables])
+        look.success(_tables, *shown)
+        stop.click(None, cancels=[run])
         for control in (kind, layer, part):
-            control.input(_tables, [experts, kind, layer, part], [by_layer, by_token])
+            control.input(_tables, *shown)
     return page
 
 
@@ -131,12 +131,13 @@ def _answers(
         raise gr.Error(str(error)) from error
 
 
-def _look(answerer: Answerer, answer: Answer) -> tuple[Experts, Any, Any]:
+def _look(answerer: Answerer, answer: Answer) -> tuple[tuple[Answer, Experts], Any, Any]:
+    """The experts with the answer that they are of, and what can be chosen."""
     experts = answerer.experts(answer)
     kinds = list(dict.fromkeys(_kinds(experts).values()))
     layers = list(dict.fromkeys(module.layer_index for module in experts.modules if module.layer_index is not None))
     return (
-        experts,
+        (answer, experts),
         gr.Dropdown(kinds, value=kinds[0] if kinds else None),
         gr.Dropdown(layers, value=layers[-1] if layers else None),
     )
@@ -146,10 +147,13 @@ def _kinds(experts: Experts) -> dict[str, str]:
     return kinds_of(module.module for module in experts.modules)
 
 
-def _tables(experts: Experts | None, kind: str | None, layer: int | None, part: str) -> tuple[str, str]:
-    """The tables by layer and by token."""
-    if experts is None:
+def _tables(
+    given: Answer | None, found: tuple[Answer, Experts] | None, kind: str | None, layer: int | None, part: str
+) -> tuple[str, str]:
+    """The tables by layer and by token; none of an answer that is not the given one any more."""
+    if given is None or found is None or found[0] != given:
         return _NOTHING_YET, ""
+    experts = found[1]
     kinds = _kinds(experts)
     modules = [module for module in experts.modules if kinds[module.module] == kind]
     if not modules:
