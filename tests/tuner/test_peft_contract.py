@@ -378,14 +378,15 @@ def test_linears_inside_of_what_another_adapter_trains_are_refused():
 
 def test_an_adapter_that_is_refused_late_leaves_nothing(tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), random_config())
+    base = tiny_llama()
+    model = get_peft_model(clone(base), random_config())
     with pytest.raises(ValueError, match="typo"):
         model.add_adapter("late", random_config(trainable_token_indices={"typo": [1]}))
     assert not [name for name, _ in model.named_parameters() if "late" in name]
     model.save_pretrained(tmp_path)
     batch = token_batch()
-    again = PeftModel.from_pretrained(clone(model.unload()), tmp_path)
-    assert again(**batch).logits.isfinite().all()
+    again = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 @needs("peft", "0.21", "before, nobody is asked what is saved")
