@@ -141,7 +141,7 @@ WRONG = [
     ({"lr_scheduler_type": "constant", "warmup_steps": 1}, ["`warmup_steps` (1)", "constant_with_warmup"]),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": '{"a": 1}'}, ["`lr_scheduler_kwargs`", "constant"]),
     ({"optim_args": "foo"}, ["`optim_args`", "key=value", "'foo'"]),
-    ({"optim": "sgd", "optim_args": "momentun=0.9"}, ["`optim_args`", "sgd", "momentum", "'momentun'"]),
+    ({"optim": "sgd", "optim_args": "momentun=0.9"}, ["`optim_args`", "'momentun=0.9'", "sgd"]),
     ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, ["`optim_args`", "`weight_decay`"]),
     ({"optim": "sgd", "adam_beta1": 0.8}, ["`adam_beta1` (0.8)", "sgd"]),
     ({"optim": "grokadamw"}, ["`optim` grokadamw cannot be made", "pip install grokadamw"]),

@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for wrong input, 130 after an interruption, 141 when nobody reads the output any more.
     """
+    _open_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return _say(_usage(), 0 if arguments else 2)
@@ -144,6 +145,7 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
     Returns:
         The exit code, as `main`.
     """
+    _open_streams()
     name = Path(sys.argv[0]).name
     return _run(Command(module, options, summary), sys.argv[1:], name, bare_no=bare_no)
 
@@ -159,7 +161,6 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
     try:
         from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
 
-        _open_streams()
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error has it

@@ -18,7 +18,8 @@ from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.insight.inspection import redundancy_of
 from mola.insight.recording import gates_of_tokens
-from mola.reporting.inspect import InspectOptions, inspect
+from mola.models.prompts import trained_settings
+from mola.reporting.inspect import InspectOptions, _task_of, inspect
 from tests.conftest import save_adapter
 from tests.reporting.pages import Page
 
@@ -220,6 +221,19 @@ def test_the_task_is_that_of_the_training_or_none(tiny_model_dir, adapter, sampl
         assert main(["inspect", *map(str, words), "--template", "alpaca", "--json", str(folder / "experts.json")]) == 0
         found = json.loads((folder / "experts.json").read_text())["examples"]
         assert {name for example in found for name in example["groups"]} == groups
+
+
+def test_the_task_of_the_training_is_found_from_a_checkpoint_and_may_be_elsewhere(
+    no_weights_dir, adapter, tmp_path, caplog
+):
+    run_dir = tmp_path / "run"
+    checkpoint = shutil.copytree(adapter, run_dir / "checkpoint-2")
+    options = InspectOptions(str(no_weights_dir), str(checkpoint), "data")
+    for task, name in (("sample", "sample"), ("moved.yaml", None)):
+        (run_dir / "run.json").write_text(json.dumps({"settings": {"task": task}}), encoding="utf-8")
+        found = _task_of(options, trained_settings(checkpoint)["task"])
+        assert (found and found.name) == name
+    assert "The task of the training, moved.yaml, is not here: groups are left out" in caplog.text
 
 
 def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path):

@@ -534,7 +534,7 @@ def test_results_of_another_adapter_are_said(run_dir, tmp_path, caplog):
         f"The {each} was measured with another adapter: runs/b" for each in ("result after", "inspection")
     ]
     assert caplog.text.count("was measured with another adapter: 'runs/b'") == 2
-    for adapter in (run_dir, f"elsewhere/{run_dir.name}"):  # a folder that was moved since
+    for adapter in (run_dir, f"elsewhere/{run_dir.name}", "."):  # a folder that was moved since; one that was left
         for name in ("after", "inspect"):
             change(
                 run_dir / f"{name}.json", lambda found, adapter=adapter: found["settings"].update(adapter=str(adapter))

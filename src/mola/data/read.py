@@ -116,9 +116,10 @@ def check_split(option: str, split: str, default: str, data: str | Path) -> None
     """Refuse a split that is asked for where the data have none, so that all rows would be read.
 
     Raises:
-        MolaError: `split` is not the option's default, and `data` a file, or a saved dataset without splits.
+        MolaError: `split` is neither the option's default nor train, as a single file is called in `mola prepare`, and
+            `data` is a file, or a saved dataset without splits.
     """
-    if split != default and os.path.exists(os.path.expanduser(data)) and not split_names(data):
+    if split not in (default, "train") and os.path.exists(os.path.expanduser(data)) and not split_names(data):
         raise MolaError(f"`{option}` ({split!r}) must be left out: {str(data)!r} has no splits.")
 
 

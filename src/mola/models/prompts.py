@@ -26,11 +26,23 @@ logger = logging.getLogger(__name__)
 _warn_once = functools.cache(logger.warning)
 
 
+def trained_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings of an adapter's training, also of a checkpoint's; empty if its folder does not tell."""
+    for path in (place / _RECORD for place in _places(adapter)):
+        if settings := read_json_object(path).get("settings"):
+            return dict(settings)
+    return {}
+
+
+def _places(adapter: str | os.PathLike[str]) -> list[Path]:
+    """Where the record of an adapter's training may be."""
+    folder = Path(os.path.expanduser(adapter)).resolve()
+    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
     """Name of the prompt template of an adapter's training; None if its folder does not tell."""
-    folder = Path(os.path.expanduser(adapter)).resolve()
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    for path in (place / name for place in places for name in (_RECORD, PROMPTS_FILE)):
+    for path in (place / name for place in _places(adapter) for name in (_RECORD, PROMPTS_FILE)):
         record = read_json_object(path)
         if not record and path.exists():
             logger.warning("%s cannot be read: the adapter's template is not known. Pass `template`.", path)

@@ -194,6 +194,10 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
         raise MolaError("`--config` needs the name of a YAML file after it.")
     if len(found.config) > 1:
         raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
+    for place, word in enumerate(arguments):
+        after = place + 2 if word == "--config" else place + 1 if word.startswith("--config=") else len(arguments)
+        if place and after < len(arguments) and not arguments[after].startswith("-"):  # a list before it would take it
+            raise MolaError(_unknown(arguments[after], {}))
     return rest, next(map(os.path.expanduser, found.config), None)
 
 

@@ -19,7 +19,6 @@ from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
 from mola.files.digests import check_digest, find_weights
-from mola.files.failures import writing
 from mola.files.finite import check_finite
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
@@ -148,17 +147,26 @@ def opened(path: Path) -> Iterator[Any]:
     """A file of tensors, read one by one; an unreadable one is refused."""
     try:
         with ExitStack() as stack:
-            readable = path
-            if path.suffix == ".bin":  # which can be read as a whole only
-                tensors = read_tensors(path.parent)
-                with writing(
-                    f"a temporary copy of {str(path)!r}", "Free some space, or set TMPDIR to a larger folder."
-                ):
-                    readable = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
-                    save_file(tensors, readable)
+            readable = stack.enter_context(_copied(path)) if path.suffix == ".bin" else path
             yield stack.enter_context(safe_open(readable, "pt"))
     except (OSError, SafetensorError) as error:
         raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
+
+
+@contextmanager
+def _copied(path: Path) -> Iterator[Path]:
+    """A temporary copy that can be read one by one of a file that can be read as a whole only."""
+    tensors = read_tensors(path.parent)
+    with ExitStack() as stack:
+        try:
+            copied = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
+            save_file(tensors, copied)
+        except (OSError, SafetensorError) as error:
+            raise MolaError(
+                f"a temporary copy of {str(path)!r} cannot be written: {error}. Free some space, or set TMPDIR to a "
+                "larger folder."
+            ) from error
+        yield copied
 
 
 def _check_shapes(shapes: Mapping[str, Sequence[int]], path: Path) -> None:

@@ -1,5 +1,6 @@
 """`mola inspect`: what the routers of an adapter do on data, and how different its experts are."""
 
+import logging
 import math
 import os
 from collections import defaultdict
@@ -22,7 +23,6 @@ from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
-from mola.files.reading import read_json_object
 from mola.files.terminal import table_console
 from mola.insight.ablation import LEAVE_ONE_OUT, LeftOut, experiments, losses_without
 from mola.insight.inspection import ModuleRedundancy, look_at, redundancy_of, to_records
@@ -31,10 +31,12 @@ from mola.insight.usage import ModuleUsage
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import template_for, warn_of_other_template
+from mola.models.prompts import template_for, trained_settings, warn_of_other_template
 from mola.options.fields import START, Group, check_positive, mapping, option
 from mola.reporting.agreement import pair_means
 from mola.reporting.page import render_inspection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,7 +55,8 @@ class InspectOptions(ModelOptions):
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(200, "Look at the first so many samples only.")
     template: str | None = option(
-        None, "Prompt template; chat is the chat template of adapter or base model. Default: the task's own."
+        None,
+        "Prompt template; chat is the chat template of adapter or base model. Default: the task's own, else alpaca.",
     )
 
     _measured: ClassVar = Group("what is measured")
@@ -213,9 +216,8 @@ def _check(options: InspectOptions) -> _Samples:
             check_new_file(name, path, options.overwrite)
     if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
         raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
-    trained = read_json_object(Path(options.adapter, "run.json")).get("settings") or {}
-    task_name = options.task or trained.get("task")
-    task = None if task_name is None else load_task(str(task_name))
+    trained = trained_settings(options.adapter)
+    task = _task_of(options, trained.get("task"))
     if task is not None and "token" in task.groups:
         raise MolaError(
             f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
@@ -232,6 +234,16 @@ def _check(options: InspectOptions) -> _Samples:
     ends = trained.get("add_eos_token") is not False
     dataset = encode_whole(examples, tokenizer, template, max_positions(config), ends)
     return _Samples(examples, dataset, task, template, tokenizer)
+
+
+def _task_of(options: InspectOptions, trained: Any) -> Task | None:
+    if options.task is not None:
+        return load_task(options.task)
+    try:
+        return None if trained is None else load_task(str(trained))
+    except MolaError:  # a file that is elsewhere now
+        logger.warning("The task of the training, %s, is not here: groups are left out. Pass `task`.", trained)
+        return None
 
 
 def _example(number: int, samples: _Samples, groups: dict[str, str]) -> dict[str, Any]:

@@ -146,10 +146,11 @@ def other_adapters(run: Run) -> list[tuple[str, str]]:
 
 
 def _is_of(adapter: str, run: Run) -> bool:
-    """Whether an adapter is the run's; of one that is not here any more its name has to do, for folders are moved."""
-    if Path(adapter).exists():
-        return Path(adapter).samefile(run.folder)
-    return Path(adapter).name == run.folder.resolve().name or adapter == run.record.get("repository")
+    """Whether an adapter may be the run's: by its name, for folders are copied and commands run in other ones."""
+    path = Path(adapter)
+    if path.exists() and path.samefile(run.folder):
+        return True
+    return path.name in ("", "..", run.folder.resolve().name) or adapter == run.record.get("repository")
 
 
 def _intervals(path: Path) -> Iterator[dict[str, Any]]:

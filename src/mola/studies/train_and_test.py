@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from transformers import TrainerCallback
 
-from mola.data.read import split_names
+from mola.data.read import check_split, split_names
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
@@ -94,6 +94,8 @@ def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
         raise MolaError("`task` must name the task, which says how an answer is found. Set it for this one or for all.")
     if options.data is None:
         raise MolaError("`data` must name the training data. Set it for this one or for all.")
+    if options.test_data is not None:
+        check_split("test_split", options.test_split, TrainAndTestOptions.test_split, options.test_data)
     values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
     return EvaluateOptions(
         **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None

@@ -27,7 +27,6 @@ from mola.training.same_run import check_nothing_is_left, check_same_run
 from mola.training.schedule import check_steps, effective_batch_size, goes_on_with_found_batch
 from mola.training.setup import check_model_options, load_tokenizer_for, stores_packed
 from mola.training.sharding import check_sharding, is_sharded
-from mola.training.trainer_checks import check_optimizer
 from mola.training.zero import check_deepspeed, uses_deepspeed
 from mola.tuner.kernels.dispatch import forced_backend
 
@@ -78,19 +77,11 @@ def check_run(options: TrainOptions) -> CheckedRun:
     check_sharding(options, checkpoint, is_quantized=is_sharded(options) and stores_packed(options))
     if uses_deepspeed(options):
         check_deepspeed(options, is_quantized=stores_packed(options))
-    else:
-        check_optimizer(options)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     forced_backend()  # raises for a name that there is not
     allocation = check_model_options(options, checkpoint)
     if options.adapter is not None and checkpoint is None:
-        config = check_adapter(options.adapter)
-        warn_other_base(options.base_model or "", options.adapter, config)
-        if options.loraplus_lr_ratio is not None and config["peft_type"] != "MOLA":
-            raise MolaError(
-                f"`loraplus_lr_ratio` is for mixtures: {options.adapter!r} is a {config['peft_type']} adapter. Leave "
-                "it out."
-            )
+        warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
     tokenizer = load_tokenizer_for(options)
     data = prepare_data(options, tokenizer, checkpoint)
     if checkpoint is not None and options.auto_find_batch_size:

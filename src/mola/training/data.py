@@ -153,6 +153,7 @@ def _evaluation_examples(options: TrainOptions, task: Task | None, train: Exampl
         return train, []
     filters = mapping("filters", options.filters)
     if options.eval_data is not None:
+        check_split("eval_split", options.eval_split, TrainOptions.eval_split, options.eval_data)
         with _named(data="eval_data", split="eval_split"):
             return train, load_examples(
                 options.eval_data, task, options.eval_split, limit=options.eval_limit, filters=filters

@@ -28,6 +28,7 @@ from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.sharding import is_sharded
+from mola.training.trainer_checks import check_optimizer
 from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
 from mola.tuner.saved_modules import resolved
@@ -88,7 +89,8 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
         config: of its adapter.
 
     Raises:
-        MolaError: attention that does not run, an optimiser that cannot train the adapter, losses that have no effect.
+        MolaError: attention that does not run, an optimiser that cannot be made or train the adapter, losses that have
+            no effect.
     """
     check_attention(
         options.attn_implementation,
@@ -97,6 +99,11 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
         options.trust_remote_code,
         options.gguf_file,
     )
+    check_optimizer(options)
+    if options.loraplus_lr_ratio is not None and config.peft_type != "MOLA":
+        raise MolaError(
+            f"`loraplus_lr_ratio` is for mixtures: {options.adapter!r} is a {config.peft_type} adapter. Leave it out."
+        )
     check_stacked(options, config)
     _check_router_losses(options, config)
     _check_smoothed_labels(options)

@@ -5,10 +5,10 @@ The function knows them as `Any`, since it is called while the options are made;
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
-from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mola.errors import MolaError
@@ -34,59 +34,59 @@ def _optimizer(options: Any) -> str | None:
     return f"`optim` {name} projects the gradients of linears, and experts are none: it would be AdamW. Pass another."
 
 
-_READ_NO_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor", "lomo", "adalomo")
-# Those that Transformers looks for; it reads nothing else, and gives all groups the option `weight_decay`.
-_READ_ARGUMENTS = {
-    "sgd": ("momentum", "dampening", "nesterov"),
-    "adagrad": ("lr_decay", "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", "centered"),
-}
 _READ_NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "lomo", "adalomo")
-
-
-def _betas(options: Any) -> str | None:
-    name = options.optim.value
-    if name not in _READ_NO_BETAS:
-        return None
-    for beta in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        value = getattr(options, beta)
-        if value != getattr(type(options), beta):
-            return f"`{beta}` ({value}) is not read by `optim` {name}. Leave it out."
-    return None
 
 
 def _optimizer_arguments(options: Any) -> str | None:
     given = options.optim_args
     if given is None:
         return None
-    if not all(len(part.split("=")) == 2 for part in given.replace(" ", "").split(",")):
+    if not all(len(part.split("=")) == 2 for part in _parts(given)):
         return f"`optim_args` must be key=value, with commas between several: got {given!r}."
     name = options.optim.value
     is_packed = name.endswith("bit") and not any(word in name for word in ("ademamix", "rmsprop"))
     if name in _READ_NO_ARGUMENTS or is_packed:
         names = "`adam_beta1`, `adam_beta2` and `adam_epsilon`"
         return f"`optim_args` ({given!r}) is not read by `optim` {name}. Pass {names}, or leave it out."
-    known = _READ_ARGUMENTS.get(name)
-    for key in (part.split("=")[0] for part in given.replace(" ", "").split(",")):
-        if key == "weight_decay":
-            return "`optim_args` must leave weight_decay to the option `weight_decay`, which counts instead. Pass that."
-        if known is not None and key not in known:
-            return f"`optim_args` of `optim` {name} are {', '.join(known)}: got {key!r}."
+    if any(part.startswith("weight_decay=") for part in _parts(given)):
+        return "`optim_args` must leave weight_decay to the option `weight_decay`, which counts instead. Pass that."
     return None
 
 
+def _parts(given: str) -> list[str]:
+    return given.replace(" ", "").split(",")
+
+
 def check_optimizer(options: Any) -> None:
-    """Refuse an optimiser that cannot be made, as far as can be said without a model.
+    """Refuse an optimiser that cannot be made, or does not take what it is given; as far as it needs no model.
 
     Raises:
-        MolaError: its package is missing, or it does not take its arguments.
+        MolaError: its package is missing, or an option changes nothing.
     """
+    from transformers import Trainer  # it takes long to import
+
+    name = options.optim.value
     try:
-        Trainer.get_optimizer_cls_and_kwargs(options)
+        made = Trainer.get_optimizer_cls_and_kwargs(options)
     except (ImportError, TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and "lomo" in options.optim:  # of a model that is not there yet
+        if isinstance(error, ValueError) and "lomo" in name:  # of a model that is not there yet
             return
-        raise MolaError(f"`optim` {options.optim.value} cannot be made: {error}") from error
+        raise MolaError(f"`optim` {name} cannot be made: {error}") from error
+
+    def changes(**without: Any) -> bool:
+        other = copy.copy(options)
+        vars(other).update(without)
+        return bool(Trainer.get_optimizer_cls_and_kwargs(other) != made)
+
+    # Transformers looks for what it knows and leaves the rest, which differs from version to version.
+    parts = _parts(options.optim_args) if options.optim_args else []
+    for part in parts:
+        if not changes(optim_args=",".join(other for other in parts if other != part) or None):
+            raise MolaError(f"`optim_args`: {part!r} changes nothing in `optim` {name}. Leave it out.")
+    for beta in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value, default = getattr(options, beta), getattr(type(options), beta)
+        if value != default and not changes(**{beta: default}):
+            raise MolaError(f"`{beta}` ({value}) is not read by `optim` {name}. Leave it out.")
 
 
 def _signals(options: Any) -> str | None:
@@ -158,7 +158,6 @@ def _labels(options: Any) -> str | None:
 
 _CHECKS = (
     _optimizer,
-    _betas,
     _optimizer_arguments,
     _signals,
     _sampling,

@@ -104,6 +104,7 @@ print(native.load("jit_decode").kernel(torch.float32, torch.float32) is not None
         for path in tmp_path.rglob(f"*.{ending}"):
             path.write_bytes(b"")
         assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
+        assert all(path.stat().st_size for path in tmp_path.rglob("*.nb?"))  # and kept
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
@@ -122,12 +123,24 @@ def compiled(function: Any, signature: Any, *inner: Any) -> Any:
     # numbers what shares an index without a lock: of two processes one could leave its code under the other's number.
     key = _sources_digest(), numba.__version__, cpu_target.target_context.codegen().magic_tuple(), inner
     function.__qualname__ += f"_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
-    try:
-        return numba.njit(signature, nogil=True, cache=True)(function)
-    except Exception as error:  # no folder can be written, the disk is full, or what is there was cut off
-        what = "Compiled code (%s) could not be kept on disk, or read there, and is compiled in every process: %r"
-        logger.warning(what, function.__qualname__, error)
-        return numba.njit(signature, nogil=True)(function)
+    for is_again in (False, True):
+        try:
+            return numba.njit(signature, nogil=True, cache=True)(function)
+        except (RuntimeError, OSError) as error:  # no folder can be written, or the disk is full
+            logger.warning("Compiled code could not be kept on disk and is compiled in every process: %s", error)
+            break
+        except Exception:  # what is there was cut off
+            if is_again:
+                raise
+            _remove(function)
+    return numba.njit(signature, nogil=True)(function)
+
+
+def _remove(function: Any) -> None:
+    """What is on disk of a function; numba reads it before it writes it anew."""
+    folder, name = Path(FunctionCache(function).cache_path), function.__qualname__.rpartition(".")[2]
+    for path in [*folder.glob(f"*{name}*.nbi"), *folder.glob(f"*{name}*.nbc")]:
+        path.unlink(missing_ok=True)
 
 
 @functools.cache
