@@ -126,7 +126,7 @@ def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCall
         except MolaError:
             logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
             options.overwrite_output_dir = True
-    result = train(options, callbacks)
+    result = train(options, [*callbacks, _StopIfAsked()])
     free_memory()
     stop_if_asked()
     return result.status == "finished"
@@ -191,6 +191,14 @@ def stop_if_asked() -> None:
     """Raise KeyboardInterrupt if a signal asked for it: what is raised while garbage is collected is lost."""
     if _asked_to_stop.is_set():
         raise KeyboardInterrupt
+
+
+class _StopIfAsked(TrainerCallback):
+    """For a signal that came while a training was prepared, if what it raised was lost: before the first step."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """See `stop_if_asked`."""
+        stop_if_asked()
 
 
 def _stop(number: int, frame: Any) -> NoReturn:

@@ -1,5 +1,6 @@
 """`mola compare`: recipes x tasks x seeds, going on after a stop, allocations, statistics, tables, what is refused."""
 
+import contextlib
 import csv
 import gc
 import io
@@ -291,6 +292,24 @@ def test_a_signal_during_garbage_collection_is_not_lost(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             stop_if_asked()
     stop_if_asked()
+
+
+def test_a_signal_that_is_lost_while_a_training_is_prepared_ends_it_before_its_first_step(run, tmp_path, monkeypatch):
+    from mola.training import train as module
+
+    real, built = module.build_model, []
+
+    def build_model(*args):
+        with contextlib.suppress(KeyboardInterrupt):  # as by a library that catches all there is
+            os.kill(os.getpid(), signal.SIGTERM)
+        built.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "build_model", build_model)
+    result = run(tasks={"physics": TASKS["physics"]}, evaluate_base=False)
+    assert (result.status, result.results, built) == ("interrupted", [], [1])
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_an_adapter_of_other_options_is_not_taken(whole, run, tmp_path):
