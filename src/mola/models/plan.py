@@ -90,20 +90,12 @@ def render(plan: AllocationPlan) -> Table:
         A table for `rich.print`.
     """
     table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
-    table.add_column("layers", overflow="fold")
-    counts = (
-        "experts",
-        "top_k",
-        "r",
-        "expert parameters",
-        "router parameters",
-        "FLOPs/token",
-        "active",
-        "size",
-        "of base",
-    )
-    for header in counts:
-        table.add_column(header, justify="right", overflow="fold")  # no digit is cut
+    table.add_column("layers")
+    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "active", "size"):
+        table.add_column(header, justify="right")
+    table.add_column("of base", justify="right")
+    for column in table.columns:
+        column.overflow = "fold"  # no digit is cut
     for first, last, layer in _runs(plan):
         table.add_row(
             str(first) if first == last else f"{first}-{last}",

@@ -18,7 +18,7 @@ from mola.checkpoints.tensors import read_tensors
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.read import check_split
-from mola.data.tasks import Task, load_task
+from mola.data.tasks import Task, load_task, template_name
 from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
@@ -222,7 +222,7 @@ def _check(options: InspectOptions) -> _Samples:
         raise MolaError(
             f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
         )
-    prompts = options.template or (task.template if task is not None else "alpaca")
+    prompts = template_name(options.template, task)
     check_template(prompts)
     warn_of_other_template(options.adapter, prompts)
     check_split("split", options.split, InspectOptions.split, options.data)

@@ -22,7 +22,7 @@ from mola.data.examples import load_examples
 from mola.data.hashing import distinct_questions, hash_example
 from mola.data.read import check_split, has_rows
 from mola.data.read import split_names as data_splits
-from mola.data.tasks import Task, load_task
+from mola.data.tasks import Task, load_task, template_name
 from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.models.base_model import load_config, max_positions, vocabulary_size
@@ -67,7 +67,7 @@ def prepare_data(
     if options.data is None:
         raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
     task = load_task(options.task) if options.task is not None else None
-    name = options.template or (task.template if task is not None else "alpaca")
+    name = template_name(options.template, task)
     adapter = options.adapter and str(checkpoint or options.adapter)
     template = template_for(name, tokenizer, adapter)
     if isinstance(template, ChatTemplate) and template.jinja is not None:  # of an adapter; both are saved with the run

@@ -9,6 +9,16 @@ Without `answer` the task is free text: trained on, not scored.
 """
 
 from mola.data.tasks.loading import load_task, task_names
-from mola.data.tasks.task import LETTERS, AnswerRule, FieldRule, StrataRule, Task, example_id
+from mola.data.tasks.task import LETTERS, AnswerRule, FieldRule, StrataRule, Task, example_id, template_name
 
-__all__ = ["LETTERS", "AnswerRule", "FieldRule", "StrataRule", "Task", "example_id", "load_task", "task_names"]
+__all__ = [
+    "LETTERS",
+    "AnswerRule",
+    "FieldRule",
+    "StrataRule",
+    "Task",
+    "example_id",
+    "load_task",
+    "task_names",
+    "template_name",
+]

@@ -275,6 +275,11 @@ def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> 
     return str(value)
 
 
+def template_name(asked: str | None, task: Task | None) -> str:
+    """Of the prompt template: what is asked for, the task's own, or alpaca without a task."""
+    return asked or (task.template if task is not None else "alpaca")
+
+
 def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
     for name in field_names(layout):
         if not isinstance(values[name], str):

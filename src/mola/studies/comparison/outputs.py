@@ -185,7 +185,8 @@ def _beside_the_reference(curves: Curves, reference: str) -> list[list[Line]]:
         for name, points in curves.items()
     }
     common = [lines[reference]] if reference in lines else []
-    return [[*common, line] for name, line in lines.items() if name != reference] or [common] * bool(common)
+    beside = [[*common, line] for name, line in lines.items() if name != reference]
+    return beside if beside or not common else [common]
 
 
 def _reach(row: Row) -> float:

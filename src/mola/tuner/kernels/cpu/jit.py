@@ -139,7 +139,7 @@ def compiled(function: Any, signature: Any, *inner: Any) -> Any:
 def _remove(function: Any) -> None:
     """What is on disk of a function; numba reads it before it writes it anew."""
     folder, name = Path(FunctionCache(function).cache_path), function.__qualname__.rpartition(".")[2]
-    for path in [*folder.glob(f"*{name}*.nbi"), *folder.glob(f"*{name}*.nbc")]:
+    for path in folder.glob(f"*{name}*.nb[ic]"):  # index and code
         path.unlink(missing_ok=True)
 
 
