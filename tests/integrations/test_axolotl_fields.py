@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mola import MolaConfig, MolaError
-from mola.integrations.axolotl_fields import check_merge, given_settings, new_config
+from mola.integrations.axolotl_fields import check_asking, check_merge, given_settings, new_config
 from mola.integrations.mixture_settings import continued_config
 from tests.conftest import save_adapter
 
@@ -99,6 +99,13 @@ def test_merging_is_refused_by_the_yaml_and_by_the_folder(saved, tmp_path):
     for cfg in (YAML, {"adapter": "lora", "lora_model_dir": str(saved)}, {"output_dir": str(saved)}):
         with pytest.raises(MolaError, match="cannot be merged.*`mola convert ADAPTER --to lora --rank .*`mola merge "):
             check_merge({**cfg, "merge_lora": True})
+
+
+def test_asking_needs_the_adapter(saved):
+    check_asking(YAML)
+    check_asking({**YAML, "inference": True, "lora_model_dir": str(saved)})
+    with pytest.raises(MolaError, match="`lora_model_dir`.*--lora-model-dir FOLDER.*'runs/out'"):
+        check_asking({**YAML, "inference": True})
 
 
 def test_a_saved_mixture_keeps_its_structure_and_takes_training_settings(saved, tiny_model):

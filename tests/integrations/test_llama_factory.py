@@ -174,6 +174,8 @@ def test_chat_answers_as_mola_generate(trained, python, run_in, tiny_model_dir):
     assert len(answers) == 2, done.stderr[-3000:]
     assert answers == answers_of_mola(tiny_model_dir, trained, prompts)
     assert answers != answers_of_mola(tiny_model_dir, None, prompts)
+    done = run_in(python, ["-c", _CHAT, json.dumps({**given, "finetuning_type": "mola", "mola_top_k": 1}), "[]"])
+    assert "`mola_top_k` is 2" in done.stderr
 
 
 def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, options, tiny_model_dir, tmp_path):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.reading import read_json
-from mola.integrations.mixture_settings import FIELDS, checked_settings, refuse_merging
+from mola.integrations.mixture_settings import FIELDS, checked_settings, is_mixture, refuse_merging
 from mola.tuner import MolaConfig
 
 _FIELDS = {
@@ -35,12 +33,6 @@ _REFUSED = {
 _SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size", "sequence_parallel_degree")
 
 
-def is_mixture(folder: str | Path | None) -> bool:
-    """Whether a folder holds a saved mixture."""
-    path = Path(folder or "", "adapter_config.json")
-    return bool(folder) and path.is_file() and read_json(path).get("peft_type") == "MOLA"
-
-
 def check_merge(cfg: Mapping[str, Any]) -> None:
     """Refuse `axolotl merge-lora` for a mixture, whatever the YAML calls it: it would save the base model alone.
 
@@ -50,6 +42,19 @@ def check_merge(cfg: Mapping[str, Any]) -> None:
     folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
     if cfg.get("merge_lora") and (cfg.get("adapter") == "mola" or is_mixture(folder)):
         refuse_merging("`merge-lora`")
+
+
+def check_asking(cfg: Mapping[str, Any]) -> None:
+    """Refuse `axolotl inference` without an adapter: a new mixture would answer, which changes nothing of the base.
+
+    Raises:
+        MolaError: the YAML, with `adapter: mola`, names no `lora_model_dir`.
+    """
+    if cfg.get("inference") and not cfg.get("lora_model_dir"):
+        raise MolaError(
+            "`adapter: mola` needs `lora_model_dir` where nothing is trained: give `--lora-model-dir FOLDER`, the "
+            f"folder of the trained adapter, such as `output_dir` ({cfg.get('output_dir')!r})."
+        )
 
 
 def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class MolaPlugin(BasePlugin):
         if cfg.get("adapter") == "mola":
             if version("axolotl") != TRIED:
                 warnings.warn(f"mola was tried with axolotl {TRIED}, this is {version('axolotl')}.", stacklevel=1)
+            yaml.check_asking(cfg)
             self._given = yaml.given_settings(cfg)
         elif cfg.get("mola"):
             raise MolaError(f"The block `mola` needs `adapter: mola`, got {cfg.get('adapter')!r}.")

@@ -27,6 +27,7 @@ from mola.integrations.mixture_settings import (
     PREFIX,
     check_version,
     continue_mixture,
+    continued_config,
     has_router_losses,
     keep_router_losses,
     read_settings,
@@ -85,10 +86,11 @@ def _set_up(
     if not (getattr(finetuning_args, "is_mixture", False) or any(kinds)):
         return original(config, model, model_args, finetuning_args, is_trainable, cast)
     _check_use(model_args, finetuning_args, folders, kinds, is_trainable)
-    if folders and not is_trainable:
-        return PeftModel.from_pretrained(model, folders[0], **init_kwargs)
-    adapter.logger.info_rank0("Fine-tuning method: a mixture of LoRA experts (mola)")
     settings = finetuning_args.mixture_settings
+    if folders and not is_trainable:
+        asked = continued_config(model, folders[0], settings, PREFIX, **init_kwargs)
+        return PeftModel.from_pretrained(model, folders[0], config=asked, **init_kwargs)
+    adapter.logger.info_rank0("Fine-tuning method: a mixture of LoRA experts (mola)")
     if folders:
         model = continue_mixture(model, folders[0], settings, **init_kwargs)
         for parameter in model.parameters():

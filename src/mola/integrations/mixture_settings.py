@@ -18,6 +18,7 @@ from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
 from mola.files.digests import check_digest
+from mola.files.reading import read_json
 from mola.training.options import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
@@ -88,6 +89,12 @@ def refuse_others(host: str, arguments: Any, group: type, honoured: tuple[str, .
 def has_router_losses(settings: Mapping[str, Any]) -> bool:
     """Whether settings by name switch a router loss on."""
     return any(settings.get(name) for name in ("router_aux_loss_coef", "router_z_loss_coef"))
+
+
+def is_mixture(folder: str | Path | None) -> bool:
+    """Whether a folder holds a saved mixture."""
+    path = Path(folder or "", "adapter_config.json")
+    return bool(folder) and path.is_file() and read_json(path).get("peft_type") == "MOLA"
 
 
 def refuse_merging(name: str) -> NoReturn:

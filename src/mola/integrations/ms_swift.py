@@ -19,9 +19,11 @@ from swift.utils import json_parse_to_dict
 
 from mola.errors import MolaError
 from mola.integrations.mixture_settings import (
+    PREFIX,
     check_version,
     continue_mixture,
     has_router_losses,
+    is_mixture,
     keep_router_losses,
     read_settings,
     refuse_merging,
@@ -101,7 +103,7 @@ def _check_training(args: Any) -> None:
             raise MolaError(f"`{name}` must be {' or '.join(tried) or 'left out'} for a mixture, got {value!r}.")
     if args.use_swift_lora or args.use_galore:
         raise MolaError("`use_swift_lora` and `use_galore` are not for mixtures: leave them out.")
-    folder = args.resume_from_checkpoint or next(iter(args.adapters), None)  # its router losses go on
+    folder = _first_adapter(args)  # its router losses go on
     own = vars(PeftConfig.from_pretrained(folder)) if folder else {}
     if has_router_losses({**own, **MolaTuner.settings}):
         checkpointing = args.gradient_checkpointing_kwargs = json_parse_to_dict(args.gradient_checkpointing_kwargs)
@@ -113,17 +115,34 @@ def _check_training(args: Any) -> None:
         args.use_logits_to_keep = False
 
 
+def _first_adapter(args: Any) -> str | None:
+    return args.resume_from_checkpoint or next(iter(args.adapters), None)
+
+
+def _check_other_training(args: Any) -> None:
+    """Refuse what only `tuner_type: mola` reads: ms-swift would train a LoRA, its default, and say nothing."""
+    given = [name for name in args.model_kwargs if name.lower().startswith(PREFIX)]
+    if given:
+        raise MolaError(f"{given} in `model_kwargs` need `tuner_type: mola`, got {args.tuner_type!r}.")
+    folder = _first_adapter(args)
+    if is_mixture(folder):
+        raise MolaError(f"{folder!r} is a mixture: `tuner_type: mola` trains it on, got {args.tuner_type!r}.")
+
+
 def _check_export(args: Any) -> None:
     given = [f"`{name}`" for name in _EXPORTS if getattr(args, name)]
     if given:
         refuse_merging(", ".join(given))
 
 
-def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:
+def _nothing(args: Any) -> None:
+    pass
+
+
+def _checked(method: Callable, check: Callable[[Any], None], check_other: Callable[[Any], None] = _nothing) -> Callable:
     @functools.wraps(method)
     def run(self: Any) -> None:
-        if self.tuner_type == "mola":
-            check(self)
+        (check if self.tuner_type == "mola" else check_other)(self)
         method(self)
 
     return run
@@ -131,5 +150,5 @@ def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:
 
 check_version("ms-swift", swift.__version__, "4.6")
 tuners_map["mola"] = MolaTuner
-TunerArguments.__post_init__ = _checked(TunerArguments.__post_init__, _check_training)
+TunerArguments.__post_init__ = _checked(TunerArguments.__post_init__, _check_training, _check_other_training)
 ExportArguments._init_output_dir = _checked(ExportArguments._init_output_dir, _check_export)
