@@ -26,6 +26,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.digests import file_sha256
 from mola.files.environment import machine_description, software_versions
+from mola.files.locks import POLL_SECONDS, held
 from mola.files.marked_pages import write_part
 from mola.files.reading import read_json
 from mola.options.fields import mapping, named_mappings
@@ -34,7 +35,6 @@ from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import pairs_of
 from mola.studies.continual_learning.continual import ContinualOptions, continual
 from mola.studies.continual_learning.record import EVALUATION_FOLDER
-from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import TrainAndTestOptions, signals_as_interrupt, stop_if_asked
 from mola.training.checkpoints import RUN_FILE
 
@@ -58,7 +58,7 @@ class Study:
 
     def __init__(self, options: ForgettingOptions) -> None:
         self.options, self.folder, self.path = options, Path(options.output_dir), check_writable(options.record)
-        self.locks = Locks(self.folder / ".locks")
+        self.locks = self.folder / ".locks"
         self.recipes = named_mappings("recipes", options.recipes or RECIPES, '{"lora": {"num_experts": 1}}')
         check(options, self.recipes)
         contrasts = (
@@ -107,7 +107,7 @@ class Study:
         while (left := self.left()) and (most is None or count < most):
             for key in left:
                 stop_if_asked()
-                with self.locks.claim("-".join(map(str, key))) as is_mine:
+                with held(self.locks / "-".join(map(str, key)), waits=False) as is_mine:
                     self.read()
                     if not is_mine or key not in self.left() or (rate := self.rate(key)) is None:
                         continue
@@ -162,7 +162,7 @@ class Study:
         run["seconds_training"] = round(sum(each["seconds"] for each in trained), 1)
         run["seconds_testing"] = round(sum(test["seconds"] for row in tests for test in row), 1)
         run |= {"versions": software_versions(), "machine": machine_description()}
-        with self.locks.lock("record"):
+        with held(self.locks / "record", waits=True):
             self.read()
             self._check_same(fingerprints)  # another process may have been the first
             self.record["fingerprints"] = fingerprints
@@ -173,7 +173,7 @@ class Study:
     def _fingerprints(self) -> dict[str, str]:
         """Of base model and data, which are made first; refused if those in the record were others."""
         folder, options = self._data(), self.options
-        with self.locks.lock("data"):
+        with held(self.locks / "data", waits=True):
             if not folder.exists():
                 sizes = {f"{split}_size": len(KINDS) * size for split, size in _sizes(options).items()}
                 prepare(PrepareOptions("sample", str(folder), **sizes))

@@ -27,6 +27,7 @@ from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
 from mola.exporting.convert import ConvertOptions, ExportReport, convert
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
+from mola.files.locks import POLL_SECONDS, held
 from mola.files.marked_pages import check_page, write_part
 from mola.files.reading import read_json, read_json_object
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
@@ -39,7 +40,6 @@ from mola.options.parsing import parse
 from mola.studies.comparison.curve import marks_of
 from mola.studies.comparison.options import Key
 from mola.studies.comparison.record import Result, read_results
-from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import signals_as_interrupt, stop_if_asked
 from mola.training.checkpoints import RUN_FILE
 
@@ -72,7 +72,6 @@ class Study:
 
     def __init__(self, options: WorthOptions) -> None:
         self.options, self.output, self.work = options, Path(options.output), Path(options.runs[0], ".worth")
-        self.locks = Locks(self.work)
         if options.fit_rows < 2:
             raise MolaError(f"`fit_rows` must be at least 2, of which one is held out: got {options.fit_rows}.")
         self.mixtures, self.folders = _mixtures(options.record, options.runs)
@@ -109,7 +108,7 @@ class Study:
             is_idle = True
             for key in left:
                 stop_if_asked()
-                with self.locks.claim(f"{'-'.join(map(str, key))}.lock") as is_mine:
+                with held(self.work / f"{'-'.join(map(str, key))}.lock", waits=False) as is_mine:
                     self.entries = self._read()
                     if is_mine and key in self.left():
                         is_idle = False
@@ -205,7 +204,7 @@ class Study:
         entry |= {"kl": report.divergence["answer"], "explained": report.by_kind(), "rows": report.rows["answer"]}
         entry |= {"seconds": {**report.seconds, "testing": round(tested.seconds, 2)}, "notes": report.notes}
         entry |= {"versions": software_versions(), "machine": machine_description()}
-        with self.locks.lock("record.lock"):
+        with held(self.work / "record.lock", waits=True):
             self.entries = [*self._read(), entry]
             atomic_write_json(self.output, {"runs": self.entries})
 

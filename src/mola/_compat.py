@@ -68,11 +68,6 @@ def generation_finds_cache() -> bool:
         return False
 
 
-def num_queries(query: Any) -> int:
-    """How many new tokens a cache is asked about: since Transformers 5.4 the number, before their positions."""
-    return query if isinstance(query, int) else len(query)
-
-
 def asks_before_loading(tuner: type[nn.Module]) -> bool:
     """Whether PEFT lets a method look at an adapter's tensors before it loads them, and saves trained biases of
     methods that it does not know: both since 0.21."""

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.base import read_base
 from mola.allocation.measured import layer_scores
-from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
+from mola.allocation.on_data import activation_scores, gradient_scores, load_for_scores, read_samples
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
@@ -31,7 +31,7 @@ def base(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def samples(base, data):
-    return SampleSource(data, "sample", None, "train", 4).read(base)
+    return read_samples(base, data, "sample", None, "train", 4)
 
 
 def weight_gradients(model, base, samples):
@@ -85,7 +85,7 @@ def test_linears_that_run_several_times_count_all_calls_that_are_trained(base, s
 
 
 def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny_tokenizer):
-    asked = SampleSource(data, "sample", "alpaca", "train", 4).read(base)
+    asked = read_samples(base, data, "sample", "alpaca", "train", 4)
     for short, long in zip(samples, asked, strict=True):
         texts = [tiny_tokenizer.decode(each["input_ids"]) for each in (short, long)]
         assert ["Below is an instruction" in text for text in texts] == [False, True]
@@ -94,7 +94,7 @@ def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny
 @pytest.mark.parametrize(("count", "length"), [(8, None), (1, 20)], ids=["many tokens", "few tokens"])
 def test_activations_count_the_strongest_directions(count, length, base, data):
     """Of the first 1,024 tokens, and of fewer tokens than there are features."""
-    samples = SampleSource(data, "sample", None, "train", count).read(base)
+    samples = read_samples(base, data, "sample", None, "train", count)
     samples = [{name: sample[name][:length] for name in ("input_ids", "labels")} for sample in samples]
     model = load_for_scores(base, "cpu")
     seen = {linear.name: [] for linear in base.linears}
@@ -147,7 +147,7 @@ def test_the_command_measures_the_samples_that_are_asked_for(tiny_model_dir, bas
     model = load_for_scores(base, "cpu")
 
     def scores(**changes):
-        samples = SampleSource(data, "sample", **{**asked, **changes}).read(base)
+        samples = read_samples(base, data, "sample", **{**asked, **changes})
         return layer_scores(gradient_scores(base, samples, model), base.num_layers)
 
     assert found == scores()

@@ -59,7 +59,8 @@ def test_a_package_that_a_tokenizer_needs_is_named(installed, tmp_path, monkeypa
         raise ImportError("requires another package")
 
     monkeypatch.setattr("mola.models.tokenizer.AutoTokenizer.from_pretrained", fail)
-    monkeypatch.setattr("mola.models.tokenizer.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr("mola.models.tokenizer.is_protobuf_available", lambda: installed)
+    monkeypatch.setattr("mola.models.tokenizer.is_sentencepiece_available", lambda: installed)
     with pytest.raises(MolaError, match="requires another package") as caught:
         own_tokenizer(tmp_path)
     assert ("pip install 'mola-peft[sentencepiece]'" in str(caught.value)) is not installed

@@ -21,7 +21,7 @@ from mola.allocation.measured import (
     usage_scores,
 )
 from mola.allocation.numbers import ModuleExperts, Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
-from mola.allocation.on_data import SampleSource, activation_scores, gradient_scores, load_for_scores
+from mola.allocation.on_data import activation_scores, gradient_scores, load_for_scores, read_samples
 from mola.allocation.options import AllocateOptions, check_options
 from mola.allocation.probe import check_mixture
 from mola.allocation.rounding import check_budget
@@ -214,8 +214,8 @@ def _measured(options: AllocateOptions, base: Base) -> tuple[list[ModuleScore], 
     if name in _ON_DATA:
         check_layers(sum(base.is_adapted))
         check_split("split", options.split, AllocateOptions.split, str(options.data))
-        source = SampleSource(str(options.data), str(options.task), options.template, options.split, options.limit)
-        samples = source.read(base)
+        data, task = str(options.data), str(options.task)
+        samples = read_samples(base, data, task, options.template, options.split, options.limit)
         scores, why = _ON_DATA[name]
         return scores(base, samples, load_for_scores(base, options.device)), why
     if name == "redundancy":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
@@ -29,28 +28,20 @@ _RANK = 8  # components of a linear's input that count, in the mean
 _TOKENS = 1024  # of which an input's spectrum is taken
 
 
-@dataclass(frozen=True)
-class SampleSource:
-    """Where samples come from: a data file, its task, prompts and split, and how many."""
+def read_samples(
+    base: Base, data: str, task: str, template: str | None, split: str, limit: int
+) -> Sequence[Mapping[str, Any]]:
+    """The first `limit` samples of a data file, with `input_ids` and `labels`; without a template in the task's own.
 
-    data: str
-    task: str
-    template: str | None  # None: the task's own
-    split: str
-    limit: int
-
-    def read(self, base: Base) -> Sequence[Mapping[str, Any]]:
-        """Samples with `input_ids` and `labels`.
-
-        Raises:
-            MolaError: the data do not fit the task, or a sample is longer than the model's positions.
-        """
-        task = load_task(self.task)
-        examples = load_examples(self.data, task, self.split, limit=self.limit)
-        tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
-        limit = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
-        template = get_template(self.template or task.template, tokenizer)
-        return encode_whole(examples, tokenizer, template, limit, bool(template.ending(tokenizer)))
+    Raises:
+        MolaError: the data do not fit the task, or a sample is longer than the model's positions.
+    """
+    read_as = load_task(task)
+    examples = load_examples(data, read_as, split, limit=limit)
+    tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
+    positions = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
+    prompts = get_template(template or read_as.template, tokenizer)
+    return encode_whole(examples, tokenizer, prompts, positions, bool(prompts.ending(tokenizer)))
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

@@ -1,6 +1,7 @@
 """Whole numbers of experts from scores, at exactly a budget. Pure functions, no torch."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -69,21 +70,14 @@ def _bounded_shares(scores: list[Fraction], budget: int, low: int, high: int) ->
     """The `x_l` of `experts_from_scores`: their sum grows with `c` in straight pieces, between known corners."""
     positive = [score for score in scores if score > 0]
     corners = sorted({Fraction(bound) / score for score in positive for bound in (low, high)})
-    first, last = 0, len(corners) - 1
-    if _total(scores, corners[last], low, high) <= budget:
+    place = bisect_right(corners, Fraction(budget), key=lambda corner: _total(scores, corner, low, high))
+    if place == len(corners):
         # All layers with a score are full: the others share the rest.
         rest, others = budget - high * len(positive), len(scores) - len(positive)
         return [Fraction(high) if score > 0 else Fraction(rest, others) for score in scores]
-    while last - first > 1:
-        middle = (first + last) // 2
-        if _total(scores, corners[middle], low, high) <= budget:
-            first = middle
-        else:
-            last = middle
-    start, end = corners[first], corners[last]
-    slope = sum(score for score in positive if start * score >= low and end * score <= high)
-    missing = budget - _total(scores, start, low, high)
-    factor = start + (missing / slope if slope else 0)
+    start, end = corners[place - 1 : place + 1]
+    below, above = (_total(scores, corner, low, high) for corner in (start, end))
+    factor = start + (end - start) * (budget - below) / (above - below)
     return [min(max(factor * score, Fraction(low)), Fraction(high)) for score in scores]
 
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from mola.errors import MolaError
 
@@ -23,6 +23,7 @@ class Template:
         has_headings: whether headings set the parts apart.
     """
 
+    adds_special_tokens: ClassVar[bool] = True  # whether the tokenizer puts its special tokens around the text
     name: str
     prompt_input: str
     prompt_no_input: str
@@ -56,11 +57,6 @@ class Template:
         return self.prompt_no_input.format(instruction=instruction)
 
     @property
-    def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer puts its special tokens around the text."""
-        return True
-
-    @property
     def is_encoded_apart(self) -> bool:
         """Whether prompt and answer are tokenised each for itself."""
         return False
@@ -91,14 +87,10 @@ class ChatTemplate(Template):
         end_token: text of the end token that the template is written with; None for the tokenizer's own.
     """
 
+    adds_special_tokens: ClassVar[bool] = False  # the template writes them
     tokenizer: Any = None
     jinja: str | None = None
     end_token: str | None = None
-
-    @property
-    def adds_special_tokens(self) -> bool:
-        """No: the template writes them."""
-        return False
 
     @cached_property
     def is_encoded_apart(self) -> bool:

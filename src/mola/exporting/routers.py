@@ -7,9 +7,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 
-from mola.architecture.linears import base_layer_of
+from mola.architecture.linears import sizes_of
 from mola.exporting.calibration import Calibration, token_ids
 from mola.exporting.low_rank import solve, square_root
 from mola.exporting.moments import (
@@ -70,7 +69,7 @@ def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibrati
     """
     rows = [token_ids(each.fitted) for each in data]
     groups = with_same_input(model, modules, rows[0][0][:1])
-    sizes = [moment_bytes(_in_features(modules[names[0]]), [1] * len(names)) for names in groups]
+    sizes = [moment_bytes(sizes_of(modules[names[0]])[0], [1] * len(names)) for names in groups]
     weights: dict[str, torch.Tensor] = {}
     # Twice as much: a sum over adapters, and one adapter's.
     for part in within(sizes, memory_gb * 1e9 / 2):
@@ -100,11 +99,6 @@ def _active(model: Any, state: str | None) -> Any:
         return model.disable_adapter()
     model.set_adapter(state)
     return nullcontext()
-
-
-def _in_features(module: Any) -> int:
-    features: Any = _get_in_out_features(base_layer_of(module))
-    return features[0]
 
 
 def _means(

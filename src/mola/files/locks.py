@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+POLL_SECONDS = 5.0  # between two looks at what other processes have left of work that is shared
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
@@ -25,7 +26,7 @@ def held(path: Path, *, waits: bool) -> Iterator[bool]:
     On a file system without locks it is, and a warning says so once.
 
     Args:
-        path: the lock's file.
+        path: the lock's file; its folder is made.
         waits: until another process gives it back, instead of finding that it is not free.
     """
     lock = FileLock(path, fallback_to_soft=False)  # a soft one stays when its holder is killed

@@ -200,11 +200,11 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
             if node is None:
                 return None
             _count(node, {}, set())
-            content = reader.construct_document(node)
+            return reader.construct_document(node)
         finally:
             reader.dispose()
-        _check_text(content)
-        return content
+    except UnicodeEncodeError:
+        raise ValueError(_HALF_CHARACTER) from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except yaml.YAMLError as error:
@@ -217,6 +217,7 @@ def parse_yaml(text: str, loader: type[BoundedLoader] = BoundedLoader) -> Any:
 def _count(node: yaml.Node, counted: dict[int, int], above: set[int]) -> int:
     """Number of values below a node with every reference followed."""
     if isinstance(node, yaml.ScalarNode):
+        node.value.encode("utf-8")  # fails for half a character, which an escape can write
         return 1
     if id(node) in above:
         raise ValueError("a reference (`*name`) lies inside of what it refers to")
@@ -229,21 +230,6 @@ def _count(node: yaml.Node, counted: dict[int, int], above: set[int]) -> int:
             raise ValueError(f"with its references (`*name`) it holds more than {_MOST_YAML_VALUES} values")
         counted[id(node)] = total
     return counted[id(node)]
-
-
-def _check_text(value: Any) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(_HALF_CHARACTER) from None
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key)
-            _check_text(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            _check_text(item)
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:

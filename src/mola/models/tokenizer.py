@@ -3,11 +3,11 @@
 import functools
 import logging
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from mola._compat import own_tokenizers
 from mola.errors import MolaError
@@ -82,8 +82,8 @@ def own_tokenizer(
             base_model, trust_remote_code=trust_remote_code, **arguments, **settings
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        hint, needed = "", ("sentencepiece", "google.protobuf")
-        if any(folder.glob("*.model")) and not all(map(_is_installed, needed)):  # Transformers then speaks of others
+        hint, is_installed = "", is_sentencepiece_available() and is_protobuf_available()
+        if any(folder.glob("*.model")) and not is_installed:  # Transformers then speaks of others
             hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
         raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
     if not hasattr(tokenizer, "is_fast"):
@@ -92,10 +92,3 @@ def own_tokenizer(
             "token is. Update Transformers, or uninstall mistral-common."
         )
     return tokenizer
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package above
-        return False

@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mola.generation import predicting
+from mola.generation.batching.engine import BatchEngine
 from mola.generation.batching.forward import Adapters
 from mola.generation.batching.rows import Row
+from mola.generation.batching.single import SingleEngine
 from mola.serving.errors import RequestError
 from mola.serving.jobs import Job
 from mola.serving.metrics import Metrics
@@ -25,31 +27,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_GUESS = 1.0  # seconds per request, before any was measured
 _MEMORY = 0.8  # weight of what was known when a new time comes in
-
-
-class Engine(Protocol):
-    """`BatchEngine` or `SingleEngine`."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
-
-    @property
-    def num_active(self) -> int:
-        """Answers that have begun."""
-
-    def add(self, row: Row) -> None:
-        """Put an answer in the queue."""
-
-    def step(self) -> None:
-        """Go on until others can be heard."""
-
-    def uses(self, adapter: str) -> bool:
-        """Whether an answer is being made, or waits, with this adapter."""
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether answers with different adapters are being made."""
 
 
 class AnswerQueue:
@@ -68,7 +45,7 @@ class AnswerQueue:
     def __init__(
         self,
         adapters: Adapters,
-        engine: Engine,
+        engine: BatchEngine | SingleEngine,
         tokenizer: PreTrainedTokenizerBase,
         max_running: int,
         max_waiting: int,

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _WRITES_CPP = "inductor"  # torch's own backend; for a CPU it writes C++
-# Older versions of torch do not have it: checkpointed layers with router losses then run without the compiler.
-_SKIP_SIDE_EFFECTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+_SKIP_SIDE_EFFECTS = {"skip_fwd_side_effects_in_bwd_under_checkpoint": True}
 
 
 def check_compiler(backend: str, mode: str | None, device: torch.device) -> None:
@@ -63,13 +62,8 @@ def compiled_if_asked(trainer: Trainer) -> Iterator[None]:
         if args.torch_compile
         else TorchDynamoPlugin()
     )
-    with _no_side_effects_in_backward() if args.torch_compile else nullcontext():
+    with torch._dynamo.config.patch(_SKIP_SIDE_EFFECTS) if args.torch_compile else nullcontext():
         yield
-
-
-def _no_side_effects_in_backward() -> Any:
-    settings = torch._dynamo.config
-    return settings.patch({_SKIP_SIDE_EFFECTS: True}) if hasattr(settings, _SKIP_SIDE_EFFECTS) else nullcontext()
 
 
 class FrozenInput(TrainerCallback):

@@ -7,7 +7,6 @@ to its own rows, as it would alone. Nothing is recorded of the routers, which ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -194,11 +193,6 @@ class RowAdapters:
             each._disable_adapters = True
         for handle in self._handles:
             handle.remove()
-
-
-def mixed_batch(tuner: Any, names: Any, options: Mapping[str, Any]) -> Any:
-    """See `RowAdapters`; names that are None change nothing."""
-    return nullcontext() if names is None else RowAdapters(tuner, names, options)
 
 
 def why_not_mixed(tuner: Any) -> str | None:

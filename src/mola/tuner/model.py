@@ -28,7 +28,7 @@ from mola.tuner.heads import add_head
 from mola.tuner.layer import MolaLinear
 from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
 from mola.tuner.merging import check_not_replicated, check_own_weights
-from mola.tuner.mixed_batch import mixed_batch
+from mola.tuner.mixed_batch import RowAdapters
 from mola.tuner.names import check_names
 from mola.tuner.per_layer import PerLayer
 from mola.tuner.places import check_places
@@ -263,7 +263,7 @@ class MolaModel(BaseTuner):
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
 
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        return mixed_batch(self, adapter_names, kwargs)
+        return nullcontext() if adapter_names is None else RowAdapters(self, adapter_names, kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient.

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from mola._compat import num_queries
-
 _COLUMNS = 64  # columns and rows are allocated so many at a time
 _ROWS = 4
 
@@ -42,10 +40,6 @@ class _Layer(DynamicLayer):
     def get_seq_length(self, *args: Any) -> int:
         """Columns in use; called by the model."""
         return self.columns
-
-    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
-        """Columns after the next pass, and where they begin; called by the model."""
-        return self.columns + num_queries(query), 0
 
     def make_room(self, other: "_Layer") -> None:
         """Allocate what `append` needs, to be called before."""

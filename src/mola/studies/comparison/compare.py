@@ -20,6 +20,7 @@ from rich.markup import escape
 from mola.errors import MolaError, NotFiniteError
 from mola.evaluation.evaluate import evaluate
 from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.locks import POLL_SECONDS, held
 from mola.files.terminal import table_console
 from mola.studies.comparison.allocations import Allocations, probed_by
 from mola.studies.comparison.begun import begin_or_go_on
@@ -34,7 +35,6 @@ from mola.studies.comparison.runs import base_result_of, diverged_result_of, rem
 from mola.studies.comparison.summary import Row, summarize
 from mola.studies.comparison.tables import search_tables, terminal_tables
 from mola.studies.comparison.tuning import Found, Power, found_by_search, power_of
-from mola.studies.locks import POLL_SECONDS, Locks
 from mola.studies.train_and_test import evaluate_once, free_memory, recorded, signals_as_interrupt, stop_if_asked
 from mola.training.hub import without_token
 
@@ -115,7 +115,7 @@ class _Comparison:
         self.results = record.results
         self.path = path
         self.folder = Path(options.output_dir or "")
-        self.locks = Locks(self.folder / ".locks")
+        self.locks = self.folder / ".locks"
         self.allocations = Allocations(self.folder)
         self.allocations.known |= record.allocations
         self.found: list[Found] = []
@@ -136,7 +136,7 @@ class _Comparison:
 
     def run(self) -> CompareResult:
         """Train and test until the end or a signal."""
-        with self.locks.lock("allocations"):
+        with held(self.locks / "allocations", waits=True):
             left = [*self._open(self.searched), *self._open(self.runs)]
             self.allocations.make_and_check(left, {result.key: result for result in self.results})
         status = recorded(self._everything, self._write)
@@ -183,7 +183,7 @@ class _Comparison:
             is_idle = True
             for run in left:
                 stop_if_asked()
-                with self.locks.claim("-".join(map(str, run.key))) as is_mine:
+                with held(self.locks / "-".join(map(str, run.key)), waits=False) as is_mine:
                     if is_mine and run in self._read_again(runs) and self._is_ready(run):
                         is_idle = False
                         cost = time_left(self.results, self._num_open())
@@ -243,7 +243,7 @@ class _Comparison:
         for run in self.runs:
             first.setdefault(run.key.task, run)
         for task, run in first.items():
-            with self.locks.lock(f"base-{task}"):
+            with held(self.locks / f"base-{task}", waits=True):
                 self._read_again(self.runs)
                 if Key(task, BASE, 0) not in {result.key for result in self.results}:
                     path = self.folder / task / "base.json"
@@ -270,7 +270,7 @@ class _Comparison:
         recipes, tasks, reference = self.options.recipes, self.options.tasks, str(self.options.reference)
         assert isinstance(recipes, dict)
         assert isinstance(tasks, dict)
-        with self.locks.lock("record"):
+        with held(self.locks / "record", waits=True):
             self._read_again(self.runs)
             shown = self._asked_for()
             rows = summarize(shown, [*recipes], [*tasks], reference, self.options.target_accuracy)

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from mola.evaluation.differences import Difference, paired_difference
+from mola.evaluation.differences import Difference
 from mola.studies.comparison.record import Result
-from mola.studies.comparison.summary import marks_of_tables
+from mola.studies.comparison.summary import differences_of, marks_of_tables
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,8 @@ def contrasts(results: Sequence[Result], pairs: Sequence[tuple[str, str]], tasks
     Joint intervals, p and verdicts allow for the pairs of one measure and task.
     """
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    found = []
-    for measure, task, marks, parts in marks_of_tables(results, names, tasks) if pairs else ():
-        shared = {pair: sorted(marks[pair[0]].keys() & marks[pair[1]].keys()) for pair in pairs}
-        for (recipe, other), seeds in shared.items():
-            if seeds:
-                ours, theirs = (np.stack([marks[name][seed] for seed in seeds]) for name in (recipe, other))
-                difference = paired_difference(ours, theirs, sum(map(bool, shared.values())), parts)
-                found.append(Contrast(task, measure, recipe, other, difference))
-    return found
+    return [
+        Contrast(table.task, table.measure, recipe, other, difference)
+        for table in (marks_of_tables(results, names, tasks) if pairs else ())
+        for (recipe, other), difference in differences_of(table, pairs).items()
+    ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mola.evaluation.differences import Difference, Mean, Part, mean_accuracy, paired_differences
+from mola.evaluation.differences import Difference, Mean, Part, mean_accuracy, paired_difference
 from mola.studies.comparison.curve import steps_to
 from mola.studies.comparison.marks import curve_of, marks_by_seed
 from mola.studies.comparison.record import BASE, Result
@@ -109,7 +109,8 @@ def budget_groups(parameters: dict[str, int], reference: str) -> dict[str, int]:
 
 
 def _rows(table: TableMarks, reference: str, results: Sequence[Result], groups: Mapping[str, int]) -> list[Row]:
-    differences, task = _differences(table, reference), table.task
+    pairs = [(name, reference) for name in table.marks if name not in (reference, BASE)]
+    differences, task = differences_of(table, pairs), table.task
     rows = []
     for name, by_seed in table.marks.items():
         if by_seed:
@@ -119,25 +120,23 @@ def _rows(table: TableMarks, reference: str, results: Sequence[Result], groups: 
             diverged = sorted({each.seed for each in own if each.diverged_at is not None})
             unique = [list(values) for values in dict.fromkeys(map(tuple, experts))]
             parameters = _parameters(results, name, task)
-            row = Row(task, name, parameters, groups.get(name), unique, mean, differences.get(name), table.measure)
+            difference = differences.get((name, reference))
+            row = Row(task, name, parameters, groups.get(name), unique, mean, difference, table.measure)
             rows.append(replace(row, diverged=diverged))
     return rows
 
 
-def _differences(table: TableMarks, reference: str) -> dict[str, Difference]:
-    """Each recipe on the seeds that it has in common with the reference."""
-    marks = table.marks
-    by_seeds: dict[tuple[int, ...], list[str]] = {}
-    for name, by_seed in marks.items():
-        common = tuple(sorted(by_seed.keys() & marks[reference].keys()))
-        if name not in (reference, BASE) and common:
-            by_seeds.setdefault(common, []).append(name)
-    found: dict[str, Difference] = {}
-    comparisons = sum(map(len, by_seeds.values()))
-    for seeds, names in by_seeds.items():
-        stacked = {name: np.stack([marks[name][seed] for seed in seeds]) for name in names}
-        theirs = np.stack([marks[reference][seed] for seed in seeds])
-        found |= paired_differences(stacked, theirs, comparisons, table.parts)
+def differences_of(table: TableMarks, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Difference]:
+    """The first recipe of each pair minus the second, on the seeds that both have; left out without any.
+
+    Joint intervals, p and verdicts allow for all pairs with a common seed.
+    """
+    marks, found = table.marks, {}
+    shared = {pair: sorted(marks[pair[0]].keys() & marks[pair[1]].keys()) for pair in pairs}
+    for pair, seeds in shared.items():
+        if seeds:
+            ours, theirs = (np.stack([marks[name][seed] for seed in seeds]) for name in pair)
+            found[pair] = paired_difference(ours, theirs, sum(map(bool, shared.values())), table.parts)
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.files.atomic import atomic_write_json
-from mola.files.digests import weights_sha256
+from mola.files.digests import WEIGHTS_FILE, file_sha256, weights_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import table_console
 from mola.models.identity import weights_identity
@@ -26,19 +26,18 @@ from mola.studies.continual_learning.record import (
     RECORD_FILE,
     START_FOLDER,
     START_KEY,
-    adapter_sha256,
     check_same_base,
     check_same_sequence,
     check_same_start,
     clear_sequence,
     clear_tests,
-    is_finished,
     read_record,
     stage_entries,
 )
 from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
+from mola.training.checkpoints import has_finished
 from mola.training.hub import without_token
 from mola.training.run_folder import check_start_is_kept, claimed
 
@@ -137,7 +136,7 @@ class _Sequence:
         for number, stage in enumerate(self.stages, start=1):
             stop_if_asked()
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
-            if not is_finished(stage) and not train_or_go_on(stage.options):
+            if not has_finished(stage.folder) and not train_or_go_on(stage.options):
                 return False
             self._record_weights(stage, self.entries[number - 1])
             row = self._test(self.stages[:number], str(stage.folder), stage.folder)
@@ -147,7 +146,7 @@ class _Sequence:
 
     def _record_weights(self, stage: Stage, entry: dict[str, Any]) -> None:
         """Write down which weights are tested from now on; results of others go."""
-        checksum = adapter_sha256(stage)
+        checksum = file_sha256(stage.folder / WEIGHTS_FILE)
         if entry["adapter_sha256"] != checksum:
             # First, so that no kill leaves a record that fits these weights beside results that do not.
             clear_tests(stage.folder)

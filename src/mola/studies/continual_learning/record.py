@@ -16,6 +16,7 @@ from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
 from mola.files.reading import read_json
+from mola.files.schema import ANYTHING, TEXT, check_form
 from mola.models.prompts import TOKENIZER_FILES
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
@@ -27,6 +28,7 @@ START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"  # in the record
 BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
+_FORM = {"stages": [{"folder": TEXT, "settings": {str: ANYTHING}, "data_fingerprints": {str: ANYTHING}}]}
 _PARTIAL = ".partial.jsonl"
 _LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # of a call that was killed while it wrote
 
@@ -49,18 +51,10 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(path)
-        _check_entries(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_form(record, _FORM, str(path), "Restore it.")
+    except (OSError, ValueError) as error:  # a `MolaError` too
         raise MolaError(f"{str(path)!r} cannot be read ({error}). Pass another `output_dir`.") from error
     return record
-
-
-def _check_entries(record: Mapping[str, Any]) -> None:
-    """Raise a KeyError or TypeError unless every stage has what is read of it later."""
-    for entry in record["stages"]:
-        mappings = (entry["settings"], entry["data_fingerprints"])
-        if not isinstance(entry["folder"], str) or not all(isinstance(value, dict) for value in mappings):
-            raise TypeError(f"`stages` has an entry of another form: {entry!r}")
 
 
 def is_begun(folder: Path) -> bool:
@@ -68,26 +62,16 @@ def is_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RUN_FILE, WEIGHTS_FILE)) or bool(checkpoints_in(folder))
 
 
-def is_finished(stage: Stage) -> bool:
-    """Whether the stage's training has ended and its adapter is there."""
-    return has_finished(stage.folder)
-
-
-def adapter_sha256(stage: Stage) -> str:
-    """Sha256 (hex) of a finished stage's weights."""
-    return file_sha256(stage.folder / WEIGHTS_FILE)
-
-
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What the record says of each stage; the weights' checksums of finished ones are kept."""
-    before = {entry["folder"]: entry for entry in (record or {}).get("stages", ())}
+    before = {entry["folder"]: entry.get("adapter_sha256") for entry in (record or {}).get("stages", ())}
     return [
         {
             "name": stage.name,
             "folder": stage.folder.name,
             "settings": stage.settings,
             "data_fingerprints": stage.fingerprints,
-            "adapter_sha256": before.get(stage.folder.name, {}).get("adapter_sha256") if is_finished(stage) else None,
+            "adapter_sha256": before.get(stage.folder.name) if has_finished(stage.folder) else None,
         }
         for stage in stages
     ]
@@ -115,7 +99,7 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
         if stage.folder.name not in known and is_begun(stage.folder):
             raise MolaError(f"`output_dir`: {str(stage.folder)!r} is not of this sequence. Move it away.")
     for earlier, later in itertools.pairwise(stages):
-        if is_begun(later.folder) and not is_finished(earlier):
+        if is_begun(later.folder) and not has_finished(earlier.folder):
             raise MolaError(
                 f"`stages`: {later.folder.name!r} was trained on {earlier.folder.name!r}, which is not finished in "
                 f"{str(folder)!r}. Delete {later.folder.name!r} as well."
@@ -164,7 +148,8 @@ def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
                 "the later ones to train from there again, or pass another `output_dir`."
             )
     checksum = entry.get("adapter_sha256")
-    if checksum is not None and is_finished(stage) and adapter_sha256(stage) != checksum:
+    weights = stage.folder / WEIGHTS_FILE
+    if checksum is not None and has_finished(stage.folder) and file_sha256(weights) != checksum:
         raise MolaError(
             f"stage `{stage.name}`: the adapter in {str(stage.folder)!r} is not the one that was trained there. Put it "
             "back, or delete that folder and the later ones."

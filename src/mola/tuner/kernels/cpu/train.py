@@ -7,8 +7,6 @@ processor, dtypes and sizes must be what they were written for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from mola.tuner.kernels import native
@@ -31,14 +29,6 @@ from mola.tuner.routing import DEFAULT_ROUTER
 
 _FUNCTIONS = "jit_train"
 _COLUMNS = 32  # of which the native functions want multiples
-
-
-class _Tensors(NamedTuple):
-    """What is saved besides the input in the dtype of the products."""
-
-    gated: torch.Tensor  # (N, top_k * r), r made even in bfloat16: what A gives, times gates and scaling
-    weights: torch.Tensor  # gates times scaling, float32 (top_k, N)
-    expert_indices: torch.Tensor  # (top_k, N)
 
 
 class CpuTrain(Backend):
@@ -89,6 +79,7 @@ class CpuTrain(Backend):
             torch.empty((size, num_tokens), dtype=torch.float32, device="cpu") for size in (num_experts, top_k)
         )
         expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64, device="cpu")
+        # What A gives, times gates and scaling; of an even r in bfloat16.
         padded = r if dtype is torch.float32 else r + r % 2
         gated = torch.empty((num_tokens, top_k * padded), dtype=dtype, device="cpu")
         matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
@@ -98,7 +89,7 @@ class CpuTrain(Backend):
         kernel(*addresses, num_tokens, in_features, out_features, num_experts, top_k, settings.scaling)
         if total is not output:
             output.add_(total)
-        return Mixture(output, logits, expert_indices), Saved(x, _Tensors(gated, weights, expert_indices))
+        return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, expert_indices))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
         """As `Dense.backward`, from the rows of chosen experts."""
@@ -108,7 +99,7 @@ class CpuTrain(Backend):
         total = base  # to which the experts' part is added; what comes through dropout has a place of its own
         if wanted.x and (base is None or dropout_mask is not None):
             total = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        parts = _native_gradients(inputs, _Tensors(*saved), dy, grad_logits, total, wanted)
+        parts = _native_gradients(inputs, saved, dy, grad_logits, total, wanted)
         grad_A, grad_B, grad_router, inner_logits = parts
         if total is not None and dropout_mask is not None:
             total = drop(total, dropout_mask) if base is None else base.add_(drop(total, dropout_mask))
@@ -127,7 +118,7 @@ def _fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, rout
     )
 
 
-def _native_gradients(inputs: MixtureInputs, saved: _Tensors, dy, grad_logits, total, wanted: Grads):
+def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, wanted: Grads):
     """Gradients of A, B and router, in float32, and of the logits, in the dtype of the products; add to `total`.
 
     The gradient of the logits is None where that of the router and its part of `total` were made with A's: without
