@@ -161,6 +161,7 @@ def test_training_whose_folder_can_not_be_written_any_more(training, small, tmp_
 UNUSUAL = "a b 'c' \"d\" $e ü 模型 🙂 [x] {y} %z #"
 
 
+@pytest.mark.slow
 def test_everything_works_in_folders_with_unusual_names(tiny_model_dir, data, training, tmp_path):
     here = tmp_path / UNUSUAL
     base, own = shutil.copytree(tiny_model_dir, here / "base"), shutil.copytree(data, here / "data")

@@ -31,7 +31,9 @@ from .versions import has
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINING_OFTEN = ("continual.md", "from-the-research-code.md", "report.md", "training.md")
+TRAINING_OFTEN = (
+    *("continual.md", "from-the-research-code.md", "hub.md", "quantization.md", "report.md", "training.md"),
+)
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>run|file)(?:: (?P<value>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

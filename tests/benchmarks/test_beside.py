@@ -34,6 +34,7 @@ def test_the_suite_telemetry(tiny_model_dir, tmp_path, capsys):
         assert row["line_seconds"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_the_suite_logits(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "results.json"
     small = ("--batch_size", 3, "--num_experts", "1248", "--repeats", 2, "--dropout", 0, "--dtype", "float32")

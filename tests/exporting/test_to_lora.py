@@ -99,6 +99,7 @@ def test_measured_rows_that_are_fitted_to_are_told(tiny_model_dir, mixture, ques
     assert report_of(tmp_path / "mean")["notes"] == []
 
 
+@pytest.mark.slow
 def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]
@@ -114,6 +115,7 @@ def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, q
     assert measured["alpaca", "alpaca_short"] == measured[None, None]  # the task's own
 
 
+@pytest.mark.slow
 def test_the_heavier_answers_weigh_the_nearer_the_fit_is_on_them(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--limit", 20]
@@ -132,6 +134,7 @@ def test_the_heavier_answers_weigh_the_nearer_the_fit_is_on_them(tiny_model_dir,
     assert near["default"] < 0.95 * near["1"]
 
 
+@pytest.mark.slow
 def test_the_fit_reads_the_split_that_is_asked_for(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     places = {
@@ -424,6 +427,7 @@ def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal
     )
 
 
+@pytest.mark.slow
 def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
     """Asked for or for lack of memory: later parts are fitted to the inputs that they then have."""
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]

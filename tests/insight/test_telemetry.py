@@ -135,7 +135,7 @@ def assert_same_use(found, usages):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"eval_strategy": "steps", "eval_steps": 1},
-        {"bf16": True},
+        *slow({"bf16": True}),
     ],
     ids=["plain", "rest of the run", "accumulation", "checkpointing", "re-entrant", "evaluation", "autocast"],
 )

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
+from ..grids import slow
 from ..waiting import PATIENCE, wait_until
 from .raw import (
     CHUNKED,
@@ -151,7 +152,7 @@ def test_a_long_answer_is_no_slow_request(narrow_url):
     assert time.monotonic() - start > CLIENT_TIMEOUT  # else the test says nothing
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [True, *slow(False)])
 def test_a_long_answer_to_who_asks_for_another_protocol(stream, narrow_url):
     """As Java's clients do, and curl --http2: HTTP/1.1 is what they get, in full."""
     start = time.monotonic()

@@ -188,6 +188,7 @@ def test_wrong_options_are_refused(more, message, words, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_mixtures_of_several_comparisons_stand_in_one_record(words, tmp_path, capsys):
     flags, output = words
     first, second = tmp_path / "out", tmp_path / "second"

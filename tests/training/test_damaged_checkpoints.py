@@ -15,6 +15,7 @@ from mola.options.parsing import parse
 from mola.training.checkpoints import find_checkpoint
 from mola.training.train import TrainOptions, train
 from tests.damage import WEIGHTS, change_tensors, flip_bit, same
+from tests.grids import slow
 
 FLIPS = 100
 
@@ -59,7 +60,7 @@ def test_every_flipped_bit_is_noticed(name, run, tmp_path):
     assert find_checkpoint(tmp_path, str(checkpoint)) == checkpoint
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "optimizer.pt"])
+@pytest.mark.parametrize("name", [WEIGHTS, *slow("optimizer.pt")])
 def test_training_goes_on_from_the_last_one_that_is_not_damaged(name, run, flags, tmp_path, caplog):
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "checkpoint-3" / name

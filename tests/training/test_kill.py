@@ -215,7 +215,8 @@ def go_on(folder: Path) -> list[str]:
     return ["--overwrite_output_dir"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
 
 
-@pytest.mark.parametrize("name", ["steps", *slow("best", "mixed")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["steps", "best", "mixed"])
 def test_run_killed_again_and_again_ends_as_one_that_was_not(driver, flags, whole, tmp_path, name):
     expected, _ = whole(name)
     folder = tmp_path / "run"

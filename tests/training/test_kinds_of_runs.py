@@ -49,6 +49,7 @@ def test_no_padding_position_is_trained(flags, tmp_path, tiny_model_dir, rows_fi
     assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_settings_of_a_continued_adapter_may_change(flags, tmp_path, rows_file, caplog):
     unused = {"router_aux_loss_reduction": "module"}
     assert main(flags(num_experts="1224", num_train_epochs=1, **unused, **NO_EVALUATION)) == 0
@@ -90,7 +91,8 @@ def test_adapter_of_another_model_is_refused(flags, tmp_path, error_line):
     assert "adapter" in error_line(flags(tmp_path / "second", adapter=tmp_path / "first"))
 
 
-@pytest.mark.parametrize("reduction", [*slow("module"), "layer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["module", "layer"])
 def test_balance_loss_is_the_same_with_gradient_checkpointing_and_accumulation(flags, tmp_path, reduction):
     """10 samples in batches of 2 and 2 batches per step: the fifth batch is a step of its own."""
     settings = {
@@ -265,6 +267,7 @@ def test_one_process_uses_one_gpu(flags, tmp_path, monkeypatch, caplog):
     assert read_record(tmp_path / "run")["effective_batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_options_made_before_another_run_are_trained_with(tiny_model_dir, rows_file, tmp_path):
     """In another precision; of evaluations that choose what is saved, and not what the run ends with."""
     common = {"base_model": str(tiny_model_dir), "data": str(rows_file), "validation_size": 2, "max_steps": 1}

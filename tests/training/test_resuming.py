@@ -127,6 +127,7 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
     assert [entry["step"] for entry in read_metrics(folder) if "train_runtime" in entry] == [3 * epochs]
 
 
+@pytest.mark.slow
 def test_groups_of_similar_length_go_on_as_they_were(flags, tmp_path, run_and_signal):
     """Stopped within the second epoch: no sample comes twice, or not at all."""
     options = {**INTERRUPTIBLE, "num_train_epochs": 3, "train_sampling_strategy": "group_by_length"}
@@ -156,7 +157,7 @@ def test_groups_of_similar_length_are_those_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize(
-    ("number", "saves"), [(signal.SIGTERM, {}), (signal.SIGTERM, UNSAVED), *slow((signal.SIGINT, {}))]
+    ("number", "saves"), [(signal.SIGTERM, {}), *slow((signal.SIGTERM, UNSAVED), (signal.SIGINT, {}))]
 )
 def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
     number, saves, flags, tmp_path, monkeypatch, capsys, caplog
@@ -188,7 +189,8 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize("is_gone", [True, *slow(False)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_gone", [True, False])
 def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, tmp_path, run_and_signal, is_gone):
     """Whatever is in the folder of that adapter by then."""
     plain = {**NO_EVALUATION, "max_steps": 8, "num_train_epochs": None, "warmup_steps": 0}
@@ -206,7 +208,8 @@ def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, t
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("schedule", ["linear", *slow("cosine")])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedule, flags, tmp_path):
     """Not with the 0 at which the shorter one ended."""
     options = {**NO_EVALUATION, "lr_scheduler_type": schedule, "save_strategy": "epoch", "warmup_steps": 0}
@@ -386,6 +389,7 @@ def test_the_best_checkpoint_of_a_copied_folder_is_the_copy(tmp_path):
         assert trainer_state.best_model_checkpoint == str(tmp_path / expected / "checkpoint-4")
 
 
+@pytest.mark.slow
 def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, error_line, caplog):
     saved = {**NO_EVALUATION, "save_strategy": "steps", "save_steps": 2}
     arguments = flags(**saved | {"num_train_epochs": 1, "max_steps": 2})
@@ -397,6 +401,7 @@ def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, e
     assert "goes on with 4 samples per step, it began with 2" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_precision_says_so(flags, caplog):
     arguments = flags(**NO_EVALUATION | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
     assert main([*arguments, "--dtype=bfloat16"]) == 0
@@ -434,6 +439,7 @@ def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
     assert main(flags(**{**NO_EVALUATION, "max_steps": 2})) == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_without_telemetry_drops_what_came_after_its_checkpoint(flags, tmp_path, caplog):
     options = NO_EVALUATION | {"num_experts": "1224", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     assert main(flags(**options)) == 0
@@ -504,6 +510,7 @@ def test_an_optimiser_that_cannot_be_made_leaves_the_earlier_run(finished_run, e
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_curve_survives_a_resume_with_counted_tokens(flags, tmp_path):
     options = {**NO_EVALUATION, "include_num_input_tokens_seen": "true", "save_strategy": "steps", "save_steps": 2}
     arguments = flags(**{**options, "max_steps": 4})
@@ -513,6 +520,7 @@ def test_the_curve_survives_a_resume_with_counted_tokens(flags, tmp_path):
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_smaller_batches_after_a_lack_of_memory(tiny_model_dir, rows_file, tmp_path):
     class Full(TrainerCallback):
         steps = 0

@@ -23,6 +23,7 @@ from mola.training.interruption import Interruption
 from mola.training.same_run import _samples_per_step
 from mola.training.schedule import goes_on_with_found_batch
 from mola.training.trainer import _multiple
+from tests.grids import slow
 from tests.versions import has
 
 
@@ -118,7 +119,7 @@ def test_wrong_choices_of_the_trainer_are_errors_of_ours(wrong, options_of):
         options_of(**wrong)
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("limit", [1, *slow(2)])
 def test_a_copy_of_a_checkpoint_stays(limit, options_of, tmp_path):
     options = options_of(
         save_strategy="steps",

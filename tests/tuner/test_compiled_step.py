@@ -77,7 +77,8 @@ def test_one_graph_with_the_eager_gradients(losses, checkpointing):
     assert step(again, again, batch)[0] == expected_loss
 
 
-@pytest.mark.parametrize("dtype", [*slow(torch.float32), torch.bfloat16], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_graph_under_autocast(dtype):
     # As many experts as are used: where there is a choice, bfloat16 may make another one.
     model, batch = make(dtype=dtype, num_experts="2", top_k=2, **LOSSES), token_batch(padding=2)

@@ -28,6 +28,7 @@ from mola.generation.batching.rows import Row
 from mola.generation.batching.sampling import Penalties, Sampling
 from mola.generation.batching.single import SingleEngine
 from mola.generation.decoding import decoding_settings
+from tests.grids import slow
 
 ENDLESS = 10**9
 
@@ -118,7 +119,7 @@ def alone(model, tokenizer, rows):
     return run(SingleEngine(Adapters(model), tokenizer), again(rows))
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [*slow(False), True])
 def test_answers_with_several_adapters_are_those_of_generate(sampled, adapted, tiny_tokenizer):
     rows = random_rows([None, "first", "second"], 16, sampled=sampled)
     arrivals = [random.Random(1).randrange(30) for _ in rows]

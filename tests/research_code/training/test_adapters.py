@@ -117,6 +117,7 @@ def test_run_goes_on_from_its_checkpoint_to_the_same_weights(command, tmp_path):
     assert [entry["step"] for entry in log_entries(tmp_path / "cut") if "eval_loss" in entry][:3] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_continued_run_goes_on_too(finished, command, tmp_path, capsys):
     """A run that started from an adapter is resumed with its checkpoint as the only thing to name."""
     flags = {"output_dir": tmp_path / "next", "num_epochs": 2, "save_steps": 2}

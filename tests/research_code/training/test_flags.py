@@ -150,7 +150,8 @@ def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
     assert data["trained_tokens"] < data["tokens"] / 2
 
 
-@pytest.mark.parametrize("form", [*slow("2,2,3,3", "[2,2,3,3]"), "(2, 2, 3, 3)"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["2,2,3,3", "[2,2,3,3]", "(2, 2, 3, 3)"])
 def test_lists_in_any_form(form, command, tmp_path):
     assert command(number_experts=form, lora_r="4", top_k="2,2,3,2") == 0
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
@@ -229,6 +230,7 @@ def test_same_flags_give_the_same_weights(finished, command, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_warmup_is_at_most_a_tenth_of_the_run(command, tmp_path, caplog):
     assert command(num_epochs=5) == 0  # 12 rows, batch 4: 15 steps
     assert record(tmp_path / "run")["settings"]["warmup_steps"] == 1

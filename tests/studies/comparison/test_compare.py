@@ -339,7 +339,8 @@ def test_without_adapters_the_results_stay(run, tmp_path):
 # ---------------------------------------------------------------------- allocations
 
 
-@pytest.mark.parametrize("seeds", [[1], *slow([0, 1])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [[1], [0, 1]], ids=str)
 def test_experts_from_mola_allocate(seeds, run, tmp_path):
     recipes = {
         "probe": {"num_experts": "3,", "r": "4"},
@@ -467,7 +468,8 @@ def test_another_base_model_is_refused(whole, run, tiny_model_dir, tmp_path):
         run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other), output_dir=str(tmp_path / "second"))
 
 
-@pytest.mark.parametrize("is_another", [True, *slow(False)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_another", [True, False])
 def test_a_record_may_go_to_a_machine_whose_dtype_is_another(is_another, run, monkeypatch, tmp_path):
     """`auto` is bfloat16 on some processors and float32 on others; a dtype that is named is the same on all."""
     shared = {"tasks": ONE["tasks"], "seeds": [0], "recipes": {"lora": RECIPES["lora"]}}

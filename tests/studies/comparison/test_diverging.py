@@ -21,6 +21,7 @@ TOO_HIGH = 1e30
 SEARCH = {"tune": {"learning_rate": [0.02, TOO_HIGH]}, "tuning_seeds": [7], "learning_rate": None}
 
 
+@pytest.mark.slow
 def test_a_search_passes_over_a_rate_at_which_training_diverges(run, tmp_path):
     tables = [tmp_path / f"table{ending}" for ending in (".md", ".html")]
     asked = {**ONE_TASK, **SEARCH, "recipes": {"2468": RECIPES["2468"]}, "seeds": [0], "test_every": 1}

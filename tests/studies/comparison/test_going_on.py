@@ -86,6 +86,7 @@ def test_another_rule_for_answers_is_refused(run, tmp_path):
         run(**{**asked, "seeds": [0, 1]})
 
 
+@pytest.mark.slow
 def test_replaced_weights_of_the_base_are_not_the_ones_that_were_tested(run, tiny_model_dir, tmp_path):
     base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
     assert run(**ONE, base_model=str(base)).status == "finished"
@@ -120,6 +121,7 @@ def test_rows_taken_out_of_the_training_data_follow_the_seed(run, stopped_in_the
     assert run(**asked).status == "finished"
 
 
+@pytest.mark.slow
 def test_without_evaluation_data_a_stopped_test_goes_on(run, stopped_in_the_test, tmp_path):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=10, validation_size=0, test_size=10))
     asked = {**ALONE, "data": str(tmp_path / "data" / "dataset.hf"), "tasks": {"all": {}}, "eval_strategy": "epoch"}
@@ -131,7 +133,8 @@ def test_without_evaluation_data_a_stopped_test_goes_on(run, stopped_in_the_test
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("experts", ["2,", *slow("1")])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["2,", "1"])
 def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny_model_dir, tmp_path):
     settings = {name: value for name, value in SETTINGS.items() if name in TrainOptions.__dataclass_fields__}
     settings |= {"base_model": str(tiny_model_dir), "data": str(data), "num_experts": experts, "max_steps": 1}
@@ -151,6 +154,7 @@ def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny
         run(**asked)
 
 
+@pytest.mark.slow
 def test_what_another_process_adds_is_looked_at(run, monkeypatch, tmp_path):
     """Both began before there was a result."""
     other = run(**{**ALONE, "seeds": [1]}, learning_rate=0.01, output_dir=str(tmp_path / "other")).record
@@ -179,6 +183,7 @@ def test_a_search_on_the_questions_of_the_test_is_refused(run):
         run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5], learning_rate=None)
 
 
+@pytest.mark.slow
 def test_tests_on_the_way_to_other_weights_are_refused(run):
     asked = {"test_every": 1, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     with pytest.raises(MolaError, match="`load_best_model_at_end` ends the run with earlier weights"):

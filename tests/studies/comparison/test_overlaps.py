@@ -6,6 +6,7 @@ import pytest
 from datasets import load_from_disk
 
 from mola.errors import MolaError
+from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES
 
 ONE = {"recipes": {"lora": RECIPES["lora"]}, "seeds": [0], "evaluate_base": False}
@@ -48,7 +49,7 @@ def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied, row
     [
         ({}, "train", "trained on"),
         (CHOSEN, "validation", "evaluation data, by which a checkpoint is chosen"),
-        (SEARCHED, "validation", "in `tuning_split` ('validation')"),
+        *slow((SEARCHED, "validation", "in `tuning_split` ('validation')")),
     ],
 )
 def test_some_of_the_rows_are_told(run, copied, caplog, changes, more, where):

@@ -178,6 +178,7 @@ def test_a_search_that_another_process_finishes_meanwhile_counts(run, monkeypatc
     assert run(**asked).status == "finished"
 
 
+@pytest.mark.slow
 def test_a_search_that_is_stopped_goes_on(run, monkeypatch, tmp_path):
     asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
     asked["recipes"] = {"lora": RECIPES["lora"]}

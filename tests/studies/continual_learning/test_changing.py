@@ -88,6 +88,7 @@ def spoil(path):
     path.write_text(json.dumps({**result, "correct": -1}), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
     folder, options = begun
     stage = folder / FOLDERS[1]
@@ -105,6 +106,7 @@ def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
     assert (stage / "evaluation" / "mine.json").read_text(encoding="utf-8") == "{}"
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_path, at_step):
     def crash():
         raise RuntimeError("power cut")

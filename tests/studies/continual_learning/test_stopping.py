@@ -50,7 +50,8 @@ def test_signal_during_training_and_the_same_command_again(values, whole, tmp_pa
     assert_same_end(folder, whole, 2)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_during_a_test_and_the_same_command_again(values, whole, tmp_path, monkeypatch, name, caplog):
     original, waiting = PartialResults.append, [send(name)]
 

@@ -191,6 +191,7 @@ def test_compiled_code_sees_what_the_layer_holds_now(change, x):
     assert not torch.equal(after.float(), before) or change is narrow_experts
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_dropout_that_is_switched_on_later(x):
     layer = make_layer(lora_dropout=0.5)

@@ -68,7 +68,8 @@ def distance(one, two):
 @given(st.integers(1, 70), st.sampled_from([32, 96, 128, 160, 576]), st.sampled_from([32, 192]), st.data())
 def test_any_size(num_tokens, in_features, out_features, data):
     num_experts = data.draw(st.integers(2, 12))
-    top_k, r = data.draw(st.integers(1, num_experts)), data.draw(st.sampled_from([3, 8, 17]))
+    top_k = data.draw(st.integers(1, num_experts))
+    r = data.draw(st.sampled_from([3, 17]))  # less than a vector has lanes, and more; each is compiled
     dtype = data.draw(st.sampled_from(TRAINED))
     options = {"r": r, "out": out_features, "top_k": top_k, "scaling": 0.5, "fused": data.draw(st.booleans())}
     inputs = make((num_tokens, in_features), num_experts, dtype, **options)
