@@ -180,7 +180,7 @@ def test_a_base_model_with_fewer_layers_is_refused(uniform, small_model_dir, tmp
 def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(MolaError, match="`output_dir` must not exist or be empty"):
+    with pytest.raises(MolaError, match="`output_dir` must be new or empty"):
         moved(uniform, "2,", tmp_path / "full")
     with pytest.raises(MolaError, match="no such folder"):
         moved(tmp_path / "nosuch", "2,", tmp_path / "new")

@@ -50,7 +50,7 @@ class ReallocateOptions:
     num_experts: str = field(
         metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
     )
-    output_dir: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     inspection: str | None = option(
         None,
         "File of `mola inspect --json` on the adapter. Experts are then merged, and copied, by their use; without it "

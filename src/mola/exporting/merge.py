@@ -49,7 +49,7 @@ class MergeOptions:
         metadata={"help": "Folder of an adapter that merges: plain LoRA, or a mola adapter with one expert everywhere."}
     )
     base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
-    output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
     device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")

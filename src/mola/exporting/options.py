@@ -17,7 +17,7 @@ class ConvertOptions:
 
     _start: ClassVar = START
     source: list[str] = field(metadata={"help": "Folder of the adapter to convert; of several with --from lora."})
-    output: str = field(metadata={"help": "Folder to write; it must not exist or be empty."})
+    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     source_format: str | None = option(
         None,
         "Format of the source, to convert it to mola's: 'published' is the research code's, 'moe_peft' MoE-PEFT's with "

@@ -37,7 +37,7 @@ def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
         raise MolaError(f"`{option}` cannot be read: `{folder}` ({error.strerror}). Choose another folder.") from error
     if is_used:
         raise MolaError(
-            f"`{option}` must not exist or be empty, got {os.fspath(path)!r} with files in it. Choose another folder."
+            f"`{option}` must be new or empty, got {os.fspath(path)!r} with files in it. Choose another folder."
         )
     _check_can_be_written(option, folder)
     return folder
@@ -164,7 +164,7 @@ def _check_still_empty(folder: Path, option: str, besides: tuple[Path, ...]) -> 
     found = [path.name for path in folder.iterdir() if path not in besides] if folder.is_dir() else []
     if found:
         raise MolaError(
-            f"`{option}` must not exist or be empty: {found[0]!r} has come into {str(folder)!r} since this command "
+            f"`{option}` must be new or empty: {found[0]!r} has come into {str(folder)!r} since this command "
             "began, and is kept. Choose another folder."
         )
 

@@ -35,7 +35,7 @@ def performance_drop(matrix: Sequence[Sequence[float]]) -> float | None:
     Returns:
         PD_t, between -1 and 1; None for t = 1, where there is no earlier task.
 
-    Source: after the forgetting measure of Chaudhry et al. 2018, which subtracts from the best accuracy of any
+    Source: after the forgetting measure of Chaudhry et al. 2018, which compares with the best accuracy of any
     earlier stage instead of the one right after the task's own.
     """
     earlier = len(matrix) - 1
