@@ -167,6 +167,13 @@ def test_contradicting_options_are_refused(arguments, message, tmp_path):
         main(GenerateOptions(base_model=str(tmp_path / "missing"), **arguments))
 
 
+def test_a_name_is_no_template(tiny_model, tiny_tokenizer):
+    with pytest.raises(MolaError, match="`template` must be a Template, .*template_for.*: got 'chat'"):
+        generate_text(tiny_model, tiny_tokenizer, "a", template="chat")
+    with pytest.raises(MolaError, match="`seed` must be a whole number"):
+        generate_text(tiny_model, tiny_tokenizer, "a", temperature=1.0, seed=-1)
+
+
 def test_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):
     with pytest.raises(MolaError, match="1024 positions: sample 'prompt' has 1001 prompt tokens and 128"):
         generate_text(tiny_model, tiny_tokenizer, "x" * 1000)

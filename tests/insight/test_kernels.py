@@ -64,6 +64,13 @@ def test_a_forced_kernel(model, force):
         mola.kernels_report(model)
 
 
+@pytest.mark.parametrize("modes", ["prefill", ["training", "prefill"], []])
+def test_modes_that_there_are_not(model, modes):
+    assert mola.kernels_report(model, modes="training") == mola.kernels_report(model, modes=["training"])
+    with pytest.raises(MolaError, match="`modes` must be one or several of training, decode"):
+        mola.kernels_report(model, modes=modes)
+
+
 def test_another_adapter_and_none(model):
     model.add_adapter("other", random_config(num_experts=3))
     choices = mola.kernels_report(model, "other")

@@ -39,6 +39,12 @@ def text_of(table, width=120):
     return out.getvalue()
 
 
+def test_names_are_one_text(llama_7b):
+    for name in ("target_modules", "target_parameters"):
+        with pytest.raises(MolaError, match=f"`{name}` must be one text, with names between commas.*: got .'q_proj'."):
+            plan(PlanOptions(llama_7b, **{name: ["q_proj"]}))
+
+
 @pytest.mark.parametrize(
     ("options", "trainable"),
     [
@@ -50,6 +56,7 @@ def text_of(table, width=120):
         ({"target_modules": "all-linear"}, 105_635_840),
         ({"num_experts": "8,", "num_experts_pattern": '{"self_attn.*": 2, "mlp.*": 3}'}, 54_468_608),
         ({"num_experts": "1", "rank_pattern": '{".*": 64}'}, 159_907_840),
+        ({"num_experts": "1", "rank_pattern": {".*": 64}}, 159_907_840),
         ({"target_modules": "q_proj, v_proj"}, 160 * 2 * (8 * 2 * 4096 + 4096)),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run can be: trained on from an adapter, checkpointed, accumulated, with options of the trainer and of PEFT."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mola import MolaError, TrainOptions, train
 from mola.cli import main
 from mola.data.templates import template_names
-from mola.training.setup import build_model
+from mola.training.setup import adapter_config, build_model
 from mola.training.sharding import check_sharding
 from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
@@ -217,6 +218,19 @@ def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):
         assert main(flags(tmp_path / name, train_on_inputs=value, max_steps=2, **NO_EVALUATION)) == 0
     trained = {name: read_record(tmp_path / name)["data"]["train"] for name in ("no", "yes")}
     assert trained["no"]["trained_tokens"] < trained["yes"]["trained_tokens"] == trained["yes"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "start"), [(None, True), (True, True), (False, False), ("false", False), ("gaussian", "gaussian")]
+)
+def test_options_in_python(given, start, tiny_model_dir, tmp_path):
+    """Starts as `MolaConfig` has them; paths become texts, which the record of a run needs."""
+    options = TrainOptions(base_model=Path(tiny_model_dir), output_dir=tmp_path / "run", init_lora_weights=given)
+    assert adapter_config(options).init_lora_weights == start
+    assert options.base_model == str(tiny_model_dir)
+    options.modules_to_save = ["norm"]
+    with pytest.raises(MolaError, match="`modules_to_save` must be one text"):
+        adapter_config(options)
 
 
 def test_numbers_by_module_starts_and_loraplus(flags, tmp_path, tiny_model_dir):

@@ -100,6 +100,15 @@ def test_the_logits_of_one_expert_are_refused():
         layers(adapted())[0].router_logits("default", torch.zeros(1, 6))
 
 
+def test_names_of_no_adapter_are_refused():
+    model = adapted()
+    for ask in (layers(model)[0].router_logits, layers(model)[0].route):
+        with pytest.raises(MolaError, match="`adapter_name` must be one of default in this module: got 'other'"):
+            ask("other", torch.zeros(1, 6))
+    with pytest.raises(MolaError, match="`adapter_name` must be one of default: got 'other'"):
+        model.get_balance_loss("other")
+
+
 def test_a_broken_adapter_is_not_merged_safely():
     model = adapted()
     with torch.no_grad():

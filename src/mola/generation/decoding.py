@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.generation import predicting
+from mola.options.fields import check_seed
 
 _COLDEST = 1e-30  # logits divided by less may be no numbers any more
 
@@ -85,21 +86,30 @@ def generate_text(
         tokenizer: its tokenizer.
         prompt: text to continue.
         max_new_tokens: see `decoding_settings`, as for the next four.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; `top_p` and `top_k` then have no effect.
         top_p: nucleus sampling.
         top_k: sampling from the most probable tokens.
-        do_sample: None samples if a sampling value is given.
-        seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it.
+        do_sample: None samples if one of the three is given and the temperature is not 0.
+        seed: makes sampling repeatable and leaves torch's own random state alone; None draws from it. Greedy decoding
+            has no use for it.
         before_answer: the prompt is that of a template: its last tokens are those that it had in training.
-        template: that template, whose special tokens and end are its own if it is a chat template.
+        template: that template, see `mola.models.prompts.template_for`; special tokens and end of a chat template are
+            its own.
         streamer: receives the tokens while they come, such as a `transformers.TextStreamer`.
 
     Returns:
         The new text.
 
     Raises:
-        MolaError: a value out of range, or a prompt too long for the model.
+        MolaError: a value out of range, a template that is none, or a prompt too long for the model.
     """
+    if template is not None and not isinstance(template, Template):
+        raise MolaError(
+            "`template` must be a Template, such as mola.models.prompts.template_for('chat', tokenizer): got "
+            f"{template!r}."
+        )
+    if seed is not None:
+        check_seed(seed)
     settings = decoding_settings(max_new_tokens, temperature, top_p, top_k, do_sample)
     limit = predicting.positions_left(model)
     encoded = encoded_prompt(tokenizer, prompt, max_new_tokens, limit, before_answer, template)

@@ -40,28 +40,33 @@ class KernelChoice(NamedTuple):
 
 
 def kernels_report(
-    model: nn.Module, adapter_name: str | None = None, modes: Sequence[str] = tuple(TOKENS)
+    model: nn.Module, adapter_name: str | None = None, modes: str | Sequence[str] = tuple(TOKENS)
 ) -> list[KernelChoice]:
     """Which backend computes the modules of a model here, for training and for one generated token.
 
     Args:
         model: a model with MoLA layers; it is not run and not changed.
         adapter_name: an adapter; default: the first active one.
-        modes: "training" and "decode", or one of them. Native functions for "decode" are compiled when first asked for.
+        modes: "training", "decode", or a sequence of these. Native functions for "decode" are compiled when first
+            asked for.
 
     Returns:
         One entry per mode and backend, and for different reasons.
 
     Raises:
-        MolaError: the model has no MoLA layer with that adapter.
+        MolaError: the model has no MoLA layer with that adapter, or there is no such mode.
     """
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    if not modes or not {*modes} <= {*TOKENS}:
+        raise MolaError(f"`modes` must be one or several of {', '.join(TOKENS)}: got {modes!r}.")
     calls = []
     for layer in model.modules():
         if isinstance(layer, MolaLinear):
             name = adapter_name or layer.active_adapters[0]
             if name in layer.mola_A:
                 calls += [(mode, _inputs_of(layer, name, mode)) for mode in modes]
-    if not calls and not any(isinstance(layer, StackedParameters) for layer in model.modules()):
+    stacks = (layer for layer in model.modules() if isinstance(layer, StackedParameters))
+    if not calls and not any(adapter_name is None or adapter_name in layer.settings for layer in stacks):
         wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise MolaError(f"`model` must have {wanted} to tell which kernels compute it: no module has.")
     return report(calls)

@@ -13,7 +13,7 @@ from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import load_model
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base
 from mola.models.tokenizer import load_tokenizer
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, option, paths_as_text
 
 
 @dataclass
@@ -28,6 +28,9 @@ class ModelOptions(Quantization):
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
+
+    def __post_init__(self) -> None:
+        paths_as_text(self)
 
 
 def check_model(options: ModelOptions) -> PretrainedConfig:

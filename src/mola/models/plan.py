@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.files.terminal import table_console
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import GGUF_HELP
-from mola.options.fields import mapping, option
+from mola.options.fields import mapping, names_between_commas, option
 
 
 @dataclass
@@ -44,10 +45,10 @@ class PlanOptions:
     target_parameters: str | None = option(
         None, "Parameters with the base model's own stacked experts, between commas: one LoRA for each expert."
     )
-    num_experts_pattern: str | None = option(
+    num_experts_pattern: dict[str, Any] | str | None = option(
         None, 'Experts of modules by name, as JSON: {"mlp.*": 8}; others as in `num_experts`, whose file may hold it.'
     )
-    rank_pattern: str | None = option(None, "The same for `r`.")
+    rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
     gguf_file: str | None = option(None, GGUF_HELP)
     json: bool = option(False, "Print JSON instead of the table.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
@@ -65,6 +66,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: as `cost_of_allocation`.
     """
+    parameters = names_between_commas(options.target_parameters or None, "target_parameters")
     return cost_of_allocation(
         options.base_model,
         options.num_experts,
@@ -76,7 +78,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         with_kernels=True,
         num_experts_pattern=mapping("num_experts_pattern", options.num_experts_pattern),
         rank_pattern=mapping("rank_pattern", options.rank_pattern),
-        target_parameters=names.replace(" ", "").split(",") if (names := options.target_parameters) else None,
+        target_parameters=[parameters] if isinstance(parameters, str) else parameters,
     )
 
 

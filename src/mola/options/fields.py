@@ -1,6 +1,7 @@
 """What options dataclasses share: fields with help texts, in groups; names between commas, mappings."""
 
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
@@ -44,12 +45,22 @@ def options_by_group(options_class: Any) -> dict[str, list[Field]]:
     return groups
 
 
+def paths_as_text(options: Any) -> None:
+    """Make texts of the options that were given as `os.PathLike`: records of what was asked for are JSON."""
+    for each in fields(options):
+        value = getattr(options, each.name, None)
+        if isinstance(value, os.PathLike):
+            setattr(options, each.name, os.fspath(value))
+
+
 def names_between_commas(names: str | None, option: str = "target_modules") -> list[str] | str | None:
     """Module names from a comma-separated `option`; "all-linear" and regular expressions stay one text.
 
     Raises:
-        MolaError: a name is empty.
+        MolaError: a name is empty, or it is no text.
     """
+    if names is not None and not isinstance(names, str):
+        raise MolaError(f"`{option}` must be one text, with names between commas like 'q_proj,v_proj': got {names!r}.")
     if names is None or names.strip().lower() == "all-linear":
         return names and "all-linear"
     parts = [name.strip() for name in names.split(",")]

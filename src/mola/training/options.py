@@ -13,7 +13,7 @@ from mola._compat import share_checkpointing
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import Quantization, check_mixed_precision, check_quantization
-from mola.options.fields import START, Group, mapping, option
+from mola.options.fields import START, Group, mapping, option, paths_as_text
 from mola.training.compiling import check_compiler
 from mola.training.meeting import meeting
 from mola.training.option_checks import (
@@ -154,6 +154,7 @@ class TrainOptions(Quantization, TrainingArguments):
     hub_strategy: str = option("end", "Only end: the finished run is uploaded, once.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         check_choices(self)
         for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
             setattr(self, name, mapping(name, getattr(self, name)) or None)

@@ -152,12 +152,14 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     setting = options.adapter_setting
     plain = ("num_experts", "r", "top_k", "lora_alpha", "lora_dropout")
     patterns = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-    start = setting("init_lora_weights") or "true"
+    start = setting("init_lora_weights")  # a text on the command line, perhaps a bool in Python
+    if isinstance(start, str):
+        start = {"true": True, "false": False}.get(start.lower(), start)
     router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
     return MolaConfig(
         **{name: setting(name) for name in (*plain, *router, *patterns)},
         use_rslora=bool(setting("use_rslora")),
-        init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
+        init_lora_weights=True if start is None else start,
         target_modules=names_between_commas(setting("target_modules")),
         target_parameters=_module_list("target_parameters", setting("target_parameters")),
         modules_to_save=_module_list("modules_to_save", setting("modules_to_save")),

@@ -43,7 +43,8 @@ class MolaConfig(PeftConfig):
     with gates `g` from the `top_k` largest of `num_experts` router logits. See `MolaLinear`.
 
     Args:
-        r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer.
+        r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer (of an encoder-decoder
+            one per layer of the encoder, then of the decoder).
         num_experts (`int | list[int] | str`): experts per adapted module; one value, one per decoder
             layer, digits over equal groups of layers ("2468", lowest layers first), a shape of the
             paper ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file.
@@ -133,6 +134,8 @@ class MolaConfig(PeftConfig):
             is_saved = self.base_model_type is not None or self.weights_sha256 is not None
             if is_saved and self.target_parameters and self.target_modules is None:
                 self.target_modules = []  # of a version that then adapted no linears
+            if is_saved and self.layers_to_transform == []:
+                self.layers_to_transform = None  # so PEFT took it
         self.peft_type = PeftType("MOLA")
         for name, default in (("r", 8), ("num_experts", "2468"), ("top_k", 2), ("lora_alpha", 16)):
             if getattr(self, name) is None:
@@ -207,9 +210,7 @@ class MolaConfig(PeftConfig):
             )
 
     def _check_targets(self) -> None:
-        layers = self.layers_to_transform
-        if isinstance(layers, (range, list, tuple, set)) and all(isinstance(each, Integral) for each in layers):
-            self.layers_to_transform = [int(each) for each in layers]
+        self.layers_to_transform = _layers(self.layers_to_transform)
         self.modules_to_save = _names(self.modules_to_save, "modules_to_save")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -269,6 +270,19 @@ class MolaConfig(PeftConfig):
     def to_dict(self) -> dict:
         """The fields as plain values; sets become sorted lists, so that a file is the same every time."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def _layers(value: Any) -> list[int] | int | None:
+    if value is None:
+        return None
+    numbers = [value] if isinstance(value, Integral) else value
+    is_list = isinstance(numbers, (range, list, tuple, set)) and len(numbers) > 0
+    if not is_list or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
+        raise MolaError(
+            "`layers_to_transform` must be the number of a layer, the lowest is 0, or a non-empty list of numbers: got "
+            f"{value!r}. Leave it out to adapt all layers."
+        )
+    return int(value) if isinstance(value, Integral) else [int(number) for number in numbers]
 
 
 def _names(value: Any, field: str) -> list[str] | None:

@@ -277,16 +277,23 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             self.router_outputs[adapter_name] = output
 
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
-        """Chosen experts of `x: (..., in)` and their gates, without jitter."""
-        choose = ROUTERS[self.settings[adapter_name].router]
-        return choose(self.router_logits(adapter_name, x), self.top_k[adapter_name], -1)
+        """Chosen experts of `x: (..., in)` and their gates, both `(N, top_k)`, without jitter.
+
+        Raises:
+            MolaError: as `router_logits`.
+        """
+        logits = self.router_logits(adapter_name, x)
+        return ROUTERS[self.settings[adapter_name].router](logits, self.top_k[adapter_name], -1)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits of `x: (..., in)`: float32 `(N, E)`.
 
         Raises:
-            MolaError: the adapter has one expert here, hence no router.
+            MolaError: there is no such adapter here, or it has one expert, hence no router.
         """
+        if adapter_name not in self.settings:
+            known = ", ".join(self.settings)
+            raise MolaError(f"`adapter_name` must be one of {known} in this module: got {adapter_name!r}.")
         if adapter_name not in self.mola_router:
             raise MolaError(f"Adapter {adapter_name!r} has no router in this module: it has one expert.")
         return router_logits(x, self.mola_router[adapter_name])

@@ -44,11 +44,12 @@ from mola.tuner.undoing import taken_back
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
-    Made by `get_peft_model(model, MolaConfig(...))`; the whole of PEFT works on it: several adapters, also in one
-    batch (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
+    Made by `get_peft_model(model, MolaConfig(...))`; PEFT works on it: several adapters, also in one batch
+    (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Not possible: merging more than one expert, whose gates depend on the input; it raises.
+    Not possible: merging more than one expert, whose gates depend on the input, and `add_weighted_adapter`; both raise.
+    PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` are for PEFT's own methods.
     """
 
     prefix: str = "mola_"
@@ -266,25 +267,33 @@ class MolaModel(BaseTuner):
         return nullcontext() if adapter_names is None else RowAdapters(self, adapter_names, kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
-        """Balance loss of the last training forward pass, before its coefficient.
+        """Balance loss of the last forward pass, if that was in training mode, before its coefficient.
+
+            loss = E * sum_e f_e P_e       of each router, with E experts
+
+        where `f_e` is the share of an expert in all choices, and `P_e` its mean softmax probability (Fedus et al. 2021,
+        equations 4 to 6): 1 when perfectly even, E at most. Tokens count by the `attention_mask` and `labels` of the
+        call.
 
         Args:
             adapter_name: default: the first active adapter.
 
         Returns:
-            Scalar, float32: 1 per router when perfectly even ("module": the mean over routers,
-            "layer": the sum over decoder layers).
+            Scalar, float32: the mean over routers ("module"), or the sum over decoder layers ("layer").
 
         Raises:
-            MolaError: no training forward pass with a router loss switched on has run.
+            MolaError: there is no such adapter, or the last pass was none in training mode with a router loss on.
         """
+        if adapter_name is not None and adapter_name not in self.peft_config:
+            raise MolaError(f"`adapter_name` must be one of {', '.join(self.peft_config)}: got {adapter_name!r}.")
         return RouterLosses.install(self.model).balance_loss(adapter_name or self.active_adapters[0])
 
     def get_router_loss(self) -> torch.Tensor:
-        """Balance loss and z-loss of the last training forward pass, times their coefficients (scalar, float32).
+        """Balance loss and z-loss of the last forward pass, times their coefficients, summed over active adapters.
 
-        For training loops that compute their own loss: `loss = loss + model.get_router_loss()`. Raises as
-        `get_balance_loss`.
+        The z-loss is the mean over tokens of `logsumexp(logits) ** 2` (Zoph et al. 2022, equation 5), and over routers.
+        For training loops that compute their own loss, before any pass in eval mode: `loss = loss +
+        model.get_router_loss()`. A scalar, float32. Raises as `get_balance_loss`, and with re-entrant checkpointing.
         """
         loss = RouterLosses.install(self.model).weighted_loss()
         return self.get_balance_loss() if loss is None else loss  # which says what is missing

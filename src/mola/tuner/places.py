@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features, check_target_module_exists
 from torch import nn
 
 from mola.architecture.allocation import StackShape
@@ -52,6 +53,8 @@ def check_places(
                 _check_readable(name, modules[name])
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
+    if is_new and not stacked_parameters:
+        _check_layers(config, adapted, layer_stacks)
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
     stacks = [stack.name for stack in stacked_parameters]
     for stack in stacked_parameters:
@@ -68,6 +71,19 @@ def check_places(
             f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
             f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
         )
+
+
+def _check_layers(config: MolaConfig, adapted: Sequence[str], layer_stacks: LayerStacks) -> None:
+    """PEFT passes over the number of a layer that is not there."""
+    layers = config.layers_to_transform
+    for index in layers if isinstance(layers, list) else ():
+        one = copy.copy(config)
+        one.layers_to_transform = [index]
+        if not any(check_target_module_exists(one, name) for name in adapted):
+            raise MolaError(
+                f"`layers_to_transform` must be layers with a linear to adapt: {index} is none. The model has "
+                f"{layer_stacks.num_layers} layers, the lowest is 0. Correct it."
+            )
 
 
 def _check_not_parallel(name: str, module: nn.Module) -> None:

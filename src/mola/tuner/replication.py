@@ -72,11 +72,16 @@ def _repeat_lists(config: Any, before: dict[str, Any], ranges: list[tuple[int, i
             setattr(config, name, [values[index] for first, end in ranges for index in range(first, end)])
 
 
+def _is_range(pair: Any, num_layers: int) -> bool:
+    is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(end, int) for end in pair)
+    return is_pair and 0 <= pair[0] < pair[1] <= num_layers
+
+
 def _replicate_layers(model: nn.Module, ranges: list[tuple[int, int]]) -> None:
     num_layers = LayerStacks.of(model).num_layers or 0
     if any(isinstance(module, MolaLinear) for module in model.modules()):
         raise MolaError("`layer_replication` must be that of the model's first adapter: its layers are replaced by it.")
-    if not all(len(pair) == 2 and 0 <= pair[0] < pair[1] <= num_layers for pair in ranges):
+    if not isinstance(ranges, (list, tuple)) or not all(_is_range(pair, num_layers) for pair in ranges):
         raise MolaError(
             f"`layer_replication` must be ranges [first, end) of the model's {num_layers} layers, such as [[0, 2], "
             f"[1, {num_layers}]]: got {ranges!r}."

@@ -156,8 +156,9 @@ class RouterLosses:
         stacks = self._statistics(adapter_name)
         if not stacks:
             raise MolaError(
-                "No router has run: run a forward pass in training mode first, with "
-                "`router_aux_loss_coef` or `router_z_loss_coef` above 0 and more than one expert somewhere."
+                "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
+                "`router_z_loss_coef` above 0 and more than one expert somewhere, and ask before the next pass in eval "
+                "mode, which forgets it."
             )
         return self._reduce(adapter_name, stacks)
 
