@@ -427,7 +427,6 @@ def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal
     )
 
 
-@pytest.mark.slow
 def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
     """Asked for or for lack of memory: later parts are fitted to the inputs that they then have."""
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]

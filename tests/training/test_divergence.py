@@ -64,13 +64,14 @@ def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
         FiniteLoss().on_log(options, TrainerState(global_step=3), None, logs={"eval_loss": float("inf")})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "options"),
     [
         (True, {"load_best_model_at_end": "false"}),
-        (False, {"load_best_model_at_end": "true"}),  # best weights
-        (False, {"load_best_model_at_end": "false", "eval_data": None}),  # same answers
+        *slow(
+            (False, {"load_best_model_at_end": "true"}),  # best weights
+            (False, {"load_best_model_at_end": "false", "eval_data": None}),  # same answers
+        ),
     ],
 )
 def test_evaluation_far_above_training_is_said_with_both_losses(flags, rows_file, tmp_path, caplog, said, options):

@@ -215,8 +215,7 @@ def go_on(folder: Path) -> list[str]:
     return ["--overwrite_output_dir"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["steps", "best", "mixed"])
+@pytest.mark.parametrize("name", ["steps", *slow("best", "mixed")])
 def test_run_killed_again_and_again_ends_as_one_that_was_not(driver, flags, whole, tmp_path, name):
     expected, _ = whole(name)
     folder = tmp_path / "run"

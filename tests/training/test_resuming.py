@@ -208,8 +208,7 @@ def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, t
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", *slow("cosine")])
 def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedule, flags, tmp_path):
     """Not with the 0 at which the shorter one ended."""
     options = {**NO_EVALUATION, "lr_scheduler_type": schedule, "save_strategy": "epoch", "warmup_steps": 0}
@@ -389,7 +388,6 @@ def test_the_best_checkpoint_of_a_copied_folder_is_the_copy(tmp_path):
         assert trainer_state.best_model_checkpoint == str(tmp_path / expected / "checkpoint-4")
 
 
-@pytest.mark.slow
 def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, error_line, caplog):
     saved = {**NO_EVALUATION, "save_strategy": "steps", "save_steps": 2}
     arguments = flags(**saved | {"num_train_epochs": 1, "max_steps": 2})
@@ -401,7 +399,6 @@ def test_larger_batches_do_not_finish_an_epoch_that_was_begun(flags, tmp_path, e
     assert "goes on with 4 samples per step, it began with 2" in caplog.text
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_precision_says_so(flags, caplog):
     arguments = flags(**NO_EVALUATION | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
     assert main([*arguments, "--dtype=bfloat16"]) == 0

@@ -467,7 +467,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, r"non-empty list of numbers: got \[\]"),
         ({"target_modules": ["q_proj"], "layers_to_transform": "3"}, "non-empty list of numbers: got '3'"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, -1]}, r"non-empty list of numbers: got \[0, -1\]"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 30]}, "30 is none. The model has 4 layers"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 30]}, "there is no 30. Correct"),
         ({"layer_replication": [0, 2]}, "`layer_replication` must be ranges .* got .0, 2."),
         ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
         ({"task_type": "POETRY"}, "`task_type` is wrong"),
@@ -546,6 +546,23 @@ def test_layers_to_transform(base):
     )
     adapted = [name for name, module in model.named_modules() if isinstance(module, MolaLinear)]
     assert [name.split("layers.")[1][0] for name in adapted] == ["1", "3"]
+
+
+def test_layers_without_a_target_are_passed_over(base):
+    options = {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*", "layers_to_transform": range(1, 3)}
+    model = get_peft_model(clone(base), MolaConfig(num_experts="24", **options))
+    assert [name.split("layers.")[1][0] for name, each in model.named_modules() if isinstance(each, MolaLinear)] == [
+        "2"
+    ]
+
+
+def test_no_layers_in_a_saved_adapter_are_all(base, tmp_path):
+    """As PEFT takes it."""
+    get_peft_model(clone(base), random_config(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_to_transform": [], "layers_pattern": "layers"}))
+    model = PeftModel.from_pretrained(clone(base), tmp_path)
+    assert sum(isinstance(module, MolaLinear) for module in model.modules()) == 4
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"]])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
 from mola.models.quantization import GGUF_HELP
-from mola.options.fields import option
+from mola.options.fields import option, paths_as_text
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
 _COMPUTE = ("alphalora", "gradient", "activation")  # with weights, on `device`
@@ -73,6 +73,9 @@ class AllocateOptions:
     device: str = option("cpu", "Where scores are computed, such as cpu or cuda:0; alphalora needs float64.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
     overwrite: bool = option(False, "Replace an existing result.")
+
+    def __post_init__(self) -> None:
+        paths_as_text(self)
 
 
 def method_name(method: str) -> str:

@@ -28,7 +28,7 @@ from mola.models.adapters import check_adapter, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import check_adapter_fits
-from mola.options.fields import option
+from mola.options.fields import option, paths_as_text
 
 # Flags of the harness that an option of this command sets, and that option.
 _OWN_FLAGS = {
@@ -64,6 +64,9 @@ class LmEvalOptions:
     lm_eval_args: str = option(
         "", "Further flags of the harness as one text: --lm_eval_args='--num_fewshot 5 --log_samples'."
     )
+
+    def __post_init__(self) -> None:
+        paths_as_text(self)
 
 
 def lm_eval(options: LmEvalOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from mola.errors import MolaError
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, option, paths_as_text
 
 METHODS = ("regression", "mean", "usage")
 
@@ -87,6 +87,9 @@ class ConvertOptions:
     )
     dtype: str = option("auto", "Dtype of the base: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+
+    def __post_init__(self) -> None:
+        paths_as_text(self)
 
 
 _ANY = ("source", "output", "source_format", "target_format")

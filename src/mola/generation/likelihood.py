@@ -7,15 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.templates import Template
-from mola.generation.predicting import (
-    check_known,
-    device_of,
-    encode_prompts,
-    last_positions,
-    left_pad,
-    num_tokens,
-    pad_token_id,
-)
+from mola.generation.predicting import check_known, device_of, encode_prompts, last_positions, left_pad, pad_token_id
 
 
 def option_log_probabilities(
@@ -105,7 +97,7 @@ def _last_log_probabilities(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
 ) -> torch.Tensor:
     """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocab)`."""
-    check_known(num_tokens(model), contexts)
+    check_known(model, contexts)
     ids, mask = left_pad(contexts, pad_token_id(tokenizer), device_of(model))
     # Learned position embeddings must not count the padding.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

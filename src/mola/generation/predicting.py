@@ -142,13 +142,13 @@ def num_tokens(model: Any) -> int | None:
     return getattr(embeddings, "num_embeddings", None)
 
 
-def check_known(known: int | None, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that a model has no embedding for; `known` are its `num_tokens`.
+def check_known(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding for.
 
     Raises:
         MolaError: as said.
     """
-    highest = max(map(max, prompts))
+    known, highest = num_tokens(model), max(map(max, prompts))
     if known is not None and highest >= known:
         raise MolaError(
             f"`prompt` must be of tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
@@ -233,7 +233,7 @@ def generate_batch(
         use_cache=may_cache(model),
         **decoding,
     )
-    check_known(num_tokens(model), prompts)
+    check_known(model, prompts)
     ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
     further: dict[str, Any] = {"logits_processor": LogitsProcessorList([numbers, *(logits_processor or ())])}
     if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices

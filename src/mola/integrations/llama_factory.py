@@ -86,7 +86,7 @@ def _set_up(
     if not (getattr(finetuning_args, "is_mixture", False) or any(kinds)):
         return original(config, model, model_args, finetuning_args, is_trainable, cast)
     _check_use(model_args, finetuning_args, folders, kinds, is_trainable)
-    settings = finetuning_args.mixture_settings
+    settings = getattr(finetuning_args, "mixture_settings", {})  # LLaMA-Factory makes some of its own class
     if folders and not is_trainable:
         asked = continued_config(model, folders[0], settings, PREFIX, **init_kwargs)
         return PeftModel.from_pretrained(model, folders[0], config=asked, **init_kwargs)

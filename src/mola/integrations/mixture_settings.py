@@ -113,7 +113,7 @@ def refuse_merging(name: str) -> NoReturn:
 def continued_config(
     model: nn.Module, folder: str, settings: Mapping[str, Any], prefix: str = "", **kwargs: Any
 ) -> MolaConfig:
-    """The configuration of a saved mixture that is trained on, with those of `settings` that only training reads.
+    """The configuration of a saved mixture, to train on or to ask, with those of `settings` that only training reads.
 
     Args:
         model: the base model.
@@ -146,8 +146,7 @@ def continued_config(
             )
         if not is_same:
             raise MolaError(
-                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out to train on, or begin with "
-                "new experts."
+                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out, or begin with new experts."
             )
     return dataclasses.replace(config, **{name: settings[name] for name in settings if name in TRAINING_ONLY})
 

@@ -51,6 +51,8 @@ def paths_as_text(options: Any) -> None:
         value = getattr(options, each.name, None)
         if isinstance(value, os.PathLike):
             setattr(options, each.name, os.fspath(value))
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, os.PathLike) for item in value):
+            setattr(options, each.name, [os.fspath(item) for item in value])
 
 
 def names_between_commas(names: str | None, option: str = "target_modules") -> list[str] | str | None:

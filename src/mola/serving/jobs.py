@@ -133,7 +133,7 @@ class JobMaker:
         jobs: list[Job] = []
         stops = [*request.stops(), *self._own_ends(adapter, is_chat=isinstance(request, ChatRequest))]
         for ids in self._encode(request, adapter):
-            predicting.check_known(self._limits.num_tokens, [ids])  # on a GPU it would end all answers
+            self._check_known(ids)
             decoding = settings | {"max_new_tokens": self._new_tokens(request, len(ids))}
             for _ in range(count):
                 sampling = Sampling(
@@ -145,6 +145,14 @@ class JobMaker:
                 )
                 jobs.append(Job(adapter, ids, sampling, stops))
         return jobs
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        """A token without an embedding would be the end of a GPU's process, and of all answers in it."""
+        known = self._limits.num_tokens
+        if known is not None and max(ids) >= known:
+            raise RequestError(
+                400, f"the text has a token that the model does not know: id {max(ids)} of {known}. Leave it out."
+            )
 
     def _own_ends(self, adapter: str | None, is_chat: bool) -> list[str]:
         """Tokens that end an answer besides the base model's: of an adapter with its own, and of a turn in a chat."""

@@ -135,7 +135,7 @@ class MolaConfig(PeftConfig):
             if is_saved and self.target_parameters and self.target_modules is None:
                 self.target_modules = []  # of a version that then adapted no linears
             if is_saved and self.layers_to_transform == []:
-                self.layers_to_transform = None  # so PEFT took it
+                self.layers_to_transform = self.layers_pattern = None  # so PEFT took it
         self.peft_type = PeftType("MOLA")
         for name, default in (("r", 8), ("num_experts", "2468"), ("top_k", 2), ("lora_alpha", 16)):
             if getattr(self, name) is None:

@@ -272,8 +272,8 @@ class MolaModel(BaseTuner):
             loss = E * sum_e f_e P_e       of each router, with E experts
 
         where `f_e` is the share of an expert in all choices, and `P_e` its mean softmax probability (Fedus et al. 2021,
-        equations 4 to 6): 1 when perfectly even, E at most. Tokens count by the `attention_mask` and `labels` of the
-        call.
+        equations 4 to 6): 1 when perfectly even, E at most. With "module" tokens count by the `attention_mask` and
+        `labels` of the call; "layer" counts all, takes a layer's routers together, and adds 1 for a layer without one.
 
         Args:
             adapter_name: default: the first active adapter.

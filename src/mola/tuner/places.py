@@ -53,8 +53,8 @@ def check_places(
                 _check_readable(name, modules[name])
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
-    if is_new and not stacked_parameters:
-        _check_layers(config, adapted, layer_stacks)
+    if is_new:
+        _check_layers(config, modules)
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
     stacks = [stack.name for stack in stacked_parameters]
     for stack in stacked_parameters:
@@ -73,16 +73,17 @@ def check_places(
         )
 
 
-def _check_layers(config: MolaConfig, adapted: Sequence[str], layer_stacks: LayerStacks) -> None:
+def _check_layers(config: MolaConfig, modules: Mapping[str, nn.Module]) -> None:
     """PEFT passes over the number of a layer that is not there."""
-    layers = config.layers_to_transform
-    for index in layers if isinstance(layers, list) else ():
-        one = copy.copy(config)
-        one.layers_to_transform = [index]
-        if not any(check_target_module_exists(one, name) for name in adapted):
+    layers, inside = config.layers_to_transform, copy.copy(config)
+    inside.target_modules, inside.exclude_modules = {"inside"}, None  # of whatever has a number for a name
+    places = [f"{name}.inside" for name in modules if name.rpartition(".")[2].isdigit()]
+    for number in [layers] if isinstance(layers, int) else layers or []:
+        inside.layers_to_transform = [number]
+        if not any(check_target_module_exists(inside, place) for place in places):
             raise MolaError(
-                f"`layers_to_transform` must be layers with a linear to adapt: {index} is none. The model has "
-                f"{layer_stacks.num_layers} layers, the lowest is 0. Correct it."
+                f"`layers_to_transform` must be layers that the model has, the lowest is 0: there is no {number}. "
+                "Correct it."
             )
 
 

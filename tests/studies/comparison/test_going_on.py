@@ -133,8 +133,7 @@ def test_without_evaluation_data_a_stopped_test_goes_on(run, stopped_in_the_test
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("experts", ["2,", "1"])
+@pytest.mark.parametrize("experts", ["2,", *slow("1")])
 def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny_model_dir, tmp_path):
     settings = {name: value for name, value in SETTINGS.items() if name in TrainOptions.__dataclass_fields__}
     settings |= {"base_model": str(tiny_model_dir), "data": str(data), "num_experts": experts, "max_steps": 1}
@@ -183,7 +182,6 @@ def test_a_search_on_the_questions_of_the_test_is_refused(run):
         run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5], learning_rate=None)
 
 
-@pytest.mark.slow
 def test_tests_on_the_way_to_other_weights_are_refused(run):
     asked = {"test_every": 1, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     with pytest.raises(MolaError, match="`load_best_model_at_end` ends the run with earlier weights"):

@@ -160,7 +160,7 @@ def test_a_record_of_another_form_is_refused(begun, change):
     record = read(folder / "continual.json")
     record["stages"][0].update(change)
     (folder / "continual.json").write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(MolaError, match="cannot be read"):
+    with pytest.raises(MolaError, match=r"must be .*Restore it, or pass another `output_dir`"):
         continual(ContinualOptions(**options))
 
 

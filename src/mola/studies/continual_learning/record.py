@@ -51,9 +51,9 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(path)
-        check_form(record, _FORM, str(path), "Restore it.")
-    except (OSError, ValueError) as error:  # a `MolaError` too
+    except (OSError, ValueError) as error:
         raise MolaError(f"{str(path)!r} cannot be read ({error}). Pass another `output_dir`.") from error
+    check_form(record, _FORM, str(path), "Restore it, or pass another `output_dir`.")
     return record
 
 
