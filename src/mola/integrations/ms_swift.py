@@ -129,20 +129,20 @@ def _check_other_training(args: Any) -> None:
         raise MolaError(f"{folder!r} is a mixture: `tuner_type: mola` trains it on, got {args.tuner_type!r}.")
 
 
+def _check_tuner(args: Any) -> None:
+    (_check_training if args.tuner_type == "mola" else _check_other_training)(args)
+
+
 def _check_export(args: Any) -> None:
-    given = [f"`{name}`" for name in _EXPORTS if getattr(args, name)]
+    given = [f"`{name}`" for name in _EXPORTS if args.tuner_type == "mola" and getattr(args, name)]
     if given:
         refuse_merging(", ".join(given))
 
 
-def _nothing(args: Any) -> None:
-    pass
-
-
-def _checked(method: Callable, check: Callable[[Any], None], check_other: Callable[[Any], None] = _nothing) -> Callable:
+def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:
     @functools.wraps(method)
     def run(self: Any) -> None:
-        (check if self.tuner_type == "mola" else check_other)(self)
+        check(self)
         method(self)
 
     return run
@@ -150,5 +150,5 @@ def _checked(method: Callable, check: Callable[[Any], None], check_other: Callab
 
 check_version("ms-swift", swift.__version__, "4.6")
 tuners_map["mola"] = MolaTuner
-TunerArguments.__post_init__ = _checked(TunerArguments.__post_init__, _check_training, _check_other_training)
+TunerArguments.__post_init__ = _checked(TunerArguments.__post_init__, _check_tuner)
 ExportArguments._init_output_dir = _checked(ExportArguments._init_output_dir, _check_export)

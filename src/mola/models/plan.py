@@ -20,7 +20,7 @@ from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.files.terminal import table_console
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import GGUF_HELP
-from mola.options.fields import mapping, names_between_commas, option
+from mola.options.fields import list_between_commas, mapping, option
 
 
 @dataclass
@@ -66,7 +66,6 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: as `cost_of_allocation`.
     """
-    parameters = names_between_commas(options.target_parameters or None, "target_parameters")
     return cost_of_allocation(
         options.base_model,
         options.num_experts,
@@ -78,7 +77,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         with_kernels=True,
         num_experts_pattern=mapping("num_experts_pattern", options.num_experts_pattern),
         rank_pattern=mapping("rank_pattern", options.rank_pattern),
-        target_parameters=[parameters] if isinstance(parameters, str) else parameters,
+        target_parameters=list_between_commas(options.target_parameters or None, "target_parameters"),
     )
 
 

@@ -71,6 +71,12 @@ def names_between_commas(names: str | None, option: str = "target_modules") -> l
     return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
 
 
+def list_between_commas(names: str | None, option: str) -> list[str] | None:
+    """As `names_between_commas`, for options of which PEFT takes lists: a text would be read letter by letter."""
+    split = names_between_commas(names, option)
+    return [split] if isinstance(split, str) else split
+
+
 def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
     """An option that gives names to several sets of options; each name becomes a part of a folder's name.
 

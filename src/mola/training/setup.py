@@ -25,7 +25,7 @@ from mola.models.meta import model_on_meta
 from mola.models.quantization import check_quantized_base, stored_quantization
 from mola.models.quantized import check_packable, prepare_for_training, quantization_record
 from mola.models.tokenizer import load_tokenizer
-from mola.options.fields import names_between_commas
+from mola.options.fields import list_between_commas, names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.training.sharding import is_sharded
 from mola.training.trainer_checks import check_optimizer
@@ -55,7 +55,7 @@ def check_model_options(options: TrainOptions, checkpoint: Path | None = None) -
     check_quantized_base(options.base_model, config, options, options.device, training=True)
     if options.on_loading or (stored_quantization(config) and options.modules_to_save):
         model = model_on_meta(options.base_model, options.trust_remote_code)
-        check_packable(model, options.base_model, _module_list("modules_to_save", options.modules_to_save) or ())
+        check_packable(model, options.base_model, list_between_commas(options.modules_to_save, "modules_to_save") or ())
     if options.adapter is not None:
         adapter = str(checkpoint or options.adapter)
         check_adapter(adapter)
@@ -161,8 +161,8 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,
         target_modules=names_between_commas(setting("target_modules")),
-        target_parameters=_module_list("target_parameters", setting("target_parameters")),
-        modules_to_save=_module_list("modules_to_save", setting("modules_to_save")),
+        target_parameters=list_between_commas(setting("target_parameters"), "target_parameters"),
+        modules_to_save=list_between_commas(setting("modules_to_save"), "modules_to_save"),
         task_type=TaskType.CAUSAL_LM,
     )
 
@@ -189,12 +189,6 @@ def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
 def training_changes(options: TrainOptions) -> dict[str, Any]:
     """Settings that were given for an adapter that is trained on."""
     return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
-
-
-def _module_list(option: str, names: str | None) -> list[str] | None:
-    """PEFT takes no expression for these: a text would be read letter by letter."""
-    split = names_between_commas(names, option)
-    return [split] if isinstance(split, str) else split
 
 
 def recorded_quantization(options: TrainOptions) -> dict[str, Any] | None:

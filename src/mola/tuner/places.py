@@ -53,7 +53,7 @@ def check_places(
                 _check_readable(name, modules[name])
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
-    if is_new:
+    if is_new and config.layers_to_transform is not None:
         _check_layers(config, modules)
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
     stacks = [stack.name for stack in stacked_parameters]
