@@ -1,6 +1,7 @@
 """The studies by `mola compare` are what their records in studies/ say, and the records are of the whole recipes."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_the_page_has_the_tables(recipe, finished):
         contrasts=pairs(recipe, finished),
     ).markdown()
     assert recipe["page"].partition(BEGIN)[2].partition(END)[0].strip() == text.strip()
+
+
+def test_what_the_page_of_real_text_says_of_its_curves():
+    """Which runs gave every sentence one answer after 400 steps, and how the runs of one seed were after 200."""
+    results = [each for each in read_results(ROOT / "studies" / "real_text.json") if not each.key.candidate]
+    after = {each.key: dict(each.curve) for each in results if each.recipe != BASE}
+    ((same, count),) = Counter(curve[400] for curve in after.values()).most_common(1)
+    assert (count, round(100 * same.count("1") / len(same), 1)) == (17, 69.1)
+    assert [key.recipe for key, curve in after.items() if curve[400] == same].count("lora_r43") == 1
+    right = [curve[200].count("1") / len(curve[200]) for key, curve in after.items() if key.seed == 2]
+    assert [round(100 * each) for each in sorted(right)] == [34, 37, 42, 63]
