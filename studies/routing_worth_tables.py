@@ -1,8 +1,8 @@
-"""The tables of `studies.routing_worth`, from its record alone: of every recipe, and of all runs' differences."""
+"""The tables of `studies.routing_worth`, from its record alone: of every recipe, and of a task's differences."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
@@ -40,24 +40,28 @@ def key_of(entry: Mapping[str, Any]) -> Key:
 
 
 def tables(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Head and rows: of every task and recipe, and of all runs' differences."""
-    rows, all_points = [], []
+    """Head and rows: of every task and recipe, and of the differences of all runs of a task."""
+    rows, of_task = [], defaultdict[str, list[float]](list)
     recipes = Counter(task for task, _ in {key_of(entry)[:2] for entry in entries})
     for (task, recipe), group in groupby(sorted(entries, key=key_of), key=lambda entry: key_of(entry)[:2]):
         runs = list(group)
         lora, mixture = (np.stack([as_numbers(run[name]) for run in runs]) for name in ("marks", "mixture"))
         difference = paired_difference(lora, mixture, recipes[task])
         points = 100 * (lora - mixture).mean(1)
-        all_points += list(points)
+        of_task[task] += list(points)
         ends = difference.both_95 or difference.questions_95
         row = [task, recipe, str(len(runs)), *(in_points(marks.mean(), "") for marks in (mixture, lora))]
         row += [in_points(difference.value), interval_cell(ends), difference.verdict]
         row += [in_points(points.min() / 100), in_points(points.max() / 100)]
         rows.append([*row, f"{fmean(run['kl'] for run in runs):.4f}"])
-    signs = [str(sum(np.sign(point) == sign for point in all_points)) for sign in (-1, 0, 1)]
-    quantiles = [f"{value:+.1f}" for value in np.quantile(all_points, list(_QUANTILES.values()))]
-    heads = ("LoRAs", "behind", "equal", "ahead", "mean", *_QUANTILES)
-    return [(_COLUMNS, rows), (heads, [[str(len(all_points)), *signs, f"{fmean(all_points):+.1f}", *quantiles]])]
+    heads = ("task", "LoRAs", "behind", "equal", "ahead", "mean", *_QUANTILES)
+    return [(_COLUMNS, rows), (heads, [[task, *_distribution(points)] for task, points in of_task.items()])]
+
+
+def _distribution(points: Sequence[float]) -> list[str]:
+    signs = [str(sum(np.sign(point) == sign for point in points)) for sign in (-1, 0, 1)]
+    quantiles = [f"{value:+.1f}" for value in np.quantile(points, list(_QUANTILES.values()))]
+    return [str(len(points)), *signs, f"{fmean(points):+.1f}", *quantiles]
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:

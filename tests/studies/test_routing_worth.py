@@ -123,7 +123,7 @@ def test_the_tables_are_means_and_quantiles_of_the_marks():
     assert [row[7] for row in rows] == ["one seed: no verdict", "no difference above 100.0 points"]
     assert [row[8:] for row in rows] == [["-25.0", "-25.0", "0.5000"], ["+25.0", "+25.0", "0.5000"]]
     said = dict(zip(heads, overall, strict=True))
-    assert [said[name] for name in ("LoRAs", "behind", "equal", "ahead")] == ["3", "1", "0", "2"]
+    assert [said[name] for name in ("task", "LoRAs", "behind", "equal", "ahead")] == ["t", "3", "1", "0", "2"]
     assert [said[name] for name in ("mean", "least", "25 %", "median", "most")] == [
         "+8.3",
         "-25.0",
@@ -139,6 +139,7 @@ def test_verdicts_allow_for_the_rows_of_a_task():
     alone = tables(entries)[0][1]
     others = [{**entry, "task": "u"} for entry in entries] + [{**entries[0], "task": "u", "recipe": "c"}]
     assert tables([*entries, *others])[0][1][:2] == alone
+    assert [row[:2] for row in tables([*entries, *others])[1][1]] == [["t", "4"], ["u", "5"]]
     assert "Fewer than 5 seeds" in note_of(entries)
     assert "Fewer" not in note_of([{**entry, "seed": seed} for entry in entries for seed in range(5)])
 
