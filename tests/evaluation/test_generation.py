@@ -1,6 +1,7 @@
 """Scoring by generation: the outputs, and the answers read from them."""
 
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_unanswered_samples_count_as_wrong_in_matthews(tiny_model, tiny_tokenize
     assert (result.correct, result.unanswered) == (3, 1)
     # One positive found, one missed, both negatives found: (1 * 2 - 0 * 1) / sqrt(1 * 2 * 2 * 3).
     assert result.metrics == pytest.approx({"matthews": 2 / math.sqrt(12)})
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "labels", "is_named"),
+    [
+        (20, "The answer is Yes.", (1, 0), True),
+        (19, "The answer is Yes.", (1, 0), False),  # may be chance
+        (20, "The answer is Yes.", (1, 1), False),  # there is one right answer
+        (20, "Who knows", (1, 0), False),  # unanswered, which is counted
+    ],
+)
+def test_one_answer_to_everything_is_named(number, text, labels, is_named, tiny_model, tiny_tokenizer, caplog):
+    task = load_task("cola")
+    rows = [{"sentence": f"Boats {index} float.", "label": labels[index % 2]} for index in range(number)]
+    examples = [task.example(row, index) for index, row in enumerate(rows)]
+    model = Scripted(tiny_model, tiny_tokenizer, defaultdict(lambda: f"Answer: {text}"))
+    evaluate_examples(model, tiny_tokenizer, task, examples, max_new_tokens=40, show_progress=False)
+    assert ("All 20 samples got one answer, 'Yes', which is right for 50.0 % of them" in caplog.text) == is_named
 
 
 @pytest.mark.parametrize("change", [{"answer": None}, {"answer": ""}])

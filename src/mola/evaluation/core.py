@@ -33,6 +33,7 @@ _SEE_PADDING = (
 )
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
+_MANY = 20  # samples; a model that chooses hardly answers so many alike by chance
 
 
 @dataclass
@@ -144,7 +145,9 @@ def evaluate_examples(
         "max_new_tokens": max_new_tokens,
     }
     device = next(model.parameters()).device
-    return _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
+    result = _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
+    _warn_of_one_answer(result.samples)
+    return result
 
 
 def _why_one_by_one(model: Any, longest: int) -> str | None:
@@ -208,6 +211,18 @@ def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
             "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
             "model that writes these outputs counts as wrong.",
             *(task.name, len(lost), len(examples), lost[0]),
+        )
+
+
+def _warn_of_one_answer(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Say so where a model gave all of many samples one answer: its accuracy is how frequent that answer is."""
+    given, right = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
+    if len(samples) >= _MANY and len(given) == 1 < len(right) and given != {None}:
+        share = sum(sample["correct"] for sample in samples) / len(samples)
+        logger.warning(
+            "All %d samples got one answer, %r, which is right for %.1f %% of them: this accuracy says how frequent it "
+            "is, not what the model has learnt.",
+            *(len(samples), *given, 100 * share),
         )
 
 
