@@ -190,6 +190,25 @@ def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, c
     assert "Not looked at: routers over training" in printed
 
 
+def test_one_answer_to_everything(run_dir, capsys):
+    def alike(content):
+        sample = content["samples"][0] | {"predicted": "A"}
+        samples = [sample | {"answer": letter, "correct": letter == "A"} for letter in "ABBB" * 5]
+        content.update(samples=samples, total=20, correct=5, accuracy=0.25)
+
+    change(run_dir / "after.json", alike)
+    (found,) = doctor(DoctorOptions(str(run_dir)))
+    assert (found.name, found.seen) == (
+        "one answer to everything",
+        "All 20 samples of after.json got 'A', which is right for 25.0% of them.",
+    )
+    change(run_dir / "after.json", lambda content: content["settings"].update(adapter="another"))
+    assert main(["doctor", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing was found wrong" in printed
+    assert "Not looked at: answers to a test (no after.json of `mola evaluate`, or one of another adapter)." in printed
+
+
 def losses(folder, values, **last):
     entries = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
     text = "".join(json.dumps(entry) + "\n" for entry in [*entries, *([last] if last else [])])

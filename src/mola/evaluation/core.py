@@ -17,7 +17,7 @@ from mola.data.tasks import LETTERS, Task
 from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.answering import Question, answer_questions, make_questions, question_lengths
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics
+from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, one_answer
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.options.fields import check_positive
@@ -33,7 +33,6 @@ _SEE_PADDING = (
 )
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
-_MANY = 20  # samples; a model that chooses hardly answers so many alike by chance
 
 
 @dataclass
@@ -146,7 +145,12 @@ def evaluate_examples(
     }
     device = next(model.parameters()).device
     result = _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
-    _warn_of_one_answer(result.samples)
+    if (answer := one_answer(result.samples)) is not None:
+        logger.warning(
+            "All %d samples got one answer, %r, which is right for %.1f %% of them: this accuracy says how frequent it "
+            "is, not what the model has learnt.",
+            *(result.total, answer, 100 * result.accuracy),
+        )
     return result
 
 
@@ -211,18 +215,6 @@ def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
             "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
             "model that writes these outputs counts as wrong.",
             *(task.name, len(lost), len(examples), lost[0]),
-        )
-
-
-def _warn_of_one_answer(samples: Sequence[Mapping[str, Any]]) -> None:
-    """Say so where a model gave all of many samples one answer: its accuracy is how frequent that answer is."""
-    given, right = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
-    if len(samples) >= _MANY and len(given) == 1 < len(right) and given != {None}:
-        share = sum(sample["correct"] for sample in samples) / len(samples)
-        logger.warning(
-            "All %d samples got one answer, %r, which is right for %.1f %% of them: this accuracy says how frequent it "
-            "is, not what the model has learnt.",
-            *(len(samples), *given, 100 * share),
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
+_MANY = 20  # samples; a model that chooses hardly answers so many alike by chance
+
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
@@ -32,6 +34,19 @@ def accuracy_summary(correct: int, total: int) -> dict[str, Any]:
     """
     interval = list(wilson_interval(correct, total))
     return {"accuracy": correct / total, "correct": int(correct), "total": int(total), "interval_95": interval}
+
+
+def one_answer(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """The answer that all of many samples got, where it is not right for all: accuracy is how frequent it is then.
+
+    Args:
+        samples: with `predicted` and `answer`, as the result files have them.
+
+    Returns:
+        The answer; None where there are several, fewer than 20 samples, or a sample without one.
+    """
+    given, right = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
+    return given.pop() if len(samples) >= _MANY and len(given) == 1 < len(right) else None
 
 
 def accuracy_by_group(

@@ -9,7 +9,7 @@ from mola.insight import ROUTING_FILE
 from mola.options.fields import option
 from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings, is_compared
 from mola.reporting.late_use import LateUse, read_late_use
-from mola.reporting.load_run import Run, gather, old_results
+from mola.reporting.load_run import Run, gather, old_results, other_adapters
 
 
 @dataclass
@@ -54,8 +54,11 @@ def main(options: DoctorOptions) -> int:
 
 def _look(options: DoctorOptions) -> tuple[Run, dict[str, LateUse], list[Finding]]:
     run = gather(options.run_dir, export=options.export)
-    if options.export is None and "export" in old_results(run):  # of another adapter
+    old = old_results(run)
+    if options.export is None and "export" in old:  # of another adapter
         run = replace(run, export=None)
+    if "after" in old or "after" in dict(other_adapters(run)):
+        run = replace(run, after=None)
     steps = [curve[-1][0] for curve in run.curves.values()]
     late = read_late_use(run.folder / ROUTING_FILE, max([run.record.get("steps") or 0, *steps]))
     return run, late, findings(run, late)
@@ -78,6 +81,7 @@ def _missing(run: Run, late: Mapping[str, LateUse]) -> list[str]:
         "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
         "routers in the last quarter of training (routing.jsonl ends before)": run.routing is None or late or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
+        "answers to a test (no after.json of `mola evaluate`, or one of another adapter)": run.after is not None,
         f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": is_compared(run.export or {})
         or not run.has_routers,
     }

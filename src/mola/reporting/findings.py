@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from mola.evaluation.scoring import one_answer
 from mola.reporting.formatting import points
 from mola.reporting.late_use import LateUse
 from mola.reporting.load_run import Run, step_of_weights
@@ -156,6 +157,17 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     )
 
 
+def _one_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    if run.after is None or (answer := one_answer(run.after["samples"])) is None:
+        return None
+    return Finding(
+        "one answer to everything",
+        f"All {run.after['total']} samples of {run.paths['after'].name} got {answer!r}, which is right for "
+        f"{run.after['accuracy']:.1%} of them.",
+        "Train longer, with another --learning_rate, or on data in which other answers are as frequent.",
+    )
+
+
 def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     modules = run.adapter.redundancy if run.adapter is not None else []
     alike = [each for each in modules if min(each.input_overlap, each.output_overlap) >= _ALIKE]
@@ -225,6 +237,7 @@ _RULES: tuple[Callable[[Run, Mapping[str, LateUse]], Finding | None], ...] = (
     _failed,
     _rate_too_high,
     _evaluation_gap,
+    _one_answer,
     _no_gradient,
     _collapsed_routers,
     _dead_experts,
