@@ -59,7 +59,7 @@ def stopped_in_the_test(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_steps": 3}, *slow({"warmup_steps": 2}, {"dtype": "bfloat16"}, {"scoring": "generate"}, {"test_limit": 3})],
+    [{"max_steps": 3}, *slow({"weight_decay": 0.1}, {"dtype": "bfloat16"}, {"scoring": "generate"}, {"test_limit": 3})],
     ids=lambda change: next(iter(change)),
 )
 def test_a_stopped_training_goes_on_with_the_same_only(change, run, stopped):
