@@ -354,11 +354,7 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--distill_steps", "5"], "`distill_steps` must be at least 0, and 0 without `data`"),
         (
             ["--rank", "2", "--text", "x", "--distill_steps", "1", "--distill_learning_rate", "0"],
-            "`distill_learning_rate` must be above 0 and at most 1e37, got 0.0",
-        ),
-        (
-            ["--rank", "2", "--text", "x", "--distill_steps", "1", "--distill_learning_rate", "1e39"],
-            "`distill_learning_rate` must be above 0 and at most 1e37, got 1e+39",
+            "`distill_learning_rate` must be above 0, got 0.0",
         ),
         (["--rank", "2", "--fit_passes", "3"], "`fit_passes` counts only with `data` or `text`: got 3"),
         (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` counts only with `data` or `text`: got -1.0"),
@@ -471,6 +467,8 @@ def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path,
     assert "of `distill_steps` must be finite" in refusal("convert", mixture, *flags, *broken)
     last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
     assert "must be finite to be compared" in refusal("convert", mixture, *flags, *last)
+    last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e39, "--output", tmp_path / "no"]
+    assert "the LoRA must stay finite" in refusal("convert", mixture, *flags, *last)
     assert not (tmp_path / "no").exists()
 
 

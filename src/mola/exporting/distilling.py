@@ -45,7 +45,7 @@ def distill(
         MolaError: the loss is not finite.
     """
     parameters = [parameter for name in trained for parameter in loras[name]]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     every, chance, order = batches(rows), random.Random(seed), list[int]()
     for step in progress(range(steps), "Distilling"):

@@ -222,11 +222,8 @@ def _method(options: ConvertOptions) -> str:
             f"`distill_steps` must be at least 0, and 0 without `data` or `text` to train on: got "
             f"{options.distill_steps}."
         )
-    # AdamW multiplies by ten times the rate in its first step, which has to be a float32.
-    if not 0 < options.distill_learning_rate <= 1e37:
-        raise MolaError(
-            f"`distill_learning_rate` must be above 0 and at most 1e37, got {options.distill_learning_rate}."
-        )
+    if not 0 < options.distill_learning_rate < math.inf:
+        raise MolaError(f"`distill_learning_rate` must be above 0, got {options.distill_learning_rate}.")
     return method
 
 
