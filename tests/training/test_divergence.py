@@ -57,6 +57,20 @@ def test_weights_after_the_last_step_are_looked_at_where_nothing_is_saved_before
     assert not (tmp_path / "run" / WEIGHTS).exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 1e39}, *slow({"learning_rate": 1e37, "loraplus_lr_ratio": 1e3})],
+)
+def test_a_step_that_overflows_is_one_line(flags, tmp_path, error_line, options):
+    """AdamW that is not fused cannot compute it at all."""
+    settings = {"optim": "adamw_torch", "warmup_steps": 0, "max_steps": 1, **NO_EVALUATION, **options}
+    line = error_line(flags(**settings))
+    assert "the step of the optimiser overflows at step 0: training has diverged. Lower `learning_rate`" in line
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert "overflows" in record["error"]
+
+
 def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32")
     FiniteLoss().on_log(options, None, None, logs={"loss": 1.0, "learning_rate": float("nan")})

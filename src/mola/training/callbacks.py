@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -240,6 +241,21 @@ def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.
                 is_finite = bool(torch.isfinite(parameter).all())
             if not is_finite:
                 raise _diverged(f"weight {name} is no longer finite", args, state)
+
+
+@contextlib.contextmanager
+def overflow_explained(trainer: Trainer) -> Iterator[None]:
+    """Turn the error of an optimiser whose step has a factor that is no float32 into one that says what to do.
+
+    Raises:
+        NotFiniteError: there was such an error in the block; others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise _diverged("the step of the optimiser overflows", trainer.args, trainer.state) from error
 
 
 def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> NotFiniteError:

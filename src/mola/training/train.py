@@ -29,7 +29,7 @@ from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import CARD_FILE, write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
-from mola.training.callbacks import TrainingClock
+from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checked_run import CheckedRun, check_folder_again, check_run
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.compiling import compiled_if_asked
@@ -164,7 +164,7 @@ def _trained(
     trainer.add_callback(TrainingClock())
     trainer.first_step = run.first_step
     try:
-        with failures_explained(options), compiled_if_asked(trainer):
+        with failures_explained(options), overflow_explained(trainer), compiled_if_asked(trainer):
             metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
         interruption.share(options)  # a signal after the last step, to one of the processes
         seconds = _seconds(trainer)
