@@ -11,7 +11,7 @@ from mola import TrainOptions
 from mola.cli import main
 from mola.errors import MolaError
 from mola.training.advice import loss_gap_advice
-from mola.training.callbacks import FiniteLoss
+from mola.training.callbacks import FiniteLoss, overflow_explained
 from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, losses, read_metrics, read_record
 
@@ -69,6 +69,11 @@ def test_a_step_that_overflows_is_one_line(flags, tmp_path, error_line, options)
     record = read_record(tmp_path / "run")
     assert record["status"] == "failed"
     assert "overflows" in record["error"]
+
+
+def test_a_number_that_is_none_in_half_precision_is_no_fault_of_the_optimiser():
+    with pytest.raises(RuntimeError, match="without overflow"), overflow_explained(None):
+        torch.zeros(1, dtype=torch.float16).masked_fill(torch.ones(1, dtype=torch.bool), 1e39)
 
 
 def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
