@@ -38,30 +38,13 @@ def choose_device(name: str) -> str:
 
 
 def check_compiler(options: BenchmarkOptions) -> None:
-    """Whether `torch.compile` can work, if it is asked for.
-
-    Raises:
-        MolaError: there is no compiler for the code it writes.
-    """
-    if any(map(shutil.which, COMPILERS)):
-        return
-    for wanted, what, cure in (
-        (
-            "decode" in options.suite and "compiled" in options.decode_modes,
-            "`decode_modes` compiled",
-            "--decode_modes eager",
-        ),
-        (
-            "compile" in options.suite and options.compile_backend == "inductor",
-            "`suite` compile",
-            "--compile_backend aot_eager, which counts graphs but makes no step faster",
-        ),
-    ):
-        if wanted:
-            raise MolaError(
-                f"{what} needs a C++ compiler, one of {', '.join(COMPILERS)}: there is none. "
-                f"Install one, or pass {cure}."
-            )
+    """Raise a `MolaError` if `torch.compile` is asked for and there is no compiler for the code it writes."""
+    compiles = "decode" in options.suite and "compiled" in options.decode_modes
+    if compiles and not any(map(shutil.which, COMPILERS)):
+        raise MolaError(
+            f"`decode_modes` compiled needs a C++ compiler, one of {', '.join(COMPILERS)}: there is none. "
+            "Install one, or pass --decode_modes eager."
+        )
 
 
 def prepare_torch(device: str, threads: int) -> None:
@@ -104,8 +87,6 @@ def check_model(options: BenchmarkOptions, folder: Path) -> None:
     needed = {"seq_len": options.seq_len}
     if "decode" in options.suite:
         needed["prompt and new tokens"] = PROMPT_TOKENS + NEW_TOKENS
-    if "compile" in options.suite:
-        needed["compile_lengths"] = max(options.compile_lengths)
     limit = max_positions(load_config(folder))
     for name, tokens in needed.items():
         if limit is not None and tokens > limit:

@@ -17,19 +17,15 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.attention import attention
 from benchmarks.cases import check_compiler, check_model, choose_device, prepare_torch
-from benchmarks.compiled import compile_steps
-from benchmarks.contention import contention
 from benchmarks.curve import curve
 from benchmarks.decode import decode
 from benchmarks.errors import in_one_line
 from benchmarks.growth import growth
 from benchmarks.load import load
-from benchmarks.logits import logits
 from benchmarks.models import PROJECT, model_folder
 from benchmarks.options import BenchmarkOptions
-from benchmarks.outliers import outliers
+from benchmarks.questions import attention, logits
 from benchmarks.redundancy import redundancy
 from benchmarks.tables import tables
 from benchmarks.telemetry import telemetry
@@ -51,10 +47,7 @@ RUN = {
     "decode": decode,
     "load": load,
     "growth": growth,
-    "compile": compile_steps,
-    "contention": contention,
     "curve": curve,
-    "outliers": outliers,
     "telemetry": telemetry,
     "logits": logits,
     "attention": attention,

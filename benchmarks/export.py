@@ -38,8 +38,6 @@ _WAYS = {
     "usage": ["--method", "usage"],
     "data": ["DATA"],
     "data and text": ["DATA", "TEXT"],
-    "data, distilled": ["DATA", "--distill_steps", "STEPS"],
-    "mean, distilled": ["--method", "mean", "DATA", "--distill_steps", "STEPS"],
 }
 
 
@@ -57,7 +55,6 @@ class ExportOptions:
     base_model: str = option(str(_PROJECT / ".cache" / "SmolLM2-135M-Instruct"), "Base model.")
     ranks: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "Ranks."})
     ways: list[str] = field(default_factory=lambda: list(_WAYS), metadata={"help": f"Some of: {', '.join(_WAYS)}."})
-    distill_steps: int = option(100, "Steps in the ways that have them.")
     dtype: str = option("auto", "Dtype of the base.")
 
 
@@ -90,7 +87,6 @@ def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
     files = {
         "DATA": ["--data", options.data, "--task", options.task],
         "TEXT": ["--text", str(options.text)],
-        "STEPS": [str(options.distill_steps)],
     }
     words = [word for each in _WAYS[way] for word in files.get(each, [each])]
     # Of the means, too, the distance is measured on the rows that others are not fitted to.
@@ -131,7 +127,7 @@ def table(document: dict[str, Any]) -> Table:
             *(f"{kl[kind]:.4f}" for kind in ("test answer", "answer", "other text")),
             f"{row['loss']['other text']['lora']:.3f}",
             f"{min(shares):.1%} to {max(shares):.1%}",
-            f"{seconds['fitting'] + seconds.get('distilling', 0):.1f}",
+            f"{seconds['fitting']:.1f}",
             f"{row['peak_gb']:.1f}",
         )
     return found

@@ -1,8 +1,8 @@
 """Everything to know about a GPU, in one command: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
 Are the kernels right on this card, does a step wait for the host, what do a step, its memory and decoding cost beside
-LoRA and the frozen base: on SmolLM2, and on two random layers with LLaMA-2-7B's shapes at 4 x 1,024 tokens, where the
-arithmetic of `benchmarks.roofline` says what to expect. Writes JSON, and tables in Markdown.
+LoRA and the frozen base: on SmolLM2, and on two random layers with LLaMA-2-7B's shapes at 4 x 1,024 tokens. Writes
+JSON, and tables in Markdown.
 
 `--dry_run` does the same on a CPU, tiny and with Triton interpreted: its times mean nothing.
 """
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import roofline
 from benchmarks.errors import in_one_line
 from benchmarks.models import PROJECT
 from mola.errors import MolaError
@@ -210,14 +209,6 @@ def markdown(record: dict[str, Any]) -> str:
                 over = (_ratio(row, "lora_8"), _ratio(plain, "lora_8"), _ratio(frozen, "lora_8"))
                 rows.append((dropout, str(row["num_experts"]), f"{tokens:,}", *over))
     lines += ["", "## Two layers with LLaMA-2-7B's shapes", "", *_table(columns, rows)]
-    expected = [
-        (each["device"], "0.05" if each["dropout"] else "0", f"{each['over_lora']['mola_2468']:.2f}")
-        for each in roofline.measure()
-        if each["tokens"] == 4096
-    ]
-    # Adapters in float32, as above, cost LoRA two casts more each way, and layers have more than their linears.
-    said = "Expected by arithmetic, 2468 over LoRA, for the seven linears of a layer and adapters in bfloat16:"
-    lines += ["", said, "", *_table(("device", "dropout", "ratio"), expected)]
     return "\n".join(lines) + "\n"
 
 

@@ -13,12 +13,11 @@ from mola.errors import MolaError
 from mola.options.fields import option
 
 SUITES = (
-    *("step", "memory", "counts", "decode", "load", "growth", "contention", "curve", "outliers", "compile"),
+    *("step", "memory", "counts", "decode", "load", "growth", "curve"),
     *("telemetry", "logits", "attention", "redundancy"),
 )
 DTYPES = ("float32", "bfloat16")
 DECODE_MODES = ("eager", "compiled")
-COMPILE_BACKENDS = ("inductor", "aot_eager")
 
 
 def _several(default: Sequence[Any], help: str) -> Any:
@@ -39,16 +38,12 @@ class BenchmarkOptions:
         ["smollm2", "random12"],
         "smollm2, random12 (random weights, 12 layers), or folders of causal language models.",
     )
-    dtype: list[str] = _several(
-        DTYPES, "Dtypes of the frozen base. Adapters train in float32. contention uses the first."
-    )
-    dropout: list[float] = _several(
-        [0.0, 0.05], "Dropout on the adapters' input. growth, contention, outliers, compile use the first."
-    )
+    dtype: list[str] = _several(DTYPES, "Dtypes of the frozen base. Adapters train in float32.")
+    dropout: list[float] = _several([0.0, 0.05], "Dropout on the adapters' input. growth uses the first, curve uses 0.")
     providers: list[str] = _several(
         PROVIDERS,
-        "Who takes part; lora_equal is in none of decode, load, growth, compile, the loop in growth only; contention, "
-        "outliers, telemetry, logits, attention, redundancy have mola; curve compares the loop with mola.",
+        "Who takes part. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
+        "logits, attention and redundancy measure mola alone; curve compares the loop with mola.",
     )
     batch_size: int = option(4, "Samples of a step.")
     seq_len: int = option(128, "Tokens of a sample.")
@@ -61,20 +56,15 @@ class BenchmarkOptions:
     warmup: int = option(1, "Rounds before them that do not count.")
     optimizer: bool = option(False, "Make AdamW part of the step.")
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes CUDA if there is one.")
-    threads: int = option(1, "Threads of torch on the CPU; contention has its own.")
+    threads: int = option(1, "Threads of torch on the CPU.")
     keep_memory: bool = option(False, "Keep freed memory in the process, as the `mola` command does; Linux only.")
     decode_batch_sizes: list[int] = _several([1, 8], "Sequences that are generated at once.")
     decode_modes: list[str] = _several(DECODE_MODES, "Without and with torch.compile.")
     growth_experts: list[int] = _several([1, 2, 4, 8, 16, 32, 64], "Experts per module in growth.")
     growth_tokens: list[int] = _several([128, 256, 512, 1024, 2048], "Tokens of a step in growth.")
     growth_layers: int = option(2, "Decoder layers of the growth model, which has the shapes of `model`.")
-    contention_limit: int = option(30, "Seconds on the clock after which contention, always on the CPU, ends a run.")
     curve_steps: int = option(100, "Optimiser steps of curve.")
-    curve_seeds: int = option(3, "Seeds in curve with dropout, which is measured in the first dtype only.")
     curve_seq_len: int = option(64, "Tokens of a block of text in curve.")
-    compile_lengths: list[int] = _several([64, 96, 128], "Lengths of the padded batches that compile feeds in turn.")
-    compile_dynamic: bool = option(False, "Dynamic lengths in compile from the first batch on, as in `mola train`.")
-    compile_backend: str = option("inductor", "inductor; aot_eager counts graphs in compile without a C++ compiler.")
     seed: int = option(0, "Random seed of weights and tokens.")
     output: str | None = option(None, "JSON file to write; default: results/benchmarks-DATE-TIME.json.")
     overwrite: bool = option(False, "Replace `output` if it exists.")
@@ -89,10 +79,7 @@ class BenchmarkOptions:
             ("decode_modes", DECODE_MODES),
         ):
             _check_names(name, getattr(self, name), known)
-        _check_names("compile_backend", [self.compile_backend], COMPILE_BACKENDS)
-        for name in ("batch_size", "seq_len", "r", "top_k", "repeats", "threads", "growth_layers", "contention_limit"):
-            _check_at_least_one(name, getattr(self, name))
-        for name in ("curve_steps", "curve_seeds"):
+        for name in ("batch_size", "seq_len", "r", "top_k", "repeats", "threads", "growth_layers", "curve_steps"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("decode_batch_sizes", "growth_experts", "growth_tokens"):
             for value in getattr(self, name):
@@ -108,8 +95,6 @@ class BenchmarkOptions:
         for name in ("seq_len", "curve_seq_len"):
             if (length := getattr(self, name)) < 2:
                 raise MolaError(f"`{name}` must be at least 2, one token predicts the next: got {length}.")
-        if min(self.compile_lengths) < 2:
-            raise MolaError(f"`compile_lengths` must be at least 2: got {min(self.compile_lengths)}.")
         for suite in self.suite:
             known = TAKES_PART.get(suite, PROVIDERS)
             if not set(known) & set(self.providers):

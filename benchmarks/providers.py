@@ -28,15 +28,12 @@ from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import default_target_modules, linear_shapes
 
 PROVIDERS = ("frozen", "lora_8", "lora_equal", "loop", "mola")
-# Suites that only some of them are in.
+# Suites in which only some of them take part.
 TAKES_PART = {
     "decode": ("frozen", "lora_8", "mola"),
     "load": ("frozen", "lora_8", "mola"),
     "growth": ("frozen", "lora_8", "loop", "mola"),
-    "compile": ("frozen", "lora_8", "mola"),
-    "contention": ("mola",),
     "curve": ("loop", "mola"),
-    "outliers": ("mola",),
     "telemetry": ("mola",),
     "logits": ("mola",),
     "attention": ("mola",),

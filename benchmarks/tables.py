@@ -36,11 +36,6 @@ def _mebibytes(key: str) -> Callable[[Row], str]:
     return lambda row: "-" if row.get(key) is None else f"{row[key] / 2**20:,.1f}"
 
 
-def _or_more(key: str, pattern: str, other: Callable[[Row], str]) -> Callable[[Row], str]:
-    """A lower bound where there is one, else another cell."""
-    return lambda row: other(row) if row.get(key) is None else f"> {pattern.format(row[key])}"
-
-
 def _text(key: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(key, "-"))
 
@@ -98,55 +93,14 @@ COLUMNS: dict[str, list[Column]] = {
         FROZEN,
         Column("overhead / lora_8's", _number("overhead_in_lora_8", "{:.2f}")),
     ],
-    "compile": [
-        NAME,
-        Column("eager", _spread("eager_seconds", "{:.3f}")),
-        Column("compiled", _spread("compiled_seconds", "{:.3f}")),
-        Column("x eager", _spread("compiled_over_eager", "{:.3f}")),
-        FROZEN,
-        LORA,
-        Column("first step", _number("first_step_seconds", "{:.0f} s")),
-        Column("graphs", _number("graphs")),
-        Column("breaks", _number("graph_breaks")),
-        Column("graphs, lengths", _number("lengths_graphs")),
-        Column("last pass", _number("lengths_graphs_in_last_pass")),
-        Column("x eager, lengths", _spread("lengths_compiled_over_eager", "{:.3f}")),
-    ],
-    "contention": [
-        Column("threads", _number("threads")),
-        Column("OMP_WAIT_POLICY", _text("waiting")),
-        Column(
-            "alone, on the clock", _or_more("quiet_seconds_at_least", "{}", _spread("quiet_wall_seconds", "{:.2f}"))
-        ),
-        Column("CPU seconds", _spread("quiet_cpu_seconds", "{:.2f}")),
-        Column("cores of others", _spread("quiet_cores_of_others", "{:.1f}")),
-        Column("busy, on the clock", _or_more("busy_seconds_at_least", "{}", _spread("busy_wall_seconds", "{:.2f}"))),
-        Column("CPU seconds", _spread("busy_cpu_seconds", "{:.2f}")),
-        Column("busy / alone", _or_more("busy_over_quiet_at_least", "{:.1f}", _number("busy_over_quiet", "{:.2f}"))),
-    ],
     "curve": [
         NAME,
-        Column("seeds", lambda row: str(len(row["seeds"]))),
         Column("first loss", _number("first_loss", "{:.4f}")),
         Column("final loss", _number("final_loss", "{:.4f}")),
-        Column("over seeds", _number("final_loss_std", "{:.4f}")),
         Column("final - mola's", _number("final_difference", "{:+.5f}")),
-        Column("over seeds", _number("final_difference_std", "{:.5f}")),
         Column("step - mola's: mean", _number("mean_difference", "{:.1e}")),
         Column("largest", _number("max_difference", "{:.1e}")),
         Column("idle experts", _number("idle_experts", "{:.2%}")),
-    ],
-    "outliers": [
-        Column("dtype", _text("dtype")),
-        Column("largest channel", _number("channel_ratio", "{:,.0f}")),
-        Column("in", lambda row: row["linear"].removeprefix("model.layers.")),
-        Column("subnormal", _number("rank_space_subnormal")),
-        Column("of", _number("rank_space_numbers")),
-        Column("in gradients", _number("gradient_subnormal")),
-        Column("all finite", _text("finite_gradients")),
-        Column("time / Gaussian's", _spread("real_over_gaussian", "{:.3f}")),
-        Column("error left", _number("error_left_real", "{:.3f}")),
-        Column("Gaussian", _number("error_left_gaussian", "{:.3f}")),
     ],
     "telemetry": [
         Column("dtype", _text("dtype")),
@@ -194,10 +148,7 @@ FIXED = {
     "decode": ("model", "dtype", "mode", "batch_size", "num_experts", "new_tokens"),
     "load": ("model", "dtype", "num_experts"),
     "growth": ("model", "num_layers", "dtype", "dropout", "over"),
-    "compile": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer", "lengths", "dynamic"),
-    "contention": ("model", "action", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "neighbours"),
     "curve": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "steps"),
-    "outliers": ("model", "dropout", "batch_size", "seq_len", "num_experts"),
     "telemetry": ("model", "batch_size", "seq_len", "num_experts", "optimizer"),
     "logits": ("model", "batch_size", "num_experts", "optimizer"),
     "attention": ("model", "batch_size", "num_experts", "optimizer"),

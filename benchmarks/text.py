@@ -22,8 +22,7 @@ from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SUITES_WITH_TEXT = ("curve", "outliers")  # in blocks of a wanted length
-_WITH_QUESTIONS = ("logits", "attention")  # as they are
+_WITH_QUESTIONS = ("logits", "attention")  # in these suites every question is a sample; in `curve` they are joined
 _QUESTIONS = 640  # as many as `mola quickstart` trains on
 
 
@@ -40,15 +39,13 @@ def check_text(options: BenchmarkOptions, folder: Path) -> None:
     Raises:
         MolaError: there is no tokenizer, or blocks are too long.
     """
-    lengths = {"curve": ("curve_seq_len", options.curve_seq_len), "outliers": ("seq_len", options.seq_len)}
     limit = max_positions(load_config(folder))
-    for suite in options.suite:
-        if suite in SUITES_WITH_TEXT:
-            name, length = lengths[suite]
-            if limit is not None and length > limit:
-                raise MolaError(f"`{name}` must fit the model: got {length}, {folder.name} has {limit} positions.")
-            if not len(text_blocks(folder, length)):
-                raise MolaError(f"`{name}` must not be above the sample text's tokens: got {length}. Lower it.")
+    if "curve" in options.suite:
+        length = options.curve_seq_len
+        if limit is not None and length > limit:
+            raise MolaError(f"`curve_seq_len` must fit the model: got {length}, {folder.name} has {limit} positions.")
+        if not len(text_blocks(folder, length)):
+            raise MolaError(f"`curve_seq_len` must not be above the sample text's tokens: got {length}. Lower it.")
     if set(_WITH_QUESTIONS) & set(options.suite):
         encoded, _ = _encoded(load_tokenizer(folder, "right"), options.batch_size, train_on_inputs=False)
         longest = max(map(len, encoded["input_ids"]))

@@ -10,7 +10,7 @@ import torch
 from benchmarks.cases import COMPILERS
 from benchmarks.command import main
 from benchmarks.counting import OperatorCounter, count_operators, saved_bytes
-from benchmarks.experts import copy_experts
+from benchmarks.loop import copy_experts
 from benchmarks.measure import Times, ratio, summarize, time_interleaved
 from benchmarks.models import growth_base, load_base, training_batch
 from benchmarks.providers import PROVIDERS, build, make_forward, make_step, trainable_parameters

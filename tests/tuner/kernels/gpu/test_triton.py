@@ -10,7 +10,6 @@ import pytest
 import torch
 from benchmarks.gpu import ALL_CASES
 
-from benchmarks import roofline
 from tests.gpus import asks_for_gpu
 
 from ..native import needs_compiler, needs_fake_devices, needs_triton
@@ -75,9 +74,6 @@ def test_launches_per_linear():
     total = {key: row["forward"] + row["backward"] for key, row in found.items()}
     assert total["triton", "bfloat16", 0.0] <= 12
     assert total["triton", "bfloat16", 0.05] <= 18
-    for dropout in (0.0, 0.05):  # the model of `benchmarks.roofline` is of the same kernels
-        assert total["triton", "bfloat16", dropout] == len(list(roofline.mola(8, 8, 8, 8, dropout=dropout > 0)))
-        assert total["lora", "bfloat16", dropout] == len(list(roofline.lora(8, 8, 8, dropout=dropout > 0)))
     for adapters in ("bfloat16", "float32"):
         assert total["triton", adapters, 0.0] <= total["lora", adapters, 0.0] < total["dense", adapters, 0.0]
         assert found["triton", adapters, 0.0]["decode"] <= 4 < found["lora", adapters, 0.0]["decode"]

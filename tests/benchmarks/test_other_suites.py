@@ -1,4 +1,4 @@
-"""Suites about what goes beside the layers: recording, logits, distances between experts; from end to end."""
+"""The suites `telemetry`, `logits`, `attention` and `redundancy`, from end to end."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks.counting import count_operators
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks import attention
+from benchmarks import questions
 from mola import MolaConfig
 from mola.insight.router_recorder import RouterWatch
 
@@ -48,9 +48,9 @@ def test_the_suite_logits(tiny_model_dir, tmp_path, capsys):
 
 
 def test_the_suite_attention(tiny_model_dir, tmp_path, capsys, monkeypatch):
-    used, make_step = [], attention.make_step
+    used, make_step = [], questions.make_step
     monkeypatch.setattr(
-        attention, "make_step", lambda model, *rest: used.append(model.config) or make_step(model, *rest)
+        questions, "make_step", lambda model, *rest: used.append(model.config) or make_step(model, *rest)
     )
     output = tmp_path / "results.json"
     small = ("--batch_size", 3, "--num_experts", "1248", "--repeats", 2, "--dropout", 0, "--dtype", "float32")
