@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mola.architecture.allocation import LinearShape, StackShape, check_top_k, effective_top_k, plan_allocation
-from mola.architecture.notation import SHAPES, check_notation, resolve_per_layer
+from mola.architecture.notation import SHAPES, check_notation, default_num_experts, resolve_per_layer
 from mola.errors import MolaError
 
 FIELDS = ("num_experts", "r", "top_k")
@@ -94,11 +94,6 @@ def test_groups_keep_order_and_differ_by_one_layer(digits, extra):
     assert max(sizes) - min(sizes) <= 1
 
 
-@given(digits=st.text("123456789", min_size=2, max_size=40))
-def test_one_digit_per_layer_is_taken_as_it_is(digits):
-    assert resolve_per_layer(digits, len(digits), "num_experts") == [int(digit) for digit in digits]
-
-
 @given(values=st.lists(st.integers(1, 10_000), min_size=1, max_size=100), name=st.sampled_from(FIELDS))
 def test_lists_and_comma_strings_agree(values, name):
     text = ",".join(map(str, values)) + ","
@@ -145,8 +140,7 @@ def test_wrong_count_names_both_numbers():
         resolve_per_layer([4], 2, "top_k")
 
 
-@pytest.mark.parametrize("check", [lambda v, n: resolve_per_layer(v, 4, n), check_notation])
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", ["num_experts", "r"])
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -174,10 +168,11 @@ def test_wrong_count_names_both_numbers():
         ("missing/allocation.json", "cannot be read: 'missing/allocation.json'"),
     ],
 )
-def test_wrong_notation(value, message, name, check):
-    with pytest.raises(MolaError, match=message) as caught:
-        check(value, name)
-    assert f"`{name}`" in str(caught.value)
+def test_wrong_notation(value, message, name):
+    for check in (check_notation, lambda value, name: resolve_per_layer(value, 4, name)):
+        with pytest.raises(MolaError, match=message) as caught:
+            check(value, name)
+        assert f"`{name}`" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +191,7 @@ def test_wrong_num_experts(value, message):
 
 
 def test_shapes_are_for_num_experts_only():
-    with pytest.raises(MolaError, match=r"`top_k` cannot be a shape.*got 'diamond'"):
+    with pytest.raises(MolaError, match=r"got 'diamond'. Only `num_experts` can be a shape"):
         check_notation("diamond", "top_k")
 
 
@@ -204,6 +199,15 @@ def test_more_groups_than_layers():
     check_notation("24682", "num_experts")
     with pytest.raises(MolaError, match=r"5 digits \('24682'\), the model has 4 layers"):
         resolve_per_layer("24682", 4, "num_experts")
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(1, [5]), (2, [3, 7]), (3, [2, 4, 7]), (4, [2, 4, 6, 8])])
+def test_the_default_fits_any_depth(num_layers, expected):
+    assert default_num_experts(num_layers) == expected
+
+
+def test_the_default_of_a_deep_model_is_the_digits():
+    assert default_num_experts(30) == resolve_per_layer("2468", 30, "num_experts")
 
 
 def test_many_experts_are_possible_when_spelt_out():

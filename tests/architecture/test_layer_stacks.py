@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Phi4MultimodalConfig
 
-from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.layer_stacks import LayerStacks, module_kinds
 from mola.architecture.targets import linear_shapes, resolve_target_modules
 
 SIDES = {"encoder": 2, "decoder": 3}
@@ -190,3 +190,17 @@ def test_decoder_layers_come_after_those_of_the_encoder():
     names = ("encoder.block.1", "decoder.block.0", "decoder.block.2", "shared")
     assert [stacks.index(name) for name in names] == [1, 2, 4, None]
     assert [stacks.is_encoder(index) for index in (0, 1, 2, 4, None)] == [True, True, False, False, False]
+
+
+def test_kinds_are_last_parts_of_names_where_these_are_unique():
+    attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert set(module_kinds([*attention, "model.layers.0.mlp.up_proj"]).values()) == {"q_proj", "up_proj"}
+    experts = [f"model.layers.{layer}.experts.{expert}.up" for layer in (0, 1) for expert in (0, 1)]
+    assert module_kinds(experts)[experts[1]] == "experts.1.up"
+    assert module_kinds(["lm_head"]) == {"lm_head": "lm_head"}
+
+
+def test_kinds_are_longer_where_two_modules_of_a_layer_end_alike():
+    kinds = ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
+    names = [f"transformer.h.{layer}.{kind}" for layer in (0, 1) for kind in kinds]
+    assert list(module_kinds(names).values()) == kinds * 2

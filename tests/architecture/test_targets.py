@@ -20,8 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.layer_stacks import LayerStacks, count_layers, layer_index
-from mola.architecture.linears import adaptable
-from mola.architecture.read_weights import is_read, is_read_in
+from mola.architecture.linears import is_adaptable, is_read_without_call
 from mola.architecture.targets import (
     LLAMA_LINEARS,
     check_target_modules,
@@ -152,14 +151,14 @@ class PackedLinear(nn.Module):
     ids=lambda value: type(value).__name__,
 )
 def test_adaptable(module, expected):
-    assert adaptable(module) is expected
+    assert is_adaptable(module) is expected
 
 
 def test_wrapped_modules_count_by_their_base_layer():
     model = nn.ModuleDict({"linear": nn.Linear(4, 5), "table": nn.Embedding(4, 5)})
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["linear", "table"])).base_model.model
-    assert adaptable(wrapped["linear"])
-    assert not adaptable(wrapped["table"])
+    assert is_adaptable(wrapped["linear"])
+    assert not is_adaptable(wrapped["table"])
 
 
 # --- checks ------------------------------------------------------------------------------------
@@ -311,9 +310,9 @@ def test_a_mixer_within_a_model_of_another_type_is_read_all_the_same():
     inner = nn.ModuleDict({"mixer": nn.ModuleDict({name: nn.Linear(2, 2) for name in ("in_proj", "out_proj")})})
     inner.config, outer = MambaConfig(), nn.ModuleDict({"inner": inner, "out_proj": nn.Linear(2, 2)})
     outer.config = SimpleNamespace(model_type="outer")
-    assert is_read(outer, "inner.mixer.out_proj")
-    assert not is_read(outer, "inner.mixer.in_proj")
-    assert not is_read(outer, "out_proj")
+    assert is_read_without_call(outer, "inner.mixer.out_proj")
+    assert not is_read_without_call(outer, "inner.mixer.in_proj")
+    assert not is_read_without_call(outer, "out_proj")
 
 
 def test_linears_that_a_mixer_reads_are_left_out():
@@ -326,14 +325,23 @@ def test_linears_that_a_mixer_reads_are_left_out():
         with pytest.raises(MolaError, match="reads its weight in a kernel and does not call it"):
             linear_shapes(model, targets)
     assert len(linear_shapes(model, r".*\.(in|x)_proj", ["x_proj"])) == 2
-    with pytest.raises(MolaError, match=r"this model has: conv1d, in_proj, lm_head\."):
+    with pytest.raises(MolaError, match=r"this model has: conv1d, dt_proj, in_proj, lm_head, out_proj, x_proj"):
         default_target_modules([name for name, _ in model.named_modules()], "mamba")
 
 
-def test_linears_that_are_read_are_told_apart_from_others_of_their_name():
-    assert is_read_in("detr", "bbox_attention.k_proj")
-    assert is_read_in("mobilebert", "cls.predictions.dense")
-    assert is_read_in("mamba", "backbone.layers.0.mixer.out_proj")
-    assert not is_read_in("detr", "model.encoder.layers.0.self_attn.k_proj")
-    assert not is_read_in("mobilebert", "mobilebert.encoder.layer.0.output.dense")
-    assert not is_read_in("llama", "model.layers.0.mlp.out_proj")
+@pytest.mark.parametrize(
+    ("model_type", "name", "is_read"),
+    [
+        ("detr", "bbox_attention.k_proj", True),
+        ("mobilebert", "cls.predictions.dense", True),
+        ("detr", "model.encoder.layers.0.self_attn.k_proj", False),
+        ("llama", "model.layers.0.mlp.out_proj", False),
+    ],
+)
+def test_read_linears_are_found_by_model_type_and_name(model_type, name, is_read):
+    model = module = nn.Module()
+    model.config = SimpleNamespace(model_type=model_type)
+    for part in name.split("."):
+        module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    assert is_read_without_call(model, name) is is_read

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mola import MolaConfig, MolaError, PlanOptions, plan
-from mola.architecture.linears import adaptable
+from mola.architecture.linears import is_adaptable
 from tests.ecosystem.families import adapt, batch, build, layers
 
 POSITIONS = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
@@ -142,6 +142,6 @@ def test_an_encoder_of_pytorch_has_its_experts_in_evaluation_too(targets):
 
 
 def test_weights_that_are_read_and_never_called_are_not_adaptable():
-    assert not adaptable(nn.MultiheadAttention(8, 2).out_proj)
+    assert not is_adaptable(nn.MultiheadAttention(8, 2).out_proj)
     model = adapt(build("gemma3-composite"), "gemma3-composite", target_modules="all-linear", num_experts=2)
     assert not any("head.attention.out_proj" in name for name in layers(model))

@@ -11,7 +11,7 @@ import torch
 from mola.allocation.base import Base
 from mola.allocation.probe import read_probe, routing_records
 from mola.allocation.weights import weights_of
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 from mola.errors import MolaError
 from mola.files.terminal import progress
 from mola.insight.redundancy import expert_distances, mean_pairwise
@@ -128,7 +128,7 @@ def effective_experts(mean_gates: Sequence[float]) -> float:
 
 def relative_scores(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
     """Of each module its value, divided by the mean of all modules of that kind."""
-    kinds, of_kind = kinds_of(values), defaultdict[str, list[float]](list)
+    kinds, of_kind = module_kinds(values), defaultdict[str, list[float]](list)
     for module, value in values.items():
         of_kind[kinds[module]].append(value)
     usual = {kind: fmean(found) for kind, found in of_kind.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mola.allocation.measured import ModuleScore, Scores
 from mola.allocation.rounding import experts_from_scores
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def numbers_of_modules(found: Sequence[ModuleScore], rule: Rule) -> list[ModuleE
     counts = Counter(each.layer_index for each in found).values()
     bounds = rule.min_experts, rule.max_experts
     total = sum(map(int.__mul__, counts, experts_from_scores([1.0] * len(counts), rule.budget, *bounds)))
-    numbers = rule.numbers([each.score for each in found], [*kinds_of(each.module for each in found).values()], total)
+    kinds = [*module_kinds(each.module for each in found).values()]
+    numbers = rule.numbers([each.score for each in found], kinds, total)
     return [ModuleExperts(*each, number) for each, number in zip(found, numbers, strict=True)]
 
 

@@ -25,7 +25,7 @@ from mola.architecture.allocation import check_top_k, effective_top_k
 from mola.architecture.layer_stacks import LayerStacks, layer_index
 from mola.architecture.notation import (
     LARGEST_PLAIN_NUM_EXPERTS,
-    layers_named,
+    list_length,
     pattern_with,
     resolve_per_layer,
 )
@@ -231,10 +231,10 @@ def _depth(config: Any, options: ReallocateOptions, base: Any, at_least: int) ->
     if config.layer_replication:  # which has other layers than its base
         return sum(end - start for start, end in config.layer_replication)
     values = {"num_experts": config.num_experts, "top_k": config.top_k, "r": config.r}
-    named = [layers_named(value, name) for name, value in values.items()]
+    named = [list_length(value, name) for name, value in values.items()]
     if options.base_model is not None and base is not None:
         named.insert(0, count_decoder_layers(base, options.base_model))
-    asked = layers_named(options.num_experts, "num_experts")
+    asked = list_length(options.num_experts, "num_experts")
     named.append(asked if asked is not None and asked >= at_least else None)
     found = next((number for number in named if number is not None), None)
     if found is None and base is not None:

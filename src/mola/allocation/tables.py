@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mola.allocation.measured import Scores
 from mola.allocation.numbers import ModuleExperts
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 
 _BAR_WIDTH = 30
 
@@ -39,7 +39,7 @@ def layer_table(scores: Scores, num_experts: Sequence[int], title: str) -> Table
 def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:
     """Numbers of the linears, with the sums of each kind; from and to where a layer has several of a kind."""
     table = Table(title=escape(title))
-    kinds = kinds_of(each.module for each in modules)
+    kinds = module_kinds(each.module for each in modules)
     cells: dict[tuple[int, str], list[int]] = defaultdict(list)
     sums: dict[str, int] = defaultdict(int)
     for each in modules:

@@ -1,1 +1,1 @@
-"""What a base model consists of, its layers and its linears, and how numbers are spread over them. No weights."""
+"""What a base model consists of: its layers and its linears, and numbers per layer from any notation. No weights."""

@@ -1,6 +1,6 @@
-"""What an allocation of experts to layers means and costs. Pure functions, no torch.
+"""What an allocation of experts to layers costs. Pure functions, no torch.
 
-- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts used against experts there are.
+- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts per token against experts per layer.
 - `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
 """
 
@@ -17,16 +17,16 @@ from mola.errors import MolaError
 def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
     """Check `1 <= top_k <= num_experts` in every layer.
 
-    A layer with one expert is plain LoRA without a router: a `top_k` that is the same in all layers is
-    allowed there, see `effective_top_k`. A `top_k` that differs between layers has to fit exactly.
+    A layer with one expert is plain LoRA without a router. It may have a larger `top_k` if `top_k` is the same in
+    all layers, see `effective_top_k`. Per-layer values of `top_k` must fit exactly.
 
     Args:
         num_experts: experts per layer.
         top_k: experts used per token, per layer.
 
     Raises:
-        MolaError: the lists differ in length, or a layer uses more experts than it has; the first such
-            layer is named.
+        MolaError: the lists differ in length, or a layer uses more experts than it has. The message names the
+            first such layer.
     """
     _check_same_length(num_experts, top_k)
     is_uniform = len(set(top_k)) == 1
@@ -40,11 +40,11 @@ def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
 
 
 def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[int]:
-    """`top_k` per layer as it is used: 1 where a layer has one expert, else as given.
+    """Experts that each layer uses per token: 1 in a layer with one expert, else `top_k`.
 
     Args:
         num_experts: experts per layer.
-        top_k: experts used per token, per layer; checked with `check_top_k`.
+        top_k: `top_k` per layer, as configured.
 
     Returns:
         One integer per layer.
@@ -57,10 +57,15 @@ def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[in
 
 
 def top_k_of_module(num_experts: int, top_k: int, module: str) -> int:
-    """The layer's `top_k` where a module has a number of experts of its own; 1 for one expert.
+    """Experts that one module uses per token: its layer's `top_k`, or 1 if the module has one expert.
+
+    Args:
+        num_experts: experts of the module, which may differ from those of its layer.
+        top_k: `top_k` of the layer.
+        module: name of the module, for the message.
 
     Raises:
-        MolaError: more are used than there are.
+        MolaError: `top_k` is above the number of experts.
     """
     if top_k > num_experts > 1:
         raise MolaError(
@@ -72,7 +77,7 @@ def top_k_of_module(num_experts: int, top_k: int, module: str) -> int:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One adapted linear: module name, decoder layer (None outside the decoder) and its two sizes."""
+    """One adapted linear: module name, decoder layer (None outside the layers), number of inputs and of outputs."""
 
     name: str
     layer_index: int | None
@@ -82,7 +87,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class StackShape:
-    """A parameter that holds `count` linear maps of one size; one with two dimensions holds one."""
+    """An adapted parameter that stacks `count` linear maps of one size; a matrix has a `count` of 1."""
 
     module: str
     parameter: str
@@ -93,15 +98,15 @@ class StackShape:
 
     @property
     def name(self) -> str:
-        """Its whole name."""
+        """Name of the parameter in the model."""
         return f"{self.module}.{self.parameter}"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one decoder layer gets and costs; the formulas are in `plan_allocation`.
+    """Settings and cost of one decoder layer; `plan_allocation` has the formulas.
 
-    `num_experts`, `top_k` and `r` are those of its modules that no pattern names.
+    `num_experts`, `top_k` and `r` are those of modules that match no key of a pattern.
     """
 
     layer_index: int
@@ -117,12 +122,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class AllocationPlan:
-    """The cost of an adapter, layer by layer and in all.
+    """The cost of an adapter, per layer and in total.
 
     Attributes:
         layers: one `LayerPlan` per decoder layer, lowest first.
         base_parameters: parameters of the model without the adapter; None if not counted.
-        kernels: which backends would compute it on this machine, a line each; empty if that was not asked.
+        kernels: the backends that would compute it on this machine, one line each; empty if not requested.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -146,37 +151,37 @@ class AllocationPlan:
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs that the adapter adds to the forward pass of one token where all experts are computed."""
+        """FLOPs that the adapter adds to the forward pass of one token if all experts are computed."""
         return sum(layer.flops_per_token for layer in self.layers)
 
     @property
     def active_flops_per_token(self) -> int:
-        """The same where chosen experts are computed only."""
+        """FLOPs that the adapter adds to the forward pass of one token if only chosen experts are computed."""
         return sum(layer.active_flops_per_token for layer in self.layers)
 
     @property
     def adapted_layers(self) -> list[LayerPlan]:
-        """Layers with an adapted linear, if there is one; what others have for a number of experts means nothing."""
+        """Layers with an adapted linear. Without any: layers with an adapted parameter."""
         with_linears = [layer for layer in self.layers if layer.flops_per_token]
         return with_linears or [layer for layer in self.layers if layer.expert_parameters]
 
     @property
     def num_experts(self) -> int:
-        """Experts per kind of module, of all adapted layers together."""
+        """Sum over the adapted layers of the experts per module."""
         return sum(layer.num_experts for layer in self.adapted_layers)
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of the saved adapter's tensors."""
+        """Size of the tensors of the saved adapter, in bytes."""
         return sum(layer.adapter_bytes for layer in self.layers)
 
     @property
     def trainable_share(self) -> float | None:
-        """Trainable parameters / parameters of the base model; None if those were not counted."""
+        """Trainable parameters / parameters of the base model; None if the latter are not counted."""
         return self.trainable_parameters / self.base_parameters if self.base_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `layers` (a list) and `totals`, which count adapted layers and their experts."""
+        """Plain values for JSON: `layers`, `kernels`, and `totals` over the adapted layers."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "kernels": list(self.kernels),
@@ -215,11 +220,11 @@ def plan_allocation(
         forward  2*E*r*(in + out) + 2*E*in  FLOPs per token (the last term only with a router)
         active   2*K*r*(in + out) + 2*E*in  FLOPs per token, with K = top_k
 
-    A parameter with `N` stacked experts of the base model has `N * r * (in + out)` parameters among the experts'. Its
-    update costs the same for any number of tokens and is not in the FLOPs.
+    A parameter with `N` stacked experts of the base model adds `N * r * (in + out)` to the experts' parameters. Its
+    update costs the same for any number of tokens, so the FLOPs leave it out.
 
-    Backends that compute all experts for every token need the former (`dense`), those that compute chosen experts only
-    the latter (`cpu_train`, `cpu_decode`, `grouped`).
+    `flops_per_token` holds for backends that compute all experts for every token (`dense`), `active_flops_per_token`
+    for those that compute chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
 
     Args:
         linears: the adapted linears.
@@ -227,55 +232,52 @@ def plan_allocation(
         top_k: experts used per token, per decoder layer.
         r: rank per decoder layer.
         bytes_per_parameter: size of one saved number; 4 = float32.
-        num_experts_pattern: experts of modules by their names, where they differ from their layer's.
-        rank_pattern: the same for the rank.
+        num_experts_pattern: number of experts of single modules, by patterns of their names.
+        rank_pattern: rank of single modules, by patterns of their names.
         stacks: the adapted parameters.
 
     Returns:
         The plan, one entry per decoder layer; layers without adapted linears cost nothing.
 
     Raises:
-        MolaError: lists of different lengths, `top_k` above `num_experts`, or a linear that is in none
-            of the layers.
+        MolaError: lists of different lengths, `top_k` above `num_experts`, or a linear outside the layers.
     """
     _check_same_length(num_experts, r, "r")
-    chosen = effective_top_k(num_experts, top_k)
+    used_top_k = effective_top_k(num_experts, top_k)
     linears, stacks = list(linears), list(stacks)
-    check_matches(num_experts_pattern, [linear.name for linear in linears], "num_experts_pattern")
-    check_matches(rank_pattern, [*(each.name for each in linears), *(each.name for each in stacks)], "rank_pattern")
-    # Per layer: parameters of experts, of them in experts that a token uses, parameters of routers.
-    counts = [[0, 0, 0] for _ in num_experts]
+    linear_names, stack_names = [linear.name for linear in linears], [stack.name for stack in stacks]
+    check_matches(num_experts_pattern, linear_names, "num_experts_pattern")
+    check_matches(rank_pattern, [*linear_names, *stack_names], "rank_pattern")
+    experts, active_experts, routers, stacked = ([0] * len(num_experts) for _ in range(4))  # parameters per layer
     for linear in linears:
-        index = _layer(linear, len(counts))
-        experts = by_pattern(num_experts_pattern, linear.name, num_experts[index])
-        rank = by_pattern(rank_pattern, linear.name, r[index])
-        one = rank * (linear.in_features + linear.out_features)
-        used = top_k_of_module(experts, top_k[index], linear.name)
-        router = experts * linear.in_features if experts > 1 else 0
-        counts[index] = [a + b for a, b in zip(counts[index], (experts * one, used * one, router), strict=True)]
-    stacked = [0] * len(counts)
+        index = _layer_of(linear, len(num_experts))
+        count = by_pattern(num_experts_pattern, linear.name, num_experts[index])
+        one_expert = by_pattern(rank_pattern, linear.name, r[index]) * (linear.in_features + linear.out_features)
+        experts[index] += count * one_expert
+        active_experts[index] += top_k_of_module(count, top_k[index], linear.name) * one_expert
+        routers[index] += count * linear.in_features if count > 1 else 0
     for stack in stacks:
-        index = _layer(stack, len(counts))
+        index = _layer_of(stack, len(num_experts))
         rank = by_pattern(rank_pattern, stack.name, r[index])
         stacked[index] += stack.count * rank * (stack.in_features + stack.out_features)
     layers = [
         LayerPlan(
             layer_index=index,
             num_experts=num_experts[index],
-            top_k=chosen[index],
+            top_k=used_top_k[index],
             r=r[index],
-            expert_parameters=experts + stacked[index],
-            router_parameters=routers,
-            flops_per_token=2 * (experts + routers),  # one multiply and one add per weight
-            active_flops_per_token=2 * (active + routers),
-            adapter_bytes=bytes_per_parameter * (experts + stacked[index] + routers),
+            expert_parameters=experts[index] + stacked[index],
+            router_parameters=routers[index],
+            flops_per_token=2 * (experts[index] + routers[index]),  # one multiply and one add per weight
+            active_flops_per_token=2 * (active_experts[index] + routers[index]),
+            adapter_bytes=bytes_per_parameter * (experts[index] + stacked[index] + routers[index]),
         )
-        for index, (experts, active, routers) in enumerate(counts)
+        for index in range(len(num_experts))
     ]
     return AllocationPlan(tuple(layers))
 
 
-def _layer(adapted: LinearShape | StackShape, num_layers: int) -> int:
+def _layer_of(adapted: LinearShape | StackShape, num_layers: int) -> int:
     index = adapted.layer_index
     if index is None or index >= num_layers:
         is_linear = isinstance(adapted, LinearShape)

@@ -1,7 +1,8 @@
-"""In which layer a module is, and how many layers there are.
+"""In which layer a module is, and how many layers a model has.
 
 - `layer_index`, `count_layers`: position and depth from module names and the model's config.
 - `LayerStacks`: the same for a whole model, also with an encoder below the decoder or towers beside it.
+- `module_kinds`: names that modules of all layers share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from mola.architecture.linears import adaptable
+from mola.architecture.linears import is_adaptable
 
 Names = list[str] | set[str] | str
 
@@ -32,7 +33,7 @@ def layer_index(module_name: str) -> int | None:
         The layer, 0 = nearest the input; None for modules outside the layers.
     """
     for part in module_name.split("."):
-        if re.fullmatch(r"[0-9]{1,5}", part):  # a longer number in a file is no layer
+        if re.fullmatch(r"[0-9]{1,5}", part):  # a longer number is not a layer
             return int(part)
     return None
 
@@ -41,12 +42,12 @@ def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -
     """Number of decoder layers of a model.
 
     Args:
-        model_config: a Transformers config as a dict; `num_hidden_layers`, `n_layer` or `num_layers` is
-            read from it, else from its `text_config`.
-        module_names: names of the model's modules; used when the config does not say.
+        model_config: a Transformers config as a dict. The function reads `num_hidden_layers`, `n_layer` or
+            `num_layers` from it, else from its `text_config`.
+        module_names: names of the model's modules; used when the config has none of these keys.
 
     Returns:
-        The depth; None if neither the config nor the names tell.
+        The depth; None if neither the config nor the names show it.
     """
     for section in (model_config, model_config.get("text_config")):
         if not isinstance(section, Mapping):
@@ -59,20 +60,37 @@ def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -
     return max(indices) + 1 if indices else None
 
 
+def module_kinds(module_names: Iterable[str]) -> dict[str, str]:
+    """The kind of each module, which is the same in all layers: the last part of its name, such as `q_proj`.
+
+    If two kinds end alike, as GPT-2's `attn.c_proj` and `mlp.c_proj` do, all kinds are whole names below the layer.
+    """
+    names = list(module_names)
+    below_layer = {name: _below_layer(name) for name in names}
+    last_part = {kind: kind.rpartition(".")[2] for kind in below_layer.values()}
+    is_unique = len(set(last_part.values())) == len(last_part)
+    return {name: last_part[kind] if is_unique else kind for name, kind in below_layer.items()}
+
+
+def _below_layer(name: str) -> str:
+    parts, index = name.split("."), layer_index(name)
+    return name if index is None else ".".join(parts[parts.index(str(index)) + 1 :]) or name
+
+
 @dataclass(frozen=True)
 class LayerStacks:
-    """The layers of a model that have a number of experts each, lowest first.
+    """The layers of a model that each get a number of experts, lowest first.
 
     - A decoder, or an encoder: its layers.
     - An encoder-decoder: the encoder's layers, then the decoder's. Each has a number of its own.
     - A language model beside towers for images or sound: the layers of the language model only.
 
     Attributes:
-        num_layers: how many there are; None if nothing tells.
-        num_encoder_layers: how many of them are in the encoder of an encoder-decoder; 0 for other models.
-        language_model: name of the module that is the language model, or its layers, where there are towers beside it.
-        sides: names of the encoder's and of the decoder's layers, where there are towers beside these.
-        lists: names of the lists that hold the encoder's and the decoder's layers; none for other models.
+        num_layers: number of layers; None if neither the config nor module names show it.
+        num_encoder_layers: number of layers in the encoder of an encoder-decoder; 0 for other models.
+        language_model: name of the module that is, or holds the layers of, the language model; None without towers.
+        sides: names of the encoder's and of the decoder's layers; empty without towers.
+        lists: names of the lists that hold the encoder's and the decoder's layers; empty for other models.
     """
 
     num_layers: int | None
@@ -83,10 +101,10 @@ class LayerStacks:
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStacks:
-        """Read the stacks off a model.
+        """Find the layers of a model.
 
         Args:
-            model: the model with its `config`, if it has one; weights are not read.
+            model: the model with its `config`, if it has one; its weights are not read.
         """
         model_config: Mapping[str, Any] = config_of(model) or {}
         names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
@@ -104,15 +122,15 @@ class LayerStacks:
         if len(sizes := {*lists.values()} - {depth}) == 1 and depth not in lists.values():
             inside = tuple(f"{name}." for name in lists)
             modules = dict(model.named_modules())
-            numbered = [name for name in names if layer_index(name) is not None and adaptable(modules[name])]
+            numbered = [name for name in names if layer_index(name) is not None and is_adaptable(modules[name])]
             if all(name.startswith(inside) for name in numbered):
-                # A configuration may count runs of the same layers: each layer has one number all the same.
+                # ALBERT's config counts how often its layers run, but every layer has one number of experts.
                 depth = sizes.pop()
         return cls(depth, language_model=language_model)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the modules beside which there are towers; none where nothing is beside."""
+        """Names of the modules that have towers beside them; empty for a model without towers."""
         return self.sides or ((self.language_model,) if self.language_model else ())
 
     def index(self, module_name: str) -> int | None:
@@ -135,7 +153,7 @@ class LayerStacks:
         return index is not None and index < self.num_encoder_layers
 
     def also_excluding_towers(self, exclude_modules: Names | None) -> Names | None:
-        """`exclude_modules` that leave out what is beside the language model too; as given if nothing is.
+        """`exclude_modules` extended by the towers beside the language model; unchanged for a model without towers.
 
         Args:
             exclude_modules: names, a regular expression, or None.
@@ -148,76 +166,76 @@ class LayerStacks:
             return beside
         if not isinstance(exclude_modules, str):
             exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, sorted(exclude_modules)))})"
-        return f"{exclude_modules}|{beside}"  # flags of an expression may stand at its start alone
+        return f"{exclude_modules}|{beside}"  # the user's expression first: its flags may only stand at the start
 
 
 def _layer_lists(model: nn.Module) -> dict[str, int]:
-    """Name -> length of the lists whose entries hold linears, without lists inside of layers.
+    """Name -> length of the lists whose entries contain linears, without lists inside layers.
 
-    Lists of linears, such as several heads, count where there are no others.
+    Lists whose entries are linears themselves, such as several heads, count only if there is no other list.
     """
     found: dict[str, int] = {}
-    plain: dict[str, int] = {}
+    lists_of_linears: dict[str, int] = {}
     for name, module in model.named_modules():
         if not name or not isinstance(module, nn.ModuleList) or layer_index(name) is not None:
             continue
-        if any(adaptable(entry) for entry in module):
-            plain[name] = len(module)
-        elif any(adaptable(part) for part in module.modules() if part is not module):
+        if any(is_adaptable(entry) for entry in module):
+            lists_of_linears[name] = len(module)
+        elif any(is_adaptable(part) for part in module.modules() if part is not module):
             found[name] = len(module)
-    return found or plain
+    return found or lists_of_linears
 
 
 def _sides(lists: Mapping[str, int]) -> tuple[str, ...]:
-    """Names of the encoder's and of the decoder's layers among `lists`; none unless both are there.
+    """Names of the encoder's and of the decoder's layers among `lists`; empty unless both exist.
 
-    Towers have encoders of their own: that of the decoder is nearest to it.
+    Towers have encoders of their own. The text encoder is the one whose name shares most parts with the decoder's.
     """
     decoders, encoders = ([name for name in lists if _side(name) == side] for side in ("decoder", "encoder"))
     if not decoders or not encoders:
         return ()
     decoder = min(decoders, key=lambda name: name.count("."))
-    nearest = max(encoders, key=lambda name: (_shared(name, decoder), -name.count(".")))
+    nearest = max(encoders, key=lambda name: (_shared_parts(name, decoder), -name.count(".")))
     return nearest, decoder
 
 
-def _shared(one: str, other: str) -> int:
-    """How many parts two names begin with that are the same."""
+def _shared_parts(one: str, other: str) -> int:
     parts = zip(one.split("."), other.split("."), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _side(module_name: str) -> str | None:
-    """The part "encoder" or "decoder", whichever comes first in a name; None if neither does."""
+    """The first part of a name that is "encoder" or "decoder", with or without "text_"; None without one."""
     sides = (part.removeprefix("text_") for part in module_name.split("."))
     return next((part for part in sides if part in ("encoder", "decoder")), None)
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """The configuration of a module as PEFT reads it; None if it has none, or one of its own kind."""
+    """The configuration of a module as a mapping, as PEFT reads it; None if it has none, or one that is no mapping."""
     config = BaseTuner.get_model_config(module) if hasattr(module, "config") else None
     return config if isinstance(config, Mapping) else None
 
 
 def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | None:
+    """Name of the language model, or of its layers, in a model with towers; None for a model without towers."""
     parts = {name: part for name, part in model_config.items() if isinstance(part, Mapping)}
     if "text_config" in parts:
         return _decoder_in(model, model)
-    # A model around one that has towers, or a speaker beside it.
+    # A part of the model has the towers, and a vocoder for instance stands beside that part.
     if any("text_config" in part for part in parts.values()):
         for module in model.modules():
             if module is not model and "text_config" in (config_of(module) or ()):
                 return _decoder_in(model, module)
     if not any(key in part for part in parts.values() for key in _DEPTH_KEYS):
         return None
-    # As Phi-4-multimodal: the model is the language model and holds the towers, too.
+    # Phi-4-multimodal: the model is the language model, and holds the towers.
     depth = count_layers(model_config, ())
     lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     return min(lists, key=lambda name: name.count("."), default=None)
 
 
 def _decoder_in(model: nn.Module, part: nn.Module) -> str | None:
-    """Name of the decoder of a part of a model, if that has one which is not the whole model."""
+    """Name of the decoder of a part of a model; None if it has none, or if the decoder is the whole model."""
     get_decoder = getattr(part, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     return next((name for name, module in model.named_modules() if name and module is decoder), None)

@@ -1,4 +1,4 @@
-"""Which modules of a model are linears that the method can adapt, and how large they are."""
+"""Which modules of a model are linear maps that can be adapted, and how large they are."""
 
 from __future__ import annotations
 
@@ -10,54 +10,70 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-# The last one is never called: nn.MultiheadAttention reads its weight.
+# nn.MultiheadAttention reads the weight of a NonDynamicallyQuantizableLinear and never calls the module.
 _NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, NonDynamicallyQuantizableLinear)
-# Subclasses of nn.Linear that give several tensors, or another shape.
-_NO_LINEAR_MAPS = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
+# Subclasses of nn.Linear that return several tensors, or a tensor of another shape.
+_NOT_LINEAR_MAPS = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
+
+# Linears, by model type and by the end of their name, whose weight the model hands to a kernel or a function instead of
+# calling the module. Some models call them on CPUs and read them on GPUs: an adapter would differ between the two.
+_MAMBA_LINEARS = ("x_proj", "dt_proj", "out_proj")
+_READ_LINEARS = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_LINEARS),
+    **dict.fromkeys(("mamba2", "falcon_h1", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"), ("out_proj",)),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "reformer": ("query_key", "value"),  # when it continues from a cache
+    "longcat_flash": ("classifier",),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), ("correction_coefs",)),  # in training
+    "mobilebert": ("predictions.dense",),
+    **dict.fromkeys(("detr", "conditional_detr"), ("bbox_attention.k_proj",)),
+    "neomme": ("unembedding_projection",),
+}
+_ALL_READ_LINEARS = tuple({end for ends in _READ_LINEARS.values() for end in ends})
 
 
-def adaptable(module: nn.Module) -> bool:
-    """Whether the method can adapt this module.
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether mola can adapt this module.
 
-    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D` and quantised linears
-    that state `in_features` and `out_features`. A module that a PEFT method already wrapped counts by
+    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D`, and quantised linears
+    that have `in_features` and `out_features`. A module that a PEFT method already wraps counts by
     its base layer.
 
     Args:
         module: any module of a model.
 
     Returns:
-        False for embeddings, convolutions, norms, modules that only contain linears, and those that another adapter
-        trains in full (`modules_to_save`).
+        False for embeddings, convolutions, norms, modules that only contain linears, and modules that
+        another adapter trains in full (`modules_to_save`).
     """
     if isinstance(module, AuxiliaryTrainingWrapper):
         return False
     base = base_layer_of(module)
-    if isinstance(base, _NOT_ADAPTABLE) or type(base).__name__ in _NO_LINEAR_MAPS:
+    if isinstance(base, _NOT_ADAPTABLE) or type(base).__name__ in _NOT_LINEAR_MAPS:
         return False
     if isinstance(base, (nn.Linear, Conv1D)):
         return True
     return all(isinstance(getattr(base, size, None), int) for size in ("in_features", "out_features"))
 
 
-def sizes_of(module: nn.Module) -> tuple[int, int]:
-    """Numbers of inputs and of outputs of an adaptable module."""
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Number of inputs and number of outputs of an adaptable module."""
     base: Any = base_layer_of(module)
     if isinstance(base, Conv1D):
         return base.weight.shape[0], base.weight.shape[1]
-    # Not from the weight: quantised ones are packed.
+    # The shape of a quantised weight is that of its packed form.
     return base.in_features, base.out_features
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:
-    """The module that a PEFT method wrapped, or the module itself."""
+    """The module that a PEFT method wraps, or the module itself."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` without what is inside a module that PEFT wrapped."""
+    """`named_modules()` without the root and without the insides of modules that PEFT wraps."""
     wrapped: list[str] = []
     for name, module in model.named_modules():
         if wrapped and name.startswith(wrapped[-1]):
@@ -66,3 +82,23 @@ def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             wrapped.append(name + ".")
         if name:
             yield name, module
+
+
+def is_read_without_call(model: nn.Module, name: str) -> bool:
+    """Whether a model reads the weight of a linear without calling the module, so that experts there would do nothing.
+
+    The model type is looked up in the configuration of the model and of every module on the way to the linear.
+
+    Args:
+        model: the model.
+        name: the linear's name, as in `named_modules()`.
+    """
+    if not name.endswith(_ALL_READ_LINEARS):
+        return False
+    module: Any = model
+    for part in ("", *name.split(".")):
+        module = getattr(module, part) if part else module
+        model_type = getattr(getattr(module, "config", None), "model_type", None) or ""
+        if any(f".{name}".endswith(f".{end}") for end in _READ_LINEARS.get(model_type, ())):
+            return True
+    return False

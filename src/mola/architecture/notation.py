@@ -1,7 +1,8 @@
-"""One integer per decoder layer from any notation. Pure functions, no torch.
+"""One integer per decoder layer, from any notation. Pure functions, no torch.
 
-- Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), a shape's name, a JSON file.
+- Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), the name of a shape, a JSON file.
 - `resolve_per_layer` needs the depth of the model, `check_notation` does not.
+- `default_num_experts` is what a model of any depth gets if the user sets nothing.
 - `pattern_with` finds the numbers of single modules that a JSON file holds beside those of the layers.
 """
 
@@ -26,23 +27,24 @@ SHAPES = {
     "rectangle": "5555",
     "diamond": "2882",
 }
+DEFAULT_NUM_EXPERTS = "2468"
+LARGEST_PLAIN_NUM_EXPERTS = 256
 
 Notation: TypeAlias = int | str | Sequence[int]
 
-_GROUPED = "num_experts"  # the only field that knows digit groups and shapes
-_PATTERN = "num_experts_pattern"  # what its file may hold besides
-LARGEST_PLAIN_NUM_EXPERTS = 256
+_NUM_EXPERTS = "num_experts"  # the only field that may be digits or a shape
+_PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may hold it too
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _DIGITS = re.compile(r"[0-9]{2,}")
 
 
 @dataclass(frozen=True)
 class _Parsed:
-    """A notation before the depth is known: one value, one value per group, or one per layer."""
+    """A notation before the depth is known: one value for all layers, one per group of layers, or one per layer."""
 
     values: tuple[int, ...]
     kind: str  # "same" | "groups" | "layers"
-    pattern: Mapping[str, int] | None = None  # of `num_experts_pattern`, from a file
+    pattern: Mapping[str, int] | None = None  # `num_experts_pattern` of a file
 
 
 def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
@@ -57,13 +59,14 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
     Args:
         value: the notation.
         num_layers: decoder layers of the model.
-        name: field the value was given for, e.g. "num_experts", "r" or "top_k"; used in messages.
+        name: field the value is for, e.g. "num_experts", "r" or "top_k"; for messages.
 
     Returns:
         `num_layers` integers, each at least 1.
 
     Raises:
-        MolaError: the notation is none of the above, a number is below 1, or the count does not fit.
+        MolaError: the notation is none of the above, a number is below 1, or the number of entries is not that of
+            the layers.
     """
     if num_layers < 1:
         raise MolaError(f"`{name}` needs a model with decoder layers: this one has {num_layers}.")
@@ -71,22 +74,44 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
     if parsed.kind == "same":
         return list(parsed.values) * num_layers
     if parsed.kind == "groups":
-        return _expand_groups(parsed.values, num_layers, name)
+        return _spread_groups(parsed.values, num_layers)
     if len(parsed.values) != num_layers:
-        entries = _count(len(parsed.values), "entry", "entries")
         raise MolaError(
-            f"`{name}` needs one entry per decoder layer: got {entries}, the model has "
-            f"{_count(num_layers, 'layer')}. Pass one integer{_or_list(name, num_layers)}."
+            f"`{name}` needs one entry per decoder layer: got {_count(len(parsed.values), 'entry', 'entries')}, the "
+            f"model has {_count(num_layers, 'layer')}. {_allowed(name, _count(num_layers, 'integer'))}"
         )
     return list(parsed.values)
 
 
+def default_num_experts(num_layers: int) -> list[int]:
+    """Experts per layer if the user sets nothing: `DEFAULT_NUM_EXPERTS`, spread over a model of any depth.
+
+    | layers | experts |
+    | --- | --- |
+    | 1 | 5 |
+    | 2 | 3, 7 |
+    | 3 | 2, 4, 7 |
+    | 4 or more | those of the notation "2468" |
+
+    With fewer layers than digits a layer takes one or several digits, later layers one more than earlier ones, and
+    gets their mean.
+    """
+    digits = [int(digit) for digit in DEFAULT_NUM_EXPERTS]
+    if num_layers >= len(digits):
+        return _spread_groups(digits, num_layers)
+    result, start = [], 0
+    for size in _shares(len(digits), num_layers):
+        result.append(sum(digits[start : start + size]) // size)
+        start += size
+    return result
+
+
 def check_notation(value: Notation, name: str) -> None:
-    """Check what can be checked before the depth of the model is known.
+    """Check a notation without knowing the depth of the model.
 
     Args:
         value: the notation, see `resolve_per_layer`.
-        name: field the value was given for.
+        name: field the value is for.
 
     Raises:
         MolaError: wrong kind, a number below 1, a digit 0, an unknown shape, an unreadable JSON file.
@@ -94,28 +119,28 @@ def check_notation(value: Notation, name: str) -> None:
     _parse(value, name)
 
 
-def layers_named(value: Notation, name: str) -> int | None:
-    """Of how many decoder layers a notation has an entry each; None if it fits any number of them."""
+def list_length(value: Notation, name: str) -> int | None:
+    """Number of entries of a notation with one entry per decoder layer; None for one that fits other depths too."""
     parsed = _parse(value, name)
     return len(parsed.values) if parsed.kind == "layers" else None
 
 
-def smallest(value: Notation, name: str) -> int:
+def smallest_entry(value: Notation, name: str) -> int:
     """The lowest number that a notation gives to any layer."""
     return min(_parse(value, name).values)
 
 
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
-    """`num_experts_pattern` that belongs to a value of `num_experts`: what its JSON file holds, else what is given.
+    """The `num_experts_pattern` of a value of `num_experts`: the one in its JSON file, or else the given one.
 
     Raises:
-        MolaError: both say something, and not the same.
+        MolaError: both exist and differ.
     """
-    found = _parse(num_experts, _GROUPED).pattern
+    found = _parse(num_experts, _NUM_EXPERTS).pattern
     if found and given and found != given:
         raise MolaError(
-            f"`{_PATTERN}` must not differ from that in the file that `{_GROUPED}` names: got {dict(given)!r} beside "
-            f"{num_experts!r}. Leave it out, or take it out of the file."
+            f"`{_PATTERN}` must not differ from that in the file that `{_NUM_EXPERTS}` names: got {dict(given)!r} "
+            f"beside {num_experts!r}. Leave it out, or take it out of the file."
         )
     return found or given
 
@@ -124,12 +149,12 @@ def _parse(value: Any, name: str) -> _Parsed:
     if isinstance(value, bool) or not isinstance(value, (Integral, str, list, tuple)):
         raise MolaError(
             f"`{name}` must be an integer, a list of integers or a string, got {value!r} "
-            f"({type(value).__name__}). {_cure(name)}"
+            f"({type(value).__name__}). {_allowed(name)}"
         )
     if isinstance(value, str):
         return _parse_text(value.strip(), name)
     if isinstance(value, Integral):
-        return _Parsed((_checked_plain(int(value), name),), "same")
+        return _Parsed((_checked_integer(int(value), name),), "same")
     return _Parsed(_checked_entries(value, name), "layers")
 
 
@@ -138,28 +163,21 @@ def _parse_text(text: str, name: str) -> _Parsed:
         return _read_file(text, name)
     if "," in text:
         return _parse_commas(text, name)
-    if name == _GROUPED and _DIGITS.fullmatch(text):
-        return _Parsed(_digits(text), "groups")
-    if _INTEGER.fullmatch(text):
-        return _Parsed((_checked_plain(int(text), name),), "same")
     shape = text.lower().replace("-", "_")
-    if shape in SHAPES:
-        if name == _GROUPED:
-            return _Parsed(_digits(SHAPES[shape]), "groups")
-        raise MolaError(f"`{name}` cannot be a shape, only `num_experts` can: got {text!r}. {_cure(name)}")
+    if name == _NUM_EXPERTS and (shape in SHAPES or _DIGITS.fullmatch(text)):
+        return _Parsed(_parse_digits(SHAPES.get(shape, text)), "groups")
+    if _INTEGER.fullmatch(text):
+        return _Parsed((_checked_integer(int(text), name),), "same")
     if os.path.isfile(text):
         return _read_file(text, name)
-    raise MolaError(_unknown_text(text, shape, name))
-
-
-def _unknown_text(text: str, shape: str, name: str) -> str:
-    if name != _GROUPED:
+    if name != _NUM_EXPERTS:
+        only = f" Only `{_NUM_EXPERTS}` can be a shape." if shape in SHAPES else ""
         rule = "an integer, integers between commas or a JSON file"
-        return f"`{name}` must be {rule}, got {text!r}. {_cure(name)}"
+        raise MolaError(f"`{name}` must be {rule}, got {text!r}.{only} {_allowed(name)}")
     close = difflib.get_close_matches(shape, SHAPES, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     known = ", ".join(f"{key} ({digits})" for key, digits in SHAPES.items())
-    return (
+    raise MolaError(
         f"`{name}` must be an integer, integers between commas, digits, a JSON file or a known shape, "
         f"got {text!r}.{hint} Known shapes: {known}."
     )
@@ -167,18 +185,18 @@ def _unknown_text(text: str, shape: str, name: str) -> str:
 
 def _parse_commas(text: str, name: str) -> _Parsed:
     items = [item.strip() for item in text.split(",")]
-    if items[-1] == "":  # "16," and "2,4,": a last comma only says that this is a list
+    if items[-1] == "":  # a comma at the end, as in "16," or "2,4,", only marks a list
         items.pop()
     wrong = [item for item in items if not _INTEGER.fullmatch(item)]
     if wrong:
         raise MolaError(
-            f"`{name}` must be integers between commas, got {text!r}: {wrong[0]!r} is no integer. {_cure(name)}"
+            f"`{name}` must be integers between commas, got {text!r}: {wrong[0]!r} is no integer. {_allowed(name)}"
         )
     values = _checked_entries([int(item) for item in items], name)
     return _Parsed(values, "same" if len(values) == 1 else "layers")
 
 
-def _digits(text: str) -> tuple[int, ...]:
+def _parse_digits(text: str) -> tuple[int, ...]:
     if "0" in text:
         raise MolaError(
             f"`num_experts` as digits needs 1 to 9 experts in every group of layers, got {text!r}. "
@@ -192,7 +210,7 @@ def _read_file(path: str, name: str) -> _Parsed:
         content = read_json(path)
     except OSError as error:
         raise MolaError(
-            f"`{name}` names a file that cannot be read: {path!r} ({error.strerror or error}). {_cure(name)}"
+            f"`{name}` names a file that cannot be read: {path!r} ({error.strerror or error}). {_allowed(name)}"
         ) from error
     except ValueError as error:
         raise MolaError(f"`{name}` names a file that is not valid JSON: {path!r} ({error}).") from error
@@ -203,7 +221,7 @@ def _read_file(path: str, name: str) -> _Parsed:
                 f"`{name}` names the file {path!r}, whose object must have the key {name!r}: "
                 f"it has {sorted(content)}. Add the key, with a list of integers."
             )
-        pattern = content.get(_PATTERN) if name == _GROUPED else None
+        pattern = content.get(_PATTERN) if name == _NUM_EXPERTS else None
         check_pattern(pattern, _PATTERN, place=f" in {path!r}")
         content = content[name]
     if not isinstance(content, list):
@@ -216,20 +234,20 @@ def _read_file(path: str, name: str) -> _Parsed:
 
 def _checked_entries(values: Sequence[Any], name: str, place: str = "") -> tuple[int, ...]:
     if not values:
-        raise MolaError(f"`{name}` needs one entry per decoder layer: got an empty list{place}. {_cure(name)}")
+        raise MolaError(f"`{name}` needs one entry per decoder layer: got an empty list{place}. {_allowed(name)}")
     for position, value in enumerate(values):
         is_integer = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not is_integer or value < 1:
             raise MolaError(
-                f"`{name}` must hold integers of at least 1: entry {position}{place} is {value!r}. {_cure(name)}"
+                f"`{name}` must hold integers of at least 1: entry {position}{place} is {value!r}. {_allowed(name)}"
             )
     return tuple(int(value) for value in values)
 
 
-def _checked_plain(value: int, name: str) -> int:
+def _checked_integer(value: int, name: str) -> int:
     if value < 1:
-        raise MolaError(f"`{name}` must be at least 1, got {value}. {_cure(name)}")
-    if name == _GROUPED and value > LARGEST_PLAIN_NUM_EXPERTS:
+        raise MolaError(f"`{name}` must be at least 1, got {value}. {_allowed(name)}")
+    if name == _NUM_EXPERTS and value > LARGEST_PLAIN_NUM_EXPERTS:
         raise MolaError(
             f"`{name}` as one integer is the number of experts in every layer, at most "
             f"{LARGEST_PLAIN_NUM_EXPERTS}: got {value}. Was the digit shape meant? Then quote it "
@@ -238,30 +256,27 @@ def _checked_plain(value: int, name: str) -> int:
     return value
 
 
-def _expand_groups(digits: Sequence[int], num_layers: int, name: str) -> list[int]:
-    groups = len(digits)
-    if groups > num_layers:
+def _spread_groups(digits: Sequence[int], num_layers: int) -> list[int]:
+    if len(digits) > num_layers:
         raise MolaError(
-            f"`{name}` has more groups than there are decoder layers: {groups} digits "
+            f"`{_NUM_EXPERTS}` has more groups than there are decoder layers: {len(digits)} digits "
             f"({''.join(map(str, digits))!r}), the model has {_count(num_layers, 'layer')}. "
             f"Pass at most {num_layers} digits, or one integer."
         )
-    size, remainder = divmod(num_layers, groups)
-    result: list[int] = []
-    for group, digit in enumerate(digits):
-        result += [digit] * (size + (group >= groups - remainder))
-    return result
+    sizes = _shares(num_layers, len(digits))
+    return [digit for digit, size in zip(digits, sizes, strict=True) for _ in range(size)]
 
 
-def _cure(name: str) -> str:
-    return f"Pass one integer{_or_list(name, None)}."
+def _shares(total: int, parts: int) -> list[int]:
+    """`total` things dealt to `parts` that differ by one at most, the last parts being larger."""
+    size, remainder = divmod(total, parts)
+    return [size + (part >= parts - remainder) for part in range(parts)]
 
 
-def _or_list(name: str, num_layers: int | None) -> str:
-    integers = "one integer per layer" if num_layers is None else _count(num_layers, "integer")
-    if name != _GROUPED:
-        return f" or {integers}"
-    return f", {integers}, or a shape such as 'inverted_triangle' or '2468'"
+def _allowed(name: str, integers: str = "one integer per layer") -> str:
+    if name == _NUM_EXPERTS:
+        return f"Pass one integer, {integers}, or a shape such as 'inverted_triangle' or '2468'."
+    return f"Pass one integer or {integers}."
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

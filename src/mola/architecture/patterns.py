@@ -1,4 +1,8 @@
-"""Numbers for single modules, by patterns of their names as in PEFT's `rank_pattern`. Pure functions, no torch."""
+"""Numbers for single modules by patterns of their names, as in PEFT's `rank_pattern`. Pure functions, no torch.
+
+A key matches a module if it matches, as a regular expression, the end of the module's name from a dot on. The first
+matching key counts.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,17 @@ from mola.errors import MolaError
 Number = TypeVar("Number")
 
 
-def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") -> None:
-    """Check what can be checked without a model.
+def check_pattern(pattern: Any, name: str, *, is_integer: bool = True, place: str = "") -> None:
+    """Check a pattern without knowing the model.
 
     Args:
-        pattern: the value of the field, None for none.
-        name: the field.
-        whole: whether numbers must be integers.
-        place: where it stands, for messages.
+        pattern: the value of the field; None passes.
+        name: the field, for messages.
+        is_integer: whether the numbers must be integers.
+        place: where the pattern was read from, for messages.
 
     Raises:
-        MolaError: no mapping from regular expressions to positive numbers.
+        MolaError: the value is not a mapping from regular expressions to positive numbers.
     """
     if pattern is None:
         return
@@ -33,33 +37,33 @@ def check_pattern(pattern: Any, name: str, whole: bool = True, place: str = "") 
             f'`{name}` must map names of modules to numbers, such as {{"mlp.*": 8}}: got {pattern!r}{place}.'
         )
     for key, value in pattern.items():
-        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
-            kind = "an integer of at least 1" if whole else "a number above 0"
+        is_number = isinstance(value, Integral if is_integer else Real) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            kind = "an integer of at least 1" if is_integer else "a number above 0"
             raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}{place}.")
         try:
             re.compile(key)
-            _compiled(key)  # behind another expression, where flags may not stand
+            _compile(key)  # fails for flags, which may only stand at the start of an expression
         except (re.error, TypeError) as error:
             raise MolaError(f"`{name}` has a key that is no regular expression{place}: {key!r}: {error}.") from error
 
 
 def by_pattern(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
-    """The number of the first key that the end of a module's name matches, from a dot on; else the default."""
+    """The number of the first key that matches the name of a module; the default if none does."""
     return next((value for key, value in (pattern or {}).items() if _matches(key, module)), default)
 
 
 def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
-    """What the update of a module of rank `r` is multiplied by, after an `adapter_config.json`."""
+    """Scaling of the update of a module of rank `r`, from the content of an `adapter_config.json`."""
     alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], name: str) -> None:
-    """Check that every key is for some adapted module.
+    """Check that every key of the field `name` matches an adapted module.
 
     Raises:
-        MolaError: one is for none.
+        MolaError: a key matches none.
     """
     modules = list(modules)
     for key in pattern or {}:
@@ -71,10 +75,9 @@ def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], nam
 
 
 def _matches(key: str, module: str) -> bool:
-    return _compiled(key).match(module) is not None
+    return _compile(key).match(module) is not None
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _compiled(key: str) -> re.Pattern[str]:
-    """Kept: a pattern may name every linear of a deep model, more than `re` itself keeps."""
+@functools.lru_cache(maxsize=1 << 16)  # `re` caches fewer: a pattern may name every linear of a deep model
+def _compile(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")

@@ -1,59 +1,68 @@
-"""Which linears of a model are adapted.
+"""Which linears and which parameters of a model are adapted.
 
-- `default_target_modules`, `check_target_modules`: what to adapt, with every name accounted for.
+- `default_target_modules`, `check_target_modules`: what to adapt; every name must match something.
 - `resolve_target_modules`: both, and "all-linear", for one model.
 - `linear_shapes`: sizes of the targeted linears, also of a model without weights (meta device).
+- `find_stacks`: the same for `target_parameters`, which hold a base model's own experts in one tensor.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
+import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from mola.architecture.allocation import LinearShape
+from mola.architecture.allocation import LinearShape, StackShape
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.linears import adaptable, base_layer_of, original_modules, sizes_of
-from mola.architecture.read_weights import is_read, is_read_in
+from mola.architecture.linears import (
+    base_layer_of,
+    is_adaptable,
+    is_read_without_call,
+    linear_sizes,
+    original_modules,
+)
 from mola.errors import MolaError
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Where these are one linear, as in Phi-3, or several, as in DeepSeek's attention, they have other names.
-_FUSED_LINEARS = ("qkv_proj", "gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+# Other models fuse several of these into one linear (Phi-3), or split one into several (DeepSeek's attention).
+_LLAMA_VARIANTS = ("qkv_proj", "gate_up_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 Targets = list[str] | set[str] | str
 
 _ALL_LINEAR = "all-linear"
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs", "classification_head", "logits_proj", "lm_head")
 _NOT_LINEAR_NAME = re.compile(r"norm|ln_|embed|dropout|act|rotary|wte|wpe|^\d+$", re.IGNORECASE)
+_PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def default_target_modules(
     module_names: Iterable[str], model_type: str | None, not_linears: Collection[str] = ()
 ) -> list[str]:
-    """Names to adapt when the user gave none.
+    """Names of the linears to adapt when the user gives none.
 
-    Those of `LLAMA_LINEARS` that exist in the model, also where query, key and value or gate and up are one
-    linear; if none does, PEFT's LoRA choice for `model_type`.
+    These are the names in `LLAMA_LINEARS` that exist in the model, and their fused or split variants. If the
+    model has none of them: PEFT's choice for LoRA and this `model_type`.
 
     Args:
         module_names: names of the model's modules.
         model_type: `config.model_type` of the model.
-        not_linears: names that stand for something else there, or for what is read and not called.
+        not_linears: names of modules that cannot be adapted. A name that one of them shares with linears is left
+            out, since a name in `target_modules` stands for all modules of that name.
 
     Returns:
         Names as `target_modules` takes them.
 
     Raises:
-        MolaError: the architecture is unknown; the names it has are listed.
+        MolaError: there is no default for this architecture; the message lists the names it has.
     """
     names = list(module_names)
-    # Not where a module of that name is none to adapt: names stand for all of them.
-    leaves = {_leaf(name) for name in names} - {_leaf(name) for name in not_linears}
-    found = [name for name in (*LLAMA_LINEARS, *_FUSED_LINEARS) if name in leaves]
+    leaves = {_last_part(name) for name in names} - {_last_part(name) for name in not_linears}
+    found = [name for name in (*LLAMA_LINEARS, *_LLAMA_VARIANTS) if name in leaves]
     if found:
         return found
     choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "", [])
@@ -62,11 +71,11 @@ def default_target_modules(
     if found:
         return found
     parents = {name.rpartition(".")[0] for name in names}
-    candidates = sorted({_leaf(name) for name in names if name and name not in parents})
-    candidates = [n for n in candidates if not (_NOT_LINEAR_NAME.search(n) or is_read_in(model_type, n))]
+    candidates = {_last_part(name) for name in names if name and name not in parents}
+    candidates = {name for name in candidates if not _NOT_LINEAR_NAME.search(name)}
     raise MolaError(
         f"`target_modules` must be given for this architecture, there is no default for model type "
-        f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(candidates) or 'none'}."
+        f"{model_type!r}. Name the linears to adapt; this model has: {', '.join(sorted(candidates)) or 'none'}."
     )
 
 
@@ -79,29 +88,19 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
     Args:
         model: the model to be adapted, or already adapted by another PEFT method.
         target_modules: list or set of names, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of modules to leave alone.
+        exclude_modules: names or a regular expression of modules that are not adapted.
 
     Raises:
-        MolaError: a name or the expression matches nothing, or something that is not a linear; the linears
-            of this model and close spellings are named.
+        MolaError: a name or the expression matches nothing, or matches a module that is not a linear. The message
+            names the linears of this model and close spellings.
     """
-    _check_patterns(target_modules=target_modules, exclude_modules=exclude_modules)
+    _check_expressions(target_modules=target_modules, exclude_modules=exclude_modules)
     modules = dict(original_modules(model))
     if _is_all_linear(target_modules):
-        targeted = _select(model, target_modules, exclude_modules)
-        if not targeted:
+        if not _select(model, target_modules, exclude_modules):
             raise MolaError(f"`target_modules` 'all-linear' finds no linear in this {type(model).__name__}.")
         return
-    if isinstance(target_modules, str):
-        if not any(matches(name, target_modules) for name in modules):
-            raise MolaError(_nothing_matches([target_modules], modules, is_pattern=True))
-    else:
-        if not target_modules:
-            raise MolaError("`target_modules` must name at least one module, got an empty list.")
-        missing = [target for target in target_modules if not any(matches(name, [target]) for name in modules)]
-        _refuse_fused_experts(model, missing)
-        if missing:
-            raise MolaError(_nothing_matches(sorted(missing), modules, is_pattern=False))
+    _check_all_match(model, modules, target_modules)
     targeted = _select(model, target_modules, exclude_modules)
     if not targeted:
         raise MolaError(
@@ -109,16 +108,16 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
             f"that `target_modules` {_shown(target_modules)} matches."
         )
     for name, module in targeted:
-        if not adaptable(module):
+        if not is_adaptable(module):
             raise MolaError(
                 f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
-                f"{', '.join(_linear_names(modules))}; or, from Python, use `exclude_modules`."
+                f"{', '.join(_linear_names(modules))}. From Python, `exclude_modules` can leave the others out."
             )
-        if is_read(model, name):
+        if is_read_without_call(model, name):
             raise MolaError(
                 f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
-                "it, so that experts there would do nothing. Leave it out; or, from Python, use `exclude_modules`."
+                "it, so experts there would do nothing. Leave it out, from Python also with `exclude_modules`."
             )
 
 
@@ -128,12 +127,12 @@ def linear_shapes(
     """Sizes of the targeted linears, in the order of `named_modules()`.
 
     Args:
-        model: the model; weights are not read, so it may be on the meta device.
+        model: the model; its weights are not read, so it may be on the meta device.
         target_modules: list or set of names, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of modules to leave alone.
+        exclude_modules: names or a regular expression of modules that are not adapted.
 
     Returns:
-        One entry per targeted linear. `Conv1D` keeps its weight as `(in, out)`, which is taken care of.
+        One entry per targeted linear. Sizes of a `Conv1D`, whose weight is `(in, out)`, are not swapped.
 
     Raises:
         MolaError: as `check_target_modules`.
@@ -141,7 +140,7 @@ def linear_shapes(
     check_target_modules(model, target_modules, exclude_modules)
     stacks = LayerStacks.of(model)
     return [
-        LinearShape(name, stacks.index(name), *sizes_of(module))
+        LinearShape(name, stacks.index(name), *linear_sizes(module))
         for name, module in _select(model, target_modules, exclude_modules)
     ]
 
@@ -151,7 +150,7 @@ def resolve_target_modules(
 ) -> tuple[Targets, Targets | None]:
     """`target_modules` and `exclude_modules` for one model: the default and "all-linear" become names.
 
-    The default leaves out what is beside a language model: towers for images or sound.
+    The default leaves out the towers for images or sound beside a language model.
 
     Args:
         model: the model to be adapted.
@@ -165,8 +164,9 @@ def resolve_target_modules(
     if target_modules is None:
         within = tuple(f"{part}." for part in stacks.parts) or ""
         inside = [(name, module) for name, module in original_modules(model) if name.startswith(within)]
-        no_linears = [name for name, module in inside if not adaptable(module) or is_read(model, name)]
-        target_modules = set(default_target_modules([name for name, _ in inside], _model_type(model), no_linears))
+        not_linears = [name for name, module in inside if not is_adaptable(module) or is_read_without_call(model, name)]
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        target_modules = set(default_target_modules([name for name, _ in inside], model_type, not_linears))
         return target_modules, stacks.also_excluding_towers(exclude_modules)
     check_target_modules(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
@@ -174,27 +174,85 @@ def resolve_target_modules(
     return target_modules, exclude_modules
 
 
-def _refuse_fused_experts(model: nn.Module, missing: list[str]) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and any(matches(name, [target]) for target in missing):
-            raise MolaError(
-                f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
-                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each of them one "
-                "LoRA. The linears are in its attention and its shared experts."
-            )
+def matches(name: str, targets: Targets) -> bool:
+    """Whether a name is one of `targets` or ends with "." and one, or fully matches a regular expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+def is_transposed(module: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether a module stacks its experts' weights as `(count, in, out)`; others stack them as `(count, out, in)`."""
+    return weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+
+
+def find_stacks(
+    model: nn.Module, target_parameters: list[str], is_target: Callable[[str], Any] | None = None
+) -> list[StackShape]:
+    """The parameters that `target_parameters` names, in the order of the model.
+
+    Args:
+        model: the model; its weights are not read, so it may be on the meta device.
+        target_parameters: names. A name matches a parameter of that name, and every one that ends with "." + name.
+        is_target: a function that says whether the parameter of a whole name is adapted; replaces the rule above.
+
+    Raises:
+        MolaError: a name matches nothing, a parameter that is not a plain floating-point one with 2 or 3 dimensions,
+            or a parameter that the model reads without calling its module.
+    """
+    layers = LayerStacks.of(model)
+    found: list[StackShape] = []
+    known: dict[str, None] = {}
+    for module_name, module in original_modules(model):
+        base = base_layer_of(module)
+        for parameter, weight in base.named_parameters(recurse=False):
+            name = f"{module_name}.{parameter}"
+            if weight.dim() == 3 and not isinstance(base, nn.Conv1d):
+                known[".".join(name.split(".")[-2:])] = None
+            if not (matches(name, target_parameters) if is_target is None else is_target(name)):
+                continue
+            if is_read_without_call(model, module_name) or isinstance(
+                base, nn.Conv1d
+            ):  # mixers read short convolutions
+                raise MolaError(
+                    f"`target_parameters` must not name {name!r}: this model reads it and does not call its "
+                    "module, so a LoRA there would do nothing. Leave it out."
+                )
+            if weight.dim() not in (2, 3) or type(weight) is not nn.Parameter or weight.dtype not in _PARAMETER_DTYPES:
+                raise MolaError(
+                    "`target_parameters` must name plain floating-point parameters with 2 or 3 dimensions: "
+                    f"{name!r} has shape {tuple(weight.shape)} and {weight.dtype}. Load the base model without "
+                    "quantisation, or leave it out."
+                )
+            count, first, second = (1, *weight.shape)[-3:]
+            inner, outer = (first, second) if is_transposed(base, weight) else (second, first)
+            found.append(StackShape(module_name, parameter, layers.index(name), count, inner, outer))
+    missing = [target for target in target_parameters if not any(matches(stack.name, [target]) for stack in found)]
+    if missing:
+        raise MolaError(
+            f"`target_parameters` must all exist in the model, and not be left out by other fields: these do not: "
+            f"{', '.join(map(repr, missing))}. Stacked experts of this model: {', '.join(known) or 'none'}."
+        )
+    return found
+
+
+# ---------------------------------------------------------------------- helpers
 
 
 def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:
     modules = [(n, m) for n, m in original_modules(model) if not (excluded and matches(n, excluded))]
     if not _is_all_linear(targets):
         return [(name, module) for name, module in modules if matches(name, targets)]
-    heads = _heads(model)
-    linears = [(name, module) for name, module in modules if adaptable(module) and not is_read(model, name)]
+    heads = _head_modules(model)
+    linears = [(n, m) for n, m in modules if is_adaptable(m) and not is_read_without_call(model, n)]
     return [(name, module) for name, module in linears if not any(module is head for head in heads)]
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """Modules of the head of a Transformers model, the classifiers' included; none for other models."""
+def _head_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules of the heads of a Transformers model, classifiers included; none for other models."""
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None:
         return []
@@ -206,14 +264,7 @@ def _is_all_linear(targets: Targets) -> bool:
     return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
 
 
-def matches(name: str, targets: Targets) -> bool:
-    """Whether a name is one of `targets` or ends with "." and one, or as a whole matches a regular expression."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def _check_patterns(**fields: Targets | None) -> None:
+def _check_expressions(**fields: Targets | None) -> None:
     for field, value in fields.items():
         if isinstance(value, str):
             try:
@@ -225,31 +276,40 @@ def _check_patterns(**fields: Targets | None) -> None:
                 ) from error
 
 
-def _nothing_matches(missing: list[str], modules: Mapping[str, nn.Module], is_pattern: bool) -> str:
+def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets) -> None:
     linears = _linear_names(modules)
     listed = f"Linears of this model: {', '.join(linears) or 'none'}."
-    if is_pattern:
-        hint = f"For a module name pass a list: [{missing[0]!r}]. " if missing[0].isidentifier() else ""
-        return (
-            f"`target_modules` as one string is a regular expression over whole module names: {missing[0]!r} "
-            f"matches nothing. {hint}{listed}"
-        )
-    described = []
-    for name in missing:
-        close = difflib.get_close_matches(name, linears, n=1)
-        described.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
-    return f"`target_modules` must all exist in the model, these do not: {', '.join(described)}. {listed}"
+    if isinstance(targets, str):
+        if not any(matches(name, targets) for name in modules):
+            hint = f"For a module name pass a list: [{targets!r}]. " if targets.isidentifier() else ""
+            raise MolaError(
+                f"`target_modules` as one string is a regular expression over whole module names: {targets!r} "
+                f"matches nothing. {hint}{listed}"
+            )
+        return
+    if not targets:
+        raise MolaError("`target_modules` must name at least one module, got an empty list.")
+    missing = sorted(target for target in targets if not any(matches(name, [target]) for name in modules))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and any(matches(name, [target]) for target in missing):
+            raise MolaError(
+                f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
+                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each of them one "
+                "LoRA. The linears are in its attention and its shared experts."
+            )
+    if missing:
+        described = []
+        for name in missing:
+            close = difflib.get_close_matches(name, linears, n=1)
+            described.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
+        raise MolaError(f"`target_modules` must all exist in the model, these do not: {', '.join(described)}. {listed}")
 
 
 def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
-    return list(dict.fromkeys(_leaf(name) for name, module in modules.items() if adaptable(module)))
+    return list(dict.fromkeys(_last_part(name) for name, module in modules.items() if is_adaptable(module)))
 
 
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def _leaf(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mola.architecture.allocation import effective_top_k
-from mola.architecture.linears import adaptable
+from mola.architecture.linears import is_adaptable
 from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.conversion_report import ConvertReport
 from mola.checkpoints.formats import foreign_format
@@ -49,7 +49,7 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
         config, tensors = _read_published(source, options, num_layers)
         notes = _left_out(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
     else:
-        linears = [name for name, module in model.named_modules() if adaptable(module)]
+        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
         config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
     num_experts, r, top_k = (
         resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r", "top_k")

@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 from mola.files.environment import machine_description, software_versions
 from mola.reporting.formatting import points
 
@@ -60,7 +60,7 @@ class ExportReport:
         """Mean explained share of the modules of each kind that have several experts; empty without data."""
         known = {name: value for name, value in (self.explained or {}).items() if value is not None}
         values: dict[str, list[float]] = {}
-        for name, kind in kinds_of(known).items():
+        for name, kind in module_kinds(known).items():
             values.setdefault(kind, []).append(known[name])
         return {kind: fmean(each) for kind, each in values.items()}
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mola.architecture.linears import sizes_of
+from mola.architecture.linears import linear_sizes
 from mola.exporting.calibration import Calibration, token_ids
 from mola.exporting.low_rank import solve, square_root
 from mola.exporting.moments import (
@@ -69,7 +69,7 @@ def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibrati
     """
     rows = [token_ids(each.fitted) for each in data]
     groups = with_same_input(model, modules, rows[0][0][:1])
-    sizes = [moment_bytes(sizes_of(modules[names[0]])[0], [1] * len(names)) for names in groups]
+    sizes = [moment_bytes(linear_sizes(modules[names[0]])[0], [1] * len(names)) for names in groups]
     weights: dict[str, torch.Tensor] = {}
     # Twice as much: a sum over adapters, and one adapter's.
     for part in within(sizes, memory_gb * 1e9 / 2):

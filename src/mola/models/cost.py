@@ -8,9 +8,8 @@ from dataclasses import replace
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import pattern_with, resolve_per_layer
-from mola.architecture.parameters import find_stacks
 from mola.architecture.patterns import by_pattern, check_pattern
-from mola.architecture.targets import linear_shapes, resolve_target_modules
+from mola.architecture.targets import find_stacks, linear_shapes, resolve_target_modules
 from mola.insight.kernels import TOKENS, inputs_for_shapes, report
 from mola.models.devices import resolve_dtype
 from mola.models.meta import count_decoder_layers, model_on_meta

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mola.architecture.kinds import kinds_of
-from mola.architecture.layer_stacks import layer_index
+from mola.architecture.layer_stacks import layer_index, module_kinds
 from mola.reporting.charts import shade
 from mola.reporting.commands import inspect_command
 from mola.reporting.document import Table
@@ -36,7 +35,7 @@ def agreement_section(run: Run) -> dict[str, Any]:
     if run.inspection is None or not has_agreement(run.inspection):
         return {"command": inspect_command(run)}
     names, values = (run.inspection["agreement"][key] for key in ("modules", "cramers_v"))
-    kinds = kinds_of(names)
+    kinds = module_kinds(names)
     by_layer = pair_means(names, values, layer_index)
     by_kind = pair_means(names, values, kinds.__getitem__, same_layer=True)
     layers = sorted({layer_index(name) for name in names}, key=layer_order)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 from mola.reporting.charts import shade
 from mola.reporting.formatting import NO_VALUE, layer_name, layer_order, percent
 
@@ -73,7 +73,7 @@ def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
     shown = _shown(usage)
     most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
     # Kinds of all modules: one that sees other tokens is not in every view.
-    kind_of = kinds_of(dict.fromkeys(row["module"] for name in shown for row in usage[name]))
+    kind_of = module_kinds(dict.fromkeys(row["module"] for name in shown for row in usage[name]))
     kinds = list(dict.fromkeys(kind_of.values()))
     views = [
         [
@@ -133,7 +133,7 @@ def _label(name: str) -> str:
 
 
 def _by_kind(rows: Usage, kinds: Mapping[str, str] | None = None) -> dict[str, list[Mapping[str, Any]]]:
-    kinds = kinds_of(row["module"] for row in rows) if kinds is None else kinds
+    kinds = module_kinds(row["module"] for row in rows) if kinds is None else kinds
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         grouped[kinds[row["module"]]].append(row)

@@ -144,7 +144,7 @@ class MolaConfig(PeftConfig):
             check_notation(getattr(self, name), name)
         self._check_numbers()
         for name in _PATTERNS:
-            check_pattern(getattr(self, name), name, whole=name != "alpha_pattern")
+            check_pattern(getattr(self, name), name, is_integer=name != "alpha_pattern")
             if pattern := getattr(self, name):  # NumPy's numbers cannot be written as JSON
                 plain = {key: int(n) if isinstance(n, Integral) else float(n) for key, n in pattern.items()}
                 setattr(self, name, plain)

@@ -18,9 +18,8 @@ from torch import nn
 from mola._compat import asks_before_loading, ties_saved_modules
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks, config_of
-from mola.architecture.linears import adaptable
-from mola.architecture.parameters import find_stacks
-from mola.architecture.targets import resolve_target_modules
+from mola.architecture.linears import is_adaptable
+from mola.architecture.targets import find_stacks, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.frozen import flags_kept
@@ -171,7 +170,7 @@ class MolaModel(BaseTuner):
         if isinstance(target, MolaLinear):
             target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
             return
-        if not adaptable(target):
+        if not is_adaptable(target):
             raise MolaError(
                 f"`target_modules` matches {current_key!r}, a {type(target).__name__}. Only linear maps can be "
                 "adapted (nn.Linear, Conv1D of Transformers, quantised linears); use `modules_to_save` to train "

@@ -11,7 +11,7 @@ from torch import nn
 
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.linears import adaptable, base_layer_of
+from mola.architecture.linears import base_layer_of, is_adaptable
 from mola.architecture.patterns import check_matches
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
@@ -46,7 +46,7 @@ def check_places(
     """
     for name in adapted:
         settings = per_layer.settings(config, name, layer_stacks.index(name))
-        if adaptable(modules[name]):
+        if is_adaptable(modules[name]):
             _check_not_offloaded(name, modules[name])
             _check_not_parallel(name, modules[name])
             if config.init_lora_weights == "principal" and is_new:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from mola.architecture.parameters import StackShape, is_transposed
+from mola.architecture.targets import StackShape, is_transposed
 from mola.errors import MolaError
 from mola.tuner.initialization import initialize
 from mola.tuner.layer import ExpertSettings, offloaded

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from mola.architecture.kinds import kinds_of
+from mola.architecture.layer_stacks import module_kinds
 from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.insight.tables import layers_table, tokens_table
@@ -144,7 +144,7 @@ def _look(answerer: Answerer, answer: Answer) -> tuple[tuple[Answer, Experts], A
 
 
 def _kinds(experts: Experts) -> dict[str, str]:
-    return kinds_of(module.module for module in experts.modules)
+    return module_kinds(module.module for module in experts.modules)
 
 
 def _tables(

@@ -11,7 +11,7 @@ from typing import Any
 
 from mola.allocation.allocate import AllocateOptions
 from mola.allocation.options import method_name
-from mola.architecture.notation import smallest
+from mola.architecture.notation import smallest_entry
 from mola.data.encode import data_fingerprint
 from mola.data.hashing import distinct_questions
 from mola.data.tasks import load_task
@@ -212,7 +212,7 @@ def _check_probe(method: str, probed: TrainAndTestOptions) -> None:
     if method == "usage" and not probed.expert_telemetry:
         raise MolaError("`expert_telemetry` of the `probe` must be on for method 'usage', which reads it: got False.")
     numbers = probed.adapter_setting("num_experts")
-    if method == "redundancy" and probed.adapter is None and smallest(numbers, "num_experts") < 2:
+    if method == "redundancy" and probed.adapter is None and smallest_entry(numbers, "num_experts") < 2:
         raise MolaError(
             f"`num_experts` of the `probe` must be at least 2 in every layer for method 'redundancy': got {numbers!r}. "
             "Take a probe with the same number everywhere."
