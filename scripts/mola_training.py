@@ -11,7 +11,7 @@ from mola.cli import run_script
 if __name__ == "__main__":
     sys.exit(
         run_script(
-            "mola.research_code.training",
+            "research_code.training",
             "ResearchTrainOptions",
             "fine-tune a mixture of LoRA experts on a prepared task",
             bare_no=True,

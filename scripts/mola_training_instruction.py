@@ -11,7 +11,7 @@ from mola.cli import run_script
 if __name__ == "__main__":
     sys.exit(
         run_script(
-            "mola.research_code.training",
+            "research_code.training",
             "ResearchInstructionOptions",
             "fine-tune a mixture of LoRA experts on plain text",
             bare_no=True,

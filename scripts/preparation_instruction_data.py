@@ -11,7 +11,7 @@ from mola.cli import run_script
 if __name__ == "__main__":
     sys.exit(
         run_script(
-            "mola.research_code.preparation",
+            "research_code.preparation",
             "InstructionOptions",
             "draw instruction data, written as plain text",
         )

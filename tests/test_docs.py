@@ -79,6 +79,7 @@ def run_line(line, monkeypatch):
         return cli.main(line[1:])
     if line[:1] == ["python"] and line[1].startswith("scripts/"):
         monkeypatch.setattr("sys.argv", line[1:])
+        monkeypatch.syspath_prepend(ROOT / "scripts")  # as Python does
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / line[1]), run_name="__main__")
         return exit.value.code or 0

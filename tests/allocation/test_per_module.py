@@ -27,7 +27,6 @@ from mola.errors import MolaError
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.integrations.mixture_settings import checked_settings, continued_config
 from mola.models.plan import PlanOptions, plan
-from mola.research_code.adapters import Lists, usable_adapter
 from tests.conftest import save_adapter
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -270,10 +269,6 @@ def test_what_cannot_use_a_pattern_refuses_it(file, probe, tiny_model_dir, tiny_
     assert continued_config(tiny_model, str(same), settings).num_experts_pattern
     with pytest.raises(MolaError, match="`num_experts` is .* leave it out, or begin"):
         continued_config(tiny_model, str(other), settings)
-    lists = Lists(number_experts=str(file))
-    assert usable_adapter(str(same), str(tiny_model_dir), lists) == str(same)
-    with pytest.raises(MolaError, match="`number_experts` must be what the adapter was made with"):
-        usable_adapter(str(other), str(tiny_model_dir), lists)
 
 
 # ---------------------------------------------------------------------- wrong input

@@ -13,8 +13,6 @@ from mola import TrainOptions
 from mola._compat import has_activation_checkpointing
 from mola.cli import COMMANDS, main
 from mola.options.fields import options_by_group
-from mola.research_code.evaluation import ResearchEvaluateOptions
-from mola.research_code.training_options import ResearchInstructionOptions, ResearchTrainOptions
 from tests.versions import needs
 
 FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
@@ -84,11 +82,8 @@ def test_train_fits_two_screens_and_begins_with_what_a_newcomer_sets(help_of):
     assert help_of("train", "-h") == text
 
 
-SCRIPTS = (ResearchTrainOptions, ResearchInstructionOptions, ResearchEvaluateOptions)
-
-
 @needs("transformers", "5.16", "its own texts have others")
-@pytest.mark.parametrize("options", [*map(options_class, COMMANDS), *SCRIPTS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("options", [*map(options_class, COMMANDS)], ids=lambda cls: cls.__name__)
 def test_texts_have_percent_signs_as_argparse_wants_them(options):
     """Python 3.14 refuses others when a parser is made."""
     for each in fields(options):

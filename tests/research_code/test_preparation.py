@@ -10,11 +10,7 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mola.data.examples import load_examples
-from mola.data.tasks import load_task
-from mola.options.parsing import parse
-from mola.research_code.preparation import (
+from research_code.preparation import (
     SCIENCEQA_COLUMNS,
     SPLITS,
     InstructionOptions,
@@ -22,6 +18,10 @@ from mola.research_code.preparation import (
     prepare_instruction,
     prepare_scienceqa,
 )
+
+from mola.data.examples import load_examples
+from mola.data.tasks import load_task
+from mola.options.parsing import parse
 from tests.data.orca import files_of, orca_rows, write_orca
 from tests.research_code.scripts import COLUMNS, SCRIPTS, error_line, run_script
 from tests.versions import needs
@@ -81,7 +81,7 @@ def test_help_and_wrong_flags(name, monkeypatch, capsys):
     assert run_script(name, monkeypatch, "--save_pth", "x") == 2
     assert "no flag --save_pth" in error_line(name, capsys)
     assert run_script(name, monkeypatch, "--dataset", "missing.jsonl") == 2
-    assert error_line(name, capsys).startswith(f"{name}: error: `dataset` must be an existing file or folder")
+    assert error_line(name, capsys).startswith(f"{name}: error: `data` must be an existing file or folder")
 
 
 # ---------------------------------------------------------------------- ScienceQA
@@ -291,7 +291,7 @@ def test_several_files_are_an_error_with_advice_that_can_be_followed(tmp_path, m
     files = [write_orca(tmp_path / name, 60) for name in ("a.jsonl", "b.jsonl")]
     assert instruction(tmp_path, monkeypatch, f"train={files[0]},test={files[1]}") == 2
     line = error_line(INSTRUCTION, capsys)
-    assert "`dataset` must be a single source" in line
+    assert "`data` must be a single source" in line
     assert line.endswith("Name one of them.")  # `num_samples` has a default here: leaving it out changes nothing
 
 

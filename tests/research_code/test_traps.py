@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from research_code.training_options import ResearchTrainOptions
 
 from mola import TrainOptions
 from mola.data.encode import encode_examples
@@ -16,9 +17,8 @@ from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.data.tokenized import IGNORED
 from mola.models.prompts import template_for, trained_template
-from mola.research_code.training import train_settings
-from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.setup import adapter_config
+from research_code.training import train_settings
 
 from .scripts import write_dataset
 
@@ -68,7 +68,9 @@ def test_the_test_of_a_trap_exists(path, name):
 def test_each_list_may_be_given_alone(flag, value, field, expected, tmp_path):
     data = str(write_dataset(tmp_path / "data.hf", {"train": 12}))
     plain, changed = (
-        adapter_config(TrainOptions(**train_settings(ResearchTrainOptions(data_path=data, **flags)), use_cpu=True))
+        adapter_config(
+            TrainOptions(**train_settings(ResearchTrainOptions(data_path=data, **flags), reports=False), use_cpu=True)
+        )
         for flags in ({}, {flag: value})
     )
     assert getattr(changed, field) == expected

@@ -8,12 +8,12 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from research_code.training_options import ResearchTrainOptions
 from safetensors.torch import load_file
 
 from mola.options.parsing import parse
-from mola.research_code.training import as_command, train_settings
-from mola.research_code.training_options import ResearchTrainOptions
 from mola.training.options import TrainOptions
+from research_code.training import _as_command, train_settings
 from tests.damage import change_tensors
 from tests.research_code.scripts import SEVEN, run_script, write_dataset
 from tests.research_code.training.runs import INSTRUCTION, TRAIN, adapter_config, loss_on, record
@@ -95,7 +95,7 @@ def test_instruction_command_trains_on_text_without_a_prompt(tmp_path, tiny_mode
 )
 def test_command_shown_has_the_very_same_values(learning_rate, epochs, path, flag):
     settings = {"learning_rate": learning_rate, "num_train_epochs": epochs, "data": path, "add_eos_token": flag}
-    words = shlex.split(as_command({**settings, "adapter": None}))
+    words = shlex.split(_as_command({**settings, "adapter": None}, {}))
     assert words[:2] == ["mola", "train"]
     given_back = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
     assert given_back.keys() == settings.keys()
@@ -111,8 +111,8 @@ def test_command_shown_is_understood_by_mola_train(tmp_path, tiny_model_dir):
     options = ResearchTrainOptions(
         base_model=str(tiny_model_dir), data_path=str(data), output_dir="a run", val_set_size=0.1234567, **numbers
     )
-    settings = train_settings(options)
-    words = shlex.split(as_command(settings))[2:]
+    settings = train_settings(options, reports=False)
+    words = shlex.split(_as_command(settings, {}))[2:]
     assert "--lora_alpha=16" in words
     shown, meant = parse(TrainOptions, words, prog="mola train"), TrainOptions(**settings)
     assert {name: getattr(shown, name) for name in settings} == {name: getattr(meant, name) for name in settings}

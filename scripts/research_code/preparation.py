@@ -18,7 +18,6 @@ from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
 from mola.errors import MolaError
 from mola.files.folders import check_output_folder, complete_folder
 from mola.options.fields import option
-from mola.research_code.flag_names import flag_names
 
 SPLITS = ("train", "validation", "test")
 SCIENCEQA_FOLDER = "science_qa.hf"
@@ -58,11 +57,10 @@ def main(options: ScienceQAOptions | InstructionOptions) -> int:
     """Run the script that the options belong to."""
     import datasets
 
-    with flag_names({"data": "dataset"}):
-        if isinstance(options, ScienceQAOptions):
-            print(datasets.load_from_disk(str(prepare_scienceqa(options) / SCIENCEQA_FOLDER)))
-        else:
-            print(datasets.load_from_disk(str(prepare_instruction(options))))
+    if isinstance(options, ScienceQAOptions):
+        print(datasets.load_from_disk(str(prepare_scienceqa(options) / SCIENCEQA_FOLDER)))
+    else:
+        print(datasets.load_from_disk(str(prepare_instruction(options))))
     return 0
 
 

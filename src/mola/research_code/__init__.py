@@ -1,1 +1,0 @@
-"""The command-line programs of the paper's research code, on top of mola."""
