@@ -1,6 +1,7 @@
 """The suite `telemetry`: what it costs a training step to record the use of experts.
 
-Two models with the same weights take turns; the experts of one are watched, and every token counts, as in `mola train`.
+Two models with the same weights take turns. The experts of one are recorded, and every token counts, as in
+`mola train`.
 An interval of ten steps, the default between two lines, ends with the sums on the host and the records of a line.
 """
 
@@ -17,7 +18,8 @@ from benchmarks.measure import ratio, rows_by_name, time_interleaved
 from benchmarks.models import load_base, training_batch
 from benchmarks.options import BenchmarkOptions
 from benchmarks.providers import build, make_step
-from mola.insight.router_recorder import RouterWatch
+from mola.insight.recorder import RouterRecorder
+from mola.insight.usage import usage_of_sums
 
 logger = logging.getLogger(__name__)
 
@@ -25,28 +27,28 @@ STEPS_OF_A_LINE = 10
 
 
 def telemetry(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Seconds of a step that is watched, and its ratio to one that is not; the same for the line of an interval."""
+    """Seconds of a step that is recorded, and its ratio to one that is not; the same for the line of an interval."""
     for case in cases(options, model, folder):
         logger.info("telemetry: %s, %s, dropout %g", model, case.dtype, case.dropout)
         base = load_base(case)
         batch = training_batch(case, base.config.vocab_size)
-        mola, watched = build("mola", base, case), build("mola", base, case)
-        watch = RouterWatch(watched.model)
+        mola, recorded = build("mola", base, case), build("mola", base, case)
+        recorder = RouterRecorder(recorded.model)
         actions: dict[str, Callable[[], Any]] = {
             "off": make_step(mola.model, batch, case),
-            "on": make_step(watched.model, batch, case),
-            "line": lambda watch=watch: _line(watch),
+            "on": make_step(recorded.model, batch, case),
+            "line": lambda recorder=recorder: _line(recorder),
         }
         times = time_interleaved(actions, options.repeats, options.warmup, case.device)
-        watch.close()
+        recorder.close()
         seconds = rows_by_name(times)
         own = ratio(times["on"], times["off"])
         line = seconds["line_seconds"]["median"] / STEPS_OF_A_LINE / seconds["off_seconds"]["median"]
         share = {"cost_percent": 100 * (own["median"] - 1 + line)}
-        yield case.row() | mola.row() | {"routers": len(watch.routers)} | seconds | {"on_over_off": own} | share
+        yield case.row() | mola.row() | {"routers": len(recorder.routers)} | seconds | {"on_over_off": own} | share
 
 
-def _line(watch: RouterWatch) -> list[dict[str, Any]]:
-    sums = watch.sums()
-    watch.reset()
-    return [asdict(usage) for usage in watch.usage(sums)]
+def _line(recorder: RouterRecorder) -> list[dict[str, Any]]:
+    sums = recorder.sums()
+    recorder.reset()
+    return [asdict(usage) for usage in usage_of_sums(recorder.routers, sums)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import questions
 from mola import MolaConfig
-from mola.insight.router_recorder import RouterWatch
+from mola.insight.recorder import RouterRecorder
 
 
 def run(output, *words):
@@ -71,9 +71,9 @@ def test_watching_never_waits_for_the_device(tiny_model_dir):
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     model(**batch).loss.backward()  # the first gradients may be stored by other operators than later ones are added
     off = count_operators(lambda: model(**batch).loss)
-    watch = RouterWatch(model)
+    recorder = RouterRecorder(model)
     on = count_operators(lambda: model(**batch).loss)
-    watch.close()
+    recorder.close()
     assert on["host_syncs"] == off["host_syncs"]
     assert on["backward_operators"] == off["backward_operators"]
     # Per router its two tensors are turned there and back; per size of routers some forty.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
 from mola.insight.agreement import AgreementCounter
-from mola.insight.recording import ModuleGates
+from mola.insight.recorder import ModuleGates
 
 
 def modules(choices, widths):

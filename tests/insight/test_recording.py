@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig
-from mola.insight.recording import gates_of_tokens, recorded_gates
+from mola.insight.recorder import gates_of_tokens, recorded_gates
 
 IDS = [0, 5, 9, 17, 3, 250, 80]
 

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import torch
 
-from mola.insight.recording import ModuleGates
+from mola.insight.recorder import ModuleGates
 from mola.insight.tables import layers_table, tokens_table
 
 

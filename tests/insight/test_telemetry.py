@@ -23,10 +23,9 @@ from transformers.training_args import ParallelMode
 
 from mola import MolaConfig, MolaLinear
 from mola.insight import ROUTING_FILE
-from mola.insight.recording import recorded_gates
-from mola.insight.router_recorder import RouterWatch
+from mola.insight.recorder import RouterRecorder, recorded_gates
 from mola.insight.telemetry import ExpertTelemetry
-from mola.insight.usage import UsageCounter
+from mola.insight.usage import UsageCounter, usage_of_sums
 from mola.tuner.routing import ROUTERS
 from tests.grids import slow
 from tests.tuner.test_routing import sigmoid_router
@@ -259,15 +258,15 @@ def test_nothing_is_left_on_the_model(make, model, tmp_path):
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
     before = hooks()
-    watch = RouterWatch(model)
+    recorder = RouterRecorder(model)
     assert hooks() == before + 2
-    watch.close()
+    recorder.close()
     trainer = make()
     trainer.train()
     assert hooks() == before
     assert all(module.observer is None for module in model.modules() if isinstance(module, MolaLinear))
     model.train()(torch.tensor([[5, 6, 7]]))
-    assert not any(watch.sums().flatten())
+    assert not any(recorder.sums().flatten())
 
 
 def test_why_nothing_is_recorded_is_said_once(model, tmp_path, caplog):
@@ -277,7 +276,7 @@ def test_why_nothing_is_recorded_is_said_once(model, tmp_path, caplog):
     caplog.clear()
     args, state = SimpleNamespace(parallel_mode=None, world_size=1), TrainerState(is_world_process_zero=True)
     telemetry.on_train_begin(args, state, TrainerControl(), model=model)
-    for _ in range(2):  # and no forward pass before, as of a model whose compiled code knows no watch
+    for _ in range(2):  # and no forward pass before, as of a model whose compiled code knows no recorder
         telemetry.on_log(args, state, TrainerControl(), logs={"loss": 1.0})
     telemetry.close()
     assert caplog.text.count("no training forward pass of the model was seen") == 1
@@ -298,15 +297,15 @@ def test_log_only_and_models_without_routers(make, model, data, tmp_path, tiny_m
 
 def test_experts_of_a_layer_that_is_called_twice(model):
     """Once with a shared input and once with another: both count."""
-    watch = RouterWatch(model)
+    recorder = RouterRecorder(model)
     layer = model.base_model.model.model.layers[3].self_attn.q_proj
     original = layer.forward
     layer.forward = lambda x: original(x) + original(2 * x)
     model.train()(torch.tensor([[5, 6, 7]]))
-    counts = {usage.module: usage.num_tokens for usage in watch.usage(watch.sums())}
+    counts = {usage.module: usage.num_tokens for usage in usage_of_sums(recorder.routers, recorder.sums())}
     assert counts.pop("base_model.model.model.layers.3.self_attn.q_proj") == 6
     assert set(counts.values()) == {3}
-    watch.close()
+    recorder.close()
 
 
 def test_an_encoder_decoder_leaves_out_the_padding_of_either_side():
@@ -315,7 +314,7 @@ def test_an_encoder_decoder_leaves_out_the_padding_of_either_side():
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     config = MolaConfig(num_experts=2, r=2, target_modules=["q", "k", "wi"], task_type="SEQ_2_SEQ_LM")
     model = get_peft_model(base, config).train()
-    watch = RouterWatch(model)
+    recorder = RouterRecorder(model)
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
@@ -323,8 +322,11 @@ def test_an_encoder_decoder_leaves_out_the_padding_of_either_side():
         "decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
     }
     model(**batch)
-    counts = {usage.module.split("model.", 2)[2]: usage.num_tokens for usage in watch.usage(watch.sums())}
-    watch.close()
+    counts = {
+        usage.module.split("model.", 2)[2]: usage.num_tokens
+        for usage in usage_of_sums(recorder.routers, recorder.sums())
+    }
+    recorder.close()
     for name, count in counts.items():
         reads_encoder = name.startswith("encoder") or name.endswith("EncDecAttention.k")
         assert count == (6 if reads_encoder else 5), name

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import AddedToken
 
-from mola.insight.token_types import TokenTypes, type_of_text
+from mola.insight.inspection import TokenTypes, type_of_text
 from tests.conftest import build_byte_tokenizer
 
 

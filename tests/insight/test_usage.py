@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.insight.recording import ModuleGates, recorded_gates, router_entropies
+from mola.insight.recorder import ModuleGates, recorded_gates, router_entropies
 from mola.insight.usage import UsageCounter
 from mola.tuner.routing import dense_gates, top_k_softmax
 

@@ -17,7 +17,7 @@ from mola.data.prepare import PrepareOptions, prepare
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.insight.inspection import redundancy_of
-from mola.insight.recording import gates_of_tokens
+from mola.insight.recorder import gates_of_tokens
 from mola.models.prompts import trained_settings
 from mola.reporting.inspect import InspectOptions, _task_of, inspect
 from tests.conftest import save_adapter

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.insight.recording import recorded_gates
+from mola.insight.recorder import recorded_gates
 from mola.tuner.kernels.cpu import decode as cpu_decode
 
 from ..versions import needs

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.insight.recording import router_entropies
+from mola.insight.recorder import router_entropies
 from mola.tuner.routing import (
     _FEW_TOKENS,
     ROUTERS,

@@ -19,7 +19,7 @@ from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.files.terminal import progress
-from mola.insight.float64 import in_float64
+from mola.insight.redundancy import in_float64
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer

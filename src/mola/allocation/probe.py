@@ -15,7 +15,7 @@ from mola.errors import MolaError
 from mola.files.reading import check_regular, json_lines, parse_json, read_text
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
-from mola.insight.intervals import is_short
+from mola.insight.usage import is_short_interval
 from mola.models.adapters import check_adapter
 from mola.tuner.loading import PREFIX
 
@@ -130,7 +130,7 @@ def _last_interval(path: Path) -> Any:
     if last is None:
         raise ValueError("there is no whole line")
     try:
-        return before if before and is_short(last["modules"], before["modules"]) else last
+        return before if before and is_short_interval(last["modules"], before["modules"]) else last
     except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong with the last is said by its reader
         return last
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mola.insight.float64 import in_float64
-from mola.insight.replacing import Experts, replaced_experts
+from mola.insight.ablation import Experts, replaced_experts
+from mola.insight.redundancy import in_float64
 from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 

@@ -1,11 +1,11 @@
-"""What an expert is worth: the loss on answers without it, less that of the whole model."""
+"""How much the loss on answers rises when one expert is left out."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +13,7 @@ from torch import nn
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.files.terminal import progress
-from mola.insight.replacing import Experts, replaced_experts
-from mola.tuner.layer import MolaLinear
+from mola.tuner.layer import ExpertSettings, MolaLinear
 
 LEAVE_ONE_OUT = ("none", "layers", "modules")
 
@@ -24,14 +23,14 @@ class LeftOut:
     """The loss without one expert."""
 
     layer_index: int | None  # its decoder layer, None outside the layers
-    module: str | None  # its module; None where the expert of this number was taken out of all modules of the layer
+    module: str | None  # its module; None if the expert of this number was left out of all modules of the layer
     expert: int  # its number
     loss_change: float  # loss without it, less the loss of the whole model; above 0 if it helps
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One expert to take out, of one module or of all modules of a layer."""
+    """One expert to leave out, of one module or of all modules of a layer."""
 
     layer_index: int | None
     module: str | None
@@ -40,10 +39,10 @@ class Experiment:
 
 
 def experiments(model: nn.Module, by: str) -> list[Experiment]:
-    """Every expert of the modules with a router, once; `by` is "layers" or "modules"."""
+    """One experiment for every expert of the modules with a router; `by` is "layers" or "modules"."""
     groups: dict[tuple[int | None, str | None], list[MolaLinear]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, MolaLinear) and _adapter(module) is not None:
+        if isinstance(module, MolaLinear) and _adapter_with_router(module) is not None:
             groups[module.layer_index, name if by == "modules" else None].append(module)
     return [
         Experiment(index, name, expert, tuple(layer for layer in layers if expert < _num_experts(layer)))
@@ -52,62 +51,40 @@ def experiments(model: nn.Module, by: str) -> list[Experiment]:
     ]
 
 
-def _adapter(layer: MolaLinear) -> str | None:
+def _adapter_with_router(layer: MolaLinear) -> str | None:
     return next((name for name in layer.active_adapters if layer.num_experts.get(name, 1) > 1), None)
 
 
 def _num_experts(layer: MolaLinear) -> int:
-    return layer.num_experts[_adapter(layer) or ""]
-
-
-@contextmanager
-def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]:
-    """Compute without one expert, as if its logit were minus infinity, until the context ends.
-
-    The `top_k` largest of the other logits are chosen, or all of them where fewer are left; gates add up to 1. Each
-    of the modules has a router and more than `expert` experts.
-    """
-    with ExitStack() as stack:
-        for layer in layers:
-            name = _adapter(layer) or ""
-            others = [index for index in range(layer.num_experts[name]) if index != expert]
-            A, B, router = layer.mola_A[name], layer.mola_B[name], layer.mola_router[name]
-            old = layer.settings[name]
-            settings = replace(old, num_experts=len(others), top_k=min(old.top_k, len(others)))
-            left = Experts(_only(A, others), _only(B, others), _only(router, others), settings)
-            stack.enter_context(replaced_experts(layer, name, left))
-        yield
-
-
-def _only(part: nn.Parameter, experts: Sequence[int]) -> nn.Parameter:
-    return nn.Parameter(part.detach()[experts], requires_grad=False)
+    return layer.num_experts[_adapter_with_router(layer) or ""]
 
 
 def losses_without(
-    model: Any, samples: Sequence[Mapping[str, Any]], wanted: Sequence[Experiment]
+    model: Any, samples: Sequence[Mapping[str, Any]], experiments: Sequence[Experiment]
 ) -> tuple[float, list[LeftOut]]:
-    """The loss of the whole model, and its change without each expert; `(1 + experts) * samples` forward passes.
+    """The loss of the whole model, and its change without each expert.
 
-    The model is in eval mode, samples have `input_ids` and `labels`, `wanted` is from `experiments`.
+    It takes `(1 + experiments) * samples` forward passes. The model is in eval mode; samples have `input_ids` and
+    `labels`.
 
     Raises:
-        MolaError: the loss of the whole model is no finite number.
+        MolaError: the loss of the whole model is not finite.
     """
-    loss, found = 0.0, []
-    steps: list[Experiment | None] = [None, *wanted]
-    for each in progress(steps, f"Leaving out {len(wanted)} experts"):
-        if each is None:
-            loss = answer_loss(model, samples)
-            if not math.isfinite(loss):
+    whole_loss, changes = 0.0, []
+    steps: list[Experiment | None] = [None, *experiments]
+    for experiment in progress(steps, f"Leaving out {len(experiments)} experts"):
+        if experiment is None:
+            whole_loss = answer_loss(model, samples)
+            if not math.isfinite(whole_loss):
                 raise MolaError(
-                    f"the model's loss must be a finite number to see how it changes: got {loss}. In float16 this "
-                    "model's activations may be too large: pass --dtype bfloat16 or float32."
+                    f"the model's loss must be a finite number to see how it changes: got {whole_loss}. In float16 "
+                    "this model's activations may be too large: pass --dtype bfloat16 or float32."
                 )
             continue
-        with expert_left_out(each.layers, each.expert):
-            change = answer_loss(model, samples) - loss
-        found.append(LeftOut(each.layer_index, each.module, each.expert, change))
-    return loss, found
+        with expert_left_out(experiment.layers, experiment.expert):
+            change = answer_loss(model, samples) - whole_loss
+        changes.append(LeftOut(experiment.layer_index, experiment.module, experiment.expert, change))
+    return whole_loss, changes
 
 
 @torch.no_grad()
@@ -118,7 +95,62 @@ def answer_loss(model: Any, samples: Sequence[Mapping[str, Any]]) -> float:
     for sample in samples:
         ids, labels = (torch.tensor([list(sample[name])], device=device) for name in ("input_ids", "labels"))
         logits = model(input_ids=ids).logits[0, :-1].float()
-        wanted = labels[0, 1:]
-        total += nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
-        count += int((wanted != IGNORED).sum())
+        targets = labels[0, 1:]
+        total += nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+        count += int((targets != IGNORED).sum())
     return total / max(count, 1)
+
+
+@contextmanager
+def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]:
+    """Compute without one expert until the context ends, as if its logit were minus infinity.
+
+    The `top_k` largest of the other logits are chosen, or all of them if fewer are left; gates add up to 1. Each
+    of the modules has a router and more than `expert` experts.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            name = _adapter_with_router(layer) or ""
+            others = [index for index in range(layer.num_experts[name]) if index != expert]
+            weights = (layer.mola_A[name], layer.mola_B[name], layer.mola_router[name])
+            A, B, router = (nn.Parameter(each.detach()[others], requires_grad=False) for each in weights)
+            settings = layer.settings[name]
+            settings = replace(settings, num_experts=len(others), top_k=min(settings.top_k, len(others)))
+            stack.enter_context(replaced_experts(layer, name, Experts(A, B, router, settings)))
+        yield
+
+
+class Experts(NamedTuple):
+    """The weights of an adapter in one layer, and their settings.
+
+    Attributes:
+        A: `(E, r, in)`.
+        B: `(E, r, out)`.
+        router: `(E, in)`; None for one expert without any.
+        settings: of these experts.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    router: nn.Parameter | None
+    settings: ExpertSettings
+
+
+@contextmanager
+def replaced_experts(layer: MolaLinear, name: str, experts: Experts) -> Iterator[None]:
+    """Compute with other experts than those of the adapter `name` until the context ends."""
+    own = Experts(layer.mola_A[name], layer.mola_B[name], layer.mola_router.get(name), layer.settings[name])
+    try:
+        _set_experts(layer, name, experts)
+        yield
+    finally:
+        _set_experts(layer, name, own)
+
+
+def _set_experts(layer: MolaLinear, name: str, experts: Experts) -> None:
+    layer.mola_A[name], layer.mola_B[name] = experts.A, experts.B
+    if experts.router is not None:
+        layer.mola_router[name] = experts.router
+    elif name in layer.mola_router:
+        del layer.mola_router[name]
+    layer.set_settings(name, experts.settings)

@@ -1,7 +1,8 @@
-"""A trained adapter on data: which experts work on which tokens, and how different they are."""
+"""What the experts of a trained adapter do on data: which tokens they work on, and how alike they are."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from mola.errors import MolaError
 from mola.files.terminal import progress
 from mola.insight.ablation import LeftOut
 from mola.insight.agreement import AgreementCounter
-from mola.insight.recording import ModuleGates, gates_of_tokens
+from mola.insight.recorder import ModuleGates, gates_of_tokens
 from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
 from mola.insight.usage import ModuleUsage, UsageCounter
 from mola.tuner.layer import MolaLinear
+
+# ---------------------------------------------------------------------- how alike the experts are
 
 
 @dataclass(frozen=True)
@@ -49,40 +52,77 @@ def module_redundancy(
     return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
 
 
+# ---------------------------------------------------------------------- which tokens they work on
+
+
+class TokenTypes:
+    """Types of tokens by their text; each token of the vocabulary is decoded at most once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        # Special tokens of a chat template are missing in `all_special_ids`, which has only those with a name.
+        added = tokenizer.added_tokens_decoder.items()
+        special = {*tokenizer.all_special_ids, *(token for token, content in added if content.special)}
+
+        @cache
+        def type_of(token: int) -> str:
+            return "special" if token in special else type_of_text(tokenizer.decode([token]))
+
+        self._type_of = type_of
+
+    def __call__(self, token_ids: Sequence[int]) -> list[str]:
+        """For each token `word`, `number`, `punctuation`, `space` or `special`."""
+        return [self._type_of(int(token)) for token in token_ids]
+
+
+def type_of_text(text: str) -> str:
+    """The type of a token by its text.
+
+    `space` is only white space, `word` has a letter, `number` has a digit and no letter. Everything else is
+    `punctuation`: marks, symbols, parts of a character.
+    """
+    if not text.strip():
+        return "space"
+    if any(character.isalpha() for character in text):
+        return "word"
+    if any(character.isnumeric() for character in text):
+        return "number"
+    return "punctuation"
+
+
 @dataclass(frozen=True)
-class Seen:
-    """What was seen of the routers."""
+class RouterUse:
+    """What the routers of a model decided on data."""
 
     usage: dict[str, list[ModuleUsage]]  # use of experts by module, over groups of tokens
     modules: list[str]  # names of the modules with a row and a column in `agreement`
-    agreement: list[list[float]]  # Cramér's V of every pair of them, see `mola.insight.agreement.AgreementCounter`
+    agreement: list[list[float]]  # Cramér's V of every pair of modules, see `mola.insight.agreement.AgreementCounter`
     # of some samples, by their number: `module`, `layer_index` and `mean_gates` over the answer's tokens
     gates: dict[int, list[dict[str, Any]]]
 
 
-def look_at(
+def router_use(
     model: Any,
     dataset: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, str]],
     token_types: Callable[[Sequence[int]], list[str]],
     examples: Collection[int] = (),
-) -> Seen:
-    """Use of experts over samples, which are read one at a time: there is no padding to leave out.
+) -> RouterUse:
+    """Measure the use of experts over samples, which are read one at a time, so without padding.
 
     Args:
         model: with an adapter, in eval mode.
         dataset: `input_ids` and `labels` of each sample, see `mola.data.encode.encode_examples`.
         groups: column -> value of each sample, such as `{"subject": "physics"}`.
-        token_types: kind of each token, see `mola.insight.token_types.TokenTypes`.
+        token_types: type of each token, see `TokenTypes`.
         examples: numbers of the samples whose gates are wanted.
 
     Returns:
-        The use over `all` tokens, over those of the `prompt` and of the `answer`, over those of a kind, named
+        The use over `all` tokens, over those of the `prompt` and of the `answer`, over tokens of a type, named
         `token=word` and so on, and over all tokens of every group, named `column=value`; agreement over all tokens.
-        Modules that see another number of tokens than the sample has are counted in `all` alone.
+        Modules whose number of tokens differs from the sample's are counted in `all` alone.
 
     Raises:
-        MolaError: no module has a router, or what one decides is no number.
+        MolaError: no module has a router, or a router gives values that are not finite.
     """
     counters: dict[str, UsageCounter] = {"all": UsageCounter()}
     agreement, gates = AgreementCounter(), {}
@@ -92,22 +132,29 @@ def look_at(
         recorded = gates_of_tokens(model, ids)
         _check_finite(recorded)
         is_answer = torch.tensor([label != IGNORED for label in sample["labels"]])
-        every = torch.ones_like(is_answer)
-        masks = {"prompt": ~is_answer, "answer": is_answer}
+        is_any = torch.ones_like(is_answer)
         types = token_types(ids)
+        masks = {"prompt": ~is_answer, "answer": is_answer}
         masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in set(types)}
-        masks |= {f"{column}={value}": every for column, value in group.items()}
+        masks |= {f"{column}={value}": is_any for column, value in group.items()}
         counters["all"].add(recorded)
-        # Some see other tokens, such as each expert of a base model's own: nothing says which of the sample's.
-        alike = [each for each in recorded if len(each.gates) == len(ids)]
+        # The experts of a MoE base see other tokens, and nothing says which tokens of the sample these are.
+        with_all_tokens = [each for each in recorded if len(each.gates) == len(ids)]
         for name, mask in masks.items():
-            if alike and mask.any():  # text without a prompt has no token of that
-                counters.setdefault(name, UsageCounter()).add(alike, mask)
+            if with_all_tokens and mask.any():  # a text without a prompt has no token of `prompt`
+                counters.setdefault(name, UsageCounter()).add(with_all_tokens, mask)
         agreement.add(recorded)
         if number in examples:
-            gates[number] = [_mean_gates(each, is_answer) for each in alike]
+            gates[number] = [
+                {
+                    "module": each.module,
+                    "layer_index": each.layer_index,
+                    "mean_gates": each.gates[is_answer].mean(0).tolist(),
+                }
+                for each in with_all_tokens
+            ]
     usage = {name: counter.usage() for name, counter in counters.items()}
-    return Seen(usage, agreement.modules, agreement.cramers_v().tolist(), gates)
+    return RouterUse(usage, agreement.modules, agreement.cramers_v().tolist(), gates)
 
 
 def _check_finite(recorded: Sequence[ModuleGates]) -> None:
@@ -117,11 +164,6 @@ def _check_finite(recorded: Sequence[ModuleGates]) -> None:
                 f"what routers decide must be finite numbers: in {each.module} they are not. In float16 this model's "
                 "activations may be too large: pass --dtype bfloat16 or float32."
             )
-
-
-def _mean_gates(recorded: ModuleGates, mask: torch.Tensor) -> dict[str, Any]:
-    mean = recorded.gates[mask].mean(0)
-    return {"module": recorded.module, "layer_index": recorded.layer_index, "mean_gates": mean.tolist()}
 
 
 def to_records(rows: Sequence[ModuleUsage] | Sequence[ModuleRedundancy] | Sequence[LeftOut]) -> list[dict[str, Any]]:

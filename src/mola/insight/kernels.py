@@ -24,7 +24,7 @@ class KernelChoice(NamedTuple):
         backend: its name; "none" if `MOLA_KERNEL` names one that cannot compute these modules.
         num_modules: how many modules.
         num_experts: their numbers of experts, in rising order.
-        reasons: why each backend before it in the table is not used, of those meant for that mode and device.
+        reasons: why each backend before it in the table is not used, for backends that serve this mode and device.
     """
 
     mode: str
@@ -47,11 +47,11 @@ def kernels_report(
     Args:
         model: a model with MoLA layers; it is not run and not changed.
         adapter_name: an adapter; default: the first active one.
-        modes: "training", "decode", or a sequence of these. Native functions for "decode" are compiled when first
-            asked for.
+        modes: "training", "decode", or a sequence of these. The first call with "decode" compiles its native
+            functions.
 
     Returns:
-        One entry per mode and backend, and for different reasons.
+        One entry for each mode, backend and set of reasons.
 
     Raises:
         MolaError: the model has no MoLA layer with that adapter, or there is no such mode.
@@ -68,31 +68,31 @@ def kernels_report(
     stacks = (layer for layer in model.modules() if isinstance(layer, StackedParameters))
     if not calls and not any(adapter_name is None or adapter_name in layer.settings for layer in stacks):
         wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
-        raise MolaError(f"`model` must have {wanted} to tell which kernels compute it: no module has.")
+        raise MolaError(f"`model` must have {wanted} for a report on its kernels: no module has one.")
     return report(calls)
 
 
 def report(calls: Iterable[tuple[str, MixtureInputs]]) -> list[KernelChoice]:
-    """The choices for calls, each a mode and inputs whose numbers do not matter."""
-    found: dict[tuple, list[int]] = defaultdict(list)
-    known: dict[tuple, tuple] = {}
+    """The choices for pairs of a mode and inputs. Only shapes and dtypes of the inputs matter, not their values."""
+    num_experts: dict[tuple, list[int]] = defaultdict(list)
+    choices: dict[tuple, tuple] = {}
     for mode, inputs in calls:
-        key = mode, *(_kind(each) for each in inputs)
-        if key not in known:
-            known[key] = mode, *_choice(mode, inputs)
-        found[known[key]].append(len(inputs.experts_A))
+        key = mode, *(_shape_and_dtype(each) for each in inputs)
+        if key not in choices:
+            choices[key] = mode, *_choice(mode, inputs)
+        num_experts[choices[key]].append(len(inputs.experts_A))
     return [
         KernelChoice(mode, backend, len(experts), sorted(set(experts)), dict(reasons))
-        for (mode, backend, reasons), experts in sorted(found.items(), key=lambda item: item[0][0], reverse=True)
+        for (mode, backend, reasons), experts in sorted(num_experts.items(), key=lambda item: item[0][0], reverse=True)
     ]
 
 
 def inputs_for_shapes(
     mode: str, in_features: int, out_features: int, num_experts: int, r: int, settings: MixtureSettings
 ) -> MixtureInputs:
-    """Inputs of a frozen linear with float32 experts, in the CPU's memory, without numbers.
+    """Uninitialised inputs of a frozen linear with float32 experts, on the CPU.
 
-    `mode` is "training" or "decode"; `settings.dtype` that of the products and of the base layer.
+    `mode` is "training" or "decode". `settings.dtype` is the dtype of the products and of the base layer.
     """
     x = torch.empty(1, TOKENS[mode], in_features, dtype=settings.dtype)
     weight = torch.empty(out_features, in_features, dtype=settings.dtype)
@@ -104,7 +104,7 @@ def inputs_for_shapes(
 def _inputs_of(layer: MolaLinear, adapter_name: str, mode: str) -> MixtureInputs:
     experts_A = layer.mola_A[adapter_name]
     weight: Any = getattr(layer.get_base_layer(), "weight", None)
-    # Packed weights of a quantised layer say nothing about its input.
+    # The packed weights of a quantised layer do not have the dtype of its input.
     is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     dtype = weight.dtype if is_plain else experts_A.dtype
     x = torch.empty(1, TOKENS[mode], layer.in_features, dtype=dtype, device=experts_A.device)
@@ -129,23 +129,23 @@ def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str
             reason = forced.supports(inputs)
             why = "is set" if reason is None else f"{forced.name}: {reason}"
             return forced.name if reason is None else "none", (("MOLA_KERNEL", why),)
-        told = explain(inputs)
-    name = next(each for each, reason in told if reason is None)
+        explained = explain(inputs)
+    chosen = next(name for name, reason in explained if reason is None)
     reasons = []
-    for backend, (each, reason) in zip(BACKENDS, told, strict=True):
-        if each == name:
+    for backend, (name, reason) in zip(BACKENDS, explained, strict=True):
+        if name == chosen:
             break
-        if reason is not None and _is_for(backend, mode, inputs.x.device.type) and inputs.router is not None:
-            reasons.append((each, reason))
-    return name, tuple(reasons)
+        if reason is not None and _serves(backend, mode, inputs.x.device.type) and inputs.router is not None:
+            reasons.append((name, reason))
+    return chosen, tuple(reasons)
 
 
-def _is_for(backend: Backend, mode: str, device_type: str) -> bool:
-    """Whether it is worth telling why this backend is not used: those with a backward pass train, others decode."""
-    trains = type(backend).backward is not Backend.backward
-    fits = backend.device_type in (None, device_type)
-    return fits and not backend.is_recorded and trains == (mode == "training")
+def _serves(backend: Backend, mode: str, device_type: str) -> bool:
+    """Whether a backend is meant for a mode on a device: backends with a backward pass train, the others decode."""
+    has_backward = type(backend).backward is not Backend.backward
+    is_on_device = backend.device_type in (None, device_type)
+    return is_on_device and not backend.is_recorded and has_backward == (mode == "training")
 
 
-def _kind(value: Any) -> Any:
+def _shape_and_dtype(value: Any) -> Any:
     return (value.shape, value.dtype, type(value)) if isinstance(value, torch.Tensor) else value

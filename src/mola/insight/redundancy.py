@@ -1,12 +1,15 @@
-"""How different the experts of a module are, from their factors: no product `B A` is formed."""
+"""How different the experts of a module are, computed from their factors without forming a product `B A`."""
 
 import functools
 
 import torch
 
-from mola.insight.float64 import in_float64
+_COLUMNS_AT_ONCE = 1024
 
-_COLUMNS = 1024  # that are taken at once
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on its device. A tensor on MPS, which has no float64, is moved to the CPU first."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
@@ -80,6 +83,6 @@ def inner_products(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.Te
 def _gram(stack: torch.Tensor) -> torch.Tensor:
     """Inner products of all rows, float64 `(E r, E r)`, without a copy of the stack as a whole."""
     rows = stack.detach().flatten(0, 1)
-    # float64: the squared distance of like experts is a small difference of large numbers.
-    products = (columns @ columns.t() for columns in map(in_float64, rows.split(_COLUMNS, dim=1)))
+    # float64, because the squared distance of similar experts is a small difference of large numbers.
+    products = (columns @ columns.t() for columns in map(in_float64, rows.split(_COLUMNS_AT_ONCE, dim=1)))
     return functools.reduce(torch.Tensor.add_, products)

@@ -3,7 +3,7 @@
 import torch
 
 from mola.errors import MolaError
-from mola.insight.float64 import in_float64
+from mola.insight.redundancy import in_float64
 
 
 def eigenvalues(weight: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from mola.insight.recording import ModuleGates
+from mola.insight.recorder import ModuleGates
 
 # Shades of the page's own text colour serve light and dark pages alike.
 _CELL = "padding:2px 8px;text-align:right;background:color-mix(in srgb,currentColor {shade}%,transparent)"

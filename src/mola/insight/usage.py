@@ -1,15 +1,14 @@
 """How the experts of a module are used, over any number of forward passes."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mola.errors import MolaError
-from mola.insight.float64 import in_float64
-from mola.insight.recording import ModuleGates
-
-FURTHER = 3  # sums of a module besides two for each expert: entropies, margins, tokens
+from mola.insight.recorder import SCALAR_SUMS, ModuleGates, RecordedRouter
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ModuleUsage:
 
 
 class UsageCounter:
-    """Sums over tokens, by module; sums are float64, so the order of batches changes nothing that matters."""
+    """Sums of gates over tokens, by module, in float64."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, int | None], torch.Tensor] = {}
@@ -58,7 +57,7 @@ class UsageCounter:
             MolaError: a module saw another number of tokens than the mask has.
         """
         for each in recorded:
-            gates, entropies = in_float64(each.gates), in_float64(each.entropies)
+            gates, entropies = each.gates.double(), each.entropies.double()
             if token_mask is not None:
                 if token_mask.numel() != len(gates):
                     raise MolaError(
@@ -68,36 +67,42 @@ class UsageCounter:
                 counted = token_mask.flatten().to(gates.device) != 0
                 gates, entropies = gates[counted], entropies[counted]
             largest = gates.topk(2, dim=1).values
-            further = [entropies.sum(), (largest[:, 0] - largest[:, 1]).sum(), largest.new_tensor(len(gates))]
-            sums = torch.cat([(gates > 0).sum(0).double(), gates.sum(0), torch.stack(further)])
-            place = each.module, each.layer_index
-            self._sums[place] = self._sums[place] + sums if place in self._sums else sums
+            scalars = [entropies.sum(), (largest[:, 0] - largest[:, 1]).sum(), largest.new_tensor(len(gates))]
+            sums = torch.cat([(gates > 0).sum(0).double(), gates.sum(0), torch.stack(scalars)])
+            key = each.module, each.layer_index
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def usage(self) -> list[ModuleUsage]:
-        """The use of every module that was counted, in the order of their first appearance.
+        """The use of every counted module, in the order of their first appearance.
 
         Raises:
             MolaError: no token was counted.
         """
         if not any(sums[-1] for sums in self._sums.values()):
             raise MolaError("there is no use of experts to report: no token was counted, or no module has a router.")
-        return [usage_of_sums(*place, sums) for place, sums in self._sums.items() if sums[-1]]
+        return [_module_usage(*key, sums) for key, sums in self._sums.items() if sums[-1]]
 
 
-def usage_of_sums(
-    module: str, layer_index: int | None, sums: torch.Tensor, num_experts: int | None = None
-) -> ModuleUsage:
-    """Use of one module from sums over tokens.
+def usage_of_sums(routers: Sequence[RecordedRouter], sums: torch.Tensor) -> list[ModuleUsage]:
+    """Use of experts from the sums of a `RouterRecorder`; routers without a token are left out.
 
     Args:
-        module: its name.
-        layer_index: its decoder layer.
-        sums: float64 `(2 E + FURTHER,)`: how many tokens chose each expert; each expert's gates; entropies of the
-            router's softmax, each over `log E`; differences of the two largest gates; tokens, at least one.
-        num_experts: those that count, where the sums have room for more.
+        routers: the recorder's `routers`.
+        sums: a row for each router, as `RouterRecorder.sums` returns them.
     """
-    width = (len(sums) - FURTHER) // 2
-    chosen, gates, (entropy, margin, tokens) = sums.split([width, width, FURTHER])
+    return [
+        _module_usage(router.module, router.layer_index, row, router.num_experts)
+        for router, row in zip(routers, sums, strict=True)
+        if row[-1] > 0
+    ]
+
+
+def _module_usage(
+    module: str, layer_index: int | None, sums: torch.Tensor, num_experts: int | None = None
+) -> ModuleUsage:
+    """Use of one module from its sums, of which `num_experts` may be fewer than there is room for."""
+    width = (len(sums) - SCALAR_SUMS) // 2
+    chosen, gates, (entropy, margin, tokens) = sums.split([width, width, SCALAR_SUMS])
     chosen, mean = chosen[:num_experts], gates[:num_experts] / tokens
     return ModuleUsage(
         module,
@@ -110,3 +115,15 @@ def usage_of_sums(
         (margin / tokens).item(),
         tuple(torch.nonzero(chosen == 0).flatten().tolist()),
     )
+
+
+def is_short_interval(last: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last interval in a `routing.jsonl` has less than half the tokens of the interval before.
+
+    Such an interval says little: the run ended soon after it began. Both arguments are the records of an interval, one
+    per module. False if a record lacks `num_tokens`, as those of earlier versions do.
+    """
+    if not all("num_tokens" in record for record in (*last, *before)):
+        return False
+    tokens_last, tokens_before = (sum(record["num_tokens"] for record in records) for records in (last, before))
+    return bool(2 * tokens_last < tokens_before)

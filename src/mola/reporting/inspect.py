@@ -18,8 +18,7 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.terminal import table_console
 from mola.insight.ablation import LEAVE_ONE_OUT, experiments, losses_without
-from mola.insight.inspection import look_at, redundancy_of
-from mola.insight.token_types import TokenTypes
+from mola.insight.inspection import TokenTypes, redundancy_of, router_use
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
@@ -92,12 +91,12 @@ def inspect(options: InspectOptions) -> InspectResult:
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
     chosen = spread(options.examples, len(groups))
     types = TokenTypes(samples.tokenizer)
-    seen = look_at(model, samples.dataset, groups, types, chosen)
+    use = router_use(model, samples.dataset, groups, types, chosen)
     result = InspectResult(
-        seen.usage,
+        use.usage,
         redundancy,
-        {"modules": seen.modules, "cramers_v": seen.agreement},
-        [_example(number, samples, groups[number]) | {"experts": seen.gates[number]} for number in chosen],
+        {"modules": use.modules, "cramers_v": use.agreement},
+        [_example(number, samples, groups[number]) | {"experts": use.gates[number]} for number in chosen],
         len(groups),
         asdict(options),
     )

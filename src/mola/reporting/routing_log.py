@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from mola.insight.intervals import is_short
+from mola.insight.usage import is_short_interval
 from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")
@@ -52,7 +52,7 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
             whole = [*whole[-1:], (modules, step)]
     if not whole:
         return None
-    last, last_step = whole[0] if is_short(whole[-1][0], whole[0][0]) else whole[-1]
+    last, last_step = whole[0] if is_short_interval(whole[-1][0], whole[0][0]) else whole[-1]
     num_experts = sum(len(module["mean_gates"]) for module in last)
     return RoutingLog(parts, curves, dead, num_experts, last, last_step)
 

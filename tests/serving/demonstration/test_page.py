@@ -90,7 +90,7 @@ def test_page_without_a_browser(options):
 
 def test_two_linears_of_one_name_in_a_layer_are_told_apart():
     """As GPT-2's `c_proj`, of its attention and of its MLP."""
-    from mola.insight.recording import ModuleGates
+    from mola.insight.recorder import ModuleGates
     from mola.serving.demonstration.answering import Answer, Experts
     from mola.serving.demonstration.page import _look, _tables
 

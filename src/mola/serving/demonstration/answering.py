@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from mola.data.templates import Template
 from mola.generation.decoding import generate_text
-from mola.insight.recording import ModuleGates, gates_of_tokens
+from mola.insight.recorder import ModuleGates, gates_of_tokens
 from mola.models.prompts import template_for
 
 
