@@ -9,7 +9,7 @@ from mola.data.tasks import load_task
 from mola.data.templates import CHAT, check_template, get_template
 from mola.data.tokenized import IGNORED, tokenized
 from mola.errors import MolaError
-from mola.evaluation.answering import make_questions
+from mola.evaluation.questions import make_questions
 from mola.generation import predicting
 from mola.generation.likelihood import _encoded
 from tests.conftest import BOS, EOS, build_byte_tokenizer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import mola.evaluation.evaluate as evaluate_module
+import mola.evaluation.resuming as resuming
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, _identity, check_evaluation, evaluate, main
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate, main
 
 
 def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, tmp_path):
@@ -63,17 +63,17 @@ def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_mo
         assert ("trained with the prompt template meta and is used with alpaca." in caplog.text) == is_said
 
 
-def test_a_journal_of_another_dtype_is_not_gone_on_with(options, monkeypatch):
+def test_answers_of_another_dtype_are_not_used_again(options, monkeypatch):
     """That of "auto" depends on the machine."""
     task, examples, _ = check_evaluation(options)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(evaluate_module, "resolve_dtype", lambda *_, dtype=dtype: (dtype, "as chosen here"))
-        found.append(_identity(options, task, examples))
+        monkeypatch.setattr(resuming, "resolve_dtype", lambda *_, dtype=dtype: (dtype, "as chosen here"))
+        found.append(resuming.answers_made_with(options, task, examples))
     assert found[0] != found[1]
 
 
-def test_a_name_too_long_for_the_journal_is_refused(options, no_weights_dir):
+def test_a_name_too_long_for_the_file_of_answers_is_refused(options, no_weights_dir):
     options.base_model = str(no_weights_dir)
     options.output = str(Path(options.output).with_name("r" * 245 + ".json"))
     with pytest.raises(MolaError, match="cannot be written"):

@@ -9,9 +9,8 @@ import torch
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.evaluation.answering import Question
-from mola.evaluation.choices import answer_options, around_answer
-from mola.evaluation.core import evaluate_examples, warn_of_pattern
+from mola.evaluation.core import evaluate_examples
+from mola.evaluation.questions import Question, answer_options, split_at_answer, warn_unread_outputs
 from mola.generation import likelihood, predicting
 
 
@@ -80,7 +79,7 @@ def test_the_options_of_a_sample_that_is_asked_alone_are_not_padded(tiny_model, 
 
 def test_around_answer_is_the_place_the_task_reads(task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "A fern. The answer is A. So A it is."}
-    assert around_answer(example, task)[0] == "A fern. The answer is "
+    assert split_at_answer(example, task)[0] == "A fern. The answer is "
     assert answer_options(example, task) == ["A", "B"]
 
 
@@ -109,7 +108,7 @@ def test_around_an_answer_in_a_script_without_blanks(tmp_path):
     lines += ["columns: [text, label]", "answer: {column: label, words: {0: 错, 1: 对}}", "metric: accuracy"]
     (tmp_path / "own.yaml").write_text("\n".join(lines), encoding="utf-8")
     example = {"id": "x", "answer": "对", "num_choices": None, "output": "答案是对。"}
-    assert around_answer(example, load_task(str(tmp_path / "own.yaml"))) == ("答案是", "。")
+    assert split_at_answer(example, load_task(str(tmp_path / "own.yaml"))) == ("答案是", "。")
 
 
 def test_a_pattern_that_does_not_read_the_outputs_of_the_data_is_told(task, caplog):
@@ -118,7 +117,7 @@ def test_a_pattern_that_does_not_read_the_outputs_of_the_data_is_told(task, capl
         {"id": "y", "answer": "B", "num_choices": 2, "output": "It is the second."},
         {"id": "z", "answer": "B", "num_choices": 2, "output": None},
     ]
-    warn_of_pattern(task, examples)
+    warn_unread_outputs(task, examples)
     assert "does not find the answer in the output of 1 of 3 samples, such as 'y'" in caplog.text
 
 
@@ -128,7 +127,7 @@ def test_a_pattern_that_does_not_read_the_outputs_of_the_data_is_told(task, capl
 def test_likelihood_refuses_what_it_cannot_score(change, task):
     example = {"id": "x", "answer": "A", "num_choices": 2, "output": "The answer is A."} | change
     with pytest.raises(MolaError, match="'x'.*'generate'"):
-        around_answer(example, task)
+        split_at_answer(example, task)
 
 
 def test_scores_that_are_no_numbers_end_in_one_line(tiny_model, tiny_tokenizer, task, examples):

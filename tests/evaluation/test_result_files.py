@@ -1,6 +1,5 @@
-"""The result file, and the partial results that an interrupted evaluation goes on from."""
+"""The result file, and the file of answers that an interrupted evaluation goes on from."""
 
-import errno
 import json
 import logging
 from dataclasses import asdict, replace
@@ -8,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -17,8 +15,7 @@ from mola.data.encode import data_fingerprint
 from mola.errors import MolaError
 from mola.evaluation.core import evaluate_examples
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
-from mola.evaluation.lm_eval import LmEvalOptions, _result
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 
 
 def test_result_file_has_the_documented_fields(options, examples):
@@ -39,12 +36,12 @@ def test_result_file_has_the_documented_fields(options, examples):
     assert written["data_fingerprint"] == data_fingerprint(examples)
     assert written["total"] == 11
     assert written["seconds"] > 0
-    assert not PartialResults(options.output, {}).path.exists()
+    assert not AnswersFile(options.output, {}).path.exists()
 
 
 def interrupt_after(options, monkeypatch, num_batches):
     """Run `evaluate` and stop it, as Ctrl-C would, after some batches were saved."""
-    append, calls = PartialResults.append, []
+    append, calls = AnswersFile.append, []
 
     def stopping(self, records):
         append(self, records)
@@ -53,7 +50,7 @@ def interrupt_after(options, monkeypatch, num_batches):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartialResults, "append", stopping)
+        patch.setattr(AnswersFile, "append", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(options)
 
@@ -61,7 +58,7 @@ def interrupt_after(options, monkeypatch, num_batches):
 def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(options, monkeypatch, tmp_path, caplog):
     whole = evaluate(EvaluateOptions(**asdict(options) | {"output": str(tmp_path / "whole.json")}))
     interrupt_after(options, monkeypatch, num_batches=2)
-    partial = PartialResults(options.output, {}).path
+    partial = AnswersFile(options.output, {}).path
     with open(partial, "a") as file:
         file.write('{"index": 0, "sam')  # killed while writing
     num_lines = len(partial.read_text().splitlines())
@@ -69,7 +66,6 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(options, mon
     with caplog.at_level(logging.WARNING, logger="mola"):
         resumed = evaluate(options)
     assert "8 finished samples" in caplog.text
-    assert "half-written" in caplog.text
     assert resumed.samples == whole.samples
     assert resumed.accuracy == whole.accuracy
     assert not partial.exists()
@@ -137,48 +133,16 @@ def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, monkeypa
         evaluate(options)
 
 
-def raise_no_locks(self, *args, **kwargs):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-def test_a_result_that_came_meanwhile_is_kept(options, monkeypatch):
-    read = PartialResults.held
-
-    def another_ends(self):
-        Path(options.output).write_text("precious")
-        return read(self)
-
-    monkeypatch.setattr(PartialResults, "held", another_ends)
-    with pytest.raises(MolaError, match="`output` must be a new file"):
-        evaluate(options)
-    assert Path(options.output).read_text() == "precious"
-
-
-def test_a_result_is_one_evaluations_alone(options, monkeypatch):
-    interrupt_after(options, monkeypatch, num_batches=1)
-    partial = PartialResults(options.output, {})
-    before = partial.path.read_bytes()
-    with partial.held(), pytest.raises(MolaError, match="another one is writing .*partial.jsonl"):
-        evaluate(EvaluateOptions(**asdict(options) | {"max_new_tokens": 6, "overwrite": True}))
-    assert partial.path.read_bytes() == before
-    with monkeypatch.context() as patch:
-        patch.setattr(FileLock, "acquire", raise_no_locks)
-        with pytest.raises(MolaError, match="4 samples of an unfinished run"):  # as without any lock
-            evaluate(EvaluateOptions(**asdict(options) | {"max_new_tokens": 6}))
-    assert evaluate(options).total == 11
-    assert not [path for path in Path(options.output).parent.iterdir() if path.name.startswith(".")]
-
-
-def test_damaged_partial_results_are_refused(tmp_path):
-    partial = PartialResults(tmp_path / "result.json", {"a": 1})
+def test_damaged_answers_are_refused(tmp_path):
+    partial = AnswersFile(tmp_path / "result.json", {"a": 1})
     partial.path.write_text('{"a": 1}\nnot json\n')
-    with pytest.raises(MolaError, match="damaged"):
+    with pytest.raises(MolaError, match="cannot be read"):
         partial.read()
 
 
 @given(st.lists(st.text(), max_size=5))
-def test_partial_results_keep_any_text(tmp_path_factory, texts):
-    partial = PartialResults(tmp_path_factory.mktemp("partial") / "result.json", {"pair": (1, 2)})
+def test_answers_keep_any_text(tmp_path_factory, texts):
+    partial = AnswersFile(tmp_path_factory.mktemp("partial") / "result.json", {"pair": (1, 2)})
     records = [{"index": index, "sample": {"output": text}} for index, text in enumerate(texts)]
     for record in records:
         partial.append([record])
@@ -193,13 +157,3 @@ def test_existing_result_is_kept_unless_overwrite(options, tmp_path):
     assert (tmp_path / "result.json").read_text() == "precious"
     options.overwrite = True
     assert evaluate(options).total == 11
-
-
-def test_a_result_that_is_no_number_is_null(tmp_path, caplog):
-    """The harness writes NaN, which is no JSON; it took the whole result with it."""
-    (tmp_path / "results_1.json").write_text('{"results": {"wikitext": {"perplexity": NaN, "bits": 1.5}}}')
-    options = LmEvalOptions(base_model="m", tasks="wikitext", output=str(tmp_path / "out.json"))
-    _result(options, tmp_path)
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["results"] == {"wikitext": {"perplexity": None, "bits": 1.5}}
-    assert "1 numbers of the result are not finite" in caplog.text

@@ -20,7 +20,7 @@ from mola.cli import main
 from mola.data.read import read_rows, split_names
 from mola.data.tasks import load_task
 from mola.evaluation.evaluate import EvaluateOptions
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 from mola.models.adapters import check_adapter
 from mola.models.base_model import load_config
 from mola.models.plan import PlanOptions
@@ -86,7 +86,7 @@ READERS = {
     "adapter weights": ("adapter_model.safetensors", lambda path: read_tensors(path.parent)),
     "adapter pickle": ("adapter_model.bin", lambda path: read_tensors(path.parent)),
     "foreign weights": ("adapter_model.bin", _foreign_weights),
-    "journal": ("out.json.partial.jsonl", lambda path: PartialResults(path.with_name("out.json"), {}).read()),
+    "journal": ("out.json.partial.jsonl", lambda path: AnswersFile(path.with_name("out.json"), {}).read()),
     "record of a comparison": ("compare.json", read_results),
     "record of a sequence": (RECORD_FILE, lambda path: read_record(path.parent, False)),
     "result of a test": ("test.json", _test_result),

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from mola.allocation.probe import routing_records
 from mola.data.tasks import load_task
 from mola.evaluation.evaluate import EvaluateOptions
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 from mola.reporting.doctor import DoctorOptions, doctor
 from mola.reporting.load_run import gather
 from mola.reporting.report import ReportOptions, report
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 @fuzz
 @given(line_files([{"data": "x", "samples": 2}, SAMPLE, SAMPLE]), st.booleans())
 def test_journal_of_an_evaluation(folder, content, discard):
-    journal = PartialResults(folder / "out.json", {"data": "x", "samples": 2})
+    journal = AnswersFile(folder / "out.json", {"data": "x", "samples": 2})
     journal.path.write_bytes(content)
     records = survives(journal.read, discard)
     assert not isinstance(records, list) or all(isinstance(record, dict) for record in records)

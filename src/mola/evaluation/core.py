@@ -1,8 +1,9 @@
-"""The core of an evaluation: a loaded model answers examples in memory, and the answers are counted."""
+"""The core of an evaluation: a loaded model answers examples in memory, and the right answers are counted."""
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,26 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint
-from mola.data.tasks import LETTERS, Task
+from mola.data.tasks import Task
 from mola.data.templates import Template
-from mola.errors import MolaError
-from mola.evaluation.answering import Question, answer_questions, make_questions, question_lengths
-from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, one_answer
+from mola.errors import NotFiniteError
+from mola.evaluation.questions import MAX_NEW_TOKENS, Question, checked_questions, end_text
+from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, constant_prediction
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
+from mola.generation.likelihood import option_log_probabilities
 from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
 
-_warn_once = functools.cache(logger.warning)
-
-# Masked or not, it is part of their state, or shifts the windows into which they cut a sequence.
-_SEE_PADDING = (
+# Padding changes the answers of these models, although it is masked: it enters their state, or moves the windows into
+# which they cut a sequence.
+_CHANGED_BY_PADDING = (
     *("rwkv", "recurrent_gemma", "xlstm"),
     *("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text", "blt"),
 )
-
-MAX_NEW_TOKENS = 16  # enough for a short answer
 
 
 @dataclass
@@ -91,7 +90,7 @@ def evaluate_examples(
     on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
     show_progress: bool = True,
 ) -> EvaluateResult:
-    """Ask a loaded model and score its answers; model and tokenizer come back as they were.
+    """Ask a loaded model and score its answers; model and tokenizer are left as they were.
 
     Args:
         model: causal language model, in training or eval mode.
@@ -102,8 +101,9 @@ def evaluate_examples(
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
-        finished: records of samples answered before, as `on_batch` received them.
-        on_batch: called with the records of every finished batch.
+        finished: records of samples that were answered before, as `on_batch` received them.
+        on_batch: called after every batch with its records `{"index", "seconds", "sample"}`: place in `examples`,
+            the sample's share of the batch's wall time, and the sample as in the result.
         show_progress: show a progress bar on stderr.
 
     Returns:
@@ -120,22 +120,29 @@ def evaluate_examples(
         logger.warning("Samples are asked one by one: %s.", reason)
         batch_size = 1
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
-    open_indices = [index for index in range(len(questions)) if index not in records]
+    remaining = [index for index in range(len(questions)) if index not in records]
     batches = [
-        [open_indices[i] for i in batch]
-        for batch in predicting.batches_by_length([lengths[i] for i in open_indices], batch_size)
+        [remaining[i] for i in batch]
+        for batch in predicting.batches_by_length([lengths[i] for i in remaining], batch_size)
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
+        predicting.inference_state(model),
+    ):
         bar = progress.add_task(escape(task.name), total=len(questions), completed=len(records))
-
-        def collect(batch: list[dict[str, Any]]) -> None:
-            records.update({record["index"]: record for record in batch})
+        for batch in batches:
+            start = time.perf_counter()
+            answers = list(_answer_batch(model, tokenizer, task, [questions[i] for i in batch], max_new_tokens))
+            seconds = (time.perf_counter() - start) / len(batch)
+            new = [
+                {"index": index, "seconds": seconds, "sample": _sample(questions[index], *answer)}
+                for index, answer in zip(batch, answers, strict=True)
+            ]
+            records.update(zip(batch, new, strict=True))
             if on_batch is not None:
-                on_batch(batch)
+                on_batch(new)
             progress.update(bar, completed=len(records))
-
-        answer_questions(model, tokenizer, task, questions, batches, max_new_tokens, collect)
     settings = {
         "task": task.name,
         "template": template.name if isinstance(template, Template) else template,
@@ -145,7 +152,7 @@ def evaluate_examples(
     }
     device = next(model.parameters()).device
     result = _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
-    if (answer := one_answer(result.samples)) is not None:
+    if (answer := constant_prediction(result.samples)) is not None:
         logger.warning(
             "All %d samples got one answer, %r, which is right for %.1f %% of them: this accuracy says how frequent it "
             "is, not what the model has learnt.",
@@ -155,67 +162,61 @@ def evaluate_examples(
 
 
 def _why_one_by_one(model: Any, longest: int) -> str | None:
-    """Why answers would depend on what else is in a batch; None if they do not."""
+    """Why an answer would depend on the other samples of a batch; None if it does not.
+
+    Args:
+        model: the model.
+        longest: tokens of the longest sample, with its answer.
+    """
     if longest > (predicting.longest_of_one_rope(model.config) or longest):
         return "positions of this model depend on a batch's longest sample"
-    if getattr(model.config, "model_type", None) in _SEE_PADDING:
-        return "models of this kind see the padding of a batch"
+    if getattr(model.config, "model_type", None) in _CHANGED_BY_PADDING:
+        return "padding changes the answers of models of this type"
     if predicting.prompt_learning(model):
         return "between virtual tokens and a prompt there would be padding"
     return None
 
 
-def checked_questions(
+def _answer_batch(
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    examples: Sequence[Mapping[str, Any]],
-    template: str | Template | None,
-    scoring: str,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    limit: int | None = None,
-) -> tuple[list[Question], list[int]]:
-    """Questions and their lengths in tokens; everything that can be wrong with them shows here, without a model.
-
-    Raises:
-        MolaError: as `make_questions`, `check_answers` and `question_lengths`.
-    """
-    questions = make_questions(task, examples, template, scoring, tokenizer)
-    check_answers(task, examples)
-    if scoring == "generate":
-        warn_of_pattern(task, examples)
-    return questions, question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
-
-
-def check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse answers that the task cannot extract from any text: they would count as wrong whatever a model says."""
-    if task.answer is None:
+    questions: Sequence[Question],
+    max_new_tokens: int,
+) -> Iterator[tuple[str, str | None]]:
+    """Output text and extracted answer of each question."""
+    template, prompts = questions[0].template, [question.prompt for question in questions]
+    if questions[0].options:
+        end = end_text(tokenizer, template)
+        texts = [question.option_texts(end) for question in questions]
+        scores = option_log_probabilities(model, tokenizer, texts, template, prompts)
+        for question, values in zip(questions, scores, strict=True):
+            if any(map(math.isnan, values)):
+                raise NotFiniteError(
+                    f"scores must be numbers to be compared: those of sample {question.example['id']!r} are NaN. Pass "
+                    "--dtype float32 or bfloat16, and check that the weights of `base_model` are finite."
+                )
+            answer = question.options[values.index(max(values))]
+            yield question.prefix + answer, answer
         return
-    words = task.answer.words
-    for example in examples:
-        possible = list(LETTERS[: example["num_choices"]]) if words is None else list(words.values())
-        if example["answer"] not in possible:
-            known = ", ".join(map(repr, dict.fromkeys(possible)))
-            raise MolaError(
-                f"`answer` of sample {example['id']!r} must be one of {known} for the task {task.name!r}: got "
-                f"{example['answer']!r}. Correct it, or run `mola prepare` on the raw data."
-            )
+    encoded = predicting.encode_before_answer(tokenizer, prompts, template)
+    ends = [] if template is None else template.ending(tokenizer)[:1]
+    outputs = predicting.generate_batch(
+        model, tokenizer, encoded, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    )
+    for question, output in zip(questions, outputs, strict=True):
+        yield output, task.extract_answer(output, question.example["num_choices"])
 
 
-def warn_of_pattern(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Say so, once, where not even the outputs of the data are read as their own answers."""
-    if task.answer is None:
-        return
-    lost = [
-        each["id"]
-        for each in examples
-        if each.get("output") and task.extract_answer(each["output"], each["num_choices"]) != each["answer"]
-    ]
-    if lost:
-        _warn_once(
-            "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
-            "model that writes these outputs counts as wrong.",
-            *(task.name, len(lost), len(examples), lost[0]),
-        )
+def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:
+    return {
+        "id": question.example["id"],
+        "prompt": question.prompt,
+        "output": output,
+        "predicted": predicted,
+        "answer": question.example["answer"],
+        "correct": predicted == question.example["answer"],
+    }
 
 
 def _result(
@@ -226,12 +227,16 @@ def _result(
     device: torch.device,
 ) -> EvaluateResult:
     samples = [dict(record["sample"]) for record in records]
-    marks = [bool(sample["correct"]) for sample in samples]
+    is_correct = [bool(sample["correct"]) for sample in samples]
+    metrics: dict[str, float] = {}
+    if task.more_metrics and task.binary_labels is not None:
+        answers, predicted = ([sample[name] for sample in samples] for name in ("answer", "predicted"))
+        metrics = binary_metrics(task.more_metrics, answers, predicted, task.binary_labels)
     return EvaluateResult(
-        **accuracy_summary(sum(marks), len(marks)),
+        **accuracy_summary(sum(is_correct), len(is_correct)),
         unanswered=sum(sample["predicted"] is None for sample in samples),
-        metrics=_more_metrics(task, samples),
-        groups=accuracy_by_group(examples, marks, task.groups),
+        metrics=metrics,
+        groups=accuracy_by_group(examples, is_correct, task.groups),
         samples=samples,
         settings=settings,
         versions=software_versions(),
@@ -240,10 +245,3 @@ def _result(
         seconds=sum(record["seconds"] for record in records),
         machine=machine_description(device),
     )
-
-
-def _more_metrics(task: Task, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    if not task.more_metrics or task.binary_labels is None:
-        return {}
-    answers = [sample["answer"] for sample in samples]
-    return binary_metrics(task.more_metrics, answers, [sample["predicted"] for sample in samples], task.binary_labels)

@@ -5,32 +5,27 @@
 - `main` is the command: it prints a table.
 """
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from mola.data.encode import data_fingerprint
 from mola.data.examples import load_examples
 from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
-from mola.evaluation.core import MAX_NEW_TOKENS, EvaluateResult, checked_questions, evaluate_examples
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.core import EvaluateResult, evaluate_examples
+from mola.evaluation.questions import MAX_NEW_TOKENS, checked_questions
+from mola.evaluation.resuming import AnswersFile, answers_made_with
 from mola.files.atomic import atomic_write_json, check_new_file
-from mola.files.environment import software_versions
 from mola.files.terminal import table_console
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
 from mola.options.fields import START, Group, check_positive, mapping, option
@@ -77,7 +72,7 @@ class EvaluateOptions(ModelOptions):
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Load a model, evaluate it on a file and write the result file.
 
-    With `output`, finished samples are kept in `<output>.partial.jsonl`; after an interruption the same
+    With `output`, answered samples are kept in `<output>.partial.jsonl`; after an interruption the same
     call goes on from there.
 
     Args:
@@ -87,31 +82,18 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         The result, as written.
 
     Raises:
-        MolaError: anything wrong with the options or the data, before the model is loaded.
+        MolaError: something is wrong with the options or the data; raised before the model is loaded.
     """
     task, examples, tokenizer = check_evaluation(options)
-    if options.output is None:
-        return _evaluate(options, task, examples, tokenizer, None)
-    partial = PartialResults(options.output, _identity(options, task, examples))
-    with partial.held():
-        check_new_file("output", options.output, options.overwrite)  # another one may have ended meanwhile
-        return _evaluate(options, task, examples, tokenizer, partial)
-
-
-def _evaluate(
-    options: EvaluateOptions,
-    task: Task,
-    examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    partial: PartialResults | None,
-) -> EvaluateResult:
-    finished = [] if partial is None else partial.read(discard_other=options.overwrite)
-    if partial is not None and finished:
-        logger.warning("Going on with %d finished samples of %s.", len(finished), partial.path)
+    answers, finished = None, []
+    if options.output is not None:
+        answers = AnswersFile(options.output, answers_made_with(options, task, examples))
+        finished = answers.read(discard_others=options.overwrite)
+        if finished:
+            logger.warning("Going on with %d finished samples of %s.", len(finished), answers.path)
     set_seed(options.seed)
-    model = model_for(options, options.adapter)
     result = evaluate_examples(
-        model,
+        model_for(options, options.adapter),
         tokenizer,
         task,
         examples,
@@ -120,12 +102,12 @@ def _evaluate(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         finished=finished,
-        on_batch=None if partial is None else partial.append,
+        on_batch=None if answers is None else answers.append,
     )
     result = replace(result, settings=asdict(options))
-    if options.output is not None and partial is not None:
+    if options.output is not None and answers is not None:
         atomic_write_json(options.output, result.to_dict())
-        partial.remove()
+        answers.remove()
     return result
 
 
@@ -141,7 +123,7 @@ def main(options: EvaluateOptions) -> int:
 
 
 def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Task, examples and tokenizer; refuses everything that can be wrong without a model, cheapest first."""
+    """Load task, examples and tokenizer, and find everything that can be wrong before the weights are loaded."""
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     if not 0 <= options.seed < 2**32:
         raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")
@@ -162,33 +144,6 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
     template = template_for(options.template or task.template, tokenizer, options.adapter)
     checked_questions(tokenizer, task, examples, template, options.scoring, options.max_new_tokens, limit)
     return task, examples, tokenizer
-
-
-def _identity(options: EvaluateOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What must be equal for finished samples to be reused: settings, data, weights, versions, numerics."""
-    device = resolve_device(options.device)
-    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
-    # A changed answer or number of choices changes the score while the texts may stay the same.
-    answers = [[example["answer"], example["num_choices"]] for example in examples]
-    return {
-        **settings,
-        "task_version": task.version,
-        "task_fingerprint": task.fingerprint(),
-        "data_fingerprint": data_fingerprint(examples),
-        "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
-        "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],
-        "versions": software_versions(),
-        "computed": [device.type, str(resolve_dtype(options.dtype, device)[0])],
-    }
-
-
-def _file_stamps(folder: str) -> list[list[Any]]:
-    """Name, size and time of the files that make a local model; empty for a hub id."""
-    path = Path(folder)
-    files = [
-        file for kind in ("*.safetensors", "*.bin", "*.gguf", "*config.json", "*.jinja") for file in path.glob(kind)
-    ]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 
 
 def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-_MANY = 20  # samples; a model that chooses hardly answers so many alike by chance
+_MIN_SAMPLES = 20  # a model that makes a choice hardly gives so many samples the same answer by chance
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -36,17 +36,19 @@ def accuracy_summary(correct: int, total: int) -> dict[str, Any]:
     return {"accuracy": correct / total, "correct": int(correct), "total": int(total), "interval_95": interval}
 
 
-def one_answer(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """The answer that all of many samples got, where it is not right for all: accuracy is how frequent it is then.
+def constant_prediction(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """The answer of a model that gives every sample the same one, though their right answers differ.
+
+    The accuracy then only says how frequent this answer is in the data.
 
     Args:
         samples: with `predicted` and `answer`, as the result files have them.
 
     Returns:
-        The answer; None where there are several, fewer than 20 samples, or a sample without one.
+        The answer; None if there are several, fewer than 20 samples, or samples that got none.
     """
     given, right = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
-    return given.pop() if len(samples) >= _MANY and len(given) == 1 < len(right) else None
+    return given.pop() if len(samples) >= _MIN_SAMPLES and len(given) == 1 < len(right) else None
 
 
 def accuracy_by_group(
@@ -63,16 +65,16 @@ def accuracy_by_group(
         `{column: {value as text: accuracy_summary}}`, values sorted; the totals of a column add up to
         the number of rows. A column in which no row has a value is left out.
     """
-    marks = [bool(mark) for mark in correct]
+    is_correct = [bool(each) for each in correct]
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for column in columns:
         values = [row.get(column) for row in rows]
         if all(value is None for value in values):
             continue
         counts: dict[str, list[int]] = {}
-        for value, mark in zip(values, marks, strict=True):
+        for value, right in zip(values, is_correct, strict=True):
             count = counts.setdefault("(none)" if value is None else str(value), [0, 0])
-            count[0] += mark
+            count[0] += right
             count[1] += 1
         groups[column] = {value: accuracy_summary(*counts[value]) for value in sorted(counts)}
     return groups
@@ -81,10 +83,10 @@ def accuracy_by_group(
 class BinaryCounts(NamedTuple):
     """How often each answer to a question with two labels occurs."""
 
-    true_positive: int  # positive, and found to be
-    false_positive: int  # negative, but not found to be
-    false_negative: int  # positive, but not found to be
-    true_negative: int  # negative, and found to be
+    true_positive: int  # positive, and predicted to be positive
+    false_positive: int  # negative, but predicted to be positive
+    false_negative: int  # positive, but predicted to be negative
+    true_negative: int  # negative, and predicted to be negative
 
 
 def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]) -> BinaryCounts:

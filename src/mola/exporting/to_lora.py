@@ -18,8 +18,7 @@ from mola.checkpoints.tensors import read_tensors
 from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
-from mola.evaluation.answering import SCORINGS
-from mola.evaluation.core import checked_questions
+from mola.evaluation.questions import SCORINGS, checked_questions
 from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test, seen_rows
 from mola.exporting.distilling import distill
 from mola.exporting.fitting import mean_of_experts, nearest_on_data

@@ -7,7 +7,7 @@ from typing import Any
 from mola.data.file_formats import FILE_ENDINGS
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.evaluation.core import MAX_NEW_TOKENS
+from mola.evaluation.questions import MAX_NEW_TOKENS
 from mola.models.quantization import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 

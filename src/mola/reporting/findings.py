@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from mola.evaluation.scoring import one_answer
+from mola.evaluation.scoring import constant_prediction
 from mola.reporting.formatting import points
 from mola.reporting.late_use import LateUse
 from mola.reporting.load_run import Run, step_of_weights
@@ -158,7 +158,7 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _one_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    if run.after is None or (answer := one_answer(run.after["samples"])) is None:
+    if run.after is None or (answer := constant_prediction(run.after["samples"])) is None:
         return None
     return Finding(
         "one answer to everything",

@@ -33,7 +33,7 @@ from mola.evaluation.differences import (
     verdict_of,
 )
 from mola.evaluation.evaluate import evaluate
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 from mola.models.devices import cpu_has_native_bfloat16
 from mola.reporting.formatting import duration
 from mola.studies.comparison import checks
@@ -249,7 +249,7 @@ def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run
 
 
 def test_a_test_that_was_cut_short_goes_on_in_another_folder(whole, run, values, tmp_path, monkeypatch):
-    original = PartialResults.append
+    original = AnswersFile.append
 
     def append(self, records):
         original(self, records)
@@ -257,7 +257,7 @@ def test_a_test_that_was_cut_short_goes_on_in_another_folder(whole, run, values,
 
     asked = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
     asked |= {"evaluate_base": False, "test_batch_size": 2}
-    monkeypatch.setattr(PartialResults, "append", append)
+    monkeypatch.setattr(AnswersFile, "append", append)
     assert run(**asked).status == "interrupted"
     monkeypatch.undo()
     assert list((tmp_path / "out").rglob("*.partial.jsonl"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mola import MolaError
 from mola.data.prepare import PrepareOptions, prepare
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 from mola.studies.comparison import runs
 from mola.studies.comparison.notes import note_of
 from mola.studies.comparison.summary import ALL_TASKS, summarize
@@ -51,7 +51,7 @@ def stopped_in_the_test(run, monkeypatch):
 
     def begin(**asked):
         with monkeypatch.context() as patch:
-            patch.setattr(PartialResults, "append", append)
+            patch.setattr(AnswersFile, "append", append)
             assert run(**asked).status == "interrupted"
 
     return begin

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mola.cli import main
-from mola.evaluation.partial import PartialResults
+from mola.evaluation.resuming import AnswersFile
 from tests.studies.continual_learning.sequences import (
     FIRST_TWO,
     FOLDERS,
@@ -53,14 +53,14 @@ def test_signal_during_training_and_the_same_command_again(values, whole, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_during_a_test_and_the_same_command_again(values, whole, tmp_path, monkeypatch, name, caplog):
-    original, waiting = PartialResults.append, [send(name)]
+    original, waiting = AnswersFile.append, [send(name)]
 
     def append(self, records):
         original(self, records)
         if self.path.parent.parent.name == FOLDERS[1] and "01-physics" in self.path.name and waiting:
             waiting.pop()()
 
-    monkeypatch.setattr(PartialResults, "append", append)
+    monkeypatch.setattr(AnswersFile, "append", append)
     arguments = flags(values(stages=FIRST_TWO))
     assert main(arguments) == 130
     assert read(tmp_path / "run" / "continual.json")["status"] == "interrupted"

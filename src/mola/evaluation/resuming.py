@@ -1,0 +1,118 @@
+"""The answers of an unfinished evaluation, so that an interrupted one goes on where it stopped.
+
+They are in `<output>.partial.jsonl`, beside the result file: one JSON object per line. The first line says how the
+answers are made, every further line is one answered sample.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mola.data.encode import data_fingerprint
+from mola.data.tasks import Task
+from mola.errors import MolaError
+from mola.files.atomic import append_lines, check_writable
+from mola.files.environment import software_versions
+from mola.files.reading import check_regular, parse_json
+from mola.models.devices import resolve_device, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+
+class AnswersFile:
+    """The answers of an unfinished evaluation.
+
+    Args:
+        output: the result file.
+        made_with: what must be equal for the answers to be used again, see `answers_made_with`.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], made_with: Mapping[str, Any]):
+        self.path = check_writable(f"{os.fspath(output)}.partial.jsonl")
+        # Through JSON once, so that tuples and lists compare equal after reading.
+        self.made_with: dict[str, Any] = json.loads(json.dumps(made_with))
+
+    def read(self, discard_others: bool = False) -> list[dict[str, Any]]:
+        """The answered samples; empty if there are none.
+
+        Args:
+            discard_others: delete answers that were made with something else, instead of raising.
+
+        Raises:
+            MolaError: the file cannot be read, or its answers were made with something else.
+        """
+        if not self.path.exists():
+            return []
+        try:
+            *complete, cut_off = check_regular(self.path).read_bytes().split(b"\n")
+            if cut_off:  # by an interruption while it was written
+                os.truncate(self.path, self.path.stat().st_size - len(cut_off))
+            if not complete:
+                return []
+            made_with, *records = [parse_json(line.decode()) for line in complete]
+            if not all(isinstance(entry, dict) for entry in (made_with, *records)):
+                raise ValueError("a line is no JSON object")
+        except (OSError, ValueError) as error:
+            raise MolaError(f"`{self.path}` cannot be read ({error}). Delete it to start again.") from error
+        differences = [
+            f"{key} {made_with.get(key)!r} there, {self.made_with.get(key)!r} now"
+            for key in sorted({*made_with, *self.made_with})
+            if made_with.get(key) != self.made_with.get(key)
+        ]
+        if not differences:
+            return records
+        if discard_others:
+            logger.warning("%s: discarding %d samples made with other settings.", self.path, len(records))
+            self.remove()
+            return []
+        raise MolaError(
+            f"`{self.path}` holds {len(records)} samples of an unfinished run with other settings: "
+            f"{'; '.join(differences)}. Use the same settings to go on with it, another `output`, or "
+            "`overwrite` to discard it."
+        )
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add answered samples."""
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        entries = [self.made_with, *records] if is_new else records
+        append_lines(self.path, (json.dumps(entry, ensure_ascii=False) for entry in entries))
+
+    def remove(self) -> None:
+        """Delete the file if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that decides about the answers: options, data, task, weights, versions, device and dtype.
+
+    Args:
+        options: an `EvaluateOptions`.
+        task: its task.
+        examples: its examples.
+    """
+    device = resolve_device(options.device)
+    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
+    # `data_fingerprint` covers the texts; the right answer and the number of choices decide about the score.
+    answers = [[example["answer"], example["num_choices"]] for example in examples]
+    return {
+        **settings,
+        "task_version": task.version,
+        "task_fingerprint": task.fingerprint(),
+        "data_fingerprint": data_fingerprint(examples),
+        "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+        "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],
+        "versions": software_versions(),
+        "computed": [device.type, str(resolve_dtype(options.dtype, device)[0])],
+    }
+
+
+def _file_stamps(folder: str) -> list[list[Any]]:
+    """Name, size and time of the files that make a local model; empty for a hub id."""
+    kinds = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "*.jinja")
+    files = sorted(file for kind in kinds for file in Path(folder).glob(kind))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
