@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.terminal import end_unread
+from mola.files.terminal import close_output
 
 
 def in_one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -20,7 +20,7 @@ def in_one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]
                 sys.stdout.flush()
                 return code
             except BrokenPipeError:
-                return end_unread(name)
+                return close_output()
             except MolaError as error:
                 print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
                 return 2

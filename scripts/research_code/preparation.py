@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mola.data.source import Source, single_source, source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
 from mola.errors import MolaError
-from mola.files.folders import check_output_folder, complete_folder
+from mola.files.atomic import check_output_folder, complete_folder
 from mola.options.fields import option
 
 SPLITS = ("train", "validation", "test")
@@ -82,8 +83,9 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
         )
     task = load_task("scienceqa")
     with (
-        complete_folder(save_path, "save_path") as (folder, scratch),
-        Spool(scratch / "rows", SCIENCEQA_COLUMNS, PROMPT_COLUMNS, _scienceqa_types()) as spool,
+        complete_folder(save_path, "save_path") as folder,
+        TemporaryDirectory() as scratch,
+        Spool(Path(scratch, "rows"), SCIENCEQA_COLUMNS, PROMPT_COLUMNS, _scienceqa_types()) as spool,
     ):
         numbers, heads = {}, []
         for split in reversed(SPLITS):
@@ -108,7 +110,7 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
             print(f"warning: the split {split} is not used")
         for split, chosen in numbers.items():
             write_json(spool.rows(chosen), folder / f"scienceq_{split}.json")
-        save_dataset(spool, {split: numbers[split] for split in SPLITS}, folder / SCIENCEQA_FOLDER, scratch)
+        save_dataset(spool, {split: numbers[split] for split in SPLITS}, folder / SCIENCEQA_FOLDER, Path(scratch))
     print(f"written to {save_path}")
     return save_path
 
@@ -147,13 +149,14 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
     source = single_source(options.dataset, may_take_all=False)
     with (
-        complete_folder(save_path, "save_path") as (folder, scratch),
-        Spool(scratch / "rows", PROMPT_COLUMNS, types={"output": pyarrow.string()}) as spool,
+        complete_folder(save_path, "save_path") as folder,
+        TemporaryDirectory() as scratch,
+        Spool(Path(scratch, "rows"), PROMPT_COLUMNS, types={"output": pyarrow.string()}) as spool,
     ):
         subset = draw_subset(
             source, load_task("openorca"), sizes, options.seed, spool, _text_alone, columns=(), unique_ids=False
         )
-        save_dataset(spool, subset.numbers, folder, scratch)
+        save_dataset(spool, subset.numbers, folder, Path(scratch))
     print(subset.summary())
     print(f"written to {save_path}")
     return save_path

@@ -1,13 +1,12 @@
-"""`mola <command>`: finds the command, has its options parsed, runs it.
+"""`mola <command>`: find the command, parse its options, run it.
 
-Wrong input ends with one line and exit code 2; any other exception is a bug and keeps its traceback.
+Wrong input and errors of files end with one line and exit code 2. Any other exception keeps its traceback.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,9 +16,8 @@ from typing import NamedTuple
 from mola._version import __version__
 from mola.errors import MolaError
 from mola.files.failures import within_memory
-from mola.files.terminal import end_unread
+from mola.files.terminal import close_output
 
-_LONGEST_MESSAGE = 4000
 _LESS_MEMORY = (
     "Pass a smaller batch or shorter texts, where the command has options for these, --dtype bfloat16, or a quantised "
     "base model."
@@ -93,32 +91,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mola` command.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 130 after an interruption, 141 when nobody reads the output any more.
+        The exit code: 0, 2 for wrong input, 130 after an interrupt, 141 if the reader of a pipe has ended.
     """
-    _open_streams()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        return close_output()
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _say(_usage(), 0 if arguments else 2)
+        print(_usage(), flush=True)
+        return 0 if arguments else 2
     if arguments[0] == "--version":
-        return _say(f"mola {__version__}", 0)
+        print(f"mola {__version__}", flush=True)
+        return 0
     name, *rest = arguments
     if name == "with":
-        return _with_program(rest)
+        return _run_with(rest)
     if name not in COMMANDS:
         print(f"mola: error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(name, rest)
 
 
-def _say(text: str, code: int) -> int:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        return end_unread("mola")
-    return code
-
-
-def _with_program(arguments: Sequence[str]) -> int:
+def _run_with(arguments: Sequence[str]) -> int:
     from mola.integrations import with_program
 
     try:
@@ -129,12 +126,12 @@ def _with_program(arguments: Sequence[str]) -> int:
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run one command; see `main`."""
+    """Run one command; returns the exit code, as `main`."""
     return _run(COMMANDS[name], arguments, f"mola {name}")
 
 
 def run_script(module: str, options: str, summary: str, *, bare_no: bool = False) -> int:
-    """Run a program of its own in the way of a command; it is named after its file.
+    """Run a script as a command that is named after its file.
 
     Args:
         module: holds the options and `main`.
@@ -145,27 +142,17 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
     Returns:
         The exit code, as `main`.
     """
-    _open_streams()
-    name = Path(sys.argv[0]).name
-    return _run(Command(module, options, summary), sys.argv[1:], name, bare_no=bare_no)
-
-
-def _open_streams() -> None:
-    """In place of standard streams that were closed, which Python has as None."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    return _run(Command(module, options, summary), sys.argv[1:], Path(sys.argv[0]).name, bare_no=bare_no)
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
     try:
-        from mola.options.parsing import parse  # needs Transformers, which the list of commands does not
+        from mola.options.parsing import parse  # imports Transformers, which the list of commands does not need
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error has it
         logging.getLogger("mola").setLevel(logging.INFO)
-        # Between two libraries: PEFT asks for the old name of a property of Transformers.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error does it
+        # PEFT reads a property of Transformers by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         module = importlib.import_module(command.module)
         options = parse(
@@ -178,24 +165,16 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
         )
         with within_memory(_LESS_MEMORY):
             code: int = module.main(options)
-        sys.stdout.flush()  # else a pipe that nobody reads is noticed when Python has left
+        sys.stdout.flush()  # so that a broken pipe is noticed here
         return code
-    except MolaError as error:
-        print(f"{name}: error: {_one_line(str(error))}", file=sys.stderr)
+    except BrokenPipeError:
+        return close_output()
+    except (MolaError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return end_unread(name)
-
-
-def _one_line(message: str) -> str:
-    """A message without line ends, control characters for the terminal, and the middle of a very long value."""
-    text = " ".join(message.split())
-    if len(text) > _LONGEST_MESSAGE:
-        text = f"{text[: _LONGEST_MESSAGE // 2]} [...] {text[-_LONGEST_MESSAGE // 2 :]}"
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _usage() -> str:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import stat
@@ -5,7 +6,15 @@ import stat
 import pytest
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
+from mola.files.atomic import (
+    atomic_write_json,
+    atomic_write_text,
+    check_new_folder,
+    check_output_folder,
+    check_writable,
+    complete_folder,
+    new_folder,
+)
 
 
 def test_text_is_written_into_new_folders_without_leftovers(tmp_path):
@@ -75,7 +84,7 @@ def test_check_writable_creates_the_folder_and_leaves_the_file_alone(tmp_path):
 
 
 def test_check_writable_refuses_a_folder(tmp_path):
-    with pytest.raises(MolaError, match="is a folder"):
+    with pytest.raises(MolaError, match="is a folder or a device"):
         check_writable(tmp_path)
 
 
@@ -85,18 +94,102 @@ def test_check_writable_refuses_a_parent_that_is_a_file(tmp_path):
         check_writable(tmp_path / "file" / "result.json")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes anywhere")
-def test_check_writable_refuses_a_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(MolaError, match="cannot be written"):
-            check_writable(tmp_path / "result.json")
-    finally:
-        tmp_path.chmod(0o700)
-
-
 def test_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in ("/dev/null", tmp_path / "pipe"):
-        with pytest.raises(MolaError, match="is a device or a pipe"):
+        with pytest.raises(MolaError, match="is a folder or a device"):
             atomic_write_text(place, "x")
+
+
+def fail_in_block(folder, error):
+    with complete_folder(folder) as new:
+        (new / "a").write_text("x")
+        raise error
+
+
+def test_folder_appears_only_without_an_error(tmp_path):
+    with pytest.raises(KeyError):
+        fail_in_block(tmp_path / "out", KeyError())
+    assert list(tmp_path.iterdir()) == []
+    with complete_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+@pytest.mark.parametrize("failing", [None, 1, 2])
+def test_folder_replaces_another_one_completely_or_not_at_all(tmp_path, monkeypatch, failing):
+    out, rename, calls = tmp_path / "out", os.replace, []
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    def write():
+        with complete_folder(out) as folder:
+            (folder / "new").write_text("new")
+
+    monkeypatch.setattr(os, "replace", replace)
+    if failing:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    else:
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old" if failing else "new"]
+
+
+def test_a_full_disk_is_reported_with_the_option(tmp_path):
+    with pytest.raises(MolaError, match=r"`output_dir` cannot be written: No space left on device"):
+        fail_in_block(tmp_path / "out", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(FileNotFoundError, match="source"):
+        fail_in_block(tmp_path / "out", FileNotFoundError("source"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_while_another_program_does(folder):
+    with new_folder("output", folder) as new:
+        (new / "a").write_text("second")
+        folder.mkdir()
+        (folder / "a").write_text("first")
+
+
+def test_a_new_folder_keeps_what_another_program_has_written_meanwhile(tmp_path):
+    with pytest.raises(MolaError, match="another program has written"):
+        write_while_another_program_does(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_with_files_are_refused_unless_they_are_replaced(tmp_path):
+    def check(overwrite, is_own):
+        check_output_folder(
+            tmp_path,
+            option="output_dir",
+            overwrite=overwrite,
+            overwrite_option="overwrite",
+            writer="`mola prepare`",
+            is_own=lambda folder: is_own,
+        )
+
+    assert check_new_folder("output", tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    check(False, False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MolaError, match="new or empty"):
+        check_new_folder("output", tmp_path)
+    with pytest.raises(MolaError, match="must be a folder"):
+        check_new_folder("output", tmp_path / "file")
+    with pytest.raises(MolaError, match="`output_dir` must be empty"):
+        check(False, True)
+    with pytest.raises(MolaError, match="only if `mola prepare` wrote it"):
+        check(True, False)
+    check(True, True)
+
+
+def test_a_mount_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(MolaError, match="is a mount"):
+        check_new_folder("output", tmp_path)

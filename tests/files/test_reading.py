@@ -1,57 +1,42 @@
-"""Text, JSON and YAML that anybody may have written."""
-
-import json
+"""JSON lines and YAML."""
 
 import pytest
 
 from mola import MolaError
-from mola.files.reading import json_lines, parse_json, parse_yaml, read_text
+from mola.files.reading import parse_yaml, read_json_lines, read_json_object, select_lines
 
 
-@pytest.mark.parametrize(
-    "text", ['"\\ud83d\\ude00"', '"\\\\ud83d"', '"\\\\\\ud83d\\ude00"', '{"é": [1, null]}', '[1e5, "x"]']
-)
-def test_json_of_whole_characters(text):
-    assert parse_json(text) == json.loads(text)
-
-
-@pytest.mark.parametrize(
-    "text", ['"\\ud83d"', '"\\ude00"', '"\\\\\\ud83d"', '{"\\uDE00\\ud83d": 1}', "[" * 10**5, "", "{"]
-)
-def test_json_that_is_refused(text):
-    with pytest.raises(ValueError):
-        parse_json(text)
-
-
-def test_half_characters_on_request():
-    assert parse_json('"\\ud83d"', half_characters=True) == "\ud83d"
-
-
-def test_yaml_references_that_stay_small():
-    assert parse_yaml("a: &x [1, 2]\nb: *x\nc: {<<: {d: *x}}\n") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+def test_yaml_words_and_numbers():
+    text = "a: no\nb: off\nc: true\nd: 1e-4\ne: 3.5e-4\nf: 2468\ng: 'true'\nh: null\ni: 1.5\n"
+    assert parse_yaml(text) == {
+        **{"a": "no", "b": "off", "c": True, "d": 1e-4, "e": 3.5e-4, "f": 2468, "g": "true", "h": None, "i": 1.5}
+    }
     assert parse_yaml("") is None
 
 
-@pytest.mark.parametrize(
-    "text", ["&z [*z]", "2024-13-45", '!!int ""', "[" * 101, "!!python/name:os.system x", '"\\ud800"']
-)
+def test_yaml_references():
+    assert parse_yaml("a: &x [1, 2]\nb: *x\nc: {<<: {d: *x}}\n") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+
+
+@pytest.mark.parametrize("text", ["a: [1", "!!python/name:os.system x", "a: 1\na: 2", "b: {a: 1, 'a': 2}", "*nothing"])
 def test_yaml_that_is_refused(text):
     with pytest.raises(ValueError):
         parse_yaml(text)
 
 
-def test_no_regular_file(tmp_path):
-    with pytest.raises(OSError, match="directory"):
-        read_text(tmp_path)
-    with pytest.raises(OSError, match="no regular file"):
-        read_text("/dev/null")
-
-
-def test_json_lines_leave_out_half_a_line(tmp_path):
+def test_json_lines_leave_out_an_incomplete_last_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert list(json_lines(path)) == []
+    assert list(read_json_lines(path)) == []
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert list(json_lines(path)) == [{"a": 1}, {"a": 2}]
+    assert list(read_json_lines(path)) == [{"a": 1}, {"a": 2}]
+    assert select_lines(path, lambda entry: entry["a"] > 1) == ['{"a": 2}']
     path.write_bytes(b'{"a": 1}\n\xff\n')
     with pytest.raises(MolaError, match="line 2"):
-        list(json_lines(path))
+        list(read_json_lines(path))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_missing_or_wrong_object_is_empty(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert read_json_object(tmp_path / "a.json") == {}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mola.cli import main
 from mola.errors import MolaError
-from mola.files.ownership import is_own_file
+from mola.files.digests import is_own_file
 from mola.options.parsing import parse
 from mola.reporting.loss_plot import PLOT_FILE
 from mola.reporting.model_card import render_card, write_model_card

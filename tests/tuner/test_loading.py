@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from mola import MolaError
-from mola.files.finite import check_finite
+from mola.files.digests import check_finite
 from mola.tuner.loading import check_model_type, check_when_loaded
 
 from ..versions import needs

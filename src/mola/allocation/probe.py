@@ -12,7 +12,7 @@ from mola.allocation.base import Base
 from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
-from mola.files.reading import check_regular, json_lines, parse_json, read_text
+from mola.files.reading import read_json, read_json_lines
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
 from mola.insight.usage import is_short_interval
@@ -107,7 +107,7 @@ def routing_records(
     else:
         path, wanted = Path(inspection), "usage"
     try:
-        content = parse_json(read_text(path)) if inspection is not None else _last_interval(path)
+        content = read_json(path) if inspection is not None else _last_interval(path)
         records = content["modules"] if inspection is None else content["usage"]["all"]
         check_form(records, [_USE], str(path), "Make it again.")
         return [
@@ -126,7 +126,7 @@ def routing_records(
 
 def _last_interval(path: Path) -> Any:
     """The last line, or the one before, if a run ended soon after that and the last counts less tokens than half."""
-    *_, before, last = [None, None, *json_lines(check_regular(path))]
+    *_, before, last = [None, None, *read_json_lines(path)]
     if last is None:
         raise ValueError("there is no whole line")
     try:

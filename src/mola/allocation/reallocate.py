@@ -31,8 +31,8 @@ from mola.architecture.notation import (
 )
 from mola.checkpoints.tensors import adapted_modules, read_tensors
 from mola.errors import MolaError
+from mola.files.atomic import check_new_folder, new_folder
 from mola.files.digests import WEIGHTS_FILE
-from mola.files.folders import check_new_folder, new_folder
 from mola.files.terminal import table_console
 from mola.models.base_model import read_config
 from mola.models.meta import count_decoder_layers, model_on_meta

@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files.digests import WEIGHTS_FILES, check_digest, damaged_record
-from mola.files.finite import check_finite
-from mola.files.reading import check_regular, read_json
+from mola.files.digests import WEIGHTS_FILES, check_digest, check_finite, damaged_record
+from mola.files.reading import read_json
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -45,7 +44,6 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         )
     (path,) = found
     try:
-        check_regular(path)
         tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:
         raise MolaError(

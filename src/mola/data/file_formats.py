@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mola.errors import MolaError
-from mola.files.reading import check_regular, first_repeated, parse_json
+from mola.files.reading import first_repeated
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 # What the standard readers raise for damaged files; JSON and UTF-8 errors are ValueErrors.
@@ -52,7 +52,6 @@ def iterate_file(place: Path, columns: Collection[str] | None = None) -> Iterato
         return
     reader = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
     try:
-        check_regular(place)
         with _open_text(place) as file:
             yield from reader(file, place)
     except MolaError:
@@ -72,7 +71,7 @@ def _read_json(file: IO[str], place: Path) -> list[Any]:
     if not text.strip():
         return []
     try:
-        rows = parse_json(text, object_pairs_hook=_different_keys)
+        rows = json.loads(text, object_pairs_hook=_different_keys)
     except json.JSONDecodeError as error:
         cure = "Correct the line."
         if error.msg == "Extra data":
@@ -91,7 +90,7 @@ def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield parse_json(line, object_pairs_hook=_different_keys)
+            yield json.loads(line, object_pairs_hook=_different_keys)
         except ValueError as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise MolaError(
@@ -150,7 +149,7 @@ def _decoded(value: Any, kind: Any) -> Any:
     if value is None or not _holds_json(kind):
         return value
     if _is_json(kind):
-        return parse_json(value)
+        return json.loads(value)
     if isinstance(value, dict):
         return {name: _decoded(each, kind.field(name).type) for name, each in value.items()}
     return [_decoded(each, kind.field(0).type) for each in value]
@@ -161,7 +160,6 @@ def _read_parquet(place: Path, columns: Collection[str] | None) -> Iterator[Any]
     import pyarrow.parquet
 
     try:
-        check_regular(place)
         # ParquetFile, not read_table: the latter turns parts of the path like `split=train` into columns.
         with pyarrow.parquet.ParquetFile(place, buffer_size=1 << 20) as file:
             _check_names(file.schema_arrow.names, place)

@@ -13,7 +13,7 @@ from mola.data.source import source_splits
 from mola.data.tasks import Task, load_task
 from mola.data.write import Merge, is_prepared_folder, write_splits
 from mola.errors import MolaError
-from mola.files.folders import check_output_folder
+from mola.files.atomic import check_output_folder
 from mola.options.fields import option
 
 SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}

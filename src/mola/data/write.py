@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mola.errors import MolaError
+from mola.files.atomic import complete_folder
 from mola.files.digests import file_sha256
-from mola.files.folders import complete_folder
 
 if TYPE_CHECKING:
     from mola.data.spool import Spool
@@ -105,13 +106,17 @@ def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -
     """
     from mola.data.spool import Spool
 
-    with complete_folder(output_dir) as (folder, scratch), Spool(scratch / "rows", last=PROMPT_COLUMNS) as spool:
+    with (
+        complete_folder(output_dir) as folder,
+        TemporaryDirectory() as scratch,
+        Spool(Path(scratch, "rows"), last=PROMPT_COLUMNS) as spool,
+    ):
         numbers = {}
         for split, rows in splits.items():
             numbers[split] = range(len(spool), len(spool) + len(rows))
             for row in rows:
                 spool.add(row)
-        write_spooled(spool, numbers, folder, scratch)
+        write_spooled(spool, numbers, folder, Path(scratch))
 
 
 def write_spooled(spool: Spool, numbers: Mapping[str, Iterable[int]], folder: Path, scratch: Path) -> None:

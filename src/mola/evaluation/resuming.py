@@ -18,7 +18,6 @@ from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, check_writable
 from mola.files.environment import software_versions
-from mola.files.reading import check_regular, parse_json
 from mola.models.devices import resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
@@ -49,12 +48,12 @@ class AnswersFile:
         if not self.path.exists():
             return []
         try:
-            *complete, cut_off = check_regular(self.path).read_bytes().split(b"\n")
+            *complete, cut_off = self.path.read_bytes().split(b"\n")
             if cut_off:  # by an interruption while it was written
                 os.truncate(self.path, self.path.stat().st_size - len(cut_off))
             if not complete:
                 return []
-            made_with, *records = [parse_json(line.decode()) for line in complete]
+            made_with, *records = [json.loads(line) for line in complete]
             if not all(isinstance(entry, dict) for entry in (made_with, *records)):
                 raise ValueError("a line is no JSON object")
         except (OSError, ValueError) as error:

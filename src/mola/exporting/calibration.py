@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from mola.data.templates import check_template
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
-from mola.files.reading import read_text
 from mola.models.base_model import load_config, max_positions
 from mola.models.prompts import template_for, trained_template, warn_of_other_template
 from mola.models.tokenizer import load_tokenizer
@@ -142,7 +142,7 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
     path = str(getattr(options, option))
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     try:
-        ids = tokenizer(read_text(path), verbose=False, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(Path(path).read_text(encoding="utf-8"), verbose=False, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
     # Every piece begins as a text does: models that know a begin token have seen none without.

@@ -23,7 +23,7 @@ from mola.exporting.options import ConvertOptions, check_direction
 from mola.exporting.other_formats import to_mola, to_published_code
 from mola.exporting.report import ExportReport
 from mola.exporting.to_lora import to_lora
-from mola.files.folders import check_new_folder
+from mola.files.atomic import check_new_folder
 from mola.files.terminal import table_console
 
 __all__ = ["ConvertOptions", "ConvertReport", "ExportReport", "MixtureReport", "convert", "main"]

@@ -22,8 +22,8 @@ from mola.exporting.lora_files import Factors, read_lora, targets
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
+from mola.files.atomic import new_folder
 from mola.files.digests import WEIGHTS_FILE
-from mola.files.folders import new_folder
 from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta

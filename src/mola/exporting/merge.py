@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json
+from mola.files.atomic import atomic_write_json, check_new_folder, new_folder
 from mola.files.failures import lack_of_memory
-from mola.files.folders import check_new_folder, new_folder
 from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
 from mola.models.adapters import check_adapter, check_fits

@@ -22,8 +22,8 @@ from mola.checkpoints.published_writer import to_published
 from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
+from mola.files.atomic import new_folder
 from mola.files.digests import WEIGHTS_FILE
-from mola.files.folders import new_folder
 from mola.models.adapters import check_fits
 from mola.models.base_model import model_name
 from mola.models.meta import count_decoder_layers, model_on_meta

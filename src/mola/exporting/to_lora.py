@@ -28,8 +28,7 @@ from mola.exporting.mixtures import Lora, Mixture, Update, as_parameters, mixtur
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.report import REPORT_FILE, ExportReport
 from mola.exporting.stacked_lora import stacked_lora
-from mola.files.atomic import atomic_write_json
-from mola.files.folders import new_folder
+from mola.files.atomic import atomic_write_json, new_folder
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model

@@ -1,1 +1,1 @@
-"""Files: written in one step, read with checks, known by their digests."""
+"""Files: atomic writes, JSON and YAML, digests of adapters, errors of the machine."""

@@ -1,31 +1,43 @@
-"""Writing results without half-written files: a temporary name in the same folder, then a rename.
+"""Write files and folders so that a reader finds the old one or the new one, never a part of it.
 
-- `append_lines`: the one exception, for journals: readers pass over a last line that is cut off.
-- `atomic_write_bytes`, `atomic_write_text`, `atomic_write_json`: readers see the old file or the new one, never a part.
-- `check_writable`, `check_new_file`: fail before the long work, not after it.
+A result is written under a temporary name beside its own and then renamed. `append_lines` is the exception: its readers
+skip a last line that is cut off.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
 from mola.files.failures import writing
 
-WRITE_TEST = ".write-test-"  # names of files that `check_writable` makes for a moment
+WRITE_TEST = ".write-test-"  # names of files that exist for a moment, to find out whether a folder can be written to
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Make sure before long work that the file `path` can be written; creates its folder.
+
+    Raises:
+        MolaError: `path` is a folder or a device, or its folder cannot be created or written to.
+    """
+    target = Path(path)
+    try:
+        _check_no_device(target)  # finds a name that is too long, too
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MolaError(f"{str(target)!r} cannot be written: {error}. Choose another path.") from error
+    _check_access(repr(str(target)), target.parent)
+    return target
 
 
 def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`check_writable` for a result that must not replace another one unasked; `option` is the path's, for the message.
-
-    Raises:
-        MolaError: it exists, or its folder or itself cannot be written.
-    """
+    """`check_writable`, and raises if the file exists and `overwrite` is False; `option` is named in the message."""
     target = check_writable(path)
     if target.exists() and not overwrite:
         raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
@@ -33,22 +45,34 @@ def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """`atomic_write_bytes` of `text` in UTF-8; newlines are written as given."""
+    """Write or replace a text file in UTF-8 in one step; newlines stay as given."""
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write or replace the file `path` in one step; parent folders are created.
+def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 2) -> Path:
+    """Write or replace a JSON file in one step, in UTF-8 with a final newline; on one line if `indent` is None.
 
     Raises:
-        MolaError: the folder or the file cannot be written.
+        ValueError: `data` holds NaN or an infinity, which JSON does not have.
     """
-    target = check_writable(path)
-    # Of a name in any script no more than file systems take, with what is added.
-    # A plain open, not `tempfile`: the result gets the permissions of any other new file.
+    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    return atomic_write_text(path, text + "\n")
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write or replace a file in one step; its folder is created.
+
+    Raises:
+        MolaError: the file cannot be written, for example because the disk is full.
+    """
+    target = Path(path)
+    _check_no_device(target)
+    # The name is cut: with the additions it must not be longer than a file system allows.
+    # A plain open instead of `tempfile`: the result gets the permissions of any other new file.
     temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
         with writing(repr(str(target))):
+            target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
@@ -61,60 +85,145 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     return target
 
 
-def keep_on_disk(*paths: str | os.PathLike[str]) -> None:
-    """Wait until files and folders are on the disk, and not in the machine's memory alone, which loses power."""
-    for path in paths:
-        with contextlib.suppress(OSError):  # of a system that opens no folders, or a file system that does not say
-            place = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(place)
-            finally:
-                os.close(place)
+def _check_no_device(target: Path) -> None:
+    if target.exists() and not target.is_file():  # a rename would replace /dev/null
+        raise MolaError(f"`{target}` must be a file to write: it is a folder or a device. Pass another name.")
 
 
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Add lines, given without their ends, to a text file in UTF-8; it is made where there is none.
-
-    Raises:
-        MolaError: the file cannot be written; a part of the lines may be in it.
-    """
+    """Append lines, given without line ends, to a text file in UTF-8."""
     with writing(repr(os.fspath(path))), open(path, "a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 
 
-def atomic_write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 2) -> Path:
-    """Write `data` as JSON to `path` in one step, UTF-8, with a final newline; on one line if `indent` is None.
+def keep_on_disk(*paths: str | os.PathLike[str]) -> None:
+    """Flush files and folders to the disk, so that they survive a loss of power."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
-    Raises:
-        MolaError: the folder or the file cannot be written.
-        ValueError: `data` holds NaN or an infinity, which JSON has not.
-        TypeError: `data` holds something JSON has no form for.
+
+def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
+    """Make sure before long work that a result can become the folder `path`, which must be new or empty.
+
+    Returns:
+        The folder; where `path` is a link, what the link points to.
     """
-    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
-    return atomic_write_text(path, text + "\n")
-
-
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Make sure the file `path` can be written, creating its parent folders; its content is untouched.
-
-    Raises:
-        MolaError: `path` is a folder or a device, or its folder cannot be created or written to.
-    """
-    target = Path(path)
-    if os.path.isdir(target):
-        raise MolaError(f"`{target}` must be a file to write: it is a folder. Add a file name to the path.")
-    if os.path.exists(target) and not os.path.isfile(target):  # which the new file would replace
-        raise MolaError(f"`{target}` must be a file to write: it is a device or a pipe. Pass another name.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=WRITE_TEST):
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # finds a name that is too long, or that holds what no name can hold
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        place = getattr(error, "filename", None) or target.parent
+    folder = Path(path).expanduser().resolve()
+    if os.path.exists(folder) and not folder.is_dir():
+        raise MolaError(f"`{option}` must be a folder, got the file {os.fspath(path)!r}. Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()):
         raise MolaError(
-            f"{str(target)!r} cannot be written: {reason}: {place}. Choose a path in a folder you can write to."
+            f"`{option}` must be new or empty, got {os.fspath(path)!r} with files in it. Choose another folder."
+        )
+    _check_can_be_replaced(option, folder)
+    return folder
+
+
+def check_output_folder(
+    folder: Path, *, option: str, overwrite: bool, overwrite_option: str, writer: str, is_own: Callable[[Path], bool]
+) -> None:
+    """Make sure before long work that a result can become or replace a folder.
+
+    A folder with files is replaced as a whole. So it must hold only files that the same command wrote.
+
+    Args:
+        folder: the folder to write.
+        option: the option that names the folder, for messages.
+        overwrite: whether a folder with files may be replaced.
+        overwrite_option: the option that allows it, for messages.
+        writer: the command, for messages.
+        is_own: whether a folder holds only what `writer` writes.
+
+    Raises:
+        MolaError: `folder` is a file, or has files and must not be replaced, or cannot be written.
+    """
+    if os.path.exists(folder) and not folder.is_dir():
+        raise MolaError(f"`{option}` must be a folder: `{folder}` is a file. Choose another name.")
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if names and not overwrite:
+        raise MolaError(
+            f"`{option}` must be empty: `{folder}` is not. Choose another folder, or pass `{overwrite_option}` to "
+            "replace it."
+        )
+    if names and not is_own(folder):
+        raise MolaError(
+            f"`{option}` is replaced only if {writer} wrote it: `{folder}` holds {', '.join(names[:5])}. "
+            "Choose another folder."
+        )
+    _check_can_be_replaced(option, folder)
+
+
+def _check_can_be_replaced(option: str, folder: Path) -> None:
+    if os.path.ismount(folder):
+        raise MolaError(
+            f"`{option}` must be a folder that can be renamed: {str(folder)!r} is a mount. Add a name to it."
+        )
+    _check_access(f"`{option}`", folder.parent)
+
+
+def _check_access(what: str, folder: Path) -> None:
+    """Check that a file can be made in `folder`, or in the first one above it that exists."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=WRITE_TEST):
+            pass
+    except OSError as error:
+        raise MolaError(
+            f"{what} cannot be written: {error.strerror}: {str(place)!r}. Choose another folder."
         ) from error
-    return target
+
+
+@contextlib.contextmanager
+def complete_folder(folder: Path, option: str = "output_dir", *, replaces: bool = True) -> Iterator[Path]:
+    """Write or replace a folder in one step: it appears when the block ends without an error.
+
+    Args:
+        folder: the folder to write; the folders above it are created.
+        option: the option that names the folder, for messages.
+        replaces: whether a folder with files is replaced.
+
+    Yields:
+        A temporary folder to fill.
+
+    Raises:
+        MolaError: a file cannot be written, for example because the disk is full; or `folder` has files by now and is
+            not to be replaced.
+    """
+    hidden_name = f".{folder.name[:40]}.{uuid.uuid4().hex}"
+    temporary, old = folder.parent / f"{hidden_name}.tmp", folder.parent / f"{hidden_name}.old"
+    try:
+        with writing(f"`{option}`"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if folder.is_dir() and not replaces and any(folder.iterdir()):
+                raise MolaError(
+                    f"`{option}` must be new or empty: another program has written to {str(folder)!r} since this "
+                    "command began. Choose another folder."
+                )
+            _replace_folder(temporary, folder, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_folder(new: Path, folder: Path, old: Path) -> None:
+    """Rename `new` to `folder`; an earlier folder becomes `old`, because no folder is renamed over one with files."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+
+
+def new_folder(option: str, folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """`complete_folder` for a folder that must be new or empty."""
+    return complete_folder(folder, option, replaces=False)

@@ -1,36 +1,51 @@
-"""Whether files are those that were saved.
+"""Check by sha256 and by value that files are those that were saved.
 
-- `check_digest`: an adapter's weights, by the sha256 of their file in `adapter_config.json`. The format safetensors has
-  no checksum of its own: values that changed on a disk or on the way would be loaded.
-- `file_sha256`: any file, by the sha256 that a record holds.
-- `damaged_record`: what `torch.save` wrote, by its own checksums.
+- An adapter's weights: `adapter_config.json` holds their sha256. The safetensors format has no checksum of its own, so
+  changed values would be loaded.
+- A page that mola may replace: its last line holds the sha256 of the text above it.
+- Records of `torch.save`, by their own checksums, which `torch.load` ignores.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mola.errors import MolaError
-from mola.files.reading import check_regular, read_json_object
+from mola.files.reading import read_json_object
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")  # PEFT loads the first one there is
+WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")  # PEFT loads the first one that exists
 DIGEST_FIELD = "weights_sha256"
+_PAGE_DIGEST = re.compile(r"\n<!-- Written by mola; sha256 of the text above: ([0-9a-f]{64}) -->\n\Z")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path | None:
-    """The weights file that PEFT would load from a folder, or None."""
+    """The weights file that PEFT loads from an adapter's folder, or None."""
     return next((Path(folder, name) for name in WEIGHTS_FILES if os.path.isfile(Path(folder, name))), None)
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
-    """The sha256 of a folder's weights, in hexadecimal; None without weights.
+    """The sha256 of an adapter's weights, in hexadecimal; None without weights.
 
     Raises:
-        MolaError: there are two files of weights, of which PEFT would load the older one.
+        MolaError: there are two files of weights, and PEFT would load the older one.
     """
     first, second = (Path(folder, name) for name in WEIGHTS_FILES)
     if first.is_file() and second.is_file() and first.stat().st_mtime_ns < second.stat().st_mtime_ns:
@@ -39,48 +54,67 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
             f"{' and '.join(WEIGHTS_FILES)}. Remove the older one, and save again."
         )
     path = find_weights(folder)
-    return None if path is None else file_sha256(check_regular(path))
+    return None if path is None else file_sha256(path)
 
 
 def check_digest(folder: str | os.PathLike[str]) -> None:
-    """Compare the weights in an adapter's folder with what its configuration says about them.
+    """Raise if the weights of an adapter are not those that its configuration was saved with.
 
-    Without the field `weights_sha256` (an earlier version, another program) it says nothing.
+    A configuration without a sha256, from an earlier version or another program, passes.
 
     Raises:
-        MolaError: they are not the weights that were saved, or cannot be read.
+        MolaError: the sha256 of the weights differs from the one in the configuration.
     """
     recorded = read_json_object(Path(folder, CONFIG_FILE)).get(DIGEST_FIELD)
-    if recorded is None:
-        return
-    path = find_weights(folder)
-    try:
-        found = weights_sha256(folder)
-    except OSError as error:
-        raise MolaError(f"`adapter` has weights that cannot be read: {error}. Check the file.") from error
+    found = None if recorded is None else weights_sha256(folder)
     if found is not None and found != recorded:
         raise MolaError(
-            f"{str(path)!r} is not the file that was saved: its sha256 begins with {found[:12]}, {CONFIG_FILE} "
-            f"says {str(recorded)[:12]!r}. It was damaged or replaced. Copy the folder again, or use a checkpoint of "
-            f"the run; if the change was meant, remove `{DIGEST_FIELD}` from {CONFIG_FILE}."
+            f"{str(find_weights(folder))!r} is not the file that was saved: its sha256 begins with {found[:12]}, "
+            f"{CONFIG_FILE} says {str(recorded)[:12]!r}. It was damaged or replaced. Copy the folder again, or use a "
+            f"checkpoint of the run; if you changed it on purpose, remove `{DIGEST_FIELD}` from {CONFIG_FILE}."
         )
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; it is read piece by piece, whatever its size."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise for weights, by name, that are NaN or infinite, because every output would be; `where` names their file."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # torch has no `isfinite` for the formats of 8 bits.
+        is_finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
+        count = tensor.numel() - int(is_finite.sum())
+        if count:
+            raise MolaError(
+                f"{where} must hold finite numbers: {count} of {tensor.numel()} values of {name!r} are not finite. The "
+                "training has diverged, or the file is damaged: use an earlier checkpoint, or train again with a "
+                "lower `learning_rate`."
+            )
+
+
+def with_mark(text: str) -> str:
+    """A page in Markdown or HTML with a last line that holds the sha256 of the text."""
+    return f"{text}\n<!-- Written by mola; sha256 of the text above: {_text_sha256(text)} -->\n"
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a page is as `with_mark` made it: mola wrote it, and nobody has changed it."""
+    # Bytes instead of text: line ends count.
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    found = _PAGE_DIGEST.search(text)
+    return found is not None and _text_sha256(text[: found.start()]) == found[1]
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def damaged_record(path: str | os.PathLike[str]) -> str | None:
-    """The name of the first part of a file of `torch.save` that has another checksum than it was written with, or None.
-
-    These files are zip archives, which hold a checksum of each part, and `torch.load` does not look at them. Other
-    files have none.
+    """The first part of a file of `torch.save` whose checksum is wrong, or None; other files have no checksums.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the archive is broken beyond its parts.
+        ValueError: the archive is broken.
     """
     try:
         if not zipfile.is_zipfile(path):

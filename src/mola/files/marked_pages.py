@@ -4,7 +4,6 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
-from mola.files.reading import read_text
 
 BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->"
 
@@ -12,7 +11,7 @@ BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->"
 def has_markers(path: Path) -> bool:
     """Whether a file is there and has such a part."""
     try:
-        return path.is_file() and BEGIN in read_text(path)
+        return path.is_file() and BEGIN in path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
 
@@ -24,7 +23,7 @@ def check_page(path: str | Path, option: str = "page") -> str:
         MolaError: it cannot be read, or has not.
     """
     try:
-        page = read_text(Path(path))
+        page = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise MolaError(f"`{option}` cannot be read: {str(path)!r} ({error}). Name a page with two markers.") from error
     if [page.count(marker) for marker in (BEGIN, END)] != [1, 1] or page.index(BEGIN) > page.index(END):

@@ -1,4 +1,4 @@
-"""Standard output: tables whole, also in a pipe or a file; what to do when nobody reads it. A bar for long work."""
+"""Standard output and standard error: tables, a progress bar, a pipe whose reader has ended."""
 
 import os
 import sys
@@ -9,37 +9,36 @@ from rich.console import Console
 from rich.progress import track
 
 _Item = TypeVar("_Item")
-_NO_LIMIT = 1000  # columns; a table takes what it needs, and rich would assume 80 and cut cells
+_PIPE_WIDTH = 1000  # columns; rich would assume 80 for a pipe or a file and cut the cells of a wide table
 
 
 class OutputConsole(Console):
-    """Rich's console on standard output; where nobody reads that any more it raises what `print` does."""
+    """Rich's console on standard output; raises `BrokenPipeError`, as `print` does, when the reader has ended."""
 
     def on_broken_pipe(self) -> None:
-        """Rich itself would end the program without a word."""
+        """Raise the error again. Rich itself would exit with code 1."""
         raise BrokenPipeError
 
 
+def table_console() -> Console:
+    """A console as wide as the terminal; in a pipe or a file, as wide as any table."""
+    console = OutputConsole()
+    return console if console.is_terminal else OutputConsole(width=_PIPE_WIDTH)
+
+
 def progress(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
-    """The items, with a bar on standard error while they are worked on, where that is a terminal.
+    """Yield the items and show a progress bar on standard error, if that is a terminal.
 
     Args:
         items: what is worked on.
-        title: what is done.
-        total: how many there are, where they do not say.
+        title: text before the bar.
+        total: number of items, if `items` has no length.
     """
     console = Console(stderr=True)
     return track(items, title, total, console=console, disable=not console.is_terminal)
 
 
-def end_unread(name: str) -> int:
-    """Say that nobody reads the output of the program `name` any more; returns its exit code, as shells have it."""
-    print(f"{name}: nobody reads its output any more", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its end
+def close_output() -> int:
+    """Discard further output after a `BrokenPipeError`; returns the exit code that shells use for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes standard output at exit
     return 141
-
-
-def table_console() -> Console:
-    """A console as wide as the terminal; where there is none, wide enough for every table."""
-    console = OutputConsole()
-    return console if console.is_terminal else OutputConsole(width=_NO_LIMIT)

@@ -25,7 +25,7 @@ from transformers.training_args import ParallelMode
 
 from mola.errors import NotFiniteError
 from mola.files.atomic import append_lines, atomic_write_json, atomic_write_text
-from mola.files.reading import kept_lines, read_json_object
+from mola.files.reading import read_json_object, select_lines
 from mola.insight.recorder import RouterRecorder
 from mola.insight.usage import usage_of_sums
 
@@ -171,7 +171,7 @@ class ExpertTelemetry(TrainerCallback):
             return
         # If there are sums, a line of the same step was written at the end of the run that was stopped there.
         end = step + 1 if sums is None else step
-        kept = kept_lines(self.path, lambda line: _is_complete_before(line, end)) if step else []
+        kept = select_lines(self.path, lambda line: _is_complete_before(line, end)) if step else []
         if self.path.exists() or step:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.path, "".join(line + "\n" for line in kept))
@@ -190,7 +190,7 @@ class ExpertTelemetry(TrainerCallback):
 def drop_later_lines(path: Path, step: int) -> None:
     """Drop lines after a step, for a run that resumes from it without telemetry."""
     if path.exists():
-        kept = kept_lines(path, lambda line: _is_complete_before(line, step + 1))
+        kept = select_lines(path, lambda line: _is_complete_before(line, step + 1))
         atomic_write_text(path, "".join(line + "\n" for line in kept))
 
 

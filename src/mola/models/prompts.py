@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
-from mola.files.reading import read_json_object, read_text
+from mola.files.reading import read_json_object
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where tokenizers keep it; older ones in their configuration
 PROMPTS_FILE = "prompts.json"  # beside an adapter that was made from another: the name of its template
@@ -107,7 +107,7 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     path, template = folder / CHAT_TEMPLATE, settings.get("chat_template")
     if path.is_file():
         try:
-            template = read_text(path)
+            template = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise MolaError(f"the chat template of an adapter cannot be read: {str(path)!r} ({error}).") from error
     return Chat(template, end_token_of(folder)) if isinstance(template, str) else None

@@ -1,1 +1,1 @@
-"""Options of commands: fields with help texts, and the way to them from flags and recipes, and their help."""
+"""Options of commands: dataclass fields, flags, recipes and help texts."""

@@ -1,6 +1,7 @@
-"""What options dataclasses share: fields with help texts, in groups; names between commas, mappings."""
+"""Fields of options dataclasses, their groups, and options whose text holds names or a mapping."""
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -8,25 +9,25 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.reading import first_repeated, parse_json
+from mola.files.reading import first_repeated
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field with a help text and whatever else argparse shall know about its flag."""
+    """A dataclass field with a help text; `more` are arguments of argparse's `add_argument` for the flag."""
     return field(default=default, metadata={"help": help, **more})
 
 
 class Group(str):
-    """A class variable of an options class that gives the options below it a heading."""
+    """A class variable of an options class: the heading of the options below it."""
 
 
 START = Group("start with these")
 
 
 def options_by_group(options_class: Any) -> dict[str, list[Field]]:
-    """Heading -> options, as a reader meets them: a class before its parents, what is required before the rest.
+    """Heading -> options, in the order of the help text: a class before its parents, required options first.
 
     Options above the first heading of their class are under "".
     """
@@ -46,7 +47,7 @@ def options_by_group(options_class: Any) -> dict[str, list[Field]]:
 
 
 def paths_as_text(options: Any) -> None:
-    """Make texts of the options that were given as `os.PathLike`: records of what was asked for are JSON."""
+    """Replace each `os.PathLike` in an options object by its text, because options are recorded as JSON."""
     for each in fields(options):
         value = getattr(options, each.name, None)
         if isinstance(value, os.PathLike):
@@ -56,13 +57,11 @@ def paths_as_text(options: Any) -> None:
 
 
 def names_between_commas(names: str | None, option: str = "target_modules") -> list[str] | str | None:
-    """Module names from a comma-separated `option`; "all-linear" and regular expressions stay one text.
+    """Split a text of module names at its commas; "all-linear" and a regular expression stay one text.
 
     Raises:
-        MolaError: a name is empty, or it is no text.
+        MolaError: a name is empty.
     """
-    if names is not None and not isinstance(names, str):
-        raise MolaError(f"`{option}` must be one text, with names between commas like 'q_proj,v_proj': got {names!r}.")
     if names is None or names.strip().lower() == "all-linear":
         return names and "all-linear"
     parts = [name.strip() for name in names.split(",")]
@@ -72,51 +71,23 @@ def names_between_commas(names: str | None, option: str = "target_modules") -> l
 
 
 def list_between_commas(names: str | None, option: str) -> list[str] | None:
-    """As `names_between_commas`, for options of which PEFT takes lists: a text would be read letter by letter."""
+    """`names_between_commas` as a list in any case, for options of PEFT that would read a text letter by letter."""
     split = names_between_commas(names, option)
     return [split] if isinstance(split, str) else split
 
 
-def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
-    """An option that gives names to several sets of options; each name becomes a part of a folder's name.
-
-    Its value is a mapping from names to mappings, or to None for an empty one; text as in `mapping`. `example` is a
-    right one, for messages.
-
-    Raises:
-        MolaError: it is empty, a name is none that every file system takes, or a value is no mapping.
-    """
-    entries = mapping(name, value)
-    if not entries:
-        raise MolaError(
-            f"`{name}` must name at least one, such as {example}: it is empty. Give it in the recipe, or as JSON with "
-            f"--{name}."
-        )
-    for key, values in entries.items():
-        if not _NAME.fullmatch(key):
-            raise MolaError(
-                f"`{name}` must have names made of letters, digits, '_', '.' and '-', which folders can have: got "
-                f"{key!r}. Rename it."
-            )
-        if values is not None and not (isinstance(values, Mapping) and all(isinstance(each, str) for each in values)):
-            raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
-    return {key: dict(values or {}) for key, values in entries.items()}
-
-
 def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """An option that holds a mapping: JSON text on the command line, a dict in Python; empty for None.
+    """The option `name`, whose value is a mapping: JSON text on the command line, a dict in Python, {} for None.
 
     Raises:
-        MolaError: no mapping, or a key occurs twice.
+        MolaError: the value is no mapping with text keys, or a key occurs twice.
     """
     if value is None:
         return {}
     if isinstance(value, str):
         try:
-            value = parse_json(value, object_pairs_hook=lambda pairs: _different_keys(name, pairs))
-        except MolaError:
-            raise
-        except ValueError as error:
+            value = json.loads(value, object_pairs_hook=lambda pairs: _distinct_pairs(name, pairs))
+        except json.JSONDecodeError as error:
             raise MolaError(
                 f'`{name}` must be a mapping; on the command line as JSON, such as \'{{"key": "value"}}\': got '
                 f"{value!r} ({error})."
@@ -126,29 +97,48 @@ def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return dict(value)
 
 
-def _different_keys(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _distinct_pairs(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (key := first_repeated(key for key, _ in pairs)) is not None:
         raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
     return dict(pairs)
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
-    """The first of `names` whose values differ; None if there is none. A missing value counts as None.
+def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
+    """The option `name`, which maps names to sets of options; None stands for an empty set.
 
-    By default all names of both are compared, sorted.
+    Args:
+        name: the option.
+        value: as of `mapping`. Each key becomes a part of a folder's name.
+        example: a right value, for messages.
+
+    Raises:
+        MolaError: no name is given, a name has other characters than folders can have, or a value is no mapping.
     """
+    entries = mapping(name, value)
+    if not entries:
+        raise MolaError(f"`{name}` must not be empty. Set it in the recipe, or as JSON: --{name} '{example}'.")
+    for key, values in entries.items():
+        if not _FOLDER_NAME.fullmatch(key):
+            raise MolaError(f"`{name}` must have names of letters, digits, '_', '.' and '-': got {key!r}. Rename it.")
+        if values is not None and not isinstance(values, Mapping):
+            raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
+    return {key: dict(values or {}) for key, values in entries.items()}
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
+    """The first of `names` (by default all keys, sorted) with different values; a missing value counts as None."""
     compared = sorted({*old, *new}) if names is None else names
     return next((name for name in compared if old.get(name) != new.get(name)), None)
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a `seed` that generators of torch do not take."""
+    """Raise for a `seed` outside the range that torch's generators take."""
     if not 0 <= seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {seed}.")
 
 
 def check_positive(**values: int | None) -> None:
-    """Refuse counts below 1; None passes."""
+    """Raise for a value below 1; None is allowed."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise MolaError(f"`{name}` must be at least 1: got {value}.")

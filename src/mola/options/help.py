@@ -9,15 +9,15 @@ from transformers import HfArgumentParser
 
 from mola.options.fields import options_by_group
 
-_INDENT = " " * 37  # of the texts
-_VALUES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
+_INDENT = " " * 37
+_VALUE_NAMES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
 
 
 class ShowHelp(Action):
-    """`--help` prints the options that stand in a group; `--help all` also those of `TrainingArguments` that do not."""
+    """`--help` prints mola's own options; `--help all` also prints the other options of `TrainingArguments`."""
 
     def __call__(self, parser: Any, namespace: object, values: object, option_string: str | None = None) -> None:
-        """Print, and end the program, whatever options are missing."""
+        """Print the help text and end the program."""
         print(_help_text(parser, is_complete=values is not None), flush=True)
         parser.exit()
 
@@ -25,7 +25,7 @@ class ShowHelp(Action):
 def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
     (options_class,) = parser.dataclass_types
     kinds: dict[str, Any] = {"config": str, "help": str, **get_type_hints(options_class)}
-    actions = {action.dest: action for action in reversed(parser._actions)}  # --no_x follows --x, whose dest it has
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --no_x follows --x and has the same dest
     groups = {heading: [each.name for each in group] for heading, group in options_by_group(options_class).items()}
     rest = groups.pop("", []) if len(groups) > 1 else []
     next(iter(groups.values())).extend(["config", "help"])
@@ -33,7 +33,7 @@ def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
         groups["the rest of TrainingArguments"] = rest
     lines = [f"usage: {parser.prog} [--config RECIPE.yaml] [--flag value ...]", "", f"{parser.description}"]
     for heading, names in groups.items():
-        lines += ["", f"{heading or 'options'}:", *(_entry(actions[name], kinds[name], is_complete) for name in names)]
+        lines += ["", f"{heading or 'options'}:", *(_help_entry(actions[n], kinds[n], is_complete) for n in names)]
     if rest and not is_complete:
         lines += [
             "",
@@ -42,12 +42,12 @@ def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
     return "\n".join(lines)
 
 
-def _entry(action: Action, kind: Any, with_choices: bool) -> str:
-    """An option: one spelling of its flag, what it takes, its text, its default."""
+def _help_entry(action: Action, kind: Any, with_choices: bool) -> str:
+    """One option: its flag, the kind of its value, its text and its default."""
     head = "  " + ", ".join(flag for flag in action.option_strings if "-" not in flag[2:])
-    if action.const is not True or action.default is True:  # else the flag alone says it
+    if action.const is not True or action.default is True:  # other switches need no value
         types = {get_origin(part) or part for part in get_args(kind) or [kind]}
-        head += f" {action.metavar or next((_VALUES[each] for each in _VALUES if each in types), 'TEXT')}"
+        head += f" {action.metavar or next((_VALUE_NAMES[each] for each in _VALUE_NAMES if each in types), 'TEXT')}"
     head += " ..." * (action.nargs == "+")
     text = (action.help or "").replace("%%", "%").removesuffix(".")
     if action.choices and with_choices and not action.metavar:

@@ -1,8 +1,7 @@
-"""Options of a command from its flags and, with `--config`, a YAML recipe.
+"""Read the options of a command from flags and a YAML recipe.
 
-Flags are those of the command's options dataclass, with underscores or dashes. A recipe gives options by
-the same names; flags win. Unknown flags and keys are refused before anything else happens. `~/` at the start of a
-value is the home folder: shells leave it where it stands after `=`, and recipes have no shell.
+The flags of a command are the fields of its options dataclass, written with underscores or dashes. A recipe sets
+options by the same names; flags win. `~/` at the start of a value is the home folder.
 """
 
 import difflib
@@ -11,16 +10,21 @@ import os
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
 
+import yaml
 from transformers import HfArgumentParser
 
 from mola.errors import MolaError
+from mola.files.reading import parse_yaml
 from mola.options.fields import mapping
 from mola.options.help import ShowHelp
-from mola.options.recipes import read_recipe
+
+_FLAG = re.compile(r"--[\w-]+(=|$)")
+_HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # also in NAME=PATH and between commas
+_FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ stays
 
 
 def parse(
@@ -37,9 +41,9 @@ def parse(
     Args:
         options_class: dataclass of options.
         arguments: the words after the command.
-        prog: how the command is called, for the help text.
+        prog: name of the command, for the help text.
         summary: one line for the help text.
-        positional: option that a first word without dashes sets; if it is a list, all words before the first flag.
+        positional: option that a first word without dashes sets; a list takes all words before the first flag.
         bare_no: accept `--noflag` for `--flag=false`.
 
     Raises:
@@ -49,25 +53,19 @@ def parse(
     """
     arguments, recipe = _take_config(list(arguments))
     if bare_no:
-        arguments = _without_bare_no(arguments, options_class)
+        arguments = _spell_out_bare_no(arguments, options_class)
     parser, flags = _make_parser(options_class, prog, summary)
+    config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
+    flags |= {"--config": config}
     if positional and arguments and not arguments[0].startswith("-"):
         takes_more = flags[f"--{positional}"].nargs == "+"
         end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if takes_more else 1
         arguments = [f"--{positional}", *arguments[:end], *arguments[end:]]
-    config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
-    flags |= {"--config": config}
-    # Before argparse does anything: a misspelt flag is the likely reason for whatever else is missing.
-    for word in arguments:
-        if word.startswith("--") and " " not in word and word.partition("=")[0] not in flags:
-            raise MolaError(_unknown(word.partition("=")[0], flags))
-    if arguments and not arguments[0].startswith("-"):  # which a list at the end of a recipe would take
-        raise MolaError(_unknown(arguments[0], flags))
-    _refuse_lists_given_twice(arguments, flags, options_class)
+    _check_words(arguments, flags)
     if recipe is not None:
-        values = read_recipe(recipe)
-        arguments = _recipe_flags(values, recipe, parser, flags, get_type_hints(options_class)) + arguments
-    arguments = _with_home(arguments)
+        types = get_type_hints(options_class)
+        arguments = _flags_of_mapping(read_recipe(recipe), recipe, parser, flags, types) + arguments
+    arguments = _expand_home(arguments)
     _, stray = parser.parse_known_args(arguments)
     if stray:
         raise MolaError(_unknown(stray[0], flags))
@@ -75,12 +73,10 @@ def parse(
         options, *_ = parser.parse_args_into_dataclasses(
             args=arguments, look_for_args_file=False, return_remaining_strings=True
         )
-    except MolaError:
-        raise
     except json.JSONDecodeError as error:
         raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
-        raise MolaError(str(error)) from error
+    except (ValueError, TypeError, ImportError) as error:  # of the checks of TrainingArguments
+        raise error if isinstance(error, MolaError) else MolaError(str(error)) from error
     return options
 
 
@@ -93,25 +89,132 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
         source: where the values are from, for messages.
 
     Returns:
-        Field name -> value, of the options given only.
+        Field name -> value, of the given options only.
 
     Raises:
         MolaError: a name is unknown or a value does not fit.
     """
     parser, flags, types = _converter(options_class)
-    words = _recipe_flags(values, source, parser, flags, types)
-    options = parser.parse_args(_with_home(words))
+    words = _flags_of_mapping(values, source, parser, flags, types)
+    options = parser.parse_args(_expand_home(words))
     names = [flags[f"--{key}"].dest for key in values]
     return {name: getattr(options, name) for name in names}
 
 
-_FLAG = re.compile(r"--[\w-]+(=|$)")
-_FREE_TEXT = ("prompt", "instruction", "input")
-_HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # also in NAME=PATH and between commas
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Options in a YAML recipe, by name.
+
+    A single value, and each value of a list, is the text as written. So the type of the option decides what `2468`,
+    `007`, `no` or `3e-4` means. An empty value is None, and a mapping holds the values that YAML gives it.
+
+    Raises:
+        MolaError: the file cannot be read, is not YAML, or does not hold a mapping from names to values.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = parse_yaml(text)
+    except OSError as error:
+        raise MolaError(f"`config` cannot be read: {error}.") from error
+    except ValueError as error:
+        raise MolaError(f"`config` is not YAML: {os.fspath(path)!r}: {error}. Correct the file.") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        found = ", ".join(map(str, values)) if isinstance(values, list) else values
+        raise MolaError(
+            f"`config` must be a mapping from option names to values: {os.fspath(path)!r} holds {found!r:.80}."
+        )
+    texts = yaml.load(text, yaml.BaseLoader)
+    for name, value in values.items():
+        written = texts.get(name)
+        is_text_list = isinstance(written, list) and all(isinstance(item, str) for item in written)
+        if value is not None and (isinstance(written, str) or is_text_list):
+            values[name] = written
+    return values
 
 
-def _with_home(arguments: Sequence[str]) -> list[str]:
-    """The words with the home folder in place of `~`, but in options that hold any text."""
+def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The other words, and the path of the recipe."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _raise_error  # type: ignore[method-assign]
+    parser.add_argument("--config", action="append", default=[])
+    # A word without a flag before it would join a list before `--config`, once `--config` is taken out.
+    for place, word in enumerate(arguments):
+        after = place + 2 if word == "--config" else place + 1 if word.startswith("--config=") else len(arguments)
+        if place and after < len(arguments) and not arguments[after].startswith("-"):
+            raise MolaError(_unknown(arguments[after], {}))
+    found, rest = parser.parse_known_args(arguments)
+    if len(found.config) > 1:
+        raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
+    return rest, next(map(os.path.expanduser, found.config), None)
+
+
+def _make_parser(
+    options_class: Any, prog: str | None = None, summary: str | None = None
+) -> tuple[HfArgumentParser, dict[str, Action]]:
+    """A parser that raises errors, and its flags."""
+    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
+    parser.error = _raise_error  # type: ignore[method-assign]
+    for action in parser._actions:
+        if get_origin(action.type) is dict:  # argparse cannot call dict[str, bool] with a text
+            action.type = _json_mapping
+    text = "Show this help; all: every option."
+    parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
+    return parser, {option: action for action in parser._actions for option in action.option_strings}
+
+
+@cache  # `mola compare` converts options many times, and several hundred flags take 10 ms to make
+def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action], dict[str, Any]]:
+    return *_make_parser(options_class), get_type_hints(options_class)
+
+
+def _json_mapping(text: str) -> dict[str, Any]:
+    return mapping("", text)
+
+
+_json_mapping.__name__ = "JSON mapping"  # argparse shows the name in messages
+
+
+def _raise_error(message: str) -> NoReturn:
+    raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
+
+
+def _spell_out_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:
+    switches = [name for name, kind in get_type_hints(options_class).items() if kind is bool]
+    spelled = {f"--no{name}": f"--{name}=false" for name in switches}
+    return [spelled.get(word, word) for word in arguments]
+
+
+def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:
+    """Raise for an unknown flag before argparse complains about missing options; and for a list that is given twice.
+
+    argparse would keep the second list only.
+    """
+    lists: set[str] = set()
+    for word in arguments:
+        flag = word.partition("=")[0]
+        if not word.startswith("--") or " " in word:
+            continue
+        if flag not in flags:
+            raise MolaError(_unknown(flag, flags))
+        action = flags[flag]
+        if action.dest in lists:
+            raise MolaError(f"`{action.dest}` must be given once, with all its values after it: got a second {flag}.")
+        if action.nargs == "+" and type(action).__name__ != "_ExtendAction":
+            lists.add(action.dest)
+    if arguments and not arguments[0].startswith("-"):  # a list at the end of a recipe would take the word
+        raise MolaError(_unknown(arguments[0], flags))
+
+
+def _unknown(word: str, flags: Mapping[str, Action]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag. Write every option as --flag value."
+    names = [name for name in flags if "-" not in name.removeprefix("--")]  # each flag has a spelling with dashes too
+    close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"there is no flag {word}.{hint} Run the command with --help for the list."
+
+
+def _expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replace `~`, which a shell leaves after `=`, by the home folder."""
     words, name = [], ""
     for word in arguments:
         flag, sign, value = word.partition("=") if _FLAG.match(word) else ("", "", word)
@@ -121,92 +224,14 @@ def _with_home(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-@cache  # a comparison converts its options many times, and several hundred flags take 10 ms to make
-def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action], dict[str, Any]]:
-    return *_make_parser(options_class), get_type_hints(options_class)
-
-
-def _make_parser(
-    options_class: Any, prog: str | None = None, summary: str | None = None
-) -> tuple[HfArgumentParser, dict[str, Action]]:
-    """A parser that raises errors, and its flags."""
-    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
-    parser.error = _refuse  # type: ignore[method-assign]
-    for action in parser._actions:
-        if get_origin(action.type) is dict:  # dict[str, bool] makes nothing of a text
-            action.type = _json_mapping
-    text = "Show this help; all: every option."
-    parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
-    return parser, {option: action for action in parser._actions for option in action.option_strings}
-
-
-def _json_mapping(text: str) -> dict[str, Any]:
-    return mapping("", text)
-
-
-_json_mapping.__name__ = "JSON mapping"  # so argparse calls it
-
-
-def _without_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:
-    switches = [name for name, kind in get_type_hints(options_class).items() if kind is bool]
-    spelled = {f"--no{name}": f"--{name}=false" for name in switches}
-    return [spelled.get(word, word) for word in arguments]
-
-
-def _refuse(message: str) -> NoReturn:
-    """Instead of argparse's error, which prints every flag there is first."""
-    raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
-
-
-def _refuse_lists_given_twice(arguments: Sequence[str], flags: Mapping[str, Action], options_class: Any) -> None:
-    """The second would be there instead of the first."""
-    added_up = [each.name for each in fields(options_class) if each.metadata.get("action") == "extend"]
-    given: set[str] = set()
-    for word in arguments:
-        action = flags.get(word.partition("=")[0]) if word.startswith("--") else None
-        if action is None or action.nargs != "+" or action.dest in added_up:
-            continue
-        if action.dest in given:
-            raise MolaError(
-                f"`{action.dest}` must be given once, with all its values after it: got a second "
-                f"{word.partition('=')[0]}."
-            )
-        given.add(action.dest)
-
-
-def _unknown(word: str, flags: Mapping[str, Action]) -> str:
-    if not word.startswith("-"):
-        return f"{word!r} belongs to no flag. Write every option as --flag value."
-    # Every flag is there with underscores and with dashes; one of the two is enough of a hint.
-    names = [name for name in flags if "-" not in name.removeprefix("--")]
-    close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"there is no flag {word}.{hint} Run the command with --help for the list."
-
-
-def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", const="", action="append", default=[])
-    found, rest = parser.parse_known_args(arguments)
-    if "" in found.config:
-        raise MolaError("`--config` needs the name of a YAML file after it.")
-    if len(found.config) > 1:
-        raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
-    for place, word in enumerate(arguments):
-        after = place + 2 if word == "--config" else place + 1 if word.startswith("--config=") else len(arguments)
-        if place and after < len(arguments) and not arguments[after].startswith("-"):  # a list before it would take it
-            raise MolaError(_unknown(arguments[after], {}))
-    return rest, next(map(os.path.expanduser, found.config), None)
-
-
-def _recipe_flags(
+def _flags_of_mapping(
     values: Mapping[str, Any],
-    recipe: str,
+    source: str,
     parser: ArgumentParser,
     flags: Mapping[str, Action],
     types: Mapping[str, Any],
 ) -> list[str]:
-    """A recipe's values as flags, so that argparse checks and converts them like any others."""
+    """The values of a recipe as flags, so that argparse checks and converts both in the same way."""
     arguments: list[str] = []
     given: set[str] = set()
     for key, value in values.items():
@@ -214,37 +239,29 @@ def _recipe_flags(
         if flag not in flags or key in ("config", "help"):
             close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise MolaError(f"`{key}` in {recipe} is no option of this command.{hint} Run it with --help for the list.")
+            raise MolaError(f"`{key}` in {source} is no option of this command.{hint} Run it with --help for the list.")
         action = flags[flag]
         if action.dest in given:
-            raise MolaError(
-                f"`{key}` is in {recipe} twice, with dashes and with underscores. Leave one of the two out."
-            )
+            raise MolaError(f"`{key}` is in {source} twice, with dashes and with underscores. Remove one of the two.")
         given.add(action.dest)
         if value is None:
             if type(None) not in getattr(types.get(action.dest), "__args__", ()):
-                raise MolaError(f"`{key}` in {recipe} needs a value: it is empty. Fill it in or leave the line out.")
+                raise MolaError(f"`{key}` in {source} needs a value: it is empty. Fill it in or remove the line.")
             parser.set_defaults(**{action.dest: None})
         elif isinstance(value, list) and action.nargs == "+":
-            arguments += [flag, *(_recipe_text(item) for item in value)]
+            arguments += [flag, *map(_flag_text, value)]
         else:
-            arguments.append(f"{flag}={_recipe_text(value)}")
+            arguments.append(f"{flag}={_flag_text(value)}")
     return arguments
 
 
-def _recipe_text(value: Any) -> str:
-    """A recipe's value as one would write it on the command line."""
+def _flag_text(value: Any) -> str:
+    """A value of YAML as one writes it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        try:
-            return json.dumps(value)
-        except TypeError as error:  # YAML has dates
-            raise MolaError(
-                f"a recipe's mapping must hold text, numbers and truth values ({error}): quote it."
-            ) from error
+        return json.dumps(value, default=str)  # YAML has dates
     if isinstance(value, list):
-        text = ",".join(_recipe_text(item) for item in value)
-        is_number = len(value) == 1 and isinstance(value[0], int) and not isinstance(value[0], bool)
-        return f"{text}," if is_number else text  # one number: not its digits
-    return getattr(value, "written", str(value))
+        text = ",".join(map(_flag_text, value))
+        return f"{text}," if len(value) == 1 and text.isdecimal() else text  # `[16]` is one number, not two digits
+    return str(value)

@@ -18,8 +18,7 @@ from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
 from mola.checkpoints.tensors import read_tensors
 from mola.errors import MolaError
-from mola.files.digests import check_digest, find_weights
-from mola.files.finite import check_finite
+from mola.files.digests import check_digest, check_finite, find_weights
 from mola.files.reading import read_json_object
 from mola.files.schema import TEXT, check_form
 from mola.insight.inspection import ModuleRedundancy, module_redundancy

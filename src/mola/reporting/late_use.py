@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.reading import json_lines
+from mola.files.reading import read_json_lines
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 
 _PART = 0.25
@@ -65,12 +65,12 @@ def read_late_use(path: Path, last_step: int = 0) -> dict[str, LateUse]:
         MolaError: the file is not telemetry as mola writes it.
     """
     recorded = 0
-    for entry in json_lines(path):
+    for entry in read_json_lines(path):
         check_form(entry, _FORM, str(path), "Restore the file, or remove it.")
         recorded = entry["step"]
     first = (1 - _PART) * max(recorded, last_step)
     modules: dict[str, LateUse] = {}
-    for entry in json_lines(path):
+    for entry in read_json_lines(path):
         for record in entry["modules"] if entry["step"] > first else []:
             use = modules.setdefault(record["module"], LateUse())
             if use.shares and len(use.shares) != len(record["shares"]):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mola.errors import MolaError
 from mola.files.digests import find_weights
-from mola.files.reading import json_lines, read_json_object
+from mola.files.reading import read_json_lines, read_json_object
 from mola.files.schema import check_form
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights
@@ -112,7 +112,7 @@ def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int
     """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     is_over = False
-    for entry in json_lines(path):
+    for entry in read_json_lines(path):
         if entry.get("loss") is not None or entry.get("eval_loss") is not None:
             check_form(entry, LOSS, str(path), _CURE)
         is_over = "train_loss" in entry or (is_over and "loss" not in entry)  # a run that goes on has more of both
@@ -154,7 +154,7 @@ def _is_of(adapter: str, run: Run) -> bool:
 
 
 def _intervals(path: Path) -> Iterator[dict[str, Any]]:
-    for entry in json_lines(path):
+    for entry in read_json_lines(path):
         check_form(entry, INTERVAL, str(path), _CURE)
         yield entry
 

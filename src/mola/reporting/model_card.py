@@ -1,6 +1,6 @@
 """The model card of a run: README.md in its folder, from what the folder holds.
 
-A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.ownership`.
+A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.digests`.
 """
 
 import json
@@ -15,8 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mola.data.read import hub_dataset, is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text
-from mola.files.digests import WEIGHTS_FILE
-from mola.files.ownership import is_own_file, with_mark
+from mola.files.digests import WEIGHTS_FILE, is_own_file, with_mark
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, opened, own_numbers, shapes_in
 from mola.reporting.formatting import markdown_table

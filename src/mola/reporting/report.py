@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_writable
-from mola.files.ownership import is_own_file, with_mark
+from mola.files.digests import is_own_file, with_mark
 from mola.files.terminal import OutputConsole
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import NotFiniteError
 from mola.files.atomic import append_lines, atomic_write_text
-from mola.files.reading import kept_lines
+from mola.files.reading import select_lines
 from mola.training.checkpoints import newest_complete, rotate
 from mola.training.zero import gathered
 
@@ -46,7 +46,7 @@ class MetricsFile(TrainerCallback):
         """Drop lines that the resumed part of the run will write again."""
         if not state.is_world_process_zero:
             return
-        kept = kept_lines(self._before, _written_by(state.global_step)) if state.global_step else []
+        kept = select_lines(self._before, _written_by(state.global_step)) if state.global_step else []
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(

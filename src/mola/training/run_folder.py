@@ -22,8 +22,8 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
+from mola.files.digests import is_own_file
 from mola.files.locks import warn_of_no_locks
-from mola.files.ownership import is_own_file
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
 from mola.reporting import REPORT_FILE

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mola.errors import MolaError
-from mola.files.finite import check_finite
+from mola.files.digests import check_finite
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 

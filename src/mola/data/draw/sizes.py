@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mola.data.source import single_source
 from mola.data.tasks import Task
 from mola.data.write import PROMPT_COLUMNS, Merge, write_spooled
 from mola.errors import MolaError
-from mola.files.folders import complete_folder
+from mola.files.atomic import complete_folder
 
 HELD_OUT_SIZE = 1000  # validation and test rows, if nothing else is said
 
@@ -40,10 +41,14 @@ def prepare_drawn(task: Task, data: str, sizes: Mapping[str, int], seed: int, ou
 
     source = single_source(data)
     wanted = {split: size for split, size in sizes.items() if size}
-    with complete_folder(output_dir) as (folder, scratch), Spool(scratch / "rows", last=PROMPT_COLUMNS) as spool:
+    with (
+        complete_folder(output_dir) as folder,
+        TemporaryDirectory() as scratch,
+        Spool(Path(scratch, "rows"), last=PROMPT_COLUMNS) as spool,
+    ):
         merge = Merge(task)
         subset = draw_subset(source, task, wanted, seed, spool, merge)
-        write_spooled(spool, subset.numbers, folder, scratch)
+        write_spooled(spool, subset.numbers, folder, Path(scratch))
     print(subset.summary())
     merge.say_replaced()
     print(f"written to {output_dir}")

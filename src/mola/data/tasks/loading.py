@@ -19,7 +19,7 @@ from mola.data.tasks.task import (
 )
 from mola.data.templates import template_names
 from mola.errors import MolaError
-from mola.files.reading import parse_yaml, read_text
+from mola.files.reading import parse_yaml
 
 
 def task_names() -> list[str]:
@@ -40,7 +40,7 @@ def load_task(name_or_path: str | Path) -> Task:
     elif name.endswith((".yaml", ".yml")) and os.path.isfile(os.path.expanduser(name)):
         source = name
         try:
-            text = read_text(os.path.expanduser(name))
+            text = Path(name).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise MolaError(f"`task` file `{name}` cannot be read: {error}. Check the file.") from error
     else:

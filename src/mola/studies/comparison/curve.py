@@ -16,7 +16,7 @@ from mola.data.tasks import load_task
 from mola.evaluation.core import evaluate_examples
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.atomic import append_lines, atomic_write_text
-from mola.files.reading import json_lines, kept_lines
+from mola.files.reading import read_json_lines, select_lines
 from mola.generation.predicting import base_of
 from mola.training.callbacks import ask_for_averages, check_weights
 
@@ -45,7 +45,7 @@ class TestsOnTheWay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop tests that the resumed part of the run will do again."""
-        kept = kept_lines(self.path, lambda line: 0 < line["step"] <= state.global_step)
+        kept = select_lines(self.path, lambda line: 0 < line["step"] <= state.global_step)
         atomic_write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ def marks_of(samples: Sequence[dict[str, Any]]) -> str:
 
 def read_curve(folder: Path) -> tuple[Curve, float]:
     """The tests of a run on the way, in the order of steps, and their seconds."""
-    lines = list(json_lines(folder / CURVE_FILE))
+    lines = list(read_json_lines(folder / CURVE_FILE))
     return [(line["step"], line["marks"]) for line in lines], sum(line["seconds"] for line in lines)
 
 
