@@ -31,7 +31,7 @@ from benchmarks.tables import tables
 from benchmarks.telemetry import telemetry
 from benchmarks.text import check_text
 from benchmarks.training import counts, memory, step
-from mola._process import CHOICES, KEPT, keep_freed_memory
+from mola._process import KEEP_MEMORY, MALLOC_VARIABLES, keep_freed_memory
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
@@ -125,13 +125,13 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
 
 
 def _keep_memory() -> None:
-    """Here and, through the environment, in the processes that suites start."""
+    """Keep freed memory in this process and, through the environment, in the processes that suites start."""
     if not keep_freed_memory():
         raise MolaError(
-            f"`keep_memory` needs glibc's malloc, and none of {', '.join(CHOICES)} in the environment. Unset these, or "
-            "leave it out."
+            f"`keep_memory` needs glibc's malloc, and none of {', '.join(MALLOC_VARIABLES)} in the environment. Unset "
+            "these, or leave it out."
         )
-    os.environ.update(KEPT)
+    os.environ.update(KEEP_MEMORY)
 
 
 def _output(options: BenchmarkOptions) -> Path:

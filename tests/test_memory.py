@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.command import main
 
-from mola._process import CHOICES, KEPT
+from mola._process import KEEP_MEMORY, MALLOC_VARIABLES
 
 try:
     GLIBC = os.confstr("CS_GNU_LIBC_VERSION").startswith("glibc")
@@ -37,7 +37,7 @@ FEW, MANY = 50, 10 * 16
 def printed(folder, name, text, *words, **variables):
     """What a program of this name and text prints."""
     (folder / name).write_text(text)
-    environment = {key: value for key, value in os.environ.items() if key not in (*CHOICES, "LD_PRELOAD")}
+    environment = {key: value for key, value in os.environ.items() if key not in (*MALLOC_VARIABLES, "LD_PRELOAD")}
     command = [sys.executable, str(folder / name), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment | variables)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_own_programs_keep_freed_memory(tmp_path):
 
 
 def test_the_environment_does_the_same(tmp_path):
-    assert int(printed(tmp_path, "any.py", ALLOCATE, **KEPT)[0]) < FEW
+    assert int(printed(tmp_path, "any.py", ALLOCATE, **KEEP_MEMORY)[0]) < FEW
 
 
 @pytest.mark.parametrize(

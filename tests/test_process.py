@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mola._process import is_own_program
+from mola._process import is_mola_command
 
 from .grids import slow
 from .versions import needs
@@ -58,8 +58,24 @@ def test_exit_code_is_2_for_wrong_input(tmp_path):
         ("", False),
     ],
 )
-def test_own_programs_are_known(program, own):
-    assert is_own_program(str(program)) is own
+def test_commands_of_mola_are_recognised(program, own, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert is_mola_command() is own
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["-u", "-m", "mola.cli", "train"], True),
+        (["-X", "dev", "-m", "mola"], True),
+        (["-m", "other.package"], False),
+    ],
+)
+def test_a_module_that_is_run_is_recognised(words, own, monkeypatch):
+    """Launchers of several processes start each of them like this."""
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *words])
+    assert is_mola_command() is own
 
 
 @pytest.mark.slow
@@ -70,9 +86,10 @@ def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
     assert "MOLA" in run(program).stdout
 
 
-def test_renamed_script_is_still_one(tmp_path):
+def test_renamed_script_is_still_one(tmp_path, monkeypatch):
     shutil.copy(ROOT / "scripts" / "mola_training.py", tmp_path / "mine.py")
-    assert is_own_program(str(tmp_path / "mine.py"))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "mine.py")])
+    assert is_mola_command()
 
 
 CHECK = """

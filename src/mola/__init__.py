@@ -11,10 +11,9 @@ from mola import _process
 from mola._version import __version__
 from mola.errors import MolaError
 
-if _process.OWN_PROGRAM:
-    _process.prefer_passive_waiting()  # before anything imports torch
-    _process.keep_freed_memory()
-    _process.hush_recommendations()
+_IS_COMMAND = _process.is_mola_command()
+if _IS_COMMAND:
+    _process.set_up_command()  # before anything imports torch
 
 __all__ = [
     "ContinualOptions",
@@ -43,11 +42,11 @@ __all__ = [
 if TYPE_CHECKING:
     from mola._names import *
 else:
-    if not _process.OWN_PROGRAM:
+    if not _IS_COMMAND:
         from mola.tuner import MolaConfig, MolaLinear, MolaModel  # registers the method
 
     def __getattr__(name):
-        """The other names when they are wanted: whoever only loads an adapter need not wait for the trainer's."""
+        """Import the other names when one is first used: a program that only loads an adapter needs no trainer."""
         if name not in __all__:
             raise AttributeError(f"module 'mola' has no attribute {name!r}")
         from mola import _names

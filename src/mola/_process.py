@@ -1,16 +1,6 @@
-"""What is different when the process is one of mola's own programs: the `mola` command or a script of `scripts/`.
+"""What differs in a process that runs the `mola` command or one of the scripts, before it imports torch.
 
-- Waiting: OpenMP threads wait for each other at barriers by spinning. When other programs hold the cores, a step of
-  one second can become a minute. Passive waiting cures that; it has to be set before torch is imported.
-- Memory: the process keeps what it frees, for it soon needs it again: training steps. When a large tensor is freed,
-  glibc's malloc gives its pages back to the system, and those of the next one have to be made and filled with zeros
-  again. On a CPU that is 4 to 7 % of a training step.
-- Messages: PEFT imports bitsandbytes where it is installed, which then recommends another package; every run, quantised
-  or not, would begin with that.
-- Imports: a program imports what its command needs, so that preparing data needs no torch.
-
-A library does not change its host program's environment and messages, and offers all of its names: none of this holds
-for others.
+A library must not change the environment and the messages of its host program, so nothing here holds for others.
 """
 
 import ctypes
@@ -19,74 +9,60 @@ import os
 import sys
 from pathlib import Path
 
-CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 """Variables by which a user sets glibc's malloc."""
-KEPT = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
-"""The same as `keep_freed_memory`, for the environment of a process that is yet to be started."""
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
+"""The effect of `keep_freed_memory` as environment variables, for a process that is yet to be started."""
 SET: list[str] = []
-"""Variables of the environment that were set here, by name."""
-_MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no block outside the heap
-_COMMAND = ("mola", "mola.exe", "mola-script.py")
-_MODULES = ("mola", "mola.cli")
-_WITH_VALUE = ("-X", "-W", "--check-hash-based-pycs")  # options of Python whose value is the next word
-_SCRIPT_LINE = "from mola.cli import run_script"
-_LONGEST_SCRIPT = 1 << 16  # characters looked at
+"""Names of the environment variables that `set_up_command` has set."""
+_MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never trim; M_MMAP_MAX: no block outside the heap
+_PROGRAMS = ("mola", "mola.exe", "mola-script.py")
+_LINE_OF_SCRIPTS = "from mola.cli import run_script"
 
 
-def is_own_program(program: str) -> bool:
-    """Whether a process that was started as `program` runs a command of mola: the command itself, or a script for one.
+def is_mola_command() -> bool:
+    """Whether this process was started as `mola`, `python -m mola`, or a script that runs a command of mola.
 
-    Not by the name of a script: people have programs of their own that are called like those of the research code.
+    A script is recognised by its text and not by its name: users have programs with the names of the scripts.
     """
-    path = Path(program)
-    if path.name in _COMMAND:
-        return True
-    if path.suffix != ".py":
-        return False
+    program = Path(sys.argv[0] if sys.argv else "")
+    if program.name == "-m":  # what Python puts there while it imports the package of the module that it will run
+        return "mola" in sys.orig_argv or "mola.cli" in sys.orig_argv
+    if program.suffix != ".py" or program.name in _PROGRAMS:
+        return program.name in _PROGRAMS
     try:
-        with path.open(encoding="utf-8") as file:
-            return any(line.strip() == _SCRIPT_LINE for line in file.read(_LONGEST_SCRIPT).splitlines())
+        return _LINE_OF_SCRIPTS in program.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return False
 
 
-def prefer_passive_waiting() -> None:
-    """Set `OMP_WAIT_POLICY=PASSIVE` if the user has not chosen."""
+def set_up_command() -> None:
+    """Set what makes a command of mola faster and quieter; call it before torch is imported.
+
+    - OpenMP threads wait passively, unless the user has chosen otherwise: a thread that spins at a barrier can make a
+      step of one second take a minute when other programs hold the cores.
+    - Freed memory stays with the process, see `keep_freed_memory`.
+    - bitsandbytes does not recommend another package whenever it is imported. Its errors are still logged.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         SET.append("OMP_WAIT_POLICY")
-
-
-def hush_recommendations() -> None:
-    """Leave out what bitsandbytes says about an optional kernel while it is imported; its errors stay."""
+    keep_freed_memory()
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def is_own_module(words: list[str]) -> bool:
-    """Whether a command line of Python runs `-m mola`, as launchers of several processes do (or `-m mola.cli`).
-
-    What stands behind a script or another module is that one's own: `pytest -m mola` is no program of mola.
-    """
-    rest = iter(words[1:])
-    for word in rest:
-        if word in _WITH_VALUE:
-            next(rest, None)
-        elif not word.startswith(("--", "-X", "-W")):
-            letters, is_module, name = word[1:].partition("m")
-            if not word.startswith("-") or word == "-" or "c" in letters:  # a script, standard input, a text
-                return False
-            if is_module:
-                return (name or next(rest, "")) in _MODULES
-    return False
-
-
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed, if it is glibc's and the user has not chosen otherwise.
+    """Have glibc's malloc keep freed memory, unless the user has chosen otherwise or uses another allocator.
+
+    Training soon needs the memory again. Without this, malloc returns the pages of large tensors to the system, which
+    has to fill new pages with zeros: 4 to 7 % of a training step on a CPU.
 
     Returns:
-        Whether it does from now on.
+        Whether malloc keeps freed memory from now on.
     """
-    if not _is_glibc() or any(name in os.environ for name in CHOICES) or _other_allocator():
+    is_chosen = any(name in os.environ for name in MALLOC_VARIABLES)
+    has_other_allocator = "alloc" in os.environ.get("LD_PRELOAD", "")  # such as jemalloc, tcmalloc or mimalloc
+    if is_chosen or has_other_allocator or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(name, value) == 1 for name, value in _MALLOPT.items())
@@ -97,11 +73,3 @@ def _is_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError, OSError):  # not Unix, or another C library
         return False
-
-
-def _other_allocator() -> bool:
-    """Whether an allocator such as jemalloc, tcmalloc or mimalloc is loaded in place of glibc's."""
-    return "alloc" in os.environ.get("LD_PRELOAD", "")
-
-
-OWN_PROGRAM = is_own_program(sys.argv[0] if sys.argv else "") or is_own_module(sys.orig_argv)

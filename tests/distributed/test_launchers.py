@@ -11,7 +11,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from mola._process import is_own_module
 from tests.waiting import PATIENCE, wait_until
 
 from ..ports import free_port
@@ -89,24 +88,6 @@ def test_killed_process_ends_the_launcher_and_the_run_goes_on(processes, flags, 
     code, output = finish(start(TORCHRUN, [*arguments, more]))
     assert code == 0, output
     assert_same_run(folder, tmp_path / "whole", 0.0)
-
-
-def test_a_process_of_a_launcher_is_known_as_the_command():
-    """So it waits passively and keeps its memory, as `mola` does."""
-    assert is_own_module([sys.executable, "-u", "-m", "mola.cli", "train"])
-    for own in (["-m", "mola"], ["-X", "dev", "-W", "error", "-um", "mola"], ["-Xdev", "-mmola.cli", "train"]):
-        assert is_own_module([sys.executable, *own]), own
-    for other in (
-        ["-m", "pytest", "mola.cli"],
-        ["-m", "pytest", "-m", "mola"],  # a marker
-        ["evaluate.py", "-m", "mola"],
-        ["mola", "-m", "mola"],
-        ["-c", "import mola", "-m", "mola"],
-        ["-", "-m", "mola"],
-        ["-X", "-m"],
-        [],
-    ):
-        assert not is_own_module([sys.executable, *other]), other
 
 
 def environment_of(name):
