@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Pers
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.measured import effective_experts
-from mola.allocation.probe import routing_records
+from mola.allocation.probe import read_routing_records
 from mola.allocation.rounding import experts_from_scores
 from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.cli import main
@@ -84,7 +84,7 @@ def test_a_shape_at_its_own_budget_is_the_shape(shape, num_layers):
 
 
 @pytest.mark.parametrize("scores", [[], [0, 0], [-1, 2], [math.nan, 1], [math.inf, 1]])
-def test_scores_that_say_nothing(scores):
+def test_unusable_scores_are_refused(scores):
     with pytest.raises(MolaError, match="scores must be"):
         experts_from_scores(scores, 10)
 
@@ -124,25 +124,25 @@ def probe(tiny_model_dir, tmp_path_factory):
     return folder
 
 
-def test_an_interval_of_a_few_steps_at_the_end_is_not_taken_for_all(probe, tmp_path):
+def test_a_short_last_interval_is_not_used(probe, tmp_path):
     def lines(*tokens):
         found = [{"modules": [{**row, "num_tokens": number} for row in records(GATES)]} for number in tokens]
         found[-1]["modules"] = [{**row, "mean_gates": [0.9, 0.1, 0.0]} for row in found[-1]["modules"]]
         (tmp_path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-        return routing_records(str(tmp_path), None)[0][0]["mean_gates"]
+        return read_routing_records(str(tmp_path), None)[0][0]["mean_gates"]
 
     assert lines(100, 90) == [0.9, 0.1, 0.0]
     assert lines(100, 10) == GATES[0][0]
     assert lines(10) == [0.9, 0.1, 0.0]
 
 
-def test_a_line_that_a_killed_run_left_half_written_is_passed_over(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     line = json.dumps({"modules": records(GATES)})
     (tmp_path / "routing.jsonl").write_text(f"{line}\n{line[:90]}")
-    assert routing_records(str(tmp_path), None)[0][0]["mean_gates"] == GATES[0][0]
+    assert read_routing_records(str(tmp_path), None)[0][0]["mean_gates"] == GATES[0][0]
     (tmp_path / "routing.jsonl").write_text(line[:90])
-    with pytest.raises(MolaError, match=r"routing\.jsonl must hold the use of experts"):
-        routing_records(str(tmp_path), None)
+    with pytest.raises(MolaError, match=r"routing\.jsonl must hold the mean gates"):
+        read_routing_records(str(tmp_path), None)
 
 
 def options(base, method, budget=16, **more):
@@ -211,7 +211,7 @@ def test_a_model_without_safetensors_is_loaded(tiny_model_dir, tiny_model, tmp_p
     ],
     ids=["plain", "alpha_pattern", "use_rslora"],
 )
-def test_redundancy_is_the_distance_beside_that_of_other_layers(
+def test_redundancy_is_the_distance_relative_to_other_layers(
     no_weights_dir, tiny_model_dir, tmp_path, settings, scalings
 ):
     probe = save_probe(tiny_model_dir, tmp_path / "probe", **settings)
@@ -322,7 +322,7 @@ def test_without_a_file_the_numbers_are_printed(no_weights_dir, capsys):
     assert "--num_experts 2,4,6,8" in capsys.readouterr().out
 
 
-def test_of_one_layer_and_of_linears_of_ones_own_it_is_printed_too(small_model_dir, capsys):
+def test_the_printed_flags_cover_one_layer_and_chosen_linears(small_model_dir, capsys):
     command = ["allocate", "--base_model", str(small_model_dir), "--method", "uniform", "--budget", "12"]
     assert main([*command, "--target_modules", "q_proj"]) == 0
     assert "--num_experts 12, --target_modules q_proj ..." in capsys.readouterr().out
@@ -366,21 +366,21 @@ def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
         ({"method": "redundancy"}, "pass --adapter"),
         ({"method": "usage"}, "pass --adapter or --inspection"),
         ({"method": "usage", "adapter": "x", "target_modules": "q_proj"}, "`target_modules`"),
-        ({"beta": 2.0}, "`beta` .2. means nothing for the shape"),
+        ({"beta": 2.0}, "`beta` .2. has no effect with the shape"),
         ({"beta": -1.0, "method": "alphalora"}, "`beta` must be a number of at least 0"),
         ({"target_modules": "q_prj"}, "did you mean 'q_proj'"),
         ({"target_modules": "lm_head"}, "'lm_head' is not"),
         ({"method": "alphalora", "max_experts": 2}, "between 4 and 8"),
-        ({"device": "auto"}, "`device` .'auto'. is where .* `method` '2468' computes nothing"),
+        ({"device": "auto"}, "`device` .'auto'. has no effect with `method` '2468'"),
         ({"method": "usage", "inspection": "nosuch.json"}, "`inspection` cannot be read: 'nosuch.json'"),
     ],
 )
-def test_wrong_options_before_weights(no_weights_dir, changes, message):
+def test_wrong_options_are_refused_before_weights_load(no_weights_dir, changes, message):
     with pytest.raises(MolaError, match=message):
         allocate(AllocateOptions(**{"base_model": str(no_weights_dir), "method": "2468", "budget": 16} | changes))
 
 
-def test_probes_that_do_not_serve(tiny_model_dir, no_weights_dir, probe, tmp_path):
+def test_unusable_probes_are_refused(tiny_model_dir, no_weights_dir, probe, tmp_path):
     def refused(message, method="redundancy", **more):
         with pytest.raises(MolaError, match=message):
             allocate(options(no_weights_dir, method, **more))
@@ -400,14 +400,14 @@ def test_probes_that_do_not_serve(tiny_model_dir, no_weights_dir, probe, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1", "must hold the use of experts"),
-        ("[]", "must hold the use of experts"),
+        ("[1", "must hold the mean gates"),
+        ("[]", "must hold the mean gates"),
         ('{"usage": {"all": [{"module": "x", "layer_index": 0, "mean_gates": [0, 0]}]}}', "mean_gates"),
-        (json.dumps({"usage": {"all": records(GATES[:3])}}), "nothing about 3"),
-        (json.dumps({"usage": {"all": records([*GATES, GATES[0]])}}), "speaks of layer 4"),
+        (json.dumps({"usage": {"all": records(GATES[:3])}}), "it lacks 3"),
+        (json.dumps({"usage": {"all": records([*GATES, GATES[0]])}}), "names layer 4"),
     ],
 )
-def test_inspections_that_do_not_serve(no_weights_dir, tmp_path, content, message):
+def test_unusable_inspections_are_refused(no_weights_dir, tmp_path, content, message):
     (tmp_path / "inspect.json").write_text(content)
     with pytest.raises(MolaError, match=message):
         allocate(options(no_weights_dir, "usage", inspection=str(tmp_path / "inspect.json")))

@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_weights(base, samples, tiny_model_dir):
     assert sum(scores) / len(scores) == pytest.approx(1)
 
 
-def test_linears_that_run_several_times_count_all_calls_that_are_trained(base, samples, tiny_model_dir):
+def test_linears_that_run_several_times_count_all_calls_with_gradients(base, samples, tiny_model_dir):
     def repeat(model):
         """As layers that recur, the first time without gradients."""
         mlp = model.model.layers[1].mlp
@@ -84,7 +84,7 @@ def test_linears_that_run_several_times_count_all_calls_that_are_trained(base, s
         assert found[name] == pytest.approx(value * len(norms) / sum(norms.values()), rel=1e-3)
 
 
-def test_samples_are_in_the_template_that_is_asked_for(base, samples, data, tiny_tokenizer):
+def test_samples_use_the_chosen_template(base, samples, data, tiny_tokenizer):
     asked = read_samples(base, data, "sample", "alpaca", "train", 4)
     for short, long in zip(samples, asked, strict=True):
         texts = [tiny_tokenizer.decode(each["input_ids"]) for each in (short, long)]
@@ -136,7 +136,7 @@ def test_the_budget_is_exact_and_the_file_says_how(method, tiny_model_dir, data,
     assert again.scores == result.scores
 
 
-def test_the_command_measures_the_samples_that_are_asked_for(tiny_model_dir, base, data, tmp_path):
+def test_the_command_measures_the_chosen_samples(tiny_model_dir, base, data, tmp_path):
     """Its scores are those of the same split, number and prompts, and of no other."""
     asked = {"template": "alpaca", "split": "validation", "limit": 1}
     words = {"base_model": tiny_model_dir, "target_modules": TARGETS, "data": data, "task": "sample", **asked}
@@ -158,12 +158,12 @@ def test_the_command_measures_the_samples_that_are_asked_for(tiny_model_dir, bas
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"method": "gradient"}, "`method` gradient looks at samples: pass --data FILE --task TASK"),
+        ({"method": "gradient"}, "`method` gradient needs samples: pass --data FILE --task TASK"),
         ({"method": "activation", "data": "x.json"}, "pass --data FILE --task TASK"),
         ({"method": "gradient", "data": "x.json", "task": "sample", "limit": 0}, "`limit` must be at least 1: got 0"),
         ({"method": "2468", "data": "x.json"}, "`data` \\('x.json'\\) is not read by `method` '2468'"),
         ({"method": "gradient", "data": "missing.json", "task": "sample"}, "missing.json"),
-        ({"method": "2468", "template": "alpaca"}, "`template` .'alpaca'. is about `data`"),
+        ({"method": "2468", "template": "alpaca"}, "`template` .'alpaca'. belongs to `data`"),
     ],
 )
 def test_wrong_options_are_refused(words, message, no_weights_dir):

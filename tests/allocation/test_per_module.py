@@ -14,12 +14,11 @@ from rich.console import Console
 from safetensors import safe_open
 
 from mola import MolaConfig
-from mola.allocation.allocate import AllocateOptions, allocate
+from mola.allocation.allocate import AllocateOptions, allocate, module_table
 from mola.allocation.base import read_base
 from mola.allocation.measured import ModuleScore, relative_scores
-from mola.allocation.numbers import Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.allocation.reallocate import ReallocateOptions, reallocate
-from mola.allocation.tables import module_table
+from mola.allocation.rounding import Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.architecture.allocation import plan_allocation
 from mola.architecture.patterns import by_pattern
 from mola.cli import main
@@ -52,7 +51,7 @@ def cases(draw):
     return found, len(kinds), Rule(budget, low, draw(st.sampled_from([high, None])), draw(st.sampled_from([1.0, 2.5])))
 
 
-def test_kinds_of_one_name_compete_each_with_its_likes():
+def test_linears_compete_within_their_kind():
     """GPT-2 has a `c_proj` in attention and one in the MLP."""
     names = [f"transformer.h.{layer}.{kind}.c_proj" for layer in range(4) for kind in ("attn", "mlp")]
     values = {name: (1.0 if ".attn." in name else 100.0) * (1 + index // 2) for index, name in enumerate(names)}
@@ -147,7 +146,7 @@ def file(no_weights_dir, probe, tmp_path_factory):
 TARGETS = ",".join(kind.split(".")[1] for kind in KINDS)
 
 
-def test_a_score_of_its_own(tiny_model_dir, tiny_model, no_weights_dir, probe):
+def test_every_linear_has_its_own_score(tiny_model_dir, tiny_model, no_weights_dir, probe):
     result = allocate(
         AllocateOptions(str(tiny_model_dir), "alphalora", BUDGET, target_modules=TARGETS, per_module=True)
     )
@@ -167,7 +166,7 @@ def test_a_score_of_its_own(tiny_model_dir, tiny_model, no_weights_dir, probe):
     assert sum(each.num_experts for each in relative.modules) == BUDGET * len(KINDS)
 
 
-def test_what_the_file_and_the_terminal_say(file, no_weights_dir, probe, capsys):
+def test_the_file_and_the_terminal_output(file, no_weights_dir, probe, capsys):
     written = json.loads(file.read_text())
     numbers = {row["module"]: row["num_experts"] for row in written["modules"]}
     assert (len(numbers), sum(numbers.values()), sum(written["num_experts"])) == (12, BUDGET * 3, BUDGET)
@@ -257,7 +256,7 @@ def test_a_file_with_a_wrong_pattern(pattern, message, tmp_path):
         MolaConfig(num_experts=str(path))
 
 
-def test_what_cannot_use_a_pattern_refuses_it(file, probe, tiny_model_dir, tiny_model, tmp_path):
+def test_reallocate_refuses_a_pattern(file, probe, tiny_model_dir, tiny_model, tmp_path):
     with pytest.raises(MolaError, match="`num_experts` must have one number per layer: .*without --per_module"):
         reallocate(ReallocateOptions(str(probe), str(file), str(tmp_path / "new")))
     written = json.loads(file.read_text())
@@ -289,8 +288,8 @@ def test_wrong_options(changes, message, no_weights_dir, probe):
         allocate(AllocateOptions(**{"base_model": str(no_weights_dir), "budget": BUDGET, **adapter, **changes}))
 
 
-def test_use_that_says_nothing_of_a_linear(no_weights_dir, probe, tmp_path):
-    """Its layer is spoken of, which is enough for a number per layer only."""
+def test_use_must_cover_every_linear(no_weights_dir, probe, tmp_path):
+    """Without one linear of a layer there is a number for the layer, but not for the linear."""
     rows = json.loads((probe / "routing.jsonl").read_text())["modules"]
     path = tmp_path / "inspect.json"
     path.write_text(json.dumps({"usage": {"all": rows[1:]}}))

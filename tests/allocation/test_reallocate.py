@@ -101,7 +101,7 @@ def inspection_of(adapter, counts):
     return {"usage": {"all": rows}}
 
 
-def test_use_decides_which_experts_go(uniform, tmp_path):
+def test_use_decides_which_experts_are_merged(uniform, tmp_path):
     file = tmp_path / "inspect.json"
     file.write_text(json.dumps(inspection_of(uniform, [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0], [1, 1, 0]])))
     moved(uniform, "2,", tmp_path / "new", inspection=str(file))
@@ -177,7 +177,7 @@ def test_a_base_model_with_fewer_layers_is_refused(uniform, small_model_dir, tmp
         moved(uniform, "2,", tmp_path / "new", base_model=str(small_model_dir))
 
 
-def test_folders_that_do_not_serve(tiny_model_dir, uniform, tmp_path):
+def test_unusable_folders_are_refused(tiny_model_dir, uniform, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(MolaError, match="`output_dir` must be new or empty"):
@@ -216,18 +216,6 @@ def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir,
         assert logits(tiny_model_dir, tmp_path / str(number)).isfinite().all()
 
 
-def test_replicated_layers_count(tiny_model_dir, tmp_path, capsys):
-    """The adapter has six layers, its base model four."""
-    config = MolaConfig(num_experts=4, r=2, layer_replication=[(0, 3), (1, 4)], init_lora_weights=False)
-    adapter = save_adapter(tiny_model_dir, tmp_path / "deep", config)
-    assert moved(adapter, "8,", tmp_path / "eight").num_experts == [8] * 6
-    assert moved(adapter, "246", tmp_path / "six").num_experts == [2, 2, 4, 4, 6, 6]
-    assert logits(tiny_model_dir, tmp_path / "six").isfinite().all()
-    words = ["reallocate", "--adapter", adapter, "--num_experts", "8,", "--output_dir", tmp_path / "with a space"]
-    assert main([*map(str, words)]) == 0
-    assert f"--adapter '{tmp_path}/with a space'" in capsys.readouterr().out
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of PEFT, when it saves
 def test_a_linear_outside_the_layers_has_the_number_of_all(tiny_model_dir, tmp_path):
     config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
@@ -254,7 +242,7 @@ def test_layers_of_an_encoder_decoder_have_one_number(tmp_path):
     assert {each.num_experts["default"] for each in model.modules() if isinstance(each, MolaLinear)} == {3}
 
 
-def test_layers_without_experts_count_for_nothing(tiny_model_dir, tmp_path, capsys):
+def test_layers_without_experts_are_not_counted(tiny_model_dir, tmp_path, capsys):
     config = MolaConfig(num_experts=4, r=2, layers_to_transform=[1, 2])
     some = save_adapter(tiny_model_dir, tmp_path / "some", config)
     words = ["--adapter", some, "--num_experts", "1,2,3,1", "--output_dir", tmp_path / "new"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaError, load_model
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.cli import main
 from mola.exporting.convert import ConvertOptions, convert
@@ -123,7 +124,7 @@ def test_every_tensor_arrives_unchanged(tmp_path_factory, num_layers, num_expert
     assert {(value.dtype, value.requires_grad) for value in back.values()} == {(torch.float32, False)}
 
 
-def test_half_precision_experts_stay_so_and_routers_are_float32(tmp_path):
+def test_experts_keep_half_precision_and_routers_are_float32(tmp_path):
     settings = make_settings()
     tensors = {key: value.detach().bfloat16() for key, value in make_tensors(settings).items()}
     found = read_moe_peft(write(tmp_path / "a", settings, tensors), LINEARS, 4).tensors
@@ -181,7 +182,7 @@ def test_names_of_all_families_but_chatglm(tmp_path, family):
     settings = make_settings([name.rpartition(".")[2] for name in sizes])
     write(tmp_path / "theirs", settings, make_tensors(settings, 2, sizes))
     report = convert_moe_peft(tmp_path / "theirs", tmp_path / "base", tmp_path / "ours")
-    assert report.tensors_written == 3 * 2 * len(sizes)
+    assert len(read_tensors(tmp_path / "ours")) == 3 * 2 * len(sizes)
     assert set(report.target_modules) == {name.rpartition(".")[2] for name in sizes}
 
 
@@ -193,7 +194,6 @@ def test_report_says_what_was_found(tmp_path, tiny_model_dir):
     write(tmp_path / "theirs", settings, tensors)
     report = convert_moe_peft(tmp_path / "theirs", tiny_model_dir, tmp_path / "ours")
     assert (report.num_experts, report.top_k, report.r) == ([3] * 4, [2] * 4, [3] * 4)
-    assert (report.tensors_read, report.tensors_written) == (len(tensors), 12)
     text = str(report)
     for line in (
         "layers            4",
@@ -201,13 +201,12 @@ def test_report_says_what_was_found(tmp_path, tiny_model_dir):
         "top_k             2 everywhere",
         "r                 3 everywhere",
         "linears           q_proj",
-        "tensors           28 read, 12 written",
         "note              use_rslora: lora_alpha 7 / sqrt(r)",
         "note              use_dora: ",
         "note              task_type: None is written as CAUSAL_LM",
         "the base model has no dense, fc1;",
         "note              base model: owner/tiny in the source",
-        "not in this format, write it down: lora_init = gaussian",
+        "write them down: lora_init = gaussian",
     ):
         assert line in text, line
     assert "left out" not in text
@@ -220,8 +219,8 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
     settings = make_settings(["q_proj"], num_experts=1, top_k=1)
     write(tmp_path / "theirs", settings, make_tensors(settings))
     report = convert_moe_peft(tmp_path / "theirs", tiny_model_dir, tmp_path / "ours")
-    assert (report.routers_dropped, report.tensors_read, report.tensors_written) == (4, 12, 8)
-    assert "left out          4 routers" in str(report)
+    assert "note              left out: 4 routers" in str(report)
+    assert len(read_tensors(tmp_path / "ours")) == 8
 
 
 # ---------------------------------------------------------------------- wrong input
@@ -238,17 +237,12 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
         ({"bias": "all"}, "`bias` .* must be 'none', got 'all'"),
         ({"top_k": ...}, r"\['top_k'\] missing"),
         ({"router_jitter_noise": 0.0}, r"\['router_jitter_noise'\] unknown.* needs no conversion"),
-        ({"num_experts": [2, 4]}, r"`num_experts` .* whole number above 0, got \[2, 4\]"),
-        ({"num_experts": True}, "`num_experts` .* got True"),
         ({"r": 0}, "`r` .* got 0"),
         ({"top_k": 5}, "`top_k` .* at most `num_experts` 4, got 5"),
         ({"num_experts": 3}, "`num_experts` .* is 3, but .* has 4 experts"),
-        ({"lora_alpha": "16"}, "`lora_alpha` .* must be a number, got '16'"),
         ({"lora_alpha": -1}, "`lora_alpha` must be a number above 0, got -1"),
         ({"lora_dropout": 1.0}, "`lora_dropout` must be a number at least 0 and below 1"),
-        ({"use_dora": "no"}, "`use_dora` .* must be true or false, got 'no'"),
         ({"task_type": "SEQ_CLS"}, "`task_type` .* got 'SEQ_CLS'. .* classifier cannot be converted"),
-        ({"target_modules": {"q_proj": True}}, "`target_modules` .* must be a list of names"),
         ({"target_modules": ["q_proj"]}, "experts that it does not name"),
     ],
 )
@@ -343,7 +337,7 @@ def test_other_base_models_are_refused_before_writing(tmp_path, tiny_model_dir):
     ],
     ids=lambda command: command[0],
 )
-def test_unconverted_adapter_is_told_how_to_convert(tmp_path, tiny_model_dir, capsys, command, changes):
+def test_an_unconverted_adapter_gives_the_command_that_converts_it(tmp_path, tiny_model_dir, capsys, command, changes):
     settings = make_settings(["q_proj"], **changes)
     folder = write(tmp_path / "my theirs", settings, make_tensors(settings))
     command = [*command, str(tmp_path / "run")] if command[-1] == "--output_dir" else command
@@ -353,18 +347,18 @@ def test_unconverted_adapter_is_told_how_to_convert(tmp_path, tiny_model_dir, ca
     assert "Loading weights" not in error
 
 
-def test_unconverted_adapter_of_the_research_code_is_told_how_to_convert(tmp_path):
+def test_an_unconverted_adapter_of_the_research_code_gives_the_command(tmp_path):
     write(tmp_path / "published", {"peft_type": "LORA", "r": [2, 2]}, {})
     with pytest.raises(MolaError, match=r"research code, .* --from published .* --top_k K"):
         check_adapter(tmp_path / "published")
 
 
 @pytest.mark.parametrize("settings", [{"peft_type": "LORA", "r": 8}, {"peft_type": "MOLA", "r": [2], "top_k": 2}])
-def test_adapters_that_peft_loads_are_let_through(tmp_path, settings):
+def test_adapters_that_peft_loads_need_no_conversion(tmp_path, settings):
     assert check_adapter(write(tmp_path / "a", settings, {})) == settings
 
 
-def test_converted_adapter_is_none_to_convert(tmp_path, tiny_model_dir):
+def test_a_converted_adapter_needs_no_conversion(tmp_path, tiny_model_dir):
     settings = make_settings(["q_proj"])
     write(tmp_path / "theirs", settings, make_tensors(settings))
     convert_moe_peft(tmp_path / "theirs", tiny_model_dir, tmp_path / "ours")

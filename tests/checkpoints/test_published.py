@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mola import MolaConfig, MolaError
-from mola.checkpoints.published import read_published, read_tensors
-from mola.checkpoints.published_writer import to_published
-from mola.checkpoints.tensors import read_settings
+from mola.checkpoints.adapter_folder import read_settings
+from mola.checkpoints.published import read_published, read_tensors, to_published
 from mola.exporting.convert import ConvertOptions, convert
 
 CASE = Path(__file__).parents[1] / "golden" / "case_a"
@@ -149,7 +148,7 @@ def test_what_the_format_cannot_express_is_refused(options, message):
         ({"base_model.model.model.layers.0.attn.q_proj.mola_A": torch.zeros(2)}, "attn.q_proj.mola_A' cannot be"),
     ],
 )
-def test_tensors_the_format_has_no_place_for_are_refused(change, message):
+def test_tensors_outside_the_format_are_refused(change, message):
     config, tensors = adapter([2, 2])
     for key, value in change.items():
         if value is None:
@@ -214,14 +213,14 @@ def test_what_is_left_out_is_reported_and_missing_tensors_are_refused(case, tmp_
     longer = values | {"r": values["r"] * 2, "target_modules": [*values["target_modules"], "foo_proj"]}
     options = {"source_format": "published", "base_model": str(CASE.parent / "base_tiny"), "top_k": "2"}
     report = str(convert(ConvertOptions([str(save(longer, tensors))], str(tmp_path / "out"), **options)))
-    assert "r: 8 numbers in the file, of which the first 4 count there" in report
+    assert "r: the file has 8 numbers, of which the first 4 count" in report
     assert "the base model has no 'foo_proj'" in report
     kept = {key: tensor for key, tensor in tensors.items() if ".v_proj." not in key}
     with pytest.raises(MolaError, match="names v_proj, of which there are no tensors"):
         convert(ConvertOptions([str(save(values, kept))], str(tmp_path / "none"), **options))
 
 
-def test_a_name_that_is_no_list_is_one_name(case, tmp_path):
+def test_a_target_name_without_a_list_is_one_name(case, tmp_path):
     values, tensors, save = case
     kept = {key: tensor for key, tensor in tensors.items() if ".q_proj." in key}
     source = save(values | {"target_modules": "q_proj"}, kept)
@@ -249,15 +248,15 @@ def test_targets_by_whole_names_are_written_as_plain_ones():
     ("kind", "values", "said"),
     [("llama", 5, None), ("gemma2", 5, "the type gemma2"), ("llama", 3, "grouped queries")],
 )
-def test_a_base_model_that_the_research_code_does_not_have_is_named(kind, values, said, tmp_path, monkeypatch):
+def test_a_base_model_that_the_research_code_cannot_compute_is_reported(kind, values, said, tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, V, (6, values))
     config, tensors = adapter([2, 2], base_model_type=kind)
     source = tmp_path / kind
     config.save_pretrained(source)
     save_file(tensors, source / "adapter_model.safetensors", {"format": "pt"})
     report = str(convert(ConvertOptions([str(source)], str(tmp_path / f"{kind}-out"), target_format="published")))
-    assert ("cannot compute one" in report) == (said is not None)
-    assert said is None or f"cannot compute one with {said}" in report
+    assert ("cannot compute a model" in report) == (said is not None)
+    assert said is None or f"cannot compute a model with {said}" in report
 
 
 @pytest.mark.parametrize("name", ["lora_alpha", "target_modules", "r"])
@@ -286,7 +285,9 @@ def test_a_router_for_other_features_than_the_experts_is_refused():
 def test_experts_of_different_shapes_are_refused(case):
     values, tensors, save = case
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A_1.weight"] = torch.zeros(3, 64)
-    with pytest.raises(MolaError, match=r"different shapes \[\(3, 64\), \(4, 64\)\]"):
+    with pytest.raises(
+        MolaError, match=r"different shapes or dtypes: \(3, 64\) of torch.float32, \(4, 64\) of torch.float32"
+    ):
         read_published(save(values, tensors), 2)
 
 
@@ -320,32 +321,18 @@ def test_settings_that_are_no_object_are_refused(tmp_path, content, message):
         read_settings(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), torch.zeros(1).expand(1000)],
-    ids=lambda t: str(t.layout),
-)
-def test_tensors_that_do_not_hold_their_values_are_refused(tmp_path, tensor):
-    torch.save({"whole": torch.zeros(2), "odd": tensor}, tmp_path / "adapter_model.bin")
-    with pytest.raises(MolaError, match="'odd' is none|cannot be read"):
-        read_tensors(tmp_path)
-
-
 def test_a_file_of_safetensors_is_read(tmp_path):
     expected = {"a": torch.arange(6.0).view(2, 3)}
     save_file(expected, tmp_path / "adapter_model.safetensors")
     assert_equal(read_tensors(tmp_path), expected)
 
 
-def test_tensors_that_share_memory_in_a_pickle_have_their_own(tmp_path):
+def test_tensors_that_share_memory_in_a_pickle_are_separated(tmp_path):
     whole = torch.arange(6.0).view(2, 3)
     torch.save({"whole": whole, "turned": whole.t()}, tmp_path / "adapter_model.bin")
     found = read_tensors(tmp_path)
     save_file(found, tmp_path / "again.safetensors")  # refuses memory that is shared or in another order
     assert torch.equal(found["turned"], whole.t())
-    torch.save({str(number): whole for number in range(3)}, tmp_path / "adapter_model.bin")
-    with pytest.raises(MolaError, match="share memory"):
-        read_tensors(tmp_path)
 
 
 def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path):

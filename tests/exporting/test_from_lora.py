@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mola.exporting.convert import ConvertOptions, convert
-from mola.exporting.routers import router_of
+from mola.exporting.routers import solve_router
 from mola.models.prompts import template_for
 from tests.damage import WEIGHTS, change_tensors, cut_off
 from tests.exporting.conftest import load, logits
@@ -70,7 +70,7 @@ def test_different_scales_targets_and_ranks_are_exact(tiny_model_dir, lora, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_a_frozen_head_beside_what_is_trained_of_it_is_left_out(tiny_model_dir, lora, tmp_path, run):
+def test_the_frozen_weights_of_an_adapted_head_are_left_out(tiny_model_dir, lora, tmp_path, run):
     source = lora("a", target_modules=["q_proj", "lm_head"])
     assert "base_model.model.lm_head.base_layer.weight" in load_file(f"{source}/adapter_model.safetensors")
     run("convert", source, *flags(tiny_model_dir, tmp_path / "out", "--num_experts", "2,", "--noise", 0))
@@ -110,7 +110,7 @@ def test_copies_are_noised_by_a_seed(tiny_model_dir, lora, tmp_path):
     assert 0.05 < relative < 0.2
 
 
-def test_fitted_routers_tell_the_adapters_apart(tiny_model_dir, lora, tmp_path, run):
+def test_fitted_routers_choose_the_own_adapter(tiny_model_dir, lora, tmp_path, run):
     """Two kinds of rows that share no word: each token's first choice is the expert of its own adapter."""
     data = []
     for number, (question, output) in enumerate((("aaa aa a", "aaaa"), ("zzz zz z", "zzzz"))):
@@ -141,14 +141,14 @@ def test_routers_are_fitted_in_the_prompts_of_the_adapters(tiny_model_dir, lora,
         seen.clear()
         run("convert", *sources, *flags(tiny_model_dir, tmp_path / expected, *more))
         assert [(name, source) for name, _, source in seen] == [(expected, source) for source in sources]
-        assert ("were trained in different prompts" in caplog.text) is (expected == "alpaca_short")
+        assert ("were trained with different prompt" in caplog.text) is (expected == "alpaca_short")
 
 
-def test_router_of_is_least_squares_with_the_wanted_margin():
+def test_solved_router_is_least_squares_with_the_wanted_margin():
     torch.manual_seed(0)
     data = [torch.randn(40, 5, dtype=torch.float64) + 2 * torch.randn(5, dtype=torch.float64) for _ in range(3)]
     means = torch.stack([x.mean(0) for x in data])
-    found = router_of(sum(x.t() @ x / len(x) for x in data), means)
+    found = solve_router(sum(x.t() @ x / len(x) for x in data), means)
     logits = means @ found.t()
     lead = torch.stack([row[i] - (row.sum() - row[i]) / 2 for i, row in enumerate(logits)]).mean()
     torch.testing.assert_close(lead, torch.tensor(4.0, dtype=torch.float64))
@@ -170,7 +170,7 @@ def test_router_of_is_least_squares_with_the_wanted_margin():
         (["--num_experts", "1234"], "has 1. Raise it, such as --num_experts 2, or leave adapters out"),
         (["--num_experts", "2,", "--top_k", "3"], "top_k"),
         (["--num_experts", "2,", "--noise", "-1"], "`noise` must be at least 0"),
-        (["--num_experts", "2,", "--noise", "0.3"], "`noise` (0.3) is of copies"),
+        (["--num_experts", "2,", "--noise", "0.3"], "`noise` (0.3) is for copies"),
         (["--num_experts", "2,", "--rank", "4"], "`rank` is only for --to lora, got 4"),
         (["--num_experts", "2,", "--data", "x.json"], "`task` must be given with `data`"),
         (["--num_experts", "2,", "--data", "x.json", "--task", "sample"], "one file for each of at least two adapters"),
@@ -196,7 +196,7 @@ def test_adapters_that_experts_cannot_express(no_weights_dir, lora, tmp_path, re
     assert message in refusal("convert", lora("a", **settings), *words)
 
 
-def test_starts_that_change_the_base_weight_are_refused(no_weights_dir, lora, tmp_path, refusal):
+def test_initialisations_that_change_the_base_weight_are_refused(no_weights_dir, lora, tmp_path, refusal):
     source = lora("a")
     path = f"{source}/adapter_config.json"
     with open(path) as file:

@@ -88,7 +88,7 @@ def tied_dir(tiny_model_dir, tmp_path):
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_weights_that_two_modules_share_are_not_merged_into(target, tied_dir, tmp_path, refusal):
+def test_merging_into_shared_weights_is_refused(target, tied_dir, tmp_path, refusal):
     settings = {"target_modules": ["q_proj", target], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     configs = [LoraConfig(**settings)]
     if target == "lm_head":
@@ -121,18 +121,6 @@ def test_other_modules_of_a_tied_model_merge(kind, more, tied_dir, tmp_path, run
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] == is_tied
 
 
-def test_layers_that_share_their_weights_are_not_merged_into(tiny_model_dir, no_weights_dir, tmp_path, refusal, run):
-    config = MolaConfig(
-        num_experts=2, r=2, layer_replication=[(0, 3), (1, 4)], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    mixture = saved(tiny_model_dir, tmp_path / "mixture", config)
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
-    assert "it does not merge" in run("convert", mixture, *flags)
-    message = refusal("merge", tmp_path / "lora", "--base_model", no_weights_dir, "--output", tmp_path / "merged")
-    assert "`layer_replication`" in message
-    assert not (tmp_path / "merged").exists()
-
-
 def test_the_tokenizer_is_that_of_the_base(tiny_model_dir, lora, tmp_path, run):
     run("merge", lora("a"), "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
     before, after = (
@@ -152,7 +140,7 @@ def test_a_method_that_does_not_merge_is_refused_before_the_weights_are_read(
 
 
 @pytest.mark.filterwarnings("ignore:.*no bias. This means that merging", "ignore:Adapter 'default'")  # of PEFT
-def test_biases_of_a_lora_that_the_base_has_no_place_for_are_refused(tiny_model_dir, tmp_path, refusal):
+def test_lora_biases_without_a_bias_in_the_base_are_refused(tiny_model_dir, tmp_path, refusal):
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
     folder = saved(tiny_model_dir, tmp_path / "biased", config)
     message = refusal("merge", folder, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
@@ -167,7 +155,7 @@ def test_what_peft_cannot_merge_is_refused(tiny_model_dir, lora, tmp_path, refus
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_mixture_is_refused_with_the_way_to_go(tiny_model_dir, no_weights_dir, mixture, tmp_path, refusal):
+def test_a_mixture_is_refused_with_advice(tiny_model_dir, no_weights_dir, mixture, tmp_path, refusal):
     message = refusal("merge", mixture, "--base_model", no_weights_dir, "--output", tmp_path / "merged")
     assert "mola convert ADAPTER --to lora" in message
     assert not (tmp_path / "merged").exists()
@@ -187,7 +175,7 @@ def test_a_quantised_base_is_refused(no_weights_dir, lora, tmp_path, refusal):
     assert "`base_model` must not be quantised" in message
 
 
-def test_the_merged_model_is_asked_as_the_adapter_was(tiny_model_dir, lora, tmp_path, run):
+def test_the_merged_model_uses_the_prompts_of_the_adapter(tiny_model_dir, lora, tmp_path, run):
     adapter = lora("a")
     Path(adapter, "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
     run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
@@ -196,7 +184,7 @@ def test_the_merged_model_is_asked_as_the_adapter_was(tiny_model_dir, lora, tmp_
     assert _template_of(GenerateOptions(base_model=str(tiny_model_dir))) == "alpaca"
 
 
-def test_tokens_of_chats_that_the_base_does_not_have_are_told(tiny_model_dir, tmp_path, caplog):
+def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, tmp_path, caplog):
     """As of an adapter whose tokenizer got tokens for which the base has spare rows."""
     tokenizer = load_tokenizer(tiny_model_dir)
     names = ["<|im_start|>", "<|im_end|>", "<|unused|>", "</s>"]
@@ -208,4 +196,4 @@ def test_tokens_of_chats_that_the_base_does_not_have_are_told(tiny_model_dir, tm
     assert "writes chats with <|im_start|>, <|im_end|>, which the base model's tokenizer does not have" in caplog.text
     options = ConvertOptions([str(tmp_path)], "out", target_format="lora", data=["x"], task="sample")
     assert read_task(options).template == "alpaca_short"
-    assert "has a chat template beside it" in caplog.text
+    assert "does not name its prompt template but has a chat template" in caplog.text

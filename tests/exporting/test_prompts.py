@@ -23,7 +23,7 @@ def chats(folder, end_token="<s>"):
     return folder
 
 
-def test_a_lora_and_the_merged_model_chat_as_the_mixture_does(tiny_model_dir, mixture, tmp_path, run):
+def test_a_lora_and_the_merged_model_keep_the_chat_template_of_the_mixture(tiny_model_dir, mixture, tmp_path, run):
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
     # Sampling values without sampling, as older models have them: Transformers saves them as they were only.
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
@@ -42,7 +42,7 @@ def test_a_lora_and_the_merged_model_chat_as_the_mixture_does(tiny_model_dir, mi
     assert (merged.temperature, merged.top_p) == (0.9, 0.6)
 
 
-def test_a_reallocated_adapter_knows_the_template_of_its_training(tiny_model_dir, tmp_path, run):
+def test_a_reallocated_adapter_keeps_the_template_of_its_training(tiny_model_dir, tmp_path, run):
     config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     folder = saved(tiny_model_dir, tmp_path / "mixture", config)
     chats(folder)
@@ -54,7 +54,7 @@ def test_a_reallocated_adapter_knows_the_template_of_its_training(tiny_model_dir
 
 
 @pytest.mark.parametrize("is_one_way", [True, *slow(False)])
-def test_a_mixture_of_loras_has_their_common_way(tiny_model_dir, tmp_path, run, is_one_way):
+def test_a_mixture_of_loras_keeps_their_common_chat_template(tiny_model_dir, tmp_path, run, is_one_way):
     folders = []
     for seed, name in enumerate("ab"):
         config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -66,10 +66,10 @@ def test_a_mixture_of_loras_has_their_common_way(tiny_model_dir, tmp_path, run, 
         "convert", *folders, "--from", "lora", "--num_experts", "2,", "--base_model", tiny_model_dir, "--output", new
     )
     assert own_chat(new) == (Chat(TEMPLATE, "<s>") if is_one_way else None)
-    assert ("trained in different prompts" in said) is not is_one_way
+    assert ("trained with different prompts" in said) is not is_one_way
 
 
-def test_what_nobody_knows_is_not_handed_on(tmp_path, caplog):
+def test_an_unknown_template_is_not_handed_on(tmp_path, caplog):
     for name in ("source", "target"):
         (tmp_path / name).mkdir()
     hand_on_prompts(tmp_path / "source", tmp_path / "target")

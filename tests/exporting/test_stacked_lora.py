@@ -41,7 +41,7 @@ def test_export_is_exact(kind, targets, tiny_tokenizer_dir, tmp_path):
     torch.testing.assert_close(logits(load_base(tmp_path / "merged")), ours, rtol=0, atol=1e-4)
 
 
-def test_the_research_code_s_format_has_none(tmp_path):
+def test_the_research_codes_format_has_no_stacked_experts(tmp_path):
     config = MolaConfig(num_experts=2, target_modules=["q_proj"], target_parameters=BOTH, task_type="CAUSAL_LM")
     get_peft_model(base(), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(MolaError, match="`target_parameters` cannot be expressed in the research code's format"):

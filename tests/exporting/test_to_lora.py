@@ -7,15 +7,13 @@ import sys
 
 import pytest
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from mola import MolaConfig
@@ -23,7 +21,7 @@ from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.exporting.calibration import read_general_text
 from mola.exporting.convert import ConvertOptions, convert
 from mola.exporting.lora_files import read_lora
-from mola.exporting.mixtures import as_lora, as_parameters, mola_layers
+from mola.exporting.mixtures import as_loras, mola_layers, replaced_by_loras
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.models.tokenizer import load_tokenizer
@@ -83,7 +81,7 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
     assert logits(load(tiny_model_dir, tmp_path / "fit")).shape == logits(model).shape
 
 
-def test_measured_rows_that_are_fitted_to_are_told(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_measured_rows_that_are_also_fitted_are_noted(tiny_model_dir, mixture, questions, tmp_path, run):
     rows = json.loads((questions / "train.json").read_text(encoding="utf-8"))
     twice, mixed = tmp_path / "twice.json", tmp_path / "mixed.json"
     # One row of ten is held out: the last, rows[8].
@@ -92,7 +90,7 @@ def test_measured_rows_that_are_fitted_to_are_told(tiny_model_dir, mixture, ques
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", twice, "--task", "sample", "--test", mixed, "--scoring", "likelihood"]
     printed = run("convert", mixture, *flags, *data, "--output", tmp_path / "fit")
-    note = "1 of the 3 held-out rows of test answer are fitted to, too, with the same text"
+    note = "1 of the 3 held-out rows of test answer have the same text as a fitted row"
     assert report_of(tmp_path / "fit")["notes"] == [note]
     assert f"note: {note}" in printed
     run("convert", mixture, *flags, *data, "--method", "mean", "--output", tmp_path / "mean")
@@ -116,7 +114,7 @@ def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, q
 
 
 @pytest.mark.slow
-def test_the_heavier_answers_weigh_the_nearer_the_fit_is_on_them(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_a_larger_answer_weight_brings_the_fit_nearer_on_answers(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--limit", 20]
     weights = {"default": (), **{name: ("--answer_weight", name) for name in ("1", "10", "100")}}
@@ -135,7 +133,7 @@ def test_the_heavier_answers_weigh_the_nearer_the_fit_is_on_them(tiny_model_dir,
 
 
 @pytest.mark.slow
-def test_the_fit_reads_the_split_that_is_asked_for(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_the_fit_reads_the_chosen_split(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     places = {
         "split": ("dataset.hf", "--split", "validation"),
@@ -167,7 +165,7 @@ metric: accuracy
 """
 
 
-def test_accuracies_by_generation_are_those_of_evaluations(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_accuracies_by_generation_equal_those_of_mola_evaluate(tiny_model_dir, mixture, questions, tmp_path, run):
     """Of a task whose answers an untrained model gives now and then: one of two letters, whichever comes first."""
     (tmp_path / "letter.yaml").write_text(OF_ONE_LETTER, encoding="utf-8")
     rows = [{**row, "answer": "mW"[i % 2]} for i, row in enumerate(json.loads((questions / "test.json").read_text()))]
@@ -210,7 +208,7 @@ def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture
     assert "Only the first 5 samples of" in caplog.text
 
 
-def test_every_piece_of_a_text_begins_as_a_text_does(tiny_model_dir, tmp_path):
+def test_every_piece_of_a_text_begins_with_the_begin_token(tiny_model_dir, tmp_path):
     (tmp_path / "text.txt").write_text("word " * 400)
     options = ConvertOptions(["unused"], "unused", None, "lora", str(tiny_model_dir), text=str(tmp_path / "text.txt"))
     found = read_general_text(options, "text")
@@ -222,7 +220,7 @@ def test_every_piece_of_a_text_begins_as_a_text_does(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_exported_folder_without_mola(tiny_model_dir, mixture, tmp_path, run):
+def test_the_exported_folder_loads_without_mola(tiny_model_dir, mixture, tmp_path, run):
     run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
@@ -271,7 +269,7 @@ def test_equal_experts_are_exported_exactly(tiny_model_dir, tmp_path, run, quest
     assert report["divergence"]["answer"] < 1e-4
 
 
-def test_measured_as_it_is_written(tiny_model_dir, mixture, questions, tmp_path, run):
+def test_the_measured_lora_is_the_written_one(tiny_model_dir, mixture, questions, tmp_path, run):
     """The LoRA that is measured in the mixture's place is the one that PEFT loads from the folder."""
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
     run("convert", mixture, *flags)
@@ -288,7 +286,7 @@ def test_measured_as_it_is_written(tiny_model_dir, mixture, questions, tmp_path,
     save_file({**tensors, "base_model.model.lm_head.weight": head}, weights)
     path.write_text(json.dumps(settings))
     updates = {f"base_model.model.{name}": (each.B, each.A) for name, each in read.items()}
-    with as_lora(layers, as_parameters(layers, updates)):
+    with replaced_by_loras(layers, as_loras(layers, updates)):
         inside = logits(model)
     torch.testing.assert_close(inside, logits(load(tiny_model_dir, tmp_path / "lora")), atol=1e-5, rtol=1e-5)
     assert torch.equal(before, logits(model))  # everything is back
@@ -351,24 +349,17 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--test", "x", "--scoring", "guess"], "`scoring` must be one of"),
         (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1, got 0"),
         (["--rank", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
-        (["--rank", "2", "--distill_steps", "5"], "`distill_steps` must be at least 0, and 0 without `data`"),
-        (
-            ["--rank", "2", "--text", "x", "--distill_steps", "1", "--distill_learning_rate", "0"],
-            "`distill_learning_rate` must be above 0, got 0.0",
-        ),
-        (["--rank", "2", "--fit_passes", "3"], "`fit_passes` counts only with `data` or `text`: got 3"),
-        (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` counts only with `data` or `text`: got -1.0"),
-        (["--rank", "2", "--scoring", "generate"], "`scoring` counts only with `test`: got 'generate'"),
-        (["--rank", "2", "--text", "x", "--split", "test"], "`split` counts only with `data`: got 'test'"),
+        (["--rank", "2", "--fit_passes", "3"], "`fit_passes` has no effect without `data` or `text`: got 3"),
+        (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` has no effect without `data` or `text`: got -1.0"),
+        (["--rank", "2", "--scoring", "generate"], "`scoring` has no effect without `test`: got 'generate'"),
+        (["--rank", "2", "--text", "x", "--split", "test"], "`split` has no effect without `data`: got 'test'"),
         (["--rank", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1, got -1"),
-        (["--rank", "2", "--text", "x", "--memory_gb", "-1"], "`memory_gb` must be above 0, got -1.0"),
-        (["--rank", "2", "--dtype", "float17"], "`dtype` counts only with `data`"),
-        (["--rank", "2", "--text", "x", "--seed", "3"], "`seed` counts only with `distill_steps`: got 3"),
-        (["--rank", "2", "--limit", "7"], "`limit` counts only with `data` or `text` or `test_text`: got 7"),
-        (["--rank", "2", "--text", "x", "--distill_learning_rate", "1"], "counts only with `distill_steps`: got 1.0"),
+        (["--rank", "2", "--dtype", "float17"], "`dtype` has no effect without `data`"),
+        (["--rank", "2", "--text", "x", "--seed", "3"], "`seed` is only for --from lora, got 3"),
+        (["--rank", "2", "--limit", "7"], "`limit` has no effect without `data` or `text` or `test_text`: got 7"),
         (
             ["--rank", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
-            "`answer_weight` is of `method` regression, which is mean: got 2.0",
+            "`answer_weight` belongs to `method` regression, but `method` is mean: got 2.0",
         ),
         (["--rank", "2", "--top_k", "2"], "`top_k` is only for --from published and --from lora, got '2'"),
     ],
@@ -379,7 +370,7 @@ def test_wrong_options(mixture, no_weights_dir, tmp_path, refusal, flags, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_test_that_cannot_be_asked_is_refused_before_the_model_loads(
+def test_unusable_test_questions_are_refused_before_the_model_loads(
     mixture, no_weights_dir, questions, tmp_path, refusal
 ):
     rows = json.loads((questions / "test.json").read_text())
@@ -411,14 +402,6 @@ def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
     assert "`bias` of the adapter must be 'none'" in refusal("convert", mixture, *flags)
 
 
-def test_distilling_one_expert_everywhere_is_refused(tiny_model_dir, no_weights_dir, questions, tmp_path, refusal):
-    config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False)
-    folder = saved(tiny_model_dir, tmp_path / "one", config)
-    words = ["--to", "lora", "--rank", 2, "--base_model", no_weights_dir, "--output", tmp_path / "out"]
-    words += ["--data", questions / "train.json", "--task", "sample", "--distill_steps", 2]
-    assert "`distill_steps` (2) has nothing to train" in refusal("convert", folder, *words)
-
-
 def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal, run):
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
     flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu"]
@@ -427,7 +410,7 @@ def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal
     )
 
 
-def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
+def test_layers_are_fitted_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
     """Asked for or for lack of memory: later parts are fitted to the inputs that they then have."""
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
     flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu", "--output"]
@@ -446,33 +429,7 @@ def test_layers_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
         assert near[0] < 1.5 * near[1]
 
 
-@pytest.mark.slow
-def test_distillation_comes_nearer(mixture, tiny_model_dir, questions, tmp_path, run, refusal):
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--dtype", "float32", "--device", "cpu"]
-    data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]
-    steps = ["--distill_steps", 60, "--distill_learning_rate", 1e-2]
-    run("convert", mixture, *flags, *data, "--output", tmp_path / "mean")
-    run("convert", mixture, *flags, *data, *steps, "--output", tmp_path / "near")
-    reports = [report_of(tmp_path / name) for name in ("near", "mean")]
-    assert reports[0]["divergence"]["answer"] < 0.5 * reports[1]["divergence"]["answer"]
-    assert "distilling" in reports[0]["seconds"]
-    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("near", "mean")]
-    for key, value in tensors[0].items():  # one expert is exact already
-        assert torch.equal(value, tensors[1][key]) == (".layers.0." in key or "lora" not in key), key
-    again = [*data, *steps, "--output", tmp_path / "again"]
-    run("convert", mixture, *flags, *again)
-    for key, value in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
-        assert torch.equal(value, tensors[0][key])
-    broken = [*data, "--distill_steps", 9, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
-    assert "of `distill_steps` must be finite" in refusal("convert", mixture, *flags, *broken)
-    last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e30, "--output", tmp_path / "no"]
-    assert "must be finite to be compared" in refusal("convert", mixture, *flags, *last)
-    last = [*data, "--distill_steps", 1, "--distill_learning_rate", 1e39, "--output", tmp_path / "no"]
-    assert "the LoRA must stay finite" in refusal("convert", mixture, *flags, *last)
-    assert not (tmp_path / "no").exists()
-
-
-def test_a_base_whose_logits_are_no_numbers_ends_in_one_line(mixture, tiny_model_dir, tmp_path, refusal):
+def test_a_base_with_infinite_logits_gives_one_error_line(mixture, tiny_model_dir, tmp_path, refusal):
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     model = base(tiny_model_dir)
@@ -481,7 +438,7 @@ def test_a_base_whose_logits_are_no_numbers_ends_in_one_line(mixture, tiny_model
     (tmp_path / "text.txt").write_text("Some text to look at. " * 40)
     words = ["--to", "lora", "--rank", 2, "--base_model", other, "--test_text", tmp_path / "text.txt"]
     message = refusal("convert", mixture, *words, "--output", tmp_path / "no")
-    assert "must be finite to be compared" in message
+    assert "must give finite logits to be compared" in message
     assert not (tmp_path / "no").exists()
 
 
@@ -489,12 +446,11 @@ def test_a_base_whose_logits_are_no_numbers_ends_in_one_line(mixture, tiny_model
     "settings",
     [
         {"trainable_token_indices": [3, 5]},
-        {"layer_replication": [(0, 2), (1, 4)]},
         {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
         {"target_modules": r".*\.(1|3)\.mlp\.up_proj"},
     ],
 )
-def test_what_a_lora_can_do_too_is_kept(tiny_model_dir, tmp_path, run, settings):
+def test_settings_that_a_lora_shares_are_kept(tiny_model_dir, tmp_path, run, settings):
     """With one expert the export is exact, so that anything lost would show."""
     config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     folder = saved(tiny_model_dir, tmp_path / "one", config)
@@ -525,7 +481,7 @@ def test_conv1d_of_gpt_2(tmp_path, run):
 
 
 @needs("peft", "0.21", "with older versions it was not tried")
-def test_linears_that_peft_moves_elsewhere_are_refused_before_the_work(tmp_path, run, refusal):
+def test_linears_that_peft_puts_elsewhere_are_refused_early(tmp_path, run, refusal):
     """Of DeepSeek's architectures PEFT takes `gate_proj` and the like for the stacked experts."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
@@ -544,14 +500,3 @@ def test_linears_that_peft_moves_elsewhere_are_refused_before_the_work(tmp_path,
         assert not (tmp_path / "no").exists()
     run("convert", tmp_path / "attention", *words, "--output", tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
-
-
-def test_repeated_layers_of_a_model_with_lists_by_layer_are_refused(tmp_path, refusal):
-    """PEFT's LoRA would read the lists of other layers, or too few of them."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = Qwen3Config(vocab_size=32, num_key_value_heads=2, head_dim=8, **sizes)
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
-    mixture = MolaConfig(num_experts=2, r=2, layer_replication=[(0, 2), (1, 3)], target_modules=["q_proj"])
-    get_peft_model(Qwen3ForCausalLM.from_pretrained(tmp_path / "base"), mixture).save_pretrained(tmp_path / "adapter")
-    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base", "--output", tmp_path / "lora"]
-    assert "which PEFT does not repeat for a LoRA" in refusal("convert", tmp_path / "adapter", *words)

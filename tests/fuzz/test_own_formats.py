@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mola import MolaConfig, MolaError
 from mola.architecture.notation import resolve_per_layer
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.data.tasks import load_task
 from mola.data.tasks.loading import resources
 from mola.files.digests import weights_sha256

@@ -104,7 +104,7 @@ def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, 
     warn_of_other_template(other, "chat")
     assert not caplog.records
     warn_of_other_template(other, "alpaca")
-    assert "it is used with alpaca. Pass `template` chat if it was trained on chats" in caplog.text
+    assert "it is used with the template alpaca. Pass `template` chat if it was trained on chats" in caplog.text
 
 
 def test_a_chat_model_without_a_template_is_told(base, data, tmp_path, caplog):

@@ -45,7 +45,7 @@ def lora_adapter(tiny_model_dir, tmp_path_factory):
     return folder, save_adapter(tiny_model_dir, folder, LoraConfig(r=2, task_type="CAUSAL_LM"))
 
 
-def test_named_dtypes_are_taken_as_asked():
+def test_named_dtypes_are_used():
     for name in ("float32", "bfloat16", "float16"):
         assert resolve_dtype(name, "cpu")[0] is getattr(torch, name)
 
@@ -78,8 +78,8 @@ def test_base_model_is_ready_for_inference(tiny_model_dir, tiny_model):
 
 
 @pytest.mark.parametrize("damage", ["pointer", "cut", "sizes"])
-def test_a_base_with_damaged_weights_is_one_error(damage, tiny_model_dir, tmp_path):
-    """As a copy without Git LFS has them, one that was cut off, or beside another configuration."""
+def test_damaged_weights_of_a_base_give_one_error(damage, tiny_model_dir, tmp_path):
+    """Weights of a copy without Git LFS, weights that were cut off, and weights of another configuration."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "base")
     weights = folder / "model.safetensors"
     if damage == "pointer":
@@ -129,7 +129,7 @@ def test_several_adapters_load_by_name(names, tiny_model_dir, mola_adapter, tmp_
         torch.testing.assert_close(model(IDS).logits, expected_second, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_that_fails_leaves_the_base_model_as_it_was(tiny_model_dir, mola_adapter, lora_adapter, tmp_path):
+def test_an_adapter_that_fails_leaves_the_base_model_unchanged(tiny_model_dir, mola_adapter, lora_adapter, tmp_path):
     base = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
     kinds, attributes, expected = [type(each) for each in base.modules()], set(vars(base)), base(IDS).logits
     for number, (folder, _) in enumerate((mola_adapter, lora_adapter)):
@@ -163,8 +163,8 @@ def test_adapters_of_two_methods_are_refused_before_weights_load(no_weights_dir,
         load_model(no_weights_dir, {"a": mola_adapter[0], "b": lora_adapter[0]})
 
 
-def test_names_without_the_prefix_of_peft_are_told_before_weights_load(no_weights_dir, mola_adapter, tmp_path):
-    """As `save_pretrained(..., save_peft_format=False)` of Transformers leaves them, which only its own way loads."""
+def test_names_without_the_prefix_of_peft_are_refused_before_weights_load(no_weights_dir, mola_adapter, tmp_path):
+    """Transformers saves such names with `save_pretrained(..., save_peft_format=False)`."""
     folder = shutil.copytree(mola_adapter[0], tmp_path / "adapter")
 
     def rename(tensors):
@@ -203,7 +203,7 @@ def test_the_first_of_several_adapters_is_active_in_tied_tokens_too(no_weights_d
     torch.testing.assert_close(both(IDS).logits, alone(IDS).logits)
 
 
-def test_adapter_of_another_base_model_is_told_once(tiny_model_dir, lora_adapter, tmp_path, caplog):
+def test_adapter_of_another_base_model_gives_one_warning(tiny_model_dir, lora_adapter, tmp_path, caplog):
     folder = tmp_path / "adapter"
     shutil.copytree(lora_adapter[0], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -219,10 +219,10 @@ def test_adapter_of_another_base_model_is_told_once(tiny_model_dir, lora_adapter
     assert not [r for r in caplog.records if "trained on" in r.getMessage()]
 
 
-def test_a_base_model_with_an_adapter_in_its_folder_says_so(
+def test_a_base_model_with_an_adapter_in_its_folder_gives_a_warning(
     tiny_model_dir, mola_adapter, lora_adapter, tmp_path, caplog
 ):
-    """Transformers loads both; a second adapter on top would be in nobody's control."""
+    """Transformers loads both. A second adapter on top is refused."""
     adapter, expected = mola_adapter
     folder = tmp_path / "both"
     shutil.copytree(tiny_model_dir, folder)
@@ -249,15 +249,17 @@ def test_folder_without_adapter_is_refused(tiny_model_dir, tmp_path):
 
 def test_adapter_without_weights_is_refused(lora_adapter, tmp_path):
     shutil.copy(lora_adapter[0] / "adapter_config.json", tmp_path)
-    with pytest.raises(MolaError, match="has no weights"):
+    with pytest.raises(MolaError, match="holds neither adapter_model.safetensors nor adapter_model.bin"):
         check_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{not json", "[]", "{}"])
-def test_adapter_with_broken_configuration_is_refused(lora_adapter, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"), [("{not json", "cannot be read"), ("[]", "must hold an object"), ("{}", "no `peft_type`")]
+)
+def test_adapter_with_broken_configuration_is_refused(lora_adapter, tmp_path, content, message):
     shutil.copytree(lora_adapter[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(MolaError, match="broken configuration"):
+    with pytest.raises(MolaError, match=message):
         check_adapter(tmp_path)
 
 
@@ -285,7 +287,7 @@ def test_adapter_names_pytorch_cannot_use_are_refused(name, tiny_model_dir, lora
 
 
 def test_bases_of_other_quantisations(monkeypatch, caplog):
-    """What Transformers does not train is refused, what nobody has tried is said."""
+    """A method that Transformers does not train is refused; an untested method gives a warning."""
     quantizer = SimpleNamespace(validate_environment=lambda **_: None, is_trainable=False)
     monkeypatch.setattr("mola.models.quantization.AutoHfQuantizer.from_config", lambda *_, **__: quantizer)
     config = SimpleNamespace(quantization_config={"quant_method": "hqq"})
@@ -293,4 +295,4 @@ def test_bases_of_other_quantisations(monkeypatch, caplog):
     with pytest.raises(MolaError, match="quantised with hqq, through which Transformers allows no training"):
         check_quantized_base(*asked, training=True)
     check_quantized_base(*asked)
-    assert "not tested on bases quantised with hqq" in caplog.text
+    assert "not tested on base models quantised with hqq" in caplog.text

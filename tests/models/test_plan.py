@@ -39,12 +39,6 @@ def text_of(table, width=120):
     return out.getvalue()
 
 
-def test_names_are_one_text(llama_7b):
-    for name in ("target_modules", "target_parameters"):
-        with pytest.raises(MolaError, match=f"`{name}` must be one text, with names between commas.*: got .'q_proj'."):
-            plan(PlanOptions(llama_7b, **{name: ["q_proj"]}))
-
-
 @pytest.mark.parametrize(
     ("options", "trainable"),
     [
@@ -143,7 +137,7 @@ def test_wrong_options(llama_7b, options, message):
         plan(PlanOptions(llama_7b, **options))
 
 
-def test_a_folder_of_gguf_files_is_told_apart(tmp_path):
+def test_a_folder_of_gguf_files_gives_advice(tmp_path):
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
     with pytest.raises(MolaError, match="--gguf_file small.gguf"):
         main(PlanOptions(str(tmp_path)))

@@ -3,8 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from mola.models.quantization import Quantization
-from mola.models.quantized import finish_loading, loading_arguments
+from mola.models.quantization import Quantization, finish_loading, loading_arguments
 
 KINDS = {
     "nf4": Quantization(load_in_4bit=True),

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from mola import ContinualOptions, PlanOptions, load_model, plan
 from mola.cli import main
-from mola.models.quantization import Quantization
-from mola.models.quantized import prepare_for_training
+from mola.models.quantization import Quantization, prepare_for_training
 from mola.studies.train_and_test import evaluation_of
 from tests.distributed.conftest import goes_on_from
 from tests.quantised.models import KINDS, packed_layers, quantised
@@ -230,9 +229,9 @@ def test_other_commands_refuse(name, flags, parts, no_weights, sample, capsys):
 @pytest.mark.parametrize(
     ("stored", "parts"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ["is quantised with gptq", "cannot be loaded here"]),
-        ({"quant_method": "awq", "bits": 4}, ["is quantised with awq", "cannot be loaded here"]),
-        ({"quant_method": "nosuch"}, ["is quantised with nosuch", "cannot be loaded here"]),
+        ({"quant_method": "gptq", "bits": 4}, ["quantised with gptq", "cannot be loaded here"]),
+        ({"quant_method": "awq", "bits": 4}, ["quantised with awq", "cannot be loaded here"]),
+        ({"quant_method": "nosuch"}, ["quantised with nosuch", "cannot be loaded here"]),
     ],
 )
 def test_stored_methods_without_their_package_are_refused(stored, parts, no_weights, tmp_path, capsys):

@@ -6,7 +6,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mola import MolaError, load_model
-from mola.models.quantized import prepare_for_training
+from mola.models.quantization import prepare_for_training
 from tests.ecosystem.families import FAMILIES, GENERATING, adapt, auto_class, batch, build, layers, logits
 from tests.quantised.models import KINDS, packed_layers, quantised
 

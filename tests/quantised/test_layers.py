@@ -5,12 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaForCausalLM
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.exporting.convert import ConvertOptions, convert
-from mola.models.quantized import prepare_for_training, weight_bytes
-from mola.models.tokenizer import load_tokenizer
+from mola.models.quantization import prepare_for_training, weight_bytes
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.usefixtures("bitsandbytes")]
@@ -139,32 +136,13 @@ def test_checkpointing_gives_the_same_gradients(blocks_dir):
         torch.testing.assert_close(found[True][name], gradient, msg=name)
 
 
-def test_distilling_trains_through_weights_that_were_not_repacked(blocks_dir, sample, tmp_path, monkeypatch):
-    quantised(blocks_dir, "nf4", torch.bfloat16).save_pretrained(tmp_path / "base")
-    load_tokenizer(blocks_dir).save_pretrained(tmp_path / "base")
-    config = MolaConfig(num_experts=2, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(LlamaForCausalLM.from_pretrained(blocks_dir), config).save_pretrained(tmp_path / "mixture")
-    repacked = []
-
-    def look(model, *args):
-        layers = packed_layers(model.get_base_model()).values()
-        repacked.extend(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
-
-    monkeypatch.setattr("mola.exporting.to_lora.distill", look)
-    options = {"rank": 2, "data": [str(sample / "train.json")], "task": "sample", "distill_steps": 1, "device": "cpu"}
-    places = {"base_model": str(tmp_path / "base"), "output": str(tmp_path / "lora"), "target_format": "lora"}
-    convert(ConvertOptions([str(tmp_path / "mixture")], **places, **options))
-    assert repacked
-    assert not any(repacked)  # without AVX-512's bfloat16 they never are
-
-
 def test_repacked_weights_are_refused_for_training(bitsandbytes, blocks_dir):
     base = quantised(blocks_dir, "nf4", torch.bfloat16)
     with torch.no_grad():
         base(input_ids=IDS)
     if not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in packed_layers(base).values()):
         pytest.skip("this CPU has no bfloat16 instructions: bitsandbytes does not repack weights")
-    with pytest.raises(MolaError, match="Load it again"):
+    with pytest.raises(MolaError, match="Load the model again"):
         prepare_for_training(base)
 
 

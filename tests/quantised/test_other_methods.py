@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mola import MolaConfig, MolaError, load_model
-from mola.models.quantized import prepare_for_training
+from mola.models.quantization import prepare_for_training
 
 pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore::FutureWarning")]
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))

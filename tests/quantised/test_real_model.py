@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from mola import MolaConfig, load_model, load_tokenizer
-from mola.models.quantized import prepare_for_training, weight_bytes
+from mola.models.quantization import prepare_for_training, weight_bytes
 from tests.quantised.models import KINDS
 
 SMOLLM2 = Path(__file__).resolve().parents[2] / ".cache" / "SmolLM2-135M-Instruct"

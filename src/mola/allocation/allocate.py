@@ -1,4 +1,4 @@
-"""`mola allocate`: how many experts each decoder layer, or each linear, gets, at exactly a budget.
+"""`mola allocate`: numbers of experts for every decoder layer, or every linear, with an exact total.
 
     mola allocate --base_model my-model --method alphalora --budget 160 --output allocation.json
     mola allocate --base_model my-model --method redundancy --adapter runs/probe --budget 160 --output allocation.json
@@ -7,25 +7,37 @@ The file is a value of `num_experts`, for `mola plan`, `mola train` and in Pytho
 """
 
 import shlex
+import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.bar import Bar
+from rich.markup import escape
+from rich.table import Table
+
 from mola.allocation.base import Base, read_base
 from mola.allocation.measured import (
+    LayerScores,
     ModuleScore,
-    Scores,
     alphalora_scores,
     layer_scores,
     redundancy_scores,
     usage_scores,
 )
-from mola.allocation.numbers import ModuleExperts, Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.allocation.on_data import activation_scores, gradient_scores, load_for_scores, read_samples
-from mola.allocation.options import AllocateOptions, check_options
+from mola.allocation.options import AllocateOptions, check_options, method_name
 from mola.allocation.probe import check_mixture
-from mola.allocation.rounding import check_budget
-from mola.allocation.tables import layer_table, module_table
+from mola.allocation.rounding import (
+    ModuleExperts,
+    Rule,
+    check_budget,
+    layers_and_pattern,
+    numbers_of_layers,
+    numbers_of_modules,
+)
+from mola.architecture.layer_stacks import module_kinds
 from mola.architecture.notation import resolve_per_layer
 from mola.data.read import check_split
 from mola.errors import MolaError
@@ -36,25 +48,29 @@ from mola.models.cost import cost_of_allocation
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
-_ON_DATA = {
-    "gradient": (gradient_scores, "that a first step on the data would change more get more."),
-    "activation": (activation_scores, "whose inputs vary most in few directions get more."),
+_WHY = {
+    "alphalora": "whose weights have a larger power-law exponent count as less well trained and get more experts.",
+    "gradient": "that a first step on the data would change more get more.",
+    "activation": "whose inputs vary most in few directions get more.",
+    "redundancy": "whose experts differ more in the probe get more; like experts are redundant.",
+    "usage": "that spread their tokens over more experts in the probe get more.",
 }
-_RANK = "8"  # at which trained values are counted, the default of `mola plan`
+_RANK = "8"  # for the count of trained values; the default of `mola plan`
+_BAR_WIDTH = 30
 
 
 @dataclass(frozen=True)
 class AllocateResult:
-    """An allocation and where it comes from.
+    """An allocation, and how it was made.
 
     Attributes:
-        num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which is no
-            part of the budget and means nothing. With `per_module` the means of the layers, rounded.
-        scores: what the method found in every layer, the mean of its linears; None without adapted linears.
+        num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which does
+            not count for the budget and has no effect. With `per_module` the means of the layers, rounded.
+        scores: score of every layer, the mean of its linears; None without adapted linears.
         why: one sentence.
-        method: as asked for.
-        budget: experts in all, over the layers with a score; with `per_module` so many for each kind of linears.
-        base_model: as asked for.
+        method: from the options.
+        budget: total number of experts over the layers with a score; with `per_module` for each kind of linears.
+        base_model: from the options.
         settings: the options.
         num_experts_pattern: with `per_module`, linears by name that have another number than their layer; else None.
         modules: with `per_module`, every adapted linear.
@@ -71,7 +87,7 @@ class AllocateResult:
     modules: list[ModuleExperts] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The allocation as plain values for JSON."""
         rows = enumerate(zip(self.scores, self.num_experts, strict=True))
         per_module = {} if self.num_experts_pattern is None else {"num_experts_pattern": self.num_experts_pattern}
         return {
@@ -100,7 +116,8 @@ def allocate(options: AllocateOptions) -> AllocateResult:
         The allocation; it is also written to `options.output`, if that is given.
 
     Raises:
-        MolaError: options contradict each other, the budget does not fit the model, or a method lacks what it reads.
+        MolaError: options contradict each other, the budget does not fit the model, or data that a method reads are
+            missing.
     """
     digits, beta = check_options(options)
     if options.output is not None:
@@ -114,17 +131,14 @@ def allocate(options: AllocateOptions) -> AllocateResult:
     )
     found: list[ModuleScore] = []
     if digits is not None:
-        shape = _shape(digits, base)
-        scores: Scores = [
-            float(digit) if is_adapted else None for digit, is_adapted in zip(shape, base.is_adapted, strict=True)
-        ]
+        scores = _shape_scores(digits, base)
         why = f"The layers keep the proportions of the shape {digits}, lowest layers first."
         if len(set(digits)) == 1:
             why = "All layers get the same, the higher ones one more where the budget does not divide."
     else:
-        found, why = _measured(options, base)
+        found = _measured_scores(options, base)
         scores = layer_scores(found, base.num_layers)
-        why = f"{'Linears' if options.per_module else 'Layers'} {why}"
+        why = f"{'Linears' if options.per_module else 'Layers'} {_WHY[method_name(options.method)]}"
     rule = Rule(options.budget, options.min_experts, options.max_experts, beta, options.shuffle)
     pattern: dict[str, int] | None = None
     modules: list[ModuleExperts] = []
@@ -134,8 +148,8 @@ def allocate(options: AllocateOptions) -> AllocateResult:
     else:
         num_experts = numbers_of_layers(scores, rule)
     if options.shuffle is not None:
-        places = "linears of each name" if options.per_module else "layers"
-        why += f" Then the numbers are shuffled over the {places}, by seed {options.shuffle}."
+        what = "linears of each name" if options.per_module else "layers"
+        why += f" Then the numbers are shuffled over the {what}, by seed {options.shuffle}."
     result = AllocateResult(
         num_experts=num_experts,
         scores=scores,
@@ -152,35 +166,64 @@ def allocate(options: AllocateOptions) -> AllocateResult:
     return result
 
 
+def _shape_scores(digits: str, base: Base) -> LayerScores:
+    if len(digits) > base.num_layers:
+        raise MolaError(
+            f"`method` {digits} has more digits than {base.name!r} has decoder layers ({base.num_layers}). Pass at "
+            "most one digit per layer."
+        )
+    shape = resolve_per_layer(digits, base.num_layers, "num_experts")
+    return [float(digit) if is_adapted else None for digit, is_adapted in zip(shape, base.is_adapted, strict=True)]
+
+
+def _measured_scores(options: AllocateOptions, base: Base) -> list[ModuleScore]:
+    def check_layers(num_layers: int) -> None:
+        check_budget(num_layers, options.budget, options.min_experts, options.max_experts)
+
+    method = method_name(options.method)
+    if method == "redundancy":
+        return redundancy_scores(base, options.adapter or "", check_layers)
+    if method == "usage":
+        return usage_scores(base, options.adapter, options.inspection, check_layers, options.per_module)
+    check_layers(sum(base.is_adapted))
+    if method == "alphalora":
+        return alphalora_scores(base, options.device)
+    check_split("split", options.split, AllocateOptions.split, str(options.data))
+    data, task = str(options.data), str(options.task)
+    samples = read_samples(base, data, task, options.template, options.split, options.limit)
+    compute = gradient_scores if method == "gradient" else activation_scores
+    return compute(base, samples, load_for_scores(base, options.device))
+
+
 def main(options: AllocateOptions) -> int:
-    """Run the command, print the numbers and how to use the result."""
+    """Run the command, print the numbers and how to use the result; returns 0, the exit code."""
     result = allocate(options)
     console = table_console()
     title = f"{result.base_model}: {result.budget} experts by {result.method}"
     lines = [result.why]
     if options.per_module:
         console.print(module_table(result.modules, len(result.num_experts), f"{title}, for each kind of linears"))
-        lines.append(_cost(options, result))
+        lines.append(_compare_cost(options, result))
     else:
-        console.print(layer_table(result.scores, result.num_experts, title))
+        console.print(_layer_table(result.scores, result.num_experts, title))
     if options.per_module and options.output is None:
         lines.append("Pass --output FILE to use it.")
     else:
-        text = options.output or one_per_layer(result.num_experts)
+        value = options.output or one_per_layer(result.num_experts)
         lines.append(f"Written to {options.output}. Use it:" if options.output else "Use it:")
-        words = shlex.join(["--base_model", options.base_model, "--num_experts", text, *_as_read(options)])
+        words = shlex.join(["--base_model", options.base_model, "--num_experts", value, *_needed_flags(options)])
         lines += [f"  mola {name} {words} ..." for name in ("plan", "train")]
     print("\n".join(lines))
     return 0
 
 
 def one_per_layer(numbers: Sequence[int]) -> str:
-    """Numbers of layers as a value of `num_experts`; a single one with a comma, or its digits were numbers."""
+    """Numbers of layers as a value of `num_experts`; one number gets a comma, or its digits would be numbers."""
     return ",".join(map(str, numbers)) if len(numbers) > 1 else f"{numbers[0]},"
 
 
-def _as_read(options: AllocateOptions) -> list[str]:
-    """Options without which the same numbers would be for other linears, or the model not be found."""
+def _needed_flags(options: AllocateOptions) -> list[str]:
+    """Flags without which the numbers would apply to other linears, or the model would not be found."""
     targets = options.target_modules
     if options.adapter is not None:
         adapted = check_mixture(options.adapter).get("target_modules")
@@ -190,45 +233,8 @@ def _as_read(options: AllocateOptions) -> list[str]:
     return [*words, "--trust_remote_code", "true"] if options.trust_remote_code else words
 
 
-def _shape(digits: str, base: Base) -> list[int]:
-    if len(digits) > base.num_layers:
-        raise MolaError(
-            f"`method` {digits} has more digits than {base.name!r} has decoder layers ({base.num_layers}). Pass at "
-            "most one digit per layer."
-        )
-    return resolve_per_layer(digits, base.num_layers, "num_experts")
-
-
-def _measured(options: AllocateOptions, base: Base) -> tuple[list[ModuleScore], str]:
-    """Scores, and which layers or linears get more."""
-
-    def check_layers(num_layers: int) -> None:
-        check_budget(num_layers, options.budget, options.min_experts, options.max_experts)
-
-    name = options.method.strip().lower()
-    if name == "alphalora":
-        check_layers(sum(base.is_adapted))
-        return alphalora_scores(base, options.device), (
-            "whose weights have a larger power-law exponent count as less well trained and get more experts."
-        )
-    if name in _ON_DATA:
-        check_layers(sum(base.is_adapted))
-        check_split("split", options.split, AllocateOptions.split, str(options.data))
-        data, task = str(options.data), str(options.task)
-        samples = read_samples(base, data, task, options.template, options.split, options.limit)
-        scores, why = _ON_DATA[name]
-        return scores(base, samples, load_for_scores(base, options.device)), why
-    if name == "redundancy":
-        return redundancy_scores(base, options.adapter or "", check_layers), (
-            "whose experts differ more in the probe get more; like experts are redundant."
-        )
-    return usage_scores(base, options.adapter, options.inspection, check_layers, options.per_module), (
-        "that spread their tokens over more experts in the probe get more."
-    )
-
-
-def _cost(options: AllocateOptions, result: AllocateResult) -> str:
-    """What the linears' sizes make of the same number of experts."""
+def _compare_cost(options: AllocateOptions, result: AllocateResult) -> str:
+    """Compare the trained values with those of a uniform allocation; experts of a wide linear have more values."""
     rule = Rule(options.budget, options.min_experts, options.max_experts)
     uniform = numbers_of_layers([None if score is None else 1.0 for score in result.scores], rule)
     values = [
@@ -248,3 +254,43 @@ def _cost(options: AllocateOptions, result: AllocateResult) -> str:
         f"{sum(each.num_experts for each in result.modules)} experts of linears in all. At r {_RANK} they have "
         f"{values[0]:,} trained values, as many uniform ones {values[1]:,} ({values[0] / values[1] - 1:+.1%})."
     )
+
+
+def _layer_table(scores: LayerScores, num_experts: Sequence[int], title: str) -> Table:
+    table = Table(title=escape(title))
+    for column in ("layer", "score", "experts"):
+        table.add_column(column, justify="right")
+    table.add_column("", width=_BAR_WIDTH)
+    largest = max(num_experts)
+    for index, (score, experts) in enumerate(zip(scores, num_experts, strict=True)):
+        bar = "not adapted" if score is None else _bar(experts, largest)
+        table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
+    return table
+
+
+def _bar(value: int, largest: int) -> Any:
+    if (sys.stdout.encoding or "").lower().startswith("utf"):
+        return Bar(largest, 0, value, width=_BAR_WIDTH)
+    return "#" * round(_BAR_WIDTH * value / max(largest, 1))
+
+
+def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:
+    """Table of the linears' numbers with a row per layer, a column per kind, and the sum of each kind.
+
+    A layer with several linears of a kind shows their smallest and largest number.
+    """
+    table = Table(title=escape(title))
+    kinds = module_kinds(each.module for each in modules)
+    cells: dict[tuple[int, str], list[int]] = defaultdict(list)
+    sums: dict[str, int] = defaultdict(int)
+    for each in modules:
+        cells[each.layer_index, kinds[each.module]].append(each.num_experts)
+        sums[kinds[each.module]] += each.num_experts
+    for column in ("layer", *sums):
+        table.add_column(escape(column), justify="right")
+    for layer in range(num_layers):
+        ends = [sorted({min(own), max(own)}) if (own := cells[layer, kind]) else ["-"] for kind in sums]
+        table.add_row(str(layer), *("-".join(map(str, both)) for both in ends))
+    table.add_section()
+    table.add_row("total", *map(str, sums.values()), style="bold")
+    return table

@@ -1,14 +1,27 @@
-"""The base model of an allocation: its depth and its linears, from the configuration alone."""
+"""The base model of an allocation: its depth, its linears and, one matrix at a time, their weights."""
 
-from collections.abc import Iterable, Mapping
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from mola.architecture.allocation import LinearShape, plan_allocation
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import linear_shapes, resolve_target_modules
+from mola.errors import MolaError
 from mola.models.base_model import load_config
+from mola.models.loading import load_model
 from mola.models.meta import count_decoder_layers, model_on_meta
+from mola.models.quantization import Quantization, stored_quantization
 from mola.options.fields import names_between_commas
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,18 +30,18 @@ class Base:
 
     name: str  # folder or hub id
     num_layers: int  # decoder layers
-    linears: tuple[LinearShape, ...]  # the linears to adapt; none where a probe says which
-    layer_of: Mapping[str, int | None]  # from the name of any module to its layer, None outside the layers
+    linears: tuple[LinearShape, ...]  # the linears to adapt; empty if a probe determines them
+    layer_of: Mapping[str, int | None]  # name of any module -> its layer, None outside the layers
     trust_remote_code: bool = False  # run code shipped with the model
     gguf_file: str | None = None  # GGUF file in the folder, if it is one
 
     @property
     def is_adapted(self) -> list[bool]:
-        """Of every layer, whether it has a linear to adapt."""
-        return self.has_some(linear.layer_index for linear in self.linears)
+        """For every layer, whether it has a linear to adapt."""
+        return self.is_among(linear.layer_index for linear in self.linears)
 
-    def has_some(self, layers: Iterable[int | None]) -> list[bool]:
-        """Of every layer, whether it is among some."""
+    def is_among(self, layers: Iterable[int | None]) -> list[bool]:
+        """For every layer of the model, whether it is among `layers`."""
         chosen = set(layers)
         return [index in chosen for index in range(self.num_layers)]
 
@@ -43,7 +56,7 @@ def read_base(
 ) -> Base:
     """Read a model's depth and the linears to adapt, as `mola train` chooses them; loads no weights.
 
-    With `has_probe` linears are left out: an adapter says which are adapted, and not every architecture has a default.
+    With `has_probe` the linears are left out: the probe determines them, and some architectures have no default.
 
     Raises:
         MolaError: the model has no readable configuration, or `target_modules` does not fit it.
@@ -57,6 +70,86 @@ def read_base(
         targets = resolve_target_modules(model, stacks, names_between_commas(target_modules))
         linears = linear_shapes(model, *targets)
         ones = [1] * num_layers
-        plan_allocation(linears, ones, ones, ones)  # refuses linears outside the layers
+        plan_allocation(linears, ones, ones, ones)  # raises for linears outside the layers
     layer_of = {name: stacks.index(name) for name, _ in model.named_modules()}
     return Base(base_model, num_layers, tuple(linears), layer_of, trust_remote_code, gguf_file)
+
+
+def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and weight of every linear to adapt, in the order of the model.
+
+    The weights are read from the safetensors files, so that one matrix is in memory at a time. If the files hold them
+    under other names than the model (GGUF, other formats, architectures that Transformers converts while loading), the
+    whole model is loaded in float32, and a log line says so.
+
+    Raises:
+        MolaError: the weights are missing or quantised; raised before the first weight is read.
+    """
+    config = load_config(base.name, base.trust_remote_code, base.gguf_file)
+    if base.gguf_file is None and stored_quantization(config) is not None:
+        raise MolaError(
+            f"`base_model` must have plain weights for alphalora: those of {base.name!r} are quantised. Pass the model "
+            "that they were made of; the allocation holds for both."
+        )
+    files = {} if base.gguf_file is not None else _files_of(base)
+    if files:
+        return _iterate_files(base, files)
+    logger.info("The weights of %s have other names in its files: the whole model is loaded.", base.name)
+    return _iterate_model(base)
+
+
+def _iterate_files(base: Base, files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for linear in base.linears:
+        path, key = files[linear.name]
+        with safe_open(path, framework="pt") as file:
+            yield linear.name, file.get_tensor(key)
+
+
+def _iterate_model(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
+    model = load_model(
+        base.name,
+        dtype="float32",  # so that a score does not depend on the machine's default dtype
+        device="cpu",
+        trust_remote_code=base.trust_remote_code,
+        quantization=Quantization(gguf_file=base.gguf_file),
+    )
+    for linear in base.linears:
+        yield linear.name, model.get_parameter(f"{linear.name}.weight")
+
+
+def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
+    """File and key of every linear's weight; empty unless all of them have the model's own names."""
+    file_of: dict[str, Path] = {}
+    for path in _safetensors_files(base.name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file_of |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise MolaError(
+                f"`base_model` has weights that cannot be read: {str(path)!r}: {error}. Copy it again."
+            ) from error
+    # The files of a model without its head lack the prefix, such as GPT-2's "transformer.".
+    prefixes = ("", *{f"{linear.name.partition('.')[0]}." for linear in base.linears})
+    for prefix in prefixes:
+        keys = {linear.name: f"{linear.name.removeprefix(prefix)}.weight" for linear in base.linears}
+        if all(key in file_of for key in keys.values()):
+            return {name: (file_of[key], key) for name, key in keys.items()}
+    return {}
+
+
+def _safetensors_files(name: str) -> list[Path]:
+    """The safetensors files of a folder or of a model on the hub, which are downloaded; empty if there are none."""
+    return_none_if_missing = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    single = cached_file(name, SAFE_WEIGHTS_NAME, **return_none_if_missing)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **return_none_if_missing)
+    if index is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [cached_file(name, shard, **return_none_if_missing) for shard in shards]
+    return [Path(path) for path in found if path is not None]

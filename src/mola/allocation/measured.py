@@ -1,4 +1,4 @@
-"""Scores of modules that are measured, on the base model's weights or on a probe adapter; of layers their means."""
+"""Scores of linears, measured on the base model's weights or on a probe adapter; a layer's score is their mean."""
 
 import math
 from collections import defaultdict
@@ -8,9 +8,8 @@ from typing import NamedTuple, cast
 
 import torch
 
-from mola.allocation.base import Base
-from mola.allocation.probe import read_probe, routing_records
-from mola.allocation.weights import weights_of
+from mola.allocation.base import Base, iterate_weights
+from mola.allocation.probe import read_probe, read_routing_records
 from mola.architecture.layer_stacks import module_kinds
 from mola.errors import MolaError
 from mola.files.terminal import progress
@@ -19,12 +18,12 @@ from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.models.devices import resolve_device
 from mola.tuner.loading import PREFIX
 
-Scores = list[float | None]  # of the layers; None without an adapted linear
+LayerScores = list[float | None]  # one per layer; None without an adapted linear
 CheckLayers = Callable[[int], None]
 
 
 class ModuleScore(NamedTuple):
-    """What a method found in one adapted linear."""
+    """Score of one adapted linear."""
 
     module: str  # its name in the base model
     layer_index: int
@@ -32,27 +31,27 @@ class ModuleScore(NamedTuple):
 
 
 def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
-    """Power-law exponents of the weights (arXiv 2410.10054); see `power_law_exponent`.
+    """Score linears by the power-law exponents of their weights (arXiv 2410.10054); see `power_law_exponent`.
 
-    Weights are read one matrix at a time, and computed with in float64 on `device`.
+    The weights are read one matrix at a time; their spectra are computed in float64 on `device`.
 
     Raises:
         MolaError: weights are missing or quantised, or a matrix has no power law.
     """
     target = resolve_device(device)
     found = {}
-    for name, weight in progress(weights_of(base), "Spectra of the weights", len(base.linears)):
+    for name, weight in progress(iterate_weights(base), "Spectra of the weights", len(base.linears)):
         try:
             found[name] = power_law_exponent(eigenvalues(weight.to(target)))
         except MolaError as error:
             raise MolaError(
                 f"`base_model` has a weight without a power law, {name}: {error} Leave it out of `target_modules`."
             ) from error
-    return of_modules(found, base)
+    return scores_by_name(found, base)
 
 
 def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> list[ModuleScore]:
-    """How different the experts of a probe are, compared with the same linears of other layers.
+    """Score linears by how different the experts of a probe are, compared with the same linears of other layers.
 
         d_m = mean over pairs of experts of scaling * ||B_i A_i - B_j A_j||_F        of a module m
         score_m = d_m / (mean of d over all modules of that name)
@@ -60,7 +59,7 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> li
     `check_layers` is called with the number of adapted layers before anything is computed.
 
     Raises:
-        MolaError: the probe does not fit, has a layer with one expert, or has learnt nothing.
+        MolaError: the probe does not fit, has a layer with one expert, or its experts do not differ.
     """
     probe = read_probe(adapter, base)
     check_layers(len(set(probe.layers.values())))
@@ -80,10 +79,10 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> li
 def usage_scores(
     base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers, per_module: bool = False
 ) -> list[ModuleScore]:
-    """Effective number of experts that a probe uses, see `effective_experts`.
+    """Score linears by the effective number of experts that a probe uses, see `effective_experts`.
 
-    Read are the records of `routing_records`; `check_layers` as in `redundancy_scores`. With `per_module` they must
-    speak of every adapted linear, else of every layer.
+    Reads the records of `read_routing_records`, which must cover every adapted layer, with `per_module` every adapted
+    linear. `check_layers` as in `redundancy_scores`.
 
     Raises:
         MolaError: a file is missing or broken, or does not fit the model.
@@ -91,7 +90,7 @@ def usage_scores(
     adapted: Iterable[str] = (
         [linear.name for linear in base.linears] if adapter is None else read_probe(adapter, base).layers
     )
-    records, source = routing_records(adapter, inspection)
+    records, source = read_routing_records(adapter, inspection)
     found = [
         ModuleScore(
             record["module"].removeprefix(PREFIX), record["layer_index"], effective_experts(record["mean_gates"])
@@ -99,49 +98,49 @@ def usage_scores(
         for record in records
     ]
     layers = {each.layer_index for each in found}
-    wanted = {index for index, has in enumerate(base.has_some(base.layer_of[name] for name in adapted)) if has}
+    wanted = {index for index, is_adapted in enumerate(base.is_among(base.layer_of[n] for n in adapted)) if is_adapted}
     if stray := layers - wanted:
         raise MolaError(
-            f"{source} must belong to `base_model` and `adapter`: it speaks of layer {next(iter(stray))}, which has no "
+            f"{source} must belong to `base_model` and `adapter`: it names layer {next(iter(stray))}, which has no "
             f"adapted linear there ({base.name!r} has {base.num_layers} layers)."
         )
     if missing := sorted(wanted - layers):
         raise MolaError(
-            f"{source} must speak of every adapted layer: nothing about {', '.join(map(str, missing))}. Those had one "
-            "expert or were not adapted: use a probe with at least 2 experts everywhere, and pass --adapter as well if "
+            f"{source} must cover every adapted layer: it lacks {', '.join(map(str, missing))}. These layers had one "
+            "expert or were not adapted. Use a probe with at least 2 experts everywhere, and pass --adapter as well if "
             "it adapts some layers only."
         )
     if per_module and (differing := sorted({each.module for each in found} ^ {*adapted})):
         raise MolaError(
-            f"{source} must speak of exactly the adapted linears for `per_module`: {differing[0]!r} is only there or "
-            "only in the model. Use a probe with at least 2 experts in every linear, and pass --adapter as well."
+            f"{source} must cover exactly the adapted linears for `per_module`: {differing[0]!r} is only in the "
+            "file or only in the model. Use a probe with at least 2 experts in every linear, and pass --adapter too."
         )
     check_layers(len(wanted))
     return found
 
 
 def effective_experts(mean_gates: Sequence[float]) -> float:
-    """`exp` of the entropy of the mean gates, in any unit: 1 if one expert does all, `E` if all weigh the same."""
+    """`exp` of the entropy of the normalised mean gates: 1 if one expert has all weight, `E` if all have the same."""
     gates = torch.tensor(mean_gates, dtype=torch.float64)
     return math.exp(torch.special.entr(gates / gates.sum()).sum().item())
 
 
 def relative_scores(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
-    """Of each module its value, divided by the mean of all modules of that kind."""
+    """Score linears by their value divided by the mean value of all linears of their kind."""
     kinds, of_kind = module_kinds(values), defaultdict[str, list[float]](list)
     for module, value in values.items():
         of_kind[kinds[module]].append(value)
-    usual = {kind: fmean(found) for kind, found in of_kind.items()}
-    return of_modules({name: value / (usual[kinds[name]] or 1.0) for name, value in values.items()}, base)
+    means = {kind: fmean(found) for kind, found in of_kind.items()}
+    return scores_by_name({name: value / (means[kinds[name]] or 1.0) for name, value in values.items()}, base)
 
 
-def of_modules(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
-    """Scores by name, with the layers; all modules are in one of them."""
+def scores_by_name(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
+    """Scores of linears from a mapping of names; all of them are in a decoder layer."""
     return [ModuleScore(name, cast(int, base.layer_of[name]), value) for name, value in values.items()]
 
 
-def layer_scores(found: Iterable[ModuleScore], num_layers: int) -> Scores:
-    """Of each layer the mean of its modules' scores; None without any."""
+def layer_scores(found: Iterable[ModuleScore], num_layers: int) -> LayerScores:
+    """The mean score of the linears of each layer; None for a layer without scored linears."""
     layers: dict[int, list[float]] = defaultdict(list)
     for each in found:
         layers[each.layer_index].append(each.score)

@@ -1,4 +1,4 @@
-"""Scores of modules on samples of the data, before anything is trained: gradients, and spectra of inputs."""
+"""Scores of linears on samples of data, before anything is trained: from gradients and from spectra of inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mola.allocation.base import Base
-from mola.allocation.measured import ModuleScore, of_modules, relative_scores
+from mola.allocation.measured import ModuleScore, relative_scores, scores_by_name
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
@@ -24,14 +24,14 @@ from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
 
-_RANK = 8  # components of a linear's input that count, in the mean
-_TOKENS = 1024  # of which an input's spectrum is taken
+_RANK = 8  # components of a linear's input that count, on average
+_TOKENS = 1024  # tokens for the spectrum of an input
 
 
 def read_samples(
     base: Base, data: str, task: str, template: str | None, split: str, limit: int
 ) -> Sequence[Mapping[str, Any]]:
-    """The first `limit` samples of a data file, with `input_ids` and `labels`; without a template in the task's own.
+    """Read the first `limit` samples of a data file as `input_ids` and `labels`; None is the task's own template.
 
     Raises:
         MolaError: the data do not fit the task, or a sample is longer than the model's positions.
@@ -45,44 +45,44 @@ def read_samples(
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
-    r"""How much a first LoRA step would change each linear, compared with the same linears of other layers.
+    r"""Score linears by their squared gradients, compared with the same linears of other layers.
 
         f_m = mean over samples of || dL / dW_m ||_F^2                              of a linear m
         score_m = f_m / (mean of f over all linears of that name)
 
-    L is the mean loss of a sample's answer. In the mean over a random A with entries of variance `s^2` the squared
-    gradient of a LoRA's B at its start is `r s^2` times that of the weight, the same factor for all linears of a
-    name; so this is the trace of the empirical Fisher matrix of that first step. With inputs X and gradients D of the
-    outputs of one sample it is the sum of `(X X^T) * (D D^T)`: no gradient of a weight's size is formed.
+    L is the mean loss of a sample's answer. For a LoRA whose A is random with variance `s^2`, the expected squared
+    gradient of B at the start is `r s^2` times that of the weight, with the same factor for all linears of a name.
+    So `f_m` is the trace of the empirical Fisher matrix of a first LoRA step. With inputs X and output gradients D of
+    one sample, `|| dL / dW ||_F^2` is the sum of `(X X^T) * (D D^T)`: no gradient of the size of a weight is formed.
 
     Raises:
-        MolaError: no gradient arrives anywhere.
+        MolaError: no linear gets a gradient.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    model.enable_input_require_grads()  # the base is frozen: gradients begin at its inputs
-    with _watched(base, model) as seen:
+    model.enable_input_require_grads()  # the base is frozen, so gradients need inputs that require them
+    with _recorded_gradients(base, model) as recorded:
         for ids, labels in _tensors(samples, model, "Gradients"):
             with torch.enable_grad():
                 model(input_ids=ids, labels=labels).loss.backward()
-            for name, calls in seen.items():
+            for name, calls in recorded.items():
                 x, gradient = (torch.cat(parts) for parts in zip(*calls, strict=True))
                 products = (x @ x.T) * (gradient @ gradient.T)
                 found[name].append(float(in_float64(products).sum()))
-            seen.clear()
+            recorded.clear()
     model.disable_input_require_grads()
     if not any(any(values) for values in found.values()):
         raise MolaError("`data` must have answers that a loss can be computed of: no linear got a gradient.")
-    # A linear that a sample does not reach, as of an expert of the base, has no gradient from it.
+    # A sample gives no gradient to a linear that it does not reach, such as one of the base's own experts.
     return relative_scores({each.name: fsum(found[each.name]) / len(samples) for each in base.linears}, base)
 
 
 def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
-    """How many directions of a linear's inputs are among the strongest of all, as EVA chooses ranks (arXiv 2410.07170).
+    """Score linears by how many directions of their inputs are among the strongest, as EVA (arXiv 2410.07170).
 
         rho_mj = lambda_j / sum_j lambda_j       of the j-th eigenvalue of the covariance of the inputs of a linear m
         score_m = | {j: rho_mj is one of the 8 M largest of all M linears} |
 
-    Of each input up to 1024 tokens count.
+    The covariance is that of the first 1024 tokens.
     """
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
@@ -109,14 +109,15 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     finally:
         for handle in handles:
             handle.remove()
-    shares = {name: _explained(torch.cat(rows.pop(name))) for name in list(rows)}
+    shares = {name: _variance_shares(torch.cat(rows.pop(name))) for name in list(rows)}
     strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
-    least = strongest.values[-1]
-    return of_modules({name: float((shares[name] >= least).sum()) if name in shares else 0.0 for name in names}, base)
+    smallest = strongest.values[-1]
+    numbers = {name: float((shares[name] >= smallest).sum()) if name in shares else 0.0 for name in names}
+    return scores_by_name(numbers, base)
 
 
 def load_for_scores(base: Base, device: str) -> Any:
-    """The base model in float32: small gradients of half precision would be lost."""
+    """Load the base model in float32: half precision would round small gradients to zero."""
     return load_model(base.name, None, "float32", device, base.trust_remote_code)
 
 
@@ -130,31 +131,31 @@ def _tensors(
 
 
 @contextmanager
-def _watched(base: Base, model: Any) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Input and gradient of the output of every linear, both `(tokens, features)`, filled by a backward pass.
+def _recorded_gradients(base: Base, model: Any) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Record the input and the output's gradient of every linear, both `(tokens, features)`, in each backward pass.
 
-    A pair for each call with gradients: layers that run several times have several.
+    There is one pair for each call of a linear, since some models call a layer several times.
     """
-    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
-    def watch(name: str) -> Any:
+    def recorder(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             if output.requires_grad:
-                output.register_hook(lambda grad: seen[name].append((x, grad.reshape(len(x), -1))))
+                output.register_hook(lambda grad: recorded[name].append((x, grad.reshape(len(x), -1))))
 
         return hook
 
-    handles = [model.get_submodule(linear.name).register_forward_hook(watch(linear.name)) for linear in base.linears]
+    handles = [model.get_submodule(linear.name).register_forward_hook(recorder(linear.name)) for linear in base.linears]
     try:
-        yield seen
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _explained(x: torch.Tensor) -> torch.Tensor:
-    """Shares of the variance that the components of rows `(tokens, features)` explain, largest first."""
+def _variance_shares(x: torch.Tensor) -> torch.Tensor:
+    """Shares of the variance of rows `(tokens, features)` that their principal components explain, largest first."""
     centred = in_float64(x - x.mean(dim=0))
     gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)

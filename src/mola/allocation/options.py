@@ -1,4 +1,4 @@
-"""`AllocateOptions`, and what can be wrong with them before a model is met."""
+"""Options of `mola allocate`, and their checks that need no model."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from mola.models.quantization import GGUF_HELP
 from mola.options.fields import option, paths_as_text
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
-_COMPUTE = ("alphalora", "gradient", "activation")  # with weights, on `device`
+_USE_DEVICE = ("alphalora", "gradient", "activation")
 _READS = {
     "redundancy": ("adapter",),
     "usage": ("adapter", "inspection"),
@@ -29,17 +29,17 @@ class AllocateOptions:
     )
     method: str = field(
         metadata={
-            "help": "Where scores come from: a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
-            "digits such as 2468), uniform, alphalora (the weights' spectra), redundancy (how different the experts of "
-            "`adapter` are), usage (how many of them are used), gradient (how much a first step on `data` changes) or "
-            "activation (how much of their inputs' variance few directions explain)."
+            "help": "How layers are scored: by a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
+            "digits such as 2468), uniform, alphalora (the spectra of the weights), redundancy (how different the "
+            "experts of `adapter` are), usage (how many of its experts are used), gradient (the squared gradients on "
+            "`data`) or activation (how much variance of the inputs on `data` few directions explain)."
         }
     )
-    budget: int = field(metadata={"help": "Experts in all: the numbers of the layers add up to it."})
-    output: str | None = option(None, "File to write (JSON), a value of `num_experts`.")
+    budget: int = field(metadata={"help": "Total number of experts: the sum over the layers."})
+    output: str | None = option(None, "File to write (JSON); it can be passed as `num_experts`.")
     adapter: str | None = option(None, "Folder of a probe run, for redundancy and usage.")
     inspection: str | None = option(
-        None, "File of `mola inspect --json` on the probe, for usage; by default the `routing.jsonl` of `adapter`."
+        None, "For usage: file of `mola inspect --json` on the probe. Default: the `routing.jsonl` of `adapter`."
     )
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
     task: str | None = option(None, "Task of `data`: its name or a YAML file.")
@@ -47,30 +47,30 @@ class AllocateOptions:
         None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own."
     )
     split: str = option("train", "Split of `data` to read where it has several.")
-    limit: int = option(32, "Samples of `data` to read, the first so many; activation ends at 1,024 tokens.")
+    limit: int = option(32, "Read only the first samples of `data`, this many; activation reads at most 1,024 tokens.")
     min_experts: int = option(1, "Fewest experts of a layer.")
     max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
     beta: float | None = option(
         None,
-        "Experts are in proportion to score ** beta; 2.5 by default for alphalora, 1 for others that measure.",
+        "Experts are in proportion to score ** beta. Default: 2.5 for alphalora, 1 for other methods that measure.",
     )
     target_modules: str | None = option(
         None,
-        "Linears that will be adapted, as in `mola train`: their layers get experts, and they are measured. With "
-        "`adapter` that says it.",
+        "Linears that will be adapted, as in `mola train`: they are measured, and their layers get experts. With "
+        "`adapter` they are the linears of the probe.",
     )
     per_module: bool = option(
         False,
-        "A number for every linear instead of every layer, by methods that measure. A budget B is then B experts for "
-        "each of the M kinds of linears, B x M in all, as if every linear of a layer had the layer's number.",
+        "Give every linear its own number instead of every layer; for methods that measure. A budget B then means B "
+        "experts for each of the M kinds of linears, B x M in all, as if every linear had the number of its layer.",
     )
     shuffle: int | None = option(
         None,
-        "Seed by which the numbers found change places, over the layers or with `per_module` over the linears of a "
-        "kind: to see whether it matters where experts are.",
+        "Seed to shuffle the numbers over the layers, or with `per_module` over the linears of a kind, to test whether "
+        "it matters which of them have more experts.",
     )
     gguf_file: str | None = option(None, GGUF_HELP)
-    device: str = option("cpu", "Where scores are computed, such as cpu or cuda:0; alphalora needs float64.")
+    device: str = option("cpu", "Device that computes the scores, such as cpu or cuda:0; alphalora needs float64.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
     overwrite: bool = option(False, "Replace an existing result.")
 
@@ -79,15 +79,18 @@ class AllocateOptions:
 
 
 def method_name(method: str) -> str:
-    """As it is written here, whatever its case and dashes were."""
+    """Normalise the name of a method: lower case, with underscores."""
     return method.strip().lower().replace("-", "_")
 
 
 def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
-    """The digits of the method's shape, if it is one, and the exponent of its scores, if it is none.
+    """Check the options.
+
+    Returns:
+        The digits of the shape and None, or for methods that measure None and the exponent of the scores.
 
     Raises:
-        MolaError: a value is out of its range, or options contradict each other.
+        MolaError: a value is out of range, options contradict each other, or an option would be ignored.
     """
     name = method_name(options.method)
     digits = "1" if name == _UNIFORM else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
@@ -103,25 +106,25 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
             raise MolaError(f"`{bound}` must be at least {least}: got {value}.")
     if options.per_module and digits is not None:
         raise MolaError(
-            f"`per_module` needs a method that measures linears ({', '.join(DEFAULT_BETA)}): {options.method!r} says "
-            "something of layers only. Leave `per_module` out."
+            f"`per_module` needs a method that measures linears ({', '.join(DEFAULT_BETA)}): {options.method!r} "
+            "gives numbers for layers only. Leave `per_module` out."
         )
     _check_sources(options, name)
     if options.beta is not None:
         if digits is not None:
-            raise MolaError(f"`beta` ({options.beta:g}) means nothing for the shape {options.method!r}. Leave it out.")
+            raise MolaError(f"`beta` ({options.beta:g}) has no effect with the shape {options.method!r}. Leave it out.")
         if not (math.isfinite(options.beta) and options.beta >= 0):
             raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
     return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
 
 
 def _check_sources(options: AllocateOptions, name: str) -> None:
-    """What a method reads must be given, and nothing else."""
+    """Check that the options hold what the method reads, and nothing that it would ignore."""
     reads = _READS.get(name, ())
-    if options.device != AllocateOptions.device and name not in _COMPUTE:
+    if options.device != AllocateOptions.device and name not in _USE_DEVICE:
         raise MolaError(
-            f"`device` ({options.device!r}) is where {', '.join(_COMPUTE)} compute: `method` {options.method!r} "
-            "computes nothing there. Leave it out."
+            f"`device` ({options.device!r}) has no effect with `method` {options.method!r}: only "
+            f"{', '.join(_USE_DEVICE)} compute on a device. Leave it out."
         )
     for source in ("adapter", "inspection", "data"):
         value = getattr(options, source)
@@ -131,26 +134,26 @@ def _check_sources(options: AllocateOptions, name: str) -> None:
         value = getattr(options, about_data)
         if value != getattr(AllocateOptions, about_data) and "data" not in reads:
             raise MolaError(
-                f"`{about_data}` ({value!r}) is about `data`, which `method` {options.method!r} does not read. Leave "
+                f"`{about_data}` ({value!r}) belongs to `data`, which `method` {options.method!r} does not read. Leave "
                 "it out."
             )
     if "data" in reads:
         if options.gguf_file is not None:
             raise MolaError(
-                "`gguf_file` is not read by methods that look at data. Convert the file to a model folder first."
+                "`gguf_file` cannot be used by methods that read data. Convert the file to a model folder first."
             )
         if options.data is None or options.task is None:
-            raise MolaError(f"`method` {name} looks at samples: pass --data FILE --task TASK.")
+            raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
         if options.limit < 1:
             raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
         return
     if reads and all(getattr(options, source) is None for source in reads):
         raise MolaError(
-            f"`method` {name} looks at a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
-            "short run with the same number of experts everywhere will do."
+            f"`method` {name} needs a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
+            "short run with the same number of experts everywhere is enough."
         )
     if options.adapter is not None and options.target_modules is not None:
         raise MolaError(
-            f"`target_modules` ({options.target_modules!r}) counts only where nothing else says what is adapted: here "
-            "it is what the probe, `adapter`, adapted. Leave it out."
+            f"`target_modules` ({options.target_modules!r}) has no effect with `adapter`: the linears are those of the "
+            "probe. Leave it out."
         )

@@ -1,4 +1,4 @@
-"""A probe: an adapter from a short run, of which an allocation is made. Its folder is read, no base weights."""
+"""Reads a probe, the adapter of a short run from which an allocation is made; needs no weights of the base model."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 
 from mola.allocation.base import Base
 from mola.architecture.patterns import scaling_of
-from mola.checkpoints.tensors import adapted_modules, read_tensors
+from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.reading import read_json, read_json_lines
 from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
@@ -27,7 +27,7 @@ class Probe:
     """The experts of a probe."""
 
     config: Mapping[str, Any]  # its `adapter_config.json`
-    layers: Mapping[str, int]  # from module name in the base model to its decoder layer
+    layers: Mapping[str, int]  # module name in the base model -> its decoder layer
     tensors: Mapping[str, torch.Tensor]  # as in the file, on the CPU
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,15 +36,15 @@ class Probe:
         return self.tensors[f"{key}.mola_A"], self.tensors[f"{key}.mola_B"]
 
     def scaling(self, module: str) -> float:
-        """What the update of a module is multiplied by."""
+        """The factor of a module's update."""
         return scaling_of(self.config, module, self.factors(module)[0].shape[1])
 
 
 def read_probe(adapter: str, base: Base) -> Probe:
-    """Read the probe in a folder and check that an allocation can be made of it.
+    """Read the probe in a folder and check that an allocation can be made from it.
 
     Raises:
-        MolaError: no adapter of this method, made for another model, or with one expert in some module.
+        MolaError: it is no mixture, belongs to another model, or has one expert in some module.
     """
     config = check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
@@ -61,16 +61,16 @@ def read_probe(adapter: str, base: Base) -> Probe:
         if len(tensors[f"{PREFIX}{module}.mola_A"]) == 1:
             raise MolaError(
                 f"`adapter` must have at least 2 experts in every layer: {adapter!r} has one in layer {layer}, which "
-                "says nothing about how many it needs. Use a probe with the same number everywhere."
+                "does not show how many the layer needs. Use a probe with the same number everywhere."
             )
     return Probe(config, layers, tensors)
 
 
 def check_mixture(adapter: str) -> dict[str, Any]:
-    """The configuration of an adapter of this method.
+    """Read the configuration of a mixture.
 
     Raises:
-        MolaError: there is none in the folder, or it is of another method.
+        MolaError: the folder holds no adapter, or one of another method.
     """
     config = check_adapter(adapter)
     if config["peft_type"] != "MOLA":
@@ -81,57 +81,54 @@ def check_mixture(adapter: str) -> dict[str, Any]:
     return config
 
 
-def routing_records(
+def read_routing_records(
     adapter: str | None,
     inspection: str | None,
     option: str = "adapter",
     advice: str = "Run `mola inspect --json FILE` on it and pass --inspection FILE.",
 ) -> tuple[list[dict[str, Any]], str]:
-    """Use of experts by module, and what to call its source in a message.
+    """Read the mean gates of each module.
 
     Args:
-        adapter: run folder whose `routing.jsonl` is read, the last interval of it, unless `inspection` is given.
-        inspection: file of `mola inspect --json`, of which the use over all tokens is read.
-        option: what the caller calls the run folder.
-        advice: what to do where that has no such file.
+        adapter: run folder; the last interval of its `routing.jsonl` is read unless `inspection` is given.
+        inspection: file of `mola inspect --json`; its means over all tokens are read.
+        option: name of the option with the run folder, for messages.
+        advice: what to do if the run folder has no such file, for messages.
+
+    Returns:
+        Records with `module`, `layer_index` and `mean_gates`, and the path of the file.
 
     Raises:
-        MolaError: the file is missing, or does not hold what it should.
+        MolaError: the file is missing, or does not have this form.
     """
-    if inspection is None:
-        path, wanted = Path(adapter or "") / ROUTING_FILE, "modules"
-        if not path.is_file():
-            raise MolaError(
-                f"`{option}` must hold {ROUTING_FILE}, which training writes: {str(adapter)!r} has none. {advice}"
-            )
-    else:
-        path, wanted = Path(inspection), "usage"
+    path = Path(adapter or "", ROUTING_FILE) if inspection is None else Path(inspection)
+    if inspection is None and not path.is_file():
+        raise MolaError(
+            f"`{option}` must hold {ROUTING_FILE}, which training writes: {str(adapter)!r} has none. {advice}"
+        )
     try:
-        content = read_json(path) if inspection is not None else _last_interval(path)
-        records = content["modules"] if inspection is None else content["usage"]["all"]
+        records = _last_interval(path)["modules"] if inspection is None else read_json(path)["usage"]["all"]
         check_form(records, [_USE], str(path), "Make it again.")
         return [
             {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records
         ], str(path)
-    except OSError as error:
-        raise MolaError(f"`inspection` cannot be read: {str(path)!r} ({error.strerror or error}).") from error
     except MolaError:
         raise
+    except OSError as error:
+        raise MolaError(f"`inspection` cannot be read: {str(path)!r} ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise MolaError(
-            f"{path} must hold the use of experts under {wanted!r}, as {'training' if inspection is None else 'mola'} "
-            f"writes it{'' if inspection is None else ' with `mola inspect --json`'}: it does not ({error!r})."
-        ) from error
+        writer = "training writes it" if inspection is None else "`mola inspect --json` writes it"
+        raise MolaError(f"{path} must hold the mean gates of modules, as {writer}: it does not ({error!r}).") from error
 
 
 def _last_interval(path: Path) -> Any:
-    """The last line, or the one before, if a run ended soon after that and the last counts less tokens than half."""
+    """The last line; or the one before it, if the run ended early in the last interval."""
     *_, before, last = [None, None, *read_json_lines(path)]
     if last is None:
-        raise ValueError("there is no whole line")
+        raise ValueError("there is no complete line")
     try:
         return before if before and is_short_interval(last["modules"], before["modules"]) else last
-    except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong with the last is said by its reader
+    except (LookupError, ValueError, TypeError, ArithmeticError):  # the caller reports what is wrong with the last line
         return last
 
 

@@ -1,9 +1,9 @@
-"""`mola reallocate`: a trained adapter with other numbers of experts, to be trained on.
+"""`mola reallocate`: gives a trained adapter other numbers of experts, for further training.
 
     mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
     mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
 
-Reads and writes adapter folders only; what happens to the experts of a layer is in `mola.allocation.resize`.
+It reads and writes adapter folders only. `mola.allocation.resize` changes the experts of a module.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from mola.allocation.probe import check_mixture, routing_records
+from mola.allocation.probe import check_mixture, read_routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
 from mola.architecture.layer_stacks import LayerStacks, layer_index
@@ -29,7 +29,7 @@ from mola.architecture.notation import (
     pattern_with,
     resolve_per_layer,
 )
-from mola.checkpoints.tensors import adapted_modules, read_tensors
+from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.atomic import check_new_folder, new_folder
 from mola.files.digests import WEIGHTS_FILE
@@ -53,32 +53,32 @@ class ReallocateOptions:
     output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     inspection: str | None = option(
         None,
-        "File of `mola inspect --json` on the adapter. Experts are then merged, and copied, by their use; without it "
-        "those with the smallest updates go.",
+        "File of `mola inspect --json` on the adapter. With it, experts are merged and copied by their use; without "
+        "it, those with the smallest updates are dropped.",
     )
     top_k: str | None = option(
-        None, "Experts used per token from now on, one or a list; by default as before. Another number changes answers."
+        None, "New experts used per token, one number or a list. Default: as before. Another number changes answers."
     )
-    seed: int = option(0, "Seed of the random numbers that new experts and routers start from.")
+    seed: int = option(0, "Random seed of new routers and router rows.")
     base_model: str | None = option(
         None,
-        "The adapter's base model, to count its layers where neither adapter nor numbers name all of them.",
+        "The adapter's base model, to count its layers. Needed if neither the adapter nor the numbers name all layers.",
     )
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 @dataclass(frozen=True)
 class ReallocateResult:
-    """What was written; the lists have one entry per decoder layer, lowest first.
+    """What was written. Lists have one entry per decoder layer, lowest first.
 
     Attributes:
         output_dir: the new folder.
         before: experts of the adapter that was read.
-        num_experts: experts of the new one.
+        num_experts: experts of the new adapter.
         top_k: experts used per token.
-        is_adapted: whether the layer has experts; where it has none its numbers mean nothing.
-        unchanged: modules whose tensors are the same.
-        modules: all adapted modules.
+        is_adapted: whether the layer has experts; if not, its numbers have no meaning.
+        unchanged: number of modules whose tensors are the same.
+        modules: number of adapted modules.
     """
 
     output_dir: str
@@ -97,7 +97,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         options: see `ReallocateOptions`.
 
     Raises:
-        MolaError: no adapter of this method, numbers that do not fit it, or an output folder with files in it.
+        MolaError: the adapter is no mixture, the numbers do not fit it, or the output folder holds files.
     """
     check_mixture(options.adapter)
     output = check_new_folder("output_dir", options.output_dir)
@@ -114,10 +114,10 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
             "without --per_module."
         )
     tensors = read_tensors(Path(options.adapter))
-    base = _base(config, options)
-    layers, is_sure = _layers(tensors, options, base)
+    base = _base_without_weights(config, options)
+    layers, layers_are_certain = _layer_of_modules(tensors, options, base)
     adapted = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
-    known = _depth(config, options, base, adapted)
+    known = _known_depth(config, options, base, adapted)
     num_layers = known or adapted
     if num_layers < adapted:
         raise MolaError(
@@ -126,9 +126,10 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         )
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
     after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
-    top_k = _top_k(config, options, before, after, num_layers)
-    _check_places(options, layers, after, top_k, is_known=is_sure and known is not None)
-    use = {} if options.inspection is None else _use(options.inspection, layers, tensors)
+    top_k = _choose_top_k(config, options, before, after, num_layers)
+    if len({*after}) > 1 or len({*top_k}) > 1:
+        _check_layers_are_known(options, layers, layers_are_certain and known is not None)
+    use = {} if options.inspection is None else _read_use(options.inspection, layers, tensors)
     generator = torch.Generator().manual_seed(options.seed)
     resized, unchanged = dict(tensors), 0
     for module, layer in layers.items():
@@ -142,20 +143,20 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
                 resized[f"{key}.{part}"] = tensor
     config.num_experts, config.top_k = _compact(after), _compact(top_k)
     if config.init_lora_weights == "principal" and any(new > old for old, new in zip(before, after, strict=True)):
-        config.init_lora_weights = True  # there may be too few components for more experts, and these did not start so
+        config.init_lora_weights = True  # a layer may have too few principal components for more experts
     with new_folder("output_dir", output) as folder:
         save_file(resized, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         hand_on_prompts(options.adapter, folder)
-    places = set(layers.values())
-    is_adapted = [None in places or layer in places for layer in range(num_layers)]
+    adapted_layers = set(layers.values())
+    is_adapted = [None in adapted_layers or layer in adapted_layers for layer in range(num_layers)]
     return ReallocateResult(
         str(output), before, after, effective_top_k(after, top_k), is_adapted, unchanged, len(layers)
     )
 
 
 def main(options: ReallocateOptions) -> int:
-    """Run the command and print a row per run of layers with the same numbers."""
+    """Run the command and print the numbers; layers with the same numbers share a row. Returns 0, the exit code."""
     result = reallocate(options)
     table = Table(title="Experts per decoder layer")
     for column in ("layers", "before", "now", "top_k"):
@@ -180,30 +181,32 @@ def main(options: ReallocateOptions) -> int:
     return 0
 
 
-def _base(config: Any, options: ReallocateOptions) -> Any:
-    """The base model without weights, of which layers are read; None where only names of modules are there."""
+def _base_without_weights(config: Any, options: ReallocateOptions) -> Any:
+    """The base model without weights, to look up layers; None if it is not at hand."""
     if options.base_model is not None:
-        return _decoder_only(options.base_model, options.trust_remote_code)
+        return _decoder_on_meta(options.base_model, options.trust_remote_code)
     recorded = config.base_model_name_or_path
-    if recorded and os.path.isdir(recorded):  # where it was trained; a name on the Hub may be gone
+    if recorded and os.path.isdir(recorded):  # the folder it was trained on; a name on the Hub may be gone
         with contextlib.suppress(MolaError):
-            return _decoder_only(recorded, options.trust_remote_code)
+            return _decoder_on_meta(recorded, options.trust_remote_code)
     return None
 
 
-def _decoder_only(base_model: str, trust_remote_code: bool) -> Any:
-    """The model; None for an encoder-decoder, of which only the decoder would be built."""
+def _decoder_on_meta(base_model: str, trust_remote_code: bool) -> Any:
+    """The model without weights; None for an encoder-decoder, of which only the decoder would be built."""
     if getattr(read_config(base_model, trust_remote_code), "is_encoder_decoder", False):
         return None
     return model_on_meta(base_model, trust_remote_code)
 
 
-def _layers(
+def _layer_of_modules(
     tensors: Mapping[str, torch.Tensor], options: ReallocateOptions, base: Any
 ) -> tuple[dict[str, int | None], bool]:
-    """From module name to its decoder layer, None outside the layers; and whether these are sure.
+    """Find the decoder layer of every adapted module.
 
-    By names alone they are not, where there is more than one list of layers, or may be: towers, an encoder.
+    Returns:
+        Module name -> layer, None outside the layers; and whether these are certain. Without the base model they come
+        from the numbers in the names, which are not certain if the model may have several stacks of layers.
     """
     names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     if not names:
@@ -211,49 +214,40 @@ def _layers(
             f"`adapter` must have experts on linears: {options.adapter!r} has `target_parameters` only, one LoRA for "
             "each, and no number to change."
         )
-    sides = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
-    if len(sides) > 1:
+    stacks_in_names = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
+    if len(stacks_in_names) > 1:
         raise MolaError(
             f"`adapter` must belong to a model with one stack of layers: {options.adapter!r} adapts an encoder and a "
-            "decoder, whose layers are numbered anew."
+            "decoder, which number their layers separately."
         )
-    known = {name for name, _ in base.named_modules()} if base is not None else set()
-    if known.issuperset(names):  # not those of layers that were repeated
+    if base is not None and {name for name, _ in base.named_modules()}.issuperset(names):
         stacks = LayerStacks.of(base)
         return {name: stacks.index(name) for name in names}, True
-    places = {name: layer_index(name) for name in names}
-    lists = {name.split(f".{index}.")[0] for name, index in places.items() if index is not None}
-    return places, len(lists) <= 1 and not sides
+    layers = {name: layer_index(name) for name in names}
+    lists = {name.split(f".{index}.")[0] for name, index in layers.items() if index is not None}
+    return layers, len(lists) <= 1 and not stacks_in_names
 
 
-def _depth(config: Any, options: ReallocateOptions, base: Any, at_least: int) -> int | None:
-    """Decoder layers of the adapted model, from what names all of them; None where nothing does."""
-    if config.layer_replication:  # which has other layers than its base
-        return sum(end - start for start, end in config.layer_replication)
-    values = {"num_experts": config.num_experts, "top_k": config.top_k, "r": config.r}
-    named = [list_length(value, name) for name, value in values.items()]
+def _known_depth(config: Any, options: ReallocateOptions, base: Any, adapted: int) -> int | None:
+    """Number of decoder layers of the model, from the base model or from a list with one entry per layer; else None.
+
+    `adapted` is the number of layers that the model has at least.
+    """
     if options.base_model is not None and base is not None:
-        named.insert(0, count_decoder_layers(base, options.base_model))
-    asked = list_length(options.num_experts, "num_experts")
-    named.append(asked if asked is not None and asked >= at_least else None)
-    found = next((number for number in named if number is not None), None)
-    if found is None and base is not None:
+        return count_decoder_layers(base, options.base_model)
+    lengths = [list_length(getattr(config, name), name) for name in ("num_experts", "top_k", "r")]
+    requested = list_length(options.num_experts, "num_experts")
+    if requested is not None and requested >= adapted:
+        lengths.append(requested)
+    known = next((length for length in lengths if length is not None), None)
+    if known is None and base is not None:
         with contextlib.suppress(MolaError):
-            found = count_decoder_layers(base, str(config.base_model_name_or_path))
-    return found
+            known = count_decoder_layers(base, str(config.base_model_name_or_path))
+    return known
 
 
-def _check_places(
-    options: ReallocateOptions,
-    layers: Mapping[str, int | None],
-    after: Sequence[int],
-    top_k: Sequence[int],
-    *,
-    is_known: bool,
-) -> None:
-    """Refuse numbers by layer where layers are not known, or a linear is in none."""
-    if len({*after}) == len({*top_k}) == 1:
-        return
+def _check_layers_are_known(options: ReallocateOptions, layers: Mapping[str, int | None], is_known: bool) -> None:
+    """Raise if numbers that differ by layer cannot be assigned to layers."""
     if not is_known:
         raise MolaError(
             f"`base_model` is needed to know which layers the numbers are for: {options.adapter!r} does not name all, "
@@ -268,15 +262,15 @@ def _check_places(
         )
 
 
-def _top_k(
+def _choose_top_k(
     config: Any, options: ReallocateOptions, before: Sequence[int], after: Sequence[int], num_layers: int
 ) -> list[int]:
     given = config.top_k if options.top_k is None else options.top_k
     top_k = resolve_per_layer(given, num_layers, "top_k")
     if options.top_k is None and isinstance(given, list):
-        # A layer without a router has 1; one that gets a router goes on as the others do.
-        usual = max(top_k)
-        top_k = [min(usual, new) if old == 1 else k for k, old, new in zip(top_k, before, after, strict=True)]
+        # A layer without a router has 1. If it gets a router, it takes the largest number of the other layers.
+        largest = max(top_k)
+        top_k = [min(largest, new) if old == 1 else k for k, old, new in zip(top_k, before, after, strict=True)]
         top_k = [1 if new == 1 else k for k, new in zip(top_k, after, strict=True)]
     try:
         check_top_k(after, top_k)
@@ -285,11 +279,11 @@ def _top_k(
     return top_k
 
 
-def _use(
+def _read_use(
     inspection: str, layers: Mapping[str, int | None], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Mean gates by module, each with as many as it has experts."""
-    records, source = routing_records(None, inspection)
+    """The mean gates of every module; raises unless they fit its number of experts."""
+    records, source = read_routing_records(None, inspection)
     gates = {record["module"].removeprefix(PREFIX): torch.tensor(record["mean_gates"]) for record in records}
     for module in layers:
         count = len(tensors[f"{PREFIX}{module}.mola_A"])
@@ -303,5 +297,5 @@ def _use(
 
 
 def _compact(values: list[int]) -> int | list[int]:
-    # A larger plain number would be read as digits.
+    # A larger single number would be read as digits.
     return values[0] if len(set(values)) == 1 and values[0] <= LARGEST_PLAIN_NUM_EXPERTS else values

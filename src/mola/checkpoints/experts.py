@@ -20,20 +20,20 @@ class ModuleExperts:
 
     @property
     def num_experts(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return len(self.lora_A)
 
-    def stacked(self, module: str) -> dict[str, torch.Tensor]:
+    def stack(self, module: str) -> dict[str, torch.Tensor]:
         """mola's tensors of this module: `mola_A (E, r, in)`, `mola_B (E, r, out)`, `mola_router (E, in)`.
 
-        The router is float32; with one expert it decides nothing and is left out.
+        The router is float32. With one expert it decides nothing and is left out.
         """
         tensors = {
             f"{module}.mola_A": torch.stack(self.lora_A),
             f"{module}.mola_B": torch.stack([b.t() for b in self.lora_B]),
         }
         if self.num_experts > 1:
-            # A copy, since tensors of one file may share their memory, which safetensors does not write.
+            # A copy: tensors of one file may share memory, which safetensors does not write.
             tensors[f"{module}.mola_router"] = self.router.float().clone(memory_format=torch.contiguous_format)
         return tensors
 
@@ -41,17 +41,17 @@ class ModuleExperts:
 def group_experts(
     tensors: Mapping[str, torch.Tensor], key: re.Pattern[str], format_name: str, expected: str
 ) -> dict[str, ModuleExperts]:
-    """Sort the tensors of a file into the experts and the router of each module.
+    """Group the tensors of a file into the experts and the router of each module.
 
     Args:
         tensors: the file's content.
         key: matches every key of the format, with the groups `module`, `part` ("A" or "B") and `expert`, or
             `module` and `router`.
-        format_name: for messages.
+        format_name: name of the format, for messages.
         expected: the keys of the format, for messages.
 
     Returns:
-        From module name, as in the file, to its experts.
+        Module name, as in the file -> its experts.
 
     Raises:
         MolaError: a key is not of this format, experts are not numbered without a gap or differ in shape, or
@@ -89,13 +89,11 @@ def _checked(module: str, parts: dict[str, dict[int, torch.Tensor]], router: tor
         found = "no router" if router is None else f"a router for {router.shape[0]}"
         raise MolaError(f"{module!r} has {count} experts and {found}. The file is incomplete.")
     for part, numbers in parts.items():
-        shapes = {tuple(tensor.shape) for tensor in numbers.values()}
-        dtypes = {str(tensor.dtype) for tensor in numbers.values()}
-        for what, different in (("shapes", sorted(shapes)), ("dtypes", sorted(dtypes))):
-            if len(different) > 1:
-                raise MolaError(
-                    f"{module!r} has experts {part} of different {what} {different}; all experts of a module "
-                    f"must have one {what[:-1]}. The file is broken."
-                )
+        different = sorted({f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in numbers.values()})
+        if len(different) > 1:
+            raise MolaError(
+                f"{module!r} has experts {part} of different shapes or dtypes: {', '.join(different)}. All experts of "
+                "a module must have one shape and one dtype. The file is broken."
+            )
     lora_A, lora_B = ([parts[part][index] for index in range(count)] for part in "AB")
     return ModuleExperts(lora_A, lora_B, router)

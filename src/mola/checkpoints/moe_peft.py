@@ -7,10 +7,10 @@ One folder with `adapter_config.json` (peft_type MOLA, a name it shares with thi
     mola.layers.N.self_attn|mlp.LINEAR.experts.E.lora_B.weight     (out, r)
     mola.layers.N.self_attn|mlp.LINEAR.moe_gate.weight             (E, in)
 
-- The keys leave out where the decoder layers are; that is found in the base model.
-- `use_rslora` scales by `lora_alpha / sqrt(r)`: the same as `lora_alpha * sqrt(r)` with our scale.
-- `use_dora` has no effect in MoE-PEFT's mixture, and no magnitudes are saved: the experts are plain.
-- Classification heads and MoE-PEFT's other methods are refused.
+- The keys do not say where the decoder layers are; the base model's own names do.
+- `use_rslora` scales by `lora_alpha / sqrt(r)`, which is `lora_alpha * sqrt(r)` with mola's scale.
+- `use_dora` has no effect in MoE-PEFT's mixture, and no magnitudes are saved: the experts are plain LoRA.
+- Classification heads and MoE-PEFT's other methods are not supported.
 """
 
 import math
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mola.architecture.layer_stacks import layer_index
+from mola.checkpoints.adapter_folder import read_settings, read_tensors
 from mola.checkpoints.experts import ModuleExperts, group_experts
-from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
@@ -38,9 +38,9 @@ _HEAD = "classifier"
 
 _REQUIRED = ("peft_type", "num_experts", "top_k", "r", "lora_alpha", "lora_dropout", "target_modules")
 _ALSO_KNOWN = ("routing_strategy", "bias", "use_dora", "use_rslora", "base_model_name_or_path", "task_type")
-# MoE-PEFT takes these from its training settings; they concern the start and the loss, not what is computed.
+# Training settings: they change the initialisation and the loss, not what a trained adapter computes.
 _TRAINING_ONLY = ("lora_init", "router_init_range", "router_loss", "router_aux_loss_coef", "name", "task_name")
-# All but classification end in the base model's own head.
+# Tasks that use the base model's own head.
 _TASKS = ("CAUSAL_LM", "QUESTION_ANS", None)
 
 _OTHER_METHODS = {
@@ -55,14 +55,17 @@ class MoePeftAdapter(NamedTuple):
 
     config: MolaConfig  # for `get_peft_model`
     tensors: dict[str, torch.Tensor]  # a state dict in mola's layout
-    training_only: dict[str, Any]  # settings of the file that are not kept, since they only concern its training
-    notes: list[str]  # what was understood in a way that the reader of a report should know
+    training_only: dict[str, Any]  # settings that are not kept, since only the training uses them
+    notes: list[str]  # settings that are written in another way than they were read
 
 
 def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -> MoePeftAdapter:
-    """Read the adapter of MoE-PEFT in a folder; only names were compared to the base model, not shapes.
+    """Read the adapter of MoE-PEFT in a folder; compares names with the base model, but no shapes.
 
-    `linears` are the names of all linears of the base model, as in `named_modules()`.
+    Args:
+        folder: holds `adapter_config.json` and the weights.
+        linears: names of all linears of the base model, as in `named_modules()`.
+        num_layers: decoder layers of the base model.
 
     Raises:
         MolaError: a file is missing or unreadable, belongs to another method or a classifier, is incomplete,
@@ -80,7 +83,7 @@ def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -
     modules = {module: _locate(module.removeprefix("mola."), linears) for module in experts}
     _check_every_layer(modules.values(), num_layers)
     for module, found in experts.items():
-        state_dict.update(found.stacked(f"{PREFIX}{modules[module]}"))
+        state_dict.update(found.stack(f"{PREFIX}{modules[module]}"))
     adapted = sorted({_leaf(module) for module in modules.values()})
     lora_alpha, notes = _scale(settings)
     if settings.get("task_type") != "CAUSAL_LM":
@@ -117,28 +120,11 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
                 f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}. No other adapters of MoE-PEFT can be "
                 "converted."
             )
-    _check_values(settings, path)
-
-
-def _check_values(settings: Mapping[str, Any], path: Path) -> None:
-    for name in ("num_experts", "top_k", "r"):
-        value = settings[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise MolaError(f"`{name}` in {path} must be a whole number above 0, got {value!r}. The file is broken.")
     if settings["top_k"] > settings["num_experts"]:
         raise MolaError(
             f"`top_k` in {path} must be at most `num_experts` {settings['num_experts']}, got {settings['top_k']}. "
             "MoE-PEFT could not run this adapter either; was the file changed?"
         )
-    for name in ("lora_alpha", "lora_dropout"):  # their ranges are for `MolaConfig` to check
-        if not isinstance(settings[name], (int, float)) or isinstance(settings[name], bool):
-            raise MolaError(f"`{name}` in {path} must be a number, got {settings[name]!r}. The file is broken.")
-    for name in ("use_dora", "use_rslora"):
-        if not isinstance(settings.get(name, False), bool):
-            raise MolaError(f"`{name}` in {path} must be true or false, got {settings[name]!r}. The file is broken.")
-    targets = settings["target_modules"]
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise MolaError(f"`target_modules` in {path} must be a list of names, got {targets!r}. The file is broken.")
 
 
 def _check_no_head(settings: Mapping[str, Any], tensors: Collection[str], path: Path) -> None:
@@ -163,14 +149,14 @@ def _check_counts(experts: Mapping[str, ModuleExperts], num_experts: int, path: 
 
 
 def _locate(module: str, linears: Iterable[str]) -> str:
-    """The linear of the base model that MoE-PEFT calls `layers.N.BLOCK.LINEAR`."""
+    """The name in the base model of the linear that MoE-PEFT calls `layers.N.BLOCK.LINEAR`."""
     found = [name for name in linears if name == module or name.endswith("." + module)]
     if len(found) != 1:
         count = f"{len(found)} of them ({', '.join(found)})" if found else "none"
         raise MolaError(
             f"`base_model` must have one linear {module!r}, as the adapter does: it has {count}. The adapter belongs "
-            "to another base model, or to an architecture that MoE-PEFT names in its own way, such as ChatGLM; the "
-            "latter cannot be converted."
+            "to another base model, or to an architecture for which MoE-PEFT has names of its own, such as ChatGLM; "
+            "the latter cannot be converted."
         )
     return found[0]
 
@@ -189,7 +175,7 @@ def _check_every_layer(modules: Iterable[str], num_layers: int) -> None:
 
 
 def _scale(settings: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """`lora_alpha` for a scale of `lora_alpha / r`, and what to report about it."""
+    """`lora_alpha` for a scale of `lora_alpha / r`, and notes about it."""
     alpha, notes = settings["lora_alpha"], []
     if settings.get("use_rslora"):
         notes.append(f"use_rslora: lora_alpha {alpha} / sqrt(r) is written as lora_alpha {alpha} * sqrt(r) / r")
@@ -207,7 +193,7 @@ def _check_targets(targets: list[str], adapted: list[str], linears: Collection[s
             f"`target_modules` in {path} and the weights disagree: {extra or 'no'} experts that it does not name, "
             f"{missing or 'nothing'} named without experts. Was the file changed, or is it incomplete?"
         )
-    # MoE-PEFT accepts the names of all its architectures and passes over those that a model does not have.
+    # MoE-PEFT accepts the names of all its architectures and ignores those that a model does not have.
     absent = sorted(set(targets) - set(linears))
     return [f"target_modules: the base model has no {', '.join(absent)}; not adapted there either"] if absent else []
 

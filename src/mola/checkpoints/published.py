@@ -1,4 +1,4 @@
-"""Reads adapters in the format of the paper's research code.
+"""Reads and writes adapters in the format of the paper's research code.
 
 One folder with `adapter_config.json` (peft_type LORA, `r` a list) and `adapter_model.bin` or
 `.safetensors`, whose keys name every expert separately:
@@ -7,38 +7,38 @@ One folder with `adapter_config.json` (peft_type LORA, `r` a list) and `adapter_
     base_model.model.model.layers.N.MODULE.lora_B_e.weight     (out, r)
     base_model.model.model.layers.N.MODULE.router.router.weight (E, in)
 
-`num_experts` is counted from the keys. `top_k` is not saved there and has to be given. A layer with one
-expert has a router there, which decides nothing, and none here.
-
-The other direction is in `published_writer`.
+- `num_experts` is not saved; it is counted from the keys.
+- `top_k` is not saved; the user has to give it.
+- A layer with one expert has a router, which decides nothing. mola's format leaves it out.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mola.architecture.layer_stacks import layer_index
+from mola.architecture.notation import resolve_per_layer
+from mola.checkpoints.adapter_folder import read_settings, read_tensors
 from mola.checkpoints.experts import ModuleExperts, group_experts
-from mola.checkpoints.tensors import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
+from mola.tuner.routing import DEFAULT_ROUTER
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d{0,4})|(?P<router>router)\.router)\.weight"
 )
-
-# Settings of the file that change what the tensors mean, with the values that `MolaConfig` is built for.
+# Settings that change what the tensors mean, and the values that mean the same as in mola.
 _NEUTRAL = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "layers_to_transform": (None,),
     "modules_to_save": (None, []),
-    # Of later versions of PEFT: another scale, other ranks, other places.
+    # Settings of later versions of PEFT.
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (False, None)),
     **{name: ({}, None) for name in ("rank_pattern", "alpha_pattern")},
     **dict.fromkeys(("layer_replication", "target_parameters", "exclude_modules", "trainable_token_indices"), (None,)),
@@ -55,8 +55,8 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
 
     Returns:
         A configuration and a state dict in mola's layout, for `get_peft_model` and
-        `set_peft_model_state_dict`. Ranks of layers that the model does not have, and names in `target_modules` that
-        nothing in it has, which that code passes over, are left out.
+        `set_peft_model_state_dict`. Ranks of layers without tensors and names in `target_modules` without
+        tensors are left out, as the research code ignores both.
 
     Raises:
         MolaError: a file is missing or unreadable, a key is not of this format, experts are not
@@ -65,13 +65,13 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
     folder = Path(folder)
     settings = _read_settings(folder)
     experts = group_experts(read_tensors(folder), _KEY, "the research code's format", "lora_A_0, lora_B_0 or router")
-    counts = _experts_per_layer(experts)
+    counts = _count_experts_per_layer(experts)
     state_dict: dict[str, torch.Tensor] = {}
     for module, found in experts.items():
-        name = f"{PREFIX}{module.removeprefix(PREFIX)}"  # which tools leave out that know nothing of PEFT
+        name = f"{PREFIX}{module.removeprefix(PREFIX)}"  # some tools leave the prefix out
         if f"{name}.mola_A" in state_dict:
             raise MolaError(f"{folder} holds the experts of {module!r} twice, with and without {PREFIX!r} in front.")
-        state_dict.update(found.stacked(name))
+        state_dict.update(found.stack(name))
     if len(settings["r"]) < len(counts):
         raise MolaError(
             f"`r` in {folder / 'adapter_config.json'} must have one number per layer: {len(settings['r'])} numbers, "
@@ -93,7 +93,26 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
     return config, state_dict
 
 
-def _experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings, path = read_settings(folder), folder / "adapter_config.json"
+    missing = [name for name in ("lora_alpha", "target_modules", "r") if name not in settings]
+    if missing:
+        raise MolaError(f"{path} lacks {missing}; this is not an adapter of the research code.")
+    for name, allowed in _NEUTRAL.items():
+        if name in settings and settings[name] not in allowed:
+            raise MolaError(
+                f"`{name}` in {path} must be {allowed[0]!r}, got {settings[name]!r}. "
+                "No other adapters of the research code are supported."
+            )
+    if not isinstance(settings["r"], list):
+        raise MolaError(
+            f"`r` in {path} must be a list with one number per layer, got {settings['r']!r}. This is not an adapter of "
+            "the research code."
+        )
+    return settings
+
+
+def _count_experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
     counts: dict[int, set[int]] = defaultdict(set)
     for module, found in experts.items():
         index = layer_index(module)
@@ -111,24 +130,151 @@ def _experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
     return [counts[index].pop() for index in sorted(counts)]
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    settings, path = read_settings(folder), folder / "adapter_config.json"
-    missing = [name for name in ("lora_alpha", "target_modules", "r") if name not in settings]
-    if missing:
-        raise MolaError(f"{path} lacks {missing}; this is not an adapter of the research code.")
-    for name, allowed in _NEUTRAL.items():
-        if name in settings and settings[name] not in allowed:
-            raise MolaError(
-                f"`{name}` in {path} must be {allowed[0]!r}, got {settings[name]!r}. "
-                "No other adapters of the research code are supported."
-            )
-    if not isinstance(settings["r"], list):
+_DECODER_LINEAR = re.compile(
+    r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
+    r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
+)
+_MOLA_KEY = re.compile(r"(?P<module>.+)\.mola_(?P<part>A|B|router)")
+
+
+def to_published(
+    config: MolaConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Translate an adapter of mola into the research code's format.
+
+    `top_k` and the router losses have no place in that format; the caller has to keep them.
+
+    Args:
+        config: the adapter's configuration, as saved.
+        tensors: the adapter's tensors, as saved: `MODULE.mola_A (E, r, in)`, `MODULE.mola_B (E, r, out)`,
+            `MODULE.mola_router (E, in)` where `E > 1`.
+
+    Returns:
+        The content of `adapter_config.json`, and the flat dict of `adapter_model.bin`: float32, with a
+        router of zeros, `(1, in)`, in layers with one expert.
+
+    Raises:
+        MolaError: the format cannot express the adapter, or `config` and `tensors` disagree.
+    """
+    _check_expressible(config)
+    modules = _group_parts(tensors)
+    num_layers, names = _same_in_every_layer(modules)
+    targets = config.target_modules  # a list holds whole names if "all-linear" was resolved
+    plain = {} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets or ()}
+    if targets != "all-linear" and plain != {*names}:
         raise MolaError(
-            f"`r` in {path} must be a list with one number per layer, got {settings['r']!r}. This is not an adapter of "
-            "the research code."
+            f"`target_modules` must be a list of the linears' plain names, {names}, got {config.target_modules!r}. "
+            "The research code's format knows no other way to choose modules; change it in adapter_config.json."
         )
-    targets = settings["target_modules"]
-    names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise MolaError(f"`target_modules` in {path} must be a text or a list of texts, got {targets!r}.")
-    return settings
+    num_experts, ranks = (resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r"))
+    published = {}
+    for module, parts in modules.items():
+        layer = layer_index(module) or 0
+        _check_parts(module, parts, num_experts[layer], ranks[layer])
+        for expert in range(num_experts[layer]):
+            published[f"{module}.lora_A_{expert}.weight"] = parts["A"][expert].float().clone()
+            published[f"{module}.lora_B_{expert}.weight"] = parts["B"][expert].t().float().contiguous().clone()
+        router = parts.get("router", torch.zeros(1, parts["A"].shape[-1]))
+        published[f"{module}.router.router.weight"] = router.float().clone()
+    alpha = config.lora_alpha
+    settings = {
+        "auto_mapping": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": ranks,
+        "revision": config.revision,
+        "target_modules": names,
+        "task_type": config.task_type,
+    }
+    return settings, published
+
+
+_REASONS = {
+    "use_rslora": "Its scale is lora_alpha / r: set `lora_alpha` to lora_alpha * sqrt(r), and this to false.",
+    **dict.fromkeys(
+        ("num_experts_pattern", "rank_pattern", "alpha_pattern"), "It has one number for all linears of a layer."
+    ),
+    "router": "It has linear routers only.",
+}
+
+
+def _check_expressible(config: MolaConfig) -> None:
+    not_expressible = {
+        "bias": config.bias != "none" and config.bias,
+        "router": config.router != DEFAULT_ROUTER,
+        "modules_to_save": config.modules_to_save,
+        "layers_to_transform": config.layers_to_transform is not None,  # 0 chooses a layer, too
+        "exclude_modules": config.exclude_modules,
+        "target_parameters": config.target_parameters,
+        "use_rslora": config.use_rslora,
+        "num_experts_pattern": config.num_experts_pattern,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    for name, is_set in not_expressible.items():
+        if is_set:
+            raise MolaError(
+                f"`{name}` cannot be expressed in the research code's format, got {getattr(config, name)!r}. "
+                f"{_REASONS.get(name, 'Only adapters of the same linears in every decoder layer can be written.')}"
+            )
+
+
+def _group_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        match = _MOLA_KEY.fullmatch(key)
+        if match is None or not _DECODER_LINEAR.fullmatch(match["module"]):
+            raise MolaError(
+                f"{key!r} cannot be expressed in the research code's format: it has experts and routers of the "
+                "seven linears of LLaMA's decoder layers and nothing else."
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise MolaError(f"{key!r} is {tensor.dtype}; the research code's format is float32 and would lose digits.")
+        modules[match["module"]][match["part"]] = tensor
+    return modules
+
+
+def _same_in_every_layer(modules: Iterable[str]) -> tuple[int, list[str]]:
+    """Number of layers and the names of the linears, which must be the same in all layers."""
+    by_layer: dict[int, set[str]] = defaultdict(set)
+    for module in modules:
+        by_layer[layer_index(module) or 0].add(module.rpartition(".")[2])
+    layers = [by_layer.get(index, set()) for index in range(max(by_layer, default=0) + 1)]
+    for index, names in enumerate(layers):
+        if not names or names != layers[0]:
+            raise MolaError(
+                "The research code's format has the same linears in every decoder layer: layer 0 has "
+                f"{sorted(layers[0])}, layer {index} has {sorted(names)}. This adapter cannot be expressed in it."
+            )
+    return len(layers), sorted(layers[0])
+
+
+def _check_parts(module: str, parts: Mapping[str, torch.Tensor], num_experts: int, r: int) -> None:
+    wanted = {"A", "B", "router"} if num_experts > 1 else {"A", "B"}
+    if set(parts) != wanted:
+        raise MolaError(
+            f"{module!r} with `num_experts` {num_experts} needs the tensors {sorted(wanted)}, the file has "
+            f"{sorted(parts)}. The file is incomplete, or adapter_config.json was changed."
+        )
+    for part, tensor in parts.items():
+        leading = (num_experts,) if part == "router" else (num_experts, r)
+        if tensor.dim() != len(leading) + 1 or tuple(tensor.shape[:-1]) != leading:
+            raise MolaError(
+                f"{module!r} has mola_{part} of shape {tuple(tensor.shape)}; `num_experts` {num_experts} and `r` {r} "
+                f"need {(*leading, 'features')}. Was adapter_config.json changed?"
+            )
+    if "router" in parts and parts["router"].shape[-1] != parts["A"].shape[-1]:
+        raise MolaError(
+            f"{module!r} has a router for {parts['router'].shape[-1]} features and experts for {parts['A'].shape[-1]}; "
+            "both take the same input. The file is broken."
+        )

@@ -26,9 +26,9 @@ from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 256  # tokens of a piece of text
-_TOKENS = 1024  # of a batch: logits of all of them are compared
-_EVERY = 10  # of so many rows one is held out
+_PIECE_LENGTH = 256  # tokens of a piece of text
+_BATCH_TOKENS = 1024
+_HELD_OUT_INTERVAL = 10  # one of so many rows is held out
 _NO_LIMIT = 1 << 30
 
 
@@ -37,8 +37,8 @@ class Row:
     """Tokens of a sample.
 
     Attributes:
-        ids: all of them.
-        labels: the same; `IGNORED` for the prompt.
+        ids: token ids of prompt and answer.
+        labels: the same ids, with `IGNORED` for the prompt.
     """
 
     ids: Sequence[int]
@@ -51,8 +51,8 @@ class Calibration:
 
     Attributes:
         fitted: rows to fit to.
-        held_out: others, to measure on.
-        too_long: rows left out because the model takes no such length.
+        held_out: other rows, to measure on.
+        too_long: number of rows left out because they are longer than the model's positions.
     """
 
     fitted: list[Row]
@@ -61,13 +61,16 @@ class Calibration:
 
 
 def read_task(options: ConvertOptions) -> Task | None:
-    """The task of `data` and `test`, with the template that was asked for, or that of the adapter's training.
+    """The task of `data` and `test`, with `template` or else the template of the adapters' training.
+
+    Returns:
+        The task; None if there is neither `data` nor `test`.
 
     Raises:
-        MolaError: it is missing with one of them, given with neither, or wrong.
+        MolaError: `task` is missing with `data` or `test`, is given without them, or is wrong.
     """
-    wanted = options.data is not None or options.test is not None
-    if wanted != (options.task is not None):
+    is_needed = options.data is not None or options.test is not None
+    if is_needed != (options.task is not None):
         raise MolaError(
             f"`task` must be given with `data` or `test`, and with these only: got task {options.task!r}, data "
             f"{options.data!r}, test {options.test!r}."
@@ -76,30 +79,33 @@ def read_task(options: ConvertOptions) -> Task | None:
         return None
     task = load_task(options.task)
     trained = {trained_template(source) for source in options.source}
-    name = options.template or (trained.pop() if len(trained) == 1 else None) or task.template
-    if options.template is None and len(trained) > 1:
-        logger.warning("The adapters were trained in different prompts: `data` are read in those of %s.", name)
+    is_one_template = len(trained) == 1
+    name = options.template or (next(iter(trained)) if is_one_template else None) or task.template
     check_template(name)
-    for source in options.source[:1] if len(trained) < 2 else ():  # of different ones it was said
-        warn_of_other_template(source, name)
+    if is_one_template:
+        warn_of_other_template(options.source[0], name)
+    elif options.template is None:
+        logger.warning(
+            "The adapters were trained with different prompt templates: `data` are read with the template %s.", name
+        )
     return replace(task, template=name)
 
 
 def read_data(options: ConvertOptions, path: str, task: Task, source: str) -> Calibration:
-    """The rows of a data file, in the prompts of `task`; `source` is the adapter that they are for.
+    """Read the rows of a data file in the prompts of `task`, for the adapter `source`.
 
     Raises:
-        MolaError: it is unreadable, or has fewer than two rows that fit.
+        MolaError: the file is unreadable, or fewer than two of its rows fit the model.
     """
     check_split("split", options.split, ConvertOptions.split, path)
-    return _divided(*_read_rows(options, path, task, source, options.split, options.limit), path)
+    return _hold_out(*_read_rows(options, path, task, source, options.split, options.limit), path)
 
 
 def read_test(options: ConvertOptions, task: Task) -> Calibration:
-    """The rows of the test file, all held out.
+    """Read the rows of the test file, which are all held out.
 
     Raises:
-        MolaError: it is unreadable.
+        MolaError: the file is unreadable.
     """
     rows, too_long = _read_rows(options, str(options.test), task, options.source[0], "test", None)
     return Calibration([], rows, too_long)
@@ -108,36 +114,35 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
 def _read_rows(
     options: ConvertOptions, path: str, task: Task, source: str, split: str, limit: int | None
 ) -> tuple[list[Row], int]:
-    """Rows, and how many are too long."""
+    """The rows, and the number of rows that are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
     if limit is not None and len(examples) > limit:
         examples = examples[:limit]
-        _say_limit(f"samples of {path}", limit)
-    cutoff = _longest(options)
+        _warn_of_limit(f"samples of {path}", limit)
     dataset, report = encode_examples(
         examples,
         tokenizer,
         template_for(task.template, tokenizer, source),
-        cutoff_len=cutoff,
+        cutoff_len=_max_length(options),
         truncation="drop",
     )
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 
 
-def _say_limit(what: str, limit: int) -> None:
-    logger.warning("Only the first %d %s are read. `limit` sets how many.", limit, what)
+def _warn_of_limit(what: str, limit: int) -> None:
+    logger.warning("Only the first %d %s are read. `limit` sets this number.", limit, what)
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
-    """The pieces of a text file; those of `test_text` are all held out.
+    """Read a text file as pieces of 256 tokens; those of `test_text` are all held out.
 
     Args:
         options: of the command.
         option: text or test_text.
 
     Raises:
-        MolaError: it is unreadable, or has no piece, of `text` fewer than two.
+        MolaError: the file is unreadable, or is too short: `text` needs two pieces, `test_text` one.
     """
     path = str(getattr(options, option))
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
@@ -145,45 +150,49 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
         ids = tokenizer(Path(path).read_text(encoding="utf-8"), verbose=False, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise MolaError(f"`{option}` cannot be read: {path!r} ({error}). Pass a file of text in UTF-8.") from error
-    # Every piece begins as a text does: models that know a begin token have seen none without.
+    # Models with a begin token never saw a text without it, so every piece begins with it.
     begin = tokenizer("a")["input_ids"][:1]
     begin = begin if begin == [tokenizer.bos_token_id] else []
-    size = min(_PIECE, _longest(options)) - len(begin)
+    size = min(_PIECE_LENGTH, _max_length(options)) - len(begin)
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
     rows = [Row([*begin, *piece], [*begin, *piece]) for piece in pieces if len(piece) + len(begin) > 1]
     if len(rows) > options.limit:
         rows = rows[: options.limit]
-        _say_limit(f"pieces of {path}", options.limit)
+        _warn_of_limit(f"pieces of {path}", options.limit)
     if option == "text":
-        return _divided(rows, 0, path)
+        return _hold_out(rows, 0, path)
     if not rows:
-        raise MolaError(f"`{option}` must have at least 2 tokens: {path!r} has fewer. Pass another.")
+        raise MolaError(f"`{option}` must have at least 2 tokens: {path!r} has fewer. Pass another file.")
     return Calibration([], rows)
 
 
+def _max_length(options: ConvertOptions) -> int:
+    config: Any = load_config(str(options.base_model), options.trust_remote_code)
+    return max_positions(config) or _NO_LIMIT
+
+
+def _hold_out(rows: list[Row], too_long: int, path: str) -> Calibration:
+    if len(rows) < 2:
+        raise MolaError(
+            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has {len(rows)}. Pass more."
+        )
+    interval = min(_HELD_OUT_INTERVAL, len(rows))
+    held_out = rows[interval - 1 :: interval]
+    return Calibration([row for i, row in enumerate(rows) if i % interval != interval - 1], held_out, too_long)
+
+
 def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels `(samples, length)`, rows of one length together: there is no padding to leave out."""
+    """Token ids and labels `(samples, length)`; the rows of a batch have one length, so there is no padding."""
     by_length: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         by_length[len(row.ids)].append(row)
     found = []
-    for length, alike in sorted(by_length.items()):
-        size = max(1, _TOKENS // length)
-        for start in range(0, len(alike), size):
-            part = alike[start : start + size]
+    for length, same_length in sorted(by_length.items()):
+        size = max(1, _BATCH_TOKENS // length)
+        for start in range(0, len(same_length), size):
+            part = same_length[start : start + size]
             found.append((torch.tensor([row.ids for row in part]), torch.tensor([row.labels for row in part])))
     return found
-
-
-def seen_rows(data: Mapping[str, Calibration]) -> list[str]:
-    """What to tell of held-out rows whose tokens are those of a fitted row, of whichever kind."""
-    fitted = {tuple(row.ids) for each in data.values() for row in each.fitted}
-    seen = {kind: sum(tuple(row.ids) in fitted for row in each.held_out) for kind, each in data.items()}
-    return [
-        f"{count} of the {len(data[kind].held_out)} held-out rows of {kind} are fitted to, too, with the same text"
-        for kind, count in seen.items()
-        if count
-    ]
 
 
 def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -192,25 +201,21 @@ def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:
 
 
 def answer_weights(rows: Sequence[Row], weight: float) -> list[torch.Tensor]:
-    """How often each token of `batches` counts: `weight` times where an answer's token is predicted, else once."""
-    return [torch.where(F.pad(answer_tokens(labels), (0, 1)), weight, 1.0) for _, labels in batches(rows)]
+    """Weights of the tokens of `batches`: `weight` where a token of an answer is predicted, else 1."""
+    return [torch.where(F.pad(answer_mask(labels), (0, 1)), weight, 1.0) for _, labels in batches(rows)]
 
 
-def answer_tokens(labels: torch.Tensor) -> torch.Tensor:
+def answer_mask(labels: torch.Tensor) -> torch.Tensor:
     """Which positions `(samples, length - 1)` predict a token of an answer."""
     return labels[:, 1:] != IGNORED
 
 
-def _longest(options: ConvertOptions) -> int:
-    config: Any = load_config(str(options.base_model), options.trust_remote_code)
-    return max_positions(config) or _NO_LIMIT
-
-
-def _divided(rows: list[Row], too_long: int, path: str) -> Calibration:
-    if len(rows) < 2:
-        raise MolaError(
-            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has {len(rows)}. Pass more."
-        )
-    every = min(_EVERY, len(rows))
-    held_out = rows[every - 1 :: every]
-    return Calibration([row for i, row in enumerate(rows) if i % every != every - 1], held_out, too_long)
+def note_overlaps(data: Mapping[str, Calibration]) -> list[str]:
+    """Notes for the report about held-out rows that have the same tokens as a fitted row of any kind."""
+    fitted = {tuple(row.ids) for each in data.values() for row in each.fitted}
+    overlaps = {kind: sum(tuple(row.ids) in fitted for row in each.held_out) for kind, each in data.items()}
+    return [
+        f"{count} of the {len(data[kind].held_out)} held-out rows of {kind} have the same text as a fitted row"
+        for kind, count in overlaps.items()
+        if count
+    ]

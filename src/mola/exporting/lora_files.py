@@ -17,31 +17,32 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mola.checkpoints.formats import foreign_format
-from mola.checkpoints.tensors import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import foreign_format, read_settings, read_tensors
 from mola.errors import MolaError
+from mola.exporting.mixtures import NAME
 from mola.files.digests import WEIGHTS_FILE
-from mola.models.lora_fit import check_shape, put_into
+from mola.models.adapters import check_shape, put_lora_into
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
+from mola.tuner.stacked import StackedParameters
 
-# What a mixture and a LoRA have in common besides the adapted linears.
-_KEPT = ("task_type", "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying")
-_REFUSED = {
+# Settings that a mixture and a LoRA share, besides the adapted linears.
+_SHARED_SETTINGS = ("task_type", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+_NOT_EXPRESSIBLE = {
     "use_dora": "DoRA scales the base weight",
     "lora_bias": "experts have no bias",
     "target_parameters": "only linears have experts",
-    "modules_to_save": "a module trained in full cannot be shared out to experts",
-    "trainable_token_indices": "tokens trained in full cannot be shared out to experts",
+    "modules_to_save": "a module trained in full cannot be divided among experts",
+    "trainable_token_indices": "tokens trained in full cannot be divided among experts",
     "layer_replication": "its layers are not those of the base model",
-    "alora_invocation_tokens": "it works on a part of the tokens",
+    "alora_invocation_tokens": "it acts on a part of the tokens",
     **dict.fromkeys(
         ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
         "it computes more than `B A x`",
     ),
 }
-# Other starts than these change the base weight, which other experts need as it was.
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# Other initialisations change the base weight, which the other experts need unchanged.
+_KEEP_BASE_WEIGHT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Factors(NamedTuple):
@@ -64,22 +65,22 @@ def write_lora(
     rank: int,
     config: MolaConfig,
     base: nn.Module,
-    others: Mapping[str, torch.Tensor],
+    other_tensors: Mapping[str, torch.Tensor],
     stacked_ranks: Mapping[str, int],
 ) -> None:
     """Write a LoRA whose scale is 1 everywhere.
 
     Args:
-        folder: where to.
-        updates: module, as in a PeftModel -> `B (out, r)` and `A (r, in)`. Below `rank` they are filled up with zeros,
-            which more programs read than ranks by module; above it the module has its own.
+        folder: where to write.
+        updates: module, named as in a PeftModel -> `B (out, r)` and `A (r, in)`. A rank below `rank` is filled up with
+            zeros, since more programs read one rank than a rank per module. A rank above it is kept for the module.
         rank: the rank of most modules.
-        config: of the mixture, for what is kept.
-        base: the adapted model, for names and kinds of its linears.
-        others: tensors besides experts, such as those of `modules_to_save` and of stacked experts.
-        stacked_ranks: ranks of the stacked experts, by name of their parameter.
+        config: the mixture's configuration, for the settings that are kept.
+        base: the adapted model, for names and classes of its linears.
+        other_tensors: tensors besides experts, such as those of `modules_to_save` and of stacked experts.
+        stacked_ranks: name of a parameter with stacked experts -> their rank.
     """
-    tensors, own_ranks = dict(others), {}
+    tensors, own_ranks = dict(other_tensors), {}
     for module, (B, A) in updates.items():
         missing = max(rank - A.shape[0], 0)
         parts = {"A": nn.functional.pad(A, (0, 0, 0, missing)), "B": nn.functional.pad(B, (0, missing))}
@@ -88,12 +89,12 @@ def write_lora(
         if A.shape[0] > rank:
             own_ranks[module.removeprefix(PREFIX)] = A.shape[0]
     own_ranks |= {name: r for name, r in stacked_ranks.items() if r > rank}
-    lora = lora_config(updates, rank, config, base, stacked_ranks, own_ranks)
+    lora = make_lora_config(updates, rank, config, base, stacked_ranks, own_ranks)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
 
 
-def lora_config(
+def make_lora_config(
     modules: Collection[str],
     rank: int,
     config: MolaConfig,
@@ -101,58 +102,93 @@ def lora_config(
     stacked_ranks: Mapping[str, int],
     own_ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """The configuration of a LoRA of these modules; arguments as `write_lora`, and ranks above `rank` by module."""
+    """The configuration of a LoRA of these modules.
+
+    `own_ranks` holds the ranks of modules that differ from `rank`; the other arguments are those of `write_lora`.
+    """
     known = dict(base.named_modules())
-    kept = {name: value for name in _KEPT if (value := getattr(config, name))}
+    shared = {name: value for name in _SHARED_SETTINGS if (value := getattr(config, name, None))}
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=targets([name.removeprefix(PREFIX) for name in modules], base),
+        target_modules=choose_target_names([name.removeprefix(PREFIX) for name in modules], base),
         target_parameters=list(stacked_ranks) or None,
         rank_pattern=dict(own_ranks or {}),
         alpha_pattern=dict(own_ranks or {}),
         fan_in_fan_out=any(isinstance(known[name].get_base_layer(), Conv1D) for name in modules),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path,
-        **kept,
+        **shared,
     )
 
 
-def check_loads(lora: LoraConfig, modules: Collection[str], base_on_meta: nn.Module) -> None:
-    """Whether PEFT puts a LoRA where its tensors are: of some architectures it takes names for those of older models.
+def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
+    """Values for `target_modules`: the last parts of the names, or whole names if others share their last parts."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    matching = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
+    return leaves if len(matching) == len(names) else sorted(names)
+
+
+def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], base_on_meta: nn.Module) -> None:
+    """Check that PEFT puts a LoRA into the modules for which it has tensors.
+
+    For some architectures PEFT takes the names of linears for those of older models, and would silently leave their
+    tensors out.
 
     Args:
-        lora: its configuration; stays as it is.
-        modules: that have tensors, named as in a PeftModel.
+        lora: its configuration; stays unchanged.
+        modules: modules with tensors, named as in a PeftModel.
         base_on_meta: the base model without weights; the LoRA is put into it.
 
     Raises:
-        MolaError: it does not, and would leave the tensors out without a word.
+        MolaError: PEFT puts it into other modules.
     """
-    asked = copy.deepcopy(lora)
-    asked.base_model_name_or_path = None
+    config = copy.deepcopy(lora)
+    config.base_model_name_or_path = None
+    reason = "`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT"
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, for those who load the file
+        warnings.simplefilter("ignore")
         try:
-            adapted = get_peft_model(base_on_meta, asked)
-        except ValueError as error:  # of names that it would have to take for a part of the stacked experts
-            raise MolaError(
-                f"`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT: {error}"
-            ) from error
+            adapted = get_peft_model(base_on_meta, config)
+        except ValueError as error:  # for names that PEFT takes for a part of stacked experts
+            raise MolaError(f"{reason}: {error}") from error
     found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     if lost := sorted(set(modules) - found):
         raise MolaError(
-            f"`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT: it puts "
-            f"those of {lost[0].removeprefix(PREFIX)!r} and {len(lost) - 1} others elsewhere when it loads the file. "
-            "Train with `exclude_modules` or other `target_modules` to export it, such as those of attention."
+            f"{reason}: it puts those of {lost[0].removeprefix(PREFIX)!r} and {len(lost) - 1} others elsewhere when it "
+            "loads the file. Train with `exclude_modules` or other `target_modules` to export the adapter, such as "
+            "those of attention."
         )
 
 
-def targets(names: list[str], base: nn.Module) -> list[str]:
-    """Last parts of the names, unless a module that is not adapted has one of them."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    every = [name.removeprefix(PREFIX) for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
-    return leaves if len(every) == len(names) else sorted(names)
+def stacked_lora_tensors(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], rank: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The LoRAs of a base model's stacked experts, as PEFT saves them for `target_parameters`; this is exact.
+
+    Args:
+        model: the adapted model, which may be on the meta device.
+        tensors: content of the mixture's file.
+        rank: A and B of a lower rank are filled up with zeros. The scale is 1; `B` includes the mixture's scale.
+
+    Returns:
+        The tensors by PEFT's names, and the ranks by name of the parameter.
+    """
+    found, ranks = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, StackedParameters):
+            settings = module.settings[NAME]
+            ordered = [each for each, _ in module.base_layer.named_parameters(recurse=False) if each in settings]
+            # PEFT has a wrapper for each parameter, and the first one is innermost.
+            for depth, parameter in enumerate(reversed(ordered)):
+                A, B = (tensors[f"{name}.mola_{part}_{parameter}"].float() for part in "AB")
+                ranks[f"{name.removeprefix(PREFIX)}.{parameter}"] = max(rank, A.shape[1])
+                padding = (0, 0, 0, max(rank - A.shape[1], 0))
+                A, B = nn.functional.pad(A, padding), nn.functional.pad(B, padding) * settings[parameter].scaling
+                wrapper = name + ".base_layer" * depth
+                found[f"{wrapper}.lora_A.weight"] = A.flatten(0, 1).contiguous()
+                found[f"{wrapper}.lora_B.weight"] = B.permute(2, 1, 0).flatten(1).contiguous()
+    return found, ranks
 
 
 def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
@@ -163,64 +199,52 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
         model_on_meta: its base model, without weights; the LoRA is put into it.
 
     Returns:
-        By name of the module in the base model.
+        Name of the module in the base model -> its factors.
 
     Raises:
         MolaError: another kind of adapter, one that does what experts cannot, or one that does not fit the model.
     """
-    settings = read_settings(folder)
-    is_foreign = foreign_format(settings) is not None
-    if settings.get("peft_type") != "LORA" or is_foreign:
-        is_ours = settings.get("peft_type") == "MOLA" and not is_foreign
-        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes one of it." if is_ours else ""
-        raise MolaError(
-            f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
-            f"{settings.get('peft_type')!r}{', of another program' if is_foreign else ''}.{advice}"
-        )
-    refused = {name: why for name, why in _REFUSED.items() if settings.get(name)}
-    if settings.get("bias", "none") != "none":
-        refused["bias"] = "trained biases are the base model's"
-    if settings.get("init_lora_weights", True) not in _STARTS:
-        refused["init_lora_weights"] = f"{settings['init_lora_weights']!r} changes the base weight"
-    for name, why in refused.items():
-        raise MolaError(f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train it without.")
+    _check_expressible(folder)
     tensors = read_tensors(folder)
-    layers = lora_layers(model_on_meta, folder)
-    found = {
-        name: Factors(*_factors(tensors, name, layer, folder), scaling=layer.scaling["default"])
-        for name, layer in layers.items()
+    model = put_lora_into(model_on_meta, folder)
+    layers: dict[str, Any] = {
+        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
-    for name, layer in layers.items():  # PEFT saves the frozen head or embeddings beside what is trained of them
-        key, expected = f"{PREFIX}{name}.base_layer.weight", tuple(layer.get_base_layer().weight.shape)
-        if key in tensors:
-            check_shape(tensors.pop(key), expected, key, folder)
+    found = {}
+    for name, layer in layers.items():
+        if not len(layer.lora_A) or not math.isfinite(layer.scaling["default"]):
+            raise MolaError(f"`source` must adapt linears with a finite scale: {str(folder)!r} does not in {name!r}.")
+        A, B = (
+            check_shape(tensors.pop(key, None), tuple(weights["default"].weight.shape), key, folder).float()
+            for key, weights in (
+                (f"{PREFIX}{name}.lora_A.weight", layer.lora_A),
+                (f"{PREFIX}{name}.lora_B.weight", layer.lora_B),
+            )
+        )
+        found[name] = Factors(A, B, layer.scaling["default"])
+        # PEFT saves a frozen head or embeddings, too, if they are adapted.
+        frozen_key = f"{PREFIX}{name}.base_layer.weight"
+        if frozen_key in tensors:
+            check_shape(tensors.pop(frozen_key), tuple(layer.get_base_layer().weight.shape), frozen_key, folder)
     if tensors:
         raise MolaError(f"{str(folder)!r} has a tensor that belongs to no adapted linear: {next(iter(tensors))!r}.")
     return found
 
 
-def lora_layers(model_on_meta: nn.Module, folder: Path) -> dict[str, Any]:
-    """The layers of a LoRA by module, with ranks and scales resolved.
-
-    Raises:
-        MolaError: its configuration is wrong, or does not fit the model.
-    """
-    model = put_into(model_on_meta, folder)
-    layers: dict[str, Any] = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    odd = [
-        name for name, layer in layers.items() if not len(layer.lora_A) or not math.isfinite(layer.scaling["default"])
-    ]
-    if odd:
-        raise MolaError(f"`source` must adapt linears with a finite scale: {str(folder)!r} does not in {odd[0]!r}.")
-    return layers
-
-
-def _factors(
-    tensors: dict[str, torch.Tensor], name: str, layer: Any, folder: Path
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of a module, taken out of `tensors`."""
-    found = []
-    for part, weights in (("A", layer.lora_A), ("B", layer.lora_B)):
-        key, expected = f"{PREFIX}{name}.lora_{part}.weight", tuple(weights["default"].weight.shape)
-        found.append(check_shape(tensors.pop(key, None), expected, key, folder).float())
-    return found[0], found[1]
+def _check_expressible(folder: Path) -> None:
+    settings = read_settings(folder)
+    is_foreign = foreign_format(settings) is not None
+    if settings.get("peft_type") != "LORA" or is_foreign:
+        is_mola = settings.get("peft_type") == "MOLA" and not is_foreign
+        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes one of it." if is_mola else ""
+        raise MolaError(
+            f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
+            f"{settings.get('peft_type')!r}{', of another program' if is_foreign else ''}.{advice}"
+        )
+    reasons = {name: why for name, why in _NOT_EXPRESSIBLE.items() if settings.get(name)}
+    if settings.get("bias", "none") != "none":
+        reasons["bias"] = "trained biases belong to the base model"
+    if settings.get("init_lora_weights", True) not in _KEEP_BASE_WEIGHT:
+        reasons["init_lora_weights"] = f"{settings['init_lora_weights']!r} changes the base weight"
+    for name, why in reasons.items():
+        raise MolaError(f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train it without.")

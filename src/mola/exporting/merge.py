@@ -5,7 +5,6 @@ mola merge lora --base_model my-model --output merged
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -14,30 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_folder, new_folder
 from mola.files.failures import lack_of_memory
 from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
-from mola.models.adapters import check_adapter, check_fits
+from mola.models.adapters import check_adapter, check_fits, check_lora
 from mola.models.base_model import load_config
 from mola.models.devices import DTYPES
 from mola.models.loading import load_model
-from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_template, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
 from mola.models.tokenizer import own_tokenizer
 from mola.options.fields import option
 from mola.tuner import MolaConfig
-from mola.tuner.merging import check_not_replicated, check_own_weights
+from mola.tuner.merging import check_own_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
 
-_GENERATION = "generation_config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 @dataclass
@@ -68,25 +66,8 @@ def merge(options: MergeOptions) -> Path:
     """
     adapter = os.path.expanduser(options.adapter)
     output = check_new_folder("output", options.output)
-    settings = check_adapter(adapter)
-    kind = settings["peft_type"]
-    check_not_replicated(settings.get("layer_replication"), f"`adapter` {shlex.quote(adapter)}")
-    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload"):
-        raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
     config: Any = load_config(options.base_model, options.trust_remote_code)
-    if (method := stored_quantization(config)) is not None:
-        raise MolaError(
-            f"`base_model` must not be quantised to be merged into: {options.base_model!r} is stored by {method}. Pass "
-            "the model that it was made from."
-        )
-    if kind in ("LORA", "MOLA") and not options.trust_remote_code:  # such code may not work without weights
-        on_meta = model_on_meta(options.base_model)
-        if kind == "LORA":
-            check_lora(Path(adapter), on_meta)  # which puts it into the model
-            check_own_weights(on_meta)
-        else:
-            mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
-            mixture.base_model.check_mergeable()
+    _check_mergeable(options, adapter, config)
     tokenizer = own_tokenizer(options.base_model, options.trust_remote_code)
     dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
@@ -97,9 +78,9 @@ def merge(options: MergeOptions) -> Path:
         if isinstance(error, MolaError) or lack_of_memory(error):
             raise
         raise MolaError(f"`adapter` cannot be merged: {shlex.quote(adapter)}: {error}") from error
-    heads = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if all(heads) and heads[0].weight is not heads[1].weight:
-        merged.config.get_text_config().tie_word_embeddings = False  # which PEFT before 0.20 leaves as it was
+    embeddings, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if embeddings and head and embeddings.weight is not head.weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # PEFT before 0.20 leaves it true
     chat = own_chat(adapter)
     if chat is not None:
         warn_of_unknown_tokens(adapter, chat, tokenizer)
@@ -108,15 +89,48 @@ def merge(options: MergeOptions) -> Path:
         _save(merged, folder)
         tokenizer.save_pretrained(folder)
         if chat is not None:
-            _end_with(end_token_ids(merged, tokenizer), folder / _GENERATION)
+            _set_end_tokens(folder / _GENERATION_FILE, end_token_ids(merged, tokenizer))
         hand_on_template(adapter, folder)
     return output
 
 
-def _save(model: Any, folder: Path) -> None:
-    """Save a model with its settings of generation as they are, also those that Transformers finds odd.
+def _check_mergeable(options: MergeOptions, adapter: str, config: Any) -> None:
+    """Raise before the weights are loaded if the adapter cannot be merged into the base model."""
+    kind = check_adapter(adapter)["peft_type"]
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload"):
+        raise MolaError(f"`adapter` must be of a method that merges, such as LoRA: {shlex.quote(adapter)} is {kind}.")
+    if (method := stored_quantization(config)) is not None:
+        raise MolaError(
+            f"`base_model` must not be quantised to be merged into: {options.base_model!r} is stored by {method}. Pass "
+            "the model that it was made from."
+        )
+    if options.trust_remote_code:  # the model's own code may not work without weights
+        return
+    if kind == "LORA":
+        on_meta = model_on_meta(options.base_model)
+        check_lora(Path(adapter), on_meta)  # puts the LoRA into the model
+        check_own_weights(on_meta)
+    elif kind == "MOLA":
+        on_meta = model_on_meta(options.base_model)
+        mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))
+        mixture.base_model.check_mergeable()
 
-    Such as a temperature without sampling, which older base models have: many versions would save nothing.
+
+def _own_dtype(config: Any, base_model: str) -> str:
+    """The dtype that the configuration names, else that of a folder's weights; float32 if it is another than ours."""
+    own = getattr(config, "dtype", None)
+    files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
+    if files:
+        with safe_open(files[0], "pt") as file:
+            own = file.get_tensor(next(iter(file.keys()))).dtype
+    return next((name for name, dtype in DTYPES.items() if dtype == own), "float32")
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save a model with its generation settings unchanged, even if Transformers calls them invalid.
+
+    Some older base models have such settings, for example a temperature without sampling. Many versions of
+    Transformers refuse to save them.
     """
     own: Any = getattr(model, "generation_config", None)
     try:
@@ -126,27 +140,17 @@ def _save(model: Any, folder: Path) -> None:
         model.generation_config = type(own)()
         model.save_pretrained(folder)
         model.generation_config = own
-        atomic_write_json(folder / _GENERATION, json.loads(own.to_json_string()))
+        atomic_write_json(folder / _GENERATION_FILE, json.loads(own.to_json_string()))
     else:
         model.save_pretrained(folder)
 
 
-def _end_with(ends: list[int], path: Path) -> None:
-    """Let answers end with these tokens; in the file, for Transformers saves no changed settings that it finds odd."""
+def _set_end_tokens(path: Path, ends: list[int]) -> None:
+    """Set the tokens that end an answer in the saved file; Transformers refuses to save some changed settings."""
     settings = read_json_object(path)
     own = settings.get("eos_token_id")
     if settings and ends != (own if isinstance(own, list) else [own]):
         atomic_write_json(path, settings | {"eos_token_id": ends})
-
-
-def _own_dtype(config: Any, base_model: str) -> str:
-    """The dtype that the configuration names, else that of a folder's weights; float32 where neither is one of ours."""
-    own = getattr(config, "dtype", None)
-    files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
-    if files:
-        with contextlib.suppress(SafetensorError), safe_open(files[0], "pt") as file:  # loading says what is wrong
-            own = file.get_tensor(next(iter(file.keys()))).dtype
-    return next((name for name, dtype in DTYPES.items() if dtype == own), "float32")
 
 
 def main(options: MergeOptions) -> int:

@@ -1,4 +1,4 @@
-"""The experts of an adapter as plain factors, its layers in a model, and the model with a LoRA in their place."""
+"""The experts of an adapter as plain factors, and a model that computes with LoRAs in place of its mixtures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 
 NAME = "default"  # of the adapter in a model that a command has loaded
-Update = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, in): an update B A
+Update = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, in) of an update B A
 
 
 class Lora(NamedTuple):
-    """An update as a layer computes with it.
+    """An update in the layout of a layer with one expert.
 
     Attributes:
         A: `(1, r, in)`.
@@ -32,7 +32,7 @@ class Lora(NamedTuple):
 
     @property
     def update(self) -> Update:
-        """On the CPU."""
+        """B and A on the CPU."""
         return self.B[0].detach().t().cpu(), self.A[0].detach().cpu()
 
 
@@ -41,36 +41,41 @@ class Mixture(NamedTuple):
 
     Attributes:
         A: float32 `(E, r, in)`.
-        B: float32 `(E, r, out)`, with the scale.
+        B: float32 `(E, r, out)`, times the scale of the update.
     """
 
     A: torch.Tensor
     B: torch.Tensor
 
     def left(self, gates: torch.Tensor | None = None) -> torch.Tensor:
-        """float64 `(out, E r)`: all experts side by side, each times its gate."""
+        """The B of all experts side by side, each times its gate if gates are given: float64 `(out, E r)`."""
         B = in_float64(self.B)
         return (B if gates is None else B * gates.to(B).view(-1, 1, 1)).flatten(0, 1).t()
 
     def right(self) -> torch.Tensor:
-        """float64 `(E r, in)`."""
+        """The A of all experts below one another: float64 `(E r, in)`."""
         return in_float64(self.A).flatten(0, 1)
 
 
 def mola_layers(model: nn.Module) -> dict[str, MolaLinear]:
-    """The adapted linears of a model by name, which is that in the adapter's file."""
+    """The adapted linears of a model by name; the adapter's file uses the same names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MolaLinear)}
 
 
-def mixtures(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, MolaLinear]) -> dict[str, Mixture]:
-    """The experts of every module from an adapter's file; `layers` know their scales."""
+def read_mixtures(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, MolaLinear]) -> dict[str, Mixture]:
+    """The experts of every module.
+
+    Args:
+        tensors: content of the adapter's file.
+        layers: the adapted linears, which hold the scales.
+    """
     return {
         name: Mixture(tensors[f"{name}.mola_A"].float(), tensors[f"{name}.mola_B"].float() * layer.scaling[NAME])
         for name, layer in layers.items()
     }
 
 
-def gated(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def gated_hidden(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`g_e(x) A_e x` of all experts, `(N, E r)`, for `x (N, in)`."""
     num_experts, r, _ = experts_A.shape
     hidden = x @ experts_A.to(x).flatten(0, 1).t()
@@ -81,25 +86,24 @@ def gated(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) -> torch.
     return (hidden.view(-1, num_experts, r) * gates.to(x).unsqueeze(2)).flatten(1)
 
 
-def as_parameters(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) -> dict[str, Lora]:
-    """Updates of layers in the format that they need; not trainable."""
+def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) -> dict[str, Lora]:
+    """Updates as frozen parameters on the device of their layers, in float32 also on a half-precision base."""
     found = {}
     for name, (B, A) in updates.items():
         like = layers[name].mola_A[NAME]
-        # float32 on a half-precision base, too: so PEFT loads a LoRA.
-        to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}  # as PEFT loads a LoRA
         parts = (A.to(**to).unsqueeze(0), B.t().to(**to).contiguous().unsqueeze(0))
         found[name] = Lora(*(nn.Parameter(part, requires_grad=False) for part in parts))
     return found
 
 
 @contextmanager
-def as_lora(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iterator[None]:
-    """Compute with a LoRA in place of the experts, until the context ends.
+def replaced_by_loras(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iterator[None]:
+    """Compute with LoRAs in place of the experts, until the context ends.
 
     Args:
-        layers: by module.
-        loras: of some of the modules; the others keep their experts.
+        layers: the adapted linears.
+        loras: LoRAs of some of the layers; the other layers keep their experts.
     """
     with ExitStack() as stack:
         for name, (A, B) in loras.items():

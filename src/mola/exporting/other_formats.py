@@ -1,10 +1,11 @@
-"""Adapters of the paper's research code and of MoE-PEFT to mola's format, and back to the former."""
+"""Converts adapters of the paper's research code and of MoE-PEFT to mola's format, and back to the research code's."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,9 @@ from safetensors.torch import save_file
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.linears import is_adaptable
 from mola.architecture.notation import resolve_per_layer
-from mola.checkpoints.conversion_report import ConvertReport
-from mola.checkpoints.formats import foreign_format
+from mola.checkpoints.adapter_folder import adapted_modules, foreign_format, read_settings, read_tensors
 from mola.checkpoints.moe_peft import read_moe_peft
-from mola.checkpoints.published import read_published
-from mola.checkpoints.published_writer import to_published
-from mola.checkpoints.tensors import adapted_modules, read_settings, read_tensors
+from mola.checkpoints.published import read_published, to_published
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.files.atomic import new_folder
@@ -29,11 +27,57 @@ from mola.models.base_model import model_name
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 
-_ROPE_THETA = 10000.0  # the only one of the research code
+_ROPE_THETA = 10000.0  # the only value that the research code's LLaMA has
 
 
-def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
-    """`mola convert --from published` and `--from moe_peft`; see `mola.exporting.convert.convert`."""
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was converted. Lists have one entry per decoder layer, lowest layer first.
+
+    Attributes:
+        output: the folder written.
+        num_experts: experts per module.
+        top_k: experts used per token.
+        r: rank of each expert.
+        lora_alpha: numerator of the scale.
+        target_modules: names of the adapted linears.
+        not_saved: settings for which the output format has no place.
+        notes: what was left out, added, or written in another way than it was read.
+    """
+
+    output: Path
+    num_experts: list[int]
+    top_k: list[int]
+    r: list[int]
+    lora_alpha: float
+    target_modules: list[str]
+    not_saved: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"layers            {len(self.num_experts)}",
+            f"experts per layer {_short(self.num_experts)}",
+            f"top_k             {_short(self.top_k)}",
+            f"r                 {_short(self.r)}",
+            f"lora_alpha        {self.lora_alpha:g}",
+            f"linears           {', '.join(self.target_modules)}",
+            *(f"note              {note}" for note in self.notes),
+        ]
+        if self.not_saved:
+            lost = ", ".join(f"{name} = {_short(value)}" for name, value in self.not_saved.items())
+            lines.append(f"this format has no place for these settings, write them down: {lost}")
+        return "\n".join([*lines, f"written to {self.output}"])
+
+
+def _short(values: Any) -> str:
+    if not isinstance(values, list):
+        return str(values)
+    return f"{values[0]} everywhere" if len(set(values)) == 1 else ",".join(map(str, values))
+
+
+def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
+    """Run `mola convert --from published` or `--from moe_peft`; see `mola.exporting.convert.convert`."""
     source, base_model = Path(os.path.expanduser(options.source[0])), str(options.base_model)
     found = foreign_format(read_settings(source))
     if found not in (None, options.source_format):
@@ -44,60 +88,38 @@ def to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     model = model_on_meta(base_model, options.trust_remote_code)
     num_layers = count_decoder_layers(model, base_model)
     not_saved: dict[str, Any] = {}
-    notes: list[str] = []
     if options.source_format == "published":
         config, tensors = _read_published(source, options, num_layers)
-        notes = _left_out(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
+        notes = _note_unused_settings(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
+        notes += _note_ignored_by_research_code(model.config)
     else:
         linears = [name for name, module in model.named_modules() if is_adaptable(module)]
         config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
     num_experts, r, top_k = (
-        resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r", "top_k")
+        resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "r", "top_k")
     )
-    used = effective_top_k(num_experts, top_k)
-    config.inference_mode = True
-    config.base_model_type = model.config.model_type
+    used_top_k = effective_top_k(num_experts, top_k)
     check_fits(model, config, tensors)
-    if options.source_format == "published":
-        notes += _computed_otherwise(model.config)
-    notes = [*notes, *_other_base(config.base_model_name_or_path, base_model)]
+    modules = adapted_modules(tensors)
+    if without_router := sum(f"{module}.mola_router" not in tensors for module in modules):
+        notes.append(f"left out: {without_router} routers of linears with one expert")
+    recorded = config.base_model_name_or_path
+    if recorded and model_name(recorded) != model_name(base_model):
+        notes.append(f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?")
     config.base_model_name_or_path = base_model
     with new_folder("output", output) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
-    modules = adapted_modules(tensors)
-    experts = sum(tensors[f"{module}.mola_A"].shape[0] for module in modules)
     return ConvertReport(
         output=output,
         num_experts=num_experts,
-        top_k=used,
+        top_k=used_top_k,
         r=r,
         lora_alpha=config.lora_alpha,
-        tensors_read=2 * experts + len(modules),  # A and B of every expert, a router of every module
-        tensors_written=len(tensors),
         target_modules=list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
-        routers_dropped=sum(f"{module}.mola_router" not in tensors for module in modules),
         not_saved=not_saved,
         notes=notes,
     )
-
-
-def _other_base(recorded: str | None, base_model: str) -> list[str]:
-    if not recorded or model_name(recorded) == model_name(base_model):
-        return []
-    return [f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?"]
-
-
-def _computed_otherwise(config: Any) -> list[str]:
-    """What the research code's own LLaMA leaves out of a base model in silence: the adapter was trained without it."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    theta, kind = rope.get("rope_theta") or _ROPE_THETA, rope.get("rope_type", "default")
-    found = [f"`rope_theta` {theta:g}"] if theta != _ROPE_THETA else []
-    found += [f"`rope_type` {kind}"] if kind != "default" else []
-    found += [f"`{name}`" for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
-    if not found:
-        return []
-    return [f"base model: the research code computes it without {', '.join(found)}; here outputs are others than there"]
 
 
 def _read_published(
@@ -116,16 +138,16 @@ def _read_published(
     return config, tensors
 
 
-def _left_out(source: Path, config: MolaConfig, names: Collection[str]) -> list[str]:
-    """What the file says and its tensors do not have; refused where the base model, of these `names`, has it."""
+def _note_unused_settings(source: Path, config: MolaConfig, names_in_base: Collection[str]) -> list[str]:
+    """Report settings of the file for which it holds no tensors; raise if the base model has such a module."""
     settings, notes = read_settings(source), []
-    listed, layers = len(settings["r"]), len(cast(list[int], config.r))
-    if listed > layers:
-        notes.append(f"r: {listed} numbers in the file, of which the first {layers} count there, one for each layer")
+    num_ranks, num_layers = len(settings["r"]), len(cast(list[int], config.r))
+    if num_ranks > num_layers:
+        notes.append(f"r: the file has {num_ranks} numbers, of which the first {num_layers} count, one for each layer")
     targets = settings["target_modules"]
-    listed_targets = targets if isinstance(targets, list) else []  # a text may be an expression
-    absent = [name for name in listed_targets if name not in (config.target_modules or ())]
-    if missing := [name for name in absent if name in names]:
+    listed = targets if isinstance(targets, list) else []  # a text may be a regular expression
+    absent = [name for name in listed if name not in (config.target_modules or ())]
+    if missing := [name for name in absent if name in names_in_base]:
         raise MolaError(
             f"`target_modules` in {str(source)!r} names {', '.join(missing)}, of which there are no tensors. The file "
             "is incomplete."
@@ -135,8 +157,22 @@ def _left_out(source: Path, config: MolaConfig, names: Collection[str]) -> list[
     return notes
 
 
-def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
-    """`mola convert --to published`; see `mola.exporting.convert.convert`."""
+def _note_ignored_by_research_code(config: Any) -> list[str]:
+    """Report what the research code's own LLaMA ignores in a base model: the adapter was trained without it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta, kind = rope.get("rope_theta") or _ROPE_THETA, rope.get("rope_type", "default")
+    ignored = [f"`rope_theta` {theta:g}"] if theta != _ROPE_THETA else []
+    ignored += [f"`rope_type` {kind}"] if kind != "default" else []
+    ignored += [f"`{name}`" for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    if not ignored:
+        return []
+    return [
+        f"base model: the research code computes it without {', '.join(ignored)}; outputs here differ from its outputs"
+    ]
+
+
+def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport:
+    """Run `mola convert --to published`; see `mola.exporting.convert.convert`."""
     source = Path(os.path.expanduser(options.source[0]))
     settings = read_settings(source)
     peft_type, found = settings.get("peft_type"), foreign_format(settings)
@@ -152,41 +188,39 @@ def to_published_code(options: ConvertOptions, output: Path) -> ConvertReport:
     r = published_settings["r"]
     num_experts = resolve_per_layer(config.num_experts, len(r), "num_experts")
     top_k = effective_top_k(num_experts, resolve_per_layer(config.top_k, len(r), "top_k"))
-    router = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
-    not_saved = {"top_k": top_k} | {name: value for name in router if (value := getattr(config, name))}
+    router_settings = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
+    not_saved = {"top_k": top_k} | {name: value for name in router_settings if (value := getattr(config, name))}
     if config.router_aux_loss_coef:
         not_saved["router_aux_loss_reduction"] = config.router_aux_loss_reduction
     with new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         torch.save(published, folder / "adapter_model.bin")
-    modules = len(adapted_modules(tensors))
+    notes = _note_unsupported_base(config, tensors)
+    if without_router := sum(f"{module}.mola_router" not in tensors for module in adapted_modules(tensors)):
+        notes.append(f"added: {without_router} routers of zeros for linears with one expert")
     return ConvertReport(
         output=output,
         num_experts=num_experts,
         top_k=top_k,
         r=r,
         lora_alpha=config.lora_alpha,
-        tensors_read=len(tensors),
-        tensors_written=len(published),
         target_modules=published_settings["target_modules"],
-        routers_added=modules - sum(key.endswith(".mola_router") for key in tensors),
         not_saved=not_saved,
-        notes=_not_computed_there(config, tensors),
+        notes=notes,
     )
 
 
-def _not_computed_there(config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """That the base model is not the research code's own LLaMA, which has no grouped queries."""
-    queries, values = (
+def _note_unsupported_base(config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Report a base model that the research code's own LLaMA, which has no grouped queries, cannot compute."""
+    query_sizes, value_sizes = (
         [each.shape[-1] for key, each in tensors.items() if key.endswith(tuple(f"{name}.mola_B" for name in names))]
         for names in (["q_proj"], ["k_proj", "v_proj"])
     )
-    kind = config.base_model_type
-    if queries and values and min(values) < min(queries):
-        base = "grouped queries"
-    elif kind not in (None, "llama"):
-        base = f"the type {kind}"
+    if query_sizes and value_sizes and min(value_sizes) < min(query_sizes):
+        reason = "grouped queries"
+    elif config.base_model_type not in (None, "llama"):
+        reason = f"the type {config.base_model_type}"
     else:
         return []
-    return [f"base model: the research code knows the first LLaMA only and cannot compute one with {base}"]
+    return [f"base model: the research code knows the first LLaMA only and cannot compute a model with {reason}"]

@@ -13,37 +13,38 @@ from typing import Any
 
 import torch
 
-from mola.allocation.probe import check_mixture, routing_records
-from mola.checkpoints.tensors import read_tensors
+from mola.allocation.probe import check_mixture, read_routing_records
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.evaluation.questions import SCORINGS, checked_questions
-from mola.exporting.calibration import Calibration, read_data, read_general_text, read_task, read_test, seen_rows
-from mola.exporting.distilling import distill
-from mola.exporting.fitting import mean_of_experts, nearest_on_data
-from mola.exporting.lora_files import check_loads, lora_config, write_lora
-from mola.exporting.measuring import accuracies, divergence, explained_shares
-from mola.exporting.mixtures import Lora, Mixture, Update, as_parameters, mixtures, mola_layers
+from mola.exporting.calibration import Calibration, note_overlaps, read_data, read_general_text, read_task, read_test
+from mola.exporting.lora_files import check_peft_places_lora, make_lora_config, stacked_lora_tensors, write_lora
+from mola.exporting.measuring import (
+    REPORT_FILE,
+    ExportReport,
+    explained_shares,
+    measure_accuracies,
+    measure_divergence,
+)
+from mola.exporting.mixtures import Lora, Mixture, Update, as_loras, mola_layers, read_mixtures
 from mola.exporting.options import METHODS, ConvertOptions
-from mola.exporting.report import REPORT_FILE, ExportReport
-from mola.exporting.stacked_lora import stacked_lora
+from mola.exporting.regression import fit_updates, mean_of_experts
 from mola.files.atomic import atomic_write_json, new_folder
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts, template_for
-from mola.models.quantized import keep_gradients
 from mola.models.tokenizer import load_tokenizer
 from mola.tuner import MolaConfig
 from mola.tuner.layer import MolaLinear
-from mola.tuner.replication import has_lists
 
 
 @dataclass
-class _Checked:
-    """What is exported, and what it is fitted to and measured on; of the model no weights are loaded yet."""
+class _Inputs:
+    """What is exported, fitted to and measured on, all checked and read before the model's weights."""
 
     source: str
     method: str
@@ -53,46 +54,42 @@ class _Checked:
     tensors: dict[str, torch.Tensor]
     on_meta: Any
     experts: dict[str, Mixture]
-    stacked: dict[str, torch.Tensor]  # LoRAs of stacked parameters, as they are
-    ranks: dict[str, int]  # theirs
+    stacked: dict[str, torch.Tensor]  # LoRAs of parameters with stacked experts, in PEFT's layout
+    stacked_ranks: dict[str, int]
     examples: list[dict[str, Any]] | None
     data: dict[str, Calibration]
     gates: dict[str, torch.Tensor]
 
 
-def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
-    """Export an adapter; see `mola.exporting.convert.convert`."""
-    checked = _check(options)
-    config, experts, data, rank = checked.config, checked.experts, checked.data, checked.rank
+def convert_to_lora(options: ConvertOptions, output: Path) -> ExportReport:
+    """Run `mola convert --to lora`; see `mola.exporting.convert.convert`."""
+    inputs = _read_inputs(options)
+    config, experts, data = inputs.config, inputs.experts, inputs.data
     seconds: dict[str, float] = {}
     model, layers = None, {}
-    if data or checked.examples:
+    if data or inputs.examples:
         with _timed(seconds, "loading"):
             model = load_model(
-                str(options.base_model), checked.source, options.dtype, options.device, options.trust_remote_code
+                str(options.base_model), inputs.source, options.dtype, options.device, options.trust_remote_code
             )
             layers = mola_layers(model)
-            if options.distill_steps:
-                keep_gradients(model)
     else:
-        warn_other_base(str(options.base_model), checked.source, config.to_dict())
+        warn_other_base(str(options.base_model), inputs.source, config.to_dict())
+    is_fitted = inputs.method == "regression"
     notes = [f"{n} rows of data left out: too long" for each in data.values() if (n := each.too_long)]
-    if config.layer_replication:
-        notes.append("it does not merge: layers of `layer_replication` share their weights")
-        notes.append("base: the base model with its layers repeated")
-    reads_rows = checked.method == "regression" or options.distill_steps > 0
-    notes += seen_rows(data) if reads_rows else []
-    updates, loras = _fitted(options, checked, model, layers, seconds, notes)
+    notes += note_overlaps(data) if is_fitted else []
+    with _timed(seconds, "fitting"):
+        updates = _make_updates(options, inputs, model, layers, notes)
     with _timed(seconds, "measuring"):
-        measured = _measured(options, checked, model, layers, loras)
+        measured = _measure(options, inputs, model, layers, as_loras(layers, updates) if layers else {})
     report = ExportReport(
         output,
-        checked.method,
-        rank,
+        inputs.method,
+        inputs.rank,
         len(experts),
         sum(len(mixture.A) == 1 for mixture in experts.values()),
         rows={
-            kind: {"fitted": len(each.fitted) if reads_rows else 0, "held_out": len(each.held_out)}
+            kind: {"fitted": len(each.fitted) if is_fitted else 0, "held_out": len(each.held_out)}
             for kind, each in data.items()
         },
         seconds=seconds,
@@ -101,104 +98,50 @@ def to_lora(options: ConvertOptions, output: Path) -> ExportReport:
         **measured,
     )
     config.base_model_name_or_path = str(options.base_model)
-    others = {key: value for key, value in checked.tensors.items() if ".mola_" not in key} | checked.stacked
+    others = {key: value for key, value in inputs.tensors.items() if ".mola_" not in key} | inputs.stacked
     with new_folder("output", output) as folder:
-        write_lora(folder, updates, rank, config, checked.on_meta, others, checked.ranks)
+        write_lora(folder, updates, inputs.rank, config, inputs.on_meta, others, inputs.stacked_ranks)
         atomic_write_json(folder / REPORT_FILE, report.to_dict())
         hand_on_prompts(options.source[0], folder)
     return report
 
 
-def _check(options: ConvertOptions) -> _Checked:
-    """Everything that can be wrong before weights are loaded."""
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _read_inputs(options: ConvertOptions) -> _Inputs:
+    """Read and check everything that needs no weights of the base model."""
     source, base_model, rank = os.path.expanduser(options.source[0]), str(options.base_model), int(options.rank or 0)
-    method, task = _method(options), read_task(options)
+    method, task = _choose_method(options), read_task(options)
     check_mixture(source)
     config: Any = MolaConfig.from_pretrained(source)
     if config.bias != "none":
         raise MolaError(f"`bias` of the adapter must be 'none' to be exported, got {config.bias!r}.")
     tensors = read_tensors(Path(source))
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
-    if config.layer_replication and has_lists(on_meta):
-        raise MolaError(
-            f"`layer_replication` of the adapter ({config.layer_replication}) cannot be exported for {base_model!r}: "
-            "its configuration has lists by layer, such as `layer_types`, which PEFT does not repeat for a LoRA."
-        )
-    experts = mixtures(tensors, mola_layers(on_meta))
+    experts = read_mixtures(tensors, mola_layers(on_meta))
     _check_rank(rank, experts)
-    stacked, ranks = stacked_lora(on_meta, tensors, rank)
-    check_loads(
-        lora_config(experts, rank, config, on_meta, ranks),
+    stacked, stacked_ranks = stacked_lora_tensors(on_meta, tensors, rank)
+    check_peft_places_lora(
+        make_lora_config(experts, rank, config, on_meta, stacked_ranks),
         experts,
         model_on_meta(base_model, options.trust_remote_code),
     )
-    if options.distill_steps and all(len(mixture.A) == 1 for mixture in experts.values()):
-        raise MolaError(
-            f"`distill_steps` ({options.distill_steps}) has nothing to train: every linear has one expert, which is "
-            "exported exactly. Leave it out."
-        )
     examples = None if options.test is None or task is None else load_examples(options.test, task, "test")
     if examples and task is not None:
         _check_test(options, task, examples)
-    data = _read(options, task)
-    gates = _gates(source, experts) if method == "usage" else {}
-    return _Checked(
-        source, method, rank, task, config, tensors, on_meta, experts, stacked, ranks, examples, data, gates
+    data = _read_rows(options, task)
+    gates = _read_gates(source, experts) if method == "usage" else {}
+    return _Inputs(
+        source, method, rank, task, config, tensors, on_meta, experts, stacked, stacked_ranks, examples, data, gates
     )
 
 
-def _fitted(
-    options: ConvertOptions,
-    checked: _Checked,
-    model: Any,
-    layers: Mapping[str, MolaLinear],
-    seconds: dict[str, float],
-    notes: list[str],
-) -> tuple[dict[str, Update], dict[str, Lora]]:
-    """The LoRA, as it is written, and in the place of the mixture where a model is loaded."""
-    experts, rank = checked.experts, checked.rank
-    rows = [row for each in checked.data.values() for row in each.fitted]
-    with _timed(seconds, "fitting"):
-        if checked.method == "regression":
-            memory, passes, weight = options.memory_gb, options.fit_passes, options.answer_weight
-            updates, unseen = nearest_on_data(model, layers, experts, rows, rank, memory, passes, weight)
-            if unseen:
-                notes.append(f"{len(unseen)} linears saw no token and have the experts' mean, such as {unseen[0]}")
-        else:
-            updates = {name: mean_of_experts(each, rank, checked.gates.get(name)) for name, each in experts.items()}
-    loras = as_parameters(layers, updates) if layers else {}
-    if options.distill_steps:
-        trained = [name for name, mixture in experts.items() if len(mixture.A) > 1]
-        with _timed(seconds, "distilling"):
-            steps, rate = options.distill_steps, options.distill_learning_rate
-            distill(model, layers, loras, trained, rows, steps, rate, options.seed)
-        updates |= {name: loras[name].update for name in trained}
-    return updates, loras
-
-
-def _measured(
-    options: ConvertOptions, checked: _Checked, model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]
-) -> dict[str, Any]:
-    """What the report says of the LoRA, by its attributes."""
-    found: dict[str, Any] = {}
-    data, examples, task = checked.data, checked.examples, checked.task
-    if data:
-        rows = [row for each in data.values() if each.fitted for row in each.held_out]
-        if rows:
-            found["explained"] = explained_shares(model, layers, checked.experts, loras, rows)
-        near = {kind: divergence(model, layers, loras, each.held_out) for kind, each in data.items()}
-        found["divergence"] = {kind: kl for kind, (kl, _) in near.items()}
-        found["loss"] = {kind: loss for kind, (_, loss) in near.items()}
-    if examples and task is not None:
-        tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
-        found["accuracy"], found["differences"] = accuracies(
-            *(model, tokenizer, task, examples, layers, loras, options.scoring),
-            template_for(task.template, tokenizer, options.source[0]),
-        )
-    return found
-
-
-def _method(options: ConvertOptions) -> str:
+def _choose_method(options: ConvertOptions) -> str:
     has_data = options.data is not None or options.text is not None
     method = options.method or ("regression" if has_data else "mean")
     if method not in METHODS:
@@ -215,22 +158,7 @@ def _method(options: ConvertOptions) -> str:
         raise MolaError(f"`fit_passes` must be at least 1, got {options.fit_passes}.")
     if not 0 < options.answer_weight < math.inf:
         raise MolaError(f"`answer_weight` must be above 0, got {options.answer_weight}.")
-    if options.distill_steps < 0 or (options.distill_steps and not has_data):
-        raise MolaError(
-            f"`distill_steps` must be at least 0, and 0 without `data` or `text` to train on: got "
-            f"{options.distill_steps}."
-        )
-    if not 0 < options.distill_learning_rate < math.inf:
-        raise MolaError(f"`distill_learning_rate` must be above 0, got {options.distill_learning_rate}.")
     return method
-
-
-def _check_test(options: ConvertOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse questions that `accuracies` could not ask, before the model is loaded."""
-    tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
-    limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
-    template = template_for(task.template, tokenizer, options.source[0])
-    checked_questions(tokenizer, task, examples, template, options.scoring, limit=limit)
 
 
 def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
@@ -243,7 +171,15 @@ def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
         )
 
 
-def _read(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
+def _check_test(options: ConvertOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for questions that `measure_accuracies` could not ask."""
+    tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
+    limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
+    template = template_for(task.template, tokenizer, options.source[0])
+    checked_questions(tokenizer, task, examples, template, options.scoring, limit=limit)
+
+
+def _read_rows(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
     found = {}
     if options.data is not None and task is not None:
         found["answer"] = read_data(options, options.data[0], task, options.source[0])
@@ -256,17 +192,51 @@ def _read(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
     return found
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)
-
-
-def _gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tensor]:
-    records, path = routing_records(source, None, "source", "Pass the run folder, or --method mean.")
+def _read_gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tensor]:
+    records, path = read_routing_records(source, None, "source", "Pass the run folder, or --method mean.")
     gates = {row["module"]: torch.tensor(row["mean_gates"], dtype=torch.float64) for row in records}
     for name, mixture in experts.items():
         if len(mixture.A) > 1 and (name not in gates or len(gates[name]) != len(mixture.A)):
-            raise MolaError(f"{path} must belong to the adapter: it does not speak of {name!r}. Pass --method mean.")
+            raise MolaError(f"{path} must belong to the adapter: it has no gates of {name!r}. Pass --method mean.")
     return gates
+
+
+def _make_updates(
+    options: ConvertOptions, inputs: _Inputs, model: Any, layers: Mapping[str, MolaLinear], notes: list[str]
+) -> dict[str, Update]:
+    """The update of every linear by the chosen method; linears that saw no token are added to the notes."""
+    experts, rank = inputs.experts, inputs.rank
+    if inputs.method != "regression":
+        return {name: mean_of_experts(each, rank, inputs.gates.get(name)) for name, each in experts.items()}
+    rows = [row for each in inputs.data.values() for row in each.fitted]
+    updates, unreached = fit_updates(
+        *(model, layers, experts, rows, rank),
+        memory_gb=options.memory_gb,
+        passes=options.fit_passes,
+        answer_weight=options.answer_weight,
+    )
+    if unreached:
+        notes.append(f"{len(unreached)} linears saw no token and have the experts' mean, such as {unreached[0]}")
+    return updates
+
+
+def _measure(
+    options: ConvertOptions, inputs: _Inputs, model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]
+) -> dict[str, Any]:
+    """Measured attributes of the report."""
+    found: dict[str, Any] = {}
+    data, examples, task = inputs.data, inputs.examples, inputs.task
+    if data:
+        rows = [row for each in data.values() if each.fitted for row in each.held_out]
+        if rows:
+            found["explained"] = explained_shares(model, layers, inputs.experts, loras, rows)
+        measured = {kind: measure_divergence(model, layers, loras, each.held_out) for kind, each in data.items()}
+        found["divergence"] = {kind: kl for kind, (kl, _) in measured.items()}
+        found["loss"] = {kind: loss for kind, (_, loss) in measured.items()}
+    if examples and task is not None:
+        tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
+        found["accuracy"], found["differences"] = measure_accuracies(
+            *(model, tokenizer, task, examples, layers, loras, options.scoring),
+            template_for(task.template, tokenizer, options.source[0]),
+        )
+    return found

@@ -1,6 +1,6 @@
-"""Adapters on disk and on a model: what a folder must hold, and that every tensor found its place.
+"""Adapters on disk and in a model: what a folder must hold, and whether all of its tensors fit the model.
 
-Adapters of any PEFT method load, not only ours; one that does not fit the model is an error.
+Adapters of any PEFT method load, not only mola's.
 """
 
 import copy
@@ -14,29 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
+from torch import nn
 
-from mola.checkpoints.formats import conversion_hint
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import conversion_hint, read_settings, read_tensors
 from mola.errors import MolaError
-from mola.files.digests import WEIGHTS_FILES, find_weights
 from mola.files.failures import lack_of_memory
-from mola.files.reading import read_json
 from mola.models.base_model import model_name
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
-from mola.tuner.replication import layer_settings, restore
 from mola.tuner.router_losses import RouterLosses
 
 logger = logging.getLogger(__name__)
 
-_SHARED = "vblora_vector_bank"  # one tensor of all layers of VB-LoRA, saved once
+_SHARED = "vblora_vector_bank"  # VB-LoRA has one tensor for all layers and saves it once
 
 
 def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter folder, and look at its weights.
+    """Read the configuration of an adapter folder, and check that its weights can be read.
 
     Returns:
         The content of its `adapter_config.json`.
@@ -51,35 +48,24 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
         raise MolaError(
             f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
-            f"Pass the folder that training or `mola convert` wrote.{_hint_of_the_hub(folder)}"
+            f"Pass the folder that training or `mola convert` wrote.{_hub_hint(folder)}"
         )
-    if find_weights(folder) is None:
-        raise MolaError(
-            f"`adapter` has no weights: neither {' nor '.join(WEIGHTS_FILES)} is in "
-            f"{str(folder)!r}. Was the training interrupted before it saved?"
-        )
-    try:
-        config = read_json(path)
-    except OSError as error:
-        raise MolaError(f"`adapter` has a configuration that cannot be read: {error}. Check the file.") from error
-    except ValueError as error:
-        raise MolaError(f"`adapter` has a broken configuration: {path} is no JSON ({error}).") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise MolaError(f"`adapter` has a broken configuration: {path} has no `peft_type`.")
+    config = read_settings(folder)
+    if "peft_type" not in config:
+        raise MolaError(f"`adapter` must be an adapter of PEFT: {path} has no `peft_type`.")
     hint = conversion_hint(config, str(folder))
     if hint:
         raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
     if str(config["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join(sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise MolaError(
             f"`adapter` must be of a method that the installed PEFT knows: {path} has `peft_type` "
-            f"{config['peft_type']!r}, not one of {known}. Update PEFT, or install what brings this method."
+            f"{config['peft_type']!r}. Update PEFT, or install the package that brings this method."
         )
-    read_tensors(folder)  # cut off, damaged or not finite: known before a base model is loaded
+    read_tensors(folder)  # finds damaged weights before a base model is loaded
     return config
 
 
-def _hint_of_the_hub(folder: Path) -> str:
+def _hub_hint(folder: Path) -> str:
     name = folder.as_posix()
     if os.path.exists(folder) or folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         return ""
@@ -87,43 +73,100 @@ def _hint_of_the_hub(folder: Path) -> str:
 
 
 def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> PeftModel:
-    """Whether a mixture fits a model, with no weights of either needed.
+    """Check that a mixture fits a model; needs no weights of the model.
 
     Args:
         model_on_meta: the base model on the meta device; the experts are put into it.
-        config: the adapter's configuration; stays as it is.
-        tensors: its tensors under the names they have in a file; only their shapes and values are looked at.
+        config: the adapter's configuration; stays unchanged.
+        tensors: the adapter's tensors by the names in its file; only shapes and finiteness are checked.
 
     Returns:
         The model with the experts, without weights.
 
     Raises:
-        MolaError: another kind of model, a tensor that is missing or unknown, another shape, or no finite values.
+        MolaError: another kind of model, a tensor that is missing or unknown, another shape, or values that are not
+            finite.
     """
     config = copy.deepcopy(config)
-    config.base_model_name_or_path = None  # the model has none either; PEFT would warn of the difference
+    config.base_model_name_or_path = None  # the model has no name either, and PEFT would warn of the difference
     try:
         with torch.device("meta"):
             adapted: Any = get_peft_model(model_on_meta, config)
     except MolaError:
         raise
-    except Exception as error:  # PEFT believes what the configuration says
+    except Exception as error:  # PEFT does not check what the configuration says
         raise MolaError(f"the adapter's configuration cannot be put into the base model: {error}") from error
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
     return adapted
 
 
-_STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq")  # of PEFT's LoRA, each time it is loaded
+def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True) -> None:
+    """Check that a LoRA of PEFT fits a model; needs no weights of the model.
+
+    Args:
+        folder: of the adapter.
+        model_on_meta: its base model, without weights; the LoRA is put into it.
+        all_names: also raise for a tensor that is missing or unknown. PEFT renames some tensors while it loads them.
+
+    Raises:
+        MolaError: the configuration is wrong, or a tensor has another shape.
+    """
+    tensors = {name: each for name, each in read_tensors(folder).items() if "lora_" in name}
+    expected = get_peft_model_state_dict(put_lora_into(model_on_meta, folder), save_embedding_layers=False)
+    shapes = {name: tuple(each.shape) for name, each in expected.items() if "lora_" in name}
+    names = both = shapes.keys() & tensors.keys()
+    if all_names:  # except those of a base model's own experts, which PEFT renames while it loads them
+        names = {name for name in shapes.keys() | tensors.keys() if name in both or ".experts." not in name}
+    for name in sorted(names):
+        check_shape(tensors.get(name), shapes.get(name), name, folder)
+
+
+def put_lora_into(model_on_meta: nn.Module, folder: Path) -> Any:
+    """Put a LoRA into a model without weights; its own initialisation, which may need weights, is left out.
+
+    Raises:
+        MolaError: PEFT cannot use the configuration, or not for this model.
+    """
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path, config.init_lora_weights = None, True
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            return get_peft_model(model_on_meta, config)
+    except Exception as error:  # PEFT does not check what the file says
+        raise MolaError(f"the adapter does not fit the base model: {str(folder)!r}: {error}") from error
+
+
+def check_shape(tensor: torch.Tensor | None, expected: tuple[int, ...] | None, name: str, folder: Path) -> torch.Tensor:
+    """Return the tensor if it has the expected shape.
+
+    Raises:
+        MolaError: it is missing or not of floating point, or has another shape.
+    """
+    if tensor is None or tuple(tensor.shape) != expected or not tensor.is_floating_point():
+        found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and {tensor.dtype}"
+        wanted = "no such tensor" if expected is None else str(expected)
+        raise MolaError(
+            f"the adapter does not fit: {name!r} of {str(folder)!r} {found}, expected {wanted}. Pass the base "
+            "model it was trained on, or copy the folder again."
+        )
+    return tensor
+
+
+_INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "loftq")  # these change the base weight when a LoRA is loaded
 
 
 def changes_base(config: Mapping[str, Any]) -> str | None:
-    """What an adapter changes in the base model that switching it off, or others on, does not undo; None for nothing.
+    """The change of the base model that remains when an adapter is switched off; None if there is none.
 
     Args:
         config: the content of its `adapter_config.json`.
+
+    Returns:
+        The change as a predicate, such as "trained the base model's biases".
     """
     start = str(config.get("init_lora_weights")).lower()
-    if config.get("peft_type") == "LORA" and start.startswith(_STARTS_IN_BASE):
+    if config.get("peft_type") == "LORA" and start.startswith(_INITIALISED_FROM_BASE):
         return f"takes its start out of the base model's weights (`init_lora_weights` {config['init_lora_weights']!r})"
     if config.get("kasa_config"):
         return "cuts the base model's weights (`kasa_config`)"
@@ -135,10 +178,10 @@ def changes_base(config: Mapping[str, Any]) -> str | None:
 def as_mapping(
     adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
 ) -> dict[str, str | os.PathLike[str]]:
-    """Adapters as name -> folder, whatever way they were given.
+    """Adapters as name -> folder, from one folder, a mapping or None.
 
     Raises:
-        MolaError: a name that PyTorch cannot use.
+        MolaError: PyTorch cannot use a name.
     """
     if adapter is None:
         return {}
@@ -153,7 +196,7 @@ def as_mapping(
 def warn_other_base(
     base_model: str | os.PathLike[str], folder: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
-    """Say it when an adapter was trained on a base model of another name."""
+    """Warn if an adapter was trained on a base model of another name."""
     recorded = config.get("base_model_name_or_path")
     if recorded and isinstance(recorded, str) and model_name(recorded) != model_name(base_model):
         logger.warning(
@@ -166,21 +209,21 @@ def warn_other_base(
 
 
 def attach(model: Any, name: str, folder: str) -> PeftModel:
-    """Add one adapter and check that every one of its tensors found its place.
+    """Load one adapter into a model, and check that every one of its tensors was used.
 
     Raises:
-        MolaError: it does not fit. A base model without adapters is as it was then; of a model with others the new one
-            has to be deleted.
+        MolaError: the adapter does not fit. A base model without adapters is then unchanged; from a model with other
+            adapters the caller has to delete the new one.
     """
-    with nullcontext() if isinstance(model, PeftModel) else _as_before(model):
+    with nullcontext() if isinstance(model, PeftModel) else _unchanged_on_error(model):
         return _attach(model, name, folder)
 
 
 @contextmanager
-def _as_before(base: Any) -> Iterator[None]:
-    """Take out of a base model what an adapter has put into it, if the block raises: nothing else knows it then."""
+def _unchanged_on_error(base: Any) -> Iterator[None]:
+    """Remove what an adapter has put into a base model if the block raises."""
     children = [(module, dict(module._modules)) for module in base.modules()]
-    attributes, settings = set(vars(base)), layer_settings(base)
+    attributes = set(vars(base))
     try:
         yield
     except BaseException:
@@ -190,30 +233,33 @@ def _as_before(base: Any) -> Iterator[None]:
             module._modules.update(modules)
         for name in set(vars(base)) - attributes:
             delattr(base, name)
-        restore(settings)
         raise
 
 
 def _attach(model: Any, name: str, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            # Missing tensors are an error below, so PEFT's own warning would only repeat it.
+            # Missing tensors raise below, so PEFT's own warning would only repeat it.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            # Where the model is: by itself PEFT reads them onto a first GPU, whoever uses that.
-            how: Any = {"adapter_name": name, "autocast_adapter_dtype": False, "torch_device": str(_device_of(model))}
+            # PEFT itself would read the tensors onto the first GPU, wherever the model is.
+            settings: Any = {
+                "adapter_name": name,
+                "autocast_adapter_dtype": False,
+                "torch_device": str(_device_of(model)),
+            }
             if not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, folder, **how)
-            # A first adapter once more: `from_pretrained` does not tell which tensors found no place.
-            result = model.load_adapter(folder, **how)
+                model = PeftModel.from_pretrained(model, folder, **settings)
+            # For a first adapter this reads the file again: `from_pretrained` does not return which tensors it used.
+            result = model.load_adapter(folder, **settings)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if lack_of_memory(error):
             raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
     config = model.peft_config[name]
     missing = [key for key in _keys_of(name, config.peft_type, result.missing_keys) if _SHARED not in key]
-    # PEFT puts virtual tokens where no key of the model says so.
-    unknown = [key for key in result.unexpected_keys if not (config.is_prompt_learning and key == "prompt_embeddings")]
-    for problem, keys in (("missing", missing), ("not used by it", unknown)):
+    # The virtual tokens of prompt learning have no key in the model.
+    unused = [key for key in result.unexpected_keys if not (config.is_prompt_learning and key == "prompt_embeddings")]
+    for problem, keys in (("missing", missing), ("not used by it", unused)):
         if keys:
             raise MolaError(
                 f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "
@@ -227,11 +273,10 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:
-    """Keys that are one adapter's; PEFT looks for the name anywhere, so `"b"` also finds `"base_model"`."""
+    """The keys of one adapter. PEFT searches the name anywhere in a key, so its "b" also matches "base_model"."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, "")
-    parts = [(key, key.split(".")) for key in keys]
     return [
         key
-        for key, path in parts
-        if any(before.startswith(prefix) and part == name for before, part in itertools.pairwise(path))
+        for key in keys
+        if any(before.startswith(prefix) and part == name for before, part in itertools.pairwise(key.split(".")))
     ]

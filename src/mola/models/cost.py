@@ -31,12 +31,12 @@ def cost_of_allocation(
     rank_pattern: Mapping[str, int] | None = None,
     target_parameters: list[str] | None = None,
 ) -> AllocationPlan:
-    """Cost of an allocation for a model, without its weights. The arguments are options of `mola plan`.
+    """Count the cost of an allocation for a model, without its weights.
 
-    `with_kernels` adds which backends would compute it on this machine's CPU.
+    The arguments are options of `mola plan`; `with_kernels` adds which backends compute it on this machine's CPU.
 
     Returns:
-        The plan with `base_parameters` filled in; formulas in `plan_allocation`.
+        The plan with `base_parameters`; `plan_allocation` has the formulas.
 
     Raises:
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
@@ -76,10 +76,9 @@ def _kernels(
     for linear in linears:
         layer = plan.layers[linear.layer_index or 0]
         experts = by_pattern(num_experts, linear.name, layer.num_experts)
-        # The scale does not decide which backend is used.
-        # As asked for: a layer with one expert has 1, and a linear of it may have more.
+        # The `top_k` of the options: that of the plan is 1 in a layer with one expert, whose linears may have more.
         chosen = top_k_of_module(experts, top_k[linear.layer_index or 0], linear.name)
-        settings = MixtureSettings(chosen, 1.0, dtype, needs_router_output=False)
+        settings = MixtureSettings(chosen, 1.0, dtype, needs_router_output=False)  # no backend depends on the scale
         for mode in TOKENS:
             shape = linear.in_features, linear.out_features, experts, by_pattern(rank, linear.name, layer.r)
             calls.append((mode, inputs_for_shapes(mode, *shape, settings)))

@@ -1,4 +1,4 @@
-"""Where to compute and in which dtype."""
+"""The device to compute on and the dtype of the base weights."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
-    """The device to compute on: the one asked for, else CUDA, else MPS, else the CPU.
+    """The device to compute on: `device` if given, else CUDA, else MPS, else the CPU.
 
     Args:
         device: such as `"cpu"`, `"cuda"` or `"cuda:1"`; None chooses.
@@ -20,7 +20,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         The device.
 
     Raises:
-        MolaError: no such device exists here.
+        MolaError: this machine has no such device.
     """
     if device is None:
         if torch.cuda.is_available():
@@ -33,7 +33,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise MolaError(
             f"`device` must be a device of this machine: got {str(device)!r} ({reason}). "
-            "Pass 'cpu', 'cuda', 'cuda:N' or 'mps', or leave it out to choose by itself."
+            "Pass 'cpu', 'cuda', 'cuda:N' or 'mps', or leave it out to use the best one available."
         ) from error
     return resolved
 
@@ -52,9 +52,9 @@ def cpu_has_native_bfloat16() -> bool:
 
 
 def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, str]:
-    """Dtype of the base weights and why.
+    """Choose the dtype of the base weights.
 
-    `"auto"` is bfloat16 where the device computes it natively (CUDA since Ampere, recent CPUs), float16 on
+    `"auto"` is bfloat16 if the device computes it natively (CUDA since Ampere, recent CPUs), float16 on
     MPS, float32 elsewhere.
 
     Args:
@@ -62,14 +62,14 @@ def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, s
         device: the device the model will run on.
 
     Returns:
-        The dtype and a reason for the log.
+        The dtype, and the reason for the log.
 
     Raises:
         MolaError: another name.
     """
     kind = torch.device(device).type
     if name in DTYPES:
-        return DTYPES[name], f"{name} as asked for"
+        return DTYPES[name], f"{name} as requested"
     if name != "auto":
         raise MolaError(f"`dtype` must be one of auto, {', '.join(DTYPES)}: got {name!r}.")
     if kind == "cuda":

@@ -18,10 +18,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
-    """Refuse a file that is not in the folder or no GGUF, and a folder with only such files where none was chosen.
+    """Check that a GGUF file is in a folder.
+
+    Args:
+        folder: of the base model.
+        gguf_file: name of the file; None if the user chose none.
 
     Raises:
-        MolaError: any of these; names the files that are there.
+        MolaError: the file is not there or not in GGUF format, or the folder has GGUF files only and none was chosen.
     """
     names = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and names and not (folder / "config.json").is_file():
@@ -50,31 +54,30 @@ def _begins_as_gguf(path: Path) -> bool:
 
 
 def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:
-    """Configuration of the model in a GGUF file."""
+    """Configuration of the model in a GGUF file; reading it takes seconds, so it is kept until the file changes."""
     file = Path(base_model) / gguf_file
-    stamp = file.stat().st_mtime_ns if file.is_file() else None
-    return copy.deepcopy(_read_once(base_model, gguf_file, stamp))
+    changed = file.stat().st_mtime_ns if file.is_file() else None
+    return copy.deepcopy(_read_gguf_config(base_model, gguf_file, changed))
 
 
 @functools.lru_cache(maxsize=4)
-def _read_once(base_model: str, gguf_file: str, stamp: int | None) -> PretrainedConfig:
-    """Reading takes seconds, and a run asks several times; `stamp` changes with the file."""
+def _read_gguf_config(base_model: str, gguf_file: str, changed: int | None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(base_model, gguf_file=gguf_file)
     except (OSError, ValueError, ImportError):
         raise
-    except Exception as error:  # the reader of these files has no error of its own for damaged ones
+    except Exception as error:  # the reader raises many kinds of errors for damaged files
         raise ValueError(f"{gguf_file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str]:
-    """Arguments for `AutoTokenizer.from_pretrained`: the file, unless the folder has a tokenizer beside it."""
+    """Arguments for `AutoTokenizer.from_pretrained`: the GGUF file, unless the folder has another tokenizer."""
     if gguf_file is None or any((Path(base_model) / name).is_file() for name in TOKENIZER_FILES):
         return {}
     logger.warning(
         "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "
-        "digits, for one, may become other tokens. Put the model's tokenizer.json and tokenizer_config.json beside "
-        "the file to use these.",
+        "for example, digits may become other tokens. To avoid this, put the model's tokenizer.json and "
+        "tokenizer_config.json beside the file.",
         gguf_file,
     )
     return {"gguf_file": gguf_file}

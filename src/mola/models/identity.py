@@ -1,4 +1,4 @@
-"""Which weights a base model has, whatever it is called."""
+"""Identifies the weights of a base model, whatever its name is."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def weights_identity(base_model: str | os.PathLike[str]) -> str:
-    """Sha256 over the weight files of a folder, "" if it has none; of a model on the hub, its name and commit.
+    """The sha256 of a folder's weight files, "" if it has none; for a model on the hub its name and commit.
 
     Files are read once in a process, unless they change.
     """
@@ -32,5 +32,5 @@ def weights_identity(base_model: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def _sha256(path: Path, size: int, changed: int) -> str:
-    """Size and time of the last change tell a file from what it was before."""
+    """The sha256 of a file; its size and the time of its last change are the keys of the cache."""
     return file_sha256(path)

@@ -1,8 +1,8 @@
-"""Base models with their adapters, as a command needs them.
+"""Loads base models with their adapters.
 
 - Everything that can be checked without weights is checked first (`load_config`, `check_adapter`,
   `check_adapter_fits`).
-- Routers are kept in float32 on any base: in bfloat16 a few tokens would pick other experts.
+- Routers stay in float32 on any base: in bfloat16 a few tokens would choose other experts.
 """
 
 import gc
@@ -18,16 +18,22 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mola.checkpoints.tensors import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_settings, read_tensors
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
-from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, warn_other_base
+from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, check_lora, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.models.lora_fit import check_lora
 from mola.models.meta import model_on_meta
-from mola.models.quantization import Quantization, check_quantization, check_quantized_base, stored_quantization
-from mola.models.quantized import check_packable, finish_loading, loading_arguments
+from mola.models.quantization import (
+    Quantization,
+    check_packable,
+    check_quantization,
+    check_quantized_base,
+    finish_loading,
+    loading_arguments,
+    stored_quantization,
+)
 from mola.tuner import MolaConfig
 
 logger = logging.getLogger(__name__)
@@ -39,16 +45,18 @@ def check_adapter_fits(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
 ) -> None:
-    """Whether a mixture or a LoRA fits its base model, before the weights of that are loaded; others are left to PEFT.
+    """Check that a mixture or a LoRA fits its base model, before the weights of the base model are loaded.
+
+    Adapters of other methods are only checked by PEFT, when they are loaded.
 
     Args:
         base_model: folder or hub id.
         adapter: an adapter folder.
-        trust_remote_code: code shipped with the model may not work without weights, so nothing is checked then.
+        trust_remote_code: skips the check: code shipped with the model may not work without weights.
         gguf_file: GGUF file in the model's folder, if it is one.
 
     Raises:
-        MolaError: another kind of model, or experts or a LoRA that do not fit it.
+        MolaError: the model is of another kind, or the tensors do not fit it.
     """
     method = read_settings(Path(adapter))["peft_type"]
     if trust_remote_code or method not in ("MOLA", "LORA"):
@@ -78,18 +86,18 @@ def load_model(
     Args:
         base_model: folder or hub id.
         adapter: an adapter folder, or several as name -> folder (the first is active); None for none.
-        dtype: see `resolve_dtype`; adapters take the dtype of the base, routers stay float32. On quantised layers
-            adapters stay as they were saved.
+        dtype: see `resolve_dtype`. Adapters get the dtype of the base; routers stay float32. On quantised layers
+            adapters keep the dtype of their file.
         device: see `resolve_device`.
         trust_remote_code: run code shipped with the model.
         attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, ...); None for its default.
-        quantization: how to quantise the base; None loads it as it is, which may be quantised already.
+        quantization: how to quantise the base; None loads it as it is stored, quantised or not.
 
     Returns:
         The model; a `PeftModel` when an adapter was given.
 
     Raises:
-        MolaError: model or adapter missing, broken, or not made for each other.
+        MolaError: model or adapter are missing or broken, or do not fit each other.
     """
     adapters = as_mapping(adapter)
     configs = {name: check_adapter(folder) for name, folder in adapters.items()}
@@ -105,10 +113,10 @@ def load_model(
     check_quantized_base(os.fspath(base_model), config, quantization, target)
     for folder in adapters.values():
         check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file)
-    _report_own_adapter(base_model, adapters)
+    _check_base_has_no_adapter(base_model, adapters)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
     if target.type != "cpu":
-        gc.collect()  # an earlier model and what watches it refer to each other, and would keep their memory
+        gc.collect()  # frees an earlier model whose hooks refer back to it
     arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -120,7 +128,7 @@ def load_model(
         arguments["device_map"] = {"": target}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(os.fspath(base_model), config=config, **arguments)
-    except (OSError, ImportError) as error:  # the second of its own code
+    except (OSError, ImportError) as error:  # code shipped with a model raises ImportError
         raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
     except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         if lack_of_memory(error) or isinstance(error, MolaError):
@@ -135,13 +143,13 @@ def load_model(
     for name, folder in adapters.items():
         warn_other_base(base_model, folder, configs[name])
         model = attach(model, name, os.fspath(folder))
-    if len(adapters) > 1:  # PEFT makes trained tokens of the last one the active ones, where embeddings are tied
+    if len(adapters) > 1:  # with tied embeddings PEFT activates the trained tokens of the last adapter
         model.set_adapter(next(iter(adapters)))
     return model.requires_grad_(False).eval()
 
 
-def _report_own_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
-    """A folder with a model and an adapter: Transformers loads both without a word."""
+def _check_base_has_no_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
+    """Raise if an adapter meets a base model that holds one itself, which Transformers loads silently; else warn."""
     if not os.path.isfile(Path(base_model) / "adapter_config.json"):
         return
     if adapters:

@@ -1,4 +1,4 @@
-"""A model without weights: its configuration, built on the meta device in a moment and no memory."""
+"""A model without weights: built from its configuration on the meta device, which takes a moment and no memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
-from mola.models.base_model import check_base_model, check_own_code, one_line, read_config
+from mola.models.base_model import check_base_model, check_own_code, load_config, one_line, read_config
 
 
 def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
@@ -23,7 +23,10 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
     """
-    config = read_config(base_model if gguf_file is not None else _place(base_model), trust_remote_code, gguf_file)
+    place = os.path.expanduser(base_model) if gguf_file is None else base_model
+    if gguf_file is None and not os.path.isfile(place):
+        check_base_model(place)
+    config = read_config(place, trust_remote_code, gguf_file)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -50,9 +53,33 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
     return num_layers
 
 
-def _place(base_model: str) -> str:
-    """The file behind a path, which may be a configuration alone; else a folder or a name on the hub."""
-    path = os.path.expanduser(base_model)
-    if not os.path.isfile(path):
-        check_base_model(path)
-    return path
+def check_attention(
+    attn_implementation: str | None,
+    base_model: str,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+) -> None:
+    """Check, before data and weights are read, that the code for attention is installed and that the model has it.
+
+    Args:
+        attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, `"flash_attention_2"` ...); None for its default.
+        base_model: folder or hub id.
+        trust_remote_code: run code shipped with the model.
+        gguf_file: GGUF file in that folder, if it is one.
+
+    Raises:
+        MolaError: it is not installed, or the model does not have it.
+    """
+    if attn_implementation is None:
+        return
+    config = load_config(base_model, trust_remote_code, gguf_file)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise MolaError(
+            f"`attn_implementation` {attn_implementation!r} cannot be used with {base_model!r}: "
+            f"{' '.join(str(error).split())}. Pass another, such as sdpa or eager."
+        ) from error

@@ -1,4 +1,4 @@
-"""What commands that answer with a model have in common: options of the base model, their checks, loading."""
+"""Options of the base model that several commands share; checks them and loads what they name."""
 
 import os
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class ModelOptions(Quantization):
     _: KW_ONLY
     _base: ClassVar = Group("base model")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
+    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one available.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
         Its configuration.
 
     Raises:
-        MolaError: a device, dtype, quantisation or model that is not there or does not fit.
+        MolaError: the device, dtype, quantisation or model does not exist or does not fit.
     """
     device = resolve_device(options.device)
     check_quantization(options, device, resolve_dtype(options.dtype, device)[0])
@@ -50,14 +50,14 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
 
 
 def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:
-    """The base model's tokenizer; see `mola.models.tokenizer.load_tokenizer`."""
+    """Load the base model's tokenizer; see `mola.models.tokenizer.load_tokenizer`."""
     return load_tokenizer(options.base_model, padding_side, options.trust_remote_code, options.gguf_file)
 
 
 def model_for(
     options: ModelOptions, adapter: str | Mapping[str, str | os.PathLike[str]] | None
 ) -> PreTrainedModel | PeftModel:
-    """The base model with its adapters; see `mola.models.loading.load_model`."""
+    """Load the base model with its adapters; see `mola.models.loading.load_model`."""
     return load_model(
         options.base_model,
         adapter,

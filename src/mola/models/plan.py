@@ -55,13 +55,13 @@ class PlanOptions:
 
 
 def plan(options: PlanOptions) -> AllocationPlan:
-    """Cost of an allocation for a model, without its weights.
+    """Count the cost of an allocation for a model, without its weights.
 
     Args:
         options: model and allocation, see `PlanOptions`.
 
     Returns:
-        The plan with `base_parameters` filled in.
+        The plan, with the parameters of the base model.
 
     Raises:
         MolaError: as `cost_of_allocation`.
@@ -82,7 +82,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
 
 
 def render(plan: AllocationPlan) -> Table:
-    """The plan as a table: one row per run of equal layers with figures of ONE layer, then the totals.
+    """Render the plan as a table: one row per run of equal layers, with the figures of one layer, then the totals.
 
     Args:
         plan: what `plan` returned.
@@ -110,23 +110,12 @@ def render(plan: AllocationPlan) -> Table:
     share = _share(plan.trainable_parameters, plan.base_parameters)
     table.add_row("total", str(plan.num_experts), "", "", *_costs(plan), share, style="bold")
     base = f" of {plan.base_parameters:,} ({share})" if plan.base_parameters else ""
-    size = _size(plan.adapter_bytes)
-    table.caption = f"trainable {plan.trainable_parameters:,}{base}; adapter {size} in float32"
+    table.caption = f"trainable {plan.trainable_parameters:,}{base}; adapter {_size(plan.adapter_bytes)} in float32"
     return table
 
 
 def main(options: PlanOptions) -> int:
-    """Print the plan as a table, or as JSON and nothing else.
-
-    Args:
-        options: see `PlanOptions`.
-
-    Returns:
-        0, the exit code.
-
-    Raises:
-        MolaError: as `plan`.
-    """
+    """Print the plan as a table, or with `json` as JSON only; returns 0, the exit code."""
     result = plan(options)
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -1,22 +1,26 @@
-"""Quantised base models: weights packed in 8 or 4 bits, and GGUF files, which are unpacked.
+"""Quantised base models: weights packed in 8 or 4 bits by bitsandbytes, and GGUF files, which are unpacked.
 
-- A command's options inherit those of `Quantization`.
-- `check_quantization` needs no model, `check_quantized_base` its configuration: both run before weights load.
-- Experts and routers are never quantised; the base layers are called as they are.
+- The options of a command inherit from `Quantization`.
+- `check_quantization` needs no model, `check_quantized_base` needs its configuration. Both run before weights load.
+- Experts and routers are never quantised. The layers of the base model are called unchanged.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from transformers import PretrainedConfig
+from peft import prepare_model_for_kbit_training
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import is_bitsandbytes_available
 
+from mola._compat import gguf_arguments
 from mola.errors import MolaError
 from mola.models.devices import DTYPES
 from mola.options.fields import Group, option
@@ -24,11 +28,9 @@ from mola.options.fields import Group, option
 logger = logging.getLogger(__name__)
 
 _QUANT_TYPES = ("nf4", "fp4")
-# Other methods are called as they are, with a warning.
-_TESTED = ("bitsandbytes",)
-_INSTALL = "Run `pip install 'mola-peft[{extra}]'`."
+_TESTED_METHODS = ("bitsandbytes",)  # other methods are used with a warning
 
-GGUF_HELP = "GGUF file in the folder `base_model`, unpacked while it loads."
+GGUF_HELP = "GGUF file in the folder `base_model`; it is unpacked while it loads."
 
 
 @dataclass(kw_only=True)
@@ -50,7 +52,7 @@ class Quantization:
 
     @property
     def asked(self) -> str:
-        """The option that quantises them, where one does."""
+        """The name of the option that quantises weights; only meaningful with `on_loading`."""
         return "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
 
 
@@ -58,37 +60,36 @@ QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse options that contradict each other, or that cannot be done on this machine.
+    """Check options that need no model.
 
     Args:
-        quantization: what was asked for.
+        quantization: the options.
         device: where the model will run.
         dtype: of the base.
 
     Raises:
-        MolaError: contradictions, unknown names, a missing package, or a device without support.
+        MolaError: options contradict each other or would be ignored, or bitsandbytes cannot run on this machine.
     """
     if quantization.load_in_8bit and quantization.load_in_4bit:
         raise MolaError("`load_in_8bit` and `load_in_4bit` exclude each other: got both. Leave one out.")
-    if quantization.gguf_file is not None:
-        if quantization.on_loading:
-            raise MolaError(
-                f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
-                f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder with "
-                f"`{quantization.asked}`."
-            )
-        if importlib.util.find_spec("gguf") is None:
-            raise MolaError(f"`gguf_file` needs the package gguf, which is missing. {_INSTALL.format(extra='gguf')}")
+    if quantization.gguf_file is not None and quantization.on_loading:
+        raise MolaError(
+            f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
+            f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder with "
+            f"`{quantization.asked}`."
+        )
     _check_4bit_options(quantization, dtype)
     if quantization.on_loading:
-        _check_bitsandbytes(quantization.asked, device)
+        _check_environment(f"`{quantization.asked}`", {quantization.asked: True}, device)
 
 
 def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
     given = [name for name in QUANTIZATION_OPTIONS if name.startswith("bnb_4bit") and getattr(quantization, name)]
     if given and not quantization.load_in_4bit:
         name, value = given[0], getattr(quantization, given[0])
-        raise MolaError(f"`{name}` ({value}) counts only with `load_in_4bit`. Pass --load_in_4bit as well, or drop it.")
+        raise MolaError(
+            f"`{name}` ({value}) has no effect without `load_in_4bit`. Pass --load_in_4bit as well, or leave it out."
+        )
     quant_type = quantization.bnb_4bit_quant_type
     if quant_type is not None and quant_type not in _QUANT_TYPES:
         raise MolaError(f"`bnb_4bit_quant_type` must be one of {', '.join(_QUANT_TYPES)}: got {quant_type!r}.")
@@ -103,11 +104,11 @@ def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
 
 
 def check_mixed_precision(quantization: Quantization, mixed: torch.dtype | None) -> None:
-    """Refuse a compute dtype that mixed precision would override: torch.autocast also acts inside 4-bit layers.
+    """Check that mixed precision does not override the compute dtype: torch.autocast also acts inside 4-bit layers.
 
     Args:
-        quantization: what was asked for.
-        mixed: the dtype of mixed precision, None without.
+        quantization: the options.
+        mixed: the dtype of mixed precision; None without.
 
     Raises:
         MolaError: the two differ.
@@ -117,27 +118,12 @@ def check_mixed_precision(quantization: Quantization, mixed: torch.dtype | None)
         name = str(mixed).removeprefix("torch.")
         raise MolaError(
             f"`bnb_4bit_compute_dtype` {compute} would have no effect: training runs in mixed precision of {name}, "
-            f"which 4-bit layers follow. Pass --bnb_4bit_compute_dtype {name} or leave it out, or pass --dtype float32."
-        )
-
-
-def _check_bitsandbytes(asked: str, device: torch.device) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None or not is_bitsandbytes_available():
-        raise MolaError(
-            f"`{asked}` needs the package bitsandbytes, which is missing or too old. {_INSTALL.format(extra='quant')}"
-        )
-    import bitsandbytes
-
-    supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
-    if device.type not in supported:
-        raise MolaError(
-            f"`{asked}` is not supported on the device {device.type!r}: bitsandbytes {bitsandbytes.__version__} "
-            f"computes on {', '.join(sorted(supported))}. Choose one of these, or leave `{asked}` out."
+            f"and so do 4-bit layers. Pass --bnb_4bit_compute_dtype {name} or leave it out, or pass --dtype float32."
         )
 
 
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The quantisation that a model's files already have, from its `config.json`; None for plain weights."""
+    """The quantisation of a model's files, from its `config.json`; None for plain weights."""
     stored = getattr(config, "quantization_config", None)
     return None if stored is None else dict(stored if isinstance(stored, dict) else stored.to_dict())
 
@@ -145,12 +131,12 @@ def stored_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
 def check_quantized_base(
     base_model: str, config: PretrainedConfig, quantization: Quantization, device: torch.device, training: bool = False
 ) -> None:
-    """Check a base model whose files are quantised already: it needs no option, and its packages.
+    """Check a base model whose files are quantised; a model with plain weights passes.
 
     Args:
         base_model: its name, for messages.
         config: its configuration.
-        quantization: what was asked for.
+        quantization: the options.
         device: where it will run.
         training: whether experts are trained on it.
 
@@ -160,32 +146,219 @@ def check_quantized_base(
     stored = stored_quantization(config)
     if stored is None:
         return
-    method = method_of(stored)
+    method = _method_of(stored)
     if quantization.on_loading:
         raise MolaError(
             f"`{quantization.asked}` cannot quantise {base_model!r} again: its files are quantised already ({method}). "
             f"Leave `{quantization.asked}` and its options out."
         )
-    if method == "bitsandbytes":
-        _check_bitsandbytes("base_model", device)
-    try:
-        quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
-        quantizer.validate_environment(device_map={"": device}, dtype=None)
-    except (ImportError, RuntimeError, ValueError, TypeError) as error:
-        raise MolaError(
-            f"`base_model` {base_model!r} is quantised with {method}, which cannot be loaded here: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    quantizer = _check_environment(f"`base_model` {base_model!r}, quantised with {method},", stored, device)
     if training and not quantizer.is_trainable:
         raise MolaError(
             f"`base_model` {base_model!r} is quantised with {method}, through which Transformers allows no training. "
             "Pass unquantised weights, with --load_in_4bit or --load_in_8bit for less memory."
         )
-    if method not in _TESTED:
-        logger.warning("mola was not tested on bases quantised with %s; its layers are called as they are.", method)
+    if method not in _TESTED_METHODS:
+        logger.warning("mola was not tested on base models quantised with %s.", method)
 
 
-def method_of(stored: dict[str, Any]) -> str:
-    """Name of the method in a `quantization_config`."""
+def _check_environment(what: str, settings: dict[str, Any], device: torch.device) -> Any:
+    """Ask Transformers' quantizer for these settings whether it can run here; returns it."""
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, dtype=None)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        install = ""
+        if isinstance(error, ImportError) and _method_of(settings) == "bitsandbytes":
+            install = " Run `pip install 'mola-peft[quant]'`."
+        raise MolaError(f"{what} cannot be loaded here: {' '.join(str(error).split())}{install}") from error
+    return quantizer
+
+
+def _method_of(stored: dict[str, Any]) -> str:
     method = stored.get("quant_method", "bitsandbytes")
     return str(getattr(method, "value", method))
+
+
+def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained` of Transformers; empty for a base that is loaded as it is.
+
+    Args:
+        quantization: checked options.
+        dtype: of the base; 4-bit layers compute in it by default.
+    """
+    if quantization.gguf_file is not None:
+        # Unpacked: packed GGUF weights are slow to train on and cannot be saved.
+        return gguf_arguments(quantization.gguf_file)
+    if quantization.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if not quantization.load_in_4bit:
+        return {}
+    compute = quantization.bnb_4bit_compute_dtype
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type or "nf4",
+            bnb_4bit_compute_dtype=dtype if compute is None else DTYPES[compute],
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        )
+    }
+
+
+def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] = ()) -> None:
+    """Check which linears quantising would pack; reads no weights.
+
+    Args:
+        model: the unquantised model, which may be on the meta device.
+        base_model: its name, for messages.
+        modules_to_save: names of modules to train in full.
+
+    Raises:
+        MolaError: there is nothing to quantise, or a module to train in full would be quantised.
+    """
+    # bitsandbytes packs all linears but the head, and none of a class of its own.
+    head = model.get_output_embeddings()
+    names = [name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    if not names:
+        raise MolaError(
+            f"`base_model` {base_model!r} cannot be quantised: all linears of its {type(model).__name__} have a "
+            "class of their own, and Transformers does not pack these. Load it without quantisation."
+        )
+    for wanted in modules_to_save:
+        if any(f".{name}".endswith(f".{wanted}") for name in names):
+            raise MolaError(
+                f"`modules_to_save` {wanted!r} cannot be trained in full: its weights are quantised. Leave it out, or "
+                "pass unquantised weights without `load_in_8bit` and `load_in_4bit`."
+            )
+
+
+def finish_loading(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights wrongly, and log how the model is stored; plain models stay as they are.
+
+    Args:
+        model: as it was loaded.
+    """
+    if getattr(model, "is_quantized", False):
+        size = weight_bytes(model) / 2**20
+        logger.info("The base has %s parameters in %.1f MiB.", f"{model.num_parameters():,}", size)
+    for layer in _layers_of_4bits(model):
+        if not _may_repack(layer):
+            layer.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_loaded_in_8bit", False):
+        logger.info("8-bit layers round their input to float16 (bitsandbytes).")
+        # bitsandbytes logs this at every product.
+        noisy = logging.getLogger("bitsandbytes.autograd._functions")
+        if _is_no_cast_message not in noisy.filters:
+            noisy.addFilter(_is_no_cast_message)
+
+
+def _is_no_cast_message(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _may_repack(layer: Any) -> bool:
+    """Whether bitsandbytes may repack a weight for its CPU kernel, which computes whole blocks in bfloat16 only."""
+    block = layer.weight.quant_state.blocksize
+    fits = layer.in_features % block == 0 and layer.out_features % 32 == 0
+    return fits and layer.compute_dtype == torch.bfloat16
+
+
+def _layers_of_4bits(model: nn.Module) -> Iterator[Any]:
+    if getattr(model, "is_loaded_in_4bit", False):
+        from bitsandbytes.nn import Linear4bit
+
+        yield from (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights, with the scales of packed weights, which Transformers does not count.
+
+    Args:
+        model: any model of Transformers, before adapters are added.
+    """
+    total = model.get_memory_footprint()
+    for layer in _layers_of_4bits(model):
+        state = layer.weight.quant_state
+        scales = [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
+        total += sum(scale.nbytes for scale in scales)
+    for module in model.modules() if getattr(model, "is_loaded_in_8bit", False) else ():
+        scale = getattr(getattr(module, "weight", None), "SCB", None)
+        total += 0 if scale is None else scale.nbytes
+    return total
+
+
+def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_kwargs: Any = None) -> Any:
+    """Make a quantised base ready for new adapters; other models are returned unchanged.
+
+    As PEFT's `prepare_model_for_kbit_training`: the base is frozen; norms, embeddings and head become float32.
+    A base model's own experts that are stacked in one parameter are not packed and keep their dtype: in float32 they
+    would take more memory than the unquantised model.
+
+    Args:
+        model: base model, before adapters are added and before the first forward pass.
+        checkpointing: whether activations are recomputed.
+        checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        MolaError: its weights were already repacked for inference.
+    """
+    if not getattr(model, "is_quantized", False):
+        return model
+    # On CPUs with bfloat16 instructions bitsandbytes repacks 4-bit weights, and these pass no gradient on.
+    for layer in _layers_of_4bits(model):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise MolaError(
+                "The model's 4-bit weights were repacked for inference and pass no gradient on. Load the model again."
+            )
+        layer.support_avx512bf16_for_cpu = False
+    with _without_stacked_experts(model):
+        prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=checkpointing_kwargs
+        )
+    logger.info("Ready for training, the base takes %.1f MiB.", weight_bytes(model) / 2**20)
+    return model
+
+
+@contextmanager
+def _without_stacked_experts(model: nn.Module) -> Iterator[None]:
+    """Remove 16-bit parameters with the base model's own experts for the block; they come back frozen."""
+    taken = [
+        (module, name, parameter)
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for module, name, _ in taken:
+        del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, name, parameter in taken:
+            parameter.requires_grad = False
+            module.register_parameter(name, parameter)
+
+
+def quantization_record(
+    config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype
+) -> dict[str, Any] | None:
+    """How the base is stored, for a run's record; None for plain weights.
+
+    Args:
+        config: the base model's configuration.
+        quantization: the options.
+        dtype: of the base.
+    """
+    if quantization.gguf_file is not None:
+        return {"quant_method": "gguf", "gguf_file": quantization.gguf_file, "dequantize": True}
+    arguments = loading_arguments(quantization, dtype)
+    stored = arguments["quantization_config"].to_dict() if arguments else stored_quantization(config)
+    if stored is None:
+        return None
+    if _method_of(stored) != "bitsandbytes":
+        return {"quant_method": _method_of(stored)}
+    names = ["load_in_8bit"] if stored.get("load_in_8bit") else [n for n in stored if n.startswith("bnb_4bit")]
+    return {"quant_method": "bitsandbytes", **{name: stored[name] for name in sorted(names)}}

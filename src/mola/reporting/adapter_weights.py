@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
 from mola.files.digests import check_digest, check_finite, find_weights
 from mola.files.reading import read_json_object

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from rich.console import Console
 
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.data.encode import encode_whole
 from mola.data.examples import load_examples
 from mola.data.read import check_split

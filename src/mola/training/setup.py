@@ -16,14 +16,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
 from mola.models.adapters import check_adapter
-from mola.models.attention import check_attention
 from mola.models.base_model import load_config
 from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter_fits, load_model
-from mola.models.meta import model_on_meta
-from mola.models.quantization import check_quantized_base, stored_quantization
-from mola.models.quantized import check_packable, prepare_for_training, quantization_record
+from mola.models.meta import check_attention, model_on_meta
+from mola.models.quantization import (
+    check_packable,
+    check_quantized_base,
+    prepare_for_training,
+    quantization_record,
+    stored_quantization,
+)
 from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import list_between_commas, names_between_commas
 from mola.training.options import TRAINING_ONLY, TrainOptions
@@ -94,7 +98,6 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
     """
     check_attention(
         options.attn_implementation,
-        DTYPES[options.base_dtype],
         options.base_model or "",
         options.trust_remote_code,
         options.gguf_file,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mola.checkpoints.tensors import read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
 from mola.integrations.vllm_server.mixture import Part, PartSettings
 from mola.models.adapters import check_fits
