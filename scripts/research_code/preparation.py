@@ -2,20 +2,18 @@
 
 import json
 import os
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from mola.data.draw.sizes import HELD_OUT_SIZE, drawn_sizes
-from mola.data.hashing import count_shared, hash_instruction
-from mola.data.source import Source, single_source, source_splits
+from mola.data.examples import count_shared, hash_instruction
+from mola.data.read import Source, source_splits
+from mola.data.sampling import HELD_OUT_SIZE, draw_splits, drawn_sizes, single_source
 from mola.data.tasks import Task, load_task
-from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, write_json
+from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, schema_of, write_json
 from mola.errors import MolaError
 from mola.files.atomic import check_output_folder, complete_folder
 from mola.options.fields import option
@@ -71,8 +69,6 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
     Raises:
         MolaError: a split is missing, a row is no question, no row is left, or the folder is in use.
     """
-    from mola.data.spool import Spool
-
     save_path = _check_save_path(options, _is_scienceqa_folder)
     sources = source_splits(options.dataset)
     missing = [split for split in SPLITS if split not in sources]
@@ -82,35 +78,25 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
             f"only {', '.join(sources)}. Pass three files as train=A,validation=B,test=C, or another dataset."
         )
     task = load_task("scienceqa")
-    with (
-        complete_folder(save_path, "save_path") as folder,
-        TemporaryDirectory() as scratch,
-        Spool(Path(scratch, "rows"), SCIENCEQA_COLUMNS, PROMPT_COLUMNS, _scienceqa_types()) as spool,
-    ):
-        numbers, heads = {}, []
-        for split in reversed(SPLITS):
-            start, images, hashes = len(spool), 0, array("Q")
-            for row in _without_image(sources[split], task, split):
-                if row is None:
-                    images += 1
-                else:
-                    spool.add(row)
-                    hashes.append(hash_instruction(row))
-            heads.append(np.array(hashes, dtype=np.uint64))
-            numbers[split] = range(start, len(spool))
-            kept = len(numbers[split])
-            print(f"{split}: {kept} rows, {images} with an image left out")
-            if not kept:
-                print(f"warning: {split} is empty")
-        if not len(spool):
-            raise MolaError(f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose another.")
-        if shared := count_shared(heads):
-            print(f"warning: {shared} instructions occur in more than one split")
-        for split in sources.keys() - set(SPLITS):
-            print(f"warning: the split {split} is not used")
-        for split, chosen in numbers.items():
-            write_json(spool.rows(chosen), folder / f"scienceq_{split}.json")
-        save_dataset(spool, {split: numbers[split] for split in SPLITS}, folder / SCIENCEQA_FOLDER, Path(scratch))
+    splits = {}
+    for split in reversed(SPLITS):
+        rows = list(_without_image(sources[split], task, split))
+        splits[split] = [row for row in rows if row is not None]
+        print(f"{split}: {len(splits[split])} rows, {len(rows) - len(splits[split])} with an image left out")
+        if not splits[split]:
+            print(f"warning: {split} is empty")
+    if not any(splits.values()):
+        raise MolaError(f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose another.")
+    shared = count_shared([np.array([*map(hash_instruction, rows)], dtype=np.uint64) for rows in splits.values()])
+    if shared:
+        print(f"warning: {shared} instructions occur in more than one split")
+    for split in sources.keys() - set(SPLITS):
+        print(f"warning: the split {split} is not used")
+    schema = schema_of(splits, first=SCIENCEQA_COLUMNS, last=PROMPT_COLUMNS, empty_types=_scienceqa_types())
+    with complete_folder(save_path, "save_path") as folder:
+        for split, rows in splits.items():
+            write_json(rows, schema.names, folder / f"scienceq_{split}.json")
+        save_dataset({split: splits[split] for split in SPLITS}, schema, folder / SCIENCEQA_FOLDER)
     print(f"written to {save_path}")
     return save_path
 
@@ -142,22 +128,14 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     """
     import pyarrow
 
-    from mola.data.draw.subset import draw_subset
-    from mola.data.spool import Spool
-
     save_path = _check_save_path(options, _is_instruction_folder)
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
     source = single_source(options.dataset, may_take_all=False)
-    with (
-        complete_folder(save_path, "save_path") as folder,
-        TemporaryDirectory() as scratch,
-        Spool(Path(scratch, "rows"), PROMPT_COLUMNS, types={"output": pyarrow.string()}) as spool,
-    ):
-        subset = draw_subset(
-            source, load_task("openorca"), sizes, options.seed, spool, _text_alone, columns=(), unique_ids=False
-        )
-        save_dataset(spool, subset.numbers, folder, Path(scratch))
-    print(subset.summary())
+    drawn = draw_splits(source, load_task("openorca"), sizes, options.seed, _text_alone, columns=(), unique_ids=False)
+    schema = schema_of(drawn.splits, first=PROMPT_COLUMNS, empty_types={"output": pyarrow.string()})
+    with complete_folder(save_path, "save_path") as folder:
+        save_dataset(drawn.splits, schema, folder)
+    print(drawn.summary())
     print(f"written to {save_path}")
     return save_path
 

@@ -90,12 +90,6 @@ def test_a_mapping_that_is_none_is_refused(value):
         mapping("filters", value)
 
 
-def test_dates_in_a_recipe_s_mapping_have_to_be_quoted(files, capsys):
-    (files / "recipe.yaml").write_text("filters: {day: 2020-01-01}", encoding="utf-8")
-    assert main(["train", f"--config={files / 'recipe.yaml'}"]) == 2
-    assert "quote it" in capsys.readouterr().err
-
-
 def test_a_system_text_that_is_in_the_prompt_is_no_loss(tmp_path):
     """As the rows of a task have it that puts it there."""
     rows = [{"system": "Be brief.", "instruction": f"Be brief.\nQ{i}", "output": "x"} for i in range(2)]

@@ -5,7 +5,6 @@ from dataclasses import replace
 import datasets
 import pytest
 import yaml
-from transformers import HfArgumentParser
 
 from mola.data.examples import load_examples
 from mola.data.prepare import SAMPLE_SIZES, PrepareOptions, prepare
@@ -120,17 +119,12 @@ def test_columns_that_are_written_over_are_named(drawn, tmp_path, capsys):
     assert "warning: `answer`, `input` of the source is not kept" in capsys.readouterr().out
 
 
-def test_a_folder_with_a_name_too_long_is_refused(tmp_path):
-    with pytest.raises(MolaError, match="`output_dir` cannot be written"):
-        prepare(PrepareOptions("sample", str(tmp_path / ("x" * 300)), train_size=5, validation_size=0, test_size=0))
-
-
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b", "score": NaN}\n')
     layout = {"name": "own", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(layout | {"instruction": "{instruction}", "output": "{output}"}))
-    with pytest.raises(MolaError, match="in column `score`. Write null there"):
+    with pytest.raises(MolaError, match=r"row 0 of train\.json: .*Write null there"):
         prepare(PrepareOptions(str(tmp_path / "own.yaml"), str(tmp_path / "new"), data=str(path)))
 
 
@@ -138,7 +132,7 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path):
 def test_a_column_that_is_there_twice_is_refused(ending, tmp_path):
     row = '{"instruction": "a", "output": "b", "output": "c"}'
     (tmp_path / f"rows{ending}").write_text(f"[{row}]" if ending == ".json" else row)
-    with pytest.raises(MolaError, match="the name 'output' is there twice in one object"):
+    with pytest.raises(MolaError, match="the name 'output' occurs twice in one object"):
         load_examples(tmp_path / f"rows{ending}", None, None)
 
 
@@ -178,7 +172,7 @@ def test_limit_counts_rows_after_the_filters(tmp_path, caplog):
     assert len(load_examples(path, TASK, "test", limit=99)) == 3
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+@pytest.mark.parametrize("limit", [0, -1])
 def test_limit_must_be_positive(tmp_path, limit):
     with pytest.raises(MolaError, match=f"`limit` must be a positive integer: got {limit}"):
         load_examples(write(tmp_path, [question(1)]), TASK, None, limit=limit)
@@ -308,49 +302,6 @@ def test_folder_whose_splits_are_unknown_is_never_replaced(tmp_path, content):
         run(tmp_path, data=data, overwrite_output_dir=True)
 
 
-@pytest.mark.parametrize("other", [{}, {"overwrite_output_dir": True}])
-def test_result_that_a_killed_command_was_replacing_comes_back(tmp_path, caplog, other):
-    data = str(write(tmp_path, [question(0)]))
-    run(tmp_path, data=data)
-    before = (tmp_path / "out" / "train.json").read_bytes()
-    # Killed between the two renames.
-    (tmp_path / "out").rename(tmp_path / f".out.{'1' * 32}.old")
-    (tmp_path / f".out.{'1' * 32}.tmp").mkdir()
-    if other:
-        with pytest.raises(MolaError, match="`missing.json` does not exist"):
-            run(tmp_path, data="missing.json", **other)
-    else:
-        with pytest.raises(MolaError, match="`output_dir` must be empty"):
-            run(tmp_path, data=data)
-    assert (tmp_path / "out" / "train.json").read_bytes() == before
-    assert "out is back as it was" in caplog.text
-    assert f".out.{'1' * 32}.tmp: left by a command that was killed" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.{'1' * 32}.tmp", "a.jsonl", "out"]
-
-
-def test_leftover_beside_a_complete_result_is_named_and_kept(tmp_path, caplog):
-    data = str(write(tmp_path, [question(0)]))
-    run(tmp_path, data=data)
-    left = tmp_path / f".out.{'2' * 32}.old"
-    (tmp_path / "out").rename(left)
-    run(tmp_path, data=data, output_dir=str(tmp_path / "other"))
-    assert "left by" not in caplog.text
-    (tmp_path / "other").rename(tmp_path / "out")
-    run(tmp_path, data=data, overwrite_output_dir=True)
-    assert f"{left}: left by a command that was killed" in caplog.text
-    assert (left / "train.json").exists()
-
-
-def test_hidden_folder_of_someone_else_is_not_taken_for_a_result(tmp_path, caplog):
-    data = str(write(tmp_path, [question(0)]))
-    foreign = tmp_path / f".out.{'3' * 32}.old"
-    foreign.mkdir()
-    (foreign / "notes.txt").write_text("mine")
-    run(tmp_path, data=data)
-    assert (foreign / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dataset.hf", "train.json"]
-
-
 def test_failed_prepare_leaves_the_old_folder(tmp_path):
     data = str(write(tmp_path, [question(0)]))
     run(tmp_path, data=data)
@@ -415,23 +366,6 @@ def test_task_of_the_user_without_data_needs_some(tmp_path):
         run(tmp_path, task=str(path))
     data = write(tmp_path, [{"a": "one"}])
     assert run(tmp_path, task=str(path), data=str(data))["splits"]["train"]["rows"] == 1
-
-
-def test_options_parse_from_flags():
-    parser = HfArgumentParser(PrepareOptions)
-    flags = [
-        "--task",
-        "sample",
-        "--output_dir",
-        "o",
-        "--seed",
-        "3",
-        "--test_size",
-        "9",
-        "--overwrite_output_dir",
-    ]
-    (options,) = parser.parse_args_into_dataclasses(flags)
-    assert options == PrepareOptions("sample", "o", seed=3, test_size=9, overwrite_output_dir=True)
 
 
 def french(tmp_path, **changes):

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mola.data.sample import DEFAULT_KINDS, HINT_SHARE, generate_splits
-from mola.data.sample_topics import TOPICS
+from mola.data.sample import DEFAULT_KINDS, HINT_SHARE, TOPICS, generate_splits
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 

@@ -517,7 +517,7 @@ def test_truth_values_are_the_same_quoted_or_not(words, value, tmp_path):
 def test_labels_that_become_equal_are_refused(tmp_path):
     layout = "name: own\nversion: 1\ntemplate: meta\ncolumns: [label]\ninstruction: x\noutput: '{answer}'\n"
     path = tmp_path / "own.yaml"
-    rule = "answer: {column: label, words: {1: 'Yes', '1': 'No'}}\nanswer_pattern: '(Yes|No)'\nmetric: accuracy\n"
+    rule = "answer: {column: label, words: {true: 'Yes', 'True': 'No'}}\nanswer_pattern: '(Yes|No)'\nmetric: accuracy\n"
     path.write_text(layout + rule, encoding="utf-8")
-    with pytest.raises(MolaError, match="`words` must have different labels: got 1, '1'"):
+    with pytest.raises(MolaError, match="`words` must have different labels: got True, 'True'"):
         load_task(str(path))

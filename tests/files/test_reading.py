@@ -7,9 +7,20 @@ from mola.files.reading import parse_yaml, read_json_lines, read_json_object, se
 
 
 def test_yaml_words_and_numbers():
-    text = "a: no\nb: off\nc: true\nd: 1e-4\ne: 3.5e-4\nf: 2468\ng: 'true'\nh: null\ni: 1.5\n"
+    text = "a: no\nb: off\nc: true\nd: 1e-4\ne: 3.5e-4\nf: 2468\ng: 'true'\nh: null\ni: 1.5\nj: 2020-01-01\n"
     assert parse_yaml(text) == {
-        **{"a": "no", "b": "off", "c": True, "d": 1e-4, "e": 3.5e-4, "f": 2468, "g": "true", "h": None, "i": 1.5}
+        **{
+            "a": "no",
+            "b": "off",
+            "c": True,
+            "d": 1e-4,
+            "e": 3.5e-4,
+            "f": 2468,
+            "g": "true",
+            "h": None,
+            "i": 1.5,
+            "j": "2020-01-01",
+        }
     }
     assert parse_yaml("") is None
 

@@ -1,9 +1,14 @@
-"""Rows become examples in memory: `load_examples`, and the checks of columns and ids."""
+"""Rows become examples in memory, ready to be encoded or evaluated; hashes find equal examples among millions."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mola.data.read import read_rows
 from mola.data.tasks import StrataRule, Task, example_id
@@ -13,6 +18,14 @@ from mola.errors import MolaError
 logger = logging.getLogger(__name__)
 
 _SHOWN_VALUES = 12  # in a message
+_TURNS = "Conversations of several turns are for TRL (docs/trainers.md)"
+# Columns that other programs put into a prompt, and what to do with each.
+_PROMPT_COLUMNS_OF_OTHERS = {
+    "system": "Put it into `instruction`, or write a task that does",
+    **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
+}
+_CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
+_Rows = list[tuple[int, dict[str, Any]]]  # positions in the source, which ids are made of, and rows
 
 
 def load_examples(
@@ -24,8 +37,8 @@ def load_examples(
 ) -> list[dict[str, Any]]:
     """Examples of a data source, ready to be encoded or evaluated.
 
-    Rows that have `instruction` and `output` are taken as they are; others go through the task. Where these are columns
-    that the task reads, rows as they are have `id` and `input` too, as `mola prepare` writes them.
+    Prepared rows, which have `instruction` and `output`, are taken as they are; others go through the task. Where the
+    task itself reads one of these columns, prepared rows have `id` and `input` too, as `mola prepare` writes them.
 
     Args:
         path: anything that `read_rows` reads.
@@ -41,50 +54,41 @@ def load_examples(
     Raises:
         MolaError: a column is missing, a value does not fit, an id occurs twice, or no row is left.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and limit < 1:
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
-    rows = _filtered(list(enumerate(read_rows(path, split))), filters or {}, path)
+    rows = _apply_filters(list(enumerate(read_rows(path, split))), filters or {}, path)
     if all(_is_prepared(row, task) for _, row in rows):
-        _check_kept(rows, task, path)
         if task is None:
-            _refuse_more_turns(rows[:limit], filters or {}, path)
-        examples = [_prepared(row, index, split, task) for index, row in rows[:limit]]
+            _check_prompt_columns(rows[:limit], filters or {}, path)
+        else:
+            _check_task_filters(rows, task, path)
+        examples = [_prepared_example(row, index, split, task) for index, row in rows[:limit]]
+    elif task is None:
+        raise _needs_task(rows, path)
     else:
-        if task is not None and reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
+        if reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
             logger.warning(
                 "%s goes through the task %s, which reads `instruction` or `output`. If `mola prepare` wrote it, "
-                "prepare it again: rows have `id` and `input` now, by which they are known.",
+                "prepare it again: prepared rows have `id` and `input` now.",
                 path,
                 task.name,
             )
-        examples = _from_raw(rows, path, task, split, limit)
+        examples = _raw_examples(rows, path, task, split, limit)
     check_ids((example["id"] for example in examples), str(path))
     return examples
 
 
-_TURNS = "Conversations of several turns are for TRL (docs/trainers.md)"
-_OF_CHATS = {
-    "system": "Put it into `instruction`, or write a task that does",
-    **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
-}
-_CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
-_Rows = list[tuple[int, dict[str, Any]]]  # with their positions in the source, which ids are made of
-
-
-def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
-    """Rows that have the wanted values; a column that no row has and an empty result are errors."""
-    every = rows
+def _apply_filters(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
+    """Rows that have the wanted values; a column that no row has, and an empty result, are errors."""
+    all_rows = rows
     for column, wanted in filters.items():
         if not any(column in row for _, row in rows):
             raise MolaError(
                 f"`filters` must name columns of the data: no row of `{path}` has `{column}`, its columns are "
-                f"{', '.join(columns_of([row for _, row in rows]))}. Correct the name."
+                f"{', '.join(columns_of(row for _, row in rows))}. Correct the name."
             )
         values = wanted if isinstance(wanted, list) else [wanted]
         kept = [(index, row) for index, row in rows if row.get(column) in values]
-        missing = [value for value in values if all(row.get(column) != value for _, row in every)]
-        if kept and missing:  # one split may lack what another has
-            logger.warning("`filters`: no row of %s has %s as `%s`.", path, ", ".join(map(repr, missing)), column)
         if not kept:
             found = list(dict.fromkeys(repr(row.get(column)) for _, row in rows))
             more = ", ..." if len(found) > _SHOWN_VALUES else ""
@@ -93,38 +97,40 @@ def _filtered(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Row
                 f"{len(rows)} rows left of `{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of "
                 "these."
             )
+        missing = [value for value in values if all(row.get(column) != value for _, row in all_rows)]
+        if missing:  # no error: one split may lack what another one has
+            logger.warning("`filters`: no row of %s has %s as `%s`.", path, ", ".join(map(repr, missing)), column)
         logger.info("%s: `filters` leave %d of %d rows by `%s`", path, len(kept), len(rows), column)
         rows = kept
     return rows
 
 
 def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
-    """Whether it is in the instruction / input / output form; columns that the task itself reads do not show that."""
-    is_written = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
-    return "instruction" in row and "output" in row and is_written
+    is_marked = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
+    return "instruction" in row and "output" in row and is_marked
 
 
-def _refuse_more_turns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse what belongs to a prompt in other programs and would be left out, where no task says what is read."""
-    for name, cure in _OF_CHATS.items():
+def _check_prompt_columns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
+    """Raise for text that belongs to the prompt in other programs, and that no task puts there."""
+    for name, cure in _PROMPT_COLUMNS_OF_OTHERS.items():
         if name in filters:
             continue
-        if found := [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]:
+        unread = [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]
+        if unread:
             raise MolaError(
-                f"`data` has a column `{name}` that would not be in the prompt: {len(found)} of {len(rows)} rows of "
-                f"`{path}` have something there, the first is row {found[0]}. {cure}; drop the column; or pass the "
+                f"`data` has a column `{name}` that would not be in the prompt: {len(unread)} of {len(rows)} rows of "
+                f"`{path}` have something there, the first is row {unread[0]}. {cure}; drop the column; or pass the "
                 "task that has prepared the rows."
             )
 
 
 def _is_in_prompt(row: Mapping[str, Any], value: Any) -> bool:
-    """Whether a text stands in the row's own prompt, where a task has put it."""
     return isinstance(value, str) and any(value in str(row.get(part) or "") for part in ("instruction", "input"))
 
 
-def _check_kept(rows: _Rows, task: Task | None, path: str | Path) -> None:
-    """Refuse raw rows that only look as if `mola prepare` had written them: it leaves out what the filters do."""
-    if task is None or not reads_prompts(task):
+def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
+    """Raise for raw rows that only look prepared: `mola prepare` has left out what the task's filters leave out."""
+    if not reads_prompts(task):
         return
     filters = {name: value for name, value in task.filters.items() if name not in (*PROMPT_COLUMNS, "answer")}
     for index, row in rows:
@@ -139,13 +145,12 @@ def _check_kept(rows: _Rows, task: Task | None, path: str | Path) -> None:
     logger.info("%s is taken as prepared: its rows have `id`, `input`, `instruction` and `output`", path)
 
 
-def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:
-    """Example from a row in the instruction / input / output form."""
+def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:
     row_id = example_id(row, index, split)
     text = {"instruction": row["instruction"], "input": row.get("input"), "output": row["output"]}
     answer = row.get("answer")
     if not isinstance(answer, str) and (task is None or task.answer is None):
-        answer = None  # a column of the source, which nobody reads
+        answer = None  # a column of the source, which is not used
     for name, value in {**text, "answer": answer}.items():
         if not isinstance(value, str) and (value is not None or name == "output"):
             raise MolaError(
@@ -161,26 +166,27 @@ def _prepared(row: Mapping[str, Any], index: int, split: str | None, task: Task 
     return {"id": row_id, **text, "answer": answer, "num_choices": num_choices, **groups}
 
 
-def _from_raw(
-    rows: _Rows, path: str | Path, task: Task | None, split: str | None, limit: int | None
+def _needs_task(rows: _Rows, path: str | Path) -> MolaError:
+    missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
+    columns = columns_of(row for _, row in rows)
+    chats = _CHATS if {"messages", "conversations"} & {*columns} else ""
+    return MolaError(
+        f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
+        f"{', '.join(columns)}. {chats}Name the task, or prepare the data with `mola prepare`."
+    )
+
+
+def _raw_examples(
+    rows: _Rows, path: str | Path, task: Task, split: str | None, limit: int | None
 ) -> list[dict[str, Any]]:
-    if task is None:
-        missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
-        columns = columns_of([row for _, row in rows])
-        chats = _CHATS if {"messages", "conversations"} & {*columns} else ""
-        raise MolaError(
-            f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
-            f"{', '.join(columns)}. {chats}Name the task, or prepare the data with `mola prepare`."
-        )
     kept = [(index, row) for index, row in rows if task.keeps(row)]
-    if len(kept) < len(rows):
-        dropped = len(rows) - len(kept)
-        logger.info("%s: filters of the task left out %d of %d rows", path, dropped, len(rows))
     if not kept:
         raise MolaError(
             f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
             f"`{path}`. Choose another source or split."
         )
+    if len(kept) < len(rows):
+        logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
     for index, row in kept:
         check_columns(row, index, task, str(path))
     return [task.example(row, index, split) for index, row in kept[:limit]]
@@ -195,9 +201,15 @@ def check_columns(
     strata: StrataRule | None = None,
     columns: Callable[[], Iterable[str]] | None = None,
 ) -> None:
-    """Refuse a row that the task keeps and that lacks a column, also that by which `strata` draws samples.
+    """Raise if a row lacks a column that the task needs.
 
-    Where `row` holds a part of its columns only, `columns` names those of the first row, for the message.
+    Args:
+        row: a row that the task's filters keep.
+        number: its position in the source.
+        task: of the row.
+        source: name of the source, for the message.
+        strata: the rule by which samples are drawn; its column is needed too.
+        columns: gives all columns of the source's first row, for the message, where `row` holds only a part of its own.
     """
     missing = task.missing_columns(row)
     if strata is not None and strata.column not in row:
@@ -218,7 +230,7 @@ def check_columns(
 
 
 def check_ids(ids: Iterable[str], source: str) -> None:
-    """Refuse an id that occurs twice."""
+    """Raise if an id occurs twice."""
     seen: set[str] = set()
     for row_id in ids:
         if row_id in seen:
@@ -227,3 +239,31 @@ def check_ids(ids: Iterable[str], source: str) -> None:
                 "ids, or drop the column to have ids made from the row's position."
             )
         seen.add(row_id)
+
+
+def hash_text(text: str) -> int:
+    """Eight bytes for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def hash_example(example: Mapping[str, Any]) -> int:
+    """Eight bytes for instruction, input and output together."""
+    return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
+
+
+def hash_instruction(example: Mapping[str, Any]) -> int:
+    """Eight bytes for instruction and input together; 0 without an instruction."""
+    instruction = example["instruction"]
+    return 0 if instruction is None else hash_text(json.dumps([instruction, example["input"]]))
+
+
+def distinct_questions(examples: Iterable[Mapping[str, Any]]) -> NDArray[np.uint64]:
+    """The distinct hashes of the examples' instructions, sorted; of a text without one, that of the whole example."""
+    hashes = (hash_instruction(example) or hash_example(example) for example in examples)
+    return np.unique(np.fromiter(hashes, np.uint64))
+
+
+def count_shared(splits: Iterable[NDArray[np.uint64]]) -> int:
+    """Number of hashes other than 0 that occur in more than one split."""
+    values, counts = np.unique(np.concatenate([np.unique(part) for part in splits]), return_counts=True)
+    return int(((counts > 1) & (values != 0)).sum())

@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mola.data.draw.sizes import drawn_sizes, prepare_drawn
-from mola.data.examples import check_columns, check_ids
-from mola.data.hashing import count_shared, distinct_questions
-from mola.data.read import read_rows
-from mola.data.source import source_splits
+from mola.data.examples import check_columns, check_ids, count_shared, distinct_questions
+from mola.data.read import read_rows, source_splits
+from mola.data.sampling import draw_splits, drawn_sizes, single_source
 from mola.data.tasks import Task, load_task
-from mola.data.write import Merge, is_prepared_folder, write_splits
+from mola.data.write import RowMerger, is_prepared_folder, write_splits
 from mola.errors import MolaError
 from mola.files.atomic import check_output_folder
 from mola.options.fields import option
@@ -76,84 +74,101 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     if options.seed < 0:
         raise MolaError(f"`seed` must be at least 0: got {options.seed}.")
     task = load_task(options.task)
-    sizes = _drawn_sizes(options)
-    if sizes is not None:
-        return prepare_drawn(task, _data(options, task), sizes, options.seed, output_dir)
-    merge = Merge(task)
+    _check_options(options)
+    if options.num_samples is None:
+        result = _prepare_all(options, task, output_dir)
+    else:
+        result = _prepare_drawn(options, task, output_dir)
+    print(f"written to {output_dir}")
+    return {"output_dir": str(output_dir), "task": task.name, **result}
+
+
+def _check_options(options: PrepareOptions) -> None:
+    """Raise for options that the task or the way of preparing ignores."""
+    if options.task == "sample":
+        if options.num_samples is not None:
+            raise MolaError("`num_samples` has no use with the task `sample`. Use `train_size`.")
+        if options.data is not None:
+            raise MolaError(f"`data` has no use with the task `sample`: got {options.data!r}. Leave it out.")
+    else:
+        for name in (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"):
+            if (value := getattr(options, name)) is not None:
+                raise MolaError(f"`{name}` is for the task `sample` only: got {value}. Leave it out.")
+    if options.num_samples is None:
+        for name in ("num_validation", "num_test"):
+            if (value := getattr(options, name)) is not None:
+                raise MolaError(f"`{name}` needs `num_samples`: got {value} alone. Add `num_samples`, or leave it out.")
+        if options.seed != PrepareOptions.seed and options.task != "sample":
+            raise MolaError(f"`seed` ({options.seed}) needs `num_samples` or the task `sample`. Leave it out.")
+
+
+def _prepare_all(options: PrepareOptions, task: Task, output_dir: Path) -> dict[str, Any]:
+    """Write all rows of every split."""
+    merger = RowMerger(task)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
-    for name, rows in _source_splits(options, task).items():
-        splits[name], filtered = _prepared_rows(rows, merge, name)
-        counts[name] = {"rows": len(splits[name]), "filtered": filtered}
+    for name, rows in _source_rows(options, task).items():
+        splits[name] = _prepared_rows(rows, merger, name)
+        counts[name] = {"rows": len(splits[name]), "filtered": len(rows) - len(splits[name])}
     if not any(splits.values()):
         has_rows = any(count["filtered"] for count in counts.values())
         why = "its filters left out every row" if has_rows else "there are none"
-        why = "all sizes are 0" if options.task == "sample" else why
         raise MolaError(f"`data` must have rows for the task `{task.name}`: {why}.")
-    heads = [distinct_questions(rows) for rows in splits.values()]
-    shared = count_shared(heads)
+    shared = count_shared([distinct_questions(rows) for rows in splits.values()])
     write_splits(splits, output_dir)
     for name, count in counts.items():
         print(f"{name}: {count['rows']} rows, {count['filtered']} left out by the task's filters")
-    merge.say_replaced()
+    merger.print_replaced()
     if shared:
         print(f"warning: {shared} instructions occur in more than one split")
-    print(f"written to {output_dir}")
-    return {
-        "output_dir": str(output_dir),
-        "task": task.name,
-        "splits": counts,
-        "shared_instructions": shared,
-    }
+    return {"splits": counts, "shared_instructions": shared}
 
 
-def _drawn_sizes(options: PrepareOptions) -> dict[str, int] | None:
-    """Rows to draw for every split; None to take the splits of the source."""
-    given = {name: getattr(options, name) for name in ("num_samples", "num_validation", "num_test")}
-    if options.num_samples is None:
-        for name, value in given.items():
-            if value is not None:
-                raise MolaError(
-                    f"`{name}` goes with `num_samples`: got {value} alone. Add `num_samples`, or leave it out."
-                )
-        return None
+def _source_rows(options: PrepareOptions, task: Task) -> dict[str, list[dict[str, Any]]]:
+    """Split -> source rows."""
     if options.task == "sample":
-        raise MolaError("`num_samples` has no use with the task `sample`, which makes its questions. Use `train_size`.")
-    _refuse_options_of_sample(options)
-    return drawn_sizes(options.num_samples, options.num_validation, options.num_test)
-
-
-def main(options: PrepareOptions) -> int:
-    """Run the command."""
-    prepare(options)
-    return 0
-
-
-def _source_splits(options: PrepareOptions, task: Task) -> dict[str, list[dict[str, Any]]]:
-    """Source rows by split."""
-    sizes = {name: getattr(options, f"{name}_size") for name in SAMPLE_SIZES}
-    if options.task == "sample":
-        if options.data is not None:
-            raise MolaError(f"`data` has no use with the task `sample`: got {options.data!r}. Leave it out.")
         from mola.data.sample import DEFAULT_KINDS, generate_splits
 
+        given = {name: getattr(options, f"{name}_size") for name in SAMPLE_SIZES}
         return generate_splits(
-            {name: SAMPLE_SIZES[name] if size is None else size for name, size in sizes.items()},
+            {name: SAMPLE_SIZES[name] if size is None else size for name, size in given.items()},
             seed=options.seed,
             kinds=DEFAULT_KINDS if options.kinds is None else options.kinds,
         )
-    _refuse_options_of_sample(options)
-    if options.seed != PrepareOptions.seed:
-        raise MolaError(f"`seed` ({options.seed}) is of `num_samples` and of the task `sample`. Leave it out.")
-    found = source_splits(_data(options, task))
-    return {name: read_rows(source.path, source.split, may_be_empty=True) for name, source in found.items()}
+    sources = source_splits(_data(options, task))
+    return {name: read_rows(source.path, source.split, may_be_empty=True) for name, source in sources.items()}
 
 
-def _refuse_options_of_sample(options: PrepareOptions) -> None:
-    for name in (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"):
-        value = getattr(options, name)
-        if value is not None:
-            raise MolaError(f"`{name}` is for the task `sample` only: got {value}. Leave it out.")
+def _prepared_rows(rows: list[dict[str, Any]], merger: RowMerger, split: str) -> list[dict[str, Any]]:
+    task = merger.task
+    kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
+    for index, row in kept:
+        check_columns(row, index, task, split)
+    examples = [task.example(row, index, split) for index, row in kept]
+    check_ids((example["id"] for example in examples), split)
+    return [merger.merge(row, example) for (_, row), example in zip(kept, examples, strict=True)]
+
+
+def _prepare_drawn(options: PrepareOptions, task: Task, output_dir: Path) -> dict[str, Any]:
+    """Write samples that are drawn from one source; a split of size 0 is not written."""
+    assert options.num_samples is not None
+    sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
+    wanted = {split: size for split, size in sizes.items() if size}
+    merger = RowMerger(task)
+    drawn = draw_splits(single_source(_data(options, task)), task, wanted, options.seed, merger.merge)
+    write_splits(drawn.splits, output_dir)
+    print(drawn.summary())
+    merger.print_replaced()
+    return {
+        "splits": {split: {"rows": size, "filtered": 0} for split, size in wanted.items()},
+        "shared_instructions": drawn.shared_instructions,
+        "source": {
+            "rows": drawn.candidates.rows,
+            "candidates": len(drawn.candidates.numbers),
+            **drawn.candidates.left_out,
+            "groups": drawn.num_groups,
+        },
+    }
 
 
 def _data(options: PrepareOptions, task: Task) -> str:
@@ -163,12 +178,7 @@ def _data(options: PrepareOptions, task: Task) -> str:
     return data
 
 
-def _prepared_rows(rows: list[dict[str, Any]], merge: Merge, split: str) -> tuple[list[dict[str, Any]], int]:
-    """Rows with the prompt, output and answer filled in, and how many the filters left out."""
-    task = merge.task
-    kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
-    for index, row in kept:
-        check_columns(row, index, task, split)
-    examples = [task.example(row, index, split) for index, row in kept]
-    check_ids((example["id"] for example in examples), split)
-    return [merge(row, example) for (_, row), example in zip(kept, examples, strict=True)], len(rows) - len(kept)
+def main(options: PrepareOptions) -> int:
+    """Run the command."""
+    prepare(options)
+    return 0

@@ -1,20 +1,27 @@
-"""Read rows from whatever the user has: files, a saved dataset, the Hub. All at once or as a stream.
+"""Read rows from files, saved datasets and the Hub, all at once or one after the other.
 
-Values stay as the source has them; nothing is written next to the source.
+Python's own modules read JSON and CSV, because values must stay as written: `datasets` turns the text "2020-01-01" into
+a date and 007 of a CSV file into 7, and shifts the columns of a CSV line that has one value too many. `datasets` reads
+Parquet files, saved datasets and the Hub.
 """
 
+import csv
+import gzip
+import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mola.data.file_formats import FILE_ENDINGS, READ_ERRORS, iterate_file, rows_of, unreadable
 from mola.errors import MolaError
-from mola.files.reading import read_json
+from mola.files.reading import first_repeated, read_json
 
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _BATCH_SIZE = 1000
+csv.field_size_limit(1 << 30)  # bytes of one value; Python's limit of 128 KiB is too low for long texts
 
 
 def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool = False) -> list[dict[str, Any]]:
@@ -24,8 +31,8 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
         path: a ``.json`` (array), ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, a
             folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``, of
             one with several configurations ``owner/name:configuration``.
-        split: which split of a folder or Hub dataset; a single file has no splits and ignores it.
-        may_be_empty: take a source without rows.
+        split: the split of a folder or a Hub dataset; ignored for a file, which has no splits.
+        may_be_empty: accept a source without rows.
 
     Returns:
         The rows as dicts, in their order. CSV values are text.
@@ -34,7 +41,7 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
         MolaError: the source is missing, unreadable or empty, a row is not a mapping, or the split does
             not exist or has to be chosen.
     """
-    rows = list(_iterate(path, split, None))
+    rows = list(_iterate(path, split))
     if not rows and not may_be_empty:
         part = f"split `{split}` of `{path}`" if split is not None and os.path.isdir(path) else f"`{path}`"
         raise MolaError(f"`data` must have at least one row: {part} has none. Choose another one.")
@@ -44,87 +51,80 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
 def stream_rows(
     path: str | Path, split: str | None = None, columns: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `read_rows` one after the other, possibly none, without having all of them in memory.
+    """The rows of `read_rows` one at a time, so that they need not fit into memory; a ``.json`` array is read whole.
 
-    A ``.json`` array is the exception: it is read as a whole. A Hub dataset is streamed, not stored. `columns` are what
-    is needed: Parquet files, saved datasets and the Hub leave out the rest. One that there is not is not in the rows.
+    Args:
+        path: as in `read_rows`; a Hub dataset is streamed instead of stored.
+        split: as in `read_rows`.
+        columns: the columns to read of a Parquet file, a saved dataset or a Hub dataset; other formats ignore it, and
+            columns that do not exist are left out.
 
     Raises:
-        MolaError: as `read_rows`, except for a source without rows.
+        MolaError: as in `read_rows`, except for a source without rows.
     """
     return _iterate(path, split, columns, is_stream=True)
 
 
+def _iterate(
+    path: str | Path, split: str | None, columns: Collection[str] | None = None, is_stream: bool = False
+) -> Iterator[dict[str, Any]]:
+    source, place = str(path), Path(os.path.expanduser(path))
+    try:
+        if place.is_dir():
+            rows = _read_folder(place, split, columns)
+        elif place.exists():
+            rows = _read_file(place, columns)
+        elif is_hub_name(source):
+            rows = _read_hub(source, split, columns, is_stream)
+        else:
+            raise _missing(source)
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise MolaError(
+                    f"`data` must hold one mapping per row: row {number} of `{source}` is a {type(row).__name__}. "
+                    "Write each row as {column: value, ...}."
+                )
+            yield row
+    except MolaError:
+        raise
+    except Exception as error:  # the libraries behind `datasets` have no common base class
+        raise _unreadable(source, error) from error
+
+
 def has_rows(path: str | Path, split: str | None = None) -> bool:
-    """Whether there is a row; raises as `stream_rows`."""
+    """Whether the source has a row; raises as `stream_rows`."""
     return next(stream_rows(path, split), None) is not None
 
 
-def _iterate(
-    path: str | Path, split: str | None, columns: Collection[str] | None, is_stream: bool = False
-) -> Iterator[dict[str, Any]]:
-    source, place = str(path), Path(os.path.expanduser(path))
-    if os.path.isdir(place):
-        rows = _read_folder(place, split, columns)
-    elif os.path.exists(place):
-        rows = iterate_file(place, columns)
-    elif is_hub_name(source):
-        rows = _read_hub(source, split, columns, is_stream)
-    else:
-        raise _not_there(source)
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise MolaError(
-                f"`data` must hold one mapping per row: row {index} of `{source}` is a "
-                f"{type(row).__name__}. Write each row as {{column: value, ...}}."
-            )
-        yield row
-
-
-def _batches(dataset: Any, columns: Collection[str] | None) -> Iterator[Any]:
-    """Rows of a Dataset or IterableDataset, straight from Arrow: images are not decoded."""
-    if columns is not None and dataset.column_names is not None:
-        names = [name for name in dataset.column_names if name in columns]
-        dataset = dataset.select_columns(names) if names else dataset
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-        table.validate(full=True)  # Arrow itself trusts a file, and would read beyond its end
-        yield from rows_of(table)
-
-
 def split_names(path: str | Path) -> list[str]:
-    """Splits of a data source; an empty list for a single file or a saved dataset without splits.
+    """Splits of a data source; empty for a single file and for a saved dataset without splits.
 
     Raises:
         MolaError: the source is missing or unreadable.
     """
     source, place = str(path), Path(os.path.expanduser(path))
-    if os.path.isdir(place):
-        return _splits_in(place) or []
-    if os.path.exists(place):
+    if place.is_dir():
+        return _splits_of_folder(place) or []
+    if place.exists():
         return []
     if not is_hub_name(source):
-        raise _not_there(source)
+        raise _missing(source)
     import datasets
 
     try:
         return list(datasets.get_dataset_split_names(*hub_dataset(source)))
-    except Exception as error:  # the Hub client has no common base class
-        raise _hub_error(source, error) from error
+    except Exception as error:  # as in `_iterate`
+        raise _unreadable(source, error) from error
 
 
 def check_split(option: str, split: str, default: str, data: str | Path) -> None:
-    """Refuse a split that is asked for where the data have none, so that all rows would be read.
-
-    Raises:
-        MolaError: `split` is neither the option's default nor train, as a single file is called in `mola prepare`, and
-            `data` is a file, or a saved dataset without splits.
-    """
+    """Raise if `split` is neither the option's default nor train, and `data` has no splits: all rows would be read."""
     if split not in (default, "train") and os.path.exists(os.path.expanduser(data)) and not split_names(data):
         raise MolaError(f"`{option}` ({split!r}) must be left out: {str(data)!r} has no splits.")
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a string that is no existing path looks like a dataset on the Hub, ``owner/name[:configuration]``."""
+    """Whether a string has the form of a Hub dataset, ``owner/name[:configuration]``, and no ending of a file."""
     name = source.partition(":")[0].removesuffix(".gz")
     return _HUB_NAME.fullmatch(source) is not None and not name.endswith((*FILE_ENDINGS, ".hf"))
 
@@ -134,75 +134,184 @@ def hub_dataset(source: str) -> tuple[str, ...]:
     return tuple(source.split(":"))
 
 
-def _not_there(source: str) -> MolaError:
+@dataclass(frozen=True)
+class Source:
+    """One table of rows: a file, or one split of a saved dataset or of a Hub dataset."""
+
+    path: str
+    split: str | None = None
+
+    def rows(self, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows from the first one on, as `stream_rows`."""
+        return stream_rows(self.path, self.split, columns)
+
+
+def source_splits(data: str) -> dict[str, Source]:
+    """The table of every split; a single file and a saved dataset without splits are `train`.
+
+    Args:
+        data: a file, a folder, a Hub name, or files as ``train=A,validation=B,test=C``.
+
+    Raises:
+        MolaError: the source is missing or unreadable, or the list of files is malformed.
+    """
+    if "=" in data and not os.path.exists(os.path.expanduser(data)):
+        return {name: Source(path) for name, path in _named_files(data).items()}
+    return {name: Source(data, name) for name in split_names(data)} or {"train": Source(data)}
+
+
+def _named_files(data: str) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for part in data.split(","):
+        name, _, path = (piece.strip() for piece in part.partition("="))
+        if not name.isidentifier() or not path or name in files:
+            raise MolaError(
+                f"`data` must be train=A,validation=B,test=C with different names: got {data!r}. Correct the "
+                f"part {part!r}."
+            )
+        files[name] = path
+    return files
+
+
+def _missing(source: str) -> MolaError:
     return MolaError(
         f"`data` must be an existing file or folder, or a Hub name such as owner/name: `{source}` does not "
         "exist. Check the path."
     )
 
 
-def _hub_error(source: str, error: Exception) -> MolaError:
+def _unreadable(source: str, error: Exception) -> MolaError:
+    reason = f"{type(error).__name__}: {error}"
+    if os.path.exists(os.path.expanduser(source)):
+        return MolaError(f"`data` `{source}` cannot be read ({reason}). Check that it is complete.")
     return MolaError(
         f"`data`: no file or folder `{source}` exists, and the Hub dataset of this name could not be loaded "
-        f"({type(error).__name__}: {error}). Check the path, or the name and the connection. Of a dataset with "
-        "several configurations pass owner/name:configuration."
+        f"({reason}). Check the path, or the name and the connection. Of a dataset with several configurations pass "
+        "owner/name:configuration."
     )
 
 
-def _splits_in(place: Path) -> list[str] | None:
-    """Splits in a folder written by `save_to_disk`; None: it is one dataset without splits."""
-    if os.path.exists(index := place / "dataset_dict.json"):
+def _read_file(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
+    is_compressed = place.name.endswith(".gz")
+    ending = Path(place.name.removesuffix(".gz")).suffix
+    if ending not in FILE_ENDINGS or (ending == ".parquet" and is_compressed):
+        raise MolaError(
+            f"`data` must end in one of {', '.join(FILE_ENDINGS)} (.json, .jsonl and .csv also with .gz): "
+            f"got `{place}`. Convert or rename the file."
+        )
+    if ending == ".parquet":
+        import datasets
+
+        # Streamed, so that no copy goes to the cache of `datasets`.
+        loaded = datasets.load_dataset("parquet", data_files=str(place), split="train", streaming=True)
+        yield from _rows_of(loaded, columns)
+        return
+    readers: dict[str, Callable[[IO[str], Path], Any]] = {".json": _read_json, ".jsonl": _read_json_lines}
+    open_text: Any = gzip.open if is_compressed else open
+    with open_text(place, "rt", encoding="utf-8-sig", newline="") as file:
+        yield from readers.get(ending, _read_csv)(file, place)
+
+
+def _read_json(file: IO[str], place: Path) -> list[Any]:
+    text = file.read()
+    try:
+        rows = json.loads(text if text.strip() else "[]", object_pairs_hook=_distinct_columns)
+    except json.JSONDecodeError as error:
+        cure = "A file with one row per line must be called .jsonl." if error.msg == "Extra data" else "Correct it."
+        raise MolaError(f"`data` file `{place}` is not valid JSON: line {error.lineno}: {error.msg}. {cure}") from error
+    if not isinstance(rows, list):
+        raise MolaError(
+            f"`data` file `{place}` must hold a JSON array of rows: got a {type(rows).__name__}. Write "
+            "[{...}, {...}], or one row per line in a .jsonl file."
+        )
+    return rows
+
+
+def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
         try:
-            return [str(name) for name in read_json(index)["splits"]]
-        except READ_ERRORS as error:
-            raise unreadable(place, error) from error
+            yield json.loads(line, object_pairs_hook=_distinct_columns)
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise MolaError(
+                f"`data` file `{place}` is not valid JSON: line {number}: {reason}. Correct it; each "
+                "line must be one complete row."
+            ) from error
+
+
+def _distinct_columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (name := first_repeated(name for name, _ in pairs)) is not None:
+        raise ValueError(f"the name {name!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
+    reader = csv.DictReader(file, strict=True)
+    names = reader.fieldnames or ()
+    if first_repeated(names) is not None:
+        raise MolaError(f"`data` file `{place}` must have different column names: got {', '.join(names)}. Rename one.")
+    for row in reader:
+        # DictReader gives surplus values the key None, and missing columns the value None.
+        if None in row or None in row.values():
+            raise MolaError(
+                f"`data` file `{place}` must have {len(names)} values in every line, as its "
+                f"header: line {reader.line_num} has another number. Correct the line, or quote its commas."
+            )
+        yield row
+
+
+def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
+    import datasets
+
+    splits = _splits_of_folder(place)
+    part = place if splits is None else place / _choose_split(splits, split, str(place))
+    return _rows_of(datasets.load_from_disk(str(part)), columns)
+
+
+def _splits_of_folder(place: Path) -> list[str] | None:
+    """Splits in a folder written by `save_to_disk`; None if the folder is one dataset without splits."""
+    if os.path.exists(index := place / "dataset_dict.json"):
+        return list(read_json(index)["splits"])
     if os.path.exists(place / "state.json"):
         return None
-    try:
-        inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
-    except OSError as error:
-        raise unreadable(place, error) from error
+    inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
     raise MolaError(
         f"`data` must be a file or a folder written by `save_to_disk`: `{place}` holds {inside}. "
         "Pass one of the files or folders inside."
     )
 
 
-def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
-    splits = _splits_in(place)
-    part = place if splits is None else place / _choose(splits, split, str(place))
-    import datasets
-    import pyarrow
-
-    try:
-        yield from _batches(datasets.load_from_disk(str(part)), columns)
-    except (*READ_ERRORS, pyarrow.ArrowException) as error:
-        raise unreadable(place, error) from error
-
-
 def _read_hub(source: str, split: str | None, columns: Collection[str] | None, is_stream: bool) -> Iterator[Any]:
     import datasets
 
     more: dict[str, Any] = {"streaming": True} if is_stream else {}
-    try:
-        loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
-        yield from _batches(_select(loaded, split, source), columns)
-    except MolaError:
-        raise
-    except Exception as error:  # the Hub client has no common base class; also a connection that breaks later
-        raise _hub_error(source, error) from error
+    loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
+    if isinstance(loaded, dict):  # without `split`, a dataset for each
+        loaded = loaded[_choose_split(list(loaded), split, source)]
+    return _rows_of(loaded, columns)
 
 
-def _select(loaded: Any, split: str | None, source: str) -> Any:
-    """The one Dataset meant by `split`; a Dataset without splits is taken as it is."""
-    return loaded[_choose(list(loaded), split, source)] if isinstance(loaded, dict) else loaded
-
-
-def _choose(names: Sequence[str], split: str | None, source: str) -> str:
-    """The split that is meant: the only one needs no name."""
+def _choose_split(names: list[str], split: str | None, source: str) -> str:
+    """The split `split`; the only one if `split` is None."""
     if split is None and len(names) == 1:
         return names[0]
     if split is None or split not in names:
         folder = f", or pass its folder, such as {source}/{names[0]}" if os.path.isdir(source) else ""
         raise MolaError(f"`split` must be one of {', '.join(names)} for `{source}`: got {split!r}. Choose one{folder}.")
     return split
+
+
+def _rows_of(dataset: Any, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    """Rows of a `datasets.Dataset` or `IterableDataset` as Python values; images are not decoded."""
+    import datasets
+
+    if columns is not None and dataset.column_names is not None:
+        names = [name for name in dataset.column_names if name in columns]
+        dataset = dataset.select_columns(names) if names else dataset
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
+        # Types of Arrow alone, without metadata: images stay bytes, and values of mixed kinds, which `datasets` stores
+        # as JSON, are decoded.
+        features = datasets.Features.from_arrow_schema(table.schema.remove_metadata())
+        yield from map(features.decode_example, table.to_pylist())

@@ -7,10 +7,10 @@ shuffled options takes many more. Held-out questions are made of the same words 
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mola.data.sample_topics import TOPICS, Topic
 from mola.errors import MolaError
 
 DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
@@ -18,6 +18,210 @@ DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
 # Share of questions that come with the topic's rule as a hint.
 HINT_SHARE = 0.2
 _TRIES = 200  # draws without a new question before a topic counts as used up
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One kind of question."""
+
+    subject: str  # these four are columns of the rows
+    topic: str
+    category: str
+    skill: str
+    grades: tuple[int, ...]  # school years to choose from
+    question: str  # what is asked about the sentence
+    options: tuple[str, ...]  # the classes, in the order in which they are always offered
+    hint: str  # the rule, given as a hint now and then
+    sentence: Callable[[random.Random, int], str]  # draws a sentence that belongs to the class with this index
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+_PEOPLE = _words("Mia, Tom, Ada, Ben, Lea, Max, Eva, Sam, Ida, Leo, Zoe, Finn, Nora, Paul, Rosa, Hugo")
+_OBJECTS = _words("the ball, a letter, the garden, some bread, the boat, a picture, the old house, the map")
+_PLACES = _words("Paris, Oslo, Lima, Cairo, Delhi, Rome, Perth, Quito, Tokyo, Nairobi, Boston, Athens")
+_VERBS = (
+    ("paint", "paints", "painted"),
+    ("carry", "carries", "carried"),
+    ("clean", "cleans", "cleaned"),
+    ("watch", "watches", "watched"),
+    ("draw", "draws", "drew"),
+    ("find", "finds", "found"),
+    ("open", "opens", "opened"),
+    ("mend", "mends", "mended"),
+)
+_MEASURED = (
+    ("The {} is {} {} long.", "rope, river, bridge, snake, road, pencil, fence", "metres, centimetres, kilometres"),
+    ("The {} weighs {} {}.", "melon, stone, parcel, dog, sack, suitcase, brick", "kilograms, grams, tonnes"),
+    ("The {} is heated to {} {}.", "soup, room, oven, bath, iron, milk, sand", "degrees Celsius, degrees Fahrenheit"),
+    ("The {} takes {} {}.", "race, film, lesson, storm, trip, song, match", "minutes, hours, seconds"),
+)
+_SENSED = (
+    ("listens to", "a bell, a song, the rain, a drum, the wind, a whistle, a frog, the radio, thunder"),
+    ("looks at", "a star, the moon, a painting, a flag, a lamp, a cloud, a map, the screen, a poster"),
+    ("sniffs at", "a rose, the smoke, some perfume, the cheese, the soap, a candle, a lily, the paint, the bin"),
+    ("tastes", "a lemon, the salt, some honey, the soup, a berry, the cake, the jam, a radish, some tea"),
+    ("feels", "a stone, the silk, some wool, the bark, a feather, the sand, the ice, a brush, the moss"),
+)
+_SEASONS = _words("Winters, Summers, Springs, Autumns")
+_USUAL = _words("cold, mild, wet, dry, short, long")
+_MOMENTS = _words("This morning, This evening, At noon today, Right now")
+_NOW = _words("rainy, windy, foggy, cloudy, sunny, stormy")
+
+
+def _measured(rng: random.Random, index: int) -> str:
+    pattern, things, units = _MEASURED[index]
+    return pattern.format(rng.choice(_words(things)), rng.randint(2, 90), rng.choice(_words(units)))
+
+
+def _sensed(rng: random.Random, index: int) -> str:
+    verb, things = _SENSED[index]
+    return f"{rng.choice(_PEOPLE)} {verb} {rng.choice(_words(things))}."
+
+
+def _climate_or_weather(rng: random.Random, index: int) -> str:
+    place = rng.choice(_PLACES)
+    if index == 0:
+        return f"{rng.choice(_SEASONS)} in {place} are usually {rng.choice(_USUAL)}."
+    return f"{rng.choice(_MOMENTS)} it is {rng.choice(_NOW)} in {place}."
+
+
+def _tense(rng: random.Random, index: int) -> str:
+    verb, present, past = rng.choice(_VERBS)
+    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
+    return (
+        f"Yesterday {person} {past} {thing}.",
+        f"Every day {person} {present} {thing}.",
+        f"Tomorrow {person} will {verb} {thing}.",
+    )[index]
+
+
+def _sentence_kind(rng: random.Random, index: int) -> str:
+    verb, _, past = rng.choice(_VERBS)
+    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
+    return (f"{verb.capitalize()} {thing}, please.", f"Did {person} {verb} {thing}?", f"{person} {past} {thing}.")[
+        index
+    ]
+
+
+_BOXES = _words("jar, tin, box, glass, bottle, bag")
+_STATES = (
+    _words("a coin, some ice, a nail, a lump of sugar, a key, a marble, a button, some chalk"),
+    _words("some milk, cold tea, olive oil, lemon juice, warm water, vinegar, ink, syrup"),
+    _words("steam, helium, oxygen, fresh air, carbon dioxide, neon, hydrogen, nitrogen"),
+)
+_ANIMALS = (
+    _words("a whale, a bat, a horse, a hare, a tiger, a goat, a mouse, a seal"),
+    _words("an owl, a swan, a gull, a robin, a crow, a stork, a hen, a parrot"),
+    _words("a trout, a shark, a carp, a herring, a cod, a salmon, a tuna, a pike"),
+    _words("a bee, an ant, a wasp, a beetle, a moth, a fly, a flea, a cricket"),
+    _words("a lizard, a turtle, a snake, a gecko, a crocodile, a viper, a tortoise, an iguana"),
+)
+_WORD_CLASSES = (
+    _words("table, spoon, window, forest, hammer, pillow, candle, ladder"),
+    _words("swim, bring, think, write, jump, forget, build, choose"),
+    _words("heavy, narrow, clever, round, hungry, yellow, ancient, sweet"),
+    _words("slowly, loudly, gladly, barely, politely, often, soon, never"),
+)
+_MONTHS = (
+    _words("March, April, May"),
+    _words("June, July, August"),
+    _words("September, October, November"),
+    _words("December, January, February"),
+)
+_NORTH = _words("Oslo, Paris, Rome, Boston, Athens, Tokyo, Madrid, Moscow")
+_SOUTH = _words("Perth, Sydney, Auckland, Santiago, Cape Town, Buenos Aires, Melbourne, Wellington")
+_MACHINES = (
+    _words("a crowbar, a seesaw, a bottle opener, a wheelbarrow, a nutcracker, an oar"),
+    _words("a ramp, a slide, a sloping road, a loading ramp, a mountain path, a water chute"),
+    _words(
+        "a well rope over a wheel, the rope of a flagpole, a crane hook, a block and tackle, a ski lift, a curtain cord"
+    ),
+    _words("a jar lid, a bolt, a corkscrew, a drill bit, a vice, a piano stool that turns up"),
+)
+_RELATED = (
+    _words("big and large, quick and fast, glad and happy, begin and start, tiny and small, silent and quiet"),
+    _words("hot and cold, early and late, rich and poor, up and down, wet and dry, open and shut, young and old"),
+    _words(
+        "finger and hand, page and book, wheel and car, branch and tree, roof and house, petal and flower, toe and foot"
+    ),
+)
+
+
+def _compared(rng: random.Random, index: int) -> str:
+    low, high = sorted(rng.sample(range(10, 100), 2))
+    first, second = ((high, low), (low, high), (low, low))[index]
+    thing = rng.choice(_words("marbles, coins, stamps, shells, beads, nuts"))
+    return f"The first bag holds {first} {thing} and the second {second}."
+
+
+def _state(rng: random.Random, index: int) -> str:
+    return f"{rng.choice(_PEOPLE)} has a {rng.choice(_BOXES)} with {rng.choice(_STATES[index])} in it."
+
+
+def _animal(rng: random.Random, index: int) -> str:
+    return f"{rng.choice(_PEOPLE)} {rng.choice(('draws', 'dreams of', 'reads about'))} {rng.choice(_ANIMALS[index])}."
+
+
+def _word_class(rng: random.Random, index: int) -> str:
+    word = rng.choice(_WORD_CLASSES[index])
+    return f"{rng.choice(_PEOPLE)} {rng.choice(('writes', 'spells', 'learns'))} the word {word}."
+
+
+def _season(rng: random.Random, index: int) -> str:
+    is_south = rng.random() < 0.5
+    month = rng.choice(_MONTHS[(index + 2 * is_south) % 4])
+    return f"{rng.choice(_PEOPLE)} is in {rng.choice(_SOUTH if is_south else _NORTH)} in {month}."
+
+
+def _machine(rng: random.Random, index: int) -> str:
+    return f"{rng.choice(_PEOPLE)} {rng.choice(('uses', 'needs', 'tries'))} {rng.choice(_MACHINES[index])}."
+
+
+def _relation(rng: random.Random, index: int) -> str:
+    return f"{rng.choice(_PEOPLE)} {rng.choice(('says', 'hears', 'copies'))} the words {rng.choice(_RELATED[index])}."
+
+
+TOPICS = (
+    Topic("natural science", "physics", "Measurement", "What does a unit measure?", (3, 4), "What is measured?",
+          ("length", "mass", "temperature", "time"), "Every unit measures one quantity.", _measured),
+    Topic("natural science", "biology", "Senses", "Name the sense", (2, 3), "Which sense is used?",
+          ("hearing", "sight", "smell", "taste", "touch"), "Sounds are heard and colours are seen.", _sensed),
+    Topic("natural science", "earth science", "Climate and weather", "Tell climate from weather", (4, 5),
+          "Is this climate or weather?", ("climate", "weather"), "Climate is the usual weather of a place.",
+          _climate_or_weather),
+    Topic("language science", "verbs", "Tense", "Is it past, present or future?", (2, 3), "Which tense is this?",
+          ("past", "present", "future"), "The future tense uses the word will.", _tense),
+    Topic("language science", "grammar", "Sentence types", "Name the kind of sentence", (2, 3),
+          "What kind of sentence is this?", ("request", "question", "statement"), "A question asks for something.",
+          _sentence_kind),
+    # From here on harder: longer options, and more to be known.
+    Topic("mathematics", "numbers", "Numbers", "Compare two numbers", (2, 3), "Which bag holds more?",
+          ("the first bag", "the second bag", "neither of them, as both hold the same number"),
+          "Of two numbers with two digits look at the tens first.", _compared),
+    Topic("natural science", "chemistry", "States of matter", "Name the state", (3, 4), "In which state is it?",
+          ("solid, so that it keeps its shape", "liquid, so that it takes the shape of what it is in",
+           "a gas, so that it fills all the room there is"), "Of a gas one can fill a balloon.", _state),
+    Topic("natural science", "zoology", "Animals", "Name the group", (3, 4), "To which group does the animal belong?",
+          ("mammals, which feed their young with milk", "birds, which have feathers", "fish, which breathe with gills",
+           "insects, which have six legs", "reptiles, which have dry scales"), "Bats and whales are mammals.", _animal),
+    Topic("language science", "words", "Word classes", "Name the word class", (3, 4), "What kind of word is it?",
+          ("a noun, which names something", "a verb, which says what is done",
+           "an adjective, which says what a thing is like", "an adverb, which says how or when something is done"),
+          "Many adverbs end in ly.", _word_class),
+    Topic("natural science", "geography", "Seasons", "Name the season of a place", (4, 5), "Which season is it there?",
+          ("spring, when days grow longer", "summer, when days are longest", "autumn, when days grow shorter",
+           "winter, when days are shortest"), "South of the equator seasons are the other way round.", _season),
+    Topic("natural science", "engineering", "Machines", "Name the machine", (4, 5), "Which simple machine is it?",
+          ("a lever, which turns about a point", "an inclined plane, which is a slope",
+           "a pulley, which is a wheel with a rope", "a screw, which is a slope around a rod"),
+          "A simple machine changes the size or direction of a force.", _machine),
+    Topic("language science", "vocabulary", "Pairs of words", "How are two words related?", (3, 4),
+          "How are these two words related?", ("they mean nearly the same", "they mean the opposite of each other",
+           "the first names a part of the second"), "Opposites are at the two ends of one scale.", _relation),
+)  # fmt: skip
 
 
 def generate_splits(

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mola.errors import MolaError
 from mola.files.atomic import complete_folder
-from mola.files.digests import file_sha256
 
 if TYPE_CHECKING:
-    from mola.data.spool import Spool
+    import datasets
+    import pyarrow
+
     from mola.data.tasks import Task
 
 DATASET_FOLDER = "dataset.hf"
-_FINGERPRINT_LENGTH = 16  # as Datasets makes them
-PROMPT_COLUMNS = ("input", "instruction", "output")  # written last, in this order
+PROMPT_COLUMNS = ("input", "instruction", "output")  # the last columns of a prepared row
+_FINGERPRINT_LENGTH = 16  # of those that `datasets` makes
+_BATCH_SIZE = 1000
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All columns of the rows, in the order they first occur."""
+    """All columns of the rows, in the order in which they first occur."""
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def reads_prompts(task: Task) -> bool:
-    """Whether a task reads columns that prepared rows have too: these then need an id, to be told from raw ones."""
+    """Whether a task reads columns that prepared rows have as well; an `id` then marks prepared rows."""
     return bool({"instruction", "output"} & set(task.columns))
 
 
-def written_columns(task: Task) -> set[str]:
-    """Columns by which rows of `mola prepare` are known where the task reads one of them itself; else none."""
-    if reads_prompts(task):
-        return {"id", *PROMPT_COLUMNS}
-    return {*PROMPT_COLUMNS} if "input" in task.columns else set()
-
-
 def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool = False) -> dict[str, Any]:
-    """A source row with the answer as text, `with_id` with its id, and with prompt and output as its last columns."""
+    """A prepared row: the source row, then `input`, `instruction` and `output` of its example.
+
+    A column `answer` becomes the text of the answer; `with_id` puts the id of the example first.
+    """
     new = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
     if with_id:
         new = {"id": example["id"], **new}
@@ -48,40 +48,48 @@ def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool
     return {**new, **{name: example[name] for name in PROMPT_COLUMNS}}
 
 
-class Merge:
-    """`merged_row` for the rows of a source, all through one task; refuses rows that went through it before.
+class RowMerger:
+    """Makes prepared rows of one task by `merged_row`.
 
     Attributes:
-        replaced: columns of the source that the task does not read and that were written over.
+        replaced: columns of the source that prepared rows no longer hold, because the task writes its own.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.replaced: set[str] = set()
-        self._with_id, self._written = reads_prompts(task), written_columns(task)
-        self._not_read = {*PROMPT_COLUMNS, "answer"} - {*task.columns}
 
-    def __call__(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
-        """The merged row.
+    def merge(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+        """The prepared row.
 
         Raises:
-            MolaError: the task reads prompts, and the row has them as `mola prepare` writes them.
+            MolaError: the row is a prepared one already.
         """
-        if self._written and self._written <= row.keys():
-            names = ", ".join(f"`{name}`" for name in sorted(self._written))
+        marks = self._marks_of_prepared_rows()
+        if marks and marks <= row.keys():
+            names = ", ".join(f"`{name}`" for name in sorted(marks))
             raise MolaError(
                 f"`data` must be rows that did not go through the task `{self.task.name}` before: {example['id']!r} "
                 f"has all of {names}, as `mola prepare` writes them. Pass the source; if this is it, rename or drop a "
                 "column that the task does not read."
             )
-        merged = merged_row(row, example, self._with_id)
-        for name in self._not_read:
+        merged = merged_row(row, example, with_id=reads_prompts(self.task))
+        for name in {*PROMPT_COLUMNS, "answer"} - {*self.task.columns}:
             if row.get(name) not in (None, "") and merged[name] != row[name]:
                 self.replaced.add(name)
         return merged
 
-    def say_replaced(self) -> None:
-        """Print a warning, if a column was written over."""
+    def _marks_of_prepared_rows(self) -> set[str]:
+        """Columns that only prepared rows have all of, if the task reads one that it writes; else none.
+
+        Other tasks may prepare a row twice, with the same result.
+        """
+        if reads_prompts(self.task):
+            return {"id", *PROMPT_COLUMNS}
+        return {*PROMPT_COLUMNS} if "input" in self.task.columns else set()
+
+    def print_replaced(self) -> None:
+        """Print a warning if a column of the source was replaced."""
         if self.replaced:
             names = ", ".join(f"`{name}`" for name in sorted(self.replaced))
             print(f"warning: {names} of the source is not kept: the task `{self.task.name}` writes its own")
@@ -96,62 +104,89 @@ def is_prepared_folder(folder: Path) -> bool:
         return False
 
 
-def write_splits(splits: Mapping[str, list[dict[str, Any]]], output_dir: Path) -> None:
-    """Write ``<split>.json`` and `DATASET_FOLDER`; the folder appears complete or not at all, replacing an earlier one.
+def write_splits(splits: Mapping[str, Rows], output_dir: Path) -> None:
+    """Write ``<split>.json`` and `DATASET_FOLDER`; the folder replaces an earlier one, completely or not at all.
 
     A column that a row lacks is written as None.
 
     Raises:
-        MolaError: the folder cannot be written, or a column mixes kinds of values.
+        MolaError: the folder cannot be written, or a column has values of different kinds.
     """
-    from mola.data.spool import Spool
-
-    with (
-        complete_folder(output_dir) as folder,
-        TemporaryDirectory() as scratch,
-        Spool(Path(scratch, "rows"), last=PROMPT_COLUMNS) as spool,
-    ):
-        numbers = {}
+    schema = schema_of(splits, last=PROMPT_COLUMNS)
+    with complete_folder(output_dir) as folder:
         for split, rows in splits.items():
-            numbers[split] = range(len(spool), len(spool) + len(rows))
-            for row in rows:
-                spool.add(row)
-        write_spooled(spool, numbers, folder, Path(scratch))
+            write_json(rows, schema.names, folder / f"{split}.json")
+        save_dataset(splits, schema, folder / DATASET_FOLDER)
 
 
-def write_spooled(spool: Spool, numbers: Mapping[str, Iterable[int]], folder: Path, scratch: Path) -> None:
-    """Write ``<split>.json`` and `DATASET_FOLDER` of rows in a spool, by their numbers, into an existing folder."""
-    for split, chosen in numbers.items():
-        write_json(spool.rows(chosen), folder / f"{split}.json")
-    save_dataset(spool, numbers, folder / DATASET_FOLDER, scratch)
+def schema_of(
+    splits: Mapping[str, Rows],
+    *,
+    first: Sequence[str] = (),
+    last: Sequence[str] = (),
+    empty_types: Mapping[str, pyarrow.DataType] | None = None,
+) -> pyarrow.Schema:
+    """Columns and types that fit the rows of all splits, so that splits cannot differ.
 
+    Args:
+        splits: the rows.
+        first: columns that come before all others, whether or not a row has them.
+        last: columns that come after all others, whether or not a row has them.
+        empty_types: types of columns that hold nothing but None; else such a column has Arrow's null type.
 
-def write_json(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write rows as one JSON array in ASCII, on one line; they need not be in memory."""
-    with path.open("w", encoding="ascii") as file:
-        file.write("[")
-        for index, row in enumerate(rows):
-            file.write((", " if index else "") + json.dumps(row))
-        file.write("]")
-
-
-def save_dataset(spool: Spool, numbers: Mapping[str, Iterable[int]], path: Path, scratch: Path) -> None:
-    """Save rows of a spool, given by their numbers, as a DatasetDict; the same rows give the same bytes.
-
-    Types come from all rows of the spool, so that splits cannot differ; `scratch` is for temporary files.
+    Raises:
+        MolaError: a column has values of different kinds.
     """
+    import pyarrow
+
+    rows = [row for part in splits.values() for row in part]
+    names = dict.fromkeys([*first, *(name for name in columns_of(rows) if name not in last), *last])
+    fields = []
+    for name in names:
+        try:
+            kind = pyarrow.array([row.get(name) for row in rows]).type
+        except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+            raise MolaError(
+                f"`data` must have values of one kind in every column: `{name}`: {error}. Correct the column, or drop "
+                "it."
+            ) from error
+        fields.append((name, (empty_types or {}).get(name, kind) if pyarrow.types.is_null(kind) else kind))
+    return pyarrow.schema(fields)
+
+
+def write_json(rows: Rows, columns: Sequence[str], path: Path) -> None:
+    """Write rows as one JSON array in ASCII, on one line, each with all `columns`."""
+    texts = []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(json.dumps({name: row.get(name) for name in columns}, allow_nan=False))
+        except (ValueError, TypeError) as error:  # NaN, dates, bytes
+            raise MolaError(
+                f"`data` must hold JSON values: row {number} of {path.name}: {error}. Write null there, or drop the "
+                "column."
+            ) from error
+    path.write_text(f"[{', '.join(texts)}]", encoding="ascii")
+
+
+def save_dataset(splits: Mapping[str, Rows], schema: pyarrow.Schema, path: Path) -> None:
+    """Save the rows as a `DatasetDict`; the same rows give the same bytes."""
+    import datasets
+
+    saved = {split: _make_dataset(rows, schema) for split, rows in splits.items()}
+    # Without a file of its own an empty split could not be loaded again.
+    shards = {split: None if len(dataset) else 1 for split, dataset in saved.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(path), num_shards=shards)
+
+
+def _make_dataset(rows: Rows, schema: pyarrow.Schema) -> datasets.Dataset:
+    """The rows as a dataset whose fingerprint depends on its content only."""
     import datasets
     import pyarrow
 
-    schema = spool.schema()
-    splits = {}
-    for split, chosen in numbers.items():
-        place = scratch / f"{split}.arrow"
-        with pyarrow.OSFile(str(place), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-            for table in spool.tables(chosen):
-                stream.write_table(table)
-        written = pyarrow.ipc.open_stream(pyarrow.memory_map(str(place))).read_all()
-        splits[split] = datasets.Dataset(written, fingerprint=file_sha256(place)[:_FINGERPRINT_LENGTH])
-    # Without a file of its own an empty split could not be loaded again.
-    shards = {split: None if len(dataset) else 1 for split, dataset in splits.items()}
-    datasets.DatasetDict(splits).save_to_disk(str(path), num_shards=shards)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, schema) as stream:
+        for start in range(0, len(rows), _BATCH_SIZE):
+            stream.write_table(pyarrow.Table.from_pylist(list(rows[start : start + _BATCH_SIZE]), schema))
+    content = sink.getvalue()
+    fingerprint = hashlib.sha256(content).hexdigest()[:_FINGERPRINT_LENGTH]
+    return datasets.Dataset(pyarrow.ipc.open_stream(content).read_all(), fingerprint=fingerprint)

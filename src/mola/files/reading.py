@@ -71,7 +71,7 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as a reader expects: `no` and `off` are words, `1e-4` is a number, a repeated key is an error.
+    """Reads YAML as its writer means it: `no`, `off` and dates are text, `1e-4` is a number, a repeated key an error.
 
     PyYAML implements YAML 1.1, in which `no` is false and `1e-4` is text. Of a repeated key it keeps the last value.
     """
@@ -85,9 +85,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_BOOL, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))

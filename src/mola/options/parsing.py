@@ -260,7 +260,7 @@ def _flag_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return json.dumps(value, default=str)  # YAML has dates
+        return json.dumps(value)
     if isinstance(value, list):
         text = ",".join(map(_flag_text, value))
         return f"{text}," if len(value) == 1 and text.isdecimal() else text  # `[16]` is one number, not two digits

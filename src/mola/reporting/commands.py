@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import Any
 
-from mola.data.file_formats import FILE_ENDINGS
+from mola.data.read import FILE_ENDINGS
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.questions import MAX_NEW_TOKENS

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
-from mola.data.examples import load_examples
-from mola.data.hashing import distinct_questions, hash_example
+from mola.data.examples import distinct_questions, hash_example, load_examples
 from mola.data.read import check_split, has_rows
 from mola.data.read import split_names as data_splits
 from mola.data.tasks import Task, load_task, template_name

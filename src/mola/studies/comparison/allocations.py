@@ -10,8 +10,7 @@ from typing import Any
 from mola.allocation.allocate import AllocateOptions, allocate, one_per_layer
 from mola.allocation.options import check_options, method_name
 from mola.data.encode import data_fingerprint
-from mola.data.examples import load_examples
-from mola.data.hashing import distinct_questions
+from mola.data.examples import distinct_questions, load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.files.digests import find_weights, weights_sha256

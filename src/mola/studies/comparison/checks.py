@@ -13,7 +13,7 @@ from mola.allocation.allocate import AllocateOptions
 from mola.allocation.options import method_name
 from mola.architecture.notation import smallest_entry
 from mola.data.encode import data_fingerprint
-from mola.data.hashing import distinct_questions
+from mola.data.examples import distinct_questions
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation

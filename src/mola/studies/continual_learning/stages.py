@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.data.encode import data_fingerprint
-from mola.data.hashing import distinct_questions
+from mola.data.examples import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from mola.data.draw import subset
+from mola.data import sampling
 from mola.data.examples import load_examples
 from mola.data.prepare import PrepareOptions, prepare
 from mola.data.read import read_rows
@@ -215,13 +215,13 @@ def test_only_what_is_needed_is_read_at_first(tmp_path):
 
 def test_source_that_changes_between_the_passes_is_an_error(tmp_path, monkeypatch):
     data = write_orca(tmp_path / "a.jsonl", 60)
-    draw = subset.draw
+    draw = sampling.draw
 
     def change(*arguments):
         write_orca(data, 60, seed=1)
         return draw(*arguments)
 
-    monkeypatch.setattr(subset, "draw", change)
+    monkeypatch.setattr(sampling, "draw", change)
     with pytest.raises(MolaError, match="must not change while it is read: row 0"):
         run(tmp_path, data)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
@@ -239,7 +239,7 @@ def test_nothing_goes_to_the_cache(tmp_path, monkeypatch):
         ({"num_samples": 0}, "`num_samples` must be at least 1: got 0"),
         ({"num_test": -1}, "`num_test` must be at least 0: got -1"),
         ({"seed": -1}, "`seed` must be at least 0: got -1"),
-        ({"num_samples": None}, "`num_validation` goes with `num_samples`: got 10 alone"),
+        ({"num_samples": None}, "`num_validation` needs `num_samples`: got 10 alone"),
         ({"task": "sample", "data": None}, "`num_samples` has no use with the task `sample`"),
         ({"train_size": 4}, "`train_size` is for the task `sample` only"),
         ({"data": "missing.jsonl"}, "`missing.jsonl` does not exist"),

@@ -1,1 +1,0 @@
-"""Samples drawn from a large source."""
