@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mola.reporting.charts import Axis, Column, Line, shade, step_axis, thinned, value_axis
 from mola.reporting.document import environment
 from mola.reporting.formatting import duration, number, percent, points
-from mola.reporting.heat import change_map
+from mola.reporting.heatmaps import change_map
 from mola.reporting.routing_log import layer_parts
 from tests.reporting.pages import Page
 

@@ -16,8 +16,8 @@ from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.reporting.doctor import DoctorOptions, doctor
 from mola.reporting.findings import findings
-from mola.reporting.late_use import LateUse
-from mola.reporting.load_run import gather
+from mola.reporting.load_run import load_run
+from mola.reporting.routing_log import LateUse
 from tests.grids import slow
 
 from .conftest import change
@@ -279,7 +279,7 @@ def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run
     change(folder / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-20"))
     gap = "evaluation loss far above training loss"
     assert gap not in [each.name for each in doctor(DoctorOptions(str(folder)))]
-    assert gather(str(folder)).curves["evaluation"] == [(20, 0.95), (50, 1.8)]
+    assert load_run(str(folder)).curves["evaluation"] == [(20, 0.95), (50, 1.8)]
     change(folder / "run.json", lambda content: content.update(best_checkpoint=None))
     entries.pop()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
@@ -319,7 +319,7 @@ def test_what_is_advised_where_linears_have_numbers_of_their_own(finished_run, t
         change(
             folder / "adapter_config.json", lambda content, pattern=pattern: content.update(num_experts_pattern=pattern)
         )
-        (found,) = [each for each in findings(gather(str(folder)), dead) if each.name == DEAD]
+        (found,) = [each for each in findings(load_run(str(folder)), dead) if each.name == DEAD]
         assert advice in found.change
 
 
@@ -352,7 +352,7 @@ def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path
 
 def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):
     """Of 32 chosen experts a fresh router's two largest gates are 0.02 apart, of two 0.2."""
-    run = gather(str(finished_run))
+    run = load_run(str(finished_run))
     for chosen, margin, is_said in ((2, 0.019, True), (2, 0.2, False), (32, 0.016, False), (32, 0.001, True)):
         late = {name: LateUse(10, [chosen / 64] * 64, margin) for name in "ab"}
         assert (LORA in {each.name for each in findings(run, late)}) == is_said
@@ -360,7 +360,7 @@ def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):
 
 def test_twins_that_share_their_tokens_are_no_sign_of_a_lora(finished_run):
     """As `mola reallocate` makes them of experts: either of two is as good, while the pairs are told apart."""
-    run = gather(str(finished_run))
+    run = load_run(str(finished_run))
     for entropy, is_said in ((0.95, False), (0.999, True)):
         late = {name: LateUse(10, [0.5] * 4, 0.01, entropy) for name in "ab"}
         assert (LORA in {each.name for each in findings(run, late)}) == is_said
@@ -374,16 +374,12 @@ def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
             folder / "run.json",
             lambda content, weight=weight: content["adapter_settings"].update(router_aux_loss_coef=weight),
         )
-        found = {each.name: each.change for each in findings(gather(str(folder)), dead)}
+        found = {each.name: each.change for each in findings(load_run(str(folder)), dead)}
         assert advice in found[DEAD]
         assert advice in found[COLLAPSED]
 
 
-def test_damaged_telemetry_is_refused_by_name(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    (folder / "routing.jsonl").write_text('{"step": 1, "modules": [{"module": "a"}]}\n')
-    with pytest.raises(MolaError, match=r"routing\.jsonl"):
-        doctor(DoctorOptions(str(folder)))
+def test_no_run_in_the_folder(tmp_path):
     with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
         doctor(DoctorOptions(str(tmp_path)))
 

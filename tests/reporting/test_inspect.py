@@ -102,11 +102,6 @@ def test_an_adapter_without_routers_is_refused_before_the_weights_are_read(
     assert "no module of" in capsys.readouterr().err
 
 
-def test_a_limit_without_effect_is_refused(no_weights_dir, adapter, sample, capsys):
-    assert run(no_weights_dir, adapter, sample, "--leave_one_out_limit", "3") == 2
-    assert "`leave_one_out_limit` counts only with `leave_one_out`: got 3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("result", ["--json", "--html"])
 def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
     base = tmp_path / "base"
@@ -203,7 +198,6 @@ def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
         (("--leave_one_out", "experts"), "`leave_one_out` must be one of none, layers, modules: got 'experts'"),
         (("--leave_one_out_limit", 0), "`leave_one_out_limit` must be at least 1"),
         (("--examples", -1), "`examples` must be at least 0"),
-        (("--examples", 3), "`examples` (3) are written to `json` or `html`"),
         (("--split", "validation"), "`split` ('validation') must be left out"),
     ],
 )

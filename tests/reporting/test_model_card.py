@@ -24,8 +24,7 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.files.digests import is_own_file
 from mola.options.parsing import parse
-from mola.reporting.loss_plot import PLOT_FILE
-from mola.reporting.model_card import render_card, write_model_card
+from mola.reporting.model_card import PLOT_FILE, render_card, write_model_card
 from mola.studies.comparison.plots import check_matplotlib
 from mola.training import hub
 from mola.training.options import TrainOptions
@@ -272,7 +271,7 @@ def test_a_matplotlib_that_cannot_be_imported_ends_no_training(run_folder, monke
     def fail(name):
         raise ImportError("numpy.core.multiarray failed to import")
 
-    monkeypatch.setattr("mola.reporting.loss_plot.importlib.import_module", fail)
+    monkeypatch.setattr("mola.reporting.model_card.importlib.import_module", fail)
     write_model_card(run_folder)
     assert not (run_folder / PLOT_FILE).exists()
     assert "matplotlib cannot be used: numpy.core.multiarray failed to import" in mola_log.text

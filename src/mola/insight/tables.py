@@ -1,17 +1,17 @@
-"""Gates as HTML tables: readable as text, shaded for the eye, without script or style sheet of their own."""
+"""Gates as HTML tables with shaded cells, which need no script and no style sheet."""
 
 import html
 from collections.abc import Sequence
 
 from mola.insight.recorder import ModuleGates
 
-# Shades of the page's own text colour serve light and dark pages alike.
+# A share of the page's text colour is legible on light and on dark pages.
 _CELL = "padding:2px 8px;text-align:right;background:color-mix(in srgb,currentColor {shade}%,transparent)"
-_MOST_SHADE = 45  # per cent; the number stays legible on it
+_MAX_SHADE = 45  # per cent, on which the number stays legible
 
 
 def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
-    """Mean gate of each expert over some tokens, one row per layer, in per cent; the modules are of one kind."""
+    """Mean gate of each expert over some tokens in per cent, with one row per layer, for modules of one kind."""
     width = max((module.gates.shape[1] for module in modules), default=0)
     head = _row("th", ["layer", *(f"expert {expert}" for expert in range(width))])
     rows = []
@@ -25,7 +25,7 @@ def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
 
 
 def tokens_table(module: ModuleGates, tokens: Sequence[str], shown: slice) -> str:
-    """Gates of one module, one row for each token shown, in per cent."""
+    """Gates of one module in per cent, with one row for each of the shown tokens."""
     head = _row("th", ["token", *(f"expert {expert}" for expert in range(module.gates.shape[1]))])
     rows = []
     for text, gates in zip(tokens[shown], module.gates[shown], strict=True):
@@ -37,7 +37,7 @@ def tokens_table(module: ModuleGates, tokens: Sequence[str], shown: slice) -> st
 def _cell(gate: float) -> str:
     if gate == 0:
         return '<td style="padding:2px 8px;text-align:right">·</td>'
-    style = _CELL.format(shade=round(_MOST_SHADE * gate))
+    style = _CELL.format(shade=round(_MAX_SHADE * gate))
     return f'<td style="{style}">{100 * gate:.0f}</td>'
 
 
@@ -48,5 +48,5 @@ def _row(kind: str, texts: Sequence[str]) -> str:
 def _table(caption: str, head: str, rows: Sequence[str]) -> str:
     caption = f'<caption style="text-align:left">{html.escape(caption)}</caption>'
     table = f"<table>{caption}<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-    # Tables wider than a phone scroll by themselves, with the keyboard too.
+    # A table wider than the screen scrolls sideways, by keyboard as well.
     return f'<div style="overflow-x:auto" tabindex="0">{table}</div>'

@@ -1,51 +1,46 @@
-"""What the saved adapter says by itself: values by layer, and how alike its experts are."""
+"""What a saved adapter holds: experts and trained values of each layer, and how alike the experts are."""
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
-from mola.checkpoints.adapter_folder import read_tensors
-from mola.errors import MolaError
-from mola.files.digests import check_digest, check_finite, find_weights
-from mola.files.reading import read_json_object
-from mola.files.schema import TEXT, check_form
+from mola.checkpoints.adapter_folder import read_settings, read_tensors
+from mola.files.digests import find_weights
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
-from mola.reporting.formatting import layer_order
-from mola.reporting.schema import PER_LAYER
+from mola.reporting.document import Table
+from mola.reporting.formatting import layer_order, layer_range
 from mola.tuner.loading import PREFIX
 
-_MOST_NAMED = 8  # entries of a pattern that a sentence can hold
-_STACKED = re.compile(r"\.mola_([AB])_\w+$")
+_MAX_SHOWN_ENTRIES = 8  # of a pattern in a sentence
+_STACKED = re.compile(r"\.mola_[AB]_\w+$")  # the weights of one parameter of `target_parameters`
 
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One decoder layer of an adapter; its modules have the same settings, unless `own_numbers` says otherwise."""
+    """One decoder layer of an adapter; its modules have the same settings unless a pattern changes some of them."""
 
     layer_index: int | None  # the layer
-    num_experts: int  # experts of each module; the layer's own number, if some modules have others
-    fewest: int  # experts of the module that has fewest
-    most: int  # and of that which has most
-    top_k: int  # of them chosen for a token
-    r: int  # rank of each
+    num_experts: int  # experts of each module without a number of its own
+    fewest: int  # experts of the module with the fewest
+    most: int  # experts of the module with the most
+    top_k: int  # experts chosen for a token
+    r: int  # rank of each expert
     expert_values: int  # trained values of the experts of all modules
     router_values: int  # trained values of their routers
 
     @property
-    def experts_said(self) -> str:
-        """Experts of each module in words: `4`, or `2–8` where modules differ."""
+    def experts_text(self) -> str:
+        """Experts of each module: `4`, or `2–8` if modules differ."""
         return str(self.most) if self.fewest == self.most else f"{self.fewest}–{self.most}"
 
 
@@ -55,133 +50,100 @@ class AdapterWeights:
 
     config: Mapping[str, Any]  # its `adapter_config.json`
     layers: Sequence[LayerExperts]  # its layers, lowest first; empty for an adapter of another method
-    redundancy: Sequence[ModuleRedundancy]  # likeness of the experts of every module that has several
+    redundancy: Sequence[ModuleRedundancy]  # how alike the experts are, of every module that has several
 
 
 def read_adapter_weights(folder: Path) -> AdapterWeights | None:
-    """Read the adapter in a run folder, one module at a time; None if there is none."""
-    config, path = read_json_object(folder / "adapter_config.json"), find_weights(folder)
-    if path is None or not (folder / "adapter_config.json").exists():
+    """Read the adapter in a run folder; None if the folder has no configuration or no weights.
+
+    Raises:
+        MolaError: a file cannot be read, was damaged since it was saved, or holds values that are not finite.
+    """
+    if find_weights(folder) is None or not (folder / "adapter_config.json").exists():
         return None
-    if not config:
-        raise MolaError(f"{str(folder / 'adapter_config.json')!r} cannot be read. Restore the file, or train again.")
+    config = read_settings(folder)
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
-    names = {"target_parameters?": ([TEXT], None)}
-    if not isinstance(config.get("target_modules"), str):
-        names["target_modules?"] = ([TEXT], None)
-    for form in (PER_LAYER, names):
-        check_form(config, form, str(folder / "adapter_config.json"), "Restore the file.")
-    check_digest(folder)
+    tensors = read_tensors(folder)
     redundancy = []
-    with opened(path) as file:
-        shapes = shapes_in(file)
-        dtypes = {file.get_slice(name).get_dtype() for name in shapes}
-        if not dtypes <= {"F64", "F32", "F16", "BF16"}:
-            raise MolaError(f"{str(path)!r} must hold floating-point numbers: got {sorted(dtypes)}. Restore the file.")
-        _check_shapes(shapes, path)
-        for name in sorted(shapes, key=_place):
-            if name.endswith("mola_A") and shapes[name][0] > 1:
-                redundancy.append(_redundancy(file, path, name, config))
+    for name in sorted(tensors, key=lambda name: (layer_order(layer_index(name)), name)):
+        if name.endswith("mola_A") and len(tensors[name]) > 1:
+            module = name.removesuffix(".mola_A")
+            experts_A, experts_B = tensors[name], tensors[f"{module}.mola_B"]
+            scaling = scaling_of(config, module.removeprefix(PREFIX), experts_A.shape[1])
+            redundancy.append(module_redundancy(module, layer_index(name), experts_A, experts_B, scaling))
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return AdapterWeights(config, layers_of(config, shapes), redundancy)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a safetensors file, without reading their values."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[LayerExperts]:
     """The layers of an adapter, lowest first, from its configuration and the shapes of its tensors."""
-    own: dict[int | None, int] = {}
-    modules: dict[int | None, list[int]] = defaultdict(list)
+    num_experts: dict[int | None, int] = {}
+    of_modules: dict[int | None, list[int]] = defaultdict(list)
+    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])  # of experts and of routers
     for name, shape in shapes.items():
-        # Those of `target_parameters` count the base model's experts.
-        layer, is_stacked = layer_index(name), _STACKED.search(name) is not None
-        own[layer] = max(1 if is_stacked else of_layer(config, "num_experts", layer), own.get(layer, 0))
+        if "mola_" not in name:  # such as a trained embedding
+            continue
+        layer = layer_index(name)
+        # The first dimension of stacked parameters counts the base model's own experts.
+        number = 1 if _STACKED.search(name) else _setting(config, "num_experts", layer)
+        num_experts[layer] = max(number, num_experts.get(layer, 0))
+        values[layer]["mola_router" in name] += math.prod(shape)
         if name.endswith("mola_A"):
-            modules[layer].append(shape[0])
-    found = []
-    for layer, values in sorted(values_by_layer(shapes).items(), key=lambda item: layer_order(item[0])):
-        fewest, most = min(modules[layer], default=own[layer]), max(modules[layer], default=own[layer])
-        top_k, r = (of_layer(config, name, layer) for name in ("top_k", "r"))
-        found.append(LayerExperts(layer, own[layer], fewest, most, min(top_k, most), r, *values))
-    return found
+            of_modules[layer].append(shape[0])
+    layers = []
+    for layer in sorted(values, key=layer_order):
+        fewest = min(of_modules[layer], default=num_experts[layer])
+        most = max(of_modules[layer], default=num_experts[layer])
+        top_k = min(_setting(config, "top_k", layer), most)
+        r = _setting(config, "r", layer)
+        layers.append(LayerExperts(layer, num_experts[layer], fewest, most, top_k, r, *values[layer]))
+    return layers
 
 
-def _redundancy(file: Any, path: Path, name: str, config: Mapping[str, Any]) -> ModuleRedundancy:
-    module, layer = name.removesuffix(".mola_A"), layer_index(name)
-    experts_A, experts_B = file.get_tensor(name), file.get_tensor(f"{module}.mola_B")
-    check_finite({name: experts_A, f"{module}.mola_B": experts_B}, repr(str(path)))
-    scaling = scaling_of(config, module.removeprefix(PREFIX), experts_A.shape[1])
-    return module_redundancy(module, layer, experts_A, experts_B, scaling)
-
-
-def own_numbers(config: Mapping[str, Any]) -> str:
-    """A sentence about modules with numbers of their own, in front of it a space; empty if there are none."""
-    names = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-    given = {name: config[name] for name in names if config.get(name)}
-    # An allocation per module names most of them.
-    found = [f"`{name}` {f'`{v}`' if len(v) <= _MOST_NAMED else f'with {len(v)} entries'}" for name, v in given.items()]
-    return f" Some modules have numbers of their own: {', '.join(found)}." if found else ""
-
-
-def shapes_in(file: Any) -> dict[str, list[int]]:
-    """Shapes of the experts and routers in a file of tensors."""
-    return {name: file.get_slice(name).get_shape() for name in file.keys() if "mola_" in name}  # noqa: SIM118
-
-
-def values_by_layer(shapes: Mapping[str, Sequence[int]]) -> dict[int | None, list[int]]:
-    """Number of values of the experts, and of the routers, of each layer."""
-    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
-    for name, shape in shapes.items():
-        values[layer_index(name)]["mola_router" in name] += math.prod(shape)
-    return values
-
-
-def of_layer(config: Mapping[str, Any], name: str, layer: int | None) -> int:
-    """A setting of one layer, where a configuration has one number for all layers, or one for each."""
+def _setting(config: Mapping[str, Any], name: str, layer: int | None) -> int:
+    """A setting of one layer; the configuration has one number for all layers, or a list with one for each."""
     setting, index = config[name], layer or 0
     num_layers = max(index + 1, len(setting) if isinstance(setting, list) else 0)
     return resolve_per_layer(setting, num_layers, name)[index]
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors, read one by one; an unreadable one is refused."""
-    try:
-        with ExitStack() as stack:
-            readable = stack.enter_context(_copied(path)) if path.suffix == ".bin" else path
-            yield stack.enter_context(safe_open(readable, "pt"))
-    except (OSError, SafetensorError) as error:
-        raise MolaError(f"{str(path)!r} cannot be read: {error}. Restore the file, or train again.") from error
+def target_names(config: Mapping[str, Any]) -> list[str]:
+    """The adapted modules and parameters that a configuration names, or its regular expression."""
+    modules = config.get("target_modules") or []
+    names = [modules] if isinstance(modules, str) else sorted(modules)
+    return [*names, *(config.get("target_parameters") or [])]
 
 
-@contextmanager
-def _copied(path: Path) -> Iterator[Path]:
-    """A temporary copy that can be read one by one of a file that can be read as a whole only."""
-    tensors = read_tensors(path.parent)
-    with ExitStack() as stack:
-        try:
-            copied = Path(stack.enter_context(TemporaryDirectory())) / "adapter_model.safetensors"
-            save_file(tensors, copied)
-        except (OSError, SafetensorError) as error:
-            raise MolaError(
-                f"a temporary copy of {str(path)!r} cannot be written: {error}. Free some space, or set TMPDIR to a "
-                "larger folder."
-            ) from error
-        yield copied
+def pattern_sentence(config: Mapping[str, Any]) -> str:
+    """A sentence, after a space, on modules with settings of their own; empty if there are none."""
+    patterns = {name: config.get(name) for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern")}
+    parts = [
+        # An allocation per module names most modules.
+        f"`{name}` " + (f"`{entries}`" if len(entries) <= _MAX_SHOWN_ENTRIES else f"with {len(entries)} entries")
+        for name, entries in patterns.items()
+        if entries
+    ]
+    return f" Some modules have numbers of their own: {', '.join(parts)}." if parts else ""
 
 
-def _check_shapes(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
-    """A is `(E, r, in)`, B `(E, r, out)`, the router `(E, in)`."""
-    for name, shape in shapes.items():
-        part = _STACKED.sub(r".mola_\1", name).rpartition("mola_")[2]
-        valid = len(shape) == (2 if part == "router" else 3) and all(shape) and part in ("A", "B", "router")
-        if part == "A":
-            other = shapes.get("mola_B".join(name.rsplit("mola_A", 1)), [])
-            valid = valid and list(other[:2]) == list(shape[:2])
-        if not valid:
-            raise MolaError(
-                f"{str(path)!r} must hold experts as mola writes them: {name!r} has shape {list(shape)}, or lacks its "
-                "counterpart. Restore the file, or train again."
-            )
+def layers_table(rows: Sequence[LayerExperts]) -> Table:
+    """One line for each range of equal layers, and one for modules outside the layers."""
 
+    def settings_of(position_and_row: tuple[int, LayerExperts]) -> tuple[Any, ...]:
+        position, row = position_and_row
+        values = f"{row.expert_values:,}", f"{row.router_values:,}"
+        # The difference is the same for consecutive layers. A layer that is not adapted has no row and ends a range.
+        return (row.layer_index or 0) - position, row.experts_text, f"{row.top_k:,}", f"{row.r:,}", *values
 
-def _place(name: str) -> tuple[float, str]:
-    return layer_order(layer_index(name)), name
+    lines = []
+    for (_, *settings), members in groupby(enumerate(rows), key=settings_of):
+        lines.append((layer_range([row.layer_index for _, row in members]), *settings))
+    head = ("layers", "experts", "top_k", "r", "values of experts", "values of routers")
+    return Table(head, lines, "Experts by layer; each figure is for one layer")

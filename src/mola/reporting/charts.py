@@ -1,7 +1,7 @@
-"""Where the marks of charts are. The template `charts.html` draws them as SVG that takes its colours from the page.
+"""Geometry of charts. The template `charts.html` draws them as SVG in the colours of the page.
 
-Places are in per cent of the drawing and type is in pixels of the screen, so a chart that becomes narrower stays
-legible. Labels of the axes lie outside of the drawing: the style sheet leaves the space.
+Positions are in per cent of the drawing and type is in pixels of the screen, so a narrow chart stays legible. Labels
+of the axes lie outside the drawing, where the style sheet leaves space.
 """
 
 import math
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 Points = Sequence[tuple[float, float]]
 
 SHADES = 20  # steps of a heat map's scale; the style sheet has one class for each
-_LOG_FROM = 10.0  # largest over smallest value that a linear axis shows well
+_MIN_LOG_RATIO = 10.0  # of the largest to the smallest value on a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places between 0 and 1."""
+    """Maps values to positions from 0 to 1."""
 
     low: float  # value at 0
     high: float  # value at 1
     is_log: bool = False  # whether equal ratios, not equal differences, have equal lengths
-    is_whole: bool = False  # whether there is nothing between 1 and 2
+    is_whole: bool = False  # whether all values are integers
 
     def at(self, value: float) -> float:
-        """Place of a value."""
+        """Position of a value."""
         if self.high == self.low:
             return 0.5
         if self.is_log:
@@ -37,12 +37,12 @@ class Axis:
             return [self.low]
         if self.is_log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if self.high / self.low < 1000 else (1,)
-            values = [digit * 10.0**decade for decade in decades for digit in steps]
+            digits = (1, 2, 5) if self.high / self.low < 1000 else (1,)
+            values = [digit * 10.0**decade for decade in decades for digit in digits]
         else:
-            rough = (self.high - self.low) / count
-            size = 10.0 ** math.floor(math.log10(rough))
-            step = min((factor * size for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+            wanted = (self.high - self.low) / count
+            size = 10.0 ** math.floor(math.log10(wanted))
+            step = min((factor * size for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / wanted)))
             step = max(step, 1.0) if self.is_whole else step
             first = math.ceil(self.low / step - 1e-9)
             values = [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -50,25 +50,25 @@ class Axis:
 
 
 def value_axis(values: Sequence[float], *, may_be_log: bool = False, is_whole: bool = False) -> Axis:
-    """An axis for measured values that holds 0, or a logarithmic one where they differ by orders of magnitude.
+    """An axis for measured values that contains 0, or a logarithmic axis if they differ by orders of magnitude.
 
-    Whole are numbers of things.
+    `is_whole` is for integers, such as counts.
     """
     low, high = min(values), max(values)
-    if may_be_log and low > 0 and high / low >= _LOG_FROM:
-        return Axis(low / 1.15, high * 1.15, True)
+    if may_be_log and low > 0 and high / low >= _MIN_LOG_RATIO:
+        return Axis(low / 1.15, high * 1.15, is_log=True)
     high = max(high * 1.05, 1.0 if is_whole else 0.0) or 1.0
     return Axis(min(low * 1.05, 0.0), high, is_whole=is_whole)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name, its points (at least one), and how it looks (`a`, `b` or `c` of the style sheet)."""
+    """One curve: its name, its points (at least one), and its class in the style sheet (`a`, `b` or `c`)."""
 
     name: str
     points: Points
     look: str
-    band: Sequence[tuple[float, float, float]] = ()  # step and bounds of what is drawn behind it
+    band: Sequence[tuple[float, float, float]] = ()  # step and bounds of an area behind the curve
 
 
 def step_axis(lines: Sequence[Line]) -> Axis:
@@ -79,7 +79,7 @@ def step_axis(lines: Sequence[Line]) -> Axis:
 
 @dataclass(frozen=True)
 class Column:
-    """One place of a horizontal axis."""
+    """One column of a chart."""
 
     name: str  # below the axis
     parts: Sequence[float]  # heights stacked on each other
@@ -88,7 +88,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, mean and largest value at one place of a horizontal axis."""
+    """Smallest, mean and largest value at one position of a horizontal axis."""
 
     name: str
     low: float
@@ -102,21 +102,21 @@ def shade(value: float, most: float = 1.0) -> str:
 
 
 def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:
-    """At most `most` points, means over equal runs of neighbours, and how many of those given one stands for."""
+    """At most `most` points, each the mean of equally many neighbours, and how many neighbours these are."""
     together = math.ceil(len(points) / most) if points else 1
     runs = [points[start : start + together] for start in range(0, len(points), together)]
     return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs], together
 
 
-def every_so_often(names: Sequence[str]) -> list[tuple[float, str]]:
-    """Places and names of some columns, few enough for a phone."""
+def axis_names(names: Sequence[str]) -> list[tuple[float, str]]:
+    """Positions and names of some columns, at most 12, which fit on a phone."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(names) / step <= 12)
     return [((index + 0.5) / len(names), name) for index, name in enumerate(names) if index % step == 0]
 
 
-def share(place: float) -> str:
-    """A place as SVG takes it: 0.5 -> 50.00%."""
-    return f"{100 * place:.2f}%"
+def share(position: float) -> str:
+    """A position as SVG takes it: 0.5 -> 50.00%."""
+    return f"{100 * position:.2f}%"
 
 
 def tick(value: float) -> str:

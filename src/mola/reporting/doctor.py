@@ -1,4 +1,4 @@
-"""`mola doctor`: what is wrong with a run, in words, and what to change. No model is loaded."""
+"""`mola doctor`: the faults of a run, and what to change. It loads no model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -7,9 +7,9 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
-from mola.reporting.findings import FEWEST_LOSSES, Finding, describe, findings, is_compared
-from mola.reporting.late_use import LateUse, read_late_use
-from mola.reporting.load_run import Run, gather, old_results, other_adapters
+from mola.reporting.findings import MIN_LOSSES, Finding, describe, findings, is_compared
+from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
+from mola.reporting.routing_log import LateUse, read_late_use
 
 
 @dataclass
@@ -25,56 +25,60 @@ class DoctorOptions:
 
 
 def doctor(options: DoctorOptions) -> list[Finding]:
-    """Look at a run.
+    """Find the faults of a run.
 
     Args:
-        options: which.
+        options: the run.
 
     Returns:
-        What is wrong, gravest first; empty if nothing was found.
+        The faults, gravest first; empty if there is none.
 
     Raises:
-        MolaError: no run in the folder, or a file that is not what it should be.
+        MolaError: no run in the folder, or a result file of another kind.
     """
-    return _look(options)[-1]
+    return findings(*_load(options))
 
 
 def main(options: DoctorOptions) -> int:
-    """Run the command and print what was found."""
+    """Run the command and print the findings."""
     path = None if options.json is None else check_new_file("json", options.json, options.overwrite)
-    run, late, found = _look(options)
+    run, late = _load(options)
+    found = findings(run, late)
     if path is not None:
         atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
     lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]
-    lines += [f"Not looked at: {each}." for each in _missing(run, late)]
+    lines += [f"Not looked at: {each}." for each in _missing_parts(run, late)]
     for line in lines:
         OutputConsole().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def _look(options: DoctorOptions) -> tuple[Run, dict[str, LateUse], list[Finding]]:
-    run = gather(options.run_dir, export=options.export)
-    old = old_results(run)
-    if options.export is None and "export" in old:  # of another adapter
+def _load(options: DoctorOptions) -> tuple[Run, dict[str, LateUse]]:
+    """The run, without results of other adapters, and the use of its experts in the last quarter of training."""
+    run = load_run(options.run_dir, export=options.export)
+    outdated = outdated_results(run)
+    if options.export is None and "export" in outdated:
         run = replace(run, export=None)
-    if "after" in old or "after" in dict(other_adapters(run)):
+    if "after" in outdated or "after" in dict(results_of_other_adapters(run)):
         run = replace(run, after=None)
     steps = [curve[-1][0] for curve in run.curves.values()]
-    late = read_late_use(run.folder / ROUTING_FILE, max([run.record.get("steps") or 0, *steps]))
-    return run, late, findings(run, late)
+    return run, read_late_use(run.folder / ROUTING_FILE, max([run.record.get("steps") or 0, *steps]))
 
 
-def _missing(run: Run, late: Mapping[str, LateUse]) -> list[str]:
-    """What the folder does not have, so that nothing can be said about it."""
+def _missing_parts(run: Run, late: Mapping[str, LateUse]) -> list[str]:
+    """What the folder does not have, so that no rule could look at it."""
     status = run.record.get("status", "finished")
-    export = "no export.json" if not run.paths["export"].is_file() else "its export.json is older than the adapter"
     if run.export is not None:
         export = "no answers to a `test` in the export.json"
+    elif run.paths["export"].is_file():
+        export = "its export.json is older than the adapter"
+    else:
+        export = "no export.json"
     is_over, num_losses = status not in ("running", "interrupted"), len(run.curves.get("training", []))
     is_lora = not run.has_routers
-    parts = {
+    is_present = {
         f"the rest of the training (`status` in run.json is {status})": is_over,
-        f"the training loss (fewer than {FEWEST_LOSSES} entries in metrics.jsonl)": num_losses >= FEWEST_LOSSES,
+        f"the training loss (fewer than {MIN_LOSSES} entries in metrics.jsonl)": num_losses >= MIN_LOSSES,
         "the evaluation loss (no evaluation data, or --eval_strategy no)": any(
             step for step, _ in run.curves.get("evaluation", [])
         ),
@@ -83,6 +87,6 @@ def _missing(run: Run, late: Mapping[str, LateUse]) -> list[str]:
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
         "answers to a test (no after.json of `mola evaluate`, or one of another adapter)": run.after is not None,
         f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": is_compared(run.export or {})
-        or not run.has_routers,
+        or is_lora,
     }
-    return [name for name, is_there in parts.items() if not is_there]
+    return [name for name, is_there in is_present.items() if not is_there]

@@ -1,4 +1,4 @@
-"""Pages from their templates: one file with one style sheet and no script, which asks nobody for anything."""
+"""Pages from Jinja2 templates: one file with one style sheet and no script, which loads nothing from elsewhere."""
 
 import base64
 import hashlib
@@ -14,9 +14,9 @@ from mola.reporting import charts, formatting
 
 _FILTERS: Sequence[Callable[..., str]] = (
     *(charts.shade, charts.share, charts.tick),
-    *(formatting.duration, formatting.interval, formatting.layers, formatting.number, formatting.percent),
+    *(formatting.duration, formatting.interval, formatting.layer_range, formatting.number, formatting.percent),
 )
-_FUNCTIONS: Sequence[Callable[..., Any]] = (charts.every_so_often, charts.step_axis, charts.value_axis)
+_FUNCTIONS: Sequence[Callable[..., Any]] = (charts.axis_names, charts.step_axis, charts.value_axis)
 
 
 class Section(NamedTuple):
@@ -25,7 +25,7 @@ class Section(NamedTuple):
     key: str  # its id
     title: str  # its heading
     data: Mapping[str, Any] | None  # what its template gets as `data`; None leaves the section out
-    template: str = ""  # name of its template, the key if it is empty
+    template: str = ""  # name of its template, by default the key
 
 
 class Table(NamedTuple):
@@ -39,8 +39,12 @@ class Table(NamedTuple):
 def render(template: str, title: str, sections: Sequence[Section], choices: Sequence[Any] = (), **values: Any) -> str:
     """A whole page; the same arguments always give the same text.
 
-    `title` is that of the window, `choices` are buttons that the style sheet makes work, see
-    `mola.reporting.heat.Choice`, and `values` what the template's header needs.
+    Args:
+        template: file name of the page's template.
+        title: of the browser's window.
+        sections: in their order.
+        choices: `mola.reporting.heatmaps.Choice`s, radio buttons that the style sheet makes work.
+        **values: what the template's header needs.
     """
     shown = [section for section in sections if section.data is not None]
     style = environment().get_template("page.css").render(choices=choices)
@@ -50,19 +54,20 @@ def render(template: str, title: str, sections: Sequence[Section], choices: Sequ
         .render(
             title=title,
             sections=shown,
-            style=Markup(style),  # the only text that is not escaped: our own, and it has to be what was summed up
+            style=Markup(style),  # not escaped, since the digest is of exactly this text
             style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
             version=__version__,
             **values,
         )
     )
-    # Half of a surrogate pair is no text: a browser shows the reference as a replacement character.
+    # The output of a model may hold half a surrogate pair, which UTF-8 cannot encode. A browser shows the reference as
+    # a replacement character.
     return text.encode("utf-8", "xmlcharrefreplace").decode() + "\n"
 
 
 @cache
 def environment() -> Environment:
-    """The templates, and what they may use."""
+    """The templates, with the functions that they may use."""
     made = Environment(
         loader=PackageLoader("mola.reporting"),
         autoescape=True,

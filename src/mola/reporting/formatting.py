@@ -1,4 +1,4 @@
-"""Numbers as people read them, names of modules and layers."""
+"""Texts of numbers, layers, machines and Markdown tables."""
 
 import json
 import math
@@ -7,29 +7,29 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 NO_VALUE = "–"
-MOST_ROWS = 500  # of a table of numbers
-_SET_OTHERWISE = frozenset("*\\<")
-_SPACE = "\u00a0"  # a number and its unit stay in one line
+MAX_ROWS = 500  # of a table of numbers
+_MARKDOWN_SYNTAX = frozenset("*\\<")
+_SPACE = "\u00a0"  # keeps a number and its unit on one line
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """0.35 -> 35.0 %."""
-    return NO_VALUE if _is_missing(value) else f"{100 * value:.{digits}f}{_SPACE}%"  # type: ignore[operator]
+    return NO_VALUE if value is None or math.isnan(value) else f"{100 * value:.{digits}f}{_SPACE}%"
 
 
 def points(value: float, sign: str = "+") -> str:
-    """A share in points: 0.35 -> +35.0. A half goes away from zero, whatever floating point makes of it."""
+    """A share in percentage points: 0.35 -> +35.0. Halves round away from zero, also where binary fractions do not."""
     rounded = Decimal(str(round(100 * float(value), 6))).quantize(Decimal("0.1"), ROUND_HALF_UP)
-    return f"{rounded + 0:{sign}}"  # no -0.0
+    return f"{rounded + 0:{sign}}"  # adding 0 turns -0.0 into 0.0
 
 
 def number(value: float | None) -> str:
-    """A measured value with three significant digits."""
-    if _is_missing(value):
+    """A measured value with three significant digits; an integer with all of its digits."""
+    if value is None or math.isnan(value):
         return NO_VALUE
-    assert value is not None
-    is_short = abs(value) < 999.5  # which `g` writes without an exponent
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if is_short else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}"  # `g` writes larger values with an exponent
 
 
 def interval(bounds: Sequence[float]) -> str:
@@ -38,17 +38,18 @@ def interval(bounds: Sequence[float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Wall time."""
+    """Wall time in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.3g}{_SPACE}s"
     hours, minutes = divmod(whole // 60, 60)
-    first, second = (f"{hours}{_SPACE}h", f"{minutes}{_SPACE}min") if hours else (f"{minutes}{_SPACE}min", None)
-    return f"{first} {second or f'{whole % 60}{_SPACE}s'}"
+    if hours:
+        return f"{hours}{_SPACE}h {minutes}{_SPACE}min"
+    return f"{minutes}{_SPACE}min {whole % 60}{_SPACE}s"
 
 
 def computers(descriptions: Iterable[Mapping[str, Any]]) -> str:
-    """What `machine_description` said in each of several processes, every one once."""
+    """The distinct machines of several processes, as `machine_description` describes them."""
     return "; ".join(sorted({_computer(each) for each in descriptions}))
 
 
@@ -58,19 +59,19 @@ def _computer(description: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def layers(indices: Sequence[int | None]) -> str:
-    """Neighbouring layers, lowest and highest."""
+def layer_range(indices: Sequence[int | None]) -> str:
+    """Lowest and highest of consecutive layers."""
     first, last = layer_name(indices[0]), layer_name(indices[-1])
     return first if len(indices) == 1 else f"{first}–{last}"
 
 
 def layer_name(index: int | None) -> str:
-    """A layer, or that a module lies in none."""
+    """The number of a layer, or a dash for modules outside the layers."""
     return NO_VALUE if index is None else str(index)
 
 
 def layer_order(index: int | None) -> float:
-    """For sorting: modules outside the layers come last."""
+    """A sort key that puts modules outside the layers last."""
     return math.inf if index is None else index
 
 
@@ -88,14 +89,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _markdown_cell(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, dict | list) else str(value)
     text = " ".join(text.split()).replace("|", "\\|")
-    # As a regular expression has them, they would be set otherwise, or lost.
-    return f"`{text}`" if _SET_OTHERWISE.intersection(text.replace("\\|", "")) and "`" not in text else text
+    # A regular expression holds characters that Markdown would interpret.
+    needs_code = _MARKDOWN_SYNTAX.intersection(text.replace("\\|", "")) and "`" not in text
+    return f"`{text}`" if needs_code else text
 
 
-def rows_said(count: int) -> str:
-    """What to add to the name of a table that may be too long to be shown in full."""
-    return "" if count <= MOST_ROWS else f", the last {MOST_ROWS} of {count:,} rows"
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value != value
+def rows_note(count: int) -> str:
+    """The end of a table's caption, which says if only the last rows are shown."""
+    return "" if count <= MAX_ROWS else f", the last {MAX_ROWS} of {count:,} rows"

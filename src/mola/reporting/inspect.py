@@ -1,7 +1,8 @@
-"""`mola inspect`: what the routers of an adapter do on data, and how different its experts are."""
+"""`mola inspect`: what the routers of an adapter decide on data, and how different its experts are."""
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,8 +25,19 @@ from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, trained_settings, warn_of_other_template
 from mola.options.fields import START, Group, check_positive, mapping, option
+from mola.reporting.adapter_weights import read_adapter_weights
+from mola.reporting.document import Section, render
+from mola.reporting.expert_sections import (
+    agreement_section,
+    allocation_section,
+    gates_section,
+    has_agreement,
+    leave_one_out_section,
+    redundancy_section,
+)
 from mola.reporting.inspect_result import InspectResult, result_table
-from mola.reporting.page import render_inspection
+from mola.reporting.load_run import Run
+from mola.reporting.result_sections import inspected_samples_section
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +56,20 @@ class InspectOptions(ModelOptions):
     _data: ClassVar = Group("data")
     split: str = option("test", "Split to read where the data has several.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(200, "Look at the first so many samples only.")
+    limit: int | None = option(200, "Number of samples to look at, from the first on.")
     template: str | None = option(
         None,
         "Prompt template; chat is the chat template of adapter or base model. Default: the task's own, else alpaca.",
     )
 
     _measured: ClassVar = Group("what is measured")
-    examples: int = option(8, "Put the experts' mean gates of so many single samples into the result file.")
+    examples: int = option(8, "Number of samples, evenly spread, whose mean gates go into the result file.")
     leave_one_out: str = option(
         "none",
-        "Measure the loss on answers without each expert: none, layers (an expert's number in all modules of a layer) "
-        "or modules. It takes one forward pass per expert and sample.",
+        "Measure the loss on answers without each expert: none, layers (leaves out the experts of one number in all "
+        "modules of a layer) or modules (of one module). It takes one forward pass per expert and sample.",
     )
-    leave_one_out_limit: int = option(16, "Measure this on the first so many samples only.")
+    leave_one_out_limit: int = option(16, "Number of samples for `leave_one_out`, from the first on.")
 
     _results: ClassVar = Group("results")
     json: str | None = option(None, "Result file (JSON) with every module.")
@@ -66,7 +78,7 @@ class InspectOptions(ModelOptions):
 
 
 class _Samples(NamedTuple):
-    """What is looked at: rows, the same encoded, and what they were encoded with."""
+    """The inspected rows, encoded rows, and what they were encoded with."""
 
     examples: list[dict[str, Any]]
     dataset: Any
@@ -76,32 +88,37 @@ class _Samples(NamedTuple):
 
 
 def inspect(options: InspectOptions) -> InspectResult:
-    """Look at an adapter's experts.
+    """Measure what an adapter's routers decide on data, and how alike its experts are.
 
     Args:
-        options: what to look at.
+        options: adapter, data and measurements.
 
     Raises:
         MolaError: options or data are wrong, before weights are loaded; the adapter has no router.
     """
-    samples = _check(options)
+    samples = _load_samples(options)
     model = model_for(options, options.adapter)
     redundancy = redundancy_of(model)
     columns = [samples.task.group_values(example) if samples.task else {} for example in samples.examples]
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
-    chosen = spread(options.examples, len(groups))
-    types = TokenTypes(samples.tokenizer)
-    use = router_use(model, samples.dataset, groups, types, chosen)
-    result = InspectResult(
-        use.usage,
-        redundancy,
-        {"modules": use.modules, "cramers_v": use.agreement},
-        [_example(number, samples, groups[number]) | {"experts": use.gates[number]} for number in chosen],
-        len(groups),
-        asdict(options),
-    )
+    numbers = spread(options.examples, len(groups))
+    use = router_use(model, samples.dataset, groups, TokenTypes(samples.tokenizer), numbers)
+    examples = [
+        {
+            "id": str(samples.examples[number].get("id", number)),
+            "prompt": samples.template.prompt(
+                samples.examples[number]["instruction"], samples.examples[number].get("input")
+            ),
+            "answer": samples.examples[number]["output"],
+            "groups": groups[number],
+            "experts": use.gates[number],
+        }
+        for number in numbers
+    ]
+    agreement = {"modules": use.modules, "cramers_v": use.agreement}
+    result = InspectResult(use.usage, redundancy, agreement, examples, len(groups), asdict(options))
     if options.leave_one_out != "none":
-        result = _leave_one_out(result, model, samples, options)
+        result = _with_leave_one_out(result, model, samples, options)
     if options.json is not None:
         atomic_write_json(options.json, result.to_dict())
     if options.html is not None:
@@ -109,7 +126,13 @@ def inspect(options: InspectOptions) -> InspectResult:
     return result
 
 
-def _leave_one_out(result: InspectResult, model: Any, samples: _Samples, options: InspectOptions) -> InspectResult:
+def spread(count: int, total: int) -> list[int]:
+    """Up to `count` numbers from 0 to `total - 1`, evenly spread, starting with 0."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def _with_leave_one_out(result: InspectResult, model: Any, samples: _Samples, options: InspectOptions) -> InspectResult:
     count = min(options.leave_one_out_limit, len(samples.examples))
     wanted = experiments(model, options.leave_one_out)
     passes = (len(wanted) + 1) * count
@@ -117,14 +140,8 @@ def _leave_one_out(result: InspectResult, model: Any, samples: _Samples, options
         f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
     )
     dataset = [samples.dataset[number] for number in range(count)]
-    loss, found = losses_without(model, dataset, wanted)
-    return replace(result, leave_one_out=found, leave_one_out_baseline={"loss": loss, "samples": count})
-
-
-def spread(count: int, total: int) -> list[int]:
-    """Up to `count` numbers below `total`, spread evenly, from 0 on."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]
+    loss, changes = losses_without(model, dataset, wanted)
+    return replace(result, leave_one_out=changes, leave_one_out_baseline={"loss": loss, "samples": count})
 
 
 def main(options: InspectOptions) -> int:
@@ -139,22 +156,9 @@ def main(options: InspectOptions) -> int:
     return 0
 
 
-def _check(options: InspectOptions) -> _Samples:
-    """Everything that can be wrong without weights; the encoded samples."""
-    check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
-    if options.examples < 0:
-        raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
-    if options.examples != InspectOptions.examples and options.json is None and options.html is None:
-        raise MolaError(f"`examples` ({options.examples}) are written to `json` or `html`. Pass one, or leave it out.")
-    if options.leave_one_out not in LEAVE_ONE_OUT:
-        raise MolaError(
-            f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
-        )
-    default = type(options).leave_one_out_limit
-    if options.leave_one_out == "none" and options.leave_one_out_limit != default:
-        raise MolaError(
-            f"`leave_one_out_limit` counts only with `leave_one_out`: got {options.leave_one_out_limit}. Pass that too."
-        )
+def _load_samples(options: InspectOptions) -> _Samples:
+    """Check the options, and read and encode the samples; all of it before weights are loaded."""
+    _check_options(options)
     config = check_model(options)
     check_adapter(options.adapter)
     if not any(".mola_router" in name for name in read_tensors(Path(options.adapter))):
@@ -162,17 +166,11 @@ def _check(options: InspectOptions) -> _Samples:
             f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
             "nothing to look at."
         )
-    for name in ("json", "html"):
-        path = getattr(options, name)
-        if path is not None:
-            check_new_file(name, path, options.overwrite)
-    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
-        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
     trained = trained_settings(options.adapter)
     task = _task_of(options, trained.get("task"))
     if task is not None and "token" in task.groups:
         raise MolaError(
-            f"`groups` of the task {task.name!r} must not have `token`, as kinds of tokens are called here. Rename it."
+            f"`groups` of the task {task.name!r} must not have `token`, which names token types here. Rename it."
         )
     prompts = template_name(options.template, task)
     check_template(prompts)
@@ -182,10 +180,26 @@ def _check(options: InspectOptions) -> _Samples:
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
     template = template_for(prompts, tokenizer, options.adapter)
-    # As in training: an end token that was never trained is no part of an answer.
-    ends = trained.get("add_eos_token") is not False
-    dataset = encode_whole(examples, tokenizer, template, max_positions(config), ends)
+    # As in training: an end token that was not trained is no part of an answer.
+    has_end_token = trained.get("add_eos_token") is not False
+    dataset = encode_whole(examples, tokenizer, template, max_positions(config), has_end_token)
     return _Samples(examples, dataset, task, template, tokenizer)
+
+
+def _check_options(options: InspectOptions) -> None:
+    check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
+    if options.examples < 0:
+        raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
+    if options.leave_one_out not in LEAVE_ONE_OUT:
+        raise MolaError(
+            f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
+        )
+    for name in ("json", "html"):
+        path = getattr(options, name)
+        if path is not None:
+            check_new_file(name, path, options.overwrite)
+    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
+        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
 
 
 def _task_of(options: InspectOptions, trained: Any) -> Task | None:
@@ -193,16 +207,34 @@ def _task_of(options: InspectOptions, trained: Any) -> Task | None:
         return load_task(options.task)
     try:
         return None if trained is None else load_task(str(trained))
-    except MolaError:  # a file that is elsewhere now
+    except MolaError:  # the task is a file that has been moved
         logger.warning("The task of the training, %s, is not here: groups are left out. Pass `task`.", trained)
         return None
 
 
-def _example(number: int, samples: _Samples, groups: dict[str, str]) -> dict[str, Any]:
-    example = samples.examples[number]
-    return {
-        "id": str(example.get("id", number)),
-        "prompt": samples.template.prompt(example["instruction"], example.get("input")),
-        "answer": example["output"],
-        "groups": groups,
-    }
+def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
+    """The page of an adapter's folder and its `mola inspect` result; the same arguments always give the same text."""
+    folder = Path(adapter)
+    weights = read_adapter_weights(folder)
+    run = Run(
+        folder,
+        record={},
+        curves={},
+        adapter=weights,
+        routing=None,
+        before=None,
+        after=None,
+        inspection=inspection,
+        export=None,
+        paths={},
+    )
+    gates = gates_section(run)
+    sections = [
+        Section("allocation", "Experts by layer", allocation_section(run) if weights else None),
+        Section("gates", "Which experts work", gates),
+        Section("redundancy", "How alike experts are", redundancy_section(run) if weights else None),
+        Section("agreement", "How routers agree", agreement_section(run) if has_agreement(inspection) else None),
+        Section("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
+        Section("samples", "Samples", inspected_samples_section(inspection)),
+    ]
+    return render("inspection.html", f"{run.name}: experts, by mola", sections, gates["choices"], run=run)

@@ -1,4 +1,4 @@
-"""What `mola inspect` found, and its table by layer."""
+"""The result of `mola inspect`, and its table by layer."""
 
 import math
 from collections import defaultdict
@@ -14,26 +14,26 @@ from mola.files.environment import software_versions
 from mola.insight.ablation import LeftOut
 from mola.insight.inspection import ModuleRedundancy, to_records
 from mola.insight.usage import ModuleUsage
-from mola.reporting.agreement import pair_means
+from mola.reporting.expert_sections import pair_means
 
 _CAPTION = (
-    "Means over the modules of a layer; dead: experts that no token chose; agreement: of the modules' choices with "
-    "each other, and with those of the layer below."
+    "Means over the modules of a layer. dead: experts that no token chose; agreement: of the modules' choices with "
+    "each other; below: with those of the layer below."
 )
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """What was seen.
+    """What `mola inspect` has measured.
 
     Attributes:
         usage: use of experts by module, over `all` tokens, the `prompt`, the `answer`, and every group of samples.
-        redundancy: likeness of experts by module.
+        redundancy: how alike the experts of each module are.
         agreement: `modules`, and `cramers_v` of every pair of them.
         examples: some samples with the mean gates over their answers.
-        samples: how many samples were looked at.
+        samples: the number of samples.
         settings: the options.
-        leave_one_out: change of the loss without each expert; None unless asked for.
+        leave_one_out: change of the loss without each expert; None if it was not measured.
         leave_one_out_baseline: `loss` of the whole model and the number of `samples` it was measured on.
     """
 
@@ -62,37 +62,33 @@ class InspectResult:
 
 
 def result_table(result: InspectResult) -> Table:
-    """Means by layer, as a table for `rich.print`."""
+    """Means by layer, as a table for `rich`."""
     table = Table(title=escape(f"{result.settings['adapter']}: {result.samples} samples"), caption=_CAPTION)
     columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
     columns += ["output overlap", "agreement", "below"]
     if result.leave_one_out is not None:
-        columns += [
-            f"loss without an expert, {(result.leave_one_out_baseline or {})['samples']} samples, least",
-            "most",
-        ]
+        samples = (result.leave_one_out_baseline or {})["samples"]
+        columns += [f"loss without an expert, {samples} samples, least", "most"]
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")  # no digit is cut
-    usage, redundancy, left_out = (
-        _by_layer(rows) for rows in (result.usage["all"], result.redundancy, result.leave_one_out or ())
-    )
+    redundancy, left_out = _by_layer(result.redundancy), _by_layer(result.leave_one_out or ())
     index_of = {row.module: row.layer_index for row in result.usage["all"]}
     agreement = pair_means(result.agreement["modules"], result.agreement["cramers_v"], index_of.__getitem__)
-    for layer, rows in usage.items():
-        others, below = redundancy[layer], None if layer is None else layer - 1
-        cells = [
+    for layer, rows in _by_layer(result.usage["all"]).items():
+        below = None if layer is None else agreement.get((layer, layer - 1))
+        changes = [row.loss_change for row in left_out[layer]]
+        table.add_row(
             "-" if layer is None else str(layer),
             ", ".join(str(number) for number in sorted({len(row.shares) for row in rows})),
             *(f"{fmean(getattr(row, name) for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
             str(sum(len(row.dead_experts) for row in rows)),
-            f"{fmean(row.distance for row in others):.3g}",
-            _two_digits(_known_mean([row.input_overlap for row in others])),
-            _two_digits(_known_mean([row.output_overlap for row in others])),
-            _two_digits(agreement.get((layer, layer), math.nan)),
-            _two_digits(math.nan if layer is None else agreement.get((layer, below), math.nan)),
-        ]
-        changes = [row.loss_change for row in left_out[layer]]
-        table.add_row(*cells, *(f"{pick(changes):+.4f}" for pick in (min, max) if changes))
+            f"{fmean(row.distance for row in redundancy[layer]):.3g}",
+            _mean_text([row.input_overlap for row in redundancy[layer]]),
+            _mean_text([row.output_overlap for row in redundancy[layer]]),
+            _mean_text([agreement.get((layer, layer))]),
+            _mean_text([below]),
+            *(f"{pick(changes):+.4f}" for pick in (min, max) if changes),
+        )
     return table
 
 
@@ -103,11 +99,7 @@ def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
     return layers
 
 
-def _known_mean(values: Sequence[float]) -> float:
-    """Mean of those that are numbers: an expert whose factor is still 0 spans nothing that could overlap."""
-    known = [value for value in values if not math.isnan(value)]
-    return fmean(known) if known else math.nan
-
-
-def _two_digits(value: float) -> str:
-    return "-" if value != value else f"{value:.2f}"  # not a number: a factor is zero, or there is no pair
+def _mean_text(values: Sequence[float | None]) -> str:
+    """Mean of the values that are known; an overlap is NaN while a factor is still zero."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return f"{fmean(known):.2f}" if known else "-"

@@ -1,7 +1,7 @@
-"""What a run folder holds. A file that is not there is None; one that is there and is something else is an error."""
+"""Reads a run folder. A file that is missing is None."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,31 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.digests import find_weights
 from mola.files.reading import read_json_lines, read_json_object
-from mola.files.schema import check_form
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights
 from mola.reporting.routing_log import RoutingLog, read_routing_log
-from mola.reporting.schema import EVALUATION, EXPORT, INSPECTION, INTERVAL, LOSS, RECORD
 
-_CURE = "Restore the file, or remove it."
-_RESULTS = {"before": "before.json", "after": "after.json", "inspection": "inspect.json", "export": "export.json"}
+_RESULT_FILES = {"before": "before.json", "after": "after.json", "inspection": "inspect.json", "export": "export.json"}
+_EVALUATION = "mola evaluate", {"accuracy", "correct", "total", "interval_95", "groups", "samples", "settings"}
+_RESULT_KEYS = {  # the command that writes a result, and keys by which its file is recognised
+    "before": _EVALUATION,
+    "after": _EVALUATION,
+    "inspection": ("mola inspect", {"usage", "redundancy", "samples", "settings"}),
+    "export": (
+        "mola convert --to lora",
+        {"method", "rank", "explained_by_kind", "divergence", "loss", "accuracy", "differences"},
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what is known about it."""
+    """The content of a run folder."""
 
     folder: Path  # the run folder, as the user named it
     record: Mapping[str, Any]  # its `run.json`
-    # losses by step, `training` and `evaluation`; those without a value are left out
-    curves: Mapping[str, list[tuple[int, float]]]
-    # its `adapter_config.json` and what its weights say; None before the run has saved any
-    adapter: AdapterWeights | None
+    curves: Mapping[str, list[tuple[int, float]]]  # losses by step, `training` and `evaluation`, if there are any
+    adapter: AdapterWeights | None  # None before the run has saved an adapter
     routing: RoutingLog | None  # the telemetry of the routers over training
     before: Mapping[str, Any] | None  # result of `mola evaluate` without the adapter
     after: Mapping[str, Any] | None  # the same with it
@@ -38,47 +43,38 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the run is called: its repository on the hub, or its folder."""
+        """The repository of the run on the Hub, else the name of its folder."""
         return str(self.record.get("repository") or self.folder.resolve().name)
 
     @property
     def has_routers(self) -> bool:
-        """Whether a module has several experts, or nobody knows yet."""
+        """Whether a module has several experts; also true before an adapter is saved."""
         return self.adapter is None or bool(self.adapter.redundancy) or self.routing is not None
 
 
-def gather(
-    run_dir: str,
-    before: str | None = None,
-    after: str | None = None,
-    inspection: str | None = None,
-    export: str | None = None,
-) -> Run:
+def load_run(run_dir: str, **results: str | None) -> Run:
     """Read a run folder.
 
-    Results of `mola evaluate` without and with the adapter, of `mola inspect` and of `mola convert --to lora`, are
-    those in the folder, if any, where no others are named.
+    Args:
+        run_dir: the folder.
+        **results: files of `before`, `after`, `inspection` and `export`; by default those in the folder.
 
     Raises:
-        MolaError: no run in the folder, or a file that is not what it should be.
+        MolaError: no run in the folder, or a result file of another kind.
     """
     folder, record = Path(run_dir), read_record(run_dir)
-    given = {"before": before, "after": after, "inspection": inspection, "export": export}
-    paths = {name: Path(value or folder / _RESULTS[name]) for name, value in given.items()}
-    for name, value in given.items():
-        if value is not None and not paths[name].is_file():
-            raise MolaError(f"`{name}` must be a file: {value!r} is none. Pass another one, or leave the option out.")
+    for name, path in results.items():
+        if path is not None and not Path(path).is_file():
+            raise MolaError(f"`{name}` must be a file: {path!r} is none. Pass another one, or leave the option out.")
+    paths = {name: Path(results.get(name) or folder / file) for name, file in _RESULT_FILES.items()}
     return Run(
         folder,
         record,
         read_losses(folder / "metrics.jsonl", step_of_weights(record)),
         read_adapter_weights(folder),
-        read_routing_log(_intervals(folder / ROUTING_FILE)),
-        _result("before", paths["before"], EVALUATION, "mola evaluate"),
-        _result("after", paths["after"], EVALUATION, "mola evaluate"),
-        _result("inspection", paths["inspection"], INSPECTION, "mola inspect"),
-        _result("export", paths["export"], EXPORT, "mola convert --to lora"),
-        paths,
+        read_routing_log(read_json_lines(folder / ROUTING_FILE)),
+        **{name: _read_result(name, path) for name, path in paths.items()},
+        paths=paths,
     )
 
 
@@ -86,36 +82,46 @@ def read_record(run_dir: str) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        MolaError: it is not there, or says nothing about a run.
+        MolaError: there is none.
     """
     record = read_json_object(Path(run_dir) / "run.json")
     if "settings" not in record:
-        missing = "it has no run.json that tells of a run" if Path(run_dir).is_dir() else "there is no such folder"
+        missing = "it has no run.json of a run" if Path(run_dir).is_dir() else "there is no such folder"
         raise MolaError(
             f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
         )
-    check_form(record, RECORD, str(Path(run_dir) / "run.json"), "Restore the file, or train again.")
     return record
 
 
+def _read_result(name: str, path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    command, keys = _RESULT_KEYS[name]
+    if not keys <= content.keys():
+        raise MolaError(
+            f"`{name}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
+        )
+    return content
+
+
 def step_of_weights(record: Mapping[str, Any]) -> int | None:
-    """The step whose weights a run has kept, if it has kept the best ones; None for the last."""
+    """The step whose weights a run has kept as its best ones; None if it has kept the last ones."""
     number = str(record.get("best_checkpoint") or "").rpartition("-")[2]
     return int(number) if re.fullmatch("[0-9]{1,18}", number) else None
 
 
 def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int, float]]]:
-    """Training and evaluation loss by step in a `metrics.jsonl`, the last one where a step has several.
+    """Training and evaluation loss by step in a `metrics.jsonl`; the last loss if a step has several.
 
-    `kept` is the step whose weights were saved, unless they are the last ones: the evaluation after the training is of
-    these, though it is logged at the last step.
+    `kept` is the step of the best weights, if they were kept instead of the last ones. The evaluation after the
+    training is logged at the last step, but measures these weights: its loss counts for the step `kept`.
     """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     is_over = False
     for entry in read_json_lines(path):
-        if entry.get("loss") is not None or entry.get("eval_loss") is not None:
-            check_form(entry, LOSS, str(path), _CURE)
-        is_over = "train_loss" in entry or (is_over and "loss" not in entry)  # a run that goes on has more of both
+        # The summary of a training has `train_loss`. If the run was continued, further losses follow.
+        is_over = "train_loss" in entry or (is_over and "loss" not in entry)
         if entry.get("loss") is not None:
             curves["training"][entry["step"]] = entry["loss"]
         if entry.get("eval_loss") is not None:
@@ -123,63 +129,29 @@ def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int
     return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
 
 
-def old_results(run: Run) -> list[str]:
-    """Names of results that are older than the adapter: a folder that was trained in again may still hold them."""
+def outdated_results(run: Run) -> list[str]:
+    """Names of results that are older than the adapter, as in a folder in which another training followed."""
     weights = find_weights(run.folder)
-    return [
-        name
-        for name in ("after", "inspection", "export")
-        if weights is not None
-        and run.paths[name].is_file()
-        and run.paths[name].stat().st_mtime < weights.stat().st_mtime
-    ]
+    if weights is None:
+        return []
+    saved = weights.stat().st_mtime
+    paths = {name: run.paths[name] for name in ("after", "inspection", "export")}
+    return [name for name, path in paths.items() if path.is_file() and path.stat().st_mtime < saved]
 
 
-def other_adapters(run: Run) -> list[tuple[str, str]]:
-    """Results that were measured with another adapter than the run's, and with which."""
+def results_of_other_adapters(run: Run) -> list[tuple[str, str]]:
+    """Names of results that were measured with another adapter than the run's, each with that adapter."""
     found = []
     for name in ("after", "inspection"):
-        adapter = (getattr(run, name) or {}).get("settings", {}).get("adapter")
-        if adapter and not _is_of(str(adapter), run):
-            found.append((name, str(adapter)))
+        adapter = str((getattr(run, name) or {}).get("settings", {}).get("adapter") or "")
+        if adapter and not _may_be_adapter_of(run, adapter):
+            found.append((name, adapter))
     return found
 
 
-def _is_of(adapter: str, run: Run) -> bool:
-    """Whether an adapter may be the run's: by its name, for folders are copied and commands run in other ones."""
+def _may_be_adapter_of(run: Run, adapter: str) -> bool:
+    """Whether an adapter may be the run's. Its name decides, since folders are copied and working folders differ."""
     path = Path(adapter)
     if path.exists() and path.samefile(run.folder):
         return True
     return path.name in ("", "..", run.folder.resolve().name) or adapter == run.record.get("repository")
-
-
-def _intervals(path: Path) -> Iterator[dict[str, Any]]:
-    for entry in read_json_lines(path):
-        check_form(entry, INTERVAL, str(path), _CURE)
-        yield entry
-
-
-def _result(option: str, path: Path, form: Mapping[str, Any], command: str) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content = read_json_object(path)
-    if not {key for key in form if not key.endswith("?")} <= content.keys():
-        raise MolaError(
-            f"`{option}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
-        )
-    check_form(content, form, str(path), f"Run `{command}` again, pass another file, or remove it.")
-    if form is INSPECTION:
-        _check_square(content, path)
-    return content
-
-
-def _check_square(content: Mapping[str, Any], path: Path) -> None:
-    agreement = content.get("agreement")
-    if not isinstance(agreement, dict):
-        return
-    size, rows = len(agreement["modules"]), agreement["cramers_v"]
-    if len(rows) != size or any(len(row) != size for row in rows):
-        raise MolaError(
-            f"`agreement.cramers_v` must have {size} rows of {size}, one for each of `modules`, in {str(path)!r}. Run "
-            "`mola inspect` again, pass another file, or remove it."
-        )

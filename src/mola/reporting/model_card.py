@@ -1,8 +1,10 @@
-"""The model card of a run: README.md in its folder, from what the folder holds.
+"""The model card of a run, README.md in its folder, with a picture of the loss.
 
 A card that was changed by hand, or that mola did not write, is never replaced, see `mola.files.digests`.
 """
 
+import importlib
+import io
 import json
 import logging
 import shlex
@@ -14,17 +16,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mola.data.read import hub_dataset, is_hub_name
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_text
+from mola.files.atomic import atomic_write_bytes, atomic_write_text
 from mola.files.digests import WEIGHTS_FILE, is_own_file, with_mark
 from mola.files.reading import read_json_object
-from mola.reporting.adapter_weights import layers_of, opened, own_numbers, shapes_in
+from mola.reporting.adapter_weights import layers_of, layers_table, pattern_sentence, target_names, tensor_shapes
 from mola.reporting.formatting import markdown_table
-from mola.reporting.layers_table import layers_table
 from mola.reporting.load_run import read_losses, step_of_weights
-from mola.reporting.loss_plot import PLOT_FILE, plot_losses
-from mola.reporting.run_summary import processes_said
+from mola.reporting.run_summary import launcher_sentence
 
 CARD_FILE = "README.md"
+PLOT_FILE = "loss.png"
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,14 @@ def write_model_card(
             one that the run was uploaded to, else the folder.
 
     Returns:
-        The card, or None if there is one that was written or changed by hand; that one is kept.
+        The card, or None if an existing card was written or changed by hand; that card is kept.
 
     Raises:
         MolaError: the folder holds no finished run, or a file is no result of `mola evaluate`.
     """
     record = read_json_object(Path(folder) / "run.json")
     if record.get("status") not in ("finished", "interrupted"):
-        raise MolaError(f"`folder` must hold a finished run: {str(folder)!r} has no run.json that says so.")
+        raise MolaError(f"`folder` must hold a finished run: {str(folder)!r} has no run.json of one.")
     evaluations = []
     for result in results:
         content = read_json_object(result)
@@ -119,20 +120,15 @@ _NO_PLOT = (
 
 
 def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
-    """Only names that mean the same elsewhere: the hub refuses a folder of this machine. The licence is the user's."""
+    """Metadata for the Hub, which rejects names of local folders. The user chooses the licence."""
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
-        base_model=base if _is_on_the_hub(base) else None,
-        datasets=[hub_dataset(data)[0]] if _is_on_the_hub(data) else None,
+        base_model=base if is_hub_name(base) and not Path(base).exists() else None,
+        datasets=[hub_dataset(data)[0]] if is_hub_name(data) and not Path(data).exists() else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["mola", "mixture-of-experts", "lora", "peft"],
     )
-
-
-def _is_on_the_hub(name: str) -> bool:
-    """By its looks: the card may be written from another folder than the one that relative paths are of."""
-    return is_hub_name(name) and not Path(name).exists()
 
 
 def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -176,7 +172,7 @@ model = PeftModel.from_pretrained(base, {adapter})
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
-    """Arguments of `from_pretrained` in Python."""
+    """Arguments of `from_pretrained` as Python code."""
     words = (
         f"{key}={value if value is True else json.dumps(value, ensure_ascii=False)}" for key, value in options.items()
     )
@@ -184,21 +180,16 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _experts(config: Mapping[str, Any], folder: Path) -> str:
-    """One row per run of equal layers; each figure is for one layer."""
     if config.get("peft_type") != "MOLA":
         return f"The adapter is of type {config.get('peft_type')}: it has none."
-    with opened(folder / WEIGHTS_FILE) as file:
-        found = layers_of(config, shapes_in(file))
-    table = layers_table(found)
-    targets = config.get("target_modules") or []
-    names = [*([targets] if isinstance(targets, str) else sorted(targets)), *(config.get("target_parameters") or [])]
-    modules = ", ".join(f"`{name}`" for name in names)
-    return f"{markdown_table(table.head, table.rows)}\n\nAdapted modules: {modules}.{own_numbers(config)}"
+    table = layers_table(layers_of(config, tensor_shapes(folder / WEIGHTS_FILE)))
+    modules = ", ".join(f"`{name}`" for name in target_names(config))
+    return f"{markdown_table(table.head, table.rows)}\n\nAdapted modules: {modules}.{pattern_sentence(config)}"
 
 
 def _training(record: Mapping[str, Any]) -> str:
     settings = {name: record["settings"].get(name) for name in _SETTINGS}
-    settings["template"] = record.get("template") or settings.get("template")  # the task's own needs no option
+    settings["template"] = record.get("template") or settings.get("template")  # a task's template needs no option
     values = {
         **record["adapter_settings"],
         **settings,
@@ -209,7 +200,7 @@ def _training(record: Mapping[str, Any]) -> str:
     table = markdown_table(("setting", "value"), ((name, value) for name, value in values.items() if value is not None))
     word, *rest = record["command"]
     if Path(word).name == "mola":
-        command = f"{processes_said(record)}\n\n```bash\n{shlex.join(['mola', *rest])}\n```".lstrip()
+        command = f"{launcher_sentence(record)}\n\n```bash\n{shlex.join(['mola', *rest])}\n```".lstrip()
     else:
         command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
     processor = record["machine"].get("gpu") or record["machine"]["cpu"]
@@ -242,3 +233,39 @@ def _results(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
         rows.append((name, f"{result['accuracy']:.1%}", note))
     table = markdown_table(("metric", "value", "95 % interval"), rows)
     return table if evaluations else f"{table}\n\nAccuracy was not measured in training."
+
+
+# ---------------------------------------------------------------------- the picture of the loss
+
+
+def plot_losses(curves: dict[str, list[tuple[int, float]]], target: Path) -> bool:
+    """Draw loss curves into a PNG file; returns whether there was a curve, and matplotlib, to draw it."""
+    if not curves or why_no_matplotlib() is not None:
+        return False
+    from matplotlib.figure import Figure  # pyplot would choose a window system for the whole process
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for label, curve in curves.items():
+        steps, losses = zip(*curve, strict=True)
+        axes.plot(steps, losses, marker="o" if len(curve) < 30 else None, markersize=3, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    atomic_write_bytes(target, picture.getvalue())
+    return True
+
+
+def why_no_matplotlib() -> str | None:
+    """Why matplotlib, the extra `plot`, cannot draw; None if it can."""
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        if error.name == "matplotlib":
+            return "it is not installed"
+        return str(error)
+    except (ImportError, AttributeError) as error:  # built for another version of numpy
+        logger.warning("matplotlib cannot be used: %s", error)
+        return str(error)
+    return None

@@ -1,4 +1,4 @@
-"""`mola report`: one HTML file about a run, from what its folder holds. No model is loaded."""
+"""`mola report`: one HTML page about a run, from what its folder holds. It loads no model."""
 
 import logging
 from dataclasses import dataclass, field
@@ -10,8 +10,19 @@ from mola.files.digests import is_own_file, with_mark
 from mola.files.terminal import OutputConsole
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE
-from mola.reporting.load_run import gather, old_results, other_adapters, read_record
-from mola.reporting.page import render_page
+from mola.reporting.document import Section, render
+from mola.reporting.expert_sections import (
+    agreement_section,
+    allocation_section,
+    gates_section,
+    leave_one_out_section,
+    may_have_agreement,
+    redundancy_section,
+    routing_section,
+)
+from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
+from mola.reporting.result_sections import accuracy_section, loss_section, samples_section, worth_section
+from mola.reporting.run_summary import making_section, summary
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +52,32 @@ def report(options: ReportOptions) -> Path:
     """Write the page.
 
     Args:
-        options: what it is about.
+        options: the run, its results and the file to write.
 
     Returns:
         The file.
 
     Raises:
-        MolaError: no run in the folder, a file that is not what it should be, or the page would replace a file that
-            mola did not write or that was changed since.
+        MolaError: no run in the folder, a result file of another kind, or the page would replace a file that mola did
+            not write or that was changed since.
     """
-    read_record(options.run_dir)
-    target = _target(options)
-    run = gather(options.run_dir, options.before, options.after, options.inspection, options.export)
-    for name in old_results(run):
+    run = load_run(
+        options.run_dir,
+        before=options.before,
+        after=options.after,
+        inspection=options.inspection,
+        export=options.export,
+    )
+    target = Path(options.output or run.folder / REPORT_FILE)
+    if target.exists() and not (options.overwrite or target.is_dir() or is_own_file(target)):
+        raise MolaError(
+            f"`output` must be a new file, or a report as mola wrote it: {str(target)!r} is something else, or was "
+            "changed since. Pass another name or `overwrite`."
+        )
+    check_writable(target)
+    for name in outdated_results(run):
         logger.warning("%s is older than the adapter: was it made with an earlier one?", run.paths[name])
-    for name, adapter in other_adapters(run):
+    for name, adapter in results_of_other_adapters(run):
         logger.warning("%s was measured with another adapter: %r", run.paths[name], adapter)
     return atomic_write_text(target, with_mark(render_page(run)))
 
@@ -67,11 +89,28 @@ def main(options: ReportOptions) -> int:
     return 0
 
 
-def _target(options: ReportOptions) -> Path:
-    path = Path(options.output or Path(options.run_dir) / REPORT_FILE)
-    if path.exists() and not (options.overwrite or path.is_dir() or is_own_file(path)):
-        raise MolaError(
-            f"`output` must be a new file, or a report as mola wrote it: {str(path)!r} is something else, or was "
-            "changed since. Pass another name or `overwrite`."
-        )
-    return check_writable(path)
+def render_page(run: Run) -> str:
+    """The page of a run; the same run always gives the same text."""
+    gates = gates_section(run) if run.has_routers else None
+    sections = [
+        Section("accuracy", "Accuracy", accuracy_section(run)),
+        Section("worth", "What routing is worth", worth_section(run)),
+        Section("loss", "Loss", loss_section(run)),
+        Section("allocation", "Experts by layer", allocation_section(run)),
+        Section("gates", "Which experts work", gates),
+        Section("routing", "Routers over training", routing_section(run) if run.has_routers else None),
+        Section("redundancy", "How alike experts are", redundancy_section(run)),
+        Section("agreement", "How routers agree", agreement_section(run) if may_have_agreement(run) else None),
+        Section("leave-one-out", "What an expert is worth", leave_one_out_section(run)),
+        Section("samples", "Samples", samples_section(run)),
+        Section("making", "How it was made", making_section(run)),
+    ]
+    return render(
+        "run.html",
+        f"{run.name}: a run of mola",
+        sections,
+        gates["choices"] if gates else (),
+        run=run,
+        summary=summary(run),
+        others=results_of_other_adapters(run),
+    )

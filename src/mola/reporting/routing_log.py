@@ -1,46 +1,50 @@
-"""What routers did over training: the telemetry of a run, summed up while it is read."""
+"""Reads the telemetry of a run, `routing.jsonl`: its curves over training, and the use of experts at the end."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mola.files.reading import read_json_lines
 from mola.insight.usage import is_short_interval
 from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")
-_PARTS = 3  # lower, middle and upper layers
+_NUM_PARTS = 3  # lower, middle and upper layers
+_LATE_SHARE = 0.25  # of the training
+
+# ---------------------------------------------------------------------- curves over training
 
 
 @dataclass(frozen=True)
 class RoutingLog:
-    """The telemetry of a run."""
+    """The telemetry of a run, averaged over modules."""
 
-    parts: Sequence[Sequence[int]]  # neighbouring layers whose modules are averaged, lowest first
+    parts: Sequence[Sequence[int | None]]  # neighbouring layers whose modules are averaged, lowest first
     # name of a value -> for each part, its mean over the modules by step
     curves: Mapping[str, Sequence[list[tuple[int, float]]]]
     dead: list[tuple[int, float]]  # by step, how many experts no token chose, over all modules
     num_experts: int  # experts of all modules that have a router
-    # the records of the last interval whose gates are numbers and that is none of a few steps, one per module
+    # records of the last interval with finite gates, one per module; a short last interval does not count
     last: Sequence[Mapping[str, Any]]
-    step: int  # the step at its end
+    step: int  # the step at the end of that interval
 
 
-def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
-    """Sum up the lines of `routing.jsonl`, `step` and `modules` of each interval in order; None without any."""
-    parts: list[list[int]] = []
-    curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in VALUES}
+def read_routing_log(lines: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
+    """Average the lines of a `routing.jsonl`; None without any line with finite gates."""
+    parts: list[list[int | None]] = []
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
     dead: list[tuple[int, float]] = []
-    whole: list[tuple[Sequence[Mapping[str, Any]], int]] = []  # the last two intervals whose gates are numbers
-    for entry in entries:
-        modules, step = entry["modules"], entry["step"]
+    finite: list[tuple[Sequence[Mapping[str, Any]], int]] = []  # the last two intervals with finite gates
+    for line in lines:
+        modules, step = line["modules"], line["step"]
         if not modules:
             continue
         if not parts:
             parts = layer_parts([module["layer_index"] for module in modules])
-            for name in VALUES:
-                curves[name] = [[] for _ in parts]
+            curves = {name: [[] for _ in parts] for name in VALUES}
         for name in VALUES:
             for curve, layers in zip(curves[name], parts, strict=True):
                 values = [module.get(name) for module in modules if module["layer_index"] in layers]
@@ -49,16 +53,71 @@ def read_routing_log(entries: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
                     curve.append((step, fmean(known)))
         dead.append((step, sum(len(module["dead_experts"]) for module in modules)))
         if not any(gate is None for module in modules for gate in module["mean_gates"]):
-            whole = [*whole[-1:], (modules, step)]
-    if not whole:
+            finite = [*finite[-1:], (modules, step)]
+    if not finite:
         return None
-    last, last_step = whole[0] if is_short_interval(whole[-1][0], whole[0][0]) else whole[-1]
-    num_experts = sum(len(module["mean_gates"]) for module in last)
-    return RoutingLog(parts, curves, dead, num_experts, last, last_step)
+    last, step = finite[0] if is_short_interval(finite[-1][0], finite[0][0]) else finite[-1]
+    return RoutingLog(parts, curves, dead, sum(len(module["mean_gates"]) for module in last), last, step)
 
 
-def layer_parts(indices: Iterable[int | None]) -> list[list[int]]:
-    """Three parts of neighbouring layers, as equal as can be, of the layers with routers; fewer with fewer layers."""
-    layers: list[Any] = sorted(set(indices), key=layer_order)
-    bounds = [round(len(layers) * part / _PARTS) for part in range(_PARTS + 1)]
+def layer_parts(indices: Iterable[int | None]) -> list[list[int | None]]:
+    """Split the layers with routers into three parts of neighbouring layers, as equal as possible.
+
+    With fewer than three layers there are fewer parts.
+    """
+    layers = sorted(set(indices), key=layer_order)
+    bounds = [round(len(layers) * part / _NUM_PARTS) for part in range(_NUM_PARTS + 1)]
     return [layers[start:end] for start, end in pairwise(bounds) if end > start]
+
+
+# ---------------------------------------------------------------------- the end of training
+
+
+@dataclass
+class LateUse:
+    """Use of one module's experts over the tokens of the last quarter of training.
+
+    Attributes:
+        tokens: how many.
+        shares: of each expert, the share of tokens that chose it; they add up to `top_k`.
+        margin: largest minus second largest gate.
+        entropy: of the softmax over all experts, over its largest value.
+    """
+
+    tokens: int = 0
+    shares: list[float] = field(default_factory=list)
+    margin: float = 0.0
+    entropy: float = 1.0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add an interval to the means, weighted by its tokens."""
+        self.tokens += record["num_tokens"]
+        weight = record["num_tokens"] / self.tokens if self.tokens else 0.0
+        before = self.shares or [0.0] * len(record["shares"])
+        self.shares = [old + weight * (new - old) for old, new in zip(before, record["shares"], strict=True)]
+        # A value that was not finite, or that an earlier version did not record, counts as 1: no rule fires on it.
+        margin, entropy = (1.0 if record.get(name) is None else record[name] for name in ("margin", "entropy"))
+        self.margin += weight * (margin - self.margin)
+        self.entropy += weight * (entropy - self.entropy)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token chooses."""
+        return round(sum(self.shares))
+
+
+def read_late_use(path: Path, last_step: int = 0) -> dict[str, LateUse]:
+    """Use of experts in the last quarter of training, by module; empty if no line is from that time.
+
+    Args:
+        path: the `routing.jsonl` of the run.
+        last_step: the run's last step, if it is later than that of the telemetry.
+    """
+    for line in read_json_lines(path):  # read twice, since the file of a large model does not fit into memory
+        last_step = max(last_step, line["step"])
+    modules: dict[str, LateUse] = {}
+    for line in read_json_lines(path):
+        if line["step"] > (1 - _LATE_SHARE) * last_step:
+            for record in line["modules"]:
+                modules.setdefault(record["module"], LateUse()).add(record)
+    return modules

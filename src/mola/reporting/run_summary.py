@@ -1,9 +1,9 @@
-"""What a run was: the summary on top of the page, and how it was made at its end."""
+"""The summary at the top of a run's page, and the section at its end on how the run was made."""
 
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,20 @@ _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The run in a sentence, the figures that matter most, then the base model, data and machine in words."""
-    record, settings, config = run.record, run.record["settings"], run.adapter.config if run.adapter else {}
+    """The run in one sentence, its most important figures, then base model, data and machine."""
+    record, settings = run.record, run.record["settings"]
     allocation, machine = record.get("allocation") or {}, record.get("machine", {})
-    method = config.get("peft_type", "MOLA")
+    method = (run.adapter.config if run.adapter else {}).get("peft_type", "MOLA")
     results = [(name, result) for name, result in (("before", run.before), ("after", run.after)) if result is not None]
     return {
         "is_mixture": method == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys(),
-        "is_even": not _has_own_experts(run),
+        "is_even": not _has_experts_pattern(run),
         "method": method,
         "allocation": allocation,
         "base": model_name(str(settings["base_model"])),
         "samples": record.get("data", {}).get("train", {}).get("kept"),
         "results": results,
-        "figures": _figures(run),
+        "figures": figures(run),
         "facts": [
             ("Base model", settings["base_model"]),
             ("Task", settings.get("task")),
@@ -38,8 +38,54 @@ def summary(run: Run) -> dict[str, Any]:
             ("Machine", machine.get("gpu") or machine.get("cpu")),
             ("Error", record.get("error")),
         ],
-        "data": _data(record),
+        "data": _data_table(record),
     }
+
+
+def figures(run: Run) -> list[tuple[str, str | None, str | None]]:
+    """Name, value and remark of each figure; the page omits figures without a value."""
+    record, allocation = run.record, run.record.get("allocation", {})
+    accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
+    trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
+    kept = step_of_weights(record)
+    return [
+        ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
+        ("status", record.get("status"), None),
+        ("steps", _text(number, record.get("steps")), None),
+        ("weights", f"of step {kept}" if kept not in (None, record.get("steps")) else None, "the best evaluation loss"),
+        *((label, _text(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()),
+        ("experts", None if _has_experts_pattern(run) else _text(number, allocation.get("num_experts")), None),
+        (
+            "trained values",
+            _text(number, trained),
+            f"{small_percent(trained / base)} of the base" if trained and base else None,
+        ),
+        ("time", _text(duration, record.get("seconds")), None),
+    ]
+
+
+def _text(format_value: Callable[[Any], str], value: Any) -> str | None:
+    return None if value is None else format_value(value)
+
+
+def small_percent(share: float) -> str:
+    """A share in per cent; a share below 0.1 % has two significant digits."""
+    return percent(share) if share >= 0.001 else percent(share, min(9, 1 - math.floor(math.log10(100 * share))))
+
+
+def _has_experts_pattern(run: Run) -> bool:
+    """Whether modules of one layer differ in their number of experts."""
+    config = run.adapter.config if run.adapter else run.record.get("adapter_settings", {})
+    return bool(config.get("num_experts_pattern"))
+
+
+def _data_table(record: Mapping[str, Any]) -> Table:
+    digests = record.get("data_fingerprints", {})
+    rows = [
+        (part, *(number(counts[key]) for key in ("kept", "tokens", "trained_tokens")), digests.get(part))
+        for part, counts in record.get("data", {}).items()
+    ]
+    return Table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows, "Samples")
 
 
 def making_section(run: Run) -> dict[str, Any]:
@@ -57,67 +103,20 @@ def making_section(run: Run) -> dict[str, Any]:
     return {
         "program": name,
         "command": shlex.join([name, *arguments]) if name == "mola" else None,
-        "processes": processes_said(record),
-        "tables": [(title, _values(values)) for title, values in tables.items()],
+        "processes": launcher_sentence(record),
+        "tables": [(title, _settings_table(values)) for title, values in tables.items()],
     }
 
 
-def processes_said(record: Mapping[str, Any]) -> str:
-    """What goes in front of the command of a run that a launcher started, which is not part of it; empty of others."""
+def launcher_sentence(record: Mapping[str, Any]) -> str:
+    """A sentence before the command of a run in several processes, since the launcher is not part of that command."""
     processes = record.get("processes") or 1
     return f"Started in {processes} processes by a launcher such as torchrun; each ran:" if processes > 1 else ""
 
 
-def _figures(run: Run) -> list[tuple[str, str | None, str | None]]:
-    """Name, value, and what to add in small print; those without a value are not shown."""
-    record, allocation = run.record, run.record.get("allocation", {})
-    accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
-    trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
-    kept = step_of_weights(record)
-    losses = [(label, _known(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()]
-    return [
-        ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
-        ("status", record.get("status"), None),
-        ("steps", _known(number, record.get("steps")), None),
-        ("weights", f"of step {kept}" if kept not in (None, record.get("steps")) else None, "the best evaluation loss"),
-        *losses,
-        ("experts", None if _has_own_experts(run) else _known(number, allocation.get("num_experts")), None),
-        (
-            "trained values",
-            _known(number, trained),
-            f"{_share(trained / base)} of the base" if trained and base and 0 < trained < 1000 * base else None,
-        ),
-        ("time", _known(duration, record.get("seconds")), None),
-    ]
-
-
-def _share(value: float) -> str:
-    """Of small ones two digits that count."""
-    return percent(value) if value >= 0.001 else percent(value, min(9, 1 - math.floor(math.log10(100 * value))))
-
-
-def _has_own_experts(run: Run) -> bool:
-    """Whether modules differ in their number of experts, so that a layer's own says nothing about all of them."""
-    config = run.adapter.config if run.adapter else run.record.get("adapter_settings", {})
-    return bool(config.get("num_experts_pattern"))
-
-
-def _data(record: Mapping[str, Any]) -> Table:
-    digests = record.get("data_fingerprints", {})
-    rows = [
-        (part, *(number(counts[key]) for key in ("kept", "tokens", "trained_tokens")), digests.get(part))
-        for part, counts in record.get("data", {}).items()
-    ]
-    return Table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows, "Samples")
-
-
-def _values(values: Mapping[str, Any]) -> Table:
+def _settings_table(values: Mapping[str, Any]) -> Table:
     rows = [
         (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for name, value in values.items()
     ]
     return Table(("setting", "value"), rows)
-
-
-def _known(said: Any, value: Any) -> str | None:
-    return None if value is None else said(value)

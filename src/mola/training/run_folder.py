@@ -27,8 +27,7 @@ from mola.files.locks import warn_of_no_locks
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
 from mola.reporting import REPORT_FILE
-from mola.reporting.loss_plot import PLOT_FILE
-from mola.reporting.model_card import CARD_FILE
+from mola.reporting.model_card import CARD_FILE, PLOT_FILE
 from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,

@@ -26,8 +26,7 @@ from mola.files.failures import within_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
-from mola.reporting.loss_plot import PLOT_FILE
-from mola.reporting.model_card import CARD_FILE, write_card
+from mola.reporting.model_card import CARD_FILE, PLOT_FILE, write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checked_run import CheckedRun, check_folder_again, check_run

@@ -11,7 +11,7 @@ import numpy as np
 from mola.errors import MolaError
 from mola.evaluation.differences import t_interval
 from mola.evaluation.evaluate import EvaluateOptions
-from mola.reporting.loss_plot import why_no_matplotlib
+from mola.reporting.model_card import why_no_matplotlib
 from mola.studies.comparison.contrasts import Contrast
 from mola.studies.comparison.marks import curve_of
 from mola.studies.comparison.record import BASE, Result

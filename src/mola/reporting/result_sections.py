@@ -1,0 +1,261 @@
+"""Sections about results: accuracy, a plain LoRA in place of the mixture, loss, samples."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mola.models.base_model import model_name
+from mola.reporting.charts import Line, thinned, value_axis
+from mola.reporting.commands import evaluate_command, has_answers, inspect_command
+from mola.reporting.document import Table
+from mola.reporting.formatting import MAX_ROWS, NO_VALUE, interval, number, percent, points, rows_note
+from mola.reporting.heatmaps import answer_map
+from mola.reporting.load_run import Run
+
+# ---------------------------------------------------------------------- accuracy
+
+_LOOKS = {"before": "b", "after": "a"}
+_MAX_GROUPS = 40  # in the chart; the table has all
+
+Results = Mapping[str, Mapping[str, Any]]  # by `before` and `after`
+
+
+def accuracy_section(run: Run) -> dict[str, Any]:
+    """Accuracy before and after, over all samples and by group."""
+    results = {name: result for name, result in (("before", run.before), ("after", run.after)) if result is not None}
+    rows = _accuracy_rows(results) if results else []
+    largest = sorted(range(1, len(rows)), key=lambda index: -rows[index]["total"])[:_MAX_GROUPS]
+    needed = {"before": "without", "after": "with"}
+    return {
+        "results": results,
+        "looks": _LOOKS,
+        "rows": rows,
+        "shown": [*rows[:1], *(rows[index] for index in sorted(largest))],
+        "numbers": _accuracy_table(rows, results),
+        "mistaken": [
+            name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")
+        ],
+        "different": _different_settings(results),
+        "has_answers": bool(results) or has_answers(run),
+        "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
+    }
+
+
+def _accuracy_rows(results: Results) -> list[dict[str, Any]]:
+    """All samples, then the groups in their order; `parts` of each are the results that have it."""
+    rows: dict[str, dict[str, Mapping[str, Any]]] = {"all": dict(results)}
+    for name, result in results.items():
+        for column, values in result["groups"].items():
+            for value, row in values.items():
+                rows.setdefault(f"{column}: {value}", {})[name] = row
+    return [
+        {
+            "label": label,
+            "parts": parts,
+            "total": max(part["total"] for part in parts.values()),
+            "measured": [(_LOOKS[name], part["accuracy"], part["interval_95"]) for name, part in parts.items()],
+        }
+        for label, parts in rows.items()
+    ]
+
+
+def _different_settings(results: Results) -> list[str]:
+    """What differs between the results, so that their accuracies cannot be compared."""
+    settings = [result["settings"] for result in results.values()]
+    # The prompts decide, since settings may leave the template to the task.
+    prompts = [sample["prompt"] for result in results.values() for sample in result["samples"][:1]]
+    values = {
+        "data": [result.get("data_fingerprint") for result in results.values()],
+        "scoring": [each.get("scoring") for each in settings],
+        "base model": [model_name(str(each.get("base_model"))) for each in settings],
+        "prompts": prompts,
+        "longest answer": [each.get("max_new_tokens") for each in settings if each.get("scoring") != "likelihood"],
+    }
+    return [what for what, found in values.items() if len(set(found)) > 1]
+
+
+def _accuracy_table(rows: list[dict[str, Any]], results: Results) -> Table:
+    head = ["samples", "number", *(f"{part} {name}" for name in results for part in ("accuracy", "interval"))]
+    lines = []
+    for row in rows:
+        line = [row["label"], row["total"]]
+        for name in results:
+            part = row["parts"].get(name)
+            line += [percent(part["accuracy"]), interval(part["interval_95"])] if part else [NO_VALUE, NO_VALUE]
+        lines.append(line)
+    return Table(head, lines, "Accuracy by group")
+
+
+# ---------------------------------------------------------------------- a plain LoRA in place of the mixture
+
+_MODELS = {"base": "base model", "mixture": "mixture", "lora": "LoRA"}
+
+
+def worth_section(run: Run) -> dict[str, Any] | None:
+    """The report of `mola convert --to lora` as tables; None if there is none."""
+    export = run.export
+    if export is None:
+        return None
+    accuracies = []
+    for name, row in export["accuracy"].items():
+        difference = export["differences"].get(name)
+        cells = (points(difference["value"]), _points_interval(difference)) if difference else (NO_VALUE, NO_VALUE)
+        accuracies.append((_MODELS.get(name, name), percent(row["accuracy"]), interval(row["interval_95"]), *cells))
+    losses = [
+        (kind, f"{divergence:.4f}", *(f"{export['loss'][kind][name]:.3f}" for name in _MODELS))
+        for kind, divergence in export["divergence"].items()
+        if kind in export["loss"]
+    ]
+    explained = [(kind, percent(value)) for kind, value in export["explained_by_kind"].items()]
+    tables = [
+        Table(
+            ("answers by", "accuracy", "95 % interval", "less the mixture, points", "95 % interval"),
+            accuracies,
+            "Same questions",
+        ),
+        Table(
+            ("tokens of", "KL(mixture || LoRA)", *(f"loss of {name}" for name in _MODELS.values())),
+            losses,
+            "Nats per token",
+        ),
+        Table(("linears", "explained"), explained, "Share of the mixture's squared update that the LoRA has"),
+    ]
+    lora = export["differences"].get("lora")
+    return {
+        "export": export,
+        "difference": None if lora is None else f"{points(lora['value'])} points, {_points_interval(lora)}",
+        "notes": export.get("notes", []),
+        "tables": [table for table in tables if table.rows],
+    }
+
+
+def _points_interval(difference: Mapping[str, Any]) -> str:
+    return " to ".join(map(points, difference["questions_95"]))
+
+
+# ---------------------------------------------------------------------- loss
+
+
+def loss_section(run: Run) -> dict[str, Any]:
+    """The loss curves."""
+    if not run.curves:
+        return {"lines": []}
+    curves = {label: thinned(curve) for label, curve in run.curves.items()}
+    lines = [
+        Line(f"{label}, last {number(run.curves[label][-1][1])}", curve, "a" if label == "training" else "b")
+        for label, (curve, _) in curves.items()
+    ]
+    by_step = [dict(curve) for curve in run.curves.values()]
+    steps = sorted({step for curve in by_step for step in curve})
+    rows = [(step, *(number(curve.get(step)) for curve in by_step)) for step in steps[-MAX_ROWS:]]
+    head = ("step", *(f"{label} loss" for label in run.curves))
+    return {
+        "lines": lines,
+        "axis": value_axis([value for line in lines for _, value in line.points], may_be_log=True),
+        "together": [(label, together) for label, (_, together) in curves.items() if together > 1],
+        "numbers": Table(head, rows, f"Loss by step{rows_note(len(steps))}"),
+    }
+
+
+# ---------------------------------------------------------------------- samples
+
+_MAX_SAMPLES = 40
+_MAX_CHARACTERS = 2000  # of a prompt
+_OUTCOMES = {
+    (False, True): "newly right",
+    (True, False): "newly wrong",
+    (False, False): "still wrong",
+    (True, True): "still right",
+}
+
+Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]  # a sample before and after
+
+
+def samples_section(run: Run) -> dict[str, Any]:
+    """Questions with the answers before and after, and the experts behind the expected answers."""
+    if run.after is None and run.before is None:
+        command = evaluate_command(run, "after") if has_answers(run) else None
+        return {"counts": [], "samples": [], "left_out": 0, "command": command}
+    pairs = _pairs(run)
+    experts = _experts_by_id(run, pairs)
+
+    def rank(index: int) -> tuple[bool, bool, int]:
+        """Samples with experts come first, then those that changed or are wrong."""
+        pair = pairs[index]
+        identifier = str((pair[1] or pair[0] or {})["id"])
+        return identifier not in experts, _outcome(pair) in ("still right", "right"), index
+
+    shown = sorted(sorted(range(len(pairs)), key=rank)[:_MAX_SAMPLES])
+    outcomes = [_outcome(pair) for pair in pairs]
+    words = [word for word in (*_OUTCOMES.values(), "right", "wrong") if word in outcomes]
+    return {
+        "counts": [(outcomes.count(word), word) for word in words],
+        "samples": [_compared_sample(pairs[index], experts) for index in shown],
+        "left_out": len(pairs) - len(shown),
+        "command": None if experts or not run.has_routers else inspect_command(run),
+    }
+
+
+def inspected_samples_section(inspection: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Samples of a `mola inspect` result, with the experts behind the expected answers."""
+    samples = [_sample(example["id"], example, example["experts"]) for example in inspection.get("examples") or []]
+    return {"counts": [], "samples": samples, "left_out": 0, "command": None} if samples else None
+
+
+def _pairs(run: Run) -> list[Pair]:
+    """Samples before and after by their ids, in the order of the newer result."""
+    before = {str(sample["id"]): sample for sample in (run.before or {}).get("samples", [])}
+    after = {str(sample["id"]): sample for sample in (run.after or {}).get("samples", [])}
+    return [(before.get(identifier), after.get(identifier)) for identifier in (after or before)]
+
+
+def _experts_by_id(run: Run, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The experts behind inspected samples. An inspected sample with the same id and another prompt does not count."""
+    prompts = {str(sample["id"]): sample["prompt"] for pair in pairs for sample in pair if sample is not None}
+    inspected = {str(example["id"]): example for example in (run.inspection or {}).get("examples") or []}
+    return {
+        identifier: example["experts"]
+        for identifier, example in inspected.items()
+        if example.get("prompt") in (None, prompts.get(identifier))
+    }
+
+
+def _outcome(pair: Pair) -> str:
+    before, after = pair
+    if before is None or after is None:
+        return "right" if (after or before or {})["correct"] else "wrong"
+    return _OUTCOMES[bool(before["correct"]), bool(after["correct"])]
+
+
+def _compared_sample(pair: Pair, experts: Mapping[str, Any]) -> dict[str, Any]:
+    newest = pair[1] or pair[0] or {}
+    answers = [
+        (name, {**sample, "output": _shortened(" ".join((sample["output"] or "").split()), 300)})
+        for name, sample in zip(("before", "after"), pair, strict=True)
+        if sample is not None
+    ]
+    return _sample(_outcome(pair), newest, experts.get(str(newest["id"])), answers)
+
+
+def _sample(
+    tag: str, sample: Mapping[str, Any], experts: Sequence[Mapping[str, Any]] | None, answers: Sequence[Any] = ()
+) -> dict[str, Any]:
+    return {
+        "tag": tag,
+        "question": _title(sample["prompt"]),
+        "prompt": _shortened(sample["prompt"], _MAX_CHARACTERS).strip("\n"),
+        "expected": sample["answer"] or "",
+        "answers": answers,
+        "experts": answer_map(experts) if experts else None,
+    }
+
+
+def _title(prompt: str) -> str:
+    """The line of a prompt with the question, else its longest line."""
+    lines = [" ".join(line.split()) for line in prompt.splitlines() if line.strip()]
+    question = next((line for line in lines if line.startswith("Question:")), None)
+    return _shortened((question or max(lines, key=len, default="")).removeprefix("Question: "), 160)
+
+
+def _shortened(text: str, most: int) -> str:
+    left = len(text) - most
+    return text if left <= 0 else f"{text[:most]} … ({left:,} more characters in the result file)"
