@@ -93,7 +93,9 @@ QUIET = {
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_experts": "2", "learning_rate": 1e-2}, {"top_k": "1", "router_aux_loss_coef": 1e-2}], ids=str
+    "options",
+    [{}, *slow({"num_experts": "2", "learning_rate": 1e-2}, {"top_k": "1", "router_aux_loss_coef": 1e-2})],
+    ids=str,
 )
 def test_healthy_runs_are_left_alone(options, run):
     assert run(**options) == []

@@ -288,7 +288,7 @@ def test_a_changed_card_is_kept(run_folder, flags, mola_log):
     path.write_text(path.read_text(encoding="utf-8").replace("## Use", "## How I use it"), encoding="utf-8")
     changed = path.read_bytes()
     assert write_model_card(run_folder) is None
-    assert "README.md was not written by mola, or was changed since: it is kept" in mola_log.text
+    assert "README.md was not written by mola, or was changed since. It is kept" in mola_log.text
     # Nor by a new run in the folder.
     assert main([*flags(run_folder), "--overwrite_output_dir"]) == 0
     assert path.read_bytes() == changed

@@ -135,7 +135,7 @@ def router_use(
         is_any = torch.ones_like(is_answer)
         types = token_types(ids)
         masks = {"prompt": ~is_answer, "answer": is_answer}
-        masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in set(types)}
+        masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in sorted(set(types))}
         masks |= {f"{column}={value}": is_any for column, value in group.items()}
         counters["all"].add(recorded)
         # The experts of a MoE base see other tokens, and nothing says which tokens of the sample these are.

@@ -76,13 +76,18 @@ def write_model_card(
 
 
 def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()) -> Path | None:
-    """Write the card and the picture of the loss; arguments and result as of `write_model_card`.
+    """Write the card and the picture of the loss; returns the card, or None if an existing card is kept.
 
-    `record` is the content of the folder's `run.json`, `evaluations` that of the result files.
+    Args:
+        folder: the run folder.
+        record: the content of its `run.json`.
+        evaluations: the contents of result files of `mola evaluate`.
     """
     path = folder / CARD_FILE
     if path.exists() and not is_own_file(path):
-        logger.warning("%s was not written by mola, or was changed since: it is kept, no model card is written.", path)
+        logger.warning(
+            "%s was not written by mola, or was changed since. It is kept, and no model card is written.", path
+        )
         return None
     has_plot = plot_losses(read_losses(folder / "metrics.jsonl", step_of_weights(record)), folder / PLOT_FILE)
     if not has_plot:
@@ -94,18 +99,18 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
 def render_card(
     folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = (), *, has_plot: bool = False
 ) -> str:
-    """The card's text; arguments as `write_card`."""
+    """The card's text; arguments as for `write_card`, and whether there is a picture of the loss."""
     settings = record["settings"]
     config = read_json_object(folder / "adapter_config.json")
     place = record.get("repository") or str(folder)
     sections = [
         f"# {place.rstrip('/').rpartition('/')[2]}",
-        _introduction(config, settings, record),
-        _usage(place, settings, settings.get("hub_revision") if record.get("repository") else None),
-        "## Experts\n\n" + _experts(config, folder),
-        "## Training\n\n" + _training(record),
-        "## Data\n\n" + _data(record),
-        "## Results\n\n" + _results(record, evaluations),
+        _introduction_section(config, settings, record),
+        _usage_section(place, settings, settings.get("hub_revision") if record.get("repository") else None),
+        "## Experts\n\n" + _experts_section(config, folder),
+        "## Training\n\n" + _training_section(record),
+        "## Data\n\n" + _data_section(record),
+        "## Results\n\n" + _results_section(record, evaluations),
         "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else _NO_PLOT),
         "## Versions\n\n" + markdown_table(("software", "version"), record["versions"].items()),
     ]
@@ -131,37 +136,38 @@ def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def _introduction(config: Mapping[str, Any], settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+def _introduction_section(config: Mapping[str, Any], settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     kind = config.get("peft_type")
     method = "A mixture of LoRA experts" if kind == "MOLA" else f"A {kind} adapter"
     start = f", trained on from the adapter `{settings['adapter']}`" if settings.get("adapter") else ""
     return f"{method} for `{settings['base_model']}`{start}. {record['trainable_parameters']:,} values are trained."
 
 
-def _usage(place: str, settings: Mapping[str, Any], revision: str | None) -> str:
+def _usage_section(place: str, settings: Mapping[str, Any], revision: str | None) -> str:
     trust = {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
     gguf = {"gguf_file": settings["gguf_file"]} if settings.get("gguf_file") else {}
     own = {"revision": revision} if revision else {}
-    base, adapter = _call(settings["base_model"], gguf | trust), _call(place, own)
-    by_itself = f"""\
+    base, adapter = _python_arguments(settings["base_model"], gguf | trust), _python_arguments(place, own)
+    # The auto class of PEFT loads the base model, for which it has no option `gguf_file`.
+    with_auto_class = f"""\
 ```python
 import mola
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained({_call(place, own | trust)})
-tokenizer = AutoTokenizer.from_pretrained({_call(place, own | trust)})
+model = AutoPeftModelForCausalLM.from_pretrained({_python_arguments(place, own | trust)})
+tokenizer = AutoTokenizer.from_pretrained({_python_arguments(place, own | trust)})
 ```
 
-With a base model that is loaded already:
+With a loaded base model:
 
 """
     return f"""\
 ## Use
 
-With mola (distribution `mola-peft`) installed from its repository; importing mola makes PEFT know the method.
+Install mola (distribution `mola-peft`) from its repository. Importing mola registers the method with PEFT.
 
-{"" if gguf else by_itself}```python
+{"" if gguf else with_auto_class}```python
 import mola
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -171,23 +177,23 @@ model = PeftModel.from_pretrained(base, {adapter})
 ```"""
 
 
-def _call(name: str, options: Mapping[str, Any]) -> str:
-    """Arguments of `from_pretrained` as Python code."""
-    words = (
+def _python_arguments(name: str, options: Mapping[str, Any]) -> str:
+    """Arguments of `from_pretrained` as Python code; values are texts or True."""
+    keywords = [
         f"{key}={value if value is True else json.dumps(value, ensure_ascii=False)}" for key, value in options.items()
-    )
-    return ", ".join([json.dumps(name, ensure_ascii=False), *words])
+    ]
+    return ", ".join([json.dumps(name, ensure_ascii=False), *keywords])
 
 
-def _experts(config: Mapping[str, Any], folder: Path) -> str:
+def _experts_section(config: Mapping[str, Any], folder: Path) -> str:
     if config.get("peft_type") != "MOLA":
-        return f"The adapter is of type {config.get('peft_type')}: it has none."
+        return f"None: the adapter is of type {config.get('peft_type')}."
     table = layers_table(layers_of(config, tensor_shapes(folder / WEIGHTS_FILE)))
     modules = ", ".join(f"`{name}`" for name in target_names(config))
     return f"{markdown_table(table.head, table.rows)}\n\nAdapted modules: {modules}.{pattern_sentence(config)}"
 
 
-def _training(record: Mapping[str, Any]) -> str:
+def _training_section(record: Mapping[str, Any]) -> str:
     settings = {name: record["settings"].get(name) for name in _SETTINGS}
     settings["template"] = record.get("template") or settings.get("template")  # a task's template needs no option
     values = {
@@ -210,7 +216,7 @@ def _training(record: Mapping[str, Any]) -> str:
     return f"{table}\n\n{length}\n\n{command}"
 
 
-def _data(record: Mapping[str, Any]) -> str:
+def _data_section(record: Mapping[str, Any]) -> str:
     rows = [
         (part, report["kept"], report["tokens"], report["trained_tokens"], f"`{record['data_fingerprints'][part]}`")
         for part, report in record["data"].items()
@@ -220,7 +226,7 @@ def _data(record: Mapping[str, Any]) -> str:
     return f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}.\n\n{table}"
 
 
-def _results(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _results_section(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (label, f"{record['metrics'][name]:.4f}", "") for name, label in _METRICS.items() if name in record["metrics"]
     ]
