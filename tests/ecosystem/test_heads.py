@@ -100,14 +100,19 @@ def test_heads_that_peft_does_not_know_are_trained_and_saved(kind, tmp_path):
     assert not any("modules_to_save" in name for name, _ in old.named_parameters())
 
 
-def test_experts_of_an_rwkv_count_alike_in_training_and_evaluation():
-    """It divides its weights when it is evaluated, and those of experts lie elsewhere."""
-    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, context_length=64, rescale_every=2)
+@pytest.mark.parametrize("rescale_every", [0, 2])
+def test_an_rwkv_must_not_rescale_its_weights(rescale_every):
+    """In evaluation it would divide its own weights, and not those of experts."""
     torch.manual_seed(0)
-    base, ids = RwkvForCausalLM(config), torch.arange(12)[None]
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 64}
+    base, ids = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=rescale_every)), torch.arange(12)[None]
+    config = MolaConfig(num_experts=2, r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    if rescale_every:
+        with pytest.raises(MolaError, match="set `rescale_every` to 0"):
+            get_peft_model(base, config)
+        return
+    model = get_peft_model(base, config)
     with torch.no_grad():
-        base.eval()(input_ids=ids)  # which divides them
-        model = get_peft_model(base, MolaConfig(num_experts=2, r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
         found = [model.train(mode)(input_ids=ids).logits for mode in (True, False)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 

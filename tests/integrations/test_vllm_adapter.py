@@ -75,7 +75,6 @@ def change(folder, **fields):
     [
         ({"modules_to_save": ["lm_head"]}, "`modules_to_save` must be empty.*lm_head.*mola serve"),
         ({"trainable_token_indices": [1, 2]}, "`trainable_token_indices` must be empty"),
-        ({"layer_replication": [[0, 4], [2, 4]], "num_experts": 2}, "`layer_replication` must be empty"),
         pytest.param(
             {"bias": "mola_only"},
             "`bias` must be 'none'.*'mola_only'",

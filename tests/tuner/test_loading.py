@@ -1,14 +1,17 @@
 """Weights and base models that an adapter cannot be used with."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
-from mola import MolaError
+from mola import MolaConfig, MolaError
 from mola.files.digests import check_finite
-from mola.tuner.loading import check_model_type, check_when_loaded
+from mola.tuner.injection_checks import check_base_model
+from mola.tuner.loading import check_on_load_state_dict
 
 from ..versions import needs
 from .models import random_config, tiny_llama
@@ -42,18 +45,23 @@ def test_a_format_that_cannot_be_computed_with():
 
 
 def test_another_kind_of_base_model():
+    def check(trained_on, found):
+        model = nn.Module()
+        model.config = SimpleNamespace(model_type=found)
+        check_base_model(MolaConfig(base_model_type=trained_on), model)
+
     for trained_on, found in (("llama", "llama"), (None, "llama"), ("llama", None), (None, None)):
-        check_model_type(trained_on, found)
+        check(trained_on, found)
     with pytest.raises(MolaError, match="is of type 'mistral', `base_model_type` in adapter_config.json is 'llama'"):
-        check_model_type("llama", "mistral")
+        check("llama", "mistral")
 
 
 def test_what_is_loaded_later_is_compared_where_peft_asks_nobody():
     """As with PEFT before 0.21, whose files of a model with two adapters hold both."""
     model = get_peft_model(tiny_llama(), random_config())
     inner = model.base_model.model
-    check_when_loaded(inner)
-    check_when_loaded(inner)
+    check_on_load_state_dict(inner)
+    check_on_load_state_dict(inner)
     assert len(inner._load_state_dict_pre_hooks) == 1
     tensors = {key: value.clone() for key, value in model.state_dict().items() if ".mola_" in key}
     key = next(iter(tensors))

@@ -291,7 +291,7 @@ def test_numbers_of_numpy_and_ranges_are_saved(tmp_path):
 
 def test_a_lone_name_of_a_module_to_save_is_one():
     assert MolaConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
-    with pytest.raises(MolaError, match="`modules_to_save` must be a list of module names: got 3"):
+    with pytest.raises(MolaError, match="`modules_to_save` must be a list of names: got 3"):
         MolaConfig(modules_to_save=3)
 
 

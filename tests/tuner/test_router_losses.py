@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.tuner.added_loss import LossSigns, add_loss
+from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
 from mola.tuner.router_losses import RouterLosses
 from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
@@ -153,7 +153,7 @@ def test_a_loss_that_lowers_some_likelihoods_is_refused():
     mask = torch.tensor([[True, True, False]])
     for signs, fails in (([[-1.0, -3.0, 5.0]], False), ([[-1.0, 2.0, 0.0]], True)):
         log_probs, extra = torch.zeros(1, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-        total = (add_loss(log_probs, extra, mask, LossSigns()) * torch.tensor(signs)).sum()
+        total = (add_loss_to_log_probs(log_probs, extra, mask, LikelihoodCheck()) * torch.tensor(signs)).sum()
         if fails:
             with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
                 total.backward()
@@ -201,14 +201,14 @@ class Event:
 
 
 def test_on_a_gpu_such_a_loss_is_refused_when_it_is_known():
-    signs, event = LossSigns(), Event()
-    signs._copies = [(torch.tensor(False), event), (torch.tensor(True), event)]
-    signs.check()
-    assert copy.deepcopy(signs)._copies == []
+    check, event = LikelihoodCheck(), Event()
+    check._pending = [(torch.tensor(False), event), (torch.tensor(True), event)]
+    check.raise_if_violated()
+    assert copy.deepcopy(check)._pending == []
     event.done = True
     with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
-        signs.check()
-    assert signs._copies == []
+        check.raise_if_violated()
+    assert check._pending == []
 
 
 def test_losses_of_two_active_adapters_are_added():
@@ -233,7 +233,7 @@ def test_labels_that_are_shifted_already_say_which_tokens_count():
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], shift_labels=shifted, labels=labels)
     torch.testing.assert_close(model.get_balance_loss(), expected)
     losses = RouterLosses.install(model.base_model.model)
-    losses._set_masks({"shift_labels": shifted}, unshifted=False)
+    losses._set_masks({"shift_labels": shifted}, has_shifted_labels=True)
     losses._label_mask, found = None, losses._label_mask
     assert torch.equal(found, shifted != -100)
 

@@ -454,12 +454,10 @@ def test_a_linear_of_another_adapter_s_other_field_is_refused(first, second):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": "experts.down_proj"}, "non-empty list of names .*got 'experts.down_proj'"),
-        ({"target_parameters": []}, r"non-empty list of names .*got \[\]"),
-        ({"target_parameters": [3]}, r"got \[3\]"),
+        ({"target_parameters": [3]}, r"`target_parameters` must be a list of names: got \[3\]"),
         (
             {"target_parameters": BOTH, "lora_dropout": 0.05},
-            "`lora_dropout` must be 0 .*got 0.05. LoRA refuses",
+            "`lora_dropout` must be 0 .*got 0.05",
         ),
         ({"target_parameters": BOTH, "init_lora_weights": "principal"}, "'principal' reads the weights of linears"),
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),

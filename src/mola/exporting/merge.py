@@ -31,7 +31,7 @@ from mola.models.quantization import stored_quantization
 from mola.models.tokenizer import own_tokenizer
 from mola.options.fields import option
 from mola.tuner import MolaConfig
-from mola.tuner.merging import check_own_weights
+from mola.tuner.merging import check_no_shared_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
 
@@ -71,7 +71,7 @@ def merge(options: MergeOptions) -> Path:
     tokenizer = own_tokenizer(options.base_model, options.trust_remote_code)
     dtype = _own_dtype(config, options.base_model) if options.dtype == "auto" else options.dtype
     model: Any = load_model(options.base_model, adapter, dtype, options.device, options.trust_remote_code)
-    check_own_weights(model)
+    check_no_shared_weights(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, RuntimeError) as error:
@@ -109,7 +109,7 @@ def _check_mergeable(options: MergeOptions, adapter: str, config: Any) -> None:
     if kind == "LORA":
         on_meta = model_on_meta(options.base_model)
         check_lora(Path(adapter), on_meta)  # puts the LoRA into the model
-        check_own_weights(on_meta)
+        check_no_shared_weights(on_meta)
     elif kind == "MOLA":
         on_meta = model_on_meta(options.base_model)
         mixture: Any = check_fits(on_meta, MolaConfig.from_pretrained(adapter), read_tensors(Path(adapter)))

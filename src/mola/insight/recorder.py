@@ -268,7 +268,7 @@ class _LayerObserver:
     def collecting(self) -> bool:
         return self.recorder.collecting
 
-    def see(self, adapter_name: str, output: RouterOutput) -> None:
+    def observe(self, adapter_name: str, output: RouterOutput) -> None:
         row = self.rows.get(adapter_name)
         if row is not None:  # an adapter that was added later has no row
             self.recorder._calls.append(_RouterCall(*row, self.layer_index, output))

@@ -33,7 +33,6 @@ _TRAINED_TOO = {
     "modules_to_save": "modules trained in full",
     "target_parameters": "experts of stacked parameters",
     "trainable_token_indices": "trained embeddings",
-    "layer_replication": "layers of its own",
 }
 _OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
 # As mola's server: greedy unless a request asks for sampling, and nothing of the base model's own taste.

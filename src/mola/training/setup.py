@@ -35,7 +35,7 @@ from mola.training.sharding import is_sharded
 from mola.training.trainer_checks import check_optimizer
 from mola.training.zero import check_stacked
 from mola.tuner import MolaConfig
-from mola.tuner.saved_modules import resolved
+from mola.tuner.saved_modules import resolve_modules_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def check_settings(options: TrainOptions, config: PeftConfig) -> None:
 def _check_modules_to_save(names: Sequence[str], options: TrainOptions) -> None:
     """Before the weights are loaded."""
     model = model_on_meta(options.base_model or "", options.trust_remote_code, options.gguf_file)
-    resolved(names, dict(model.named_modules()), is_new=True)
+    resolve_modules_to_save(names, dict(model.named_modules()), is_new=True)
 
 
 def _check_router_losses(options: TrainOptions, config: PeftConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from mola.errors import MolaError
-from mola.tuner.frozen import flags_kept
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import decode_layer, forget, mixture, register
@@ -23,7 +24,7 @@ from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """What one adapter asks of one module; the per-layer lists of the config are already resolved."""
+    """Settings of one adapter for one module; fields as in `MolaConfig`, with the number of this module."""
 
     r: int
     num_experts: int
@@ -41,11 +42,21 @@ class ExpertSettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-def offloaded() -> MolaError:
-    """The error of experts that have no values, since nothing brings them where they are computed."""
+@contextlib.contextmanager
+def keep_requires_grad(module: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of all parameters, since a `ParameterDict` makes tensors that it is given trainable."""
+    flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    yield
+    for name, parameter in module.named_parameters():
+        if flags.get(name, parameter.requires_grad) != parameter.requires_grad:
+            parameter.requires_grad_(flags[name])
+
+
+def offloaded_error() -> MolaError:
+    """The error for experts without values: accelerate offloaded them, and restores only modules that are called."""
     return MolaError(
-        "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate brings the "
-        "weights of modules that are called only. Keep it on its device."
+        "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate only restores the "
+        "weights of modules that are called. Keep the model on its device."
     )
 
 
@@ -58,8 +69,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         g = softmax over the top_k largest z     zero for the others
         y = x W^T + b + sum_e g_e * (lora_alpha / r) * B_e A_e dropout(x)
 
-    The research code draws one dropout mask per expert; here the experts of a module share one mask
-    per call, so that all experts are computed by one matrix product. The router sees `x` undropped.
+    The research code draws one dropout mask per expert. Here the experts of a module share one mask
+    per call, so that one matrix product computes all experts. The router's input has no dropout.
     With one expert the layer is LoRA and has no router.
 
     Parameters per adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
@@ -78,7 +89,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         *("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout"),
         *("router_outputs", "router_runs"),
     )
-    mixed_batch: Any = None  # a `MixedBatch` in calls with `adapter_names`
+    mixed_batch: Any = None  # a `MixedBatch` during calls with `adapter_names`
 
     def __init__(
         self,
@@ -104,13 +115,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.top_k: dict[str, int] = {}
-        # Filled by assignment in a training forward when the model's `router_losses` asks for it.
+        # Router output by adapter, recorded in training forward passes while `router_losses` is collecting.
         self.router_outputs: dict[str, RouterOutput] = {}
-        self.router_runs: dict[str, int] = {}  # of how many calls they are; 1 where it has no number
+        self.router_runs: dict[str, int] = {}  # how many calls an output is made of; a missing number means 1
         self.router_losses: RouterCollector | None = None
-        self.observer: RouterObserver | None = None  # set while routers are recorded, see `mola.insight`
+        self.observer: RouterObserver | None = None  # set while `mola.insight` records routers
         self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True  # what PEFT's `disable_input_dtype_casting` switches off
+        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches this off
         self._disable_adapters = False
         self._active_adapter = adapter_name
         register(self)
@@ -128,7 +139,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
             router = torch.empty(settings.num_experts, self.in_features, dtype=dtype)
             self.mola_router[adapter_name] = nn.Parameter(router)
-        elif adapter_name in self.mola_router:  # of an earlier adapter of this name
+        elif adapter_name in self.mola_router:  # an earlier adapter of this name had several experts
             del self.mola_router[adapter_name]
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -136,7 +147,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_settings(self, adapter_name: str, settings: ExpertSettings) -> None:
-        """Take settings of an adapter over; its weights are the caller's."""
+        """Replace the settings of an adapter; the caller replaces its weights."""
         self.settings[adapter_name] = settings
         self.scaling[adapter_name] = settings.scaling
         self.r[adapter_name] = settings.r
@@ -144,34 +155,33 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k[adapter_name] = settings.top_k
 
     def reset_parameters(self, adapter_name: str) -> None:
-        """Draw experts and router anew, as `init_lora_weights` says; see `mola.tuner.initialization`."""
+        """Draw new values for experts and router, by the method `init_lora_weights`."""
         start = self.settings[adapter_name].init_lora_weights
         parts = self.mola_A[adapter_name], self.mola_B[adapter_name], self.mola_router.get(adapter_name)
         initialize(start, *parts, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Not into the base's dtype, as PEFT's: it also calls this after a file in float32 was loaded.
+        # Keeps the dtype. PEFT's method casts to the base's dtype, also after it has loaded a file in float32.
         parts = self.mola_A, self.mola_B, self.mola_router
         kept = [(part, part[adapter_name]) for part in parts if adapter_name in part]
-        with flags_kept(self):
+        with keep_requires_grad(self):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             for part, before in kept:
                 part[adapter_name] = nn.Parameter(before.detach().to(part[adapter_name].device))
 
     def _cast_experts(self, adapter_name: str) -> None:
-        """New experts are in the base's dtype, as PEFT's are, the router is not; of packed weights neither."""
+        """Cast new experts to the base's dtype, as PEFT does, unless the base is quantised. Routers stay in float32."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        # Formats of 8 bits cannot hold an expert.
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             return
-        with flags_kept(self):
+        with keep_requires_grad(self):
             for part in (self.mola_A, self.mola_B):
                 part[adapter_name] = nn.Parameter(part[adapter_name].detach().to(weight.dtype))
 
     # ------------------------------------------------------------------ forward
 
     def train(self, mode: bool = True) -> MolaLinear:
-        """As any module's; what a kernel keeps of frozen weights is dropped."""
+        """Set the mode, as in any module. Before training, kernels drop what they cached of frozen experts."""
         if mode:
             forget(self.mola_A.values())
         return super().train(mode)
@@ -198,7 +208,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return result.to(dtype)
 
     def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
-        """The base layer, if it is nothing but a frozen linear map in the dtype of `x`: backends then compute it."""
+        """The base layer as tensors for a backend, if it is a plain frozen `nn.Linear` in the dtype of `x`; else None.
+
+        None means that the caller must call the base layer: it has hooks, trained or cast weights, or another class.
+        """
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):
             return None
@@ -215,12 +228,12 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return FrozenLinear(weight, bias)
 
     def add_experts(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
-        """Base output plus the update of one adapter, in the wider of their dtypes.
+        """Base output plus the update of one adapter, `(..., out)`, in the wider of their dtypes.
 
         Args:
             adapter_name: the adapter.
             x: `(..., in)`.
-            base: the base output `(..., out)`, or a frozen linear map that makes it.
+            base: the base output `(..., out)`, or a frozen base layer, which the backend then computes too.
         """
         inputs = self.mixture_inputs(adapter_name, x, base)
         output, logits, expert_indices = mixture(inputs)
@@ -229,55 +242,49 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return output
 
     def mixture_inputs(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> MixtureInputs:
-        """What a backend is given; arguments as those of `add_experts`."""
-        # Read from where they lie: for every token and linear, a detour through `__getattr__` can be measured.
+        """The inputs of a backend; arguments as in `add_experts`."""
+        # Not by attribute: `__getattr__` takes measurable time when every linear does it for every token.
         parts: Any = self._modules
         experts_A, experts_B = (_tensor(parts[each], adapter_name) for each in ("mola_A", "mola_B"))
         if experts_A.is_meta and not x.is_meta:
-            raise offloaded()
-        if experts_A.ndim != 3:
-            raise MolaError(
-                f"the experts have no values here, but the shape {tuple(experts_A.shape)}: DeepSpeed ZeRO-3 has shared "
-                "them out. Train with `mola train`, which tells it what a layer needs, or with ZeRO-2 or FSDP2."
-            )
+            raise offloaded_error()
         dropout = parts["mola_dropout"]._modules[adapter_name]
-        if autocast_is_on(x.device.type) and x.dtype is not torch.float64:  # which autocast leaves alone
+        if autocast_is_on(x.device.type) and x.dtype is not torch.float64:  # autocast does not cast float64
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = experts_A.dtype if self.cast_input_dtype_enabled else x.dtype
-        own = self.settings[adapter_name]
+        expert_settings = self.settings[adapter_name]
         settings = MixtureSettings(
             self.top_k[adapter_name],
             self.scaling[adapter_name],
             dtype,
             dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-            own.router_jitter_noise if self.training else 0.0,
-            own.router,
-            needs_router_output=self._records(),
+            expert_settings.router_jitter_noise if self.training else 0.0,
+            expert_settings.router,
+            needs_router_output=self._records_router_output(),
         )
         result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
         router = _tensor(parts["mola_router"], adapter_name)
         return MixtureInputs(x, result, weight, bias, experts_A, experts_B, router, None, settings)
 
-    def _records(self) -> bool:
-        """Whether somebody wants what the router gives in this forward pass."""
+    def _records_router_output(self) -> bool:
         return self.training and any(
             each is not None and each.collecting for each in (self.router_losses, self.observer)
         )
 
     def _record(self, adapter_name: str, output: RouterOutput) -> None:
-        # Recorded as it is: sums are taken outside, where gradient checkpointing does not recompute.
+        # Statistics are computed after the forward pass, which gradient checkpointing does not recompute.
         if self.observer is not None and self.observer.collecting:
-            self.observer.see(adapter_name, output)
+            self.observer.observe(adapter_name, output)
         if self.router_losses is not None and self.router_losses.collecting:
             before = self.router_outputs.get(adapter_name)
-            if before is not None:  # the module runs several times in one forward pass
+            if before is not None:  # this module ran before in the same forward pass
                 self.router_runs[adapter_name] = self.router_runs.get(adapter_name, 1) + 1
                 output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
             self.router_outputs[adapter_name] = output
 
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
-        """Chosen experts of `x: (..., in)` and their gates, both `(N, top_k)`, without jitter.
+        """Chosen experts and gates for `x: (..., in)`, both `(N, top_k)`, without jitter.
 
         Raises:
             MolaError: as `router_logits`.
@@ -286,10 +293,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return ROUTERS[self.settings[adapter_name].router](logits, self.top_k[adapter_name], -1)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """Router logits of `x: (..., in)`: float32 `(N, E)`.
+        """Router logits for `x: (..., in)`: float32 `(N, E)`.
 
         Raises:
-            MolaError: there is no such adapter here, or it has one expert, hence no router.
+            MolaError: the module does not have this adapter, or the adapter has one expert here and so no router.
         """
         if adapter_name not in self.settings:
             known = ", ".join(self.settings)
@@ -299,8 +306,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Router outputs belong to a running forward pass; with their graph they cannot be copied or pickled. What
-        # collects them holds the whole model, and finds its layers again if that is copied.
+        # Router outputs cannot be copied: they hold a graph. Collectors hold the whole model; a copied
+        # `RouterLosses` finds the copied layers by itself.
         return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None, "router_losses": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -318,6 +325,6 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
-    """A parameter that a module holds, without the detour through `__getattr__`; None if it has none of that name."""
+    """A parameter of a module, read without `__getattr__`; None if there is none of this name."""
     found = module._parameters.get(name)
-    return module.__dict__.get(name) if found is None else found  # plain tensors in copies of nn.DataParallel
+    return module.__dict__.get(name) if found is None else found  # replicas of nn.DataParallel have plain tensors

@@ -1,4 +1,4 @@
-"""Merging a layer's update into its base weight, which one expert allows and several do not."""
+"""Merging the update of a layer with one expert into its base weight; several experts cannot be merged."""
 
 from __future__ import annotations
 
@@ -15,38 +15,32 @@ from transformers.pytorch_utils import Conv1D
 from mola.errors import MolaError
 
 
-def check_not_replicated(layer_replication: Any, adapter: str) -> None:
-    """Refuse an adapter with `layer_replication`; `adapter` is what the message calls it."""
-    if layer_replication:
-        raise MolaError(
-            f"{adapter} cannot be merged: its `layer_replication` has layers that share their weights, to which each "
-            "would add its own update. Keep it as an adapter."
-        )
-
-
-def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None) -> None:
-    """Refuse to merge into weights that other modules have too, such as those of a head tied to the embeddings.
+def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None = None) -> None:
+    """Refuse to merge into a weight that two modules share, such as that of a head tied to the embeddings.
 
     Args:
-        model: with adapters, of any method of PEFT.
-        adapters: those to be merged; None for all.
+        model: a model with adapters, of any method of PEFT.
+        adapters: names of the adapters to be merged; None for all.
 
     Raises:
-        MolaError: the update of one module would be added to another as well.
+        MolaError: the update of one module would also change another one.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(_inmost(name))
+            owners.setdefault(id(parameter), []).append(_adapted_module(name))
     for name, module in model.named_modules():
-        # Trained tokens are merged once for both.
+        # PEFT merges trained tokens once for both modules.
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
             continue
-        known = {*getattr(module, "scaling", {}), *getattr(module, "settings", {})}  # the second of `StackedParameters`
+        known = {
+            *getattr(module, "scaling", {}),
+            *getattr(module, "settings", {}),
+        }  # `StackedParameters` has `settings`
         if adapters is not None and not {*adapters} & known:
             continue
         for parameter in module.get_base_layer().parameters(recurse=False):
-            others = [other for other in owners.get(id(parameter), ()) if other != _inmost(name)]
+            others = [other for other in owners.get(id(parameter), ()) if other != _adapted_module(name)]
             if others:
                 raise MolaError(
                     f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, to "
@@ -54,15 +48,15 @@ def check_own_weights(model: nn.Module, adapters: Collection[str] | None = None)
                 )
 
 
-def _inmost(name: str) -> str:
-    """The adapted module; PEFT puts wrappers around each other where it adapts several parameters of one."""
+def _adapted_module(name: str) -> str:
+    """Name of the adapted module of a wrapper or a base layer; PEFT nests wrappers for several parameters."""
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
     return name
 
 
 class SingleExpertMerging:
-    """The part of `MolaLinear` that merges; what it reads of the layer is declared here."""
+    """The part of `MolaLinear` that merges; the layer has the attributes declared here."""
 
     mola_A: Any
     mola_B: Any
@@ -94,13 +88,13 @@ class SingleExpertMerging:
             weight = self._float_base_weight()
             merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                # PEFT's words: code that looks for them is to find them.
+                # PEFT's words: programs look for them.
                 raise MolaError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken.")
             weight.data = merged
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again."""
+        """Subtract all merged updates from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
@@ -110,7 +104,7 @@ class SingleExpertMerging:
     def _float_base_weight(self) -> torch.Tensor:
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
-        # Exactly a parameter: packed weights are subclasses of it, and may be stored as floating-point numbers.
+        # Not `isinstance`: packed weights are subclasses of nn.Parameter, some of them with a floating-point dtype.
         if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MolaError(
                 f"Merging needs a plain floating-point base weight, this {type(base).__name__} has none. "
@@ -119,7 +113,7 @@ class SingleExpertMerging:
         return weight
 
     def check_mergeable(self, adapter_name: str, where: str = "this module") -> None:
-        """Raise MolaError for an adapter with several experts here, or for a quantised base layer."""
+        """Raise MolaError if an adapter has several experts here, or the base layer is quantised."""
         self._check_single_expert(adapter_name, where)
         if adapter_name in self.mola_A:
             self._float_base_weight()
@@ -128,12 +122,11 @@ class SingleExpertMerging:
         if self.num_experts.get(adapter_name, 1) > 1:
             raise MolaError(
                 f"Adapter {adapter_name!r} cannot be merged: {where} has {self.num_experts[adapter_name]} experts and "
-                "its gates depend on the input, so no single weight equals the mixture. Keep it as an adapter; only "
-                "`num_experts=1` merges. So does the plain LoRA nearest to it: `mola convert ADAPTER --to lora --rank "
-                "R ...`, then `mola merge`."
+                "its gates depend on the input, so no single weight equals the mixture. Keep it as an adapter, or "
+                "merge the plain LoRA nearest to it: `mola convert ADAPTER --to lora --rank R ...`, then `mola merge`."
             )
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Whether a plain LoRA can express this adapter, or all, exactly: with one expert only."""
+        """Whether a plain LoRA can express this adapter exactly, by default all adapters: each has one expert."""
         names = self.num_experts if adapter_name is None else [adapter_name]
         return all(self.num_experts.get(name, 1) == 1 for name in names)

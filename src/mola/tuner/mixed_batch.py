@@ -1,7 +1,7 @@
 """Rows of one batch with different adapters: PEFT's `adapter_names` in `forward` and `generate`.
 
-Rows are sorted by adapter. The base layer maps all of them at once, then each adapter that is present adds its experts
-to its own rows, as it would alone. Nothing is recorded of the routers, which happens in training only.
+Rows are sorted by adapter. The base layer computes all of them at once, then each adapter adds its experts to its own
+rows, as it would alone. Only evaluation mode allows this, so no router output is recorded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
-_MIXED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # inside its own wrappers
-BASE = "__base__"  # PEFT's name for the model without an adapter
+# Modules that PEFT's wrappers of modules trained in full can compute row by row.
+_MIXED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
-class _Sorted(NamedTuple):
-    """Rows sorted by adapter: names and their numbers of rows, and the way there and back; None where it is none."""
+class _RowOrder(NamedTuple):
+    """Rows sorted by adapter.
+
+    Attributes:
+        adapters: names of the adapters, sorted.
+        sizes: number of rows of each adapter.
+        order: indices that sort the rows; None if they are sorted.
+        inverse: indices that undo this; None if the rows are sorted.
+    """
 
     adapters: list[str]
     sizes: list[int]
@@ -34,39 +42,41 @@ class _Sorted(NamedTuple):
 
 
 class MixedBatch:
-    """The adapters of the rows in one call of a model; for that time it is every layer's `mixed_batch`.
+    """The adapter of each row in one call of a model; `mixed_batch` of every layer during the call.
 
     Args:
         names: adapter of each row, or "__base__".
-        copies: how many rows `generate` makes of each, side by side.
+        copies: number of rows that `generate` makes of each row, side by side.
     """
 
     def __init__(self, names: list[str], copies: int = 1) -> None:
         self._names, self._copies = names, copies
-        self._width = 1  # tokens of each row in the call that runs
-        self._sorted: dict[tuple[int, torch.device], _Sorted] = {}
-        self._tables: dict[tuple[Any, ...], Any] = {}  # for few tokens: where each row's experts lie
+        self._tokens_per_row = 1
+        self._row_orders: dict[tuple[int, torch.device], _RowOrder] = {}
+        self._tables: dict[tuple[Any, ...], Any] = {}  # tables of rows for few tokens, see `row_table`
 
-    def of_rows(self, num_rows: int) -> list[str]:
-        """Adapter of each of so many rows, which may be tokens: some models pass a layer all of them in one dimension.
+    def adapters_of_rows(self, num_rows: int) -> list[str]:
+        """Adapter of each row of a layer's input.
+
+        The input may have one row per name, or `copies` rows per name, or each token of these as a row of its own.
 
         Raises:
-            MolaError: they are not as many as names, nor what `generate` makes of those, nor the tokens of either.
+            MolaError: the number of rows is none of these.
         """
         for copies in (1, self._copies):
-            for times in (copies, copies * self._width):
-                if num_rows == times * len(self._names):
-                    return [name for name in self._names for _ in range(times)]
-        raise MolaError(  # PEFT's words, and those below: code that looks for them is to find them
+            for rows_per_name in (copies, copies * self._tokens_per_row):
+                if num_rows == rows_per_name * len(self._names):
+                    return [name for name in self._names for _ in range(rows_per_name)]
+        raise MolaError(  # here and below in PEFT's words, since programs look for them
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(self._names)} and {num_rows} respectively."
         )
 
     def forward(self, layer: MolaLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What `MolaLinear.forward` gives, each row with its adapter."""
-        adapters, sizes, order, inverse = self._sort(len(x), x.device)
-        is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        frozen = None if args or kwargs or is_recorded else layer.frozen_linear(x)
+        """The output of `MolaLinear.forward`, each row with its adapter."""
+        adapters, sizes, order, inverse = self._row_order(len(x), x.device)
+        needs_base_call = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        frozen = None if needs_base_call else layer.frozen_linear(x)
         result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
         table = None if frozen is None else self._table(layer, x)
         if table is not None:
@@ -85,37 +95,32 @@ class MixedBatch:
     def _table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
         key = id(layer), x.shape, x.dtype
         if key not in self._tables:
-            self._tables[key] = row_table(layer, self.of_rows(len(x)), x)
+            self._tables[key] = row_table(layer, self.adapters_of_rows(len(x)), x)
         return self._tables[key]
 
-    def _sort(self, num_rows: int, device: torch.device) -> _Sorted:
-        # Once for all layers: a GPU would be waited for in each.
+    def _row_order(self, num_rows: int, device: torch.device) -> _RowOrder:
+        # Cached for all layers, since moving the indices to a GPU waits for it.
         key = num_rows, device
-        if key not in self._sorted:
-            names = self.of_rows(num_rows)
+        if key not in self._row_orders:
+            names = self.adapters_of_rows(num_rows)
             adapters = sorted(set(names))
             order = sorted(range(num_rows), key=names.__getitem__)
             inverse = sorted(range(num_rows), key=order.__getitem__)
-            ways = (None, None) if order == inverse == [*range(num_rows)] else (order, inverse)
-            tensors = (None if way is None else torch.tensor(way, device=device) for way in ways)
-            self._sorted[key] = _Sorted(adapters, [names.count(name) for name in adapters], *tensors)
-        return self._sorted[key]
+            is_sorted = order == inverse == [*range(num_rows)]
+            tensors = (None if is_sorted else torch.tensor(way, device=device) for way in (order, inverse))
+            self._row_orders[key] = _RowOrder(adapters, [names.count(name) for name in adapters], *tensors)
+        return self._row_orders[key]
 
-    def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook before the model: how many tokens a row has."""
+    def count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: note how many tokens a row has."""
         inputs = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
         given = next((each for each in inputs if torch.is_tensor(each) and each.dim() > 1), None)
-        self._width = 1 if given is None else given.shape[1]
+        self._tokens_per_row = 1 if given is None else given.shape[1]
 
-    def tell(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Hook before PEFT's wrappers (of `modules_to_save` and the like), which know their own adapters only."""
-        names = self.of_rows(len(args[0])) if args else self._names
+    def pass_adapter_names(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of PEFT's wrappers (`modules_to_save`), which take the names of adapters that they have."""
+        names = self.adapters_of_rows(len(args[0])) if args else self._names
         return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}
-
-
-def _changes_base(config: Any) -> bool:
-    """Whether rows without the adapter would be computed with a part of it."""
-    return getattr(config, "bias", "none") != "none" or bool(getattr(config, "layer_replication", None))
 
 
 class RowAdapters:
@@ -124,75 +129,48 @@ class RowAdapters:
     Args:
         tuner: the `MolaModel`, with the adapters it has now.
         names: adapter of each row, or "__base__".
-        options: what the model is called with; of `generate` they say how many rows become of one.
+        options: arguments of the call; for `generate` they contain the number of rows made of one.
 
     Raises:
-        MolaError: the model is in training mode or an adapter is merged, names are not those of adapters, or one of
-            these has changed the base model for all rows.
+        MolaError: the model is in training mode or an adapter is merged, a name is not that of an adapter, or an
+            adapter changes the base model for all rows.
     """
 
     def __init__(self, tuner: Any, names: Any, options: Mapping[str, Any] | None = None) -> None:
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise MolaError(
-                f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}."
-            )
-        if tuner.training:
-            raise MolaError(
-                "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
-            )
-        unknown = sorted({*names} - {*tuner.peft_config, BASE})
-        if unknown:
-            raise MolaError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {BASE} for rows without an adapter."
-            )
         modules = list(tuner.model.modules())
-        if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
-            raise MolaError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if any(isinstance(module, StackedParameters) and {*names} & {*module.settings} for module in modules):
-            raise MolaError(
-                "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
-                "weight for all rows. Call the model once per adapter, with `set_adapter`."
-            )
-        for name, config in tuner.peft_config.items():
-            if _changes_base(config) and {*names} != {name}:
-                raise MolaError(
-                    f"Cannot pass `adapter_names` of others than {name!r} beside it: its `bias` or `layer_replication` "
-                    "is the base model's, which is one for all rows. Load the others into a model without it."
-                )
+        _check_can_mix(tuner, names, modules)
         self._model = tuner.model
-        self._batch = MixedBatch(list(names), _copies(tuner.model, options or {}))
+        self._batch = MixedBatch(list(names), _rows_per_input(tuner.model, options or {}))
         self._layers = [module for module in modules if isinstance(module, (MolaLinear, StackedParameters))]
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         self._handles: list[Any] = []
-        self._woken: list[Any] = []
+        self._enabled: list[Any] = []
 
     @staticmethod
-    def suits(tuner: Any) -> bool:
-        """Whether a tuner is ours: other methods have their own way, or none."""
+    def supports(tuner: Any) -> bool:
+        """Whether a tuner of PEFT is a `MolaModel`."""
         return getattr(tuner, "prefix", None) == "mola_"
 
     def __enter__(self) -> None:
-        tell = self._batch.tell
-        self._handles = [each.register_forward_pre_hook(tell, with_kwargs=True) for each in self._wrappers]
-        self._handles.append(self._model.register_forward_pre_hook(self._batch.see, with_kwargs=True))
-        # PEFT 0.18 switches wrappers off where the active adapter has none, and then ignores the names as well.
-        is_off = all(layer.disable_adapters for layer in self._layers)
-        self._woken = [] if is_off else [each for each in self._wrappers if each._disable_adapters]
-        for each in self._woken:
-            each._disable_adapters = False
+        hooks: list[Any] = [(wrapper, self._batch.pass_adapter_names) for wrapper in self._wrappers]
+        hooks.append((self._model, self._batch.count_tokens))
+        self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        # PEFT 0.18 disables wrappers that lack the active adapter, and disabled wrappers ignore `adapter_names`.
+        if not all(layer.disable_adapters for layer in self._layers):
+            self._enabled = [wrapper for wrapper in self._wrappers if wrapper._disable_adapters]
+        for wrapper in self._enabled:
+            wrapper._disable_adapters = False
         for layer in self._layers:
             layer.mixed_batch = self._batch
 
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.mixed_batch = None
-        for each in self._woken:
-            each._disable_adapters = True
+        for wrapper in self._enabled:
+            wrapper._disable_adapters = True
         for handle in self._handles:
             handle.remove()
+        self._enabled, self._handles = [], []
 
 
 def why_not_mixed(tuner: Any) -> str | None:
@@ -204,7 +182,7 @@ def why_not_mixed(tuner: Any) -> str | None:
     for wrapper in wrappers:
         if not isinstance(wrapper.original_module, _MIXED_BY_PEFT):
             return f"PEFT does not mix trained modules that are {type(wrapper.original_module).__name__}"
-    if RowAdapters.suits(tuner):
+    if RowAdapters.supports(tuner):
         return None
     if any({*tuner.peft_config} - wrapper._adapters for wrapper in wrappers):
         return "PEFT mixes trained modules only where every adapter has them"
@@ -213,10 +191,40 @@ def why_not_mixed(tuner: Any) -> str | None:
     return None
 
 
-def _copies(model: nn.Module, options: Mapping[str, Any]) -> int:
-    """How many rows `generate` makes of one: an encoder sees one, decoders one per beam or returned sequence."""
-    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]  # fields of None: the next
-    return max(
-        next(filter(None, [options.get(name), *(getattr(config, name, None) for config in configs)]), 1)
-        for name in ("num_beams", "num_return_sequences")
-    )
+def _check_can_mix(tuner: Any, names: Any, modules: list[nn.Module]) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}.")
+    if tuner.training:
+        raise MolaError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
+    unknown = sorted({*names} - {*tuner.peft_config, BASE})
+    if unknown:
+        raise MolaError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+            f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {BASE} for rows without an adapter."
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):
+        raise MolaError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    if any(isinstance(module, StackedParameters) and {*names} & {*module.settings} for module in modules):
+        raise MolaError(
+            "Cannot pass `adapter_names` with adapters that have `target_parameters`: a base model has one "
+            "weight for all rows. Call the model once per adapter, with `set_adapter`."
+        )
+    for name, config in tuner.peft_config.items():
+        if getattr(config, "bias", "none") != "none" and {*names} != {name}:
+            raise MolaError(
+                f"Cannot pass `adapter_names` of others than {name!r} beside it: its `bias` is the base model's, "
+                "which is one for all rows. Load the others into a model without it."
+            )
+
+
+def _rows_per_input(model: nn.Module, options: Mapping[str, Any]) -> int:
+    """Number of rows that `generate` makes of one input for a decoder: one per beam or returned sequence."""
+    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def first_set(name: str) -> int:
+        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value), 1)
+
+    return max(first_set("num_beams"), first_set("num_return_sequences"))

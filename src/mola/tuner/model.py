@@ -22,137 +22,128 @@ from mola.architecture.linears import is_adaptable
 from mola.architecture.targets import find_stacks, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
-from mola.tuner.frozen import flags_kept
-from mola.tuner.heads import add_head
-from mola.tuner.layer import MolaLinear
-from mola.tuner.loading import check_adapter_tensors, check_model_type, check_when_loaded
-from mola.tuner.merging import check_not_replicated, check_own_weights
+from mola.tuner.injection_checks import check_adapter_names, check_base_model, check_injection
+from mola.tuner.layer import MolaLinear, keep_requires_grad
+from mola.tuner.loading import check_adapter_tensors, check_on_load_state_dict
+from mola.tuner.merging import check_no_shared_weights
 from mola.tuner.mixed_batch import RowAdapters
-from mola.tuner.names import check_names
 from mola.tuner.per_layer import PerLayer
-from mola.tuner.places import check_places
-from mola.tuner.reference_adapter import copy_experts, original_of
-from mola.tuner.replication import replicated_layers
-from mola.tuner.rescaling import stop_fast_paths, stop_rescaling
 from mola.tuner.router_losses import RouterLosses
-from mola.tuner.saved_modules import check_not_inside, resolved, tie
+from mola.tuner.saved_modules import add_task_heads, resolve_modules_to_save, tie_saved_embeddings
 from mola.tuner.stacked import StackedParameters
-from mola.tuner.undoing import taken_back
+
+_TRL_REFERENCE = "ref"  # name of the adapter that TRL's preference trainers add
 
 
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
-    Made by `get_peft_model(model, MolaConfig(...))`; PEFT works on it: several adapters, also in one batch
+    `get_peft_model(model, MolaConfig(...))` makes one. PEFT's functions work on it: several adapters, also in one batch
     (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Not possible: merging more than one expert, whose gates depend on the input, and `add_weighted_adapter`; both raise.
-    PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` are for PEFT's own methods.
+    Not possible, and an error: merging more than one expert, whose gates depend on the input, and
+    `add_weighted_adapter`. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` accept PEFT's own
+    methods only.
     """
 
     prefix: str = "mola_"
-    tuner_layer_cls = (MolaLinear, StackedParameters)  # type: ignore[assignment] # PEFT only asks whether one is such
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; see _prepare_adapter_config
+    tuner_layer_cls = (MolaLinear, StackedParameters)  # type: ignore[assignment] # PEFT only uses it in `isinstance`
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; `_resolve` has the defaults
 
     @staticmethod
     def get_model_config(model: nn.Module) -> Any:
-        """The base model's configuration, as a mapping; PEFT's may be None or an object that is none."""
+        """The base model's configuration as a mapping; PEFT's own method may return None or an object."""
         return config_of(model) or {"model_type": "custom"}
 
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Replace the targeted linears; every way of adding an adapter passes here.
+        """Put an adapter into the model: replace its targeted linears. PEFT calls this for every new or loaded adapter.
 
         Raises:
-            MolaError: a target matches nothing, or the per-layer numbers do not fit the model.
+            MolaError: a target matches nothing, the per-layer numbers do not fit the model, or the installed PEFT
+                lacks what a setting needs. The model has not changed then.
         """
-        original = original_of(adapter_name, self.peft_config)
-        self._passed_config = self.peft_config[adapter_name]
-        config = copy.deepcopy(self.peft_config[adapter_name])
-        if not isinstance(config, MolaConfig):
+        passed = self._passed_config = self.peft_config[adapter_name]
+        if not isinstance(passed, MolaConfig):
             raise MolaError(
-                f"Adapter {adapter_name!r} has peft_type {config.peft_type}; all adapters of a model must be of "
+                f"Adapter {adapter_name!r} has peft_type {passed.peft_type}; all adapters of a model must be of "
                 "one kind, here MOLA."
             )
-        if config.bias != "none" and not asks_before_loading(BaseTuner):
-            raise MolaError(
-                f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
-                "upgrade peft, or pass 'none'."
-            )
-        if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
-            raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
-        # Whatever is saved again can lose tensors, also by the name of another adapter.
+        _check_peft_version(passed)
+        # PEFT saves trainable models: adapters for inference only may be called like a module until one is saved.
         if not all(each.inference_mode for each in self.peft_config.values()):
-            check_names(self.peft_config, model)
-        # A copy: filling in what depends on this model must not change the user's object.
-        self.peft_config[adapter_name] = config
-        # A saved one says what it is of: what it has trained is in its file.
-        self._is_new = config.base_model_type is None and config.weights_sha256 is None
-        found = getattr(getattr(model, "config", None), "model_type", None)
-        check_model_type(config.base_model_type, found)
-        config.base_model_type = found or config.base_model_type
-        add_head(model, config, self._is_new)
-        with replicated_layers(model, config.layer_replication), taken_back(model, adapter_name):
-            self._inject(model, adapter_name, config, *args, **kwargs)
-        stop_rescaling(model)
-        stop_fast_paths(model)
+            check_adapter_names(self.peft_config, model)
+        check_base_model(passed, model)
+        # A copy, so that values which depend on this model do not change the user's object.
+        config = self.peft_config[adapter_name] = copy.deepcopy(passed)
+        is_new = config.base_model_type is None and config.weights_sha256 is None
+        config.base_model_type = getattr(getattr(model, "config", None), "model_type", None) or config.base_model_type
+        add_task_heads(model, config, is_new=is_new)
+        self._resolve(model, config, is_new=is_new)
+        with warnings.catch_warnings():
+            # PEFT compares these keys with linears only; `check_injection` compares them with parameters too.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except BaseException:
+                _delete_experts(model, adapter_name)
+                raise
+        _disable_fast_paths(model)
+        original = self._original_of_reference(adapter_name, passed)
         if original is not None:
-            copy_experts(model, original, adapter_name)
+            _copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
         if not asks_before_loading(BaseTuner):
-            check_when_loaded(model)
+            check_on_load_state_dict(model)
 
-    def _inject(self, model: nn.Module, adapter_name: str, config: MolaConfig, *args: Any, **kwargs: Any) -> None:
-        """Resolve what depends on the model, and put the adapter into it."""
+    def _resolve(self, model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
+        """Write the names and numbers for this model into the configuration, and check that they fit the model."""
         self._stacks = LayerStacks.of(model)
-        if config.target_modules or config.target_modules is None or not config.target_parameters:
+        has_no_linears = config.target_parameters and config.target_modules is not None and not config.target_modules
+        if not has_no_linears:
             config.target_modules, config.exclude_modules = resolve_target_modules(
                 model, self._stacks, config.target_modules, config.exclude_modules
             )
-        # Without decoder layers (one custom block, say) a single value still means something.
-        self._per_layer = PerLayer.resolved(config, self._stacks.num_layers or 1)
+        # A model without decoder layers counts as one layer.
+        self._per_layer = PerLayer.resolve(config, self._stacks.num_layers or 1)
         self._stacked = self._find_stacks(model, config)
         modules = dict(model.named_modules())
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
-        check_not_inside(adapted, modules)
-        config.modules_to_save = resolved(config.modules_to_save, modules, is_new=self._is_new)
-        check_places(config, modules, adapted, self._per_layer, self._stacks, self._stacked, self._is_new)
-        with warnings.catch_warnings():
-            # PEFT looks for them among linears only; `check_places` has looked everywhere.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with flags_kept(self):
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not for mixtures: gates of several routers have no sum.
-
-        Raises:
-            MolaError: always.
-        """
-        raise MolaError(
-            "`add_weighted_adapter` cannot add up mixtures, whose routers choose for themselves. `mola convert --to "
-            "lora` makes LoRAs of them, which PEFT adds up, and `mola convert --from lora` a mixture of LoRAs."
-        )
+        config.modules_to_save = resolve_modules_to_save(config.modules_to_save, modules, is_new=is_new)
+        check_injection(config, modules, adapted, self._per_layer, self._stacks, self._stacked, is_new=is_new)
 
     def _find_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
         if not config.target_parameters:
             return []
-        # As for linears, so that `exclude_modules` and `layers_to_transform` leave parameters out, too.
-        named = copy.copy(config)
-        named.target_modules = set(config.target_parameters)
-        return find_stacks(model, config.target_parameters, lambda name: self._check_target_module_exists(named, name))
+        # PEFT's rule for linears, so that `exclude_modules` and `layers_to_transform` apply to parameters too.
+        as_modules = copy.copy(config)
+        as_modules.target_modules = set(config.target_parameters)
+        return find_stacks(
+            model, config.target_parameters, lambda name: self._check_target_module_exists(as_modules, name)
+        )
+
+    def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
+        """Name of the trained adapter if this adapter is the reference of a preference trainer, else None.
+
+        TRL adds "ref" with the configuration object of the trained adapter, which `MolaModel` keeps as it was copied
+        for that adapter. TRL then copies tensors whose names contain ".default.", and those of mola end with it.
+        """
+        others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
+        same = [name for name, config in others.items() if config is passed]
+        return same[0] if same and adapter_name == _TRL_REFERENCE else None
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with keep_requires_grad(self):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
-        # PEFT goes on with the user's object, so it is told there, too.
-        tie(self.model, (peft_config, self._passed_config), tied_weight_keys)
+        # PEFT goes on with the passed object, so both get the names.
+        tie_saved_embeddings(self.model, (peft_config, self._passed_config), tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        return peft_config  # done before, in inject_adapter, where the model's modules are known
+        return peft_config  # `_resolve` has chosen the targets, since it knows the model's modules
 
     def _create_and_replace(
         self,
@@ -178,13 +169,13 @@ class MolaModel(BaseTuner):
             )
         layer = MolaLinear(target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trainable until it is set active
+            layer.requires_grad_(False)  # a further adapter is trainable only after `set_adapter`
         self._replace_module(parent, target_name, layer, target)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        # In place of PEFT's, which nests one wrapper per parameter: here one has all of a module's.
+        # PEFT nests one wrapper per parameter; `StackedParameters` holds all parameters of a module.
         for stack in self._stacked:
             target: Any = model.get_submodule(stack.module)
             if not isinstance(target, StackedParameters):
@@ -197,43 +188,43 @@ class MolaModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 target.update_layer(adapter_name, stack, settings, inference_mode=peft_config.inference_mode)
         names = [stack.name for stack in self._stacked]
-        # PEFT before 0.21 does not read what is returned.
+        # PEFT before 0.21 ignores the returned names.
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))
         return names
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        # PEFT's would look for a weight, which packed linears need not have either.
+        # PEFT's method needs the attribute `weight`, which these modules lack.
         is_base = isinstance(child, MolaLinear) and new_module is child.base_layer
         if is_base or isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # ------------------------------------------------------------------ what differs from other methods
+    # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters with one expert into the base weights, see PEFT; the active ones by default.
 
         Raises:
-            MolaError: one of them has several experts somewhere; no layer has been touched then.
+            MolaError: one of them has several experts in some layer. No layer has changed then.
         """
         self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
-        """Whether adapters, by default the active ones, could be merged: asked of all layers before one is touched.
+        """Check all layers before the first one is merged.
+
+        Args:
+            adapter_names: adapters to be merged; the active ones by default.
 
         Raises:
-            MolaError: several experts somewhere, a quantised base layer, or layers that share their weights.
+            MolaError: several experts in some layer, a quantised base layer, or a weight that two modules share.
         """
-        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
-            config = self.peft_config.get(adapter_name)
-            check_not_replicated(getattr(config, "layer_replication", None), f"Adapter {adapter_name!r}")
         for name, module in self.model.named_modules():
             if isinstance(module, MolaLinear):
                 for adapter_name in module.active_adapters if adapter_names is None else adapter_names:
                     module.check_mergeable(adapter_name, repr(name))
-        check_own_weights(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        check_no_shared_weights(self.model, self.active_adapters if adapter_names is None else adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -248,8 +239,19 @@ class MolaModel(BaseTuner):
         RouterLosses.remove(model)
         return model
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible for mixtures: gates of several routers cannot be added.
+
+        Raises:
+            MolaError: always.
+        """
+        raise MolaError(
+            "`add_weighted_adapter` cannot add up mixtures, each of which has its own routers. `mola convert --to "
+            "lora` makes LoRAs of them, which PEFT adds up, and `mola convert --from lora` makes a mixture of LoRAs."
+        )
+
     def save_pretrained_merged(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what unsloth hangs on a base model, where PEFT would find it: no program reads what it would save.
+        """Not possible for mixtures. unsloth adds this method to base models; no program could read its file.
 
         Raises:
             MolaError: always.
@@ -262,17 +264,20 @@ class MolaModel(BaseTuner):
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
 
+    # ------------------------------------------------------------------ forward and losses
+
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         return nullcontext() if adapter_names is None else RowAdapters(self, adapter_names, kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
-        """Balance loss of the last forward pass, if that was in training mode, before its coefficient.
+        """Balance loss of the last forward pass in training mode, before its coefficient.
 
             loss = E * sum_e f_e P_e       of each router, with E experts
 
         where `f_e` is the share of an expert in all choices, and `P_e` its mean softmax probability (Fedus et al. 2021,
-        equations 4 to 6): 1 when perfectly even, E at most. With "module" tokens count by the `attention_mask` and
-        `labels` of the call; "layer" counts all, takes a layer's routers together, and adds 1 for a layer without one.
+        equations 4 to 6): 1 when perfectly even, E at most. The reduction "module" counts the tokens that
+        `attention_mask` and `labels` of the call select. "layer" counts all tokens, pools the routers of a layer, and
+        adds 1 for a layer without a router.
 
         Args:
             adapter_name: default: the first active adapter.
@@ -281,7 +286,8 @@ class MolaModel(BaseTuner):
             Scalar, float32: the mean over routers ("module"), or the sum over decoder layers ("layer").
 
         Raises:
-            MolaError: there is no such adapter, or the last pass was none in training mode with a router loss on.
+            MolaError: there is no such adapter, or the last forward pass was not in training mode with a router loss
+                switched on.
         """
         if adapter_name is not None and adapter_name not in self.peft_config:
             raise MolaError(f"`adapter_name` must be one of {', '.join(self.peft_config)}: got {adapter_name!r}.")
@@ -290,15 +296,21 @@ class MolaModel(BaseTuner):
     def get_router_loss(self) -> torch.Tensor:
         """Balance loss and z-loss of the last forward pass, times their coefficients, summed over active adapters.
 
-        The z-loss is the mean over tokens of `logsumexp(logits) ** 2` (Zoph et al. 2022, equation 5), and over routers.
-        For training loops that compute their own loss, before any pass in eval mode: `loss = loss +
-        model.get_router_loss()`. A scalar, float32. Raises as `get_balance_loss`, and with re-entrant checkpointing.
+        The z-loss is the mean over tokens and routers of `logsumexp(logits) ** 2` (Zoph et al. 2022, equation 5).
+        Training loops that compute their own loss add it: `loss = loss + model.get_router_loss()`, before any forward
+        pass in eval mode.
+
+        Returns:
+            Scalar, float32.
+
+        Raises:
+            MolaError: as `get_balance_loss`, or with re-entrant gradient checkpointing.
         """
         loss = RouterLosses.install(self.model).weighted_loss()
-        return self.get_balance_loss() if loss is None else loss  # which says what is missing
+        return self.get_balance_loss() if loss is None else loss  # `get_balance_loss` raises with the reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, not its `forward` as PEFT before 0.21 does: hooks add the routers' losses."""
+        """Call the model, so that its hooks add the router losses; PEFT before 0.21 calls `model.forward`."""
         return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ saving and loading
@@ -312,8 +324,8 @@ class MolaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # Those that were only used may be called as modules are, until something is saved.
-        check_names(unwanted_adapter_names, model)
+        # `inject_adapter` allows such names for adapters that are only used; saving does not.
+        check_adapter_names(unwanted_adapter_names, model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -323,3 +335,43 @@ class MolaModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_tensors(model, adapter_name, remapped)
         return remapped
+
+
+def _check_peft_version(config: MolaConfig) -> None:
+    if config.bias != "none" and not asks_before_loading(BaseTuner):
+        raise MolaError(
+            f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
+            "upgrade peft, or pass 'none'."
+        )
+    if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):
+        raise MolaError("`ensure_weight_tying` with `modules_to_save` needs PEFT 0.19 or newer: upgrade peft.")
+
+
+def _disable_fast_paths(model: nn.Module) -> None:
+    """Make PyTorch's own encoder layers call their linears; their fast paths in evaluation read only the weights."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if any(isinstance(part, (MolaLinear, StackedParameters)) for part in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # only the fast paths accept nested tensors
+            else:
+                module.activation_relu_or_gelu = 0
+
+
+def _delete_experts(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that PEFT refused halfway: PEFT would save its experts with the other adapters."""
+    for module in model.modules():
+        if isinstance(module, (MolaLinear, StackedParameters)) and adapter_name in module.settings:
+            module.delete_adapter(adapter_name)
+
+
+@torch.no_grad()
+def _copy_experts(model: nn.Module, source: str, target: str) -> None:
+    """Give the adapter `target` the experts and routers of `source`, which have the same shapes."""
+    for module in model.modules():
+        if isinstance(module, (MolaLinear, StackedParameters)):
+            for tensors in (getattr(module, name) for name in module.adapter_layer_names):
+                if source in tensors:  # a new parameter, since PEFT has already cast those of `source`
+                    is_trained = tensors[target].requires_grad
+                    tensors[target] = nn.Parameter(tensors[source].detach().clone(), requires_grad=is_trained)

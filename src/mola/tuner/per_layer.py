@@ -1,11 +1,16 @@
-"""From the numbers of a configuration, layer by layer and by name of module, to the settings of one module."""
+"""From the notations of a configuration to numbers per layer, and to the settings of one module."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mola.architecture.allocation import check_top_k, top_k_of_module
-from mola.architecture.notation import LARGEST_PLAIN_NUM_EXPERTS, resolve_per_layer
+from mola.architecture.notation import (
+    DEFAULT_NUM_EXPERTS,
+    LARGEST_PLAIN_NUM_EXPERTS,
+    default_num_experts,
+    resolve_per_layer,
+)
 from mola.architecture.patterns import by_pattern
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
@@ -14,52 +19,59 @@ from mola.tuner.layer import ExpertSettings
 
 @dataclass(frozen=True)
 class PerLayer:
-    """Numbers with one entry per decoder layer."""
+    """Numbers of a configuration, with one entry per decoder layer."""
 
     num_experts: list[int]
     top_k: list[int]
     r: list[int]
 
     @classmethod
-    def resolved(cls, config: MolaConfig, num_layers: int) -> PerLayer:
-        """Those of a configuration, which from here on holds the numbers themselves.
+    def resolve(cls, config: MolaConfig, num_layers: int) -> PerLayer:
+        """Resolve the notations for a model, and write the numbers into the configuration.
+
+        The configuration must be saved with numbers: a notation may name a file that does not exist later.
 
         Raises:
-            MolaError: they do not fit the number of layers, or each other.
+            MolaError: the notations do not fit the number of layers, or each other.
         """
+        if config.has_default_num_experts and config.num_experts == DEFAULT_NUM_EXPERTS:
+            config.num_experts = default_num_experts(num_layers)
         names = ("num_experts", "top_k", "r")
-        lists = cls(*(resolve_per_layer(getattr(config, name), num_layers, name) for name in names))
-        check_top_k(lists.num_experts, lists.top_k)
-        # A notation may be a file that is gone tomorrow.
+        numbers = cls(*(resolve_per_layer(getattr(config, name), num_layers, name) for name in names))
+        check_top_k(numbers.num_experts, numbers.top_k)
         for name in names:
-            values = getattr(lists, name)
-            is_plain = len(set(values)) == 1 and (name != "num_experts" or values[0] <= LARGEST_PLAIN_NUM_EXPERTS)
-            setattr(config, name, values[0] if is_plain else values)
-        return lists
+            values = getattr(numbers, name)
+            is_same = len(set(values)) == 1 and (name != "num_experts" or values[0] <= LARGEST_PLAIN_NUM_EXPERTS)
+            setattr(config, name, values[0] if is_same else values)
+        return numbers
 
-    def settings(self, config: MolaConfig, key: str, index: int | None) -> ExpertSettings:
-        """Settings of the module `key` in the layer `index`, None if it lies in none.
+    def settings(self, config: MolaConfig, module: str, layer_index: int | None) -> ExpertSettings:
+        """Settings of one adapted module.
+
+        Args:
+            config: the configuration of the adapter.
+            module: name of the module.
+            layer_index: its layer; None for a module outside the layers.
 
         Raises:
-            MolaError: it lies in no layer, while the layers differ; or `top_k` does not fit its experts.
+            MolaError: the module is outside the layers and the layers have different numbers, or `top_k` is above
+                the module's number of experts.
         """
         num_layers = len(self.num_experts)
         if all(len(set(values)) == 1 for values in (self.num_experts, self.top_k, self.r)):
-            position = 0
-        elif index is None or index >= num_layers:
+            layer_index = 0  # all layers are alike, so this module needs no layer
+        elif layer_index is None or layer_index >= num_layers:
             raise MolaError(
-                f"`target_modules` matches {key!r}, which lies in none of the {num_layers} decoder "
+                f"`target_modules` matches {module!r}, which lies in none of the {num_layers} decoder "
                 "layers, while `num_experts`, `top_k` or `r` differ from layer to layer. Leave it out with "
                 "`exclude_modules`, train it in full with `modules_to_save`, or give one value for all layers."
             )
-        else:
-            position = index
-        num_experts = by_pattern(config.num_experts_pattern, key, self.num_experts[position])
+        num_experts = by_pattern(config.num_experts_pattern, module, self.num_experts[layer_index])
         return ExpertSettings(
-            r=by_pattern(config.rank_pattern, key, self.r[position]),
+            r=by_pattern(config.rank_pattern, module, self.r[layer_index]),
             num_experts=num_experts,
-            top_k=top_k_of_module(num_experts, self.top_k[position], key),
-            lora_alpha=by_pattern(config.alpha_pattern, key, config.lora_alpha),
+            top_k=top_k_of_module(num_experts, self.top_k[layer_index], module),
+            lora_alpha=by_pattern(config.alpha_pattern, module, config.lora_alpha),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             router=config.router,

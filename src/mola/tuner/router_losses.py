@@ -1,8 +1,8 @@
-"""Adds the routers' balance loss and z-loss to whatever the wrapped model returns as its loss.
+"""Adds the routers' balance loss and z-loss to the loss that the wrapped model returns.
 
-Layers record their router's output while the model runs forward in training mode; hooks on the wrapped model clear
-what was recorded before, and turn it into a loss after. The weight of that loss follows the task loss: with
-`num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch weighs in by its share of the tokens,
+Layers record their router's output while the model runs forward in training mode. Hooks on the wrapped model clear
+the records before the forward pass, and turn them into a loss after it. The weight of that loss follows the task loss:
+with `num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch counts by its share of the tokens,
 otherwise by 1.
 """
 
@@ -17,10 +17,9 @@ from torch import nn
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
-from mola.tuner.added_loss import LossSigns, add_loss
 from mola.tuner.config import MolaConfig
-from mola.tuner.labels import labels_of
 from mola.tuner.layer import MolaLinear
+from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
 from mola.tuner.router_statistics import (
     RouterOutput,
     RouterStatistics,
@@ -31,26 +30,37 @@ from mola.tuner.router_statistics import (
 )
 from mola.tuner.router_warnings import RouterWarnings
 
-Stacks = list[tuple[list[int | None], RouterStatistics]]  # of routers: their decoder layers, and what they gave
+# Statistics of routers with outputs of one shape, computed together, and the decoder layer of each router.
+Stack = tuple[list[int | None], RouterStatistics]
 _ATTRIBUTE = "_mola_router_losses"
+# Tasks whose labels stand at the position of their token; labels of causal language models stand one position later.
+_UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# Task by `loss_type` of Transformers' models, for adapters without `task_type`; PEFT has none for masked models.
+_TASKS_OF_LOSSES = {
+    "ForMaskedLM": "FEATURE_EXTRACTION",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 class RouterLosses:
-    """Collects what routers gave in a model's training forward passes and adds their losses.
+    """Collects router outputs in a model's training forward passes, and adds their losses to the model's loss.
 
     Attributes:
+        model: the wrapped model.
         collecting: whether layers record their router's output in the current forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.collecting = False
-        self._has_outputs = False  # whether layers hold outputs of the last forward passes in training mode
+        self._has_outputs = False  # whether layers may hold outputs of an earlier forward pass
         self._attention_mask: torch.Tensor | None = None
         self._label_mask: torch.Tensor | None = None
-        self._follows_items = True  # whether the model's loss is of its share of `num_items_in_batch`
+        self._divides_by_num_items = True  # whether the model's loss is a sum divided by `num_items_in_batch`
         self._warnings = RouterWarnings()
-        self._signs = LossSigns()
+        self._likelihood_check = LikelihoodCheck()
         self._layers: list[MolaLinear] = []
         self._stacks = LayerStacks.of(model)
         self._handles = [
@@ -65,7 +75,7 @@ class RouterLosses:
 
     @classmethod
     def install(cls, model: nn.Module) -> RouterLosses:
-        """Put the hooks on `model` (once) and tell every MoLA layer about them."""
+        """Return the `RouterLosses` of a model, with new hooks if it has none, connected to all its MoLA layers."""
         losses = getattr(model, _ATTRIBUTE, None)
         if losses is None:
             losses = cls(model)
@@ -77,7 +87,7 @@ class RouterLosses:
 
     @staticmethod
     def remove(model: nn.Module) -> None:
-        """Take the hooks off `model` again."""
+        """Remove the hooks from a model, if it has any."""
         losses = getattr(model, _ATTRIBUTE, None)
         if losses is not None:
             for handle in losses._handles:
@@ -88,40 +98,42 @@ class RouterLosses:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not module.training:
-            # Without a look at every layer: this runs for each generated token, and a compiler guards what it looks at.
+            # No loop over layers: this runs for each generated token, and a compiler guards all that it reads.
             self.collecting = False
             if self._has_outputs:
                 self._clear()
             if not torch.compiler.is_compiling():
-                self._look_outside_training(kwargs)
+                self._warn_in_evaluation(kwargs)
             return
         self._clear()
         adapters = self._active_adapters()
         configs = [self._config(name) for name in adapters]
-        self.collecting = self._has_outputs = any(_wants_loss(config) for config in configs)
+        self.collecting = self._has_outputs = any(_has_router_loss(config) for config in configs)
         for name, config in zip(adapters, configs, strict=True):
-            self._warnings.look_at(name, self._layers, has_balance_loss=config.router_aux_loss_coef > 0)
+            self._warnings.check_routing(name, self._layers, has_balance_loss=config.router_aux_loss_coef > 0)
         if self.collecting:
-            self._signs.check()
+            self._likelihood_check.raise_if_violated()
             if getattr(module, "_is_replica", False):
                 raise MolaError(
                     "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
-            inputs = call_arguments(module, args, kwargs)
-            unshifted, self._follows_items = labels_of(self.model, [config.task_type for config in configs])
-            self._set_masks(inputs, unshifted=unshifted)
+            tasks = {config.task_type or _task_of_model(self.model) for config in configs}
+            has_shifted_labels = tasks.isdisjoint(_UNSHIFTED_TASKS)
+            is_divided = "SEQ_2_SEQ_LM" in tasks and _uses_loss_function(self.model)
+            self._divides_by_num_items = has_shifted_labels or is_divided
+            self._set_masks(call_arguments(module, args, kwargs), has_shifted_labels)
 
-    def _look_outside_training(self, kwargs: dict[str, Any]) -> None:
+    def _warn_in_evaluation(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
-        self._warnings.look_outside_training(names, self._layers)
-        # Last what costs something: this runs for each generated token, which has no gradients.
+        self._warnings.check_inference_routing(names, self._layers)
+        # Cheap conditions first: this runs for each generated token, where there are no gradients.
         if (
             torch.is_grad_enabled()
             and kwargs.get("labels") is not None
-            and any(map(_wants_loss, map(self._config, names)))
+            and any(map(_has_router_loss, map(self._config, names)))
         ):
-            self._warnings.say_left_out(self._layers)
+            self._warnings.warn_untrained_experts(self._layers)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.collecting:
@@ -132,8 +144,8 @@ class RouterLosses:
 
     def _clear(self) -> None:
         for layer in self._layers:
-            # Also drops what a recomputation under gradient checkpointing stored after the last forward. A new dict,
-            # since a compiler that sees the old one cleared makes another graph for one that is empty.
+            # Also drops what a recomputation under gradient checkpointing has stored after the last forward pass. The
+            # dict is a new one: a compiler would make another graph for the old one when it is empty.
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
                 layer.router_runs = {}
@@ -143,54 +155,57 @@ class RouterLosses:
     # ------------------------------------------------------------------ the loss
 
     def weighted_loss(self) -> torch.Tensor | None:
-        """What the router losses of the last training forward pass add to a loss; None where no router has run."""
-        terms = [term for name in self._active_adapters() if (term := self._weighted_loss(name)) is not None]
+        """Balance loss and z-loss of the last training forward pass, times their coefficients; None without a router.
+
+        The sum over active adapters, a float32 scalar.
+        """
+        terms = [term for name in self._active_adapters() if (term := self._weighted_loss_of(name)) is not None]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
     def balance_loss(self, adapter_name: str) -> torch.Tensor:
         """Balance loss of the last training forward pass, before its coefficient (scalar, float32).
 
         Raises:
-            MolaError: no training forward pass with a router loss switched on has run yet.
+            MolaError: there was no training forward pass with a router loss switched on.
         """
         stacks = self._statistics(adapter_name)
         if not stacks:
             raise MolaError(
                 "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
-                "`router_z_loss_coef` above 0 and more than one expert somewhere, and ask before the next pass in eval "
-                "mode, which forgets it."
+                "`router_z_loss_coef` above 0 and more than one expert somewhere. Call this before the next pass in "
+                "eval mode, which drops the records."
             )
-        return self._reduce(adapter_name, stacks)
+        return self._reduce_balance_loss(adapter_name, stacks)
 
-    def _reduce(self, adapter_name: str, stacks: Stacks) -> torch.Tensor:
-        if self._config(adapter_name).router_aux_loss_reduction == "layer":
-            layers = defaultdict(list)
-            for indices, statistics in stacks:
-                for row, index in enumerate(indices):
-                    router = RouterStatistics(*(each[row] for each in statistics))
-                    layers[index, router.expert_counts.shape[-1]].append(router)
-            # Routers of a layer are pooled, those with as many experts; on one device, as layers may be on several.
-            per_layer = [balance_loss(pool(routers)) for routers in layers.values()]
-            total = torch.stack([each.to(per_layer[0].device) for each in per_layer]).sum()
-            # A layer without a router, since it has one expert, adds exactly 1 in the paper's code.
-            single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
-            return total + len(single - {index for index, _ in layers})
-        return _mean([balance_loss(statistics) for _, statistics in stacks])
-
-    def _weighted_loss(self, adapter_name: str) -> torch.Tensor | None:
+    def _weighted_loss_of(self, adapter_name: str) -> torch.Tensor | None:
         config = self._config(adapter_name)
         stacks = self._statistics(adapter_name)
-        if not stacks or not _wants_loss(config):
+        if not stacks or not _has_router_loss(config):
             return None
         self._refuse_reentrant_checkpointing(adapter_name)
-        loss = config.router_aux_loss_coef * self._reduce(adapter_name, stacks)
+        loss = config.router_aux_loss_coef * self._reduce_balance_loss(adapter_name, stacks)
         if config.router_z_loss_coef > 0:
             loss = loss + config.router_z_loss_coef * _mean([z_loss(statistics) for _, statistics in stacks])
         return loss
 
-    def _statistics(self, adapter_name: str) -> Stacks:
-        """Statistics of the routers that ran; those that saw as many tokens and have as many experts are one stack."""
-        alike: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
+    def _reduce_balance_loss(self, adapter_name: str, stacks: list[Stack]) -> torch.Tensor:
+        if self._config(adapter_name).router_aux_loss_reduction == "module":
+            return _mean([balance_loss(statistics) for _, statistics in stacks])
+        # "layer": pool the routers of a layer that have as many experts, then sum over layers.
+        layers = defaultdict(list)
+        for layer_indices, statistics in stacks:
+            for row, layer_index in enumerate(layer_indices):
+                router = RouterStatistics(*(each[row] for each in statistics))
+                layers[layer_index, router.expert_counts.shape[-1]].append(router)
+        per_layer = [balance_loss(pool(routers)) for routers in layers.values()]
+        total = torch.stack([each.to(per_layer[0].device) for each in per_layer]).sum()
+        # A layer with one expert has no router; it adds exactly 1 in the paper's code.
+        single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
+        return total + len(single - {layer_index for layer_index, _ in layers})
+
+    def _statistics(self, adapter_name: str) -> list[Stack]:
+        """Statistics of the routers that ran. Routers with outputs of one shape are stacked and computed together."""
+        groups: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
             if output is None:
@@ -198,18 +213,18 @@ class RouterLosses:
             shape = layer.num_experts[adapter_name], layer.top_k[adapter_name]
             runs = layer.router_runs.get(adapter_name, 1)
             key = *shape, output.logits.device, self._stacks.is_encoder(layer.layer_index), runs
-            # Numbers of tokens are compared, not looked up: compiled code would be made anew for each of them.
-            same = [each for each in alike[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
+            # The number of tokens is compared and not part of the key: a compiler would make a graph for each number.
+            same = [each for each in groups[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
             if not same:
                 same = [[]]
-                alike[key] += same
+                groups[key] += same
             same[0].append((layer.layer_index, output))
         stacks = []
-        for runs, routers in ((key[-1], each) for key, found in alike.items() for each in found):
-            indices, outputs = zip(*routers, strict=True)
+        for runs, routers in ((key[-1], each) for key, found in groups.items() for each in found):
+            layer_indices, outputs = zip(*routers, strict=True)
             stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
-            mask = self._token_mask(adapter_name, stacked.logits.shape[1], indices[0], runs)
-            stacks.append((list(indices), router_statistics(stacked, mask)))
+            mask = self._token_mask(adapter_name, stacked.logits.shape[1], layer_indices[0], runs)
+            stacks.append((list(layer_indices), router_statistics(stacked, mask)))
         return stacks
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
@@ -228,15 +243,13 @@ class RouterLosses:
     # ------------------------------------------------------------------ into the model's output
 
     def _attach(self, output: Any, loss: torch.Tensor, inputs: dict[str, Any]) -> Any:
+        """The model's output with `loss` added, whatever kind of output it is; a warning if it has no loss."""
         log_probs = getattr(output, "log_probs", None)
         if torch.is_tensor(log_probs):
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
-            output.log_probs = add_loss(log_probs, loss, getattr(output, "label_mask", None), self._signs)
-        num_items = inputs.get("num_items_in_batch")
-        # Models of other tasks take it too, and leave their loss as it is.
-        is_followed = num_items is not None and self._label_mask is not None and self._follows_items
-        share = cast(Any, self._label_mask).sum() / num_items if is_followed else 1.0
-        weighted = loss * (share.to(loss.device) if isinstance(share, torch.Tensor) else share)
+            label_mask = getattr(output, "label_mask", None)
+            output.log_probs = add_loss_to_log_probs(log_probs, loss, label_mask, self._likelihood_check)
+        weighted = loss * self._share_of_tokens(inputs.get("num_items_in_batch"), loss.device)
         if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
             output.loss = output.loss + weighted.to(output.loss.device)
         elif isinstance(output, dict) and torch.is_tensor(output.get("loss")):
@@ -253,15 +266,23 @@ class RouterLosses:
             )
         return output
 
-    def _set_masks(self, inputs: dict[str, Any], *, unshifted: bool) -> None:
+    def _share_of_tokens(self, num_items: Any, device: torch.device) -> Any:
+        """Trained tokens of this micro-batch / tokens of the whole batch; 1 if the model's loss is not divided so."""
+        if num_items is None or self._label_mask is None or not self._divides_by_num_items:
+            return 1.0
+        share = self._label_mask.sum() / num_items
+        return share.to(device) if isinstance(share, torch.Tensor) else share
+
+    def _set_masks(self, inputs: dict[str, Any], has_shifted_labels: bool) -> None:
         attention_mask, labels = inputs.get("attention_mask"), inputs.get("labels")
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             self._attention_mask = attention_mask.bool()
         if torch.is_tensor(labels) and labels.dim() == 2:
             mask = labels.ne(-100)
-            # Position t predicts token t + 1: it counts when that token does. The last one predicts nothing.
-            self._label_mask = mask if unshifted else torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
-        elif inputs.get("shift_labels") is not None:  # alone: beside labels they may be of `logits_to_keep` only
+            if has_shifted_labels:  # position t predicts the label at t + 1, and the last position predicts none
+                mask = torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
+            self._label_mask = mask
+        elif inputs.get("shift_labels") is not None:  # beside `labels` they may be those of `logits_to_keep` only
             self._label_mask = inputs["shift_labels"].ne(-100)
 
     def _token_mask(
@@ -269,24 +290,24 @@ class RouterLosses:
     ) -> torch.Tensor | None:
         """The `(num_tokens,)` mask of counted tokens, or None when all count.
 
-        The "layer" reduction counts padding, as the paper's code does. A module that sees another
-        number of tokens than the mask has (experts of a MoE base) counts all of its own. One that runs several times
-        in a forward pass (ALBERT's) sees the tokens as often.
+        The "layer" reduction counts padding, as the paper's code does. A module with another number of tokens than
+        the mask (an expert of a MoE base) counts all of its tokens. A module that runs `runs` times in a forward pass
+        (ALBERT's layers) has the tokens of the mask as many times.
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
-        # The attention mask is of the encoder's tokens, which cross attention reads too; labels are the decoder's.
-        both = (self._attention_mask, self._label_mask)
-        in_encoder = bool(self._stacks.num_encoder_layers) and self._stacks.is_encoder(layer_index)
-        found = [mask for mask in (both[:1] if in_encoder else both) if mask is not None]
-        masks = [m.reshape(-1).repeat(runs) for m in found if num_tokens == runs * m.numel()]
-        if self._stacks.num_encoder_layers:
-            masks = masks[-1:]
-        if not masks:
+        # In an encoder-decoder the attention mask is that of the encoder's tokens, the labels are the decoder's.
+        has_encoder = bool(self._stacks.num_encoder_layers)
+        masks = [self._attention_mask]
+        if not (has_encoder and self._stacks.is_encoder(layer_index)):
+            masks.append(self._label_mask)
+        known = [mask for mask in masks if mask is not None]
+        fitting = [mask.reshape(-1).repeat(runs) for mask in known if num_tokens == runs * mask.numel()]
+        if has_encoder:
+            fitting = fitting[-1:]
+        if not fitting:
             return None
-        return masks[0] if len(masks) == 1 else masks[0] * masks[1].to(masks[0].device)
-
-    # ------------------------------------------------------------------ small things
+        return fitting[0] if len(fitting) == 1 else fitting[0] * fitting[1].to(fitting[0].device)
 
     def _config(self, adapter_name: str) -> Any:
         return cast(Any, self.model).peft_config.get(adapter_name)
@@ -299,15 +320,28 @@ class RouterLosses:
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `module`, all by name."""
+    """All arguments of a call of `module` by name."""
     if not args:
         return kwargs
     return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+
+
+def _task_of_model(model: nn.Module) -> str | None:
+    """PEFT's task type of a model; None for a causal language model, and for an unknown model."""
+    task = _TASKS_OF_LOSSES.get(getattr(model, "loss_type", None) or "")
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return task or ("SEQ_2_SEQ_LM" if is_encoder_decoder else None)
+
+
+def _uses_loss_function(model: nn.Module) -> bool:
+    """Whether an encoder-decoder divides its loss as causal models do (T5Gemma); T5 and BART always take the mean."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.to(values[0].device) for each in values]).mean()
 
 
-def _wants_loss(config: MolaConfig) -> bool:
+def _has_router_loss(config: MolaConfig) -> bool:
     return config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0

@@ -1,4 +1,4 @@
-"""What a router did in one forward pass, reduced to sums that can be pooled and turned into losses."""
+"""Output of routers in one forward pass, its sums over tokens, and the losses of these sums."""
 
 from __future__ import annotations
 
@@ -10,38 +10,45 @@ from torch import nn
 
 
 class RouterOutput(NamedTuple):
-    """What a router gave for `N` tokens: logits `(N, E)` and chosen experts `(N, top_k)`; of several `(R, N, ...)`."""
+    """Output of one router for `N` tokens, or of `R` routers with a leading dimension `R`.
+
+    Attributes:
+        logits: `(N, E)`.
+        expert_indices: chosen experts `(N, top_k)`.
+    """
 
     logits: torch.Tensor
     expert_indices: torch.Tensor
 
 
 class RouterCollector(Protocol):
-    """Reads `MolaLinear.router_outputs` after a forward pass of `model` if it is `collecting`: `RouterLosses`."""
+    """`RouterLosses` as a layer sees it: while `collecting`, layers keep their router's output for it."""
 
     model: nn.Module
     collecting: bool
 
 
 class RouterObserver(Protocol):
-    """A recorder of router outputs in training."""
+    """A recorder of router outputs in training, see `mola.insight`."""
 
     @property
     def collecting(self) -> bool:
         """Whether this forward pass is recorded."""
 
-    def see(self, adapter_name: str, output: RouterOutput) -> None:
-        """Is told what a router gave, at every call of its layer."""
+    def observe(self, adapter_name: str, output: RouterOutput) -> None:
+        """Receive the router's output of one call of a layer."""
 
 
 class RouterStatistics(NamedTuple):
     """Sums over the counted tokens of one router; sums of several routers with equal `E` may be added.
 
+    All are float32. Statistics of `R` routers have a leading dimension `R`.
+
     Attributes:
-        expert_counts: how often each expert was chosen, float32 `(E,)`, without gradient; of `R` routers `(R, E)`.
-        probability_sum: softmax over all experts, summed over tokens, float32 `(E,)`, or `(R, E)`.
-        z_sum: squared log-sum-exp of the logits, summed over tokens, float32 scalar, or `(R,)`.
-        num_tokens: counted tokens, float32 scalar, or `(R,)`.
+        expert_counts: how often each expert was chosen, `(E,)`, without gradient.
+        probability_sum: softmax over all experts, summed over tokens, `(E,)`.
+        z_sum: squared log-sum-exp of the logits, summed over tokens, scalar.
+        num_tokens: counted tokens, scalar.
     """
 
     expert_counts: torch.Tensor
@@ -54,7 +61,7 @@ def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = No
     """Reduce the output of one router, or of several, to sums over the tokens.
 
     Args:
-        output: logits and choices.
+        output: logits and chosen experts.
         token_mask: `(N,)`, 1 for tokens that count; None counts all.
     """
     logits = output.logits
@@ -72,19 +79,19 @@ def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = No
 
 
 def pool(statistics: Iterable[RouterStatistics]) -> RouterStatistics:
-    """Add up the sums of several routers with the same number of experts."""
+    """Sum of the statistics of several routers with the same number of experts."""
     return RouterStatistics(*(torch.stack(column).sum(0) for column in zip(*statistics, strict=True)))
 
 
 def balance_loss(statistics: RouterStatistics) -> torch.Tensor:
-    r"""Switch load-balancing loss of each router (or of several pooled ones).
+    r"""Load-balancing loss of each router, or of pooled routers.
 
         loss = E * sum_e f_e P_e
 
     with `f_e` the share of all assignments that went to expert `e` (no gradient) and `P_e` its mean
     probability: 1 when perfectly even, at most E. 0 when no token counts.
 
-    Source: Fedus et al. 2021, equations 4 to 6, with top_k assignments per token.
+    Source: Switch Transformers (Fedus et al. 2021), equations 4 to 6, with `top_k` assignments per token.
     """
     num_experts = statistics.expert_counts.shape[-1]
     share = statistics.expert_counts / statistics.expert_counts.sum(-1, keepdim=True).clamp(min=1.0)

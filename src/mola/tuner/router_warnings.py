@@ -1,4 +1,4 @@
-"""What is said, once, about routers that do not learn as they should."""
+"""Warnings about routers that do not learn as they should; each is given once per model."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 from mola.tuner.layer import MolaLinear
 
-_HALF = (torch.bfloat16, torch.float16)
-_LEFT_OUT = "evaluation"
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
+_UNTRAINED = "untrained experts"
 
 
 class RouterWarnings:
-    """Warnings about the routers of a model in training; each comes once."""
+    """Checks of a model's routers that warn once."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
-        # Of adapters outside of training: a layer with a router, and the dtype that it had.
-        self._looked_at: dict[str, tuple[MolaLinear | None, torch.dtype | None]] = {}
+        # Per adapter in inference: one layer with a router, and the dtype that this router had.
+        self._inference_dtypes: dict[str, tuple[MolaLinear | None, torch.dtype | None]] = {}
 
-    def look_at(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
-        """Warn of a router that learns nothing, or rounds what it learns.
+    def check_routing(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
+        """Warn if the routers of an adapter in training get no gradient, or are trained in half precision.
 
         Args:
-            adapter_name: of these.
-            layers: of the model.
-            has_balance_loss: whether that is switched on.
+            adapter_name: the adapter.
+            layers: the layers of the model.
+            has_balance_loss: whether the balance loss is switched on.
         """
         routed = [layer for layer in layers if layer.num_experts.get(adapter_name, 1) > 1]
         if not has_balance_loss and any(layer.top_k[adapter_name] == 1 for layer in routed):
@@ -37,49 +37,57 @@ class RouterWarnings:
                 "router no gradient and it never learns. Set `router_aux_loss_coef` (e.g. 1e-3) or `top_k=2`.",
             )
         router = routed[0].mola_router[adapter_name] if routed else None
-        if router is not None and router.requires_grad and router.dtype in _HALF:
+        if router is not None and router.requires_grad and router.dtype in _HALF_PRECISION:
             self.warn_once(
                 f"dtype {adapter_name}",
                 f"The routers of adapter {adapter_name!r} are trained in {router.dtype}: something has cast them, as "
-                "TRL does with trained weights of a 4- or 8-bit base. Small updates are rounded away, also in what is "
-                "saved.",
+                "TRL does with trained weights of a 4- or 8-bit base. Small updates are rounded away, also in the "
+                "saved adapter.",
             )
 
-    def look_outside_training(self, adapter_names: Sequence[str], layers: Sequence[MolaLinear]) -> None:
-        """Warn of routers that something has rounded, once an adapter is used; arguments as those of `look_at`."""
+    def check_inference_routing(self, adapter_names: Sequence[str], layers: Sequence[MolaLinear]) -> None:
+        """Warn if something has cast the routers of an adapter to half precision.
+
+        All routers are checked at the first call, and again when the dtype of one router has changed.
+
+        Args:
+            adapter_names: the active adapters.
+            layers: the layers of the model.
+        """
         for name in adapter_names:
-            first, before = self._looked_at.get(name) or (_with_router(name, layers), None)
-            now = first.mola_router[name].dtype if first is not None and name in first.mola_router else None
-            if name in self._looked_at and now is before:
+            is_known = name in self._inference_dtypes
+            layer, known_dtype = self._inference_dtypes.get(name) or (_first_with_router(name, layers), None)
+            dtype = layer.mola_router[name].dtype if layer is not None and name in layer.mola_router else None
+            if is_known and dtype is known_dtype:
                 continue
-            self._looked_at[name] = first, now
+            self._inference_dtypes[name] = layer, dtype
             dtypes = [each.mola_router[name].dtype for each in layers if name in each.mola_router]
-            rounded = next((each for each in dtypes if each in _HALF), None)
+            rounded = next((each for each in dtypes if each in _HALF_PRECISION), None)
             if rounded is not None:
                 self.warn_once(
                     f"dtype {name}",
                     f"The routers of adapter {name!r} are in {rounded}: something has cast them, as `model.half()` and "
-                    "`model.to(dtype)` do. Some tokens may get other experts, and saving keeps what was rounded. Load "
-                    "the base model in that dtype instead.",
+                    "`model.to(dtype)` do. Some tokens may get other experts, and saving keeps the rounded values. "
+                    "Load the base model in that dtype instead.",
                 )
 
-    def say_left_out(self, layers: Sequence[MolaLinear]) -> None:
-        """Warn where routers would be trained in a call that leaves their losses out."""
-        if _LEFT_OUT in self._given:  # before a look at every layer
+    def warn_untrained_experts(self, layers: Sequence[MolaLinear]) -> None:
+        """Warn of a call with labels and gradients in evaluation mode, which ignores the losses of trained routers."""
+        if _UNTRAINED in self._given:  # avoids the loop over all layers
             return
-        if any(each.requires_grad for layer in layers for each in layer.mola_router.values()):
+        if any(router.requires_grad for layer in layers for router in layer.mola_router.values()):
             self.warn_once(
-                _LEFT_OUT,
+                _UNTRAINED,
                 "The base model is in evaluation mode, so the losses of its routers are left out of the loss. Call "
                 "`model.train()` to train, or compute under `torch.no_grad()` to evaluate.",
             )
 
     def warn_once(self, key: str, message: str) -> None:
-        """Give a warning, unless one with this key was given."""
+        """Give a warning, unless one with this key was given before."""
         if key not in self._given:
             self._given.add(key)
             warnings.warn(message, stacklevel=3)
 
 
-def _with_router(adapter_name: str, layers: Sequence[MolaLinear]) -> MolaLinear | None:
-    return next((each for each in layers if adapter_name in each.mola_router), None)
+def _first_with_router(adapter_name: str, layers: Sequence[MolaLinear]) -> MolaLinear | None:
+    return next((layer for layer in layers if adapter_name in layer.mola_router), None)

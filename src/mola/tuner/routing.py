@@ -1,7 +1,7 @@
-"""From router logits to gates: the one place that knows how experts are chosen, and the gradient of it.
+"""From router logits to gates: how experts are chosen, and the gradient of the choice.
 
-A router is a function of logits in `ROUTERS`, its gradient is found by autograd. That of `top_k_softmax` is written
-out, and native backends compute this router only.
+A router is a function of logits in the table `ROUTERS`. Autograd computes its gradient. The gradient of
+`top_k_softmax`, the only router that native backends compute, is also written out.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-_FEW_TOKENS = 32  # up to which one sort takes less time than `top_k` passes over the experts
+_FEW_TOKENS = 32  # up to this many tokens one sort is faster than `top_k` passes over the experts
 
 
 class Routing(NamedTuple):
-    """What a router decided for `N` tokens; `(top_k, N)` where logits have experts first.
+    """Chosen experts of `N` tokens and their gates; both are `(top_k, N)` if the logits are `(E, N)`.
 
     Attributes:
-        expert_indices: chosen experts, largest logit first, integers `(N, top_k)`; all experts in their own order
-            where there is nothing to choose.
-        routing_weights: gates of the chosen experts, float32 `(N, top_k)`, each row sums to 1.
+        expert_indices: chosen experts, integers `(N, top_k)`: largest logit first, or in the order of the experts if
+            all are chosen.
+        routing_weights: gates of the chosen experts, float32 `(N, top_k)`; each row sums to 1.
     """
 
     expert_indices: torch.Tensor
@@ -29,16 +29,16 @@ class Routing(NamedTuple):
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Router logits `x Wr^T` in float32 (float64 for float64 input), whatever autocast is around.
+    """Router logits `x Wr^T` in float32 (float64 for float64 input), also under autocast.
 
-    In bfloat16 near-ties fall the other way and some tokens would pick other experts.
+    In bfloat16, rounding would reorder nearly equal logits, and some tokens would get other experts.
 
     Args:
         hidden_states: `(..., in)`.
         weight: `(E, in)`.
 
     Returns:
-        float32 `(N, E)` with the leading dimensions flattened.
+        float32 `(N, E)`, where `N` is the product of the leading dimensions.
     """
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -50,7 +50,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`router_logits` with experts first, `(E, N)`, for code that autograd does not record.
+    """`router_logits` as `(E, N)`, for code that autograd does not record.
 
     Args:
         tokens: `(N, in)`.
@@ -58,7 +58,7 @@ def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     logits = torch.empty(weight.shape[0], tokens.shape[0], dtype=dtype, device=tokens.device)
-    # Autocast leaves operators with `out` alone.
+    # Autocast does not change operators with `out`.
     return torch.mm(weight.to(dtype), tokens.to(dtype).t(), out=logits)
 
 
@@ -67,8 +67,8 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
 
         p = softmax(z),   S = the top_k largest,   g_e = p_e / sum_{S} p    (paper, section 3.1)
 
-    Renormalised probabilities equal the softmax over the chosen logits, which is what is computed.
-    Of equal logits the lower index is chosen, so that every device and batch size agrees.
+    Renormalised probabilities equal the softmax over the chosen logits, which this function computes.
+    Of equal logits the one with the lower index is chosen, on every device and for every batch size.
 
     Args:
         logits: float32 `(N, E)`, or `(E, N)` with `dim=0`.
@@ -77,8 +77,8 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
     """
     if top_k == logits.shape[dim]:
         shape = (-1, 1) if dim == 0 else (1, -1)
-        everyone = torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
-        return Routing(everyone, torch.softmax(logits, dim))
+        all_experts = torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
+        return Routing(all_experts, torch.softmax(logits, dim))
     largest, expert_indices = _largest(logits, top_k, dim)
     return Routing(expert_indices, torch.softmax(largest, dim))
 
@@ -89,17 +89,17 @@ ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax}
 
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
-    """Gates of all experts, zero where not chosen: float32, `num_experts` of them along `dim`."""
+    """Gates of all experts along `dim`, zero for experts that were not chosen: float32 `(N, E)`, or `(E, N)`."""
     indices, weights = routing
     shape = [num_experts if size == dim % 2 else weights.shape[size] for size in range(2)]
     return weights.new_zeros(shape).scatter_(dim, indices, weights)
 
 
 def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of all experts, as `dense_gates`, and the chosen ones, by a router of `ROUTERS`."""
+    """Gates of all experts, as `dense_gates` returns them, and the chosen experts, by a router of `ROUTERS`."""
     expert_indices, weights = routing = ROUTERS[router](logits, top_k, dim)
     num_experts = logits.shape[dim]
-    # Where the default router chooses all, they are in their own order.
+    # The default router returns all experts in their order, so that its gates need no scatter.
     in_order = router == DEFAULT_ROUTER and top_k == num_experts
     return weights if in_order else dense_gates(routing, num_experts, dim), expert_indices
 
@@ -111,19 +111,19 @@ def top_k_softmax_backward(
     grad_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the logits through `top_k_softmax`, experts first.
+    """Gradient of the loss with respect to the logits, through `top_k_softmax`; experts are the first dimension.
 
-    With `w_e = scaling g_e`, and `v_e` the gradient of `log g_e`, which is `<t_e, a_e>` for what expert `e` gives `a_e`
-    (gate and scaling included) and its gradient `t_e`:
+    Let `a_e` be the output of expert `e`, gate and scaling included, and `t_e` the gradient of the loss with respect to
+    it. Then `v_e = <t_e, a_e>` is the gradient with respect to `log g_e`, and
 
-        dz_e = v_e - g_e sum_e v_e
+        dz_e = v_e - g_e * sum_e v_e
 
     Args:
         agreement: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; it may be overwritten.
-        weights: `w`, of the same shape.
-        scaling: what gates were multiplied by.
-        grad_logits: what losses of the router add, of the same shape.
-        out: where the result is written to.
+        weights: `scaling * g`, same shape.
+        scaling: the scaling of the adapter.
+        grad_logits: gradient of the router losses, same shape.
+        out: tensor that receives the result.
     """
     mean = agreement.sum(0, keepdim=True)
     if grad_logits is not None:
@@ -132,10 +132,10 @@ def top_k_softmax_backward(
 
 
 def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: torch.Tensor) -> torch.Tensor:
-    """The same through any router of `ROUTERS`, by autograd through its gates, of which `v_e / g_e` is the gradient.
+    """As `top_k_softmax_backward`, for any router: autograd through its gates, whose gradient is `v_e / g_e`.
 
     Args:
-        router: its name.
+        router: name in `ROUTERS`.
         logits: `(E, N)`.
         top_k: experts per token.
         agreement: `v`, `(E, N)`.
@@ -144,29 +144,29 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: to
         logits = logits.detach().requires_grad_()
         routing = ROUTERS[router](logits, top_k, 0)
     gates, chosen = routing.routing_weights, agreement.gather(0, routing.expert_indices)
-    of_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 gives nothing
-    return torch.autograd.grad(gates, logits, of_gates)[0]
+    grad_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 has no output
+    return torch.autograd.grad(gates, logits, grad_gates)[0]
 
 
 def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits along `dim` and where they are, the largest first; of equal ones the first.
+    """The `count` largest logits along `dim` and their indices, largest first, of equal logits the lowest index first.
 
-    Not torch.topk, which leaves the order among ties open; max returns the first of equal values.
+    `torch.topk` does not define the order of equal values. `sort(stable=True)` and `max` do.
     """
     if not torch.compiler.is_compiling() and logits.shape[1 - dim % 2] <= _FEW_TOKENS:
-        values, places = torch.sort(logits, dim=dim, descending=True, stable=True)
-        return values.narrow(dim, 0, count), places.narrow(dim, 0, count)
+        values, order = torch.sort(logits, dim=dim, descending=True, stable=True)
+        return values.narrow(dim, 0, count), order.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
-    rest = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # -inf is for those that are chosen
+    remaining = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # -inf marks chosen experts
     for _ in range(count):
         if indices:
-            rest = rest.scatter(dim, indices[-1], float("-inf"))
-        indices.append(rest.max(dim, keepdim=True).indices)
+            remaining = remaining.scatter(dim, indices[-1], float("-inf"))
+        indices.append(remaining.max(dim, keepdim=True).indices)
     expert_indices = torch.cat(indices, dim)
     return logits.gather(dim, expert_indices), expert_indices
 
 
 def jitter(hidden_states: torch.Tensor, noise: float) -> torch.Tensor:
     """Multiply by uniform noise from `[1 - noise, 1 + noise]` (Switch Transformers, section 2.2)."""
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # bfloat16 knows hardly a number so near to 1
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # bfloat16 has few numbers near 1
     return hidden_states * torch.empty_like(hidden_states, dtype=dtype).uniform_(1.0 - noise, 1.0 + noise)

@@ -9,66 +9,89 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mola.errors import MolaError
+from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
 
-_HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds them by the task, whatever the model has
+# PEFT adds these heads by the task, whether or not the model has them.
+_HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
+_HEADS_OF_TASKS: dict[Any, tuple[str, ...]] = {
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Heads of sequence classifiers that PEFT does not know.
+_OTHER_HEADS = ("classification_head", "logits_proj")
 
 
-def resolved(names: Sequence[str] | None, modules: Mapping[str, nn.Module], *, is_new: bool) -> list[str] | None:
-    """The names as PEFT has to have them: whole ones where a part of a `MolaLinear` ends alike, as `router` does.
+def add_task_heads(model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
+    """Add the heads of a configuration's task to its `modules_to_save`, since they start with random values.
+
+    PEFT adds heads to the configuration that the user passed, of which `MolaModel` has made its copy before.
+
+    Args:
+        model: the base model.
+        config: the copy; it is changed.
+        is_new: whether the adapter is new; a saved one has all its heads in `modules_to_save`.
+    """
+    heads = _HEADS_OF_TASKS.get(config.task_type, ())
+    if config.task_type == "SEQ_CLS" and is_new:
+        heads = tuple(name for name in _OTHER_HEADS if hasattr(model, name))
+    missing = [name for name in heads if name not in (config.modules_to_save or ())]
+    if missing:
+        config.modules_to_save = [*(config.modules_to_save or ()), *missing]
+
+
+def resolve_modules_to_save(
+    names: Sequence[str] | None, modules: Mapping[str, nn.Module], *, is_new: bool
+) -> list[str] | None:
+    """`modules_to_save` for one model: names that would also match a part of a `MolaLinear` become whole names.
+
+    A module called `router` is an example: PEFT would match `mola_router` too.
 
     Args:
         names: `modules_to_save` of a configuration.
         modules: of the model, by name.
-        is_new: whether the adapter is not one that was saved, whose file says what it has trained.
+        is_new: whether the adapter is new; the file of a saved one shows what it has trained.
 
     Raises:
-        MolaError: a name that is at the end of no module's.
+        MolaError: a name matches no module, which PEFT would ignore.
     """
     if names is None:
         return None
     own = [name for name in modules if ".mola_" not in f".{name}"]
-    missing = [name for name in names if name not in _HEADS and not any(each.endswith(name) for each in own)]
+    missing = [name for name in names if name not in _HEADS_OF_PEFT and not any(each.endswith(name) for each in own)]
     if missing and is_new:
-        last = sorted({name.rpartition(".")[2] for name in own if name and not name.rpartition(".")[2].isdigit()})
+        last_parts = {name.rpartition(".")[2] for name in own}
+        known = ", ".join(sorted(part for part in last_parts if part and not part.isdigit()))
         raise MolaError(
             f"`modules_to_save` must all exist in the model, these do not: {', '.join(missing)}. Modules of this "
-            f"model: {', '.join(last)}."
+            f"model: {known}."
         )
     found: list[str] = []
     for name in names:
-        is_ours = any(part.endswith(name) for part in MolaLinear.adapter_layer_names)
-        found += [each for each in own if each.endswith(name) and not _wrapper_of(each, modules)] if is_ours else [name]
+        is_ambiguous = any(part.endswith(name) for part in MolaLinear.adapter_layer_names)
+        whole_names = [each for each in own if each.endswith(name) and not trained_in_full(each, modules)]
+        found += whole_names if is_ambiguous else [name]
     return found
 
 
-def check_not_inside(adapted: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse linears inside of what another adapter trains in full: PEFT saves neither then.
+def trained_in_full(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Name of the module around this one that an adapter trains in full; None if there is none."""
+    parts = name.split(".")
+    parents = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((each for each in parents if isinstance(modules.get(each), AuxiliaryTrainingWrapper)), None)
 
-    Raises:
-        MolaError: one of the names `adapted` is such a linear's.
+
+def tie_saved_embeddings(model: Any, configs: Iterable[Any], tied_weight_keys: Collection[str]) -> None:
+    """For `ensure_weight_tying`: train the input embeddings in full, and tie the modules that share their weight.
+
+    Args:
+        model: the base model.
+        configs: configurations of the adapter, which are changed.
+        tied_weight_keys: names of the tied modules, from PEFT.
     """
-    for name in adapted:
-        if wrapper := _wrapper_of(name, modules):
-            raise MolaError(
-                f"`target_modules` matches {name!r}, which lies in {wrapper!r}: another adapter trains that in full "
-                "(`modules_to_save`), and neither could be saved. Leave it out with `exclude_modules`."
-            )
-
-
-def tie(model: Any, configs: Iterable[Any], tied_weight_keys: Collection[str]) -> None:
-    """For `ensure_weight_tying`: the embeddings are trained, and what is tied to them is tied again."""
     embedding = model.get_input_embeddings()
     source = next(name for name, module in model.named_modules() if module is embedding)
     for config in configs:
-        saved = config.modules_to_save
-        tied = [name for name in saved if any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
-        config.modules_to_save = [*(name for name in saved if name not in tied), source]
+        untied = [n for n in config.modules_to_save if not any(f".{key}".endswith(f".{n}") for key in tied_weight_keys)]
+        config.modules_to_save = [*untied, source]
         config.modules_to_tie = set(tied_weight_keys)
-
-
-def _wrapper_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module around this one that an adapter trains in full; None if there is none."""
-    parts = name.split(".")
-    above = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return next((each for each in above if isinstance(modules.get(each), AuxiliaryTrainingWrapper)), None)

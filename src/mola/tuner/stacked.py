@@ -1,4 +1,4 @@
-"""`StackedParameters`: a base model's own experts, stacked in one parameter, with one LoRA for each of them."""
+"""`StackedParameters`: a base model's own experts, stacked in one parameter, each with one LoRA."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from mola.architecture.targets import StackShape, is_transposed
+from mola.architecture.allocation import StackShape
+from mola.architecture.targets import is_transposed
 from mola.errors import MolaError
 from mola.tuner.initialization import initialize
-from mola.tuner.layer import ExpertSettings, offloaded
+from mola.tuner.layer import ExpertSettings, offloaded_error
 
 
 class StackedParameters(nn.Module, BaseTunerLayer):
-    r"""A module that computes with its parameters changed, as by the `target_parameters` of PEFT's LoRA.
+    r"""A module whose parameters get an update for the forward pass, as by the `target_parameters` of PEFT's LoRA.
 
-    A parameter with the weights `W_n` of `N` experts, which the base model's own router chooses, is in the module's
-    forward pass
+    A parameter stacks the weights `W_n` of the base model's own `N` experts. In the forward pass they are
 
         W_n + (lora_alpha / r) * B_n A_n
 
-    There is no mixture and no router here: a weight is the same for all tokens.
+    The base model's router chooses among them. There is no mixture and no router of mola: the weights are the same for
+    all tokens.
 
     Parameters per adapter `a` and parameter `p`: `mola_A_p[a]: (N, r, in)` and `mola_B_p[a]: (N, r, out)`.
     """
 
     other_param_names = ("settings",)
-    cast_input_dtype_enabled = True  # PEFT asks every layer for it; weights have no input to cast
-    mixed_batch: Any = None  # set in calls with `adapter_names`, none of which has weights here
+    cast_input_dtype_enabled = True  # PEFT reads it from every layer
+    mixed_batch: Any = None  # set during calls with `adapter_names`, in which no adapter here may take part
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, stack: StackShape, settings: ExpertSettings, *, inference_mode: bool = False
     ) -> None:
-        """Add the LoRAs of one adapter for one parameter; `settings` count experts of ours, which is one."""
+        """Add the LoRAs of one adapter for one parameter; `settings.num_experts` is 1."""
         self.settings.setdefault(adapter_name, {})[stack.parameter] = settings
         for part, features in (("A", stack.in_features), ("B", stack.out_features)):
             name = f"mola_{part}_{stack.parameter}"
@@ -57,7 +58,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         initialize(settings.init_lora_weights, A, B, None, self.base_layer)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = getattr(self.base_layer, stack.parameter).dtype
-        for part in "AB":  # PEFT's are in the base's dtype, too, until it casts them
+        for part in "AB":  # as in PEFT, which may cast them later
             held = getattr(self, f"mola_{part}_{stack.parameter}")
             held[adapter_name] = nn.Parameter(held[adapter_name].detach().to(dtype))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -83,31 +84,32 @@ class StackedParameters(nn.Module, BaseTunerLayer):
             self.unmerge()
         weights: dict[str, torch.Tensor] = {}
         if not (self.disable_adapters or self.merged or self.mixed_batch is not None):
-            self._check_there()
+            self._check_not_offloaded()
             for name in self.active_adapters:
-                weights |= self._changed(name, weights)
+                weights |= self._updated(name, weights)
         if not weights:
             return self.base_layer(*args, **kwargs)
         return torch.func.functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
 
-    def _check_there(self) -> None:
+    def _check_not_offloaded(self) -> None:
+        # accelerate's hook would replace the updated weights by those of the base, without an error.
         is_active = any(name in self.settings for name in self.active_adapters)
         if is_active and hasattr(self.base_layer, "_hf_hook") and any(each.is_meta for each in self.parameters()):
-            raise offloaded()
+            raise offloaded_error()
 
-    def _changed(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
-        """The parameters of one adapter with its update; those in `weights` come in place of the base's."""
-        changed = {}
+    def _updated(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
+        """Parameters with the update of one adapter added to `weights`, or to the base's where these lack one."""
+        updated = {}
         for parameter, settings in self.settings.get(adapter_name, {}).items():
             weight = weights.get(parameter, getattr(self.base_layer, parameter))
             A, B = (factor.to(weight.dtype) for factor in self._factors(adapter_name, parameter))
             left, right = (A, B) if is_transposed(self.base_layer, weight) else (B, A)
             stack = weight.view(len(A), left.shape[2], right.shape[2])
-            # Under autocast the product would come back in another format than the parameter's.
+            # Autocast would change the dtype of the product.
             with contextlib.nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
                 update = torch.baddbmm(stack, left.transpose(1, 2), right, alpha=sign * settings.scaling)
-            changed[parameter] = update.view_as(weight)
-        return changed
+            updated[parameter] = update.view_as(weight)
+        return updated
 
     # ------------------------------------------------------------------ merging
 
@@ -120,7 +122,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
-                merged = self._changed(name, {})
+                merged = self._updated(name, {})
                 if safe_merge and not all(torch.isfinite(weight).all() for weight in merged.values()):
                     raise MolaError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken.")
                 self._write(merged)
@@ -128,11 +130,11 @@ class StackedParameters(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged updates out of the base's parameters again."""
+        """Subtract all merged updates from the base's parameters."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self._write(self._changed(self.merged_adapters.pop(), {}, sign=-1))
+            self._write(self._updated(self.merged_adapters.pop(), {}, sign=-1))
 
     def _write(self, weights: dict[str, torch.Tensor]) -> None:
         for parameter, weight in weights.items():

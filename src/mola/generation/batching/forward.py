@@ -67,7 +67,7 @@ class Adapters:
     def _can_mix(self) -> bool:
         if prompt_learning(self.model) or why_not_mixed(self.model.base_model) is not None:
             return False
-        if RowAdapters.suits(self.model.base_model):
+        if RowAdapters.supports(self.model.base_model):
             return True
         # PEFT's own refuses some models, such as those that pass layers all tokens in one dimension: found by trying.
         names = [*self.model.peft_config, BASE]
@@ -111,7 +111,7 @@ class Adapters:
         if self._active is None:
             self._switch(next(name for name in self.model.peft_config))
         texts = [BASE if name is None else name for name in names]
-        if not RowAdapters.suits(self.model.base_model):  # PEFT's own
+        if not RowAdapters.supports(self.model.base_model):  # PEFT's own
             yield {"adapter_names": texts}
             return
         if tuple(texts) not in self._rows:
