@@ -15,10 +15,7 @@ from mola.models.base_model import check_base_model, check_own_code, load_config
 def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
     """Build a causal language model from its configuration only.
 
-    Args:
-        base_model: a folder with config.json, a config.json file, or a name on the hub.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: as in `read_config`.
+    `base_model` is a folder with config.json, a config.json file, or a name on the hub.
 
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
@@ -39,11 +36,7 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
 
 
 def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
-    """Number of decoder layers of a model.
-
-    Raises:
-        MolaError: it has none.
-    """
+    """Number of decoder layers of a model; raises if it has none."""
     num_layers = LayerStacks.of(model).num_layers
     if num_layers is None or num_layers < 1:
         raise MolaError(
@@ -59,16 +52,10 @@ def check_attention(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
 ) -> None:
-    """Check, before data and weights are read, that the code for attention is installed and that the model has it.
-
-    Args:
-        attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, `"flash_attention_2"` ...); None for its default.
-        base_model: folder or hub id.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder, if it is one.
+    """Check, before data and weights are read, that an attention of Transformers is installed and the model has it.
 
     Raises:
-        MolaError: it is not installed, or the model does not have it.
+        MolaError: one of these is false. None, which is Transformers' default, passes.
     """
     if attn_implementation is None:
         return
