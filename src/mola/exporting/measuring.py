@@ -20,7 +20,7 @@ from mola.data.tasks import Task
 from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
-from mola.evaluation.differences import paired_differences
+from mola.evaluation.differences import interval_over_questions
 from mola.exporting.calibration import Row, answer_mask, batches
 from mola.exporting.mixtures import Lora, Mixture, gated_hidden, replaced_by_loras
 from mola.exporting.moments import all_logits_if_head, hooked_inputs, run
@@ -208,8 +208,12 @@ def measure_accuracies(
     keys = ("accuracy", "correct", "total", "interval_95")
     accuracy = {name: {key: getattr(result, key) for key in keys} for name, result in results.items()}
     correctness = {
-        name: np.array([[sample["correct"] for sample in result.samples]], dtype=float)
+        name: np.array([sample["correct"] for sample in result.samples], dtype=float)
         for name, result in results.items()
     }
     mixture = correctness.pop("mixture")
-    return accuracy, {name: asdict(each) for name, each in paired_differences(correctness, mixture).items()}
+    differences = {
+        name: {"value": float((each - mixture).mean()), "questions_95": interval_over_questions(each, mixture)}
+        for name, each in correctness.items()
+    }
+    return accuracy, differences

@@ -1,4 +1,4 @@
-"""A training and the test that follows it: their options, going on after a stop. For commands that do several."""
+"""A training and the test that follows it, for commands that do several: options, resuming, signals."""
 
 import contextlib
 import copy
@@ -6,28 +6,25 @@ import gc
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from transformers import TrainerCallback
 
 from mola.data.read import check_split, split_names
-from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.files.reading import read_json
-from mola.files.schema import ANYTHING, FLAG, INTEGER, NUMBER, TEXT, check_form
 from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import Group, first_difference, option
+from mola.options.fields import Group, option
 from mola.training.checkpoints import find_checkpoint
 from mola.training.train import TrainOptions, train
 
 logger = logging.getLogger(__name__)
 
-# What may differ when a training goes on: places, and what changes no weight.
+# Options that may differ when a training is resumed: places, and what changes no weight.
 NOT_COMPARED = (
     "output_dir",
     "adapter",
@@ -49,15 +46,6 @@ _TEST_OPTIONS = {
     "dtype": "base_dtype",
 }
 
-_RESULT = {  # what is used of the file of a test
-    **dict.fromkeys(("correct", "total", "unanswered"), INTEGER),
-    **dict.fromkeys(("accuracy", "seconds"), NUMBER),
-    "interval_95": [NUMBER, NUMBER],
-    "samples": [{"correct": FLAG}],
-    "settings": {str: ANYTHING},
-    "data_fingerprint": TEXT,
-}
-
 
 @dataclass
 class TrainAndTestOptions(TrainOptions):
@@ -74,10 +62,10 @@ class TrainAndTestOptions(TrainOptions):
     max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
 
     def check_one_process(self, command: str, cure: str) -> None:
-        """Refuse a launcher's processes, and to be told to resume: a study of several trainings does that by itself."""
+        """Raise under a launcher of several processes, and for `resume_from_checkpoint`, which every training sets."""
         if self.resume_from_checkpoint:
             raise MolaError(
-                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no use here: the same command goes on "
+                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no effect: the same command goes on "
                 "where it stopped. Leave it out."
             )
         if self.world_size > 1:
@@ -85,7 +73,7 @@ class TrainAndTestOptions(TrainOptions):
 
 
 def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
-    """The evaluation that belongs to a training; adapter and output file are left open.
+    """Options of the evaluation after a training, without adapter and output file.
 
     Raises:
         MolaError: task or data are not named, or there is nothing to test on.
@@ -115,8 +103,12 @@ def _test_source(options: TrainAndTestOptions) -> str:
     return data
 
 
-def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCallback] = ()) -> bool:
-    """Train, from the last complete checkpoint in the folder if there is one; whether it finished without a signal."""
+def train_or_go_on(options: TrainAndTestOptions) -> bool:
+    """Train, from the last complete checkpoint in the folder if there is one.
+
+    Returns:
+        Whether the training finished; False if a signal stopped it.
+    """
     options = copy.copy(options)
     folder = Path(options.output_dir or "")
     if folder.is_dir() and any(folder.iterdir()):
@@ -126,53 +118,42 @@ def train_or_go_on(options: TrainAndTestOptions, callbacks: Sequence[TrainerCall
         except MolaError:
             logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
             options.overwrite_output_dir = True
-    result = train(options, [*callbacks, _StopIfAsked()])
+    result = train(options)
     free_memory()
-    stop_if_asked()
     return result.status == "finished"
 
 
 def free_memory() -> None:
-    """Give back what the last model took, before the next one loads: it and what watches it refer to each other."""
+    """Free the memory of the last model before the next one is loaded: reference cycles keep it until then."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def evaluate_once(options: EvaluateOptions, fingerprint: str) -> dict[str, Any]:
+def evaluate_once(options: EvaluateOptions) -> dict[str, Any]:
     """Content of the result file `options.output`, from an evaluation if there was none before.
 
-    Raises:
-        MolaError: the file is a result of something else, such as examples of another `fingerprint`, or the test
-            cannot be done.
+    The caller makes sure that an existing file is a result of the same weights, options and data.
     """
     path = Path(options.output or "")
-    if not path.exists():  # what is left of a test of other settings, or before the folder was moved, is no result
-        found = evaluate(replace(options, overwrite=True)).to_dict()
-        free_memory()
-        return found
-    try:
-        result = read_json(path)
-    except (OSError, ValueError) as error:
-        raise MolaError(f"{str(path)!r} is no result of a test ({error}). Delete it to test again.") from error
-    check_form(result, _RESULT, str(path), "It is no result of a test. Delete it to test again.")
-    old = {**result["settings"], "data": result["data_fingerprint"]}
-    new = {**asdict(options), "data": fingerprint}
-    if "task_fingerprint" in result:  # which older results lack
-        rule = load_task(options.task).fingerprint()
-        old["template or answer_pattern"], new["template or answer_pattern"] = result["task_fingerprint"], rule
-    places = ("adapter", "output", "overwrite")  # the folder may have been moved
-    key = first_difference(old, new, (key for key in new if key not in places))
-    if key is not None:
-        raise MolaError(
-            f"{str(path)!r} was made with another `{key}`: {old.get(key)!r}, now {new[key]!r}. Use the same options "
-            "and data, or delete that file to test again."
-        )
-    return result
+    if path.exists():
+        result: dict[str, Any] = read_json(path)
+        return result
+    found = evaluate(replace(options, overwrite=True)).to_dict()  # also goes on with an unfinished evaluation
+    free_memory()
+    return found
 
 
 def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
-    """Do the work of a study, with its status in the record; how it ended: "finished", or "interrupted" by a signal."""
+    """Do the work of a study and keep its status in the record.
+
+    Args:
+        work: returns whether it is finished.
+        write: writes the record with a status.
+
+    Returns:
+        "finished", or "interrupted" by a signal.
+    """
     write("running")
     try:
         return "finished" if work() else "interrupted"
@@ -183,40 +164,18 @@ def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
         raise
 
 
-_asked_to_stop = threading.Event()
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def stop_if_asked() -> None:
-    """Raise KeyboardInterrupt if a signal asked for it: what is raised while garbage is collected is lost."""
-    if _asked_to_stop.is_set():
-        raise KeyboardInterrupt
-
-
-class _StopIfAsked(TrainerCallback):
-    """For a signal that came while a training was prepared, if what it raised was lost: before the first step."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """See `stop_if_asked`."""
-        stop_if_asked()
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    _asked_to_stop.set()
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a test as Ctrl-C does, see also `stop_if_asked`; a running training has its own way of stopping."""
-    if threading.current_thread() is not threading.main_thread() or _stop in map(signal.getsignal, _SIGNALS):
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does. A running training handles both signals itself."""
+    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
         yield
         return
-    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _stop) for number in heard}
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _asked_to_stop.clear()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -33,5 +33,9 @@ def values(tiny_model_dir, data, tmp_path):
 
 
 @pytest.fixture
-def run(values):
-    return lambda **changes: compare(CompareOptions(**values(**changes)))
+def run(values, tiny_model_dir):
+    def compare_with(**changes):
+        return compare(CompareOptions(**values(**changes)))
+
+    compare_with.base_model = tiny_model_dir
+    return compare_with

@@ -59,9 +59,3 @@ def test_some_of_the_rows_are_told(run, copied, caplog, changes, more, where):
     assert said == [
         f"task `questions`: 3 of the 8 test questions are {where}, too. Accuracies count them as if they were new."
     ]
-
-
-def test_an_allocation_made_from_the_test_is_refused(run, copied):
-    asked = {"method": "gradient", "budget": 8, "task": "sample", "data": str(copied("test", 4))}
-    with pytest.raises(MolaError, match="recipe `a`: `allocate` must not be made from the questions of the test"):
-        run(tasks=tasks(copied("test")), recipes={"a": {"allocate": asked}}, reference="a", seeds=[0])

@@ -95,7 +95,7 @@ def test_folder_of_something_else_is_refused(run, tmp_path):
     with pytest.raises(MolaError, match=r"`output_dir`.*continual\.json"):
         run()
     (tmp_path / "run" / "continual.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(MolaError, match=r"must be a mapping.*Restore it, or pass another `output_dir`"):
+    with pytest.raises(MolaError, match=r"cannot be read .*Restore it, or pass another `output_dir`"):
         run()
     (tmp_path / "run" / "continual.json").write_text("[", encoding="utf-8")
     with pytest.raises(MolaError, match="cannot be read"):

@@ -1,78 +1,54 @@
-"""The record of a comparison: every finished run with the answers' marks, in one JSON file.
+"""The record of a comparison: every finished run with a mark for every answer, in one JSON file.
 
-The file alone is enough to go on: run folders may be gone, and a comparison can be continued on another machine. So it
-holds the allocations that were made, too: one from a probe could not be made again without the probe's adapter.
+The file alone is enough to go on: run folders may be gone, and another machine may continue.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import check_writable
-from mola.files.reading import read_json
-from mola.files.schema import ANYTHING, INTEGER, NUMBER, TEXT, check_form
-from mola.studies.comparison.begun import first_change
+from mola.files.atomic import atomic_write_json, check_writable
+from mola.files.reading import read_json, read_json_object
+from mola.options.fields import first_difference
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 
 FORMAT = 1
 BASE = "base model"  # stands in the place of a recipe; no recipe can have a space in its name
-
-
-_RUN = {
-    **dict.fromkeys(("task", "recipe", "marks"), TEXT),
-    **dict.fromkeys(("seed", "correct", "total", "unanswered", "trainable_parameters"), INTEGER),
-    **dict.fromkeys(("accuracy", "seconds_training", "seconds_testing"), NUMBER),
-    **{name: {str: ANYTHING} for name in ("settings", "versions", "machine")},
-    "num_experts": [INTEGER],
-    "eval_loss": (NUMBER, None),
-    "fingerprints": {str: ANYTHING},
-    **dict.fromkeys(("base_model?", "dtype?", "rule?"), TEXT),
-    "steps?": INTEGER,
-    "curve?": [[ANYTHING, ANYTHING]],
-    "diverged_at?": (INTEGER, None),
-}
-_ALLOCATIONS = {
-    str: {
-        "num_experts": [INTEGER],
-        "num_experts_pattern?": ANYTHING,
-        "settings": {str: ANYTHING},
-        "made_from?": {str: TEXT},
-    }
-}
+_EARLIER_ONLY = ("test_every",)  # a setting that earlier versions had, and that changes nothing of a training
 
 
 @dataclass
 class Result:
     """A finished run."""
 
-    task: str  # name of the task
-    recipe: str  # name of the recipe
-    seed: int  # the seed
+    task: str
+    recipe: str
+    seed: int
     accuracy: float  # share of right answers
     correct: int  # number of right answers
     total: int  # number of questions
-    unanswered: int  # of these without an answer
+    unanswered: int  # questions without an answer
     marks: str  # a 1 for every right answer and a 0 for every other, in the order of the test data
-    trainable_parameters: int  # trained values
-    num_experts: list[int]  # experts by layer
-    eval_loss: float | None  # loss on the evaluation data, if there were some
+    trainable_parameters: int
+    num_experts: list[int]  # by layer
+    eval_loss: float | None  # on the evaluation data, if there are some
     seconds_training: float  # wall time
-    seconds_testing: float  # wall time, of tests on the way too
+    seconds_testing: float  # wall time
     settings: dict[str, Any]  # see `mola.studies.comparison.checks.Run`
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
-    # Records of earlier versions lack what follows.
+    # Records of earlier versions may lack what follows.
     base_model: str = ""  # which weights, see `mola.models.identity`
     dtype: str = ""  # of the base
     rule: str = ""  # of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training
-    curve: list[tuple[int, str]] = field(default_factory=list)  # step and marks of the tests on the way
-    diverged_at: int | None = None  # step after which the training had no numbers any more: answers count as wrong
+    diverged_at: int | None = None  # step after which loss or weights were not finite: all answers count as wrong
+    curve: list[Any] = field(default_factory=list)  # tests during the training, which earlier versions made
 
     @property
     def key(self) -> Key:
@@ -80,38 +56,21 @@ class Result:
         return Key(self.task, self.recipe, self.seed)
 
 
-class Record(NamedTuple):
-    """What an earlier call, or another process, has written."""
-
-    results: list[Result]
-    allocations: dict[str, dict[str, Any]]  # see `mola.studies.comparison.allocations.Allocations`
-
-
 def read_results(path: Path) -> list[Result]:
-    """The results in a record; none if there is no file. Raises as `read_record`."""
-    return read_record(path).results
-
-
-def read_record(path: Path) -> Record:
-    """The record of a comparison; an empty one if there is no file.
+    """The results in a record; none if there is no file.
 
     Raises:
         MolaError: the file cannot be written, or is no record of a comparison.
     """
     check_writable(path)
     if not path.exists():
-        return Record([], {})
+        return []
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"its `format` is {content['format']!r}, not {FORMAT}")
         results = [Result(**entry) for entry in content["runs"]]
-        allocations = content.get("allocations", {})
-        check_form(content["runs"], [_RUN], str(path), "Restore it.")
-        check_form(allocations, _ALLOCATIONS, str(path), "Restore it.")
         for result in results:
-            if any(len(marks) != result.total or step < 1 for step, marks in result.curve):
-                raise ValueError(f"`curve` of {result.key} does not fit `total`")
             if len(result.marks) != result.total or result.marks.count("1") != result.correct:
                 raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -119,29 +78,78 @@ def read_record(path: Path) -> Record:
             f"`record` must be a new file or the record of a comparison: {str(path)!r} cannot be read ({error}). "
             "Pass another name."
         ) from error
-    return Record(results, allocations)
-
-
-def _part(result: Result, part: str, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a result says of a part of a run's identity; what is wanted, if a record of an earlier version does not."""
-    if part == "setting":
-        return wanted if result.recipe == BASE and not result.settings else result.settings
-    if part == "data":
-        return {name: result.fingerprints.get(name) for name in wanted}
-    return {name: getattr(result, name) or value for name, value in wanted.items()}
+    return results
 
 
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
-    """Refuse to go on with results that other options, data or weights have given; the message names the difference."""
+    """Raise if a result comes from other options, data or weights than the run of its name has now.
+
+    Results of other tasks, recipes or seeds are kept and not looked at.
+
+    Raises:
+        MolaError: names the run and the first difference.
+    """
     # The base model is tested with the options of a task's first run.
     wanted = {Key(run.key.task, BASE, 0): run for run in reversed(runs)} | {run.key: run for run in runs}
     for result in results:
         run = wanted.get(result.key)
         if run is None:
-            continue  # of another task, recipe or seed: it is kept
-        identity = json.loads(json.dumps(run.base_identity if result.recipe == BASE else run.identity))
-        if change := first_change({part: _part(result, part, new) for part, new in identity.items()}, identity):
+            continue
+        identity = run.base_identity if result.recipe == BASE else run.identity
+        if change := _first_change(_identity_of(result, identity), identity):
             raise MolaError(
                 f"the result of {result.key} was made with another {change}. Use the same, rename the recipe, take "
                 "that entry out of the `record`, or pass another one."
             )
+
+
+def _identity_of(result: Result, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The identity of a result; what a record of an earlier version does not have is taken from `wanted`."""
+    settings = {name: value for name, value in result.settings.items() if name not in _EARLIER_ONLY}
+    return {
+        "setting": wanted["setting"] if result.recipe == BASE and not settings else settings,
+        "data": {name: result.fingerprints.get(name) for name in wanted["data"]},
+        **{
+            part: {name: getattr(result, name) or value for name, value in wanted[part].items()}
+            for part in ("model", "task")
+        },
+    }
+
+
+def begin_or_go_on(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write down with what a run folder or a result file is begun, or compare it with what is there.
+
+    The file is `NAME.begun.json` beside `place`.
+
+    Args:
+        place: the run folder, or the file of a result.
+        identity: see `Run.identity`.
+
+    Raises:
+        MolaError: what is there was begun with something else, or its file is gone.
+    """
+    path = place.with_name(f"{place.stem}.begun.json")
+    if not (any(place.iterdir()) if place.is_dir() else place.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, identity)
+        return
+    begun = read_json_object(path)
+    if not begun:
+        raise MolaError(
+            f"{str(place)!r} is not empty, and {path.name} beside it is missing. Delete it, or pass another "
+            "`output_dir`."
+        )
+    begun["setting"] = {name: value for name, value in begun["setting"].items() if name not in _EARLIER_ONLY}
+    if change := _first_change(begun, identity):
+        raise MolaError(
+            f"{str(place)!r} was begun with another {change}. Use the same, delete it, or pass another `output_dir`."
+        )
+
+
+def _first_change(old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first difference of two identities, such as "setting `r`: 8, now 4"; None if there is none."""
+    for part, values in json.loads(json.dumps(new)).items():  # JSON has lists for tuples
+        before = old.get(part) or {}
+        if (name := first_difference(before, values)) is not None:
+            return f"{part} `{name}`: {before.get(name)!r}, now {values.get(name)!r}"
+    return None

@@ -1,242 +1,227 @@
-"""The rows of a comparison as a table: in the terminal, as CSV and as Markdown."""
+"""The table of a comparison: its rows, and as text for the terminal, Markdown and CSV."""
 
 import csv
 import io
-from collections.abc import Sequence
-from itertools import groupby
-from statistics import median
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from mola.evaluation.differences import Difference
-from mola.reporting.formatting import markdown_table, points
-from mola.studies.comparison.contrasts import Contrast
-from mola.studies.comparison.notes import CONTRAST_NOTE, note_of, power_line, search_note
+from mola.evaluation.differences import Difference, paired_difference
+from mola.reporting.formatting import computers, duration, markdown_table, points
 from mola.studies.comparison.options import MARK
-from mola.studies.comparison.summary import AT_END, Row
-from mola.studies.comparison.tuning import Found, Power
+from mola.studies.comparison.record import BASE, Result
+from mola.studies.comparison.search import Found
 
-COLUMNS = (
-    "recipe",
-    "trained values",
-    "seeds",
-    "accuracy",
-    "its 95 % over seeds",
-    "difference",
-    "its 95 %",
-    "joint 95 %",
-    "p",
-    "verdict",
+ALL_TASKS = "mean of the tasks"
+HEADER = ("task", "recipe", "trained values", "seeds", "accuracy", "difference", "95 %", "verdict")
+_SAME_BUDGET = 0.05  # share by which trained values may differ for a fair comparison
+_FEW_SEEDS = 5
+_NOTE = (
+    "Accuracy in per cent. Difference to {reference} in points, on the same questions with the same seeds. Interval "
+    "and verdict are for other seeds and other questions, and allow for the number of recipes: all verdicts for a task "
+    "together are right in 95 % of such studies, as long as other seeds differ no more than these."
 )
-_CSV_COLUMNS = (
-    "task",
-    "measure",
-    "recipe",
-    "trainable_parameters",
-    "budget_group",
-    "seeds",
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "difference_joint_low",
-    "difference_joint_high",
-    "p_adjusted",
-    "verdict",
-    "num_experts",
-    "steps_to_target",
-    "difference_seeds",
-    "diverged_seeds",
+_SEARCH_NOTE = (
+    "Search: mean accuracy in per cent over the tuning seeds, on questions that are not in the test. At the edge: the "
+    "best value is the lowest or highest one tried, and one beyond it may be better."
 )
-CONTRAST_COLUMNS = ("recipe", "less", "seeds", "difference", "its 95 %", "joint 95 %", "p", "verdict")
 
 
-def title_of(row: Row | Contrast) -> str:
-    """Heading of the table that a row stands in."""
-    return row.task if row.measure == AT_END else f"{row.task}, {row.measure}"
+@dataclass(frozen=True)
+class Row:
+    """One recipe on one task, or on all."""
+
+    task: str  # name of the task, or `ALL_TASKS`
+    recipe: str  # name of the recipe, or `BASE`
+    trainable_parameters: int  # mean over seeds; 0 for the base model
+    has_reference_budget: bool  # trained values within 5 % of the reference's
+    num_experts: list[list[int]]  # experts by layer of each seed's run, equal ones once
+    accuracy: float  # mean over seeds, a share
+    seeds: int  # number of seeds
+    difference: Difference | None  # to the reference; None for itself, the base model, and without a common seed
+    diverged: list[int] = field(default_factory=list)  # seeds whose training diverged: all answers count as wrong
 
 
-def terminal_tables(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> list[Table]:
-    """One table per task, with a line between groups of equal budget; then those of `contrasts`."""
-    tables, note = [], note_of(rows, reference)
-    for title, members in groupby(rows, key=title_of):
-        table = Table(title=escape(title), caption=escape(note))
-        ordered = by_budget(list(members))
-        _add_columns(table, columns_of(ordered))
-        for _, group in groupby(ordered, key=lambda row: row.budget_group):
-            for row in group:
-                table.add_row(*map(escape, cells(row, reference) + steps_cell(row)))
-            table.add_section()
-        tables.append(table)
-    for title, lines in contrast_tables(contrasts):
-        table = Table(title=escape(title), caption=CONTRAST_NOTE)
-        _add_columns(table, CONTRAST_COLUMNS)
-        tables.append(_filled(table, lines))
-    return tables
+def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence[str], reference: str) -> list[Row]:
+    """Rows of all tasks and recipes that have a finished run, then those of the mean of the tasks.
+
+    Args:
+        results: of any tasks and recipes; others than the following are left out.
+        recipes: names, in the order of the rows.
+        tasks: names, in the order of the rows.
+        reference: the recipe that the others are compared with.
+    """
+    rows = []
+    for task in tasks:
+        of_task = [each for each in results if each.task == task]
+        marks = {name: _marks([each for each in of_task if each.recipe == name]) for name in (*recipes, BASE)}
+        rows += _rows(task, of_task, marks, reference, None)
+    if len(tasks) > 1:
+        counts = [next((each.total for each in results if each.task == task), 0) for task in tasks]
+        marks = {name: _marks_of_tasks(results, name, tasks) for name in (*recipes, BASE)}
+        rows += _rows(ALL_TASKS, [each for each in results if each.task in tasks], marks, reference, counts)
+    return rows
 
 
-def _add_columns(table: Table, names: Sequence[str]) -> None:
-    for name in names:
-        side: Any = "left" if name in ("recipe", "less", "verdict") else "right"
-        table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("accuracy", "difference", "p"))
+def _marks(results: Sequence[Result]) -> dict[int, np.ndarray]:
+    """Seed -> marks of one recipe on one task, as numbers."""
+    return {each.seed: np.array([float(mark) for mark in each.marks]) for each in results}
 
 
-def _filled(table: Table, lines: Sequence[Sequence[str]]) -> Table:
-    for line in lines:
-        table.add_row(*map(escape, line))
+def _marks_of_tasks(results: Sequence[Result], recipe: str, tasks: Sequence[str]) -> dict[int, np.ndarray]:
+    """Marks of all tasks side by side, weighted so that their mean is the mean of the tasks' accuracies."""
+    by_task = [_marks([each for each in results if (each.task, each.recipe) == (task, recipe)]) for task in tasks]
+    found = {}
+    for seed in sorted(set.intersection(*(set(marks) for marks in by_task))):
+        parts = [marks[seed] for marks in by_task]
+        size = sum(map(len, parts))
+        found[seed] = np.concatenate([part * size / (len(parts) * len(part)) for part in parts])
+    return found
+
+
+def _rows(
+    task: str,
+    results: Sequence[Result],
+    marks: Mapping[str, Mapping[int, np.ndarray]],
+    reference: str,
+    questions_by_task: Sequence[int] | None,
+) -> list[Row]:
+    """Rows of one task; see `paired_difference` for `questions_by_task`."""
+    by_recipe = {name: [each for each in results if each.recipe == name] for name in marks}
+    shared = {name: sorted(marks[name].keys() & marks[reference].keys()) for name in marks}
+    comparisons = sum(1 for name, seeds in shared.items() if seeds and name not in (reference, BASE))
+    budget = _parameters(by_recipe[reference])
+    rows = []
+    for name, by_seed in marks.items():
+        if not by_seed:
+            continue
+        difference = None
+        if shared[name] and name not in (reference, BASE):
+            ours, theirs = (np.stack([marks[each][seed] for seed in shared[name]]) for each in (name, reference))
+            difference = paired_difference(ours, theirs, comparisons, questions_by_task)
+        runs = by_recipe[name]
+        parameters = _parameters(runs)
+        rows.append(
+            Row(
+                task,
+                name,
+                parameters,
+                name != BASE and abs(parameters - budget) <= _SAME_BUDGET * budget,
+                [list(experts) for experts in dict.fromkeys(tuple(each.num_experts) for each in runs)],
+                fmean(float(values.mean()) for values in by_seed.values()),
+                len(by_seed),
+                difference,
+                sorted({each.seed for each in runs if each.diverged_at is not None}),
+            )
+        )
+    return rows
+
+
+def _parameters(results: Sequence[Result]) -> int:
+    return round(fmean(each.trainable_parameters for each in results)) if results else 0
+
+
+def _cells(row: Row, reference: str) -> list[str]:
+    """A row as text, in the order of `HEADER`."""
+    values = f"{row.trainable_parameters:,}" if row.trainable_parameters else "-"
+    seeds = "-" if row.recipe == BASE else str(row.seeds)
+    cells = [row.task, row.recipe, values, seeds, points(row.accuracy, "")]
+    if (difference := row.difference) is None:
+        return [*cells, "", "", "reference" if row.recipe == reference else ""]
+    if difference.seeds != row.seeds:  # while runs are left
+        cells[3] += f", {difference.seeds} paired"
+    interval = "" if difference.interval is None else " to ".join(map(points, difference.interval))
+    return [*cells, points(difference.value), interval, difference.verdict]
+
+
+def notes(rows: Sequence[Row], reference: str, results: Sequence[Result]) -> list[str]:
+    """What the table means, which trainings diverged, and what all has cost."""
+    found = [_NOTE.format(reference=reference)]
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task and row.recipe != BASE]
+        same = [row.recipe for row in of_task if row.has_reference_budget]
+        if 1 < len(of_task) != len(same):
+            found.append(f"Trained values within 5 % of the reference's on {task}: {', '.join(same)}.")
+    for row in rows:
+        if row.diverged and row.task != ALL_TASKS:
+            seeds = ", ".join(map(str, row.diverged))
+            found.append(f"{row.recipe} on {row.task} diverged with seed {seeds}: all answers count as wrong.")
+    if any(row.difference.seeds < _FEW_SEEDS for row in rows if row.difference):
+        found.append(
+            f"Fewer than {_FEW_SEEDS} seeds say little about how much seeds differ: intervals are too narrow in more "
+            "than 5 % of such studies."
+        )
+    runs = [each for each in results if each.recipe != BASE]
+    if runs:
+        training, testing = (
+            duration(sum(getattr(each, f"seconds_{part}") for each in runs)) for part in ("training", "testing")
+        )
+        found.append(
+            f"{len(runs)} trainings took {training}, their tests {testing}. Machine of each process: "
+            f"{computers(each.machine for each in runs)}."
+        )
+    return found
+
+
+def terminal_table(rows: Sequence[Row], reference: str) -> Table:
+    """The table, with a line between tasks."""
+    table = Table()
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("task", "recipe", "verdict") else "right", overflow="fold")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        is_last = following is None or following.task != row.task
+        table.add_row(*map(escape, _cells(row, reference)), end_section=is_last)
     return table
 
 
-def by_budget(rows: Sequence[Row]) -> list[Row]:
-    """The base model first, then groups of equal budget, smallest first; within a group as given."""
-    return sorted(rows, key=lambda row: -1 if row.budget_group is None else row.budget_group)
+def search_table(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the accuracy of every candidate, and which one is chosen."""
+    candidates = list(found[0].accuracies)
+    lines = []
+    for each in found:
+        cells = [
+            points(each.accuracies[name], "") + (" (diverged)" if name in each.diverged else "") for name in candidates
+        ]
+        edges = f" (at the edge: {', '.join(each.edges)})" if each.edges else ""
+        lines.append([each.task, each.recipe, *cells, each.chosen.lstrip(MARK) + edges])
+    return ["task", "recipe", *(name.lstrip(MARK) for name in candidates), "chosen"], lines
 
 
-def cells(row: Row, reference: str) -> list[str]:
-    """A row as text, in the order of `COLUMNS`."""
-    parameters = f"{row.trainable_parameters:,}" if row.trainable_parameters else "-"
-    seeds = str(row.mean.seeds) if row.budget_group is not None else "-"
-    if row.difference is not None and row.difference.seeds != row.mean.seeds:  # while runs are left
-        seeds += f", {row.difference.seeds} paired"
-    start = [row.recipe, parameters, seeds, points(row.mean.value, ""), interval_cell(row.mean.interval_95, "")]
-    other = row.difference
-    if other is None:
-        return [*start, *[""] * 4, "reference" if row.recipe == reference else ""]
-    return [*start, *_difference_cells(other)]
+def markdown(rows: Sequence[Row], found: Sequence[Found], reference: str, results: Sequence[Result], left: int) -> str:
+    """The search, the table and the notes; `left` is the number of runs without a result."""
+    parts = [f"{left} runs are left: all numbers will change."] if left else []
+    if found:
+        parts += [markdown_table(*search_table(found)), _SEARCH_NOTE]
+    parts += [markdown_table(HEADER, [_cells(row, reference) for row in rows]), *notes(rows, reference, results)]
+    return "\n\n".join(parts) + "\n"
 
 
-def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Headings of one table."""
-    return (*COLUMNS, "steps to target") if any(row.steps_to_target is not None for row in rows) else COLUMNS
-
-
-def steps_cell(row: Row) -> list[str]:
-    """Median number of steps to the accuracy asked for, and how many seeds have reached it; no cell if none was."""
-    if row.steps_to_target is None:
-        return []
-    reached = sorted(step for step in row.steps_to_target if step is not None)
-    seeds = len(row.steps_to_target)
-    # A seed that does not reach it is later than all that do.
-    is_known = len(reached) > seeds / 2
-    middle = f"{median([*reached, *[float('inf')] * (seeds - len(reached))]):.0f}" if is_known else "later"
-    return [f"{middle} ({len(reached)} of {seeds})"]
-
-
-def contrast_tables(found: Sequence[Contrast]) -> list[tuple[str, list[list[str]]]]:
-    """Title and lines of every table of recipes that are compared with each other."""
-    return [
-        (f"{title}: recipes with each other", [contrast_cells(each) for each in members])
-        for title, members in groupby(found, key=title_of)
-    ]
-
-
-def contrast_cells(contrast: Contrast) -> list[str]:
-    """A contrast as text, in the order of `CONTRAST_COLUMNS`."""
-    found = contrast.difference
-    return [contrast.recipe, contrast.other, str(found.seeds), *_difference_cells(found)]
-
-
-def _difference_cells(found: Difference) -> list[str]:
-    intervals = interval_cell(found.both_95), interval_cell(found.joint_95)
-    return [points(found.value), *intervals, p_cell(found.p_adjusted), found.verdict]
-
-
-def search_tables(found: Sequence[Found]) -> list[Table]:
-    """What was tried, and chosen, for each recipe: one table per task."""
-    tables = []
-    for part in search_parts(found):
-        table = Table(title=escape(part.title), caption=escape(search_note(part.tried)))
-        for column in part.head:
-            table.add_column(column, overflow="fold")
-        tables.append(_filled(table, part.lines))
-    return tables
-
-
-class SearchPart(NamedTuple):
-    """What was tried for one task, as a table."""
-
-    title: str
-    head: list[str]
-    lines: list[list[str]]
-    tried: list[Found]
-
-
-def search_parts(found: Sequence[Found]) -> list[SearchPart]:
-    """A table for every task of a search."""
-    parts = []
-    for task, members in groupby(found, key=lambda each: each.task):
-        tried = list(members)
-        marks = list(tried[0].accuracies)
-        head = ["recipe", *(mark.lstrip(MARK) for mark in marks), "chosen"]
-        parts.append(SearchPart(f"{task}: search", head, [_search_line(each, marks) for each in tried], tried))
-    return parts
-
-
-def _search_line(found: Found, marks: Sequence[str]) -> list[str]:
-    edges = f" (at the edge: {', '.join(found.edges)})" if found.edges else ""
-    return [found.recipe, *(points(found.accuracies[mark], "") for mark in marks), found.chosen.lstrip(MARK) + edges]
-
-
-def markdown(rows: Sequence[Row], reference: str, contrasts: Sequence[Contrast] = ()) -> str:
-    """A table per task under a heading, then those of `contrasts`."""
-    parts: list[str] = []
-    for title, members in groupby(rows, key=title_of):
-        ordered = by_budget(list(members))
-        lines = [cells(row, reference) + steps_cell(row) for row in ordered]
-        parts += [f"### {title}", markdown_table(columns_of(ordered), lines)]
-    parts.append(note_of(rows, reference, "`"))
-    for title, lines in contrast_tables(contrasts):
-        parts += [f"### {title}", markdown_table(CONTRAST_COLUMNS, lines)]
-    return "\n\n".join([*parts, *([CONTRAST_NOTE] if contrasts else [])]) + "\n"
-
-
-def search_markdown(found: Sequence[Found], powers: Sequence[Power]) -> str:
-    """The search and what it says about the number of seeds; empty without one."""
-    parts = []
-    for part in search_parts(found):
-        parts += [f"### {part.title}", markdown_table(part.head, part.lines)]
-    if parts:
-        parts += [search_note(found, "`"), *map(power_line, powers)]
-    return "".join(f"{part}\n\n" for part in parts)
-
-
-def comma_separated(rows: Sequence[Row], contrasts: Sequence[Contrast] = ()) -> str:
-    """All numbers unrounded, one line per task and recipe, then one per contrast, as recipe `A - B`."""
+def comma_separated(rows: Sequence[Row]) -> str:
+    """All numbers unrounded, one line per task and recipe."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    columns: tuple[str, ...] = (
+        "task",
+        "recipe",
+        "trainable_parameters",
+        "has_reference_budget",
+        "seeds",
+        "accuracy",
+        "difference",
+    )
+    columns += ("difference_low", "difference_high", "difference_seeds", "verdict", "num_experts", "diverged_seeds")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        low, high = row.mean.interval_95 or ("", "")
-        line = [row.task, row.measure, row.recipe, row.trainable_parameters, row.budget_group, row.mean.seeds]
-        line += [row.mean.value, low, high]
-        line += [""] * 7 if row.difference is None else _numbers(row.difference)
-        experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
-        steps = " ".join("never" if each is None else f"{each:g}" for each in row.steps_to_target or ())
-        seeds = "" if row.difference is None else row.difference.seeds
-        writer.writerow([*line, experts, steps, seeds, " ".join(map(str, row.diverged))])
-    for each in contrasts:
-        name, seeds = f"{each.recipe} - {each.other}", each.difference.seeds
-        line = [each.task, each.measure, name, "", "", seeds, "", "", "", *_numbers(each.difference), "", "", seeds, ""]
+        line = {name: getattr(row, name) for name in columns[:6]}
+        line["num_experts"] = " ".join("-".join(map(str, each)) for each in row.num_experts)
+        line["diverged_seeds"] = " ".join(map(str, row.diverged))
+        if difference := row.difference:
+            low, high = difference.interval or ("", "")
+            line |= {"difference": difference.value, "difference_low": low, "difference_high": high}
+            line |= {"difference_seeds": difference.seeds, "verdict": difference.verdict}
         writer.writerow(line)
     return text.getvalue()
-
-
-def _numbers(found: Difference) -> list[float | str]:
-    ends = [*(found.both_95 or ("", "")), *(found.joint_95 or ("", ""))]
-    return [found.value, *ends, "" if found.p_adjusted is None else found.p_adjusted, found.verdict]
-
-
-def interval_cell(interval: tuple[float, float] | None, sign: str = "+") -> str:
-    """Ends of an interval in points or per cent; empty where there is none."""
-    return "" if interval is None else " to ".join(points(end, sign) for end in interval)
-
-
-def p_cell(value: float | None) -> str:
-    """A p-value with three digits; empty where there is none."""
-    if value is None:
-        return ""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""`mola continual`: train on one task after the other, and see what is remembered of the earlier ones.
+"""`mola continual`: train on one task after the other, and measure how much of the earlier tasks is kept.
 
 - Every stage is a run of `mola train` that starts from the experts of the stage before.
 - After every stage all tasks so far are tested as by `mola evaluate`.
@@ -18,7 +18,12 @@ from mola.files.digests import WEIGHTS_FILE, file_sha256, weights_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import table_console
 from mola.models.identity import weights_identity
-from mola.studies.continual_learning.metrics import overall_performance, performance_drop
+from mola.studies.continual_learning.metrics import (
+    ContinualResult,
+    overall_performance,
+    performance_drop,
+    result_table,
+)
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.continual_learning.record import (
     BASE_KEY,
@@ -26,17 +31,14 @@ from mola.studies.continual_learning.record import (
     RECORD_FILE,
     START_FOLDER,
     START_KEY,
-    check_same_base,
     check_same_sequence,
-    check_same_start,
     clear_sequence,
     clear_tests,
     read_record,
     stage_entries,
 )
-from mola.studies.continual_learning.result import ContinualResult, result_table
 from mola.studies.continual_learning.stages import Stage, check_stages
-from mola.studies.train_and_test import evaluate_once, recorded, signals_as_interrupt, stop_if_asked, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 from mola.training.checkpoints import has_finished
 from mola.training.hub import without_token
 from mola.training.run_folder import check_start_is_kept, claimed
@@ -62,34 +64,33 @@ def continual(options: ContinualOptions) -> ContinualResult:
             another sequence, or a loss is not finite.
     """
     folder = Path(options.output_dir or "")
-    read_record(folder, options.overwrite_output_dir)  # refuses a wrong folder before data are read; again when claimed
+    read_record(folder, options.overwrite_output_dir)  # a wrong folder fails before the data are read
     stages = check_stages(options)
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder):
-        return _continual_in(folder, options, stages)
+        sequence = _begin_or_go_on(folder, options, stages)
+        with sigterm_as_interrupt():
+            return sequence.run()
 
 
-def _continual_in(folder: Path, options: ContinualOptions, stages: Sequence[Stage]) -> ContinualResult:
-    """The sequence in its folder."""
+def _begin_or_go_on(folder: Path, options: ContinualOptions, stages: Sequence[Stage]) -> "_Sequence":
+    """Compare the record of an earlier call with this one; with `overwrite_output_dir` delete what it left."""
     record = read_record(folder, options.overwrite_output_dir)
-    if options.overwrite_output_dir:
+    if record is not None and options.overwrite_output_dir:
         if options.adapter is not None:
             check_start_is_kept(options.adapter, options.output_dir)
-        # Not before: as long as anything can be wrong the earlier sequence stays.
         clear_sequence(folder, record)
         record = None
     before: dict[str, Any] = record or {"stages": []}
-    check_same_sequence(before, stages, folder)
-    start = None if options.adapter is None else weights_sha256(options.adapter)
-    check_same_start(before, stages[0], start)
-    now = weights_identity(stages[0].options.base_model or "")
-    check_same_base(before, stages[0], now)
-    weights = {START_KEY: start, BASE_KEY: now or before.get(BASE_KEY, "")}
-    if before.get(START_KEY) != start or before.get(BASE_KEY, weights[BASE_KEY]) != weights[BASE_KEY]:
+    weights = {
+        START_KEY: None if options.adapter is None else weights_sha256(options.adapter),
+        BASE_KEY: weights_identity(stages[0].options.base_model or ""),
+    }
+    check_same_sequence(before, stages, folder, weights)
+    weights[BASE_KEY] = weights[BASE_KEY] or before.get(BASE_KEY, "")
+    if before.get(START_KEY) != weights[START_KEY] or before.get(BASE_KEY, weights[BASE_KEY]) != weights[BASE_KEY]:
         clear_tests(folder / START_FOLDER)  # of other weights
-    sequence = _Sequence(options, stages, stage_entries(stages, record), weights)
-    with signals_as_interrupt():
-        return sequence.run()
+    return _Sequence(options, stages, stage_entries(stages, record), weights)
 
 
 def main(options: ContinualOptions) -> int:
@@ -107,7 +108,7 @@ def main(options: ContinualOptions) -> int:
 
 
 class _Sequence:
-    """Runs what is left of the stages and keeps the record up to date."""
+    """Does what is left of the stages and keeps the record up to date."""
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class _Sequence:
     ) -> None:
         self.options = options
         self.stages = stages
-        self.entries = entries
+        self.entries = entries  # of the stages, in the record
         self.weights = weights
         self.folder = Path(options.output_dir or "")
         self.start = time.perf_counter()
@@ -126,30 +127,29 @@ class _Sequence:
 
     def run(self) -> ContinualResult:
         """Train and test until the end or a signal."""
-        self._write(recorded(self._all_stages, self._write))
+        self._write(recorded(self._do_all, self._write))
         return self.result
 
-    def _all_stages(self) -> bool:
+    def _do_all(self) -> bool:
+        """Whether all stages are finished; False if a signal stopped a training."""
         if self.options.evaluate_base:
             self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
             self._write("running")
         for number, stage in enumerate(self.stages, start=1):
-            stop_if_asked()
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
             if not has_finished(stage.folder) and not train_or_go_on(stage.options):
                 return False
             self._record_weights(stage, self.entries[number - 1])
             row = self._test(self.stages[:number], str(stage.folder), stage.folder)
-            self._add(stage, row)
+            self._add_row(stage, row)
             self._write("running")
         return True
 
     def _record_weights(self, stage: Stage, entry: dict[str, Any]) -> None:
-        """Write down which weights are tested from now on; results of others go."""
+        """Record which adapter is tested from now on; delete tests of another one."""
         checksum = file_sha256(stage.folder / WEIGHTS_FILE)
         if entry["adapter_sha256"] != checksum:
-            # First, so that no kill leaves a record that fits these weights beside results that do not.
-            clear_tests(stage.folder)
+            clear_tests(stage.folder)  # before the record has the new checksum, so that a kill in between is harmless
             entry["adapter_sha256"] = checksum
         self._write("running")
 
@@ -159,12 +159,11 @@ class _Sequence:
         for stage in stages:
             number = 1 + self.stages.index(stage)
             output = folder / EVALUATION_FOLDER / f"{number:02d}-{stage.name}.json"
-            test = replace(stage.test, adapter=adapter, output=str(output))
-            result = evaluate_once(test, stage.fingerprints["test"])
+            result = evaluate_once(replace(stage.test, adapter=adapter, output=str(output)))
             row[stage.name] = {name: result[name] for name in _REPORTED}
         return row
 
-    def _add(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
+    def _add_row(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
         rows = [*(list(result["tasks"].values()) for result in self.result.results), list(row.values())]
         matrix = [[task["accuracy"] for task in tasks] for tasks in rows]
         self.result.results.append(

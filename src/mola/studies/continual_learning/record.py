@@ -1,13 +1,14 @@
-"""`continual.json`, the record of a sequence of stages: what was begun, and whether it can be gone on with.
+"""`continual.json`, the record of a sequence: what was begun, and whether the same command can go on with it.
 
-continual.json      stages with their settings and fingerprints, R, OP, PD, versions, machine, status
-00-start/evaluation the tests before the first stage, with `evaluate_base`
-01-NAME/            run folder of a stage; its tests are in `evaluation`
+continual.json           stages with settings and fingerprints, accuracies, OP, PD, versions, machine, status
+00-start/evaluation/     the tests before the first stage, with `evaluate_base`
+01-NAME/                 run folder of a stage; its tests are in `evaluation/`
 """
 
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,15 @@ from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
 from mola.files.reading import read_json
-from mola.files.schema import ANYTHING, TEXT, check_form
-from mola.models.prompts import TOKENIZER_FILES
 from mola.options.fields import first_difference
 from mola.studies.continual_learning.stages import Stage
 from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
-from mola.training.run_folder import clear_run
 
 RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
-START_KEY = "start_adapter_sha256"  # in the record
-BASE_KEY = "base_model_weights"  # in the record; those of earlier versions lack it
-_FORM = {"stages": [{"folder": TEXT, "settings": {str: ANYTHING}, "data_fingerprints": {str: ANYTHING}}]}
-_PARTIAL = ".partial.jsonl"
+START_KEY = "start_adapter_sha256"
+BASE_KEY = "base_model_weights"  # records of earlier versions may lack it
 _LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # of a call that was killed while it wrote
 
 
@@ -45,25 +41,21 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     if not path.exists():
         if not overwrite and any(not entry.name.startswith(_LEFTOVERS) for entry in folder.iterdir()):
             raise MolaError(
-                f"`output_dir` must be empty or hold a sequence to go on with: {str(folder)!r} is neither, it has no "
+                f"`output_dir` must be empty or hold a sequence to go on with: {str(folder)!r} has files but no "
                 f"{RECORD_FILE}. Pass another folder."
             )
         return None
     try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise MolaError(f"{str(path)!r} cannot be read ({error}). Pass another `output_dir`.") from error
-    check_form(record, _FORM, str(path), "Restore it, or pass another `output_dir`.")
+        record: dict[str, Any] = read_json(path)
+        for entry in record["stages"]:
+            dict(entry["settings"], **entry["data_fingerprints"], folder=Path(entry["folder"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MolaError(f"{str(path)!r} cannot be read ({error}). Restore it, or pass another `output_dir`.") from error
     return record
 
 
-def is_begun(folder: Path) -> bool:
-    """Whether a stage was begun there; what else lies in a folder is the user's, and in nobody's way."""
-    return any((folder / name).exists() for name in (RUN_FILE, WEIGHTS_FILE)) or bool(checkpoints_in(folder))
-
-
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What the record says of each stage; the weights' checksums of finished ones are kept."""
+    """What the record says about each stage; the checksums of finished adapters are kept."""
     before = {entry["folder"]: entry.get("adapter_sha256") for entry in (record or {}).get("stages", ())}
     return [
         {
@@ -77,16 +69,26 @@ def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> 
     ]
 
 
-def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], folder: Path) -> None:
-    """Refuse to go on if a stage that was begun is another one now, or stands on weights that are gone.
+def check_same_sequence(
+    record: Mapping[str, Any], stages: Sequence[Stage], folder: Path, weights: Mapping[str, str | None]
+) -> None:
+    """Raise if a stage that was begun has changed, or stands on weights that are gone or have changed.
 
     Stages that were not begun may be changed, added and left out.
 
+    Args:
+        record: of the earlier call.
+        stages: of this call.
+        folder: of the sequence.
+        weights: checksums of the starting adapter (`START_KEY`) and of the base model (`BASE_KEY`). The latter is ""
+            where the weights are gone, and then not compared.
+
     Raises:
-        MolaError: the message names the stage and what differs.
+        MolaError: names the stage and what differs.
     """
+    known = {entry["folder"] for entry in record["stages"]}
     for index, entry in enumerate(record["stages"]):
-        if not is_begun(folder / entry["folder"]):
+        if not _is_begun(folder / entry["folder"]):
             continue
         if index >= len(stages) or stages[index].folder.name != entry["folder"]:
             raise MolaError(
@@ -94,79 +96,55 @@ def check_same_sequence(record: Mapping[str, Any], stages: Sequence[Stage], fold
                 f"{index + 1} now. Keep its name and place, delete its folder, or pass another `output_dir`."
             )
         _check_same_stage(entry, stages[index])
-    known = {entry["folder"] for entry in record["stages"]}
     for stage in stages:
-        if stage.folder.name not in known and is_begun(stage.folder):
-            raise MolaError(f"`output_dir`: {str(stage.folder)!r} is not of this sequence. Move it away.")
+        if stage.folder.name not in known and _is_begun(stage.folder):
+            raise MolaError(f"`output_dir`: {str(stage.folder)!r} does not belong to this sequence. Move it away.")
     for earlier, later in itertools.pairwise(stages):
-        if is_begun(later.folder) and not has_finished(earlier.folder):
+        if _is_begun(later.folder) and not has_finished(earlier.folder):
             raise MolaError(
                 f"`stages`: {later.folder.name!r} was trained on {earlier.folder.name!r}, which is not finished in "
                 f"{str(folder)!r}. Delete {later.folder.name!r} as well."
             )
+    first = stages[0]
+    for key, option in ((START_KEY, "adapter"), (BASE_KEY, "base_model")):
+        is_changed = key in record and record[key] != weights[key] and weights[key] != ""
+        if is_changed and _is_begun(first.folder):
+            raise MolaError(
+                f"stage `{first.name}` was begun with other weights than those in `{option}` "
+                f"({getattr(first.options, option)!r}) now. Put them back, delete {str(first.folder)!r} and the later "
+                "stages, or pass another `output_dir`."
+            )
 
 
-def check_same_start(record: Mapping[str, Any], first: Stage, start: str | None) -> None:
-    """Refuse to go on if the first stage was begun from other weights than those at its `adapter` now."""
-    if START_KEY in record and record[START_KEY] != start and is_begun(first.folder):
-        raise MolaError(
-            f"stage `{first.name}` was begun from other weights than those in `adapter`, {first.options.adapter!r}, "
-            f"now. Put them back, delete {str(first.folder)!r} and the later ones, or pass another `output_dir`."
-        )
-
-
-def check_same_base(record: Mapping[str, Any], first: Stage, weights: str) -> None:
-    """Refuse to go on if the first stage was begun with other weights of the base model than there are now.
-
-    Where there are none now (""), a finished sequence can still be read.
-    """
-    if weights and record.get(BASE_KEY, weights) != weights and is_begun(first.folder):
-        raise MolaError(
-            f"stage `{first.name}` was begun with other weights than those in `base_model`, "
-            f"{first.options.base_model!r}, now. Put them back, delete {str(first.folder)!r} and the later ones, or "
-            "pass another `output_dir`."
-        )
-
-
-def clear_tests(folder: Path) -> None:
-    """Remove the results of tests, finished or not, in the folder of a stage or of the start; nothing else."""
-    for pattern in (f"*.json{_PARTIAL}", "[0-9][0-9]*-*.json", ".[0-9][0-9]*-*.tmp", ".[0-9][0-9]*-*.lock"):
-        for path in (folder / EVALUATION_FOLDER).glob(pattern):
-            path.unlink()
+def _is_begun(folder: Path) -> bool:
+    """Whether a training was begun there; other files in the folder do not matter."""
+    return any((folder / name).exists() for name in (RUN_FILE, WEIGHTS_FILE)) or bool(checkpoints_in(folder))
 
 
 def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
-    parts = (("settings", stage.settings), ("data_fingerprints", stage.fingerprints))
-    for part, new in parts:
-        # Through JSON once, so that tuples and lists compare equal.
-        old, new = entry[part], json.loads(json.dumps(new))
-        key = first_difference(old, new)
-        if key is not None:
+    for part, new in (("settings", stage.settings), ("data_fingerprints", stage.fingerprints)):
+        old, new = entry[part], json.loads(json.dumps(new))  # JSON has lists for tuples
+        if (key := first_difference(old, new)) is not None:
             raise MolaError(
                 f"stage `{stage.name}` was begun with another `{key}` ({part.replace('_', ' ')}): {old.get(key)!r} in "
                 f"{str(stage.folder)!r}, now {new.get(key)!r}. Use the same options and data, delete that folder and "
                 "the later ones to train from there again, or pass another `output_dir`."
             )
     checksum = entry.get("adapter_sha256")
-    weights = stage.folder / WEIGHTS_FILE
-    if checksum is not None and has_finished(stage.folder) and file_sha256(weights) != checksum:
+    if checksum is not None and has_finished(stage.folder) and file_sha256(stage.folder / WEIGHTS_FILE) != checksum:
         raise MolaError(
             f"stage `{stage.name}`: the adapter in {str(stage.folder)!r} is not the one that was trained there. Put it "
             "back, or delete that folder and the later ones."
         )
 
 
-def clear_sequence(folder: Path, record: Mapping[str, Any] | None) -> None:
-    """Remove an earlier sequence's own files; nothing else."""
-    for name in (START_FOLDER, *(entry["folder"] for entry in (record or {}).get("stages", ()))):
-        place = folder / name
-        if not place.is_dir():
-            continue
-        clear_tests(place)
-        clear_run(place)
-        for name in TOKENIZER_FILES:
-            (place / name).unlink(missing_ok=True)
-        for path in (place / EVALUATION_FOLDER, place):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-    (folder / RECORD_FILE).unlink(missing_ok=True)
+def clear_tests(folder: Path) -> None:
+    """Delete the results of tests in the folder of a stage or of the start."""
+    shutil.rmtree(folder / EVALUATION_FOLDER, ignore_errors=True)
+
+
+def clear_sequence(folder: Path, record: Mapping[str, Any]) -> None:
+    """Delete the folders of an earlier sequence, by the names in its record."""
+    for name in (START_FOLDER, *(entry["folder"] for entry in record["stages"])):
+        shutil.rmtree(folder / Path(name).name, ignore_errors=True)
+    (folder / RECORD_FILE).unlink()

@@ -10,7 +10,7 @@ from mola.data.examples import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
-from mola.studies.overlaps import Questions, check_seen
+from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.data import prepare_data
 from mola.training.hub import check_hub_options
@@ -66,7 +66,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
             tests[name] = distinct_questions(test_examples), test
             for asked, (questions, source) in tests.items():  # the tests of the stages before are asked again
                 where = "" if asked == name else f" in stage `{name}`"
-                check_seen(asked, questions, source, stage_options, data, where=where)
+                check_training(asked, questions, source, stage_options, data, stage=where)
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
