@@ -2,8 +2,7 @@
 
 A server in a process of its own, a base model and two random adapters. Clients ask in turn for all three, each sending
 its next request when the last one is answered; every answer is streamed and compared with the greedy one of
-`mola.generate_text`. `--before` measures another version of mola beside, in the same run; `--batching true` continuous
-batching of Transformers beside one answer after the other, without a server.
+`mola.generate_text`. `--before` measures another version of mola by turns with this one.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ class LoadOptions:
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
     max_batch_size: int | None = option(None, "As of `mola serve`; by default its own.")
     before: str | None = option(None, "Folder `src` of another version, measured by turns with this one.")
-    batching: bool = option(False, "Also measure continuous batching, offline, with the first adapter.")
     output: str | None = option(None, "Result file (JSON).")
 
 
@@ -119,36 +117,7 @@ def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple
             expected[name, prompt] = generate_text(model, tokenizer, prompt, max_new_tokens=options.max_tokens)
         seconds = time.perf_counter() - start
         rows.append({"what": f"offline, {name}", "requests": len(_SUBJECTS), "seconds": seconds})
-        if options.batching and name == _ADAPTERS[0]:
-            rows.append(_batched(model, tokenizer, expected, name, options))
     return expected, rows
-
-
-def _batched(
-    model: Any, tokenizer: Any, expected: dict[tuple[str, str], str], name: str, options: LoadOptions
-) -> dict[str, Any]:
-    """Continuous batching of the same prompts, without the start-up that a first call pays."""
-    from transformers import GenerationConfig
-
-    from mola.generation import predicting
-
-    prompts = [prompt for model_name, prompt in expected if model_name == name]
-    encoded = predicting.encode_prompts(tokenizer, prompts)
-    config = GenerationConfig(
-        max_new_tokens=options.max_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with predicting.inference_state(model):
-        for _ in range(2):
-            start = time.perf_counter()
-            results = model.generate_batch(inputs=encoded, generation_config=config, progress_bar=False)
-            seconds = time.perf_counter() - start
-    texts = {tokenizer.decode(result.generated_tokens, skip_special_tokens=True) for result in results.values()}
-    # The results have their own order.
-    wrong = sum(expected[name, prompt] not in texts for prompt in prompts)
-    return {"what": f"continuous batching, {name}", "requests": len(prompts), "seconds": seconds, "other": wrong}
 
 
 def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Any:
@@ -213,7 +182,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row[name]['median']:.2f} ({row[name]['p95']:.2f})" if name in row else "-"
             for name in ("first_text", "answer")
         ]
-        other = row.get("wrong", row.get("other", "-"))
+        other = row.get("wrong", "-")
         table.add_row(
             row["what"], str(row["requests"]), f"{row['requests'] / row['seconds']:.2f}", *spreads, str(other)
         )

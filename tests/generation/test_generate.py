@@ -156,10 +156,8 @@ def test_sampling_happens_only_if_asked_for_and_always_takes_effect(temperature,
         ({"prompt": "a", "input": "b"}, "`prompt`"),
         ({"input": "b"}, "`input` needs"),
         ({"instruction": "a", "template": "nope"}, "nope"),
-        ({"prompt": "a", "template": "meta"}, "`prompt`.*`template` 'meta'"),
-        ({"instruction": "a", "temperature": 0.0, "top_p": 0.9}, "`temperature` 0 is greedy.*`top_p` 0.9"),
+        ({"prompt": "a", "template": "meta"}, "`prompt`.*`template`"),
         ({"prompt": "a", "seed": -1}, "`seed`.*-1"),
-        ({"prompt": "a", "seed": 5}, r"`seed` \(5\) is of sampling"),
     ],
 )
 def test_contradicting_options_are_refused(arguments, message, tmp_path):
@@ -184,14 +182,6 @@ def test_command_refuses_such_a_prompt_before_the_weights_are_read(no_weights_di
     for asked in ({"prompt": "x" * 1000}, {"instruction": "x" * 1000, "template": "meta"}):
         with pytest.raises(MolaError, match="1024 positions: sample 'prompt'"):
             main(GenerateOptions(**options, **asked))
-
-
-def test_loop_goes_on_after_a_line_that_is_no_unicode(options, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nshort\n"), "utf-8"))
-    assert main(options) == 0
-    captured = capsys.readouterr()
-    assert "saved as UTF-8" in captured.err
-    assert captured.out.strip()
 
 
 def test_prompt_without_tokens_is_refused(tiny_model, tiny_tokenizer):
@@ -230,7 +220,7 @@ def test_an_adapter_is_asked_in_the_prompts_of_its_training(
         (tmp_path / "run.json").write_text('{"template": "alpaca_short"}', encoding="utf-8")
     options.adapter, options.template, options.instruction = str(adapter), asked, "Add."
     assert main(options) == 0
-    assert ("does not say in which prompts it was trained" in caplog.text) == (place is None)
+    assert ("does not record the prompt template of its training" in caplog.text) == (place is None)
     said = capsys.readouterr().out
     options.instruction, options.template, options.prompt = None, None, get_template(used).prompt("Add.")
     assert main(options) == 0

@@ -91,5 +91,5 @@ def test_tokens_without_an_embedding_are_refused(tiny_model, tiny_tokenizer):
         with pytest.raises(MolaError, match=f"one has the id {known}, the model has {known}"):
             predicting.generate_batch(tiny_model, tiny_tokenizer, [[3, 4], [3, known]], max_new_tokens=2)
         tiny_tokenizer.add_tokens(["<new>"])
-        with pytest.raises(MolaError, match="must be of tokens that the model knows"):
+        with pytest.raises(MolaError, match="must have tokens that the model knows"):
             likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [["a <new> b", "a <new> c"]])

@@ -10,7 +10,7 @@ from mola.evaluation.core import _why_one_by_one
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
 from mola.generation.decoding import generate_text
-from mola.serving.engines import engine_for
+from mola.serving.engine_choice import choose_engine
 from tests.tuner.models import clone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT
@@ -65,7 +65,7 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
     with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
-        engine_for(Adapters(model), tiny_tokenizer, 32, 512, None)  # before a server answers
+        choose_engine(Adapters(model), tiny_tokenizer, 32, 512, None)  # before a server answers
     with model.disable_adapter():
         base = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
@@ -75,7 +75,7 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
 
 def test_what_the_server_cannot_do_with_them_is_said(tiny_model, tiny_tokenizer, caplog):
     adapters = Adapters(adapted(tiny_model, PromptTuningConfig(**TOKENS)))
-    with pytest.raises(MolaError, match="which do not run here"):
-        engine_for(adapters, tiny_tokenizer, 32, 512, 100)
-    engine_for(adapters, tiny_tokenizer, 32, 512, None)
-    assert "made one after the other" in caplog.text
+    with pytest.raises(MolaError, match="one after the other"):
+        choose_engine(adapters, tiny_tokenizer, 32, 512, 100)
+    choose_engine(adapters, tiny_tokenizer, 32, 512, None)
+    assert "generated one after the other" in caplog.text

@@ -1,7 +1,5 @@
 """A real server on loopback: tiny random model with a chat template, two adapters that give different answers."""
 
-import logging
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,9 +9,6 @@ from mola import MolaConfig
 from mola.generation.decoding import generate_text
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
-
-from ..waiting import PATIENCE
-from .raw import SECRET, TOKEN, is_idle, logged_in_test, serving
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 NEW_TOKENS = 4
@@ -86,23 +81,3 @@ def offline(chat_model_dir, adapters):
         return known[key]
 
     return answer
-
-
-@pytest.fixture(scope="module")
-def narrow_url(endless_model_dir):
-    """Address of a server with a token and narrow limits, for clients that mean no good."""
-    # On a busy machine a second is not enough for a client to read why it was refused.
-    with pytest.MonkeyPatch.context() as patch, serving(endless_model_dir, api_key=TOKEN) as url:
-        patch.setattr("mola.serving.connections._LINGER", PATIENCE)
-        yield url
-
-
-@pytest.fixture
-def unharmed(narrow_url, caplog):
-    """After the test the server answers and holds nothing, and no log has a traceback, a token or a prompt."""
-    with caplog.at_level(logging.DEBUG):
-        yield
-        is_idle(narrow_url)
-    logged = logged_in_test(caplog)
-    for forbidden in ("Traceback", TOKEN, SECRET):
-        assert forbidden not in logged

@@ -24,8 +24,6 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 from mola import cli  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
-from mola.serving.addresses import bind  # noqa: E402
-from mola.serving.option_checks import check_numbers  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
 from ..ports import free_port  # noqa: E402
@@ -73,7 +71,7 @@ def health(url):
 
 def test_base_without_chat_template_points_at_completions(options):
     with running_server(options) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
-        with pytest.raises(openai.BadRequestError, match="no chat template.*/v1/completions"):
+        with pytest.raises(openai.BadRequestError, match="chat template for `messages`.*/v1/completions"):
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
         assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
 
@@ -94,19 +92,13 @@ def test_what_the_cache_has_room_for_limits_one_answer(options, caplog):
 def test_room_of_a_cache_is_refused_where_answers_are_made_one_by_one(options):
     options.max_batch_total_tokens = 64
     with (
-        pytest.raises(MolaError, match="needs answers side by side, and `max_batch_size` is 1"),
+        pytest.raises(MolaError, match="one after the other: `max_batch_size` is 1"),
         running_server(options),
     ):
         pass
 
 
-def test_a_limit_that_is_not_used_is_said(options, caplog):
-    options.max_batch_prefill_tokens = 5
-    check_numbers(options)
-    assert "`max_batch_prefill_tokens` is not used" in caplog.text
-
-
-def test_full_queue_sends_away_and_leaves_no_trace(options, caplog):
+def test_a_full_queue_refuses_requests_until_there_is_room(options):
     options.max_waiting = 1
     with running_server(options) as url, Client(base_url=url) as http, Client(base_url=url) as second:
         with http.stream("POST", "/v1/completions", json=LONG) as running:
@@ -119,7 +111,6 @@ def test_full_queue_sends_away_and_leaves_no_trace(options, caplog):
                 assert refused.json()["error"]["code"] == "queue_full"
                 assert int(refused.headers["Retry-After"]) >= 1
                 assert post(f"{url}/v1/completions", json=LONG).status_code == 429
-                assert caplog.text.count("The queue is full. vLLM answers") == 1
         wait_until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
         assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
@@ -193,26 +184,6 @@ def test_a_second_interrupt_does_not_wait(patient_options):
     assert time.monotonic() - start < 250, "it waited for the answer"
 
 
-def test_a_second_interrupt_does_not_wait_for_a_request_that_is_not_complete(patient_options):
-    options = replace(patient_options, shutdown_timeout=300, client_timeout=300)
-
-    def visit():
-        wait_until(lambda: "status" in health(f"http://127.0.0.1:{options.port}"))
-        with socket.create_connection(("127.0.0.1", options.port)) as client:
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-            time.sleep(0.3)
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.1)
-            client.settimeout(PATIENCE)
-            return client.recv(1)
-
-    wait, start = in_background(visit), time.monotonic()
-    assert main(options) == 0
-    wait()
-    assert time.monotonic() - start < 100
-
-
 def test_signals_end_an_answer_that_takes_too_long(patient_options):
     options = replace(patient_options, shutdown_timeout=0.2)
     code, (running,) = run_main_and_stop(options, signal.SIGTERM, num_streams=1, max_tokens=90_000)
@@ -254,9 +225,8 @@ def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
         ({"adapter": ["missing"]}, "`adapter` must be a folder.*'missing'"),
         ({"adapter": ["=folder"]}, "NAME=FOLDER or FOLDER: got '=folder'"),
         ({"adapter": ["name="]}, "NAME=FOLDER or FOLDER: got 'name='"),
-        ({"adapter": ["a=x/b", "a=y/b"]}, "'y/b' is named 'a', as is 'x/b'"),
-        ({"adapter": ["x/tiny"]}, "'x/tiny' is named 'tiny', as is the base model"),
-        ({"base_name": ""}, "`base_name`"),
+        ({"adapter": ["a=x/b", "a=y/b"]}, "'y/b' has the name 'a', as 'x/b' has"),
+        ({"adapter": ["x/tiny"]}, "'x/tiny' has the name 'tiny', as the base model has"),
         ({"base_model": "does/not/exist"}, "`base_model`"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1: got 0"),
         ({"max_waiting": -1}, "`max_waiting` must be at least 0: got -1"),
@@ -266,16 +236,10 @@ def test_command_ends_with_0_and_shows_its_token_nowhere(tiny_model_dir):
         ({"max_choices": 0}, "`max_choices` must be at least 1: got 0"),
         ({"max_body_bytes": 0}, "`max_body_bytes` must be at least 1: got 0"),
         ({"max_connections": 0}, "`max_connections` must be at least 1: got 0"),
-        ({"max_connections": 9, "max_waiting": 9}, "`max_connections` must be more than `max_waiting`, 9.*got 9"),
-        ({"client_timeout": 0.0}, "`client_timeout` must be a positive number of seconds: got 0.0"),
-        ({"client_timeout": float("inf")}, "`client_timeout`.*inf"),
         ({"adapter": ["a" * 10_000 + "=x"]}, "`adapter` must be a folder"),
         ({"adapter": ["a\0"]}, "`adapter`"),
         ({"shutdown_timeout": -1.0}, "`shutdown_timeout`.*-1"),
-        ({"shutdown_timeout": float("nan")}, "`shutdown_timeout`.*nan"),
-        ({"port": 65536}, "`port`.*65536"),
         ({"host": "192.0.2.1"}, "`host` '192.0.2.1'"),
-        ({"host": "127.0..0.1"}, "`host` must be a name or an address: got '127.0..0.1'"),
         ({"api_key": ""}, "`api_key` must be a token"),
         ({"api_key": "two words"}, "`api_key` must be a token"),
         ({"dtype": "float8"}, "`dtype`"),
@@ -293,48 +257,9 @@ def test_a_taken_port_is_refused_before_the_model_loads(options, caplog):
     caplog.set_level("INFO", logger="mola")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options.port = taken.getsockname()[1]
-        with pytest.raises(MolaError, match=f"`port` {options.port} cannot be listened on"):
+        with pytest.raises(MolaError, match=f"`port` {options.port} cannot be used"):
             main(options)
     assert "Loading" not in caplog.text
-
-
-def test_a_port_that_is_taken_while_the_model_loads_is_one_line(options, monkeypatch):
-    """Two may bind it before one listens."""
-
-    def and_another(host, port):
-        bound = bind(host, port)
-        other = socket.socket()
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `bind` does
-        other.bind(bound.getsockname())
-        other.listen()
-        others.append(other)
-        return bound
-
-    others = []
-    monkeypatch.setattr("mola.serving.serve.bind", and_another)
-    options.port = 0
-    try:
-        with pytest.raises(MolaError, match="cannot be listened on: Address already in use"):
-            main(options)
-    finally:
-        others[0].close()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of open files per process to ask for")
-@pytest.mark.parametrize(("max_connections", "warns"), [(256, True), (200, False)])
-def test_fewer_files_than_connections_are_warned_about(max_connections, warns, options, caplog):
-    import resource
-
-    options.max_connections = max_connections
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
-    try:
-        with running_server(options):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    message = "`max_connections` 256 may need 576 open files, this process may open 500"
-    assert (message in caplog.text) is warns
 
 
 def test_token_of_the_environment(options, monkeypatch):
@@ -356,7 +281,7 @@ def test_an_open_address_without_token_is_warned_about(api_key, warns, options, 
 
 
 def test_missing_packages_are_named(options, monkeypatch, capsys):
-    monkeypatch.setattr("transformers.utils.import_utils.is_uvicorn_available", lambda: False)
+    monkeypatch.setattr("mola.serving.serve.find_spec", lambda name: None)
     with pytest.raises(MolaError, match="pip install 'mola-peft\\[serve\\]'"):
         main(options)
 

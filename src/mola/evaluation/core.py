@@ -168,11 +168,11 @@ def _why_one_by_one(model: Any, longest: int) -> str | None:
         model: the model.
         longest: tokens of the longest sample, with its answer.
     """
-    if longest > (predicting.longest_of_one_rope(model.config) or longest):
+    if longest > (predicting.max_length_of_shared_rope(model.config) or longest):
         return "positions of this model depend on a batch's longest sample"
     if getattr(model.config, "model_type", None) in _CHANGED_BY_PADDING:
         return "padding changes the answers of models of this type"
-    if predicting.prompt_learning(model):
+    if predicting.prompt_learning_configs(model):
         return "between virtual tokens and a prompt there would be padding"
     return None
 

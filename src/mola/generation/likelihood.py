@@ -1,4 +1,4 @@
-"""How probable a model finds the end of texts: likelihood of a question's options."""
+"""How probable a model finds the ends of texts: the likelihood of a question's options."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.templates import Template
-from mola.generation.predicting import check_known, device_of, encode_prompts, last_positions, left_pad, pad_token_id
+from mola.generation.predicting import (
+    check_token_ids,
+    device_of,
+    encode_prompts,
+    last_positions,
+    left_pad,
+    pad_token_id,
+)
 
 
 def option_log_probabilities(
@@ -17,39 +24,43 @@ def option_log_probabilities(
     template: Template | None = None,
     prompts: Sequence[str] = (),
 ) -> list[list[float]]:
-    """Log-probability of the end of each text, given what all texts of its sample start with, one text per option.
+    """Log-probability of the end of each text, given the beginning that all texts of its sample share.
 
-    With the token ids `t_1 .. t_n` of one text, the first `c` shared by all texts of the sample:
+    `texts[i]` holds one text for each option of sample `i`. With the token ids `t_1 .. t_n` of one text, of which the
+    first `c` are shared by all texts of the sample:
+
         score = sum_{i > c} log p(t_i | t_1 .. t_{i-1})
-    Texts are tokenised whole, so a letter gets the token it has in running text (" A", not "A"), unless the `template`
-    of the `prompts` that they begin with is encoded apart. Call it inside `inference_state`.
+
+    Texts are tokenised as a whole, so a letter has the token that it has in running text (" A", not "A"). If the
+    `template` encodes prompt and answer separately, each text begins with the token ids of its prompt in `prompts`.
+    Call this function inside `inference_state`.
     """
-    encoded = _encoded(tokenizer, texts, template, prompts)
-    shared = [_shared_length(options) for options in encoded]
-    # Options usually differ in their last token only: then one row serves all options of a sample.
+    encoded = _encode(tokenizer, texts, template, prompts)
+    num_shared = [_num_shared_tokens(options) for options in encoded]
+    # The options of a sample usually differ in their last token only. Then one context serves all of them.
     contexts: dict[tuple[int, ...], int] = {}
     for options in encoded:
         for ids in options:
             contexts.setdefault(tuple(ids[:-1]), len(contexts))
-    tail = max(len(ids) - start for options, start in zip(encoded, shared, strict=True) for ids in options)
+    tail = max(len(ids) - start for options, start in zip(encoded, num_shared, strict=True) for ids in options)
     log_probabilities: dict[int, torch.Tensor] = {}
-    for part in _passes(list(contexts), is_alone=len(texts) == 1):
-        found = _last_log_probabilities(model, tokenizer, part, min(tail, max(map(len, part))))
-        log_probabilities |= {contexts[context]: row for context, row in zip(part, found, strict=True)}
+    for batch in _context_batches(list(contexts), is_single_sample=len(texts) == 1):
+        rows = _last_log_probabilities(model, tokenizer, batch, min(tail, max(map(len, batch))))
+        log_probabilities |= {contexts[context]: row for context, row in zip(batch, rows, strict=True)}
     scores = []
-    for options, start in zip(encoded, shared, strict=True):
-        rows = [log_probabilities[contexts[tuple(ids[:-1])]] for ids in options]
-        # Rows end with the prediction of the last token, so positions count from the right.
+    for options, start in zip(encoded, num_shared, strict=True):
+        option_rows = [log_probabilities[contexts[tuple(ids[:-1])]] for ids in options]
+        # The last entry of a row predicts the last token of a text, so positions count from the end.
         scores.append(
             [
                 sum(float(row[i - len(ids), ids[i]]) for i in range(start, len(ids)))
-                for row, ids in zip(rows, options, strict=True)
+                for row, ids in zip(option_rows, options, strict=True)
             ]
         )
     return scores
 
 
-def _encoded(
+def _encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Sequence[str]],
     template: Template | None,
@@ -60,23 +71,25 @@ def _encoded(
     whole = [encode_prompts(tokenizer, options, template) for options in texts] if may_be_whole else []
     if template is None or (may_be_whole and template.adds_special_tokens):
         return whole
-    found = []
-    for row, (prompt, options) in enumerate(zip(prompts, texts, strict=True)):
-        (asked,) = encode_prompts(tokenizer, [prompt], template)
-        if may_be_whole and all(ids[: len(asked)] == asked for ids in whole[row]):  # no token reaches across
-            found.append(whole[row])
+    encoded = []
+    for index, (prompt, options) in enumerate(zip(prompts, texts, strict=True)):
+        (prompt_ids,) = encode_prompts(tokenizer, [prompt], template)
+        # No token may reach from the prompt into the answer.
+        if may_be_whole and all(ids[: len(prompt_ids)] == prompt_ids for ids in whole[index]):
+            encoded.append(whole[index])
         else:
-            rest = tokenizer([text[len(prompt) :] for text in options], add_special_tokens=False)["input_ids"]
-            found.append([[*asked, *ids] for ids in rest])
-    return found
+            answers = tokenizer([text[len(prompt) :] for text in options], add_special_tokens=False)["input_ids"]
+            encoded.append([[*prompt_ids, *ids] for ids in answers])
+    return encoded
 
 
-def _passes(contexts: Sequence[tuple[int, ...]], is_alone: bool) -> list[list[tuple[int, ...]]]:
-    """Contexts of each forward pass: all of them, or of a sample that is asked alone, those of one length together.
+def _context_batches(contexts: Sequence[tuple[int, ...]], is_single_sample: bool) -> list[list[tuple[int, ...]]]:
+    """The contexts of each forward pass.
 
-    Samples are asked alone where the model sees padding, which shorter ones would have.
+    Several samples share one pass. For models that cannot ignore padding, callers pass one sample at a time; its
+    contexts are computed without padding, those of one length together.
     """
-    if not is_alone:
+    if not is_single_sample:
         return [list(contexts)]
     by_length: dict[int, list[tuple[int, ...]]] = {}
     for context in contexts:
@@ -84,8 +97,8 @@ def _passes(contexts: Sequence[tuple[int, ...]], is_alone: bool) -> list[list[tu
     return list(by_length.values())
 
 
-def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens all sequences share, at most one less than the shortest."""
+def _num_shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of first tokens that all sequences share, at most one less than the shortest has."""
     limit = min(len(sequence) for sequence in sequences) - 1
     for index in range(limit):
         if len({sequence[index] for sequence in sequences}) > 1:
@@ -96,8 +109,8 @@ def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
 def _last_log_probabilities(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
 ) -> torch.Tensor:
-    """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocab)`."""
-    check_known(model, contexts)
+    """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocabulary)`."""
+    check_token_ids(model, contexts)
     ids, mask = left_pad(contexts, pad_token_id(tokenizer), device_of(model))
     # Learned position embeddings must not count the padding.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

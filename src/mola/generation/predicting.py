@@ -1,47 +1,49 @@
-"""Asking a model: encoding, batches, greedy decoding.
+"""From prompts to text in batches: token ids, lengths, padding, and `generate` with nothing but mola's own settings.
 
-- Batches go from the longest prompt to the shortest: little padding, and memory runs out at once or never.
-- Padding is on the left and done here, so the tokenizer's own state is neither used nor changed.
-- The model's `generation_config` is set aside while decoding, but for its end tokens: what else a checkpoint ships
-  (sampling, repetition penalties, length limits) must not change a result.
+- Batches go from the longest prompt to the shortest. This needs little padding, and if memory runs out, it does so in
+  the first batch.
+- Prompts are padded on the left here, so the tokenizer's own padding side neither counts nor changes.
+- Of the model's `generation_config` only the end tokens count. The other settings of a checkpoint (sampling, repetition
+  penalty, length limits) must not change a result.
 """
 
 import inspect
-import re
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from mola._compat import cache_argument, generation_finds_cache
 from mola.data.templates import Template
 from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError, NotFiniteError
-from mola.generation.virtual_tokens import may_cache
 from mola.models.base_model import max_positions
+
+logger = logging.getLogger(__name__)
+
+_PREFIX_METHODS = ("PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_PREFIX")
+_warned_methods: set[PeftType] = set()
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt with the tokenizer's begin token, never with its end token.
+    """Token ids of each prompt, with the tokenizer's begin token and without its end token.
 
-    The `template` of the prompts may have special tokens of its own instead.
+    A `template` may write its special tokens itself; then the tokenizer adds none.
 
     Raises:
-        MolaError: a prompt has no token at all, or is no Unicode text.
+        MolaError: a prompt has no tokens.
     """
-    for prompt in prompts:
-        if re.search("[\ud800-\udfff]", prompt):  # bytes that are no UTF-8, as Python reads them
-            raise MolaError(f"`prompt` must be Unicode text, saved as UTF-8: got {prompt[:80]!r}. Write it as such.")
-    encoded = [
-        list(ids) for ids in tokenizer(list(prompts), add_special_tokens=_adds_special_tokens(template))["input_ids"]
-    ]
+    encoded = tokenizer(list(prompts), add_special_tokens=_adds_special_tokens(template))["input_ids"]
+    encoded = [list(ids) for ids in encoded]
     for prompt, ids in zip(prompts, encoded, strict=True):
-        # A tokenizer set to append the end token would make the model start a new text.
+        # After an end token, which some tokenizers append, the model would start a new text.
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
             ids.pop()
         if not ids:
@@ -52,13 +54,14 @@ def encode_prompts(
 def encode_before_answer(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
-    """As `encode_prompts`, with the tokens that a prompt has where an answer follows, as it does in training.
+    """Token ids of each prompt as they are in training, where an answer follows the prompt.
 
-    A prompt that ends in blanks may end in another token than before a letter: two line breaks are one token of
-    GPT-2's vocabulary at the end of a text, and two before a word. Slow tokenizers encode both parts by themselves.
+    The end of a prompt may be other tokens there than in `encode_prompts`: in GPT-2's vocabulary two line breaks at the
+    end of a text are one token, and before a word they are two. Slow tokenizers encode prompt and answer separately in
+    training, so for them both functions agree.
     """
     encoded = encode_prompts(tokenizer, prompts, template)
-    # A chat template's is trained as it is encoded alone, and where it is not the two are encoded apart.
+    # The prompt of a chat template has the same tokens in training as alone.
     if not tokenizer.is_fast or not _adds_special_tokens(template):
         return encoded
     answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
@@ -69,10 +72,13 @@ def encode_before_answer(
 
 
 def _loses_text(tokenizer: PreTrainedTokenizerBase, alone: list[int], before: list[int]) -> bool:
-    """Whether `before` lacks more than blanks of a prompt: a mark that is one token with the letter, as `:A`."""
+    """Whether the tokens `before` an answer lack more of the prompt than blanks.
+
+    That happens where the last mark of a prompt and the letter after it are one token, such as `:A`.
+    """
     pairs = enumerate(zip(alone, before, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), min(len(alone), len(before)))
-    whole, kept = (str(tokenizer.decode(ids[shared:])) for ids in (alone, before))
+    num_shared = next((index for index, (one, other) in pairs if one != other), min(len(alone), len(before)))
+    whole, kept = (str(tokenizer.decode(ids[num_shared:])) for ids in (alone, before))
     return bool(whole.removeprefix(kept).strip())
 
 
@@ -81,36 +87,37 @@ def _adds_special_tokens(template: Template | None) -> bool:
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and the model's own, such as one that ends a turn and no text."""
+    """Tokens that end an answer: the tokenizer's end token, and the model's own, such as one that ends a turn."""
     config = getattr(base_of(model), "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    own = getattr(config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 
-def prompt_learning(model: Any) -> list[Any]:
+def prompt_learning_configs(model: Any) -> list[Any]:
     """Configurations of a model's adapters that put virtual tokens before a prompt."""
     return [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
 
 
 def positions_left(model: Any) -> int | None:
-    """Longest text a loaded model takes: virtual tokens that an adapter puts before it have positions, too."""
+    """Positions of a loaded model less those of virtual tokens: the length of the longest text; None for no limit."""
     limit = max_positions(model.config)
-    taken = [config.num_virtual_tokens or 0 for config in prompt_learning(model)]
-    return limit if limit is None else limit - max(taken, default=0)
+    num_virtual = [config.num_virtual_tokens or 0 for config in prompt_learning_configs(model)]
+    return None if limit is None else limit - max(num_virtual, default=0)
 
 
-def longest_of_one_rope(config: Any) -> int | None:
-    """Tokens beyond which position embeddings of a batch depend on its longest row; None if they never do.
+def max_length_of_shared_rope(config: Any) -> int | None:
+    """Tokens beyond which the position embeddings of a batch depend on its longest row; None if they never do.
 
     Transformers chooses the frequencies of RoPE of the types `dynamic` and `longrope` once for all rows.
     """
     config = config.get_text_config()
-    found = getattr(config, "rope_parameters", None) or {}
-    kinds = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, Mapping)]
-    for each in kinds:
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            length = each.get("original_max_position_embeddings") or getattr(
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters for the model, or one for each type of layer.
+    sets = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, Mapping)]
+    for rope in sets:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            length = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
             return length or config.max_position_embeddings
@@ -120,10 +127,10 @@ def longest_of_one_rope(config: Any) -> int | None:
 def check_lengths(
     names: Sequence[Any], prompts: Sequence[Sequence[int]], num_new_tokens: int, limit: int | None
 ) -> None:
-    """Refuse prompts that leave no room for `num_new_tokens`; `names` is what to call each in the message.
+    """Refuse prompts that leave no room for `num_new_tokens`; messages call each prompt by its name in `names`.
 
     Raises:
-        MolaError: prompt and new tokens together are longer than `limit`, the `max_positions` of the model.
+        MolaError: prompt and new tokens together are longer than `limit`, the positions of the model.
     """
     for name, ids in zip(names, prompts, strict=True):
         if limit is not None and len(ids) + num_new_tokens > limit:
@@ -134,24 +141,24 @@ def check_lengths(
             )
 
 
-def num_tokens(model: Any) -> int | None:
-    """How many ids a model knows; None if it does not say. A GPU dies of others, a tokenizer may have them."""
+def num_embeddings(model: Any) -> int | None:
+    """Number of token ids that a model has embeddings for; None if it does not say."""
     embeddings = getattr(base_of(model), "get_input_embeddings", lambda: None)()
-    for name in ("original_module", "base_layer"):  # below what PEFT trains
+    for name in ("original_module", "base_layer"):  # inside PEFT's wrappers
         embeddings = getattr(embeddings, name, embeddings)
     return getattr(embeddings, "num_embeddings", None)
 
 
-def check_known(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no embedding for.
+def check_token_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding for. On a GPU they would end the process.
 
     Raises:
-        MolaError: as said.
+        MolaError: there is such a token.
     """
-    known, highest = num_tokens(model), max(map(max, prompts))
+    known, highest = num_embeddings(model), max(map(max, prompts))
     if known is not None and highest >= known:
         raise MolaError(
-            f"`prompt` must be of tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
+            f"`prompt` must have tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
             "that token out, or use the tokenizer that the model was trained with."
         )
 
@@ -173,36 +180,55 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad rows with.
+
+    Raises:
+        MolaError: the tokenizer has no special token that would do.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise MolaError(
+        "`tokenizer` has neither a padding, an unknown nor an end token. Set its `pad_token` to some token."
+    )
+
+
 def base_of(model: Any) -> Any:
-    """The model of Transformers below PEFT's, if there is one."""
+    """The Transformers model inside a `PeftModel`; any other model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def device_of(model: Any) -> torch.device:
+    """The device of a model's first parameter."""
+    return next(model.parameters()).device
+
+
 def check_device(device: torch.device) -> None:
-    """Raise where a GPU computes nothing any more, as after an assertion in a kernel: every later call would fail."""
+    """Raise an error if a GPU can compute nothing any more, as after a failed assertion in a kernel."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def last_positions(count: int, device: torch.device) -> torch.Tensor:
-    """The last `count` positions, as `logits_to_keep` of a model that takes indices.
+    """Indices of the last `count` positions, as `logits_to_keep` of a model.
 
-    For a number a model takes a slice. Its rows lie apart in memory, and for such rows PyTorch copies the weights of
-    the head on a CPU, once for each sample: for 25 prompts this took longer than all layers together.
+    For a number instead of indices, models take a slice, whose rows lie apart in memory. On a CPU PyTorch then copies
+    the weights of the head once for each row of the batch: for 25 prompts this took longer than all layers together.
     """
     return torch.arange(-count, 0, device=device)
 
 
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
-    """Eval mode, no gradients, and a `generation_config` with end tokens alone; everything is put back afterwards."""
+    """Eval mode, no gradients, and a `generation_config` with end tokens alone. Afterwards the model is as before."""
     base = base_of(model)
     training = [(module, module.training) for module in model.modules()]
     generation_config = base.generation_config
     base.generation_config = GenerationConfig(eos_token_id=getattr(generation_config, "eos_token_id", None))
     model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: tensors a model caches must stay usable in training
+        with torch.no_grad():  # not inference_mode: tensors that a model caches must be usable in training
             yield
     finally:
         base.generation_config = generation_config
@@ -219,70 +245,92 @@ def generate_batch(
     ends: Sequence[int] = (),
     **decoding: Any,
 ) -> list[str]:
-    """New text after each prompt, special tokens left out; call it inside `inference_state`.
+    """New text after each prompt, without special tokens. Call it inside `inference_state`.
 
-    `ends` are tokens that end an answer besides those of tokenizer and model. `decoding` are fields of
-    `GenerationConfig`, such as `max_new_tokens`; a streamer takes one prompt only. The processors see float32 logits
-    before sampling values are applied.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt.
+        streamer: receives the tokens of a single prompt.
+        logits_processor: processors that see float32 logits before temperature, top-k and top-p.
+        ends: tokens that end an answer besides those of tokenizer and model.
+        decoding: fields of `GenerationConfig`, such as `max_new_tokens`.
+
+    Raises:
+        MolaError: a token has no embedding, or the installed PEFT cannot generate with the adapter.
+        NotFiniteError: logits are NaN.
     """
-    numbers = _Numbers()
+    nan_check = _NanCheck()
     config = GenerationConfig(
         pad_token_id=pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(dict.fromkeys([*end_token_ids(model, tokenizer), *ends])) or None,
-        use_cache=may_cache(model),
+        use_cache=may_use_cache(model),
         **decoding,
     )
-    check_known(model, prompts)
+    check_token_ids(model, prompts)
     ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
-    further: dict[str, Any] = {"logits_processor": LogitsProcessorList([numbers, *(logits_processor or ())])}
-    if len(prompts) > 1 and config.num_beams == 1 and _takes_indices(model):  # beams would repeat the indices
-        further["logits_to_keep"] = last_positions(1, ids.device)
+    arguments: dict[str, Any] = {"logits_processor": LogitsProcessorList([nan_check, *(logits_processor or ())])}
+    takes_indices = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+    if len(prompts) > 1 and config.num_beams == 1 and takes_indices:  # beam search would repeat the indices
+        arguments["logits_to_keep"] = last_positions(1, ids.device)
     sequences = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **further
+        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **arguments
     )
-    numbers.check()
+    nan_check.raise_if_found()
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-class _Numbers(LogitsProcessor):
-    """Whether all logits were numbers: the largest of others is no answer. Nothing waits for it in between."""
+class _NanCheck(LogitsProcessor):
+    """Notes whether any logits were NaN. A GPU is not waited for until `raise_if_found`."""
 
     def __init__(self) -> None:
-        self._none: torch.Tensor | None = None
+        self._has_nan: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         found = scores.isnan().any()
-        self._none = found if self._none is None else self._none | found
+        self._has_nan = found if self._has_nan is None else self._has_nan | found
         return scores
 
-    def check(self) -> None:
-        """Raise a `NotFiniteError` if they were not."""
-        if self._none is not None and bool(self._none):
+    def raise_if_found(self) -> None:
+        if self._has_nan is not None and bool(self._has_nan):
             raise NotFiniteError(
-                "the logits of an answer must be numbers: some are NaN. Pass --dtype float32 or bfloat16, and look "
-                "whether the weights of `base_model` are finite."
+                "the logits of an answer must be numbers: some are NaN. Pass --dtype float32 or bfloat16, and check "
+                "that the weights of `base_model` are finite."
             )
 
 
-def _takes_indices(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+def may_use_cache(model: Any) -> bool:
+    """Whether `generate` may cache keys and values.
 
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Some token to fill rows with.
+    Since Transformers 5.24 models call their cache `cache`, and PEFT 0.21 still looks for `past_key_values`. Therefore
+    PEFT adds virtual tokens again at every step, which is right only without a cache. The keys and values of a prefix
+    do not reach the model at all.
 
     Raises:
-        MolaError: the tokenizer has none.
+        MolaError: the active adapter is such a prefix.
     """
-    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise MolaError(
-        "`tokenizer` has neither a padding, an unknown nor an end token. Set its `pad_token` to some token."
-    )
-
-
-def device_of(model: Any) -> torch.device:
-    """Where a model's first parameter is."""
-    return next(model.parameters()).device
+    if not isinstance(model, PeftModel):
+        return True
+    # While the adapter is disabled, PEFT replaces the `forward` of the model by the base model's.
+    if getattr(vars(model).get("forward"), "__self__", model) is not model:
+        return True
+    config = model.active_peft_config
+    if not config.is_prompt_learning:
+        return True
+    if cache_argument(model.get_base_model()) != "cache" or generation_finds_cache():
+        return True
+    method = PeftType(config.peft_type)
+    if method.value in _PREFIX_METHODS:
+        raise MolaError(
+            f"`adapter` of type {method.value} cannot be generated with: the installed PEFT does not hand its prefix "
+            "to models of Transformers 5.24 or newer. Install an older Transformers, or a newer PEFT."
+        )
+    if method not in _warned_methods:
+        _warned_methods.add(method)
+        logger.warning(
+            "Generation is slow: with the virtual tokens of %s, the installed PEFT cannot use the cache of "
+            "Transformers 5.24 or newer.",
+            method.value,
+        )
+    return False

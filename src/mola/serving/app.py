@@ -1,4 +1,4 @@
-"""The routes: OpenAI's completions, chat completions and models; adapters to load; `/health` and `/metrics`."""
+"""The routes: OpenAI's completions, chat completions and models; loading adapters; `/health` and `/metrics`."""
 
 import asyncio
 import json
@@ -12,67 +12,84 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from mola.serving.answers import ChatForm, CompletionForm, count_usage
-from mola.serving.errors import RequestError, add_handlers
-from mola.serving.guard import GONE, Checks, Guard
-from mola.serving.jobs import JobMaker
+from mola.serving.adapter_loading import AdapterLoader
+from mola.serving.errors import RequestError, add_error_handlers
+from mola.serving.jobs import Job, JobMaker
 from mola.serving.metrics import Metrics
-from mola.serving.queue import AnswerQueue
+from mola.serving.middleware import RequestMiddleware
+from mola.serving.request_queue import QueuedRequest, RequestQueue
 from mola.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from mola.serving.shelf import Shelf
-from mola.serving.tickets import Piece, Ticket
+from mola.serving.responses import ChatFormat, CompletionFormat, count_usage
+from mola.serving.stream_writer import AnswerPiece, TokenDecoder
+
+_CLIENT_LEFT = 499  # status for the log and the metrics; no client receives it
 
 
-def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics, checks: Checks) -> FastAPI:
-    """The ASGI application; `checks` are those of every request, before its body is read."""
-    # A redirect would lead to whatever the client wrote as `Host`.
+def build_app(
+    jobs: JobMaker,
+    queue: RequestQueue,
+    loader: AdapterLoader,
+    decoder: TokenDecoder,
+    metrics: Metrics,
+    api_key: str | None,
+    max_body_bytes: int,
+) -> FastAPI:
+    """The ASGI application; see `RequestMiddleware` for the last two arguments."""
+    # A redirect would lead to the address that the client wrote as `Host`.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, checks=checks, count=metrics.responded)
-    add_handlers(app)
-    created = int(time.time())
-    encoding = asyncio.Lock()
+    app.add_middleware(
+        RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, count_response=metrics.count_response
+    )
+    add_error_handlers(app)
+    start = int(time.time())
+    tokenizing = asyncio.Lock()
 
-    def model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": created, "owned_by": "mola"}
+    def describe_model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
 
-    async def answer(request: Request, body: ChatRequest | CompletionRequest, form: Any) -> Response:
-        queue.check_room()
-        # Long prompts take a while; one at a time, because tokenizers keep state.
-        async with encoding:
+    async def make_jobs(body: ChatRequest | CompletionRequest) -> list[Job]:
+        # Long prompts take a while, so this runs on another thread; one at a time, because tokenizers keep state.
+        async with tokenizing:
             made = await run_in_threadpool(jobs.make, body)
-            while any(job.adapter != jobs.adapter(body.model) for job in made):  # another has taken its place meanwhile
+            while any(job.adapter != jobs.adapter(body.model) for job in made):  # it was replaced in between
                 made = await run_in_threadpool(jobs.make, body)
-        ticket = queue.submit(made, body.model, streams=bool(body.stream))
-        metrics.prompt_tokens.inc(_prompt_tokens(ticket))
+            return made
+
+    async def answer(
+        request: Request, body: ChatRequest | CompletionRequest, answer_format: ChatFormat | CompletionFormat
+    ) -> Response:
+        queue.check_room()
+        queued = queue.submit(await make_jobs(body), body.model, is_streamed=bool(body.stream))
+        metrics.prompt_tokens.inc(_count_prompt_tokens(queued))
         if body.stream:
-            return EventStream(ticket, _events(ticket, form, body.wants_usage()))
-        return await _whole(request, ticket, form)
+            return _EventStream(queued, _events(queued, answer_format, body.wants_usage()))
+        return await _answer_whole(request, queued, answer_format)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await answer(request, body, ChatForm(body.model, jobs.spell))
+        return await answer(request, body, ChatFormat(body.model, decoder))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answer(request, body, CompletionForm(body.model, jobs.spell, jobs.decode))
+        return await answer(request, body, CompletionFormat(body.model, decoder))
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in jobs.names]}
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [describe_model(name) for name in jobs.adapters]}
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
+    async def retrieve_model(name: str) -> dict[str, Any]:
         jobs.adapter(name)
-        return model(name)
+        return describe_model(name)
 
     @app.post("/v1/load_lora_adapter")
     async def load_adapter(body: LoadRequest) -> dict[str, str]:
-        await shelf.load(body.lora_name, body.lora_path, body.load_inplace)
+        await loader.load(body.lora_name, body.lora_path, body.load_inplace)
         return {"status": "ok", "lora_name": body.lora_name}
 
     @app.post("/v1/unload_lora_adapter")
     async def unload_adapter(body: UnloadRequest) -> dict[str, str]:
-        await shelf.unload(body.lora_name)
+        await loader.unload(body.lora_name)
         return {"status": "ok", "lora_name": body.lora_name}
 
     @app.get("/metrics")
@@ -87,35 +104,36 @@ def build_app(jobs: JobMaker, queue: AnswerQueue, shelf: Shelf, metrics: Metrics
     return app
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; its ticket ends with it, also if the client was gone before the first event."""
+class _EventStream(StreamingResponse):
+    """Server-sent events. When the stream ends or its client leaves, the request is cancelled."""
 
-    def __init__(self, ticket: Ticket, events: AsyncIterator[str]) -> None:
+    def __init__(self, queued: QueuedRequest, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._ticket = ticket
+        self._queued = queued
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
         try:
             await super().__call__(scope, receive, send)
-        finally:
-            self._ticket.cancel()
+        finally:  # also if the client left before the first event
+            self._queued.cancel()
 
 
-async def _events(ticket: Ticket, form: Any, with_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, with_usage: bool
+) -> AsyncIterator[str]:
     num_tokens = 0
     try:
-        for chunk in form.opening(len(ticket.jobs)):
+        for chunk in answer_format.first_chunks(len(queued.jobs)):
             yield _event(chunk)
-        async for piece in ticket.pieces():
+        async for piece in queued.pieces():
             num_tokens += piece.num_tokens
-            for chunk in form.chunks(piece):
+            for chunk in answer_format.chunks(piece):
                 yield _event(chunk)
-    except RequestError as error:  # the status is sent already: the error becomes the last event
+    except RequestError as error:  # the status was sent already, so the error is the last event
         yield _event(error.body())
         return
     if with_usage:
-        yield _event(form.usage_chunk(count_usage(_prompt_tokens(ticket), num_tokens)))
+        yield _event(answer_format.usage_chunk(count_usage(_count_prompt_tokens(queued), num_tokens)))
     yield "data: [DONE]\n\n"
 
 
@@ -123,30 +141,35 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
-def _prompt_tokens(ticket: Ticket) -> int:
-    """Tokens of the different prompts; the choices of one prompt share it."""
-    return sum({id(job.prompt): len(job.prompt) for job in ticket.jobs}.values())
+def _count_prompt_tokens(queued: QueuedRequest) -> int:
+    """Tokens of all prompts. Answers to the same prompt share it, and it counts once."""
+    prompts = {id(job.prompt): job.prompt for job in queued.jobs}
+    return sum(map(len, prompts.values()))
 
 
-async def _whole(request: Request, ticket: Ticket, form: Any) -> Response:
-    async def collect() -> list[Piece]:
-        return [piece async for piece in ticket.pieces()]
+async def _answer_whole(
+    request: Request, queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat
+) -> Response:
+    """Wait for all answers of a request, or until its client leaves."""
+
+    async def collect() -> list[AnswerPiece]:
+        return [piece async for piece in queued.pieces()]
 
     collecting = asyncio.ensure_future(collect())
-    leaving = asyncio.ensure_future(_disconnected(request))
+    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            return Response(status_code=GONE)  # nobody sees it
+            return Response(status_code=_CLIENT_LEFT)
         pieces = sorted(collecting.result(), key=lambda piece: piece.choice)
     finally:
-        ticket.cancel()
-        for task in (collecting, leaving):
-            task.cancel()
-    usage = count_usage(_prompt_tokens(ticket), sum(piece.num_tokens for piece in pieces))
-    return JSONResponse(form.whole(pieces, usage))
+        queued.cancel()
+        collecting.cancel()
+        leaving.cancel()
+    usage = count_usage(_count_prompt_tokens(queued), sum(piece.num_tokens for piece in pieces))
+    return JSONResponse(answer_format.whole(pieces, usage))
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

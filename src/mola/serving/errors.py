@@ -1,5 +1,6 @@
-"""Errors a client sees: OpenAI's JSON form, with the HTTP status that fits."""
+"""Errors that a client receives: OpenAI's JSON form with an HTTP status."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,20 +10,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mola.errors import MolaError
+from mola.files.failures import lack_of_memory
 
-_LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
-_TEXT_OF_PEOPLE = ("prompt", "messages")  # fields that no message repeats
-_NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
+logger = logging.getLogger(__name__)
+
+_MAX_FIELD_NAME = 80  # characters of a client's field name that a message repeats
 
 
 class RequestError(HTTPException):
-    """A request that is refused, or an answer that ends early.
+    """A request that the server refuses, or an answer that ends early.
 
     Args:
         status: HTTP status.
-        message: what is wrong, the value, the limit and the cure.
-        code: OpenAI's machine-readable code, where it has one.
-        param: the field that is wrong.
+        message: what is wrong and how to correct it.
+        code: OpenAI's machine-readable code, for errors that have one.
+        param: the wrong field.
         headers: further response headers.
     """
 
@@ -42,83 +44,72 @@ class RequestError(HTTPException):
         """The error as OpenAI's servers write it."""
         return {
             "error": {
-                "message": _encodable(self.detail),
-                "type": _kind(self.status_code),
-                "param": self.param and _encodable(self.param),
+                "message": _as_utf8(self.detail),
+                "type": self._type(),
+                "param": self.param and _as_utf8(self.param),
                 "code": self.code,
             }
         }
 
     def response(self) -> JSONResponse:
-        """The error as a response."""
+        """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status_code, self.headers)
 
+    def _type(self) -> str:
+        if self.status_code >= 500:
+            return "server_error"
+        types = {401: "authentication_error", 429: "rate_limit_error"}
+        return types.get(self.status_code, "invalid_request_error")
 
-def _encodable(text: str) -> str:
-    """JSON can hold half a surrogate pair, UTF-8 cannot."""
+
+def _as_utf8(text: str) -> str:
+    """Escape half surrogate pairs, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _kind(status: int) -> str:
-    if status >= 500:
-        return "server_error"
-    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-
-
-def add_handlers(app: FastAPI) -> None:
-    """Let every error of an application leave it in this form."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Make an application answer every exception in OpenAI's form."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
-        return _as_request_error(error).response()
+        return to_request_error(error).response()
 
     for kind in (HTTPException, MolaError, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)
 
 
-def _as_request_error(error: Exception) -> RequestError:
+def to_request_error(error: Exception) -> RequestError:
+    """The error that a client receives for an exception.
+
+    Messages name wrong fields. They never repeat the values that pydantic refused, because those may be private text.
+    """
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
         return RequestError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestValidationError):
-        return from_validation(error)
-    return RequestError(400, str(error)) if isinstance(error, MolaError) else internal()
+        return _from_validation(error)
+    if isinstance(error, MolaError):
+        return RequestError(400, str(error))
+    if (lack := lack_of_memory(error)) is not None:
+        logger.warning("Out of memory: %s.", lack)
+        return RequestError(503, "the server does not have enough memory for this request. Shorten it.")
+    # After an unknown exception uvicorn closes the connection, so the response announces it.
+    return RequestError(
+        500, "the server failed to answer this request; its log says why.", headers={"Connection": "close"}
+    )
 
 
-def internal() -> RequestError:
-    """What a client is told about a bug; the server's log has the traceback."""
-    # Starlette raises the error once more, upon which the connection is cut: the client has to know.
-    text = "the server failed to answer this request; its log says why."
-    return RequestError(500, text, headers={"Connection": "close"})
-
-
-def from_validation(error: RequestValidationError) -> RequestError:
-    """The first thing that pydantic found wrong with a body."""
+def _from_validation(error: RequestValidationError) -> RequestError:
+    """Describe the first fault that pydantic found in a body."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return RequestError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
-    if not place and first["type"] == "missing":
-        return RequestError(400, "the body is empty: send a JSON object.")
-    if not place and first["type"] in _NO_OBJECT:
-        return RequestError(400, "the body must be a JSON object, sent with `Content-Type: application/json`.")
+        return RequestError(400, "the body is not valid JSON.")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MolaError):
         return RequestError(400, str(cause))
-    name = _shortened(".".join(place))
-    if first["type"] == "missing":
-        return RequestError(400, f"`{name}` is missing.", param=name)
+    field = ".".join(str(part) for part in first["loc"][1:])[:_MAX_FIELD_NAME]
+    if not field:
+        return RequestError(400, "the body must be a JSON object, sent with `Content-Type: application/json`.")
     if first["type"] == "extra_forbidden":
-        return RequestError(400, f"`{name}` is no field that this server knows. Leave it out.", param=name)
-    is_private = place[:1] and place[0] in _TEXT_OF_PEOPLE and first["type"] != "literal_error"
-    value = f"a value of type {_json_type(first['input'])}" if is_private else _shortened(repr(first["input"]))
-    return RequestError(400, f"`{name}` is wrong: {first['msg']}; got {value}.", param=name)
-
-
-def _json_type(value: Any) -> str:
-    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
-    return names.get(type(value), "null")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}..."
+        return RequestError(400, f"`{field}` is not supported by this server. Leave it out.", param=field)
+    return RequestError(400, f"`{field}` is wrong: {first['msg']}.", param=field)

@@ -1,70 +1,65 @@
-"""Bodies of requests: fields, types, and what is refused because it would otherwise be ignored."""
+"""Bodies of requests: their fields and types, and fields of OpenAI's that this server refuses."""
 
-import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mola.errors import MolaError
 
-_MOST_STOPS = 4  # as OpenAI has it
-_LONGEST_STOP = 500  # characters: every token is looked at for the beginnings of all of them
-_MOST_LOGPROBS = 20
-_LONGEST_PLACE = 4096  # characters of a name or path of an adapter
-_FREE_OF_EFFECT = ("user", "metadata")  # they name the caller; answers do not depend on them
-_LONGEST_ECHO = 80  # characters of a wrong value that a message repeats
+_MAX_STOPS = 4  # as OpenAI's
+_MAX_STOP_LENGTH = 500  # characters: the text is compared with every stop at every token
+_MAX_LOGPROBS = 20
+_IGNORED_FIELDS = ("user", "metadata")  # they name the caller, on whom answers do not depend
 
 _Item = TypeVar("_Item")
-# At the first wrong item: an error for each of a million would take the memory of a thousand requests.
-_Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
+# `fail_fast` stops at the first wrong item: one error for each of a million items would take too much memory.
+_NonEmptyList = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
-class _Strict(BaseModel):
-    """Refuses fields that it does not know, unless they are null or false: clients send all that there are."""
+class _StrictModel(BaseModel):
+    """Refuses unknown fields, except null and false ones: clients send all fields that exist."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_asks_for_nothing(cls, body: Any) -> Any:
+    def _drop_unset_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         return {k: v for k, v in body.items() if k in cls.model_fields or not (v is None or v is False)}
 
 
-class TextPart(_Strict):
+class TextPart(_StrictModel):
     """One part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(_StrictModel):
     """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | _Some[TextPart]
+    content: str | _NonEmptyList[TextPart]
 
-    def plain(self) -> dict[str, str]:
-        """The message as chat templates want it."""
+    def for_template(self) -> dict[str, str]:
+        """The message in the form that chat templates read."""
         content = self.content
-        return {"role": self.role, "content": content if isinstance(content, str) else "".join(p.text for p in content)}
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": self.role, "content": text}
 
 
-class StreamOptions(_Strict):
-    """What a stream says besides the text."""
+class StreamOptions(_StrictModel):
+    """What a stream holds besides the text."""
 
     include_usage: bool | None = None
 
 
-class AnswerRequest(_Strict):
-    """What both kinds of requests share.
+class AnswerRequest(_StrictModel):
+    """Fields of chats and completions alike."""
 
-    `neutral` are fields of OpenAI's that would change an answer and do not exist here, with the values that ask for
-    nothing: these pass, any other value is refused.
-    """
-
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"logit_bias": ({},)}
+    # Fields that would change an answer and are not supported, with the values that change nothing.
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"logit_bias": ({},)}
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -81,32 +76,26 @@ class AnswerRequest(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_would_be_ignored(cls, body: Any) -> Any:
+    def _refuse_unsupported_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        _check_characters(body)
-        body = {name: value for name, value in body.items() if name not in _FREE_OF_EFFECT}
-        for name, values in cls.neutral.items():
+        body = {name: value for name, value in body.items() if name not in _IGNORED_FIELDS}
+        for name, harmless in cls.unsupported.items():
             value = body.pop(name, None)
-            # Types as well: False == 0 is no reason to let a wrong type pass.
-            if value is not None and not any(
-                value == v and isinstance(value, bool) == isinstance(v, bool) for v in values
-            ):
-                raise MolaError(
-                    f"`{name}` is not supported by this server: got {str(value)[:_LONGEST_ECHO]!r}. Leave it out."
-                )
+            if value is not None and value not in harmless:
+                raise MolaError(f"`{name}` is not supported by this server. Leave it out.")
         return body
 
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > _MOST_STOPS:
-            raise MolaError(f"`stop` takes at most {_MOST_STOPS} texts: got {len(texts)}.")
-        if (longest := max(map(len, texts), default=0)) > _LONGEST_STOP:
-            raise MolaError(f"`stop` takes texts of at most {_LONGEST_STOP} characters: got {longest}. Shorten them.")
+        if len(texts) > _MAX_STOPS:
+            raise MolaError(f"`stop` takes at most {_MAX_STOPS} texts: got {len(texts)}.")
+        if (longest := max(map(len, texts), default=0)) > _MAX_STOP_LENGTH:
+            raise MolaError(f"`stop` takes texts of at most {_MAX_STOP_LENGTH} characters: got {longest}.")
         if not all(texts):
-            raise MolaError("`stop` must not hold an empty text: every answer would end at once. Leave it out.")
+            raise MolaError("`stop` must not hold an empty text, which would end every answer at once. Leave it out.")
         return stop
 
     @model_validator(mode="after")
@@ -116,15 +105,15 @@ class AnswerRequest(_Strict):
         return self
 
     def stops(self) -> list[str]:
-        """The texts that end an answer."""
+        """Texts that end an answer."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
-    def new_tokens(self) -> int | None:
-        """Tokens asked for; None if the request does not say."""
+    def num_new_tokens(self) -> int | None:
+        """Length of the longest answer in tokens; None if the request does not say."""
         return self.max_tokens
 
     def num_logprobs(self) -> int | None:
-        """Log-probabilities to tell besides that of each token; None for none at all."""
+        """Number of the most probable tokens to send with each token; None for no log-probabilities at all."""
         raise NotImplementedError
 
     def wants_usage(self) -> bool:
@@ -135,7 +124,7 @@ class AnswerRequest(_Strict):
 class ChatRequest(AnswerRequest):
     """Body of `/v1/chat/completions`."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.neutral | {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.unsupported | {
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "tool_choice": ("none",),
@@ -146,75 +135,58 @@ class ChatRequest(AnswerRequest):
         "store": (False,),
     }
 
-    messages: _Some[Message]
+    messages: _NonEmptyList[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        both = self.max_tokens, self.max_completion_tokens
-        if None not in both and both[0] != both[1]:
-            raise MolaError(f"`max_tokens` {both[0]} and `max_completion_tokens` {both[1]} disagree. Pass one of them.")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise MolaError(f"`max_tokens` {old} and `max_completion_tokens` {new} disagree. Pass one of them.")
         if self.top_logprobs and not self.logprobs:
             raise MolaError(f"`top_logprobs` needs `logprobs` true: got {self.top_logprobs}. Pass both, or neither.")
         return self
 
     def num_logprobs(self) -> int | None:
-        """As `top_logprobs` says, if `logprobs` is on."""
+        """`top_logprobs`, if `logprobs` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def new_tokens(self) -> int | None:
-        """Tokens asked for, under the new or the old name."""
+    def num_new_tokens(self) -> int | None:
+        """Length of the longest answer, under its new or its old name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class CompletionRequest(AnswerRequest):
     """Body of `/v1/completions`."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.neutral | {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = AnswerRequest.unsupported | {
         "echo": (False,),
         "best_of": (1,),
         "suffix": ("",),
     }
 
-    prompt: str | _Some[str]
-    logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+    prompt: str | _NonEmptyList[str]
+    logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
 
     def num_logprobs(self) -> int | None:
-        """As `logprobs` says."""
+        """`logprobs`, which is a number in completions."""
         return self.logprobs
 
     def prompts(self) -> list[str]:
-        """The texts to continue."""
+        """Texts to continue."""
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
 
-class UnloadRequest(_Strict):
+class UnloadRequest(_StrictModel):
     """Body of `/v1/unload_lora_adapter`, with vLLM's names."""
 
-    lora_name: str = Field(max_length=_LONGEST_PLACE)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_half_characters(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            _check_characters(body)
-        return body
+    lora_name: str = Field(min_length=1)
 
 
 class LoadRequest(UnloadRequest):
     """Body of `/v1/load_lora_adapter`, with vLLM's names."""
 
-    lora_path: str = Field(max_length=_LONGEST_PLACE)
+    lora_path: str
     load_inplace: bool = False
-
-
-def _check_characters(body: dict[str, Any]) -> None:
-    """JSON can write half a surrogate pair; neither tokenizers nor answers can."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise MolaError("the body holds half a surrogate pair, which is no Unicode text. Send whole ones.") from None
-    except RecursionError:
-        raise MolaError("the body is nested too deeply.") from None

@@ -1,11 +1,10 @@
 """`mola serve`: an HTTP server with OpenAI's interface for a base model and its adapters.
 
-- `main` is the command; `running_server` is the same inside a program.
-- Answers run side by side in one batch; see `mola.generation.batching`.
+- `main` is the command. `running_server` runs the same server inside a program.
+- Answers are generated side by side in one batch; see `mola.generation.batching`.
 """
 
 import contextlib
-import functools
 import logging
 import os
 import threading
@@ -18,12 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
+from mola.models.adapters import changes_base, check_adapter
 from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
 from mola.options.fields import START, Group, option
-from mola.serving.addresses import bind, is_loopback
-from mola.serving.option_checks import check_neighbours, check_numbers, warn_of_few_files
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -31,7 +29,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
-_FULL = "vLLM answers more at once, with one adapter: pip install 'mola-peft[vllm]', `mola serve --engine vllm`."
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+# Smaller values would leave a server that refuses or delays every request.
+_SMALLEST = {
+    "max_batch_size": 1,
+    "max_batch_prefill_tokens": 1,
+    "max_batch_total_tokens": 2,
+    "max_tokens": 1,
+    "max_choices": 1,
+    "max_waiting": 0,
+    "max_body_bytes": 1,
+    "max_connections": 1,
+    "shutdown_timeout": 0,
+}
 
 
 @dataclass
@@ -41,41 +51,47 @@ class ServeOptions(ModelOptions):
     _start: ClassVar = START
     adapter: list[str] | None = option(
         None,
-        "Adapters, each NAME=FOLDER or FOLDER, which is then named after its last part; those of several flags and of "
-        "a recipe add up.",
+        "Adapters, each NAME=FOLDER or FOLDER; a FOLDER alone is named after its last part. Several flags and a "
+        "recipe add up.",
         action="extend",
     )
-    engine: str = option("mola", "Who answers: mola, or vllm, whose own server is started with at most one adapter.")
-    base_name: str | None = option(None, "Name of the base model in requests; by default the last part of a folder.")
-    host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
+    engine: str = option("mola", "Server that answers: mola, or vllm, which serves at most one adapter.")
+    base_name: str | None = option(
+        None, "Name of the base model in requests. Default: the last part of its folder, or its hub id."
+    )
+    host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     api_key: str | None = field(
         default=None,
         repr=False,
-        metadata={"help": "Token that clients must send; better in the environment, as MOLA_API_KEY."},
+        metadata={"help": "Token that clients must send. The environment variable MOLA_API_KEY hides it better."},
     )
 
     adapter_root: str | None = option(
-        None, "Folder below which adapters may be loaded while the server runs; needs a token."
+        None, "Folder below which clients may load adapters while the server runs; needs a token."
     )
 
     _batch: ClassVar = Group("batch")
-    max_batch_size: int = option(32, "Answers made side by side; 1 makes one after the other.")
-    max_batch_prefill_tokens: int = option(256, "Tokens of prompts read between two tokens of running answers.")
+    max_batch_size: int = option(
+        32, "Maximum number of answers generated side by side; 1 generates one after the other."
+    )
+    max_batch_prefill_tokens: int = option(
+        256, "Maximum number of prompt tokens read between two tokens of running answers."
+    )
     max_batch_total_tokens: int | None = option(
         None,
-        "Answers side by side times the longest, prompt included; by default what a quarter of free memory holds.",
+        "Maximum number of answers side by side times the length of the longest in tokens, prompt included. Default: "
+        "as many as fit into a quarter of the free memory.",
     )
 
     _limits: ClassVar = Group("limits")
-    max_tokens: int = option(1024, "Longest answer a request may ask for, in tokens.")
-    max_choices: int = option(16, "Most answers of one request: prompts times n.")
-    max_waiting: int = option(128, "Requests besides `max_batch_size` of them; further ones get status 429.")
-    max_body_bytes: int = option(1 << 20, "Longest body of a request.")
-    max_connections: int = option(256, "Connections at the same time; further ones are sent away with status 503.")
-    client_timeout: float = option(
-        60.0, "Seconds in which a client must have sent a request in full, and must take what is sent to it."
+    max_tokens: int = option(1024, "Maximum length of an answer in tokens.")
+    max_choices: int = option(16, "Maximum number of answers of one request: prompts times n.")
+    max_waiting: int = option(
+        128, "Maximum number of requests beyond `max_batch_size`; further ones are answered with status 429."
     )
+    max_body_bytes: int = option(1 << 20, "Maximum length of a request's body in bytes.")
+    max_connections: int = option(256, "Maximum number of connections; further ones are answered with status 503.")
     shutdown_timeout: float = option(30.0, "Seconds that running answers get to finish when the server is stopped.")
 
 
@@ -88,29 +104,29 @@ def main(options: ServeOptions) -> int:
     if options.engine == "vllm":
         from mola.serving.vllm_command import run_vllm
 
-        check_numbers(options)
+        _check_numbers(options)
         return run_vllm(options, base_name(options), adapter_folders(options), _api_key(options))
-    with _prepared(options) as (server, bound, _):
-        from mola.serving.server import signals_end_quietly
+    with _prepared_server(options) as (server, bound, _):
+        from mola.serving.server import ignore_signals_after_shutdown
 
-        with signals_end_quietly():
+        with ignore_signals_after_shutdown():
             return 0 if server.run_on(bound) else 1
 
 
 @contextlib.contextmanager
 def running_server(options: ServeOptions) -> Iterator[str]:
-    """A server in a thread of this program, for the length of a `with` block.
+    """Run a server in a thread of this program during a `with` block.
 
     Args:
-        options: as of the command.
+        options: those of the command.
 
     Yields:
-        Its address, such as `http://127.0.0.1:8000`; clients of OpenAI's want `/v1` after it.
+        The server's address, such as `http://127.0.0.1:8000`. OpenAI's clients want `/v1` after it.
 
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
-    with _prepared(options) as (server, bound, url):
+    with _prepared_server(options) as (server, bound, url):
         thread = threading.Thread(target=server.run_on, args=[bound], name="mola-serve")
         thread.start()
         try:
@@ -125,69 +141,111 @@ def running_server(options: ServeOptions) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _prepared(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
-    """Everything checked and loaded: the server, its socket and its address."""
+def _prepared_server(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
+    """Check the options and load the model; yield the server, its bound socket and its URL."""
     if options.engine != "mola":
         raise MolaError(f"`engine` must be mola, or vllm in the command `mola serve`: got {options.engine!r}.")
-    from transformers.utils.import_utils import is_fastapi_available, is_uvicorn_available
-
-    if not (is_fastapi_available() and is_uvicorn_available() and find_spec("prometheus_client")):
+    if not all(map(find_spec, _EXTRA)):
         raise MolaError(
             "`mola serve` needs fastapi, uvicorn and prometheus-client. Run: pip install 'mola-peft[serve]'"
         )
-    from mola.serving.app import build_app
-    from mola.serving.connections import Connection
-    from mola.serving.engines import engine_for
-    from mola.serving.guard import Checks
-    from mola.serving.jobs import JobMaker, Limits
-    from mola.serving.metrics import Metrics
-    from mola.serving.queue import AnswerQueue
-    from mola.serving.server import Server, url_of
-    from mola.serving.shelf import Shelf
+    from mola.serving.server import bind, is_loopback, url_of
 
-    check_numbers(options)
-    warn_of_few_files(options.max_connections)
+    _check_numbers(options)
     api_key = _api_key(options)
     if options.adapter_root is not None and api_key is None:
         raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
     check_model(options)
     folders = adapter_folders(options)
-    alone = check_neighbours(folders, options.adapter_root)
+    if api_key is None and not is_loopback(options.host):
+        logger.warning(
+            "Anyone who reaches %s can use this server: it accepts connections from other machines and needs no token. "
+            "Set %s.",
+            options.host,
+            _KEY_VARIABLE,
+        )
+    with bind(options.host, options.port) as bound:
+        url = url_of(bound)
+        yield _load_server(options, folders, api_key, url), bound, url
+
+
+def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | None, url: str) -> "Server":
+    """Load the model with its adapters and build the server."""
+    from mola.serving.adapter_loading import AdapterLoader
+    from mola.serving.app import build_app
+    from mola.serving.engine_choice import choose_engine
+    from mola.serving.jobs import JobMaker, Limits
+    from mola.serving.metrics import Metrics
+    from mola.serving.request_queue import RequestQueue
+    from mola.serving.server import Server
+    from mola.serving.stream_writer import TokenDecoder
+
+    has_base = not _changes_base_model(options, folders)
     chats = own_chats(folders)
     tokenizer = tokenizer_for(options)
     for name, chat in chats.items():
         warn_of_unknown_tokens(folders[name], chat, tokenizer)
-    with bind(options.host, options.port) as bound:
-        # Names inside the model are ours: PEFT takes no dots, requests do.
-        inside = {name: f"served{number}" for number, name in enumerate(folders)}
-        model = model_for(options, {inside[name]: folder for name, folder in folders.items()})
-        names = inside if alone else {base_name(options): None, **inside}
-        adapters, metrics = Adapters(model), Metrics()
-        batch = options.max_batch_size, options.max_batch_prefill_tokens, options.max_batch_total_tokens
-        engine, total = engine_for(adapters, tokenizer, *batch)
-        known = predicting.positions_left(model), total, predicting.num_tokens(model)
-        limits = Limits(options.max_tokens, options.max_choices, *known)
-        jobs = JobMaker(tokenizer, names, limits, {inside[name]: chat for name, chat in chats.items()})
-        running = options.max_batch_size if total else 1
-        queue = AnswerQueue(adapters, engine, tokenizer, running, options.max_waiting, metrics, _FULL)
-        metrics.watch(queue.counts)
-        checks = Checks(api_key, options.max_body_bytes, is_local=api_key is None and is_loopback(options.host))
+    # PEFT allows no dots in an adapter's name, requests do.
+    inner_names = {name: f"served{number}" for number, name in enumerate(folders)}
+    model = model_for(options, {inner_names[name]: folder for name, folder in folders.items()})
+    names = {base_name(options): None, **inner_names} if has_base else inner_names
 
-        def check(folder: str) -> None:
-            check_adapter_fits(options.base_model, folder, options.trust_remote_code, options.gguf_file)
+    adapters, metrics = Adapters(model), Metrics()
+    engine, max_total_tokens = choose_engine(
+        adapters,
+        tokenizer,
+        options.max_batch_size,
+        options.max_batch_prefill_tokens,
+        options.max_batch_total_tokens,
+    )
+    limits = Limits(
+        options.max_tokens,
+        options.max_choices,
+        predicting.positions_left(model),
+        max_total_tokens,
+        predicting.num_embeddings(model),
+    )
+    jobs = JobMaker(tokenizer, names, limits, {inner_names[name]: chat for name, chat in chats.items()})
+    decoder = TokenDecoder(tokenizer, predicting.end_token_ids(model, tokenizer))
+    max_running = options.max_batch_size if max_total_tokens else 1
+    queue = RequestQueue(adapters, engine, decoder, max_running, options.max_waiting, metrics)
 
-        app = build_app(jobs, queue, Shelf(options.adapter_root, jobs, queue, adapters, check), metrics, checks)
-        if api_key is None and not is_loopback(options.host):
-            logger.warning(
-                "Anyone who reaches %s can use this server: `host` is not this machine alone and no token is set. "
-                "Set %s.",
-                options.host,
-                _KEY_VARIABLE,
+    def check_fits(folder: str) -> None:
+        check_adapter_fits(options.base_model, folder, options.trust_remote_code, options.gguf_file)
+
+    loader = AdapterLoader(options.adapter_root, jobs, queue, adapters, check_fits)
+    app = build_app(jobs, queue, loader, decoder, metrics, api_key, options.max_body_bytes)
+    greeting = f"Serving {', '.join(names)} on {url}"
+    return Server(app, queue, options.max_connections, options.shutdown_timeout, greeting)
+
+
+def _check_numbers(options: ServeOptions) -> None:
+    for name, smallest in _SMALLEST.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise MolaError(f"`{name}` must be at least {smallest}: got {value}.")
+    if options.adapter_root is not None and not os.path.isdir(options.adapter_root):
+        raise MolaError(f"`adapter_root` must be a folder: got {options.adapter_root!r}. Check the path.")
+
+
+def _changes_base_model(options: ServeOptions, folders: dict[str, str]) -> bool:
+    """Whether an adapter changes the base model itself, as trained biases do. Such an adapter is served alone.
+
+    Raises:
+        MolaError: such an adapter is not alone.
+    """
+    for name, folder in folders.items():
+        reason = changes_base(check_adapter(folder))
+        if reason is None:
+            continue
+        if len(folders) > 1 or options.adapter_root is not None:
+            raise MolaError(
+                f"`adapter` {folder!r} {reason}, which would change the base model and all other adapters. Serve it "
+                "alone: leave out the others and `adapter_root`."
             )
-        url = url_of(bound)
-        greeting = f"Serving {', '.join(names)} on {url}"
-        protocol = functools.partial(Connection, options.max_connections, options.client_timeout)
-        yield Server(app, queue, protocol, options.shutdown_timeout, greeting), bound, url
+        logger.warning("The base model has no name here: %r %s.", name, reason)
+        return True
+    return False
 
 
 def base_name(options: ServeOptions) -> str:
@@ -203,35 +261,35 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
     Raises:
         MolaError: an empty name or folder, or a name twice.
     """
-    taken = base_name(options)
-    if not taken:
-        raise MolaError("`base_name` must not be empty. Leave it out to name the model after its folder.")
+    name_of_base = base_name(options)
     folders: dict[str, str] = {}
     for text in options.adapter or []:
-        # A folder may have an equals sign in its own name; `Path.is_dir` fails for what no file can be called.
+        # The name of an existing folder may itself hold an equals sign.
         name, equals, folder = ("", "", text) if os.path.isdir(text) else text.partition("=")
         if not equals:
             name, folder = _last_part(text), text
         if not name or not folder:
             raise MolaError(f"`adapter` must be NAME=FOLDER or FOLDER: got {text!r}.")
-        if name in folders or name == taken:
-            whose = "the base model" if name == taken else repr(folders[name])
-            raise MolaError(f"`adapter` {folder!r} is named {name!r}, as is {whose}. Name it: OTHER_NAME={folder}.")
+        if name in folders or name == name_of_base:
+            other = "the base model" if name == name_of_base else repr(folders[name])
+            raise MolaError(
+                f"`adapter` {folder!r} has the name {name!r}, as {other} has. Rename it: OTHER_NAME={folder}."
+            )
         folders[name] = folder
     return folders
 
 
 def _last_part(folder: str) -> str:
-    """The name a folder goes by: of a link its own, of `.` the real one."""
+    """The name of a folder: of a link its own name, of `.` the name of the working folder."""
     return os.path.basename(os.path.abspath(folder))
 
 
 def _api_key(options: ServeOptions) -> str | None:
     """The token; the option wins over the environment."""
-    source, key = ("`api_key`", options.api_key)
+    source, key = "`api_key`", options.api_key
     if key is None:
-        source, key = (f"the environment variable {_KEY_VARIABLE}", os.environ.get(_KEY_VARIABLE))
+        source, key = f"the environment variable {_KEY_VARIABLE}", os.environ.get(_KEY_VARIABLE)
+    # An empty token would protect nothing, and no client could send one with blanks or other characters.
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
-        # The message does not repeat it: it may be a token with one wrong character.
-        raise MolaError(f"{source} must be a token of visible ASCII characters, at least one. Pass such a one.")
+        raise MolaError(f"{source} must be a token of visible ASCII characters, at least one.")
     return key

@@ -1,100 +1,129 @@
-"""The process side: socket, signals, the end."""
+"""The server process: its socket, its signals and its end."""
 
 import asyncio
+import ipaddress
 import logging
 import math
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from mola.serving.addresses import cannot_listen
-from mola.serving.connections import MAX_HEAD_BYTES
-from mola.serving.queue import AnswerQueue
+from mola.errors import MolaError
+
+if TYPE_CHECKING:
+    from mola.serving.request_queue import RequestQueue
 
 logger = logging.getLogger(__name__)
 
-_BACKSTOP = 5  # seconds after the queue gave up, before connections are cut
+_EXTRA_SECONDS = 5  # between the end of the last answer and the moment uvicorn cuts connections
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket, so that a port that is taken is found before a model is loaded. It does not listen yet.
+
+    Raises:
+        MolaError: this machine has no such address, or another program uses the port.
+    """
+    bound = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        return bound
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise MolaError(
+            f"`host` {host!r} and `port` {port} cannot be used: {error.strerror or error}. Choose another port, or "
+            "end the program that uses it."
+        ) from error
 
 
 def url_of(bound: socket.socket) -> str:
-    """Address of a bound socket, as clients write it."""
+    """The address of a bound socket as a URL."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which at its end lets the running answer finish, for `shutdown_timeout` seconds at most.
+    """A uvicorn server that lets running answers finish when it is stopped.
 
-    `protocol` makes a connection's `Connection` of uvicorn's arguments; `greeting` is logged when the server listens.
+    Args:
+        app: the ASGI application.
+        queue: has the requests; it is closed at the end.
+        max_connections: further connections are answered with status 503.
+        shutdown_timeout: seconds that running answers get. After them, or after a second Ctrl-C, the answers end early
+            with an error.
+        greeting: is logged as soon as the server listens.
     """
 
-    def __init__(self, app: Any, queue: AnswerQueue, protocol: Any, shutdown_timeout: float, greeting: str) -> None:
+    def __init__(
+        self, app: Any, queue: "RequestQueue", max_connections: int, shutdown_timeout: float, greeting: str
+    ) -> None:
         config = uvicorn.Config(
             app,
-            # These two whatever else is installed: the limits are made for them.
-            loop="asyncio",
-            http=protocol,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-            log_config=None,  # as the program has it
+            log_config=None,  # the program configures logging
             log_level="warning",
-            access_log=False,
+            access_log=False,  # it would log queries, which may hold a token
             ws="none",
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _BACKSTOP,
+            limit_concurrency=max_connections + 1,  # uvicorn refuses the connection that reaches the limit
+            timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _EXTRA_SECONDS,
         )
         super().__init__(config)
         self._queue = queue
         self._shutdown_timeout = shutdown_timeout
         self._greeting = greeting
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn; it listens afterwards."""
+        """Called by uvicorn."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        if self.started:
-            logger.info("%s", self._greeting)
+        logger.info("%s", self._greeting)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn for SIGINT and SIGTERM."""
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._loop is not None:  # the second Ctrl-C
+            self._loop.call_soon_threadsafe(self._queue.abort)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn after a signal."""
+        """Called by uvicorn after the first signal."""
         self._queue.stop()
         timer = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._queue.abort)
-        forced = asyncio.create_task(self._end_when_forced())
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
-            forced.cancel()
-
-    async def _end_when_forced(self) -> None:
-        """Cut what runs after a second interrupt: from Python 3.12 on a server that closes waits for connections."""
-        while not self.force_exit:
-            await asyncio.sleep(0.1)
-        self._queue.abort()
-        await asyncio.sleep(0.5)  # for answers to say that they end
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
 
     def run_on(self, bound: socket.socket) -> bool:
-        """Serve until a signal; the model is free afterwards. Whether the server had started."""
+        """Serve on a bound socket until a signal arrives; return whether the server had started."""
         try:
             self.run(sockets=[bound])
-        except OSError as error:
-            if self.started:
-                raise
-            host, port = bound.getsockname()[:2]
-            raise cannot_listen(host, port, error) from error  # another server has bound it, too, and was faster
         finally:
             self._queue.close()
         return self.started
 
 
 @contextmanager
-def signals_end_quietly() -> Iterator[None]:
-    """Uvicorn raises the signals that ended it once more; they shall not end the process before it has cleaned up."""
+def ignore_signals_after_shutdown() -> Iterator[None]:
+    """Keep uvicorn from ending the process: after its shutdown it raises the signals that ended it once more."""
     names = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(name, lambda *_: None) for name in names]
     try:

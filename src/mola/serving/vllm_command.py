@@ -1,7 +1,4 @@
-"""`mola serve --engine vllm`: the command of vLLM's own server, in place of this process; see docs/vllm.md.
-
-Options of mola's server that it has no counterpart for are refused.
-"""
+"""`mola serve --engine vllm`: replaces this process by vLLM's own server; see docs/vllm.md."""
 
 import dataclasses
 import importlib.util
@@ -25,34 +22,34 @@ logger = logging.getLogger(__name__)
 
 _SERVER = "vllm.entrypoints.openai.api_server"
 _KEY_VARIABLE = "VLLM_API_KEY"
-_HONOURED = (
+_SUPPORTED_OPTIONS = (
     *("base_model", "adapter", "base_name", "host", "port", "api_key", "dtype", "trust_remote_code", "max_tokens"),
     "engine",
 )
-_TRAINED_TOO = {
+_UNSUPPORTED_SETTINGS = {
     "modules_to_save": "modules trained in full",
     "target_parameters": "experts of stacked parameters",
     "trainable_token_indices": "trained embeddings",
 }
-_OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
-# As mola's server: greedy unless a request asks for sampling, and nothing of the base model's own taste.
+_ADVICE = "Serve this adapter with `mola serve`, without --engine vllm."
+# As in mola's server, answers are greedy unless a request asks for sampling, whatever the base model's own defaults.
 _GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key: str | None) -> int:
-    """Become vLLM's server.
+    """Replace this process by vLLM's server.
 
     Args:
-        options: of `mola serve`.
-        base_name: the base model's name in requests, where there is no adapter.
+        options: those of `mola serve`.
+        base_name: the base model's name in requests, if there is no adapter.
         adapters: name in requests -> folder.
-        api_key: token that clients must send; goes into the environment, for command lines can be read by others.
+        api_key: token that clients must send. vLLM gets it in the environment, because other users can read a command.
 
     Returns:
-        The exit code, where the process cannot be replaced.
+        The exit code, on systems that cannot replace a process.
 
     Raises:
-        MolaError: vLLM is missing, or an option is not for it.
+        MolaError: vLLM is missing, or it cannot serve what the options ask for.
     """
     command = [sys.executable, *vllm_arguments(options, base_name, adapters)]
     if importlib.util.find_spec("vllm") is None:
@@ -71,53 +68,55 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
 
 
 def check_servable(folder: str) -> MolaConfig:
-    """The configuration of a mixture that vLLM can serve.
+    """Read the configuration of a mixture that vLLM can serve.
 
     Raises:
-        MolaError: the folder is no sound adapter, or holds more than mixtures of linears.
+        MolaError: the folder holds no complete adapter, or the adapter has more than mixtures of linears.
     """
     found = check_adapter(folder)
     if found["peft_type"] != "MOLA":
         raise MolaError(
-            f"`adapter` must be a mixture to be served by vLLM's load format `mola`: {folder!r} is of type "
-            f"{found['peft_type']!r}. vLLM has `--enable-lora --lora-modules` for LoRA."
+            f"`adapter` must be a mixture for vLLM's load format `mola`: {folder!r} is of type {found['peft_type']!r}. "
+            "vLLM has `--enable-lora --lora-modules` for LoRA."
         )
     config = MolaConfig.from_pretrained(folder)
-    for name, what in _TRAINED_TOO.items():
+    for name, content in _UNSUPPORTED_SETTINGS.items():
         if value := getattr(config, name):
-            raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has {what}, {value!r}. {_OTHERWISE}")
+            raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has {content}, {value!r}. {_ADVICE}")
     if config.bias != "none":
-        raise MolaError(f"`bias` must be 'none' for vLLM: {folder!r} has {config.bias!r}, trained biases. {_OTHERWISE}")
+        raise MolaError(f"`bias` must be 'none' for vLLM: {folder!r} has {config.bias!r}, trained biases. {_ADVICE}")
     return config
 
 
 def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
-    """Of vLLM's server, for an adapter that was trained to chat in a way of its own."""
-    known = end_token_of(base_model)
-    if chat.end_token is not None and chat.end_token != known:
+    """Arguments of vLLM's server for an adapter that has its own chat template."""
+    base_end = end_token_of(base_model)
+    if chat.end_token is not None and chat.end_token != base_end:
         logger.warning(
-            "%r ends its answers with %r: vLLM's server stops at the base model's end token, %s. Send it as `stop`.",
-            *(folder, chat.end_token, "which is not known before it starts" if known is None else repr(known)),
+            "%r ends its answers with %r, but vLLM's server stops at the base model's end token, %s. Clients must send "
+            "the adapter's end token as `stop`.",
+            *(folder, chat.end_token, "which is not known before it starts" if base_end is None else repr(base_end)),
         )
     path = Path(folder, CHAT_TEMPLATE)
     if path.is_file():
         return ["--chat-template", str(path)]
     logger.warning(
-        "%r has its chat template in tokenizer_config.json, where vLLM's server does not look: write it to %s there.",
+        "%r has its chat template in tokenizer_config.json, which vLLM's server does not read. Write the template to "
+        "%s in the same folder.",
         *(folder, CHAT_TEMPLATE),
     )
     return []
 
 
 def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) -> list[str]:
-    """Arguments of Python; as for `run_vllm`.
+    """Arguments of Python that start vLLM's server; see `run_vllm` for the parameters.
 
     Raises:
-        MolaError: an option is given that vLLM's server has no counterpart for, or there are several adapters.
+        MolaError: there are several adapters, or an option has no counterpart in vLLM's server.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name not in _HONOURED and value != field.default:
+        if field.name not in _SUPPORTED_OPTIONS and value != field.default:
             raise MolaError(
                 f"`{field.name}` must be left out with `engine` vllm, whose server has no such option: got {value!r}. "
                 "vLLM's own command, which the log shows, takes vLLM's options."
@@ -125,20 +124,20 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
     if len(adapters) > 1:
         raise MolaError(
             f"`adapter` must be one with `engine` vllm: got {', '.join(adapters)}. Start a server for each, on its "
-            "own port, or leave out `engine`: mola's server has all of them."
+            "own port, or leave out `engine`: mola's server serves all of them."
         )
     if adapters and options.base_name is not None:
         raise MolaError(
             f"`base_name` must be left out with `engine` vllm and an adapter, got {options.base_name!r}: the base "
-            "model is not served beside it."
+            "model is not served beside the adapter."
         )
     if options.port == 0:
-        raise MolaError("`port` must be from 1 to 65535 with `engine` vllm, which does not tell a free one: got 0.")
+        raise MolaError("`port` must not be 0 with `engine` vllm, which does not say which port it took.")
     name = next(iter(adapters), base_name)
-    limits = _GREEDY | {"max_new_tokens": options.max_tokens}
+    defaults = _GREEDY | {"max_new_tokens": options.max_tokens}
     words = ["-m", _SERVER, "--model", options.base_model, "--served-model-name", name]
     words += ["--host", options.host, "--port", str(options.port), "--dtype", options.dtype]
-    words += ["--override-generation-config", json.dumps(limits)]
+    words += ["--override-generation-config", json.dumps(defaults)]
     words += ["--trust-remote-code"] if options.trust_remote_code else []
     for folder in adapters.values():
         words += ["--load-format", "mola", "--model-loader-extra-config", json.dumps({"adapter": folder})]

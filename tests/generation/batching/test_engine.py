@@ -22,11 +22,9 @@ from transformers import (
 from mola import MolaConfig
 from mola.generation import predicting
 from mola.generation.batching.cache import _Layer
-from mola.generation.batching.engine import BatchEngine
+from mola.generation.batching.engine import BatchEngine, SingleEngine
 from mola.generation.batching.forward import Adapters, why_not_batched
-from mola.generation.batching.rows import Row
-from mola.generation.batching.sampling import Penalties, Sampling
-from mola.generation.batching.single import SingleEngine
+from mola.generation.batching.rows import Penalties, Row, Sampling
 from mola.generation.decoding import decoding_settings
 from tests.grids import slow
 
@@ -39,21 +37,21 @@ class Heard:
     def __init__(self, leaves_after=ENDLESS):
         self.tokens, self.logprobs, self.events, self.leaves_after = [], [], [], leaves_after
 
-    def is_unwanted(self):
+    def is_cancelled(self):
         return len(self.tokens) >= self.leaves_after
 
-    def begins(self):
+    def on_start(self):
         self.events.append("begins")
 
-    def takes(self, token_id, logprobs):
+    def on_token(self, token_id, logprobs):
         self.tokens.append(token_id)
         self.logprobs.append(logprobs)
         return True
 
-    def ends(self):
+    def on_end(self):
         self.events.append("ends")
 
-    def fails(self, error):
+    def on_error(self, error):
         self.events.append(error)
 
 
@@ -187,8 +185,8 @@ def test_positions_that_depend_on_the_longest_row_are_answered_one_by_one(kind):
     settings = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope, max_position_embeddings=32))
     assert "depend on the longest row" in why_not_batched(model)
-    assert predicting.longest_of_one_rope(model.config) == 16
-    assert predicting.longest_of_one_rope(LlamaConfig(**settings)) is None
+    assert predicting.max_length_of_shared_rope(model.config) == 16
+    assert predicting.max_length_of_shared_rope(LlamaConfig(**settings)) is None
 
 
 def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
@@ -269,7 +267,7 @@ def test_prompts_that_are_read_side_by_side_take_what_was_counted(adapted):
         most = 0
         while not engine.is_idle:
             engine.step()
-            caches = [part.cache._own[0].keys for part in engine._parts()]
+            caches = [part.cache._own[0].keys for part in engine._groups()]
             most = max(most, sum(keys.shape[0] * keys.shape[-2] for keys in caches if keys.numel()))
     assert total / 2 < most < 1.5 * total
 
@@ -285,21 +283,21 @@ def test_rows_that_leave_free_their_columns_before_others_enter(adapted):
         while len(engine._running.rows) < 2:
             engine.step()
         gone.leaves_after = 0
-        engine._forget_unwanted()
+        engine._remove_cancelled()
         assert engine._running.cache.columns < 64
 
 
 def test_adapters_that_could_not_be_switched_are_switched_again(adapted, monkeypatch):
     """Off and on again: what failed in between leaves no other adapter on."""
     adapters = Adapters(adapted)
-    with adapters.using([None], will_stay=True):
+    with adapters.activate([None], is_lasting=True):
         pass
     with monkeypatch.context() as patch:
         patch.setattr("mola.generation.batching.forward.set_adapter_to_infer", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError), adapters.using(["second"], will_stay=True):
+        with pytest.raises(ZeroDivisionError), adapters.activate(["second"], is_lasting=True):
             pass
     ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), adapters.using([None], will_stay=True):
+    with torch.no_grad(), adapters.activate([None], is_lasting=True):
         found = adapted(input_ids=ids).logits
     with torch.no_grad(), adapted.disable_adapter():
         assert torch.equal(found, adapted(input_ids=ids).logits)
@@ -310,17 +308,17 @@ def test_an_adapter_that_was_off_is_as_frozen_as_before(adapted):
     adapters = Adapters(adapted)
     name = adapted.active_adapter
     for names in ([name], [None], [name]):
-        with adapters.using(names, will_stay=True):
+        with adapters.activate(names, is_lasting=True):
             pass
     assert adapted.active_adapter == name
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
-    with adapters.using([None], will_stay=True):
+    with adapters.activate([None], is_lasting=True):
         pass
-    with adapters.using([None, name], will_stay=False):
+    with adapters.activate([None, name], is_lasting=False):
         assert not any(parameter.requires_grad for parameter in adapted.parameters())
-    with adapters.using([None], will_stay=True):
+    with adapters.activate([None], is_lasting=True):
         pass
-    adapters.leave()
+    adapters.restore()
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
 
 
@@ -345,7 +343,7 @@ def test_what_an_ended_answer_left_is_not_in_the_columns_of_the_next():
 
     running = filled(2, 6, 1.0)
     running.keys[1] = running.values[1] = float("nan")
-    running.drop(1)
+    running.remove(1)
     running.append(filled(1, 2, 3.0))
     for kept in (running.keys, running.values):
         assert running._used(kept).isfinite().all()
@@ -422,7 +420,7 @@ def test_a_failure_ends_those_it_happened_to_alone(adapted):
     def break_down(token_id, logprobs):
         raise error
 
-    deaf.listener.takes = break_down
+    deaf.listener.on_token = break_down
     engine = batched(adapted)
     with predicting.inference_state(adapted):
         for row in (good, deaf):

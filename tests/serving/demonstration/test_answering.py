@@ -59,7 +59,7 @@ def test_whoever_stops_stops_the_model(answerer, tiny_tokenizer):
     running = answerer.answer("The cat", with_adapter=False, max_new_tokens=900)
     next(running)
     running.close()
-    assert len(answerer._running.token_ids) < 450
+    assert len(answerer._current.token_ids) < 450
     again = last(answerer.answer("The cat", with_adapter=True, max_new_tokens=4))
     assert again.text == generate_text(answerer.model, tiny_tokenizer, "The cat", max_new_tokens=4)
 

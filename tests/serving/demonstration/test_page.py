@@ -67,7 +67,7 @@ def closed():
 def test_page_without_a_browser(options):
     """The controls' functions, called as the page calls them."""
     from mola.serving.demonstration.answering import Answerer
-    from mola.serving.demonstration.page import _answers, _look, _tables
+    from mola.serving.demonstration.page import _answers, _find_experts, _tables
 
     model = load_model(options.base_model, options.adapter, device="cpu")
     tokenizer = load_tokenizer(options.base_model)
@@ -76,7 +76,7 @@ def test_page_without_a_browser(options):
         *_, (adapted, plain, answer) = _answers(answerer, "Hi", "alpaca", 8, 0, 1, 0, 0)
         expected = generate_text(model, tokenizer, get_template("alpaca").prompt("Hi", ""), max_new_tokens=8)
         assert adapted == answer.text == expected != plain
-        found, kind, layer = _look(answerer, answer)
+        found, kind, layer = _find_experts(answerer, answer)
         assert kind.value == "q_proj"
         assert layer.value == 3
         by_layer, by_token = _tables(answer, found, "q_proj", 3, "answer")
@@ -92,14 +92,14 @@ def test_two_linears_of_one_name_in_a_layer_are_told_apart():
     """As GPT-2's `c_proj`, of its attention and of its MLP."""
     from mola.insight.recorder import ModuleGates
     from mola.serving.demonstration.answering import Answer, Experts
-    from mola.serving.demonstration.page import _look, _tables
+    from mola.serving.demonstration.page import _find_experts, _tables
 
     names = [f"transformer.h.{layer}.{part}.c_proj" for layer in range(2) for part in ("attn", "mlp")]
     gates = torch.full((3, 2), 0.5)
     modules = [ModuleGates(name, int(name[14]), gates, gates[:, 0]) for name in names]
     experts = Experts(modules, ["a", "b", "c"], 1)
     answer = Answer("c", [1, 2, 3], 1)
-    found, kind, _ = _look(SimpleNamespace(experts=lambda answer: experts), answer)
+    found, kind, _ = _find_experts(SimpleNamespace(experts=lambda answer: experts), answer)
     assert [value for value, _ in kind.choices] == ["attn.c_proj", "mlp.c_proj"]
     assert _tables(answer, found, "mlp.c_proj", 1, "answer")[0].count('scope="row"') == 2
     for other in (None, Answer("d", [1, 2, 4], 1)):  # another question is asked meanwhile, or answered
@@ -108,12 +108,12 @@ def test_two_linears_of_one_name_in_a_layer_are_told_apart():
 
 def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
     from mola.serving.demonstration.answering import Answer, Answerer
-    from mola.serving.demonstration.page import _look, _tables
+    from mola.serving.demonstration.page import _find_experts, _tables
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(target_modules=["q_proj"]))
     answerer = Answerer(model.eval(), load_tokenizer(options.base_model))
     answer = Answer("", [0, 5, 6], 2)
-    found, kind, _ = _look(answerer, answer)
+    found, kind, _ = _find_experts(answerer, answer)
     answerer.close()
     assert kind.value is None
     assert "no mixture" in _tables(answer, found, None, None, "answer")[0]
@@ -122,7 +122,7 @@ def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"port": 0}, "`port` must be from 1 to 65535"),
+        ({"port": 0}, "`port` must not be 0"),
         ({"template": "alpacka"}, "`template` must be one of"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"adapter": "nowhere"}, "`adapter` must be a folder"),
@@ -162,7 +162,7 @@ def test_a_port_that_is_taken(options, no_weights_dir):
     with socket.socket() as one:
         one.bind(("127.0.0.1", options.port))
         one.listen()
-        with pytest.raises(MolaError, match=f"'127.0.0.1' and `port` {options.port} cannot be listened on"):
+        with pytest.raises(MolaError, match=f"'127.0.0.1' and `port` {options.port} cannot be used"):
             main(options)
 
 

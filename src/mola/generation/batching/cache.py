@@ -1,7 +1,7 @@
 """Keys and values of a batch whose rows come and go.
 
-Rows end at the same column, so shorter ones begin with columns that hold nothing of theirs and that the attention mask
-hides. Every layer keeps all columns, those with a sliding window too: their masks do the rest.
+All rows end at the same column. Shorter rows begin with unused columns, which the attention mask hides. Every layer
+keeps all columns, also a layer with a sliding window: its mask hides what lies outside the window.
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-_COLUMNS = 64  # columns and rows are allocated so many at a time
-_ROWS = 4
+_COLUMN_BLOCK = 64  # memory grows by this many columns
+_ROW_BLOCK = 4  # and by this many rows
 
 
 class _Layer(DynamicLayer):
-    """One layer's keys and values, `(rows, heads, columns, head size)`: the used part of larger tensors."""
+    """Keys and values of one layer, `(rows, heads, columns, head size)`: the used part of larger tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,75 +25,79 @@ class _Layer(DynamicLayer):
         self.rows = self.columns = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Called by the model: write the new columns, give all of them."""
+        """Called by the model: write the new columns, return all of them."""
         self.rows, start = len(key_states), self.columns
         self.columns += key_states.shape[-2]
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.values = (each.new_zeros(0) for each in (key_states, value_states))
+            self.keys, self.values = (states.new_zeros(0) for states in (key_states, value_states))
             self.is_initialized = True
         self._reserve(self.rows, self.columns, key_states, value_states)
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[: self.rows, :, start : self.columns] = new
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            stored[: self.rows, :, start : self.columns] = new
         return self._used(self.keys), self._used(self.values)
 
     def get_seq_length(self, *args: Any) -> int:
-        """Columns in use; called by the model."""
+        """Called by the model: columns in use."""
         return self.columns
 
     def make_room(self, other: "_Layer") -> None:
-        """Allocate what `append` needs, to be called before."""
+        """Allocate the memory for `append`."""
         if self.rows:
             rows, columns = self.rows + other.rows, max(self.columns, other.columns)
             self._reserve(rows, columns, other.keys, other.values)
 
     def append(self, other: "_Layer") -> None:
-        """Put the rows of another cache below those here."""
+        """Add the rows of another layer below these."""
         rows, columns = self.rows + other.rows, max(self.columns, other.columns)
         self._shift(columns - self.columns)
-        for kept, new in ((self.keys, other.keys), (self.values, other.values)):
-            # An answer that has ended may have left what is no number, which masks do not hide.
-            kept[self.rows : rows, :, : columns - other.columns] = 0
-            kept[self.rows : rows, :, columns - other.columns : columns] = other._used(new)
+        for stored, new in ((self.keys, other.keys), (self.values, other.values)):
+            # A removed answer may have left NaN in the unused columns, and masks do not hide NaN.
+            stored[self.rows : rows, :, : columns - other.columns] = 0
+            stored[self.rows : rows, :, columns - other.columns : columns] = other._used(new)
         self.rows, self.columns = rows, columns
 
-    def drop(self, row: int) -> None:
-        """Put the last row where another was."""
-        if not self.rows:  # a layer that keeps nothing of its own
+    def remove(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
+        if not self.rows:  # a layer that uses another layer's keys and values
             return
         self.rows -= 1
         if row < self.rows:
-            for kept in (self.keys, self.values):
-                kept[row, :, : self.columns] = kept[self.rows, :, : self.columns]
+            for stored in (self.keys, self.values):
+                stored[row, :, : self.columns] = stored[self.rows, :, : self.columns]
 
     def trim(self, columns: int) -> None:
-        """Drop the first columns, which no row needs."""
+        """Remove the first columns, which no row uses."""
         if self.rows:
             self._shift(-columns)
 
     def bytes_per_token(self) -> int:
-        """Memory that one token of a row takes."""
-        return sum(each.shape[1] * each.shape[-1] * each.element_size() for each in (self.keys, self.values))
+        """Memory of one token of one row."""
+        return sum(stored.shape[1] * stored.shape[-1] * stored.element_size() for stored in (self.keys, self.values))
 
-    def _shift(self, by: int) -> None:
-        if by == 0:
+    def _shift(self, num_columns: int) -> None:
+        """Move all columns to the right; to the left if the number is negative."""
+        if num_columns == 0:
             return
-        source, target = slice(max(-by, 0), self.columns), slice(max(by, 0), self.columns + by)
-        for kept in (self.keys, self.values):
-            kept[: self.rows, :, target] = kept[: self.rows, :, source].clone()
-        self.columns += by
+        source = slice(max(-num_columns, 0), self.columns)
+        target = slice(max(num_columns, 0), self.columns + num_columns)
+        for stored in (self.keys, self.values):
+            stored[: self.rows, :, target] = stored[: self.rows, :, source].clone()
+        self.columns += num_columns
 
     def _reserve(self, rows: int, columns: int, *like: torch.Tensor) -> None:
-        had_rows, had_columns = (self.keys.shape[0], self.keys.shape[-2]) if self.keys.numel() else (0, 0)
-        if rows <= had_rows and columns <= had_columns:
+        """Allocate larger tensors if these rows and columns do not fit."""
+        old_rows, old_columns = (self.keys.shape[0], self.keys.shape[-2]) if self.keys.numel() else (0, 0)
+        if rows <= old_rows and columns <= old_columns:
             return
-        # What is needed now: the most rows times the most columns that there ever were could be far more.
-        # More rows may come to those that are here, and none to prompts that are read.
-        rows, columns = _rounded(rows, _ROWS) if rows > had_rows > 0 else rows, _rounded(columns, _COLUMNS)
-        # Zeros: whatever lies in fresh memory could be no number, which masks do not hide.
-        grown = [each.new_zeros(rows, each.shape[1], columns, each.shape[-1]) for each in like]
-        if had_rows:
-            used = slice(min(rows, had_rows)), slice(None), slice(min(columns, had_columns))
+        # Allocate for the present need: the most rows ever times the most columns ever could be far larger.
+        # Only a batch that has grown before gets spare rows. A group that reads prompts never grows.
+        rows = _round_up(rows, _ROW_BLOCK) if rows > old_rows > 0 else rows
+        columns = _round_up(columns, _COLUMN_BLOCK)
+        # Zeros, because unused memory could hold NaN, which masks do not hide.
+        grown = [states.new_zeros(rows, states.shape[1], columns, states.shape[-1]) for states in like]
+        if old_rows:
+            used = slice(min(rows, old_rows)), slice(None), slice(min(columns, old_columns))
             for new, old in zip(grown, (self.keys, self.values), strict=True):
                 new[used] = old[used]
         self.keys, self.values = grown
@@ -103,7 +107,7 @@ class _Layer(DynamicLayer):
 
 
 class RowCache(Cache):
-    """Cache of a model with `num_layers` layers; every method below is for all of them."""
+    """The cache of a model with `num_layers` layers. Each method acts on all layers."""
 
     def __init__(self, num_layers: int) -> None:
         self._own = [_Layer() for _ in range(num_layers)]
@@ -111,35 +115,38 @@ class RowCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Columns in use: tokens of the longest row, at least."""
+        """Columns in use: the length of the longest row, or more."""
         return self._own[0].columns
 
     def make_room(self, other: "RowCache") -> None:
-        """Allocate what `append` needs, to be called before: where memory does not suffice, no layer is changed."""
+        """Allocate the memory for `append`. Called before it, so that lack of memory changes no layer."""
         for layer, more in zip(self._own, other._own, strict=True):
             layer.make_room(more)
 
     def append(self, other: "RowCache") -> None:
-        """Put the rows of another cache below those here; both end at the same column then."""
+        """Add the rows of another cache below these. Afterwards all rows end at the same column."""
         for layer, more in zip(self._own, other._own, strict=True):
-            layer.append(more) if layer.rows else layer.__dict__.update(more.__dict__)
+            if layer.rows:
+                layer.append(more)
+            else:
+                layer.__dict__.update(more.__dict__)
 
-    def drop(self, row: int) -> None:
-        """Put the last row where another was."""
+    def remove(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
         for layer in self._own:
-            layer.drop(row)
+            layer.remove(row)
 
     def trim(self, lengths: Sequence[int]) -> None:
-        """Free the first columns once they are many; `lengths` are the tokens of each row."""
-        unused = self.columns - max(lengths, default=0)
-        if unused >= max(_COLUMNS, self.columns // 4):
+        """Free the first columns if many are unused; `lengths` are the tokens of each row."""
+        num_unused = self.columns - max(lengths, default=0)
+        if num_unused >= max(_COLUMN_BLOCK, self.columns // 4):
             for layer in self._own:
-                layer.trim(unused)
+                layer.trim(num_unused)
 
     def bytes_per_token(self) -> int:
-        """Memory that one token of a row takes, once something was read."""
+        """Memory of one token of one row, known after the first forward pass."""
         return sum(layer.bytes_per_token() for layer in self._own if layer.is_initialized)
 
 
-def _rounded(number: int, unit: int) -> int:
+def _round_up(number: int, unit: int) -> int:
     return math.ceil(number / unit) * unit

@@ -1,48 +1,50 @@
-"""Continuous batching: who joins, who is next, who leaves.
+"""The engines: which answers join the batch, which prompts are read next, which answers leave.
 
-Every step reads at most `max_prefill_tokens` of prompts, then gives every running answer a token. Short prompts are
-read side by side; a long one in parts, by turns with others. So nobody waits for more than a part of a long prompt.
+Every step of `BatchEngine` reads at most `max_prefill_tokens` of prompts and then gives every running answer one token.
+Short prompts are read side by side. A long prompt is read in parts, by turns with other prompts, so no answer waits for
+more than one part of it.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from mola.generation import predicting
 from mola.generation.batching.cache import RowCache
 from mola.generation.batching.forward import Adapters, Forward
-from mola.generation.batching.rows import Row
-from mola.generation.batching.sampling import Chooser, logprobs
-from mola.generation.predicting import check_device
+from mola.generation.batching.rows import Row, TokenChooser, penalties, token_logprobs
+from mola.generation.decoding import seeded
 
 
 @dataclass
-class _Part:
-    """Rows that go through the model together."""
+class _Group:
+    """Rows that go through the model together, with their cache."""
 
     cache: RowCache
     rows: list[Row] = field(default_factory=list)
-    read: int = 0  # columns of their prompts
+    num_read: int = 0  # columns of the prompts that were read
 
-    def drop(self, index: int) -> None:
-        """Take a row out; the last one takes its place, as in the cache."""
-        self.cache.drop(index)
+    def remove(self, index: int) -> None:
+        """Remove a row. The last row takes its place, as in the cache."""
+        self.cache.remove(index)
         last = self.rows.pop()
         if index < len(self.rows):
             self.rows[index] = last
 
 
 class BatchEngine:
-    """Makes answers in one running batch; call everything on one thread, inside `predicting.inference_state`.
+    """Generates answers in one running batch. Call it on one thread, inside `predicting.inference_state`.
 
     Args:
         adapters: of the model.
         end_token_ids: each of them ends an answer.
         max_batch_size: rows at the same time.
-        max_prefill_tokens: tokens of prompts that one step reads, padding included.
-        max_total_tokens: rows times the longest of them, prompt and answer; what the cache may hold.
+        max_prefill_tokens: prompt tokens that one step reads, padding included.
+        max_total_tokens: what the cache may hold: rows times the maximum length of the longest, prompt and answer.
     """
 
     def __init__(
@@ -59,148 +61,256 @@ class BatchEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._max_total_tokens = max_total_tokens
         self._forward = Forward(adapters)
-        self._device = next(adapters.model.parameters()).device
+        self._device = predicting.device_of(adapters.model)
         self._waiting: deque[Row] = deque()
-        self._reading: deque[_Part] = deque()
-        self._running = _Part(self._forward.new_cache())
+        self._prefilling: deque[_Group] = deque()  # rows whose prompts are being read
+        self._running = _Group(self._forward.new_cache())
 
     def add(self, row: Row) -> None:
-        """Put an answer in the queue; one that could never fit is the caller's mistake."""
+        """Add an answer that waits. Its prompt and answer must fit into the cache."""
         self._waiting.append(row)
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self._running.rows)
+        return not (self._waiting or self._prefilling or self._running.rows)
 
     @property
     def num_active(self) -> int:
-        """Answers that have begun."""
-        return sum(len(part.rows) for part in self._parts())
-
-    def uses(self, adapter: str) -> bool:
-        """Whether an answer is being made, or waits, with this adapter."""
-        return any(row.adapter == adapter for row in (*self._waiting, *self._active()))
+        """Number of answers that have joined the batch."""
+        return len(self._active_rows())
 
     @property
     def is_mixed(self) -> bool:
-        """Whether answers with different adapters are being made."""
-        return len({row.adapter for row in self._active()}) > 1
+        """Whether answers with different adapters are in the batch."""
+        return len({row.adapter for row in self._active_rows()}) > 1
+
+    def uses(self, adapter: str) -> bool:
+        """Whether an answer in the batch, or a waiting one, has this adapter."""
+        return any(row.adapter == adapter for row in (*self._waiting, *self._active_rows()))
 
     def step(self) -> None:
-        """One token for every running answer, and a part of the prompts of others."""
-        self._forget_unwanted()
+        """Read a part of the prompts, then generate one token of every running answer."""
+        self._remove_cancelled()
         self._admit()
-        if self._reading:
-            part = self._reading.popleft()
-            self._guarded(part, self._read)
+        if self._prefilling:
+            group = self._prefilling.popleft()
+            self._fail_together(group, self._prefill)
         if self._running.rows:
-            self._guarded(self._running, self._decode)
+            self._fail_together(self._running, self._decode)
 
-    def _parts(self) -> list[_Part]:
-        return [self._running, *self._reading]
+    def _groups(self) -> list[_Group]:
+        return [self._running, *self._prefilling]
 
-    def _active(self) -> list[Row]:
-        return [row for part in self._parts() for row in part.rows]
+    def _active_rows(self) -> list[Row]:
+        return [row for group in self._groups() for row in group.rows]
 
-    def _forget_unwanted(self) -> None:
-        self._waiting = deque(row for row in self._waiting if not row.listener.is_unwanted())
-        for part in self._parts():
-            for index in reversed(range(len(part.rows))):
-                if part.rows[index].listener.is_unwanted():
-                    part.drop(index)
-        self._reading = deque(part for part in self._reading if part.rows)
-        self._guarded(self._running, self._trim)
+    def _remove_cancelled(self) -> None:
+        self._waiting = deque(row for row in self._waiting if not row.listener.is_cancelled())
+        for group in self._groups():
+            for index in reversed(range(len(group.rows))):
+                if group.rows[index].listener.is_cancelled():
+                    group.remove(index)
+        self._prefilling = deque(group for group in self._prefilling if group.rows)
+        self._fail_together(self._running, self._trim)
 
-    def _trim(self, part: _Part) -> None:
-        part.cache.trim([row.cached for row in part.rows])
+    def _trim(self, group: _Group) -> None:
+        group.cache.trim([row.num_cached for row in group.rows])
 
     def _admit(self) -> None:
-        """Let in who waits, first come, first served, as long as there is room."""
-        active, entered = self._active(), []
-        longest = max((row.most_tokens for row in active), default=0)
+        """Let waiting answers join the batch, first come, first served, as long as there is room."""
+        active, admitted = self._active_rows(), []
+        longest = max((row.max_tokens for row in active), default=0)
         while self._waiting and len(active) < self._max_batch_size:
             row = self._waiting[0]
-            longest = max(longest, row.most_tokens)
+            longest = max(longest, row.max_tokens)
             has_room = (len(active) + 1) * longest <= self._max_total_tokens or not active
-            if not has_room or not (self._adapters.can_mix or all(row.adapter == each.adapter for each in active)):
+            can_join = self._adapters.can_mix or all(row.adapter == other.adapter for other in active)
+            if not (has_room and can_join):
                 break
-            entered.append(self._waiting.popleft())
+            admitted.append(self._waiting.popleft())
             active.append(row)
-        for row in entered:
-            row.chooser = Chooser(row.sampling, len(row.prompt), self._device)
-            row.listener.begins()
-            part = self._reading[-1] if self._reading else None
-            if part is None or part.read or not self._has_place(part, row):
-                part = _Part(self._forward.new_cache())
-                self._reading.append(part)
-            part.rows.append(row)
+        for row in admitted:
+            row.chooser = TokenChooser(row.sampling, len(row.prompt), self._device)
+            row.listener.on_start()
+            group = self._prefilling[-1] if self._prefilling else None
+            if group is None or group.num_read or not self._fits_into(group, row):
+                group = _Group(self._forward.new_cache())
+                self._prefilling.append(group)
+            group.rows.append(row)
 
-    def _has_place(self, part: _Part, row: Row) -> bool:
-        longest = max(len(row.prompt), *(len(each.prompt) for each in part.rows))
-        return (len(part.rows) + 1) * longest <= self._max_prefill_tokens
+    def _fits_into(self, group: _Group, row: Row) -> bool:
+        """Whether one step can read the prompts of a group and of another row."""
+        longest = max(len(row.prompt), *(len(other.prompt) for other in group.rows))
+        return (len(group.rows) + 1) * longest <= self._max_prefill_tokens
 
-    def _guarded(self, part: _Part, work: Callable[[_Part], None]) -> None:
-        """Do it; if it fails, so do the answers it was done for, and no others."""
+    def _fail_together(self, group: _Group, work: Callable[[_Group], None]) -> None:
+        """Do `work` for a group. If it fails, the answers of this group fail, and no others."""
         try:
-            work(part)
+            work(group)
         except Exception as error:
-            rows, part.rows, part.cache = part.rows, [], self._forward.new_cache()
+            rows, group.rows, group.cache = group.rows, [], self._forward.new_cache()
             for row in rows:
-                row.listener.fails(error)
-            check_device(self._device)
+                row.listener.on_error(error)
+            predicting.check_device(self._device)
 
-    def _read(self, part: _Part) -> None:
-        end = part.read + self._max_prefill_tokens
-        if len(part.rows) > 1:  # short ones, as a whole
-            end = max(len(row.prompt) for row in part.rows)
-        new = [row.prompt[part.read : end] for row in part.rows]
-        lengths = [min(end, len(row.prompt)) for row in part.rows]
-        logits = self._pass(part, new, lengths, will_stay=False)
-        part.read = end
-        if max(len(row.prompt) for row in part.rows) > end:
-            self._reading.append(part)
+    def _prefill(self, group: _Group) -> None:
+        """Read the next part of a group's prompts. Rows whose prompts are read join the running ones."""
+        end = group.num_read + self._max_prefill_tokens
+        if len(group.rows) > 1:  # short prompts, which are read in one step
+            end = max(len(row.prompt) for row in group.rows)
+        new_ids = [row.prompt[group.num_read : end] for row in group.rows]
+        lengths = [min(end, len(row.prompt)) for row in group.rows]
+        logits = self._compute_logits(group, new_ids, lengths, is_lasting=False)
+        group.num_read = end
+        if max(len(row.prompt) for row in group.rows) > end:
+            self._prefilling.append(group)
             return
-        self._take(part, logits)
-        if not part.rows:
+        self._choose_tokens(group, logits)
+        if not group.rows:
             return
-        self._running.cache.make_room(part.cache)
-        self._running.rows += part.rows
-        part.rows = []
-        # From here on what fails would leave them all with a cache that is partly moved.
-        self._guarded(self._running, lambda running: running.cache.append(part.cache))
+        self._running.cache.make_room(group.cache)
+        self._running.rows += group.rows
+        group.rows = []
+        # A failure from here on leaves the running rows with a cache that is partly moved, so all of them fail.
+        self._fail_together(self._running, lambda running: running.cache.append(group.cache))
 
-    def _decode(self, part: _Part) -> None:
-        lengths = [row.cached + 1 for row in part.rows]
-        logits = self._pass(part, [row.answer[-1:] for row in part.rows], lengths, will_stay=True)
-        self._take(part, logits)
-        self._trim(part)
+    def _decode(self, group: _Group) -> None:
+        """Generate the next token of each row."""
+        lengths = [row.num_cached + 1 for row in group.rows]
+        new_ids = [row.answer[-1:] for row in group.rows]
+        logits = self._compute_logits(group, new_ids, lengths, is_lasting=True)
+        self._choose_tokens(group, logits)
+        self._trim(group)
 
-    def _pass(self, part: _Part, new: Any, lengths: list[int], will_stay: bool) -> torch.Tensor:
-        with self._adapters.using([row.adapter for row in part.rows], will_stay) as arguments:
-            return self._forward(part.cache, new, lengths, arguments)
+    def _compute_logits(
+        self, group: _Group, new_ids: Sequence[Sequence[int]], lengths: Sequence[int], is_lasting: bool
+    ) -> torch.Tensor:
+        with self._adapters.activate([row.adapter for row in group.rows], is_lasting) as arguments:
+            return self._forward(group.cache, new_ids, lengths, arguments)
 
-    def _take(self, part: _Part, logits: torch.Tensor) -> None:
-        """Choose a token for each row; rows that end leave."""
-        likeliest = logits.argmax(dim=-1).tolist()
-        for index in reversed(range(len(part.rows))):
-            if not self._goes_on(part.rows[index], logits[index], likeliest[index]):
-                part.drop(index)
+    def _choose_tokens(self, group: _Group, logits: torch.Tensor) -> None:
+        """Choose a token for each row; rows that end leave the group."""
+        argmax = logits.argmax(dim=-1).tolist()
+        for index in reversed(range(len(group.rows))):
+            if not self._goes_on(group.rows[index], logits[index], argmax[index]):
+                group.remove(index)
 
-    def _goes_on(self, row: Row, logits: torch.Tensor, likeliest: int) -> bool:
+    def _goes_on(self, row: Row, logits: torch.Tensor, argmax: int) -> bool:
+        """Choose the next token of a row and hand it to the listener; return whether the answer goes on."""
         assert row.chooser is not None
         try:
-            token = likeliest
-            if not row.chooser.is_plain:
+            token = argmax
+            if not row.chooser.is_argmax:
                 token = row.chooser.choose([*row.prompt, *row.answer], logits)
             row.answer.append(token)
-            count = row.sampling.num_logprobs
-            goes_on = row.listener.takes(token, None if count is None else logprobs(logits, token, count))
+            num_top = row.sampling.num_logprobs
+            logprobs = None if num_top is None else token_logprobs(logits, token, num_top)
+            is_wanted = row.listener.on_token(token, logprobs)
             is_last = token in self._end_token_ids or len(row.answer) >= row.sampling.max_new_tokens
-            if goes_on and not is_last:
+            if is_wanted and not is_last:
                 return True
-            row.listener.ends()
-        except Exception as error:  # of one answer alone
-            row.listener.fails(error)
-            check_device(self._device)
+            row.listener.on_end()
+        except Exception as error:  # it concerns this answer alone
+            row.listener.on_error(error)
+            predicting.check_device(self._device)
         return False
+
+
+class SingleEngine:
+    """Generates one answer after the other with `model.generate`; it has the interface of `BatchEngine`.
+
+    For models whose rows cannot share a batch, and for servers with `max_batch_size` 1.
+    """
+
+    def __init__(self, adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.num_active = 0
+        self._adapters = adapters
+        self._tokenizer = tokenizer
+        self._waiting: deque[Row] = deque()
+
+    def add(self, row: Row) -> None:
+        """Add an answer that waits."""
+        self._waiting.append(row)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting
+
+    @property
+    def is_mixed(self) -> bool:
+        """Answers with different adapters are never generated together."""
+        return False
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a waiting answer has this adapter."""
+        return any(row.adapter == adapter for row in self._waiting)
+
+    def step(self) -> None:
+        """Generate the next answer in full."""
+        row = self._waiting.popleft()
+        if row.listener.is_cancelled():
+            return
+        row.listener.on_start()
+        self.num_active = 1
+        try:
+            self._generate(row)
+        except Exception as error:
+            row.listener.on_error(error)
+            predicting.check_device(predicting.device_of(self._adapters.model))
+        finally:
+            self.num_active = 0
+
+    def _generate(self, row: Row) -> None:
+        streamer, sampling = _ListenerStreamer(row), row.sampling
+        processors = LogitsProcessorList([streamer, *penalties(sampling, len(row.prompt))])
+        try:
+            with self._adapters.activate([row.adapter], is_lasting=True), seeded(sampling.seed):
+                predicting.generate_batch(
+                    self._adapters.model,
+                    self._tokenizer,
+                    [row.prompt],
+                    streamer=streamer,
+                    logits_processor=processors,
+                    **sampling.decoding,
+                )
+        except _StopGeneration:
+            if row.listener.is_cancelled():
+                return
+        row.listener.on_end()
+
+
+class _StopGeneration(Exception):  # noqa: N818
+    """Raised inside `generate` to end an answer early."""
+
+
+class _ListenerStreamer(LogitsProcessor):
+    """Hands the tokens of `generate` to a row's listener.
+
+    As a streamer it receives the tokens. As a logits processor it receives the logits before each token.
+    """
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._has_prompt = False
+        self._logits: Any = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        self._logits = scores[0]
+        return scores
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        if self._row.listener.is_cancelled():
+            raise _StopGeneration
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        num_top, token = self._row.sampling.num_logprobs, int(value)
+        logprobs = None if num_top is None else token_logprobs(self._logits, token, num_top)
+        if not self._row.listener.on_token(token, logprobs):
+            raise _StopGeneration
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""

@@ -1,4 +1,4 @@
-"""One model that answers with and without its adapter, piece by piece, one answer at a time."""
+"""One model that answers with and without its adapter, one answer at a time, as a growing text."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,39 +14,39 @@ from mola.insight.recorder import ModuleGates, gates_of_tokens
 from mola.models.prompts import template_for
 
 
-class StoppedError(Exception):
-    """Nobody wants the rest of the answer."""
-
-
 class Answer(NamedTuple):
-    """An answer, or as much of it as there is yet."""
+    """An answer, or its beginning."""
 
-    text: str  # new text
-    token_ids: list[int]  # prompt and new tokens
-    num_prompt_tokens: int  # how many of them are the prompt
+    text: str  # without the prompt
+    token_ids: list[int]  # of the prompt and the answer
+    num_prompt_tokens: int
 
 
 class Experts(NamedTuple):
-    """Which experts worked on which token of an answer."""
+    """The gates behind an answer."""
 
-    modules: list[ModuleGates]  # gates of every module that has a router
-    tokens: list[str]  # text of each token
-    num_prompt_tokens: int  # how many of them are the prompt
+    modules: list[ModuleGates]  # one for every module with a router
+    tokens: list[str]  # text of each token of prompt and answer
+    num_prompt_tokens: int
 
 
-class _Pieces(TextIteratorStreamer):
-    """Text for whoever iterates, and the tokens it is made of."""
+class _CancelledError(Exception):
+    """Raised inside `generate` to end an answer early."""
+
+
+class _Streamer(TextIteratorStreamer):
+    """Text for the thread that iterates, and the tokens behind the text."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.wanted = True
+        self.is_cancelled = False
         self.token_ids: list[int] = []
         self.num_prompt_tokens = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then token after token."""
-        if not self.wanted:
-            raise StoppedError
+        """Called by `generate` with the prompt, then with each token."""
+        if self.is_cancelled:
+            raise _CancelledError
         if not self.token_ids:
             self.num_prompt_tokens = value.numel()
         self.token_ids += value.flatten().tolist()
@@ -54,18 +54,24 @@ class _Pieces(TextIteratorStreamer):
 
 
 class Answerer:
-    """Answers of one model, a `PeftModel` or one without adapters."""
+    """Answers with a `PeftModel`, or with a model without adapters.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        adapter: folder of the adapter, for its chat template.
+    """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, adapter: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.adapter = adapter  # its folder
-        # One thread: the adapter is switched on and off in the model itself, so answers wait for one another.
+        self.adapter = adapter
+        # One thread, because the adapter is switched on and off in the model itself.
         self._executor = ThreadPoolExecutor(1, "mola-demo")
-        self._running: _Pieces | None = None
+        self._current: _Streamer | None = None
 
     def template(self, name: str) -> Template:
-        """A prompt template, see `mola.models.prompts.template_for`.
+        """A prompt template; see `mola.models.prompts.template_for`.
 
         Raises:
             MolaError: there is no such template, or no chat template.
@@ -73,45 +79,45 @@ class Answerer:
         return template_for(name, self.tokenizer, self.adapter)
 
     def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
-        """The answer to a prompt, growing; whoever stops to iterate stops the model.
+        """Yield the growing answer to a prompt. Closing the iterator ends the generation.
 
-        `decoding` and what is raised are those of `mola.generate_text`; without the adapter the base model answers.
+        `decoding` and the errors are those of `mola.generate_text`. Without the adapter the base model answers.
         """
-        pieces = _Pieces(self.tokenizer)
-        done = self._executor.submit(self._run, prompt, with_adapter, pieces, decoding)
+        streamer = _Streamer(self.tokenizer)
+        done = self._executor.submit(self._generate, prompt, with_adapter, streamer, decoding)
         text = ""
         try:
-            for piece in pieces:
-                text += piece
-                yield Answer(text, list(pieces.token_ids), pieces.num_prompt_tokens)
+            for new_text in streamer:
+                text += new_text
+                yield Answer(text, list(streamer.token_ids), streamer.num_prompt_tokens)
         finally:
-            pieces.wanted = False
+            streamer.is_cancelled = True
             error = done.exception()
-        if error is not None and not isinstance(error, StoppedError):
+        if error is not None and not isinstance(error, _CancelledError):
             raise error
 
-    def _run(self, prompt: str, with_adapter: bool, pieces: _Pieces, decoding: dict[str, Any]) -> None:
-        off = nullcontext() if with_adapter else self.model.disable_adapter()
-        self._running = pieces
+    def _generate(self, prompt: str, with_adapter: bool, streamer: _Streamer, decoding: dict[str, Any]) -> None:
+        self._current = streamer
         try:
-            with off:
-                generate_text(self.model, self.tokenizer, prompt, streamer=pieces, **decoding)
+            with nullcontext() if with_adapter else self.model.disable_adapter():
+                generate_text(self.model, self.tokenizer, prompt, streamer=streamer, **decoding)
         except BaseException:
-            pieces.end()  # or its reader would wait for ever
+            streamer.end()  # otherwise the iterating thread waits forever
             raise
-        finally:  # PEFT has an adapter trained that was off, and a GPU packs trained weights at every use
+        finally:
+            # PEFT makes an adapter trainable when it switches it on, and a GPU packs trainable weights at every use.
             self.model.requires_grad_(False)
 
     def experts(self, answer: Answer) -> Experts:
-        """Gates of all routers for an answer that was given with the adapter."""
-        found = self._executor.submit(gates_of_tokens, self.model, answer.token_ids).result()
-        # Others, such as a base model's own experts, see some of the tokens, in another order.
-        modules = [each for each in found if len(each.gates) == len(answer.token_ids)]
+        """Gates of all routers for an answer that was generated with the adapter."""
+        gates = self._executor.submit(gates_of_tokens, self.model, answer.token_ids).result()
+        # Some modules, such as a base model's own experts, read only some of the tokens, in another order.
+        modules = [module for module in gates if len(module.gates) == len(answer.token_ids)]
         tokens = [str(self.tokenizer.decode([token])) for token in answer.token_ids]
         return Experts(modules, tokens, answer.num_prompt_tokens)
 
     def close(self) -> None:
-        """End a running answer, and the thread."""
-        if self._running is not None:
-            self._running.wanted = False
+        """End a running answer and the thread."""
+        if self._current is not None:
+            self._current.is_cancelled = True
         self._executor.shutdown(cancel_futures=True)

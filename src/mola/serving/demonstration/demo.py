@@ -16,7 +16,6 @@ from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, trained_template
 from mola.options.fields import START, option
-from mola.serving.addresses import bind, cannot_listen, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +26,14 @@ class DemoOptions(ModelOptions):
 
     _start: ClassVar = START
     adapter: str = field(metadata={"help": "Folder of an adapter."})
-    host: str = option("127.0.0.1", "Address to listen on; by default this machine alone can connect.")
+    host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
     port: int = option(7860, "Port to listen on.")
     template: str | None = option(
         None,
-        "Prompt template at first. Default: that of the adapter's training, if its folder tells, else alpaca.",
+        "Prompt template that the page selects at first. Default: the template of the training, if the adapter's "
+        "folder records it, else alpaca.",
     )
-    max_new_tokens: int = option(128, "Longest answer in tokens to begin with.")
+    max_new_tokens: int = option(128, "Maximum length of an answer in tokens that the page selects at first.")
 
 
 def main(options: DemoOptions) -> int:
@@ -42,12 +42,12 @@ def main(options: DemoOptions) -> int:
     Raises:
         MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
-    ended = threading.Event()
-    with running_demo(options) as url:  # until here signals end the program at once
-        before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped = threading.Event()
+    with running_demo(options) as url:  # while the model loads, a signal ends the program at once
+        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             logger.info("The demo is at %s. Ctrl-C ends it.", url)
-            ended.wait()
+            stopped.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -56,49 +56,43 @@ def main(options: DemoOptions) -> int:
 
 @contextmanager
 def running_demo(options: DemoOptions) -> Iterator[str]:
-    """The address of the page, served by threads of this program for the length of a `with` block.
+    """Serve the page with threads of this program during a `with` block; yields its address.
 
     Raises:
         MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
-    _check(options)
+    template = options.template or trained_template(options.adapter) or "alpaca"
+    _check(options, template)
     tokenizer = tokenizer_for(options)
-    template_for(_template(options), tokenizer, options.adapter)
+    template_for(template, tokenizer, options.adapter)  # raises before the weights load
     model = model_for(options, options.adapter)
     from mola.serving.demonstration.answering import Answerer
     from mola.serving.demonstration.page import PageText, build_page, launch
 
     answerer = Answerer(model, tokenizer, options.adapter)
-    text = PageText(options.base_model, options.adapter, _template(options), options.max_new_tokens)
-    page = build_page(answerer, text)
+    page = build_page(answerer, PageText(options.base_model, options.adapter, template, options.max_new_tokens))
     try:
-        try:
-            url = launch(page, options.host, options.port)
-        except OSError as error:  # another program was faster
-            raise cannot_listen(options.host, options.port, error) from error
-        yield url
+        yield launch(page, options.host, options.port)
     finally:
         page.close(verbose=False)
         answerer.close()
 
 
-def _template(options: DemoOptions) -> str:
-    return options.template or trained_template(options.adapter) or "alpaca"
-
-
-def _check(options: DemoOptions) -> None:
-    """Everything that can be wrong without weights."""
+def _check(options: DemoOptions, template: str) -> None:
+    """Find wrong options before the weights load."""
     if importlib.util.find_spec("gradio") is None:
         raise MolaError("`mola demo` needs gradio. Run: pip install 'mola-peft[demo]'")
-    check_template(_template(options))
+    from mola.serving.server import bind, is_loopback
+
+    check_template(template)
     decoding_settings(options.max_new_tokens)
-    if not 0 < options.port < 2**16:
-        raise MolaError(f"`port` must be from 1 to 65535: got {options.port}.")
+    if options.port == 0:
+        raise MolaError("`port` must not be 0: gradio would take port 7860 or a later one instead.")
     check_model(options)
     reason = changes_base(check_adapter(options.adapter))
     if reason is not None:
         raise MolaError(
-            f"`adapter` {options.adapter!r} {reason}, so the page could not show the base model beside it. Ask it with "
+            f"`adapter` {options.adapter!r} {reason}, so the page cannot show the base model beside it. Use "
             "`mola generate`."
         )
     bind(options.host, options.port).close()

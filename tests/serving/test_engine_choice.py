@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from mola.serving.engines import room_of_containers
+from mola.serving.engine_choice import free_memory_of_container
 
 
-def test_a_container_has_what_its_limit_leaves(tmp_path):
+def test_free_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
     def files(name, limit, used):
         pair = tmp_path / f"{name}.max", tmp_path / f"{name}.current"
         for path, text in zip(pair, (limit, used), strict=True):
@@ -15,4 +15,4 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
         return tuple(map(str, pair))
 
     pairs = [files("a", 1000, 300), files("b", "max", 5), files("c", 10, 30), ("none", "none")]
-    assert room_of_containers(pairs) == [700, 0]
+    assert free_memory_of_container(pairs) == [700, 0]

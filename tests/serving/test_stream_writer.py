@@ -8,7 +8,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from mola.serving.writing import Decoder, Writer
+from mola.serving.stream_writer import StreamWriter, TokenDecoder
 
 from ..conftest import build_byte_tokenizer
 
@@ -31,9 +31,9 @@ FALLBACK = fallback_tokenizer()
 def write(tokenizer, token_ids, stops=(), streams=True):
     """Pieces, whole text, reason, tokens used."""
     pieces = []
-    writer = Writer(Decoder(tokenizer, [tokenizer.eos_token_id]), pieces.append if streams else None, stops)
+    writer = StreamWriter(TokenDecoder(tokenizer, [tokenizer.eos_token_id]), pieces.append if streams else None, stops)
     for token_id in token_ids:
-        if not writer.take(token_id):
+        if not writer.add(token_id):
             break
     reason = writer.finish()
     return pieces, writer.text, reason, len(writer.token_ids)

@@ -1,0 +1,178 @@
+"""Adapters that are loaded and unloaded while the server runs. Running requests keep the adapter they began with."""
+
+import asyncio
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from starlette.concurrency import run_in_threadpool
+
+from mola._compat import set_adapter_to_infer
+from mola.errors import MolaError
+from mola.generation.batching.forward import Adapters, is_activated_lora
+from mola.models.adapters import attach, changes_base, check_adapter
+from mola.models.prompts import own_chat
+from mola.serving.errors import RequestError
+from mola.serving.jobs import JobMaker
+from mola.serving.request_queue import RequestQueue
+
+# With an adapter that has one of these, rows with different adapters may not share a batch; see `why_not_mixed`.
+_MAY_PREVENT_MIXING = ("modules_to_save", "target_parameters", "trainable_token_indices", "use_dora")
+
+
+class AdapterLoader:
+    """Loads and unloads the adapters of a server.
+
+    Args:
+        root: folder below which adapters may be loaded; None if clients may not load any.
+        jobs: has the adapters' names and chat formats.
+        queue: has the model.
+        adapters: of the model.
+        check_fits: raises a `MolaError` if the adapter in a folder does not fit the base model.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        jobs: JobMaker,
+        queue: RequestQueue,
+        adapters: Adapters,
+        check_fits: Callable[[str], object],
+    ) -> None:
+        self._root = None if root is None else Path(root).resolve()
+        self._jobs, self._queue, self._adapters, self._check_fits = jobs, queue, adapters, check_fits
+        self._num_loaded = 0
+        self._loading = asyncio.Lock()  # two loads at a time could take the same name
+
+    async def load(self, name: str, path: str, in_place: bool) -> None:
+        """Load the adapter in a folder below the root under a name; `in_place` replaces the one that has this name.
+
+        Raises:
+            RequestError: loading is not allowed, the name is taken, or the adapter cannot be loaded into a running
+                server.
+            MolaError: the folder holds no adapter, or one that does not fit.
+        """
+        folder = self._folder(path)
+        async with self._loading:
+            self._check_name(name, in_place)
+            config = await run_in_threadpool(_check_loadable, folder)
+            chat = await run_in_threadpool(own_chat, folder)
+            self._num_loaded += 1
+            inner_name = f"loaded{self._num_loaded}"  # names in requests may have dots, PEFT's may not
+            await self._queue.call(functools.partial(self._attach, inner_name, folder, config))
+            replaced = self._jobs.adapters.get(name)
+            if chat is not None:
+                self._jobs.chats[inner_name] = chat
+            self._jobs.adapters[name] = inner_name
+        if replaced is not None:
+            await self._remove(replaced)
+
+    async def unload(self, name: str) -> None:
+        """Remove a name at once, and its adapter from memory when the last answer with it has ended.
+
+        Raises:
+            RequestError: unloading is not allowed, there is no such adapter, or PEFT cannot remove it.
+        """
+        self._allowed_root()
+        inner_name = self._jobs.adapter(name)
+        if inner_name is None:
+            raise RequestError(400, f"`lora_name` {name!r} is the base model, which stays.", param="lora_name")
+        if not hasattr(self._adapters.model.base_model, "unload"):
+            raise RequestError(
+                400,
+                f"{name!r} puts tokens before the prompt. PEFT cannot remove such an adapter from a model: start the "
+                "server without it.",
+                param="lora_name",
+            )
+        del self._jobs.adapters[name]
+        await self._remove(inner_name)
+
+    async def _remove(self, inner_name: str) -> None:
+        await self._queue.remove(inner_name)
+        self._jobs.chats.pop(inner_name, None)
+
+    def _check_name(self, name: str, in_place: bool) -> None:
+        if name not in self._jobs.adapters:
+            return
+        if self._jobs.adapters[name] is None:
+            raise RequestError(400, f"`lora_name` {name!r} is the base model's. Pass another.", param="lora_name")
+        if not in_place:
+            raise RequestError(
+                400,
+                f"`lora_name` {name!r} is taken. Pass another, or `load_inplace` true to replace it.",
+                param="lora_name",
+            )
+
+    def _allowed_root(self) -> Path:
+        if self._root is None:
+            raise RequestError(
+                403, "adapters cannot be loaded or unloaded here: the server was started without `--adapter_root`."
+            )
+        return self._root
+
+    def _folder(self, path: str) -> str:
+        """A client's path, which must lead to a folder below the root; links are followed."""
+        root = self._allowed_root()
+        try:
+            folder = (root / path).resolve()
+        except (OSError, ValueError, RuntimeError):  # null characters, links in a circle
+            folder = root
+        if folder == root or not folder.is_relative_to(root):
+            raise RequestError(
+                400, "`lora_path` must be a folder below the server's `--adapter_root`.", param="lora_path"
+            )
+        return os.fspath(folder)
+
+    def _attach(self, inner_name: str, folder: str, config: Mapping[str, Any]) -> None:
+        """Load an adapter into the model; runs on the engine's thread.
+
+        `check_fits` runs here, too: it builds a model without weights under another default dtype, which Transformers
+        sets for all threads.
+        """
+        self._check_fits(folder)
+        setting = next((name for name in _MAY_PREVENT_MIXING if config.get(name)), None)
+        if setting is not None and self._queue.is_mixed:
+            raise RequestError(
+                409,
+                f"with an adapter that has `{setting}`, answers may have to take turns, and answers with different "
+                "adapters are being generated together now. Try again when they have ended, or name the adapter in "
+                "`--adapter`.",
+                param="lora_path",
+            )
+        model = self._adapters.model
+        try:
+            model = attach(model, inner_name, folder)
+        except Exception:
+            if isinstance(model, PeftModel) and inner_name in model.peft_config:
+                model.delete_adapter(inner_name)
+            raise
+        # With tied embeddings PEFT activates the trained tokens of the adapter that came last.
+        set_adapter_to_infer(model, model.active_adapter)
+        self._adapters.model = model.requires_grad_(False).eval()
+
+
+def _check_loadable(folder: str) -> Mapping[str, Any]:
+    """Check an adapter that is to join a running server; return its configuration."""
+    config = check_adapter(folder)
+    if (reason := changes_base(config)) is not None:
+        raise RequestError(
+            400,
+            f"this adapter {reason}, which would change the base model for all others. Serve it alone, with "
+            "`--adapter`.",
+            param="lora_path",
+        )
+    try:
+        settings = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise MolaError(f"`lora_path` must hold settings that PEFT can use: {error}") from error
+    if settings.is_prompt_learning or is_activated_lora(settings):
+        raise RequestError(
+            400,
+            "an adapter that puts tokens before the prompt, or begins at certain tokens of the prompt, cannot be "
+            "loaded into a running server. Name it in `--adapter`.",
+            param="lora_path",
+        )
+    return config

@@ -1,0 +1,158 @@
+"""From the tokens of one answer to pieces of text that are final when they are sent.
+
+All pieces together are the text that decoding all tokens at once gives, up to the first stop text. So a piece leaves
+out whatever later tokens could still change: an incomplete character, or the beginning of a stop text.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from mola.generation.batching.rows import TokenLogprobs
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no complete character
+_CACHED_TOKENS = 1 << 16
+
+
+@dataclass(frozen=True)
+class AnswerPiece:
+    """New text of one answer. The last piece has the finish reason and the number of tokens."""
+
+    choice: int  # number of the answer within its request
+    text: str
+    finish_reason: str | None = None  # "stop" or "length"
+    num_tokens: int = 0
+    logprobs: Sequence[TokenLogprobs] = ()  # of the tokens since the piece before, if the request asked for them
+
+
+class TokenDecoder:
+    """Turns tokens into text; shared by all answers.
+
+    Args:
+        tokenizer: of the model.
+        end_token_ids: tokens that end an answer of every adapter.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self.end_token_ids = end_token_ids
+        self.special_tokens = special_tokens(tokenizer)
+        self.removes_spaces = _removes_spaces(tokenizer)
+        # Some tokenizers drop the space before the first token, so later tokens are decoded after another one.
+        self._first = list(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
+        self._first_text = str(tokenizer.decode(self._first))
+        self.token_text = lru_cache(_CACHED_TOKENS)(self._token_text)
+
+    def decode_answer(self, token_ids: list[int]) -> str:
+        """Text of all tokens of an answer so far, without special tokens."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def decode_inside(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens that follow other tokens."""
+        return str(self._tokenizer.decode([*self._first, *token_ids])).removeprefix(self._first_text)
+
+    def _token_text(self, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
+        """Text and bytes of one token; for a part of a character the tokenizer's name for the token, and None.
+
+        `is_first` says whether the token is the first one of its answer.
+        """
+        text = str(self._tokenizer.decode([token_id])) if is_first else self.decode_inside([token_id])
+        if _REPLACEMENT in text:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
+        return text, list(text.encode())
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is one byte of a character that is not in the vocabulary."""
+        return _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token_id))) is not None
+
+
+class StreamWriter:
+    """Collects the tokens of one answer and sends its text as soon as the text is final.
+
+    Args:
+        decoder: of the model's tokenizer.
+        send: receives every piece of text; None for an answer that is sent as a whole.
+        stops: texts that end the answer. They are not part of it.
+    """
+
+    def __init__(self, decoder: TokenDecoder, send: Callable[[str], None] | None, stops: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._send = send
+        special = decoder.special_tokens
+        self._stop_ids = {special[text] for text in stops if text in special}
+        self._stops = [text for text in stops if text not in special]
+        self._num_sent = 0
+        self._is_stopped = False
+        self.token_ids: list[int] = []
+        self.text = ""
+
+    def add(self, token_id: int) -> bool:
+        """Add the next token; return False when a stop text is complete."""
+        self.token_ids.append(token_id)
+        if token_id in self._stop_ids:
+            self._is_stopped = True
+        elif self._send is not None or self._stops:
+            self._write(self._final_text(), is_last=False)
+            is_delayed = self._decoder.removes_spaces or self._decoder.is_byte(token_id)
+            if is_delayed and self._stops:
+                text = self._decoder.decode_answer(self.token_ids)
+                self._is_stopped = self._is_stopped or any(stop in text for stop in self._stops)
+        return not self._is_stopped
+
+    def finish(self) -> str:
+        """Send the rest of the text; return OpenAI's finish reason, "stop" or "length"."""
+        self._write(self._decoder.decode_answer(self.token_ids), is_last=True)
+        is_ended = bool(self.token_ids) and self.token_ids[-1] in self._decoder.end_token_ids
+        return "stop" if self._is_stopped or is_ended else "length"
+
+    def _final_text(self) -> str:
+        """The text that later tokens cannot change."""
+        if self._decoder.removes_spaces:
+            return ""
+        if self._decoder.is_byte(self.token_ids[-1]):
+            return self.text  # successive byte tokens are decoded together
+        return self._decoder.decode_answer(self.token_ids).rstrip(_REPLACEMENT)
+
+    def _write(self, text: str, is_last: bool) -> None:
+        """Send what is new in `text`, up to the first stop text."""
+        starts = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        if starts:
+            self._is_stopped = True
+            text = text[: min(starts)]
+        elif not is_last:
+            text = text[: len(text) - _length_of_started_stop(text, self._stops)]
+        if not (is_last or starts or len(text) > self._num_sent):
+            return
+        if not text.startswith(self.text[: self._num_sent]):
+            raise RuntimeError("the tokenizer changed text that was sent already")
+        self.text = text
+        if self._send is not None and len(text) > self._num_sent:
+            self._send(text[self._num_sent :])
+        self._num_sent = len(text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text and id of every token that answers leave out."""
+    marked = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
+
+
+def _removes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a later character can remove a space before it. Many tokenizers have the setting without the effect."""
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _length_of_started_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop text."""
+    longest = min(len(text), max((len(stop) - 1 for stop in stops), default=0))
+    for size in range(longest, 0, -1):
+        if text.endswith(tuple(stop[:size] for stop in stops if len(stop) > size)):
+            return size
+    return 0
