@@ -1,4 +1,4 @@
-"""Beginning and end of the server: options, signals, a full queue, models without chat template."""
+"""Start and end of the server: options, signals, a full queue, models without a chat template."""
 
 import contextlib
 import json
@@ -76,7 +76,7 @@ def test_base_without_chat_template_points_at_completions(options):
         assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
 
 
-def test_what_the_cache_has_room_for_limits_one_answer(options, caplog):
+def test_max_batch_total_tokens_limits_one_answer(options, caplog):
     options.max_batch_size, options.max_batch_total_tokens, options.max_batch_prefill_tokens = 2, 64, 3
     caplog.set_level("INFO")
     with running_server(options) as url:
@@ -89,7 +89,7 @@ def test_what_the_cache_has_room_for_limits_one_answer(options, caplog):
         assert "must fit into 64 tokens, this server's `max_batch_total_tokens`" in refused.json()["error"]["message"]
 
 
-def test_room_of_a_cache_is_refused_where_answers_are_made_one_by_one(options):
+def test_max_batch_total_tokens_needs_a_batch(options):
     options.max_batch_total_tokens = 64
     with (
         pytest.raises(MolaError, match="one after the other: `max_batch_size` is 1"),
@@ -115,7 +115,7 @@ def test_a_full_queue_refuses_requests_until_there_is_room(options):
         assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 
-def test_a_request_the_memory_does_not_suffice_for_ends_alone(options, monkeypatch):
+def test_lack_of_memory_ends_one_request_only(options, monkeypatch):
     with running_server(options) as url:
         with monkeypatch.context() as patch:
             patch.setattr("mola.generation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
@@ -310,7 +310,7 @@ def test_help_names_the_options(capsys):
     assert "--shutdown_timeout" in capsys.readouterr().out
 
 
-def test_an_answer_made_alone_is_counted(options):
+def test_metrics_count_an_answer_of_the_single_engine(options):
     with running_server(options) as url, Client().stream("POST", f"{url}/v1/completions", json=LONG) as response:
         lines = response.iter_lines()  # held, or the connection is closed
         next(lines)

@@ -1,4 +1,4 @@
-"""A running batch gives every answer that `generate` gives alone, whoever comes and goes beside it."""
+"""Every answer of a running batch is the one that `generate` gives alone, whatever other answers join and leave."""
 
 import itertools
 import random
@@ -31,8 +31,8 @@ from tests.grids import slow
 ENDLESS = 10**9
 
 
-class Heard:
-    """Listens to one answer."""
+class Recorder:
+    """A listener that records one answer."""
 
     def __init__(self, leaves_after=ENDLESS):
         self.tokens, self.logprobs, self.events, self.leaves_after = [], [], [], leaves_after
@@ -84,7 +84,7 @@ def random_rows(adapters, count, seed=0, sampled=False, vocabulary=256):
         prompt = [draw.randrange(2, vocabulary) for _ in range(draw.randint(1, 40))]
         values = {"temperature": 1.3, "top_p": 0.9, "top_k": 50} if sampled else {}
         decoding = decoding_settings(draw.randint(1, 12), **values)
-        rows.append(Row(adapters[number % len(adapters)], prompt, Sampling(decoding, number), Heard()))
+        rows.append(Row(adapters[number % len(adapters)], prompt, Sampling(decoding, number), Recorder()))
     return rows
 
 
@@ -104,7 +104,7 @@ def run(engine, rows, arrivals=()):
 
 
 def again(rows):
-    return [Row(row.adapter, row.prompt, row.sampling, Heard()) for row in rows]
+    return [Row(row.adapter, row.prompt, row.sampling, Recorder()) for row in rows]
 
 
 def batched(model, size=5, prefill=24, total=10_000, ends=()):
@@ -172,13 +172,13 @@ def test_other_models(make, tiny_tokenizer):
         assert run(batched(model), rows, [0, 0, 3, 9]) == alone(model, tiny_tokenizer, rows)
 
 
-def test_models_without_a_cache_of_keys_are_answered_one_by_one():
+def test_models_without_a_key_value_cache_are_not_batched():
     config = FalconMambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, num_attention_heads=1)
     assert why_not_batched(FalconMambaForCausalLM(config)) is not None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_longest_row_are_answered_one_by_one(kind):
+def test_positions_that_depend_on_the_longest_row_are_not_batched(kind):
     rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -189,9 +189,9 @@ def test_positions_that_depend_on_the_longest_row_are_answered_one_by_one(kind):
     assert predicting.max_length_of_shared_rope(LlamaConfig(**settings)) is None
 
 
-def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
+def test_lack_of_memory_for_a_prompt_ends_this_answer_only(adapted, monkeypatch):
     first, second = (
-        Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Heard()) for length in (3, 90)
+        Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Recorder()) for length in (3, 90)
     )
     engine = batched(adapted, prefill=200)
     original = _Layer._reserve
@@ -212,8 +212,8 @@ def test_a_prompt_for_which_there_is_no_memory_ends_alone(adapted, monkeypatch):
     assert first.listener.events == ["begins", "ends"]
 
 
-def test_no_answer_goes_on_with_a_cache_that_is_partly_moved(adapted, monkeypatch):
-    rows = [Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Heard()) for length in (3, 90, 3)]
+def test_a_cache_that_is_partly_moved_is_not_used(adapted, monkeypatch):
+    rows = [Row(None, list(range(5, 5 + length)), Sampling(decoding_settings(6)), Recorder()) for length in (3, 90, 3)]
     engine = batched(adapted, prefill=200)
     original = _Layer._shift
 
@@ -236,11 +236,13 @@ def test_no_answer_goes_on_with_a_cache_that_is_partly_moved(adapted, monkeypatc
     assert rows[2].listener.tokens[0] == rows[0].listener.tokens[0]
 
 
-def test_the_cache_is_as_large_as_what_it_holds_and_never_the_most_of_both(adapted):
+def test_cache_never_grows_to_the_most_rows_times_the_most_columns(adapted):
     """Many short answers, of which one stays, and then a long prompt."""
-    rows = [Row("first", [5] * 4, Sampling(decoding_settings(60 if index == 3 else 4)), Heard()) for index in range(16)]
+    rows = [
+        Row("first", [5] * 4, Sampling(decoding_settings(60 if index == 3 else 4)), Recorder()) for index in range(16)
+    ]
     engine = batched(adapted, size=16, prefill=1000, total=2000)
-    long = Row("first", [5] * 500, Sampling(decoding_settings(8)), Heard())
+    long = Row("first", [5] * 500, Sampling(decoding_settings(8)), Recorder())
     with predicting.inference_state(adapted):
         for row in rows:
             engine.add(row)
@@ -257,9 +259,9 @@ def test_the_cache_is_as_large_as_what_it_holds_and_never_the_most_of_both(adapt
         assert [rows[3].listener.tokens, long.listener.tokens] == run(batched(adapted), again([rows[3], long]))
 
 
-def test_prompts_that_are_read_side_by_side_take_what_was_counted(adapted):
+def test_caches_of_prompts_being_read_stay_within_max_total_tokens(adapted):
     """Each long prompt has a cache of its own until it is read; all together stay within `total`, but for rounding."""
-    rows = [Row("first", [5] * 400, Sampling(decoding_settings(4)), Heard()) for _ in range(6)]
+    rows = [Row("first", [5] * 400, Sampling(decoding_settings(4)), Recorder()) for _ in range(6)]
     engine, total = batched(adapted, size=8, prefill=64, total=6 * 404), 6 * 404
     with predicting.inference_state(adapted):
         for row in rows:
@@ -272,10 +274,10 @@ def test_prompts_that_are_read_side_by_side_take_what_was_counted(adapted):
     assert total / 2 < most < 1.5 * total
 
 
-def test_rows_that_leave_free_their_columns_before_others_enter(adapted):
-    gone = Heard()
+def test_columns_of_removed_rows_are_freed_before_others_join(adapted):
+    gone = Recorder()
     rows = [Row("first", [5] * 500, Sampling(decoding_settings(50)), gone)]
-    rows.append(Row("first", [5] * 4, Sampling(decoding_settings(50)), Heard()))
+    rows.append(Row("first", [5] * 4, Sampling(decoding_settings(50)), Recorder()))
     engine = batched(adapted, size=8, prefill=1000, total=2000)
     with predicting.inference_state(adapted):
         for row in rows:
@@ -287,7 +289,7 @@ def test_rows_that_leave_free_their_columns_before_others_enter(adapted):
         assert engine._running.cache.columns < 64
 
 
-def test_adapters_that_could_not_be_switched_are_switched_again(adapted, monkeypatch):
+def test_a_failed_switch_of_adapters_is_repeated(adapted, monkeypatch):
     """Off and on again: what failed in between leaves no other adapter on."""
     adapters = Adapters(adapted)
     with adapters.activate([None], is_lasting=True):
@@ -303,8 +305,8 @@ def test_adapters_that_could_not_be_switched_are_switched_again(adapted, monkeyp
         assert torch.equal(found, adapted(input_ids=ids).logits)
 
 
-def test_an_adapter_that_was_off_is_as_frozen_as_before(adapted):
-    """PEFT has weights trained that it switches on, and a GPU packs trained weights at every use."""
+def test_an_adapter_that_was_disabled_stays_frozen(adapted):
+    """PEFT makes an adapter trainable when it switches it on, and a GPU packs trainable weights at every use."""
     adapters = Adapters(adapted)
     name = adapted.active_adapter
     for names in ([name], [None], [name]):
@@ -322,20 +324,20 @@ def test_an_adapter_that_was_off_is_as_frozen_as_before(adapted):
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
 
 
-def test_prompts_of_virtual_tokens_are_answered_one_by_one(tiny_model):
+def test_prompt_tuning_is_not_batched(tiny_model):
     from peft import PromptTuningConfig
 
     model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert "before the prompt" in why_not_batched(model)
 
 
-def test_activated_loras_are_answered_one_by_one(tiny_model):
+def test_activated_loras_are_not_batched(tiny_model):
     """They look for their invocation tokens in what a forward pass is given: later one token."""
     model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]))
     assert "certain tokens of the prompt" in why_not_batched(model)
 
 
-def test_what_an_ended_answer_left_is_not_in_the_columns_of_the_next():
+def test_nan_of_a_removed_answer_does_not_reach_the_next():
     def filled(rows, columns, value):
         layer, tensor = _Layer(), torch.full((rows, 1, columns, 2), value)
         layer.update(tensor, tensor.clone())
@@ -349,7 +351,7 @@ def test_what_an_ended_answer_left_is_not_in_the_columns_of_the_next():
         assert running._used(kept).isfinite().all()
 
 
-def test_end_tokens_and_leaving_clients_free_their_place(adapted, tiny_tokenizer):
+def test_end_tokens_and_cancelled_answers_free_their_place(adapted, tiny_tokenizer):
     rows = random_rows([None, "first"], 6)
     with predicting.inference_state(adapted):
         full = alone(adapted, tiny_tokenizer, rows)
@@ -372,9 +374,9 @@ def test_end_tokens_and_leaving_clients_free_their_place(adapted, tiny_tokenizer
         assert row.listener.tokens == answer[:ends]
 
 
-def test_rows_enter_first_come_first_served_and_memory_is_bounded(adapted):
+def test_rows_join_in_order_and_memory_is_bounded(adapted):
     short, long = decoding_settings(4), decoding_settings(60)
-    rows = [Row("first", [5] * 4, Sampling(each), Heard()) for each in (short, short, long, short)]
+    rows = [Row("first", [5] * 4, Sampling(each), Recorder()) for each in (short, short, long, short)]
     engine = batched(adapted, size=8, total=70)  # the long one leaves no room for a second
     begun = []
     with predicting.inference_state(adapted):
@@ -394,10 +396,10 @@ def test_penalties_do_not_count_the_prompt():
     assert found.tolist() == [[0.0] * 8 + [-2.0, 0.0]]
 
 
-def test_a_long_prompt_does_not_hold_up_others(adapted):
-    running = Row(None, [5, 6], Sampling(decoding_settings(50)), Heard())
-    long = Row(None, [7] * 200, Sampling(decoding_settings(2)), Heard())
-    short = Row(None, [8] * 3, Sampling(decoding_settings(2)), Heard())
+def test_a_long_prompt_does_not_delay_other_answers(adapted):
+    running = Row(None, [5, 6], Sampling(decoding_settings(50)), Recorder())
+    long = Row(None, [7] * 200, Sampling(decoding_settings(2)), Recorder())
+    short = Row(None, [8] * 3, Sampling(decoding_settings(2)), Recorder())
     engine = batched(adapted, size=8, prefill=10)
     with predicting.inference_state(adapted):
         engine.add(running)
@@ -412,24 +414,24 @@ def test_a_long_prompt_does_not_hold_up_others(adapted):
     assert not long.listener.tokens
 
 
-def test_a_failure_ends_those_it_happened_to_alone(adapted):
-    good, deaf = (Row(None, [5, number], Sampling(decoding_settings(6)), Heard()) for number in (6, 7))
-    unreadable = Row(None, [10**6], Sampling(decoding_settings(6)), Heard())
+def test_a_failure_ends_the_answers_it_concerns_only(adapted):
+    good, failing = (Row(None, [5, number], Sampling(decoding_settings(6)), Recorder()) for number in (6, 7))
+    unreadable = Row(None, [10**6], Sampling(decoding_settings(6)), Recorder())
     error = RuntimeError("the tokenizer broke")
 
     def break_down(token_id, logprobs):
         raise error
 
-    deaf.listener.on_token = break_down
+    failing.listener.on_token = break_down
     engine = batched(adapted)
     with predicting.inference_state(adapted):
-        for row in (good, deaf):
+        for row in (good, failing):
             engine.add(row)
         engine.step()
         engine.add(unreadable)
         while not engine.is_idle:
             engine.step()
-    assert deaf.listener.events == ["begins", error]
+    assert failing.listener.events == ["begins", error]
     assert isinstance(unreadable.listener.events[1], IndexError)
     assert good.listener.events == ["begins", "ends"]
     assert len(good.listener.tokens) == 6
@@ -439,7 +441,7 @@ def test_a_failure_ends_those_it_happened_to_alone(adapted):
 def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
     tiny_tokenizer.eos_token_id = predicting.base_of(adapted).generation_config.eos_token_id = None
     rows = [
-        Row("first", [5, 6, 7], Sampling(decoding_settings(4, **values), 3, num_logprobs=count), Heard())
+        Row("first", [5, 6, 7], Sampling(decoding_settings(4, **values), 3, num_logprobs=count), Recorder())
         for values, count in (({}, 2), ({"temperature": 0.7}, 0), ({}, None))
     ]
     engine = batched(adapted) if kind == "batch" else SingleEngine(Adapters(adapted), tiny_tokenizer)
@@ -458,11 +460,11 @@ def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["batch", "single"])
-def test_penalties_count_what_the_answer_said(kind, adapted, tiny_tokenizer):
+def test_penalties_count_the_tokens_of_the_answer(kind, adapted, tiny_tokenizer):
     tiny_tokenizer.eos_token_id = predicting.base_of(adapted).generation_config.eos_token_id = None
-    plain = Row("first", [5, 6, 7], Sampling(decoding_settings(30)), Heard())
-    present = Row("first", [5, 6, 7], Sampling(decoding_settings(30), presence_penalty=1e4), Heard())
-    frequent = Row("first", [5, 6, 7], Sampling(decoding_settings(30), frequency_penalty=1e4), Heard())
+    plain = Row("first", [5, 6, 7], Sampling(decoding_settings(30)), Recorder())
+    present = Row("first", [5, 6, 7], Sampling(decoding_settings(30), presence_penalty=1e4), Recorder())
+    frequent = Row("first", [5, 6, 7], Sampling(decoding_settings(30), frequency_penalty=1e4), Recorder())
     engine = batched(adapted) if kind == "batch" else SingleEngine(Adapters(adapted), tiny_tokenizer)
     with predicting.inference_state(adapted):
         said, once, evenly = run(engine, [plain, present, frequent])

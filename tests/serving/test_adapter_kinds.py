@@ -1,4 +1,4 @@
-"""Adapters of other kinds beside each other in one server: all get what `generate` answers, or none is let in."""
+"""Adapters of different kinds in one server: every answer is that of `generate`, or the adapter is refused."""
 
 import concurrent.futures
 import contextlib
@@ -98,15 +98,15 @@ def answers(http, wanted):
         return {key: future.result() for key, future in found.items()}
 
 
-@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_reversed", [False, *slow(True)])
 @pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
 @pytest.mark.parametrize("kind", [mixture, *slow(lora)])
-def test_modules_that_one_has_trained_whole(kind, modules, is_turned, endless_model_dir, tmp_path):
+def test_adapter_with_modules_to_save_beside_one_without(kind, modules, is_reversed, endless_model_dir, tmp_path):
     folders = {
         "plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0),
         "whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1),
     }
-    if is_turned:
+    if is_reversed:
         folders = dict(reversed(folders.items()))
     wanted = expected(endless_model_dir, folders)
     assert len(set(wanted.values())) == len(wanted)
@@ -114,9 +114,9 @@ def test_modules_that_one_has_trained_whole(kind, modules, is_turned, endless_mo
         assert answers(http, wanted) == wanted
 
 
-@pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
+@pytest.mark.parametrize("modules", [*slow(["lm_head"]), ["norm"]])
 @pytest.mark.parametrize("kind", [mixture, *slow(lora)])
-def test_such_a_one_that_comes_while_the_server_runs(kind, modules, endless_model_dir, tmp_path):
+def test_adapter_with_modules_to_save_is_loaded_at_run_time(kind, modules, endless_model_dir, tmp_path):
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0)}
     second = {"whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1)}
     wanted = expected(endless_model_dir, first | second)
@@ -125,8 +125,7 @@ def test_such_a_one_that_comes_while_the_server_runs(kind, modules, endless_mode
         assert answers(http, wanted) == wanted
 
 
-def test_such_a_one_waits_for_answers_that_are_made_together(endless_model_dir, tmp_path):
-    """Beside it answers take turns, which those that run together cannot any more."""
+def test_adapter_that_prevents_mixing_is_refused_while_answers_are_mixed(endless_model_dir, tmp_path):
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", mixture(), 0)}
     trained(endless_model_dir, tmp_path / "whole", mixture(modules_to_save=["norm"]), 1)
     long = {"prompt": PROMPTS[0], "max_tokens": 400, "stream": True}
@@ -150,14 +149,14 @@ def test_such_a_one_waits_for_answers_that_are_made_together(endless_model_dir, 
         load(http, "whole", "whole", 200)
 
 
-def test_trained_tokens_of_one_that_comes_leave_the_others_answers_alone(tied_dir, tmp_path):
+def test_loading_trained_tokens_does_not_change_other_adapters(tied_dir, tmp_path):
     first = {"plain": trained(tied_dir, tmp_path / "plain", mixture(), 0)}
     tokens = [*range(40, 120)]
     second = {"tokens": trained(tied_dir, tmp_path / "tokens", mixture(trainable_token_indices=tokens), 1)}
     wanted = expected(tied_dir, first | second)
     with server(tied_dir, first, adapter_root=str(tmp_path)) as url, client(url) as http:
         load(http, "tokens", "tokens", 200)
-        assert {key: ask(http, *key) for key in wanted} == wanted  # one after the other, the first adapter's first
+        assert {key: ask(http, *key) for key in wanted} == wanted  # in order: the first adapter's answers come first
 
 
 def load(http, name, path, status):
@@ -166,17 +165,17 @@ def load(http, name, path, status):
     return answer.json()
 
 
-def test_chats_are_written_as_each_adapter_was_trained(endless_model_dir, tmp_path, caplog):
-    """With the template that TRL saves beside an adapter; the tiny model has none."""
+def test_chats_use_the_template_beside_each_adapter(endless_model_dir, tmp_path, caplog):
+    """TRL saves it there. The tiny model has none."""
     folders = {name: trained(endless_model_dir, tmp_path / name, mixture(), seed) for seed, name in enumerate("abcd")}
     template = "{{ bos_token }}{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (tmp_path / "a" / "chat_template.jinja").write_text(template, encoding="utf-8")
-    # Its own end, which the template writes and which ends its answers; the base model's is another.
+    # Its own end token, which its template writes and which ends its answers.
     config = json.dumps({"chat_template": template.replace("<", "[") + "{{ eos_token }}", "eos_token": "<s>"})
     (tmp_path / "b" / "tokenizer_config.json").write_text(config, encoding="utf-8")
     (tmp_path / "c" / "chat_template.jinja").write_text(template, encoding="utf-8")
     (tmp_path / "c" / "run.json").write_text('{"template": "meta"}', encoding="utf-8")
-    del folders["d"]  # which comes later
+    del folders["d"]  # it is loaded later
     (tmp_path / "d" / "chat_template.jinja").write_text(template.replace("<", "("), encoding="utf-8")
 
     def chat(http, name):
@@ -193,11 +192,10 @@ def test_chats_are_written_as_each_adapter_was_trained(endless_model_dir, tmp_pa
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bias": "all"}, {"layer_replication": [[0, 3], [1, 4]]}, {"init_lora_weights": "pissa"}],
-    ids=["bias", "layers", "start"],
+    [{"bias": "all"}, *slow({"layer_replication": [[0, 3], [1, 4]]}, {"init_lora_weights": "pissa"})],
 )
-def test_adapters_that_change_the_base_model_itself_are_served_alone(settings, endless_model_dir, tmp_path, caplog):
-    """The tiny model has no biases; what counts is that an adapter may have trained them."""
+def test_adapter_that_changes_the_base_model_is_served_alone(settings, endless_model_dir, tmp_path, caplog):
+    """With `bias` an adapter may have trained biases of the base model, although the tiny model has none."""
     alone = {"alone": trained(endless_model_dir, tmp_path / "alone", lora(**settings), 0)}
     plain = {"plain": trained(endless_model_dir, tmp_path / "plain", lora(), 1)}
     wanted = {key: text for key, text in expected(endless_model_dir, alone).items() if key[0] == "alone"}
@@ -219,12 +217,12 @@ def test_adapters_that_change_the_base_model_itself_are_served_alone(settings, e
         pass
 
 
-def test_starts_in_the_base_models_weights_are_told():
+def test_initialisation_from_the_base_weights_changes_the_base_model():
     assert "kasa_config" in changes_base({"peft_type": "LORA", "kasa_config": {"beta": 1e-4}})
     assert changes_base({"peft_type": "LORA", "kasa_config": None, "init_lora_weights": True, "bias": "none"}) is None
 
 
-def test_wrong_loads_end_in_one_error_and_leave_no_trace(endless_model_dir, tmp_path):
+def test_failed_loads_leave_no_adapter(endless_model_dir, tmp_path):
     folder = trained(endless_model_dir, tmp_path / "unknown", lora(), 0)
     path = tmp_path / "unknown" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "FOO"}))
@@ -237,9 +235,7 @@ def test_wrong_loads_end_in_one_error_and_leave_no_trace(endless_model_dir, tmp_
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [endless_model_dir.name]
 
 
-def test_requests_that_nobody_waits_for_any_more_are_forgotten_while_another_is_answered(
-    endless_model_dir, monkeypatch
-):
+def test_cancelled_requests_leave_the_queue_while_another_is_answered(endless_model_dir, monkeypatch):
     left = []
 
     def forget(self, request, forget=RequestQueue._forget):
@@ -247,7 +243,7 @@ def test_requests_that_nobody_waits_for_any_more_are_forgotten_while_another_is_
         left.append(len(self._new_rows))
 
     monkeypatch.setattr(RequestQueue, "_forget", forget)
-    body = {"model": endless_model_dir.name, "prompt": "x", "max_tokens": 1000}
+    body = {"model": endless_model_dir.name, "prompt": "x", "max_tokens": 500}
     with (
         server(endless_model_dir, {}, max_batch_size=1) as url,
         client(url) as http,
@@ -263,9 +259,9 @@ def test_requests_that_nobody_waits_for_any_more_are_forgotten_while_another_is_
         assert "data: [DONE]" in [*lines]
 
 
-def test_when_no_answer_can_be_made_any_more_everybody_hears_of_it(endless_model_dir, monkeypatch):
+def test_after_a_failure_of_the_engine_every_request_gets_an_error(endless_model_dir, monkeypatch):
     def fail(self):
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     with server(endless_model_dir, {}) as url, client(url) as http:
         assert http.get("/health").status_code == 200
@@ -288,7 +284,7 @@ def test_tokens_without_an_embedding_are_refused(endless_model_dir, tmp_path):
     assert "258" in answer.json()["error"]["message"]
 
 
-def test_messages_that_the_template_refuses(endless_model_dir, tmp_path):
+def test_messages_that_the_chat_template_refuses(endless_model_dir, tmp_path):
     base = shutil.copytree(endless_model_dir, tmp_path / "strict")
     (base / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}", encoding="utf-8")
     messages = [{"role": "user", "content": "x"}]
