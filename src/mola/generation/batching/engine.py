@@ -275,13 +275,13 @@ class SingleEngine:
                     logits_processor=processors,
                     **sampling.decoding,
                 )
-        except _StopGeneration:
+        except _EarlyEndError:
             if row.listener.is_cancelled():
                 return
         row.listener.on_end()
 
 
-class _StopGeneration(Exception):  # noqa: N818
+class _EarlyEndError(Exception):
     """Raised inside `generate` to end an answer early."""
 
 
@@ -303,14 +303,14 @@ class _ListenerStreamer(LogitsProcessor):
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate` with the prompt, then with each token."""
         if self._row.listener.is_cancelled():
-            raise _StopGeneration
+            raise _EarlyEndError
         if not self._has_prompt:
             self._has_prompt = True
             return
         num_top, token = self._row.sampling.num_logprobs, int(value)
         logprobs = None if num_top is None else token_logprobs(self._logits, token, num_top)
         if not self._row.listener.on_token(token, logprobs):
-            raise _StopGeneration
+            raise _EarlyEndError
 
     def end(self) -> None:
         """Called by `generate` after the last token."""
