@@ -228,7 +228,7 @@ def test_failed_loads_leave_no_adapter(endless_model_dir, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "FOO"}))
     trained(endless_model_dir, tmp_path / "plain", lora(), 0)
     with server(endless_model_dir, {}, adapter_root=str(tmp_path)) as url, client(url) as http:
-        assert "settings that PEFT can use" in load(http, "x", "unknown", 400)["error"]["message"]
+        assert "the installed PEFT knows" in load(http, "x", "unknown", 400)["error"]["message"]
         assert "below the server's" in load(http, "x", ".", 400)["error"]["message"]
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [endless_model_dir.name]
 
