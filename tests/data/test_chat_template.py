@@ -11,7 +11,7 @@ from mola.data.tokenized import IGNORED, tokenized
 from mola.errors import MolaError
 from mola.evaluation.questions import make_questions
 from mola.generation import predicting
-from mola.generation.likelihood import _encoded
+from mola.generation.likelihood import _encode
 from tests.conftest import BOS, EOS, build_byte_tokenizer
 
 TURNS = (
@@ -156,7 +156,7 @@ def test_a_row_whose_first_token_would_reach_across_is_encoded_in_two_parts(cros
     for sample, row in zip(tokenized(rows, crossing_tokenizer, template, []), rows, strict=True):
         assert sample.ids[: sample.start] == asked
         assert crossing_tokenizer.decode(sample.ids[sample.start :]) == row["output"]
-        (ids,) = _encoded(crossing_tokenizer, [[prompt + row["output"]]], template, [prompt])
+        (ids,) = _encode(crossing_tokenizer, [[prompt + row["output"]]], template, [prompt])
         assert ids == [sample.ids]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from mola import MolaConfig, MolaError, load_tokenizer
 from mola.exporting.calibration import read_task
 from mola.exporting.options import ConvertOptions
-from mola.generation.generate import GenerateOptions, _template_of
+from mola.generation.generate import GenerateOptions, _choose_template
 from mola.models.prompts import template_for
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
@@ -179,9 +179,9 @@ def test_the_merged_model_uses_the_prompts_of_the_adapter(tiny_model_dir, lora, 
     adapter = lora("a")
     Path(adapter, "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
     run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
-    assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"))) == "meta"
-    assert _template_of(GenerateOptions(base_model=str(tmp_path / "merged"), template="vigogne")) == "vigogne"
-    assert _template_of(GenerateOptions(base_model=str(tiny_model_dir))) == "alpaca"
+    assert _choose_template(GenerateOptions(base_model=str(tmp_path / "merged"))) == "meta"
+    assert _choose_template(GenerateOptions(base_model=str(tmp_path / "merged"), template="vigogne")) == "vigogne"
+    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir))) == "alpaca"
 
 
 def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, tmp_path, caplog):
