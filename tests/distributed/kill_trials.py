@@ -81,8 +81,7 @@ class Trials:
         if codes[kill["process"]] == 0:
             result["other"] = "the run was over"
         elif codes[left] == 2 and "another process of this run has ended" in output:
-            waited = "said that it waits, then " if "waits for the others" in output else ""
-            result["other"] = f"{waited}ended with the message"
+            result["other"] = "ended with the message"
         elif codes[left] == 0:
             result["other"] = "had finished its part"
         else:

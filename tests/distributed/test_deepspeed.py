@@ -12,9 +12,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mola import MolaConfig, MolaError
+from mola import MolaError
 from mola.cli import main
-from mola.training.zero import check_deepspeed, check_stacked
+from mola.training.distributed import check_distributed
 
 from .conftest import assert_same_run, curve, goes_on_from, record, weights_of
 from .test_ddp import ROUTER_LOSSES, routing
@@ -185,7 +185,7 @@ def options_with(stage=3, gathers=True, **changes):
     settings = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
     plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig({"zero_optimization": settings}))
     given = {"fsdp": None, "deepspeed": None, "bf16": False, "fp16": False, "deepspeed_plugin": plugin}
-    given |= {"optim": "adamw_torch", "auto_find_batch_size": False}
+    given |= {"optim": "adamw_torch", "world_size": 2}
     return SimpleNamespace(**{**given, **changes})
 
 
@@ -194,25 +194,22 @@ def options_with(stage=3, gathers=True, **changes):
     [
         ({"bf16": True}, "`dtype` must be float32 with DeepSpeed"),
         ({"optim": "adafactor"}, "`optim` adafactor cannot be used with DeepSpeed"),
-        ({"auto_find_batch_size": True}, "`auto_find_batch_size` cannot be used with DeepSpeed"),
         ({"stage": 1}, "ZeRO stage 2 or 3: got 1"),
         ({"gathers": False}, "stage3_gather_16bit_weights_on_model_save true, or no adapter"),
+        ({"stacked": True}, "cannot be trained with ZeRO-3.* Set zero_stage 2"),
     ],
 )
-def test_refused(monkeypatch, options, message):
+def test_what_deepspeed_cannot_train_is_refused(monkeypatch, options, message):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    check_deepspeed(options_with(), is_quantized=False)
+
+    def check(stacked=False, **changes):
+        given = options_with(**changes)
+        check_distributed(given, None, is_quantized=False, has_stacked_experts=stacked)
+
+    check()
+    check(stacked=True, stage=2)
     with pytest.raises(MolaError, match=message):
-        check_deepspeed(options_with(**options), is_quantized=False)
-
-
-def test_stacked_experts_are_not_shared_out(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    config = MolaConfig(target_parameters=["mlp.experts.down_proj"])
-    check_stacked(options_with(stage=2), config)
-    check_stacked(options_with(), MolaConfig())
-    with pytest.raises(MolaError, match="cannot be trained with ZeRO-3.*: set zero_stage 2"):
-        check_stacked(options_with(), config)
+        check(**options)
 
 
 @needs_deepspeed
@@ -227,6 +224,5 @@ def test_option_on_a_cpu_is_refused(flags, tmp_path, capsys):
     path = tmp_path / "zero.json"
     path.write_text("{}", encoding="utf-8")
     assert main(flags(tmp_path / "run", deepspeed=path)) == 2
-    installed = importlib.util.find_spec("deepspeed") is not None
-    assert ("works on GPUs only" if installed else "is not installed") in capsys.readouterr().err
+    assert "works on GPUs only" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "run")

@@ -80,18 +80,6 @@ def test_checkpoint_of_the_other_kind_is_refused(processes, flags, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_checkpoint_with_a_file_cut_off_is_passed_over(processes, whole, tmp_path):
-    folder, arguments = whole
-    part = shutil.copytree(folder, tmp_path / "part")
-    path = part / "checkpoint-4" / "optimizer.bin"
-    path.write_bytes(path.read_bytes()[:1000])
-    arguments = [word.replace(str(folder), str(part)) for word in arguments]
-    processes.mola([*arguments, "--resume_from_checkpoint=last"], shard=True)
-    assert "broken optimizer.bin" in processes.output[0]
-    assert_same_run(part, folder, 0.0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,13 +10,12 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mola import MolaError, TrainOptions, train
 from mola.cli import main
 from mola.data.templates import template_names
+from mola.training.distributed import check_distributed
 from mola.training.setup import adapter_config, build_model
-from mola.training.sharding import check_sharding
 from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
 from tests.versions import needs
@@ -171,46 +170,26 @@ def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flag
     assert not torch.equal(head, head.bfloat16().float())
 
 
-def test_linears_that_are_never_called_are_named(flags, caplog, monkeypatch):
-    """Their experts have no gradient; those of all others have one, whatever tokens choose."""
-    assert main(flags(max_steps=3, warmup_steps=0, **NO_EVALUATION)) == 0
-    assert "were not called" not in caplog.text
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
-    options = {"max_steps": 3, "warmup_steps": 0, "overwrite_output_dir": "true"}
-    assert main(flags(**options, **NO_EVALUATION)) == 0
-    assert "12 adapted linears were not called in 3 steps, such as base_model.model.model.layers.0.mlp" in caplog.text
-
-
 def test_a_base_that_will_be_sharded_is_loaded_into_the_memory_of_the_machine(tiny_model_dir, rows_file, monkeypatch):
     """Whatever the device of the process is: it may not have room for the whole model."""
     monkeypatch.setattr(TrainOptions, "device", torch.device("meta"))
     options = TrainOptions(base_model=str(tiny_model_dir), data=str(rows_file), output_dir="unused", dtype="float32")
-    monkeypatch.setattr("mola.training.setup.is_sharded", lambda options: True)
+    monkeypatch.setattr("mola.training.setup.uses_fsdp", lambda options: True)
     assert {parameter.device.type for parameter in build_model(options).parameters()} == {"cpu"}
 
 
-def test_a_quantised_base_is_not_sharded():
-    settings = {"world_size": 2, "device": torch.device("cuda"), "auto_find_batch_size": False}
-    options = SimpleNamespace(fsdp=["full_shard"], **settings)
+def test_what_fsdp_cannot_shard_is_refused(monkeypatch):
+    def check(is_quantized=False, **changes):
+        settings = {"fsdp": True, "world_size": 2, "device": torch.device("cuda"), "optim": "adamw_torch", **changes}
+        check_distributed(SimpleNamespace(**settings), None, is_quantized=is_quantized, has_stacked_experts=False)
+
     with pytest.raises(MolaError, match="`fsdp` cannot be combined with a quantised base"):
-        check_sharding(options, None, is_quantized=True)
-
-
-def test_what_sharding_does_not_take_is_refused(monkeypatch):
-    settings = {"world_size": 2, "device": torch.device("cuda"), "auto_find_batch_size": False}
+        check(is_quantized=True)
     with pytest.raises(MolaError, match="`optim` adafactor does not work on sharded weights"):
-        check_sharding(SimpleNamespace(fsdp=True, optim="adafactor", **settings), None)
-    monkeypatch.setattr("mola.training.sharding.importlib.metadata.version", lambda name: "1.14.0")
+        check(optim="adafactor")
+    monkeypatch.setattr("mola.training.distributed.accelerate_version", "1.14.0")
     with pytest.raises(MolaError, match="needs accelerate 1.15 or newer, .*: here is 1.14.0"):
-        check_sharding(SimpleNamespace(fsdp=True, optim="adamw_torch", **settings), None)
-
-
-def test_the_batch_is_looked_for_in_one_process():
-    options = SimpleNamespace(fsdp=None, world_size=1, auto_find_batch_size=True)
-    check_sharding(options, None)
-    options.world_size = 2
-    with pytest.raises(MolaError, match="`auto_find_batch_size` works in one process only.* Got 2 processes"):
-        check_sharding(options, None)
+        check()
 
 
 def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):

@@ -13,7 +13,6 @@ from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.training.checked_run import check_folder_again
 from mola.training.run_folder import claimed
 from mola.training.setup import build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
@@ -141,29 +140,6 @@ def test_a_folder_is_one_runs_alone(flags, tmp_path, error_line):
     assert main(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
     with claimed(folder):  # nothing stays behind
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.parametrize("resumes", [True, False])
-def test_what_another_run_leaves_meanwhile_is_kept(flags, tmp_path, error_line, monkeypatch, resumes):
-    """It ends after this one has chosen its checkpoint, or found the folder empty, and looks at its data."""
-    folder = tmp_path / "run"
-    options = {**NO_EVALUATION, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 1}
-    if resumes:
-        assert main(flags(max_steps=1, **options)) == 0
-    more = ["--resume_from_checkpoint=last"] if resumes else []
-
-    def other_run_ends(options, run):
-        monkeypatch.setattr("mola.training.train.check_folder_again", check_folder_again)
-        newer = folder / "checkpoint-2"
-        shutil.copytree(folder / "checkpoint-1", newer) if resumes else newer.mkdir()
-        check_folder_again(options, run)
-
-    monkeypatch.setattr("mola.training.train.check_folder_again", other_run_ends)
-    message = error_line([*flags(max_steps=3, **options), *more])
-    assert ("saved a later checkpoint. Start it again" if resumes else "`output_dir` must be empty") in message
-    assert (folder / "checkpoint-2").is_dir()
-    if resumes:
-        assert main([*flags(max_steps=3, **options), *more]) == 0
 
 
 def test_a_tokenizer_of_another_program_is_not_overwritten(flags, tmp_path, tiny_model_dir, capsys):

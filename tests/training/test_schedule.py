@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +15,10 @@ from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerSta
 from mola import TrainOptions, train
 from mola.errors import MolaError
 from mola.files.failures import lack_of_memory
-from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedCheckpoints
-from mola.training.checkpoints import checkpoints_in, rotate
+from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedRun
+from mola.training.checkpoints import checkpoints_in
 from mola.training.interruption import Interruption
-from mola.training.same_run import _samples_per_step
-from mola.training.schedule import goes_on_with_found_batch
-from mola.training.trainer import _multiple
-from tests.grids import slow
+from mola.training.trainer import _padding
 from tests.versions import has
 
 
@@ -33,8 +28,8 @@ from tests.versions import has
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"min_lr": 1e-5}'}, "cosine cannot be made with"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr cannot be made with"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay cannot be made with"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "validation_size": None}, "goes by the evaluation loss"),
-        ({"eval_on_start": "true", "validation_size": None}, "`eval_on_start` needs evaluation data"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "validation_size": None}, "follows the evaluation loss"),
+        ({"optim": "lomo"}, "`optim`"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused_before_an_earlier_run_is_removed(
@@ -45,20 +40,6 @@ def test_schedules_that_cannot_be_are_refused_before_an_earlier_run_is_removed(
     before = (tmp_path / "run" / "run.json").read_bytes()
     assert message in error_line(flags(**options, overwrite_output_dir="true"))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
-
-
-def test_only_a_runs_own_checkpoints_are_removed(tmp_path):
-    for name in ("1", "2", "10", "4", "2-good", "keep-3", "notes"):
-        (tmp_path / f"checkpoint-{name}").mkdir()
-    assert [path.name for path in checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (10, 4, 2, 1)]
-    rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"))
-    others = {"checkpoint-2-good", "checkpoint-keep-3", "checkpoint-notes"}
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint-10", "checkpoint-4", "checkpoint-1"} | others
-    rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-1"} | others
-    rotate(tmp_path, None, None)
-    assert len(checkpoints_in(tmp_path)) == 2
 
 
 @pytest.fixture
@@ -74,84 +55,44 @@ def options_of(tiny_model_dir, rows_file, tmp_path):
     return build
 
 
-class KeepsACopy(TrainerCallback):
-    def __init__(self, folder):
-        self.folder = folder
+def test_label_smoothing_averages_over_accumulated_batches(options_of):
+    smoothed = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}
+    old = not has("transformers", "5.16")
+    with pytest.raises(MolaError, match="needs Transformers 5.16") if old else nullcontext():
+        options_of(**smoothed)
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            shutil.copytree(self.folder / "checkpoint-1", self.folder / "checkpoint-1-good")
+
+def test_a_batch_size_is_looked_for_in_one_process_only(options_of, monkeypatch):
+    options_of(auto_find_batch_size=True)
+    monkeypatch.setattr(TrainOptions, "world_size", 2)
+    with pytest.raises(MolaError, match="`auto_find_batch_size` works in one process only.* Got 2 processes"):
+        options_of(auto_find_batch_size=True)
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"accelerator_config": {"split_batches": True}}, "shares one batch"),
-        ({"accelerator_config": {"even_batches": False}}, "other numbers of steps"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "batches of one length"),
-        ({"label_smoothing_factor": 0.1, "use_liger_kernel": True}, "needs logits"),
-        ({"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, None),
+        ({"lr_scheduler_type": "cosin"}, "cosin"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance has no seed"),
+        ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "projects the gradients of linear layers"),
+        ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be eval_loss"),
+        ({"bf16_full_eval": True}, "would round the weights that are saved"),
     ],
     ids=str,
 )
-def test_what_the_trainer_would_compute_wrongly(wrong, reason, options_of, monkeypatch):
-    monkeypatch.setattr("mola.training.option_checks.is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(TrainOptions, "world_size", 2)
-    reason = "newer version" if reason is None and not has("transformers", "5.16") else reason
-    with nullcontext() if reason is None else pytest.raises(MolaError, match=reason):
+def test_options_that_the_trainer_would_not_carry_out(wrong, reason, options_of):
+    if not hasattr(TrainOptions, next(iter(wrong))):
+        pytest.skip(f"this version of Transformers has no {next(iter(wrong))}")
+    with pytest.raises(MolaError, match=reason):
         options_of(**wrong)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"lr_scheduler_type": "cosin"},
-        {"train_sampling_strategy": "batch_rebalance"},
-        {"activation_checkpointing_kwargs": "use_reentrant=false"},
-    ],
-    ids=str,
-)
-def test_wrong_choices_of_the_trainer_are_errors_of_ours(wrong, options_of):
-    ((name, value),) = wrong.items()
-    if not hasattr(TrainOptions, name):
-        pytest.skip(f"this version of Transformers has no {name}")
-    with pytest.raises(MolaError, match=value):
-        options_of(**wrong)
-
-
-@pytest.mark.parametrize("limit", [1, *slow(2)])
-def test_a_copy_of_a_checkpoint_stays(limit, options_of, tmp_path):
-    options = options_of(
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=limit,
-        eval_strategy="steps",
-        eval_steps=1,
-        validation_size=2,
-    )
-    result = train(options, [KeepsACopy(tmp_path / "run")])
-    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
-    best = Path(result.best_checkpoint).name
-    other = "checkpoint-3" if best == "checkpoint-4" else "checkpoint-4"
-    assert left == {"checkpoint-1-good", best} | ({other} if limit == 2 else set())
-    saved = torch.load(tmp_path / "run" / best / "training_args.bin", weights_only=False)
-    assert saved.save_total_limit == limit
 
 
 def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
     state = TrainerState(logging_steps=500, eval_steps=500, save_steps=500, max_steps=40)
     asked = {"logging_steps": 2, "eval_steps": 0.25, "save_steps": 10}
     args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, save_total_limit=None, **asked)
-    ResumedCheckpoints(tmp_path).on_train_begin(args, state, TrainerControl())
+    ResumedRun(tmp_path).on_train_begin(args, state, TrainerControl())
     assert (state.logging_steps, state.eval_steps, state.save_steps) == (2, 10, 10)
-
-
-def test_a_run_goes_on_with_the_batch_that_fitted(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"train_batch_size": 4}), encoding="utf-8")
-    for asked, found in ((8, 4), (2, 4), (4, 4)):
-        options = SimpleNamespace(per_device_train_batch_size=asked)
-        goes_on_with_found_batch(options, tmp_path)
-        assert options.per_device_train_batch_size == found
 
 
 def test_a_second_signal_stops_at_once(caplog):
@@ -240,15 +181,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
 @pytest.mark.parametrize(("cutoff_len", "multiple"), [(96, 8), (97, None), (100, None)])
 def test_padding_ends_at_the_last_position(cutoff_len, multiple):
     model = SimpleNamespace(config=GPT2Config(n_positions=100))
-    assert _multiple(SimpleNamespace(cutoff_len=cutoff_len), model) == multiple
-
-
-def test_samples_per_step_are_those_of_the_batch_that_was_found(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"train_batch_size": 3}), encoding="utf-8")
-    settings = {"auto_find_batch_size": True, "gradient_accumulation_steps": 2}
-    before = {"effective_batch_size": 16, "processes": 2, "settings": settings}
-    assert _samples_per_step(before, tmp_path) == 12
-    assert _samples_per_step({**before, "settings": {}}, tmp_path) == 16
+    assert _padding(SimpleNamespace(cutoff_len=cutoff_len), model) == multiple
 
 
 @pytest.mark.parametrize(("step", "is_evaluated"), [(14, False), (15, True)])

@@ -9,13 +9,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
-from mola.models.base_model import check_base_model, check_own_code, load_config, one_line, read_config
+from mola.models.base_model import check_base_model, check_own_code, one_line, read_config
 
 
 def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
     """Build a causal language model from its configuration only.
 
-    `base_model` is a folder with config.json, a config.json file, or a name on the hub.
+    Args:
+        base_model: a folder with config.json, a config.json file, or a name on the hub.
+        trust_remote_code: run code shipped with the model.
+        gguf_file: as in `read_config`.
 
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
@@ -36,7 +39,11 @@ def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: s
 
 
 def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
-    """Number of decoder layers of a model; raises if it has none."""
+    """Number of decoder layers of a model.
+
+    Raises:
+        MolaError: it has none.
+    """
     num_layers = LayerStacks.of(model).num_layers
     if num_layers is None or num_layers < 1:
         raise MolaError(
@@ -44,29 +51,3 @@ def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
             "Check `num_hidden_layers` in its config.json."
         )
     return num_layers
-
-
-def check_attention(
-    attn_implementation: str | None,
-    base_model: str,
-    trust_remote_code: bool = False,
-    gguf_file: str | None = None,
-) -> None:
-    """Check, before data and weights are read, that an attention of Transformers is installed and the model has it.
-
-    Raises:
-        MolaError: one of these is false. None, which is Transformers' default, passes.
-    """
-    if attn_implementation is None:
-        return
-    config = load_config(base_model, trust_remote_code, gguf_file)
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(
-                config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        raise MolaError(
-            f"`attn_implementation` {attn_implementation!r} cannot be used with {base_model!r}: "
-            f"{' '.join(str(error).split())}. Pass another, such as sdpa or eager."
-        ) from error

@@ -1,4 +1,4 @@
-"""What to do when a run needs more memory, or more room on the disk, than there is, or ends with poor weights."""
+"""What a user can change when memory or disk do not suffice, a process is lost, or the evaluation loss is poor."""
 
 from __future__ import annotations
 
@@ -7,39 +7,55 @@ from collections.abc import Iterator, Mapping
 
 from transformers import SchedulerType, TrainerState
 
-from mola.files.failures import within_memory, writing
+from mola.errors import MolaError
+from mola.files.failures import lost_process, within_memory, writing
 from mola.reporting.findings import is_far_above, last_mean
-from mola.training.meeting import lost_process_explained
+from mola.training.distributed import shares_weights, uses_deepspeed
 from mola.training.options import TrainOptions
-from mola.training.sharding import is_sharded
-from mola.training.zero import uses_deepspeed
 
 
 @contextlib.contextmanager
 def failures_explained(options: TrainOptions) -> Iterator[None]:
-    """Turn errors of the block that are no bugs into ones that say what to do.
+    """Turn errors of the machine in this block into ones that say what to do.
 
     Raises:
         MolaError: the memory or the disk did not suffice, or another process of the run has ended.
     """
     going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
-    advice = f"{memory_advice(options)} {going_on}"
-    with within_memory(advice), writing("`output_dir`", f"{room} {going_on}"), lost_process_explained():
+    with (
+        within_memory(f"{memory_advice(options)} {going_on}"),
+        writing("`output_dir`", f"{room} {going_on}"),
+        _lost_process_explained(),
+    ):
         yield
 
 
+@contextlib.contextmanager
+def _lost_process_explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = lost_process(error)
+        if reason is None:
+            raise
+        raise MolaError(
+            f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
+            "log, may say why. Start all of them again with the same command: go on from the last complete "
+            "checkpoint with --resume_from_checkpoint last, or without one begin anew with --overwrite_output_dir."
+        ) from error
+
+
 def loading_advice(options: TrainOptions) -> str:
-    """What could be changed where the base model alone needs more memory than there is."""
+    """What to change when the base model alone needs more memory than there is."""
     ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
-    is_packed = options.load_in_4bit or options.load_in_8bit or options.gguf_file
-    is_whole = not (is_sharded(options) or uses_deepspeed(options) or is_packed)
-    ways += ["--load_in_4bit or --load_in_8bit"] if is_whole else []
+    if not (shares_weights(options) or options.on_loading or options.gguf_file):
+        ways += ["--load_in_4bit or --load_in_8bit"]
     return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
 
 
 def memory_advice(options: TrainOptions) -> str:
-    """What of these options could be changed to need less memory, the least harmful first."""
+    """Which options to change so that a run needs less memory, the least harmful change first."""
     size, steps = options.per_device_train_batch_size, options.gradient_accumulation_steps
     ways = []
     if size > 1:

@@ -1,4 +1,4 @@
-"""What happens during a run besides training: the loss curve file, time, checkpoints, the finite-loss check."""
+"""Callbacks of a run: the loss curve, the time, what a resumed run needs, and the check that weights stay finite."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mola.errors import NotFiniteError
 from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import select_lines
-from mola.training.checkpoints import newest_complete, rotate
-from mola.training.zero import gathered
+from mola.training.checkpoints import newest_complete
+from mola.training.distributed import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +31,43 @@ _EPOCH_TOLERANCE = 1e-6  # far below one step of the longest epoch, far above ro
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log entry to a JSON lines file; a resumed run keeps the lines up to its step.
+    """Appends every log entry to a JSON lines file. A resumed run keeps the lines up to its step.
 
-    `checkpoint` is the one that a run goes on from; it may be in another folder.
+    Args:
+        path: the file.
+        checkpoint: the checkpoint that a run goes on from, which may lie in another folder; or None.
     """
 
     def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
         self.path = path
-        self._before = path if checkpoint is None else checkpoint.parent / path.name  # maybe another run's
+        self._earlier_path = path if checkpoint is None else checkpoint.parent / path.name
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop lines that the resumed part of the run will write again."""
-        if not state.is_world_process_zero:
-            return
-        kept = select_lines(self._before, _written_by(state.global_step)) if state.global_step else []
-        atomic_write_text(self.path, "".join(line + "\n" for line in kept))
+        if state.is_world_process_zero:
+            lines = select_lines(self._earlier_path, _written_by(state.global_step)) if state.global_step else []
+            atomic_write_text(self.path, "".join(line + "\n" for line in lines))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write one line at once, so that an interrupted run has its curve."""
+        """Write one line. JSON has no NaN, so numbers that are not finite become null."""
         if state.is_world_process_zero and logs:
             entry = {"step": state.global_step, "epoch": state.epoch, **logs}
-            # JSON has no NaN; a reader finds null instead.
-            entry = {key: None if _is_not_finite(value) else value for key, value in entry.items()}
+            entry = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in entry.items()
+            }
             append_lines(self.path, [json.dumps(entry, allow_nan=False)])
 
 
 def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
-    """Whether a line was written by step `step`: no summary of an ended run, nor the evaluation that follows it."""
+    """A test whether a line was written by step `step`.
+
+    The summary of a run that ended, and the evaluation after it, do not count.
+    """
     ended = False
 
     def keep(entry: dict[str, Any]) -> bool:
@@ -72,12 +78,8 @@ def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
     return keep
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 class TrainingClock(TrainerCallback, ExportableState):
-    """Wall time of training; a resumed run goes on counting from what its checkpoint had taken."""
+    """Wall time of training. A resumed run goes on counting from the time in its checkpoint."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before = seconds
@@ -89,20 +91,24 @@ class TrainingClock(TrainerCallback, ExportableState):
         return self._before + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: arguments of a clock that goes on."""
+        """What a checkpoint stores: the arguments of a clock that goes on."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the checkpoint's time; one of an older version has none."""
+        """Go on from the time in the checkpoint; a checkpoint of an older version has none."""
         self._start = time.perf_counter()
         states: Any = state.stateful_callbacks
         self._before = states.setdefault(type(self).__name__, self.state())["args"]["seconds"]
 
 
-class ResumedCheckpoints(TrainerCallback):
-    """Puts the checkpoints of a resumed run in order; `folder` is where they are."""
+class ResumedRun(TrainerCallback):
+    """Makes the state of a resumed run fit the run's folder and its options.
+
+    Args:
+        folder: the folder of the checkpoint that the run goes on from.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,53 +116,51 @@ class ResumedCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the best one, if the folder was moved or copied; end a rotation in which the run was killed."""
+        """Correct what the Trainer has read from the checkpoint.
+
+        - The best checkpoint is found again if its folder was moved or copied.
+        - A removal of old checkpoints that was cut off is finished.
+        - The intervals of logs, evaluations and checkpoints, and the learning rate, follow the options of today.
+        """
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        # As the trainer spells the folder, which keeps the best one by its name.
         for folder in (args.output_dir or self.folder, self.folder):
             if state.best_global_step and os.path.isdir(os.path.join(folder, name)):
                 state.best_model_checkpoint = os.path.join(folder, name)
                 break
         if args.should_save and args.output_dir:
-            rotate(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
-        state.compute_steps(args, state.max_steps)  # of logs, evaluations and checkpoints: as asked for now
-
-
-class ResumedRate(TrainerCallback):
-    """Begins a resumed run with the learning rate of its own schedule: the trainer restores the earlier one's."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The same number, if the schedule is the same; with more epochs another."""
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+        state.compute_steps(args, state.max_steps)
         schedule = kwargs.get("lr_scheduler")
-        schedule = getattr(schedule, "scheduler", schedule)  # inside accelerate's
-        if not state.global_step or not isinstance(schedule, LambdaLR):
-            return
-        for group, rate, factor in zip(
-            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = rate * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+        schedule = getattr(schedule, "scheduler", schedule)  # Accelerate wraps it
+        if state.global_step and isinstance(schedule, LambdaLR):
+            _set_rates(schedule)
+
+
+def _set_rates(schedule: LambdaLR) -> None:
+    """Give the optimiser the learning rates of its own schedule; the Trainer restores those of the earlier run."""
+    groups = schedule.optimizer.param_groups
+    for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
 
 
 class CheckpointLast(TrainerCallback):
-    """At the last step of an epoch or of the run: one checkpoint, after all else that happens at this step.
+    """Writes one checkpoint at the last step of an epoch or of the run, after everything else of this step.
 
-    The trainer would save after the step, evaluate at the end of the epoch and perhaps save again. Killed in
-    between, a run could not make up for the evaluation, and the second checkpoint would be written into the first.
+    The Trainer would save after the step, evaluate at the end of the epoch, and perhaps save again. If it were killed
+    before the evaluation, the resumed run would not evaluate this epoch.
     """
 
     def __init__(self) -> None:
         self._is_wanted = False
-        self._saved = -1  # step of the last checkpoint
+        self._saved_step = -1
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A signal in an evaluation after the step asks for it at once."""
-        self._saved = state.global_step
+        """Remember the step; a signal during an evaluation saves before the epoch ends."""
+        self._saved_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the checkpoint off."""
+        """Put off the checkpoint of the last step."""
         self._is_wanted = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
         if self._is_wanted:
             control.should_save = False
@@ -164,42 +168,60 @@ class CheckpointLast(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Follows at once."""
-        control.should_save = (control.should_save or self._is_wanted) and self._saved != state.global_step
+        """Ask for the checkpoint that was put off. The Trainer evaluates first."""
+        control.should_save = (control.should_save or self._is_wanted) and self._saved_step != state.global_step
         self._is_wanted = False
 
 
 class AveragedWeights(TrainerCallback):
-    """Before weights are saved or training ends: optimisers that train others than they give, as schedule-free ones do.
+    """Has averages in the model when weights are saved.
 
-    The trainer asks them when it evaluates only; at the next step it tells them to go on.
+    Some optimisers (schedule-free ones) evaluate other weights than they train. The Trainer asks them for these
+    weights only when it evaluates, and goes back to the trained weights at the next step.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for the weights that count."""
+        """Put the averages into the model before a checkpoint and before the end."""
         if control.should_save or control.should_training_stop:
-            ask_for_averages(kwargs.get("optimizer"))
+            use_averaged_weights(kwargs.get("optimizer"))
 
     on_epoch_end = on_step_end
 
 
-def ask_for_averages(optimizer: Any) -> None:
-    """Have an optimiser that trains other weights than it gives put those into the model; others know of none."""
-    ask = getattr(optimizer, "eval", None)
-    if callable(ask):
-        ask()
+def use_averaged_weights(optimizer: Any) -> None:
+    """Have an optimiser put the weights that it evaluates into the model; most optimisers have none."""
+    switch = getattr(optimizer, "eval", None)
+    if callable(switch):
+        switch()
 
 
 def is_whole_epoch(epoch: float | None) -> bool:
-    """Whether an epoch is not being trained, but at its end."""
+    """Whether a number of epochs is a whole number."""
     return epoch is not None and abs(epoch - round(epoch)) <= _EPOCH_TOLERANCE
 
 
+class FrozenInput(TrainerCallback):
+    """Lets activation checkpointing be compiled.
+
+    With activation checkpointing Transformers makes the output of the embeddings require a gradient, by a change that
+    no compiled graph can hold: layer after layer would run without the compiler. Only re-entrant checkpointing needs
+    this gradient.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the change back; the Trainer has switched checkpointing on by now."""
+        settings: Any = args.activation_checkpointing_kwargs or {}
+        if args.torch_compile and args.activation_checkpointing and settings.get("use_reentrant") is False:
+            kwargs["model"].disable_input_require_grads()
+
+
 class FiniteLoss(TrainerCallback):
-    """Stops a run whose loss is no number any more: every later step would only spread it."""
+    """Stops a run when its loss or its weights are no longer finite."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Before a checkpoint: look at the weights, since the loss may not have been logged yet.
+        """Check the weights before a checkpoint, since the loss may not have been logged yet.
 
         Raises:
             NotFiniteError: a trained weight is NaN or infinite.
@@ -212,13 +234,13 @@ class FiniteLoss(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last step, whose loss is from before it; raises as `on_step_end`."""
+        """Check the weights after the last step, as `on_step_end` does."""
         check_weights(args, state, kwargs["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Look at the losses of a log entry.
+        """Check the losses of a log entry.
 
         Raises:
             NotFiniteError: a loss is NaN or infinite.
@@ -230,7 +252,7 @@ class FiniteLoss(TrainerCallback):
 
 
 def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
-    """Look at the trained weights.
+    """Check that all trained weights are finite.
 
     Raises:
         NotFiniteError: one is NaN or infinite.
@@ -245,10 +267,10 @@ def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.
 
 @contextlib.contextmanager
 def overflow_explained(trainer: Trainer) -> Iterator[None]:
-    """Turn the error of an optimiser whose step has a factor that is no float32 into one that says what to do.
+    """Turn the error of an optimiser whose step overflows in float32 into one that says what to do.
 
     Raises:
-        NotFiniteError: there was such an error in the block; others pass.
+        NotFiniteError: there was such an error in the block; other errors pass.
     """
     try:
         yield

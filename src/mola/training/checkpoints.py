@@ -1,29 +1,35 @@
-"""The checkpoints of a run folder: which there are, which are complete, which one a run can go on from."""
+"""The checkpoints of a run folder: which of them a run can go on from, and whether it would be the same run."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
-from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE, check_digest, damaged_record
+from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE
 from mola.files.reading import read_json_object
-from mola.files.schema import TEXT, check_form
-from mola.training.digests import DIGESTS_FILE, changed_file
+from mola.options.fields import first_difference
+from mola.training.option_checks import EVALUATION_SCHEDULES
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+# Parts of run.json that a resumed run must share.
+_SAME_PARTS = ("adapter_settings", "data_fingerprints", "quantization")
+# Options that a resumed run must share: how samples become tokens, their order, and what the optimiser's state holds.
+_SAME_SETTINGS = (
+    *("cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
+    "train_sampling_strategy",
+    *("optim", "optim_args", "learning_rate", "loraplus_lr_ratio", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 logger = logging.getLogger(__name__)
 
 
@@ -33,28 +39,35 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=step_in_name, reverse=True)
 
 
+def step_in_name(path: Path) -> int:
+    """N of `checkpoint-N`; -1 for another name."""
+    found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Number of optimiser steps that were done when a checkpoint was written."""
+    return read_json_object(checkpoint / STATE_FILE)["global_step"]
+
+
+def is_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint belongs to the run in `folder`."""
+    return checkpoint.resolve().parent == folder.resolve()
+
+
 def has_finished(folder: Path) -> bool:
     """Whether a run folder holds a run that has ended, and its adapter."""
     return read_json_object(folder / RUN_FILE).get("status") == "finished" and (folder / WEIGHTS_FILE).is_file()
 
 
-def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints of a run beyond `limit`, but not the newest nor the best one.
-
-    The trainer's own would remove whatever is called `checkpoint-...`.
-    """
-    found = checkpoints_in(folder)
-    if not limit or limit < 0 or not found:
-        return
-    kept = {found[0].resolve(), *([Path(best).resolve()] if best else [])} & {path.resolve() for path in found}
-    others = [path for path in found if path.resolve() not in kept]
-    for path in others[max(limit - len(kept), 0) :]:
-        shutil.rmtree(path, ignore_errors=True)
+def asks_to_resume(resume: str | None) -> bool:
+    """Whether `resume_from_checkpoint` asks to go on with a run."""
+    return resume is not None and resume.strip().lower() not in ("", "false", "no", "none")
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that a run in `folder` could go on from, or None."""
-    return next((path for path in checkpoints_in(folder) if not _problem(path)), None)
+def asks_for_last(resume: str | None) -> bool:
+    """Whether `resume_from_checkpoint` means the newest checkpoint of the run folder."""
+    return resume is not None and resume.strip().lower() in ("last", "true")
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -72,49 +85,32 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         return None
     if not asks_for_last(resume):
         path = Path(resume)
-        problem = _problem(path)
-        if problem:
+        if reason := _why_incomplete(path):
             raise MolaError(
-                f"`resume_from_checkpoint` must be a checkpoint folder of a run: {resume!r} {problem}. "
+                f"`resume_from_checkpoint` must be a checkpoint folder of a run: {resume!r} {reason}. "
                 "Pass DIR/checkpoint-N, or 'last' for the newest one in --output_dir."
             )
         return path
     for path in checkpoints_in(folder):
-        problem = _problem(path)
-        if not problem:
+        if reason := _why_incomplete(path):
+            logger.warning("Skipping %s, which %s.", path, reason)
+        else:
             return path
-        logger.warning("Skipping %s, which %s.", path, problem)
     raise MolaError(
         f"`resume_from_checkpoint` is 'last', but {str(folder)!r} holds no complete checkpoint. "
         "To start from the beginning leave the option out and, if the folder is not empty, pass --overwrite_output_dir."
     )
 
 
-def asks_to_resume(resume: str | None) -> bool:
-    """Whether the option asks to go on with a run."""
-    return resume is not None and resume.strip().lower() not in ("", "false", "no", "none")
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that a run in `folder` could go on from, or None."""
+    return next((path for path in checkpoints_in(folder) if not _why_incomplete(path)), None)
 
 
-def asks_for_last(resume: str | None) -> bool:
-    """Whether it means the newest checkpoint of the run folder."""
-    return resume is not None and resume.strip().lower() in ("last", "true")
+def _why_incomplete(path: Path) -> str:
+    """Why a run cannot go on from a checkpoint; empty if it can.
 
-
-def is_in(checkpoint: Path, folder: Path) -> bool:
-    """Whether a checkpoint is one of the run in `folder`."""
-    return checkpoint.resolve().parent == folder.resolve()
-
-
-def step_in_name(path: Path) -> int:
-    """N of `checkpoint-N`; -1 for another name, such as that of a copy somebody keeps."""
-    found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
-    return int(found[1]) if found else -1
-
-
-def _problem(path: Path) -> str:
-    """Why a checkpoint cannot be used; empty if it can.
-
-    The trainer writes its state file last, but deletes an old checkpoint in any order: every file is looked for.
+    Checkpoints appear complete, but they are removed file by file.
     """
     if not os.path.isdir(path):
         return "does not exist"
@@ -123,7 +119,9 @@ def _problem(path: Path) -> str:
     for name in (*ADAPTER_FILES, STATE_FILE):
         if not (path / name).is_file():
             return f"has no {name}"
-    # optimizer.pt, or the names of FSDP and DeepSpeed.
+    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
+        return f"has a broken {STATE_FILE}"
+    # DeepSpeed keeps optimiser and schedule in folders of its own.
     if not _has(path, "optimizer*") and not _has(path, "global_step*/*optim_states.pt"):
         return "has no optimiser state (`save_only_model` leaves it out)"
     if not _has(path, "scheduler.pt") and not _has(path, "global_step*"):
@@ -132,86 +130,83 @@ def _problem(path: Path) -> str:
         return "has no scaler.pt, as others of its run have"
     if not _has(path, "rng_state*.pth"):
         return "has no random state"
-    return _broken_file(path)
+    return ""
 
 
 def _has(folder: Path, pattern: str) -> bool:
     return next(folder.glob(pattern), None) is not None
 
 
-def _broken_file(path: Path) -> str:
-    """What is cut off, or not as it was written."""
-    if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
-        return f"has a broken {STATE_FILE}"
-    # torch.save writes zip files, whose directory is at their end.
-    files = sorted([*path.glob("*.pt*"), *path.glob("*.bin"), *path.glob("global_step*/*.pt")])
-    broken = [file.name for file in files if file.is_file() and not _is_whole(file)]
-    if broken:
-        return f"has a broken {broken[0]}"
-    if broken_weights := _broken_weights(path):
-        return broken_weights
-    changed = changed_file(path)
-    return f"has a {changed} that is not as it was saved (if that was meant, remove {DIGESTS_FILE})" if changed else ""
+def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
+    """The best checkpoint so far, as a trainer's state records it.
 
-
-def _broken_weights(path: Path) -> str:
-    try:
-        with safe_open(path / WEIGHTS_FILE, "pt"):
-            pass
-        check_digest(path)
-    except (OSError, SafetensorError, MolaError):
-        return f"has a broken {WEIGHTS_FILE}"
-    return ""
-
-
-def _changed_weights(path: Path) -> str:
-    names = [WEIGHTS_FILE, *(file.name for file in sorted(path.glob("pytorch_model_fsdp*")))]  # which FSDP loads
-    changed = [name for name in names if changed_file(path, name) == name]
-    return f"has a broken {changed[0]}" if changed else ""
-
-
-def _is_whole(archive: Path) -> bool:
-    try:
-        return damaged_record(archive) is None and zipfile.is_zipfile(archive)
-    except (OSError, ValueError):
-        return False
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Optimiser steps done when a checkpoint was written."""
-    return read_json_object(checkpoint / STATE_FILE)["global_step"]
+    It is looked for in `folder` first: the folder may have been moved or copied since it was recorded.
+    """
+    recorded = state.get("best_model_checkpoint")
+    if not recorded:
+        return None
+    here = folder / Path(recorded).name
+    return here if here.is_dir() or not os.path.isdir(recorded) else Path(recorded)
 
 
 def check_best_checkpoint(checkpoint: Path) -> None:
-    """Refuse to go on if the best checkpoint so far is gone or damaged: the run may have to end with its weights.
+    """Check that the best checkpoint so far is there: the run may have to end with its weights.
 
     Raises:
-        MolaError: its folder or its weights are missing, or are not those that were saved.
+        MolaError: it is gone.
     """
     best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
-    if best is not None:
-        check_best_weights(best)
-
-
-def check_best_weights(best: Path) -> None:
-    """Look at the weights that a run is to end with.
-
-    Raises:
-        MolaError: they are missing, or are not those that were saved.
-    """
-    is_there = all(os.path.isfile(best / name) for name in ADAPTER_FILES)
-    if reason := (_broken_weights(best) or _changed_weights(best)) if is_there else "holds no adapter":
+    if best is not None and not all((best / name).is_file() for name in ADAPTER_FILES):
         raise MolaError(
-            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} {reason}. Pass "
+            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
             "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."
         )
 
 
-def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
-    """The best checkpoint so far by a trainer's state: in `folder`, moved or copied as that may be, or elsewhere."""
-    recorded = state.get("best_model_checkpoint")
-    if not recorded:
-        return None
-    check_form(recorded, TEXT, STATE_FILE, "It is the `best_model_checkpoint`; resume from another checkpoint.")
-    here = folder / Path(recorded).name
-    return here if here.is_dir() or not os.path.isdir(recorded) else Path(recorded)
+def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Check that a resumed run has the adapter, the data and the optimiser that it began with.
+
+    Args:
+        checkpoint: a checkpoint of the run; the run's own record lies beside it.
+        record: the record that the resumed run would write.
+
+    Raises:
+        MolaError: something that a resumed run must share is different.
+    """
+    before = read_json_object(checkpoint.parent / RUN_FILE)
+    if not before:
+        logger.warning("There is no readable %s beside %s: cannot tell if data are the same.", RUN_FILE, checkpoint)
+        return
+    old, new = before.get("settings") or {}, record.get("settings") or {}
+    _warn_of_other_batches(before, record)
+    names = [name for name in _SAME_SETTINGS if name in old]
+    if {old.get("lr_scheduler_type"), new.get("lr_scheduler_type")} & {*EVALUATION_SCHEDULES}:
+        names += ["lr_scheduler_type", "lr_scheduler_kwargs"]  # the checkpoint holds what such a schedule has seen
+    if old.get("fp16"):
+        names.append("fp16")  # the checkpoint holds the loss scale of float16
+    elif old.get("bf16") != new.get("bf16"):
+        logger.warning("The run goes on with `bf16` %s, it began with %s.", new.get("bf16"), old.get("bf16"))
+    parts: list[tuple[str, Any, Any, list[str] | None]] = [
+        (name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_PARTS
+    ]
+    parts += [("settings", old, new, names)]
+    if before.get("template") and record.get("template"):
+        parts += [("prompts", {"template": before["template"]}, {"template": record["template"]}, None)]
+    for part, was, now, compared in parts:
+        if (key := first_difference(was, now, compared)) is not None:
+            raise MolaError(
+                f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({part.replace('_', ' ')}) differs: "
+                f"{was.get(key)!r} in {checkpoint.parent}, now {now.get(key)!r}. Use the same options and data, or "
+                "start a new run with --adapter."
+            )
+
+
+def _warn_of_other_batches(before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    was, now = before.get("effective_batch_size"), record.get("effective_batch_size")
+    if None not in (was, now) and was != now and not record.get("settings", {}).get("auto_find_batch_size"):
+        logger.warning(
+            "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
+            "are left out or come again.",
+            now,
+            was,
+        )

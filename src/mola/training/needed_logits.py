@@ -1,6 +1,6 @@
-"""Logits only at positions whose next token is trained: what a model predicts within a prompt enters no loss.
+"""Logits only at positions whose next token is trained. What a model predicts within a prompt enters no loss.
 
-With a large vocabulary the logits are a good part of a training step's time and most of its memory.
+With a large vocabulary the logits take a large share of a training step's time and most of its memory.
 """
 
 from __future__ import annotations
@@ -23,46 +23,45 @@ Batch = dict[str, torch.Tensor]
 
 
 class NeededLogits:
-    """A collator that adds to another one's batches which logits the loss needs.
+    """A collator that wraps another one and adds to its batches which logits the loss needs.
 
-    - `logits_to_keep`: positions at which some sample's next token is trained, `(K,)`.
-    - `shift_labels`: the next tokens there, `(samples, K)`; `labels` stay whole, the routers' losses read them.
+    - `logits_to_keep`: positions at which the next token of some sample is trained, `(K,)`.
+    - `shift_labels`: the next tokens of these positions, `(samples, K)`. `labels` stay whole: router losses read them.
 
     Args:
-        collate: makes batches with `labels: (samples, tokens)`, each at the place of its own token.
+        collate: makes batches with `labels: (samples, tokens)`, where each label stands at its own token.
     """
 
     def __init__(self, collate: Callable[[Sequence[Any]], Batch]) -> None:
         self.collate = collate
 
     def __call__(self, samples: Sequence[Any]) -> Batch:
-        """One batch; as it was where no next token is trained."""
+        """One batch. Nothing is added if no token of it is trained."""
         batch = self.collate(samples)
         return {**batch, **needed_logits(batch["labels"])}
 
 
 def needed_logits(labels: torch.Tensor) -> Batch:
-    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; nothing where no token is trained."""
+    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; empty if no token is trained."""
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     kept = (shifted != IGNORED).any(0).nonzero().squeeze(1)
     return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
 
 
 def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool:
-    """Whether a model's loss is the same from the logits that it needs: tried with three tokens. The log says why not.
+    """Whether a model can compute its loss from the needed logits only. If it cannot, the log says why.
 
     Args:
-        model: a causal language model, maybe with adapters, before anything is wrapped around it.
-        options: what a trainer does with logits beside the model's own loss.
+        model: a causal language model, with or without adapters, before a trainer wraps it.
+        options: of the trainer.
     """
-    reason = _why_all(model, options)
+    reason = _why_all_logits(model, options)
     if reason is not None:
-        logger.info("The logits of all positions are computed, needed or not: %s.", reason)
+        logger.info("The logits of all positions are computed: %s.", reason)
     return reason is None
 
 
-def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
-    # The first two compute the loss again from all logits, the others cut a batch along its first dimension.
+def _why_all_logits(model: nn.Module, options: TrainingArguments) -> str | None:
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if getattr(options, name):
             return f"`{name}` reads them"
@@ -73,18 +72,22 @@ def _why_all(model: nn.Module, options: TrainingArguments) -> str | None:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return f"{type(inner).__name__} has no `logits_to_keep`"
+    return _why_another_loss(model, getattr(options, "mixed_dtype", None), type(inner).__name__)
+
+
+def _why_another_loss(model: nn.Module, mixed_dtype: torch.dtype | None, name: str) -> str | None:
+    """Compare the two losses of three tokens, of which the last one is trained."""
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     labels = torch.tensor([[IGNORED, IGNORED, 3]], device=tokens.device)
     was_training = model.training
     model.eval()
     try:
-        mixed = getattr(options, "mixed_dtype", None)  # as in the run
-        with torch.no_grad(), torch.autocast(tokens.device.type, mixed, enabled=mixed is not None):
-            every = model(input_ids=tokens, labels=labels).loss.float()
-            needed = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss.float()
-        is_same = torch.allclose(every, needed, rtol=1e-2, atol=1e-3, equal_nan=True)
-    except Exception as error:  # whatever it is, a model that is asked as usual may still work
-        return f"{type(inner).__name__} fails with less: {error}"
+        with torch.no_grad(), torch.autocast(tokens.device.type, mixed_dtype, enabled=mixed_dtype is not None):
+            full_loss = model(input_ids=tokens, labels=labels).loss.float()
+            needed_loss = model(input_ids=tokens, labels=labels, **needed_logits(labels)).loss.float()
+        is_same = torch.allclose(full_loss, needed_loss, rtol=1e-2, atol=1e-3, equal_nan=True)
+    except Exception as error:  # the model may still train with all logits
+        return f"{name} fails with fewer logits: {error}"
     finally:
         model.train(was_training)
-    return None if is_same else f"{type(inner).__name__} has another loss with less"
+    return None if is_same else f"{name} has another loss with fewer logits"

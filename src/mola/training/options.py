@@ -14,19 +14,14 @@ from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import Quantization, check_mixed_precision, check_quantization
 from mola.options.fields import START, Group, mapping, option, paths_as_text
-from mola.training.compiling import check_compiler
-from mola.training.meeting import meeting
+from mola.training.distributed import settle_deepspeed
 from mola.training.option_checks import (
-    check_adapter_options,
-    check_choices,
+    check_combinations,
     check_launcher,
-    check_ranges,
-    check_schedule,
-    check_warmup,
+    check_trainer_options,
+    check_values,
+    settle_schedule,
 )
-from mola.training.trackers import check_trackers
-from mola.training.trainer_checks import check_trainer_options
-from mola.training.zero import settle_backend
 
 # Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -64,8 +59,7 @@ class TrainOptions(Quantization, TrainingArguments):
     """Options of `mola train`: those below and every field of `transformers.TrainingArguments`.
 
     Raises:
-        MolaError: a value is outside its range, options contradict each other, or another process of the run is not
-            there.
+        MolaError: a value is outside its range, or options contradict each other.
     """
 
     _start: ClassVar = START
@@ -155,23 +149,44 @@ class TrainOptions(Quantization, TrainingArguments):
 
     def __post_init__(self) -> None:
         paths_as_text(self)
-        check_choices(self)
         for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
             setattr(self, name, mapping(name, getattr(self, name)) or None)
-        check_adapter_options(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
-        check_ranges(self)
-        check_schedule(self)
-        check_warmup(self)
+        check_values(self)
+        check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
+        settle_schedule(self)
         device = resolve_device("cpu" if self.use_cpu else None)
-        if device.type == "cpu":
-            self.use_cpu = True
-        torch_dtype, self.dtype_reason = resolve_dtype(self.dtype, device)
+        self.use_cpu = self.use_cpu or device.type == "cpu"
+        self._settle_dtype(device)
+        check_launcher(self)
+        if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
+        if str(self.fsdp).lower() in ("true", "false"):  # a text on the command line and in a recipe
+            self.fsdp: Any = str(self.fsdp).lower() == "true"
+        if isinstance(self.report_to, str) and "," in self.report_to:
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        settle_deepspeed(self, device)
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
+        except (ValueError, OSError) as error:  # checks of Transformers, and files that it reads
+            raise MolaError(str(error)) from error
+        check_trainer_options(self)
+        self.num_gpus = self.n_gpu
+        self._n_gpu = min(self.n_gpu, 1)  # with more the Trainer would use nn.DataParallel and multiply the batch
+        share_checkpointing(self)
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
+            if getattr(self, name, None) and getattr(self, f"{name}_kwargs", None) is None:
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False})
+
+    def _settle_dtype(self, device: torch.device) -> None:
+        """Set `base_dtype`, the format of the base model, and mixed precision in the same format."""
+        dtype, self.dtype_reason = resolve_dtype(self.dtype, device)
         if self.dtype == "auto" and (self.bf16 or self.fp16):
-            torch_dtype = DTYPES["bfloat16" if self.bf16 else "float16"]
+            dtype = DTYPES["bfloat16" if self.bf16 else "float16"]
             self.dtype_reason = "as asked for with bf16 or fp16"
-        self.base_dtype = str(torch_dtype).removeprefix("torch.")
+        self.base_dtype = str(dtype).removeprefix("torch.")
         if not (self.bf16 or self.fp16):
-            # Experts are kept in float32 and computed in the base's format: mixed precision.
             self.bf16 = self.base_dtype == "bfloat16"
             self.fp16 = self.base_dtype == "float16"
         if self.fp16 and device.type == "cpu":
@@ -179,40 +194,6 @@ class TrainOptions(Quantization, TrainingArguments):
                 "`dtype` float16 (or `fp16`) cannot be trained on a CPU: its gradients underflow. "
                 "Pass --dtype bfloat16 or float32."
             )
-        check_launcher(self)
-        self._check_quantization(device, torch_dtype)
-        if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
-            self.tf32 = False  # Transformers would switch it on: speed must not round the routers' logits
-        if str(self.fsdp).lower() in ("true", "false"):
-            self.fsdp: Any = str(self.fsdp).lower() == "true"  # a text on the command line and in a recipe
-        if isinstance(self.report_to, str) and "," in self.report_to:  # a recipe's list is written like that, too
-            self.report_to = [name.strip() for name in self.report_to.split(",")]
-        settle_backend(self, device)
-        try:
-            with meeting(self):
-                super().__post_init__()
-        except json.JSONDecodeError as error:
-            raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
-        except (ValueError, OSError) as error:  # its own checks, and files that it reads
-            raise MolaError(str(error)) from error
-        check_trainer_options(self)
-        self.num_gpus = self.n_gpu  # those that this process sees
-        if self.num_gpus > 1:
-            self._n_gpu = 1  # the trainer would copy the model to all of them in every step, and multiply the batch
-        share_checkpointing(self)
-        if self.torch_compile:  # which its backend and mode turn on
-            if self.on_loading:
-                raise MolaError(
-                    "`torch_compile` cannot be combined with a quantised base: Transformers does not train one "
-                    "compiled. Leave it out."
-                )
-            check_compiler(self.torch_compile_backend or "", self.torch_compile_mode, device)
-        check_trackers(self.report_to or ())
-        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
-            if getattr(self, name, None) and getattr(self, f"{name}_kwargs", None) is None:
-                setattr(self, f"{name}_kwargs", {"use_reentrant": False})
-
-    def _check_quantization(self, device: torch.device, dtype: torch.dtype) -> None:
         check_quantization(self, device, dtype)
         check_mixed_precision(self, self.mixed_dtype)
 
@@ -220,6 +201,11 @@ class TrainOptions(Quantization, TrainingArguments):
     def mixed_dtype(self) -> torch.dtype | None:
         """Format of products in mixed precision; None without it."""
         return DTYPES["bfloat16"] if self.bf16 else DTYPES["float16"] if self.fp16 else None
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimiser step over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def to_dict(self) -> dict[str, Any]:
         """All options, for records and trackers; secrets are masked."""

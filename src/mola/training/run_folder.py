@@ -1,11 +1,11 @@
-"""The folder of one run: what may be there at the start, what it keeps. Its checkpoints: `checkpoints`.
+"""The folder of one run: what may be in it at the start, what the run writes, and its record.
 
 adapter_config.json, adapter_model.safetensors    the adapter (the best one, when evaluated)
 run.json         settings, versions, machine, data fingerprints, metrics, status
 metrics.jsonl    the loss curve: one JSON object per log entry
 routing.jsonl    the use of experts: one JSON object per logging interval
 README.md        the model card; loss.png, its picture
-checkpoint-N/    adapter, optimiser, schedule and random state after step N, and their sha256
+checkpoint-N/    adapter, optimiser, schedule and random state after step N
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
 from mola.files.digests import is_own_file
+from mola.files.environment import machine_description, software_versions
 from mola.files.locks import warn_of_no_locks
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
@@ -39,25 +44,31 @@ from mola.training.checkpoints import (
     is_in,
     step_in_name,
 )
+from mola.training.data import TrainingData
+from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.setup import recorded_quantization, training_changes
 
 METRICS_FILE = "metrics.jsonl"
-_SAVING = ".saving-"  # the adapter on its way into the run folder
-_OTHERS_TOO = (*ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin")  # files that other programs write as well
-_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *_OTHERS_TOO, RUN_FILE)
-# What a run that was killed while it wrote can leave behind besides checkpoints.
+SAVING = ".saving-"  # names of folders in which an adapter or a checkpoint is written
+_COMMON_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin")  # other programs write these files too
+_RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *_COMMON_FILES, RUN_FILE)
+# What a run that was killed while it wrote can leave besides checkpoints.
 _LEFTOVERS = (
-    f"{_SAVING}*",
+    f"{SAVING}*",
     *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE)),
     f"{WRITE_TEST}*",
 )
-# What the trainer adds for itself, and PEFT's card: the run has its own.
+# What the Trainer and PEFT write beside an adapter: a run has its own record and card.
 _NOT_IN_RESULT = ("training_args.bin", CARD_FILE)
 
 logger = logging.getLogger(__name__)
 
 
+# ---------------------------------------------------------------------- the folder at the start
+
+
 def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter") -> None:
-    """Refuse to start from an adapter in the run folder: the run would remove or replace it.
+    """Check that the adapter a run starts from lies outside of the run folder, where the run would replace it.
 
     Args:
         adapter: folder of the adapter that the run starts from.
@@ -74,51 +85,48 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
         )
 
 
-def check_output_dir(folder: str | None, *, overwrite: bool, resume: str | None) -> Path:
-    """Refuse a folder that cannot be written or that holds something else's files; deletes nothing.
+def check_output_dir(options: TrainOptions) -> Path:
+    """Check that a run may write into its folder; deletes nothing.
 
     Args:
-        folder: the run folder.
-        overwrite: whether an earlier run in it may be replaced.
-        resume: as in `checkpoints.find_checkpoint`; a checkpoint of another folder is no reason to write into this one.
+        options: of the run.
+
+    Returns:
+        The run folder.
 
     Raises:
-        MolaError: no folder given, not writable, not empty without `overwrite` or `resume`, or with the checkpoints or
-            the adapter of another program.
+        MolaError: the folder is not writable, is not empty without `overwrite_output_dir` or `resume_from_checkpoint`,
+            holds the checkpoints or the adapter of another program, or holds the adapter that the run starts from.
     """
-    if not folder:
-        raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR.")
-    path = Path(folder)
-    if os.path.exists(path) and not path.is_dir():
-        raise MolaError(f"`output_dir` must be a folder: {folder!r} is a file. Pass another name.")
-    goes_on = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), path))
-    # Other processes of this run may be trying whether they can write.
-    is_used = os.path.isdir(path) and any(not each.name.startswith(WRITE_TEST) for each in path.iterdir())
-    if is_used and not (overwrite or goes_on):
+    if options.adapter is not None:
+        check_start_is_kept(options.adapter, options.output_dir)
+    folder, resume = Path(options.output_dir or ""), options.resume_from_checkpoint
+    if os.path.exists(folder) and not folder.is_dir():
+        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass another name.")
+    # A checkpoint of another folder is no reason to write into this one.
+    goes_on = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), folder))
+    # Other processes of this run may be testing at this moment whether they can write.
+    is_used = os.path.isdir(folder) and any(not path.name.startswith(WRITE_TEST) for path in folder.iterdir())
+    if is_used and not (options.overwrite_output_dir or goes_on):
         raise MolaError(
-            f"`output_dir` must be empty: {folder!r} is not. Pass another folder, --resume_from_checkpoint last to "
-            "go on with its run, or --overwrite_output_dir to replace it."
+            f"`output_dir` must be empty: {str(folder)!r} is not. Pass another folder, --resume_from_checkpoint last "
+            "to go on with its run, or --overwrite_output_dir to replace it."
         )
     if is_used and not goes_on:
-        _check_own(path)
-    check_writable(path / RUN_FILE)
-    return path
-
-
-def _check_own(folder: Path) -> None:
-    """Refuse to overwrite what no run has written: their folders hold a record from the first step on."""
-    places = [*checkpoints_in(folder), *(folder / name for name in (*_OTHERS_TOO, CHAT_TEMPLATE_DIR))]
-    foreign = [path.name for path in places if path.exists()]
-    if foreign and not (folder / RUN_FILE).exists():
-        raise MolaError(
-            f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but no "
-            f"{RUN_FILE}: no run has written it. Pass another --output_dir, or remove it yourself."
-        )
+        common = [*checkpoints_in(folder), *(folder / name for name in (*_COMMON_FILES, CHAT_TEMPLATE_DIR))]
+        foreign = [path.name for path in common if path.exists()]
+        if foreign and not (folder / RUN_FILE).exists():  # a run of mola has a record from its first step on
+            raise MolaError(
+                f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but "
+                f"no {RUN_FILE}: no run has written it. Pass another --output_dir, or remove it yourself."
+            )
+    check_writable(folder / RUN_FILE)
+    return folder
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder is one run's alone within the block, which leaves no file behind.
+    """Lock a run folder within the block, without a lock file.
 
     Raises:
         MolaError: another run of this machine is at work in it.
@@ -129,10 +137,10 @@ def claimed(folder: Path) -> Iterator[None]:
         warn_of_no_locks(folder)
         yield
         return
-    place = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MolaError(
                 f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, "
@@ -143,12 +151,12 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # also for processes that were forked meanwhile
-            fcntl.flock(place, fcntl.LOCK_UN)
-        os.close(place)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
-    """Remove what the run that starts now must not find. Not before nothing can be wrong any more.
+    """Remove files of an earlier run that must not be taken for files of the run that starts now.
 
     Args:
         folder: the run folder.
@@ -156,17 +164,22 @@ def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None
         overwrite: whether to remove an earlier run; not if `checkpoint` belongs to it.
     """
     if checkpoint is not None and is_in(checkpoint, folder):
-        _drop_later_checkpoints(folder, checkpoint)
+        # A kept copy of a checkpoint may have any name.
+        step = step_in_name(checkpoint) if step_in_name(checkpoint) >= 0 else checkpoint_step(checkpoint)
+        for path in checkpoints_in(folder):
+            if step_in_name(path) > step:
+                logger.warning("Removing %s: the run goes on from %s.", path, checkpoint.name)
+                shutil.rmtree(path)
     elif overwrite:
         clear_run(folder)
     _remove_leftovers(folder)
 
 
 def clear_run(folder: Path) -> None:
-    """Remove an earlier run's own files, so that none of them is taken for the new run's; nothing else."""
+    """Remove the files of an earlier run, and nothing else."""
     checkpoints = checkpoints_in(folder)
     if checkpoints:
-        # Killed from here on, the checkpoints that are still there must not be resumed as those of the new run.
+        # If the command is killed from here on, the remaining checkpoints must not be resumed by the new run.
         atomic_write_json(folder / RUN_FILE, {"status": CLEARING})
     for path in checkpoints:
         shutil.rmtree(path)
@@ -179,16 +192,6 @@ def clear_run(folder: Path) -> None:
     _remove_leftovers(folder)
 
 
-def _drop_later_checkpoints(folder: Path, checkpoint: Path) -> None:
-    """The trainer would write into their folders file by file: killed then, old and new files were mixed."""
-    step = step_in_name(checkpoint)
-    step = checkpoint_step(checkpoint) if step < 0 else step  # of a copy somebody has kept
-    for path in checkpoints_in(folder):
-        if step_in_name(path) > step:
-            logger.warning("Removing %s: the run goes on from %s.", path, checkpoint.name)
-            shutil.rmtree(path)
-
-
 def _remove_leftovers(folder: Path) -> None:
     for path in [path for pattern in _LEFTOVERS for path in folder.glob(pattern)]:
         if path.is_dir():
@@ -197,27 +200,51 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool = True) -> list[str]:
-    """Put the finished adapter into `folder`: written beside it first, then renamed file by file.
+# ---------------------------------------------------------------------- the result
+
+
+def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool) -> None:
+    """Write the adapter into the run folder: beside its place first, then renamed file by file.
 
     Args:
         save: writes the adapter into the folder it is given; called in every process.
         folder: the run folder.
         is_main_process: whether this process moves the files.
-
-    Returns:
-        Names of the files that were moved, below `folder`.
     """
-    moved = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_SAVING) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
         save(temporary)
-        if is_main_process:
-            # Some lie in folders, as chat templates with a name.
-            for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-                name = file.relative_to(temporary)
-                if name.parts[0] not in _NOT_IN_RESULT:
-                    (folder / name).parent.mkdir(exist_ok=True, parents=True)
-                    keep_on_disk(file)  # the record that says so is
-                    os.replace(file, folder / name)
-                    moved.append(name.as_posix())
-    return moved
+        if not is_main_process:
+            return
+        for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            name = file.relative_to(temporary)
+            if name.parts[0] not in _NOT_IN_RESULT:
+                (folder / name).parent.mkdir(exist_ok=True, parents=True)  # chat templates with a name have a folder
+                keep_on_disk(file)
+                os.replace(file, folder / name)
+
+
+def describe_run(
+    options: TrainOptions, config: PretrainedConfig, data: TrainingData, allocation: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of a run that is about to begin: what a reader needs to understand and to repeat it."""
+    return {
+        "command": without_token(sys.argv, options.hub_token),
+        "settings": options.to_dict(),
+        "adapter_settings": training_changes(options)
+        if options.adapter
+        else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
+        "effective_batch_size": options.effective_batch_size,
+        "processes": options.world_size,
+        "allocation": allocation,
+        "quantization": recorded_quantization(options, config),
+        "template": data.template,
+        "data": {name: asdict(report) for name, report in data.reports.items()},
+        "data_fingerprints": data.fingerprints,
+        "versions": software_versions(),
+        "machine": machine_description(options.device),
+    }
+
+
+def without_token(command: Sequence[str], token: str | None) -> list[str]:
+    """A command line without the Hub's token, for a record that others may read."""
+    return [word.replace(token, "<HUB_TOKEN>") for word in command] if token else list(command)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,25 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainerCallback, enable_full_determinism
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError, NotFiniteError
+from mola.files.atomic import atomic_write_json
 from mola.files.failures import within_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
-from mola.reporting.model_card import CARD_FILE, PLOT_FILE, write_card
+from mola.reporting.model_card import write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
-from mola.training.checked_run import CheckedRun, check_folder_again, check_run
 from mola.training.checkpoints import RUN_FILE, newest_complete
-from mola.training.compiling import compiled_if_asked
-from mola.training.hub import create_repository, upload
-from mola.training.interruption import Interruption
+from mola.training.checks import CheckedRun, check_run
+from mola.training.distributed import shares_weights, uses_fsdp, whole_weights
 from mola.training.options import TrainOptions
-from mola.training.run_folder import METRICS_FILE, claimed, save_result, start_run
-from mola.training.run_record import write_record
+from mola.training.run_folder import check_output_dir, claimed, start_run
 from mola.training.setup import build_model
-from mola.training.sharding import is_sharded
-from mola.training.trainer import MolaTrainer, make_trainer
-from mola.training.zero import uses_deepspeed, whole_weights
+from mola.training.trainer import MolaTrainer, compiler_settings, make_trainer
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
 
@@ -77,7 +74,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
 
     Args:
         options: see `TrainOptions`.
-        callbacks: more callbacks of Transformers' trainer, called after mola's own.
+        callbacks: more callbacks of Transformers' Trainer, called after mola's own.
 
     Returns:
         The result; the adapter is in `options.output_dir`.
@@ -86,56 +83,110 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         MolaError: options or data are wrong (before weights are loaded), or the memory or the disk did not suffice.
         NotFiniteError: loss, weights or routers are not finite; it is a MolaError.
     """
-    options = copy.copy(options)  # what is settled below must not change the caller's object
-    has_own_state = getattr(options.accelerator_config, "use_configured_state", False)
-    if not (has_own_state or is_sharded(options) or uses_deepspeed(options)):
-        AcceleratorState._reset_state()  # the mixed precision of a training before, after which these options were made
+    options = copy.copy(options)  # some options are settled below; the caller's object stays as it is
+    if not (shares_weights(options) or getattr(options.accelerator_config, "use_configured_state", False)):
+        AcceleratorState._reset_state()  # it may hold the mixed precision of an earlier training
+    is_main = options.process_index == 0
     with failures_explained(options):
-        return _train(options, callbacks)
+        with options.main_process_first(local=False):
+            folder = check_output_dir(options)
+        with claimed(folder) if is_main else contextlib.nullcontext():
+            with whole_weights():
+                run = check_run(options, folder)
+                with within_memory(loading_advice(options)):
+                    model = build_model(options, run.checkpoint)
+            if is_main and not uses_fsdp(options):  # FSDP moves the weights to their devices later
+                _log_kernels(options, model)
+            trainer = make_trainer(options, model, run, callbacks)
+
+            # Until here an error in any process leaves an earlier run as it was.
+            PartialState().wait_for_everyone()
+            if is_main:
+                start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
+            run.record["num_experts"] = getattr(model.active_peft_config, "num_experts", 1)  # LoRA has no such field
+            run.record["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
+            if options.push_to_hub:
+                run.record["repository"] = trainer.hub_model_id
+            _write_record(trainer, run, status="running")
+
+            metrics, seconds = _train_and_evaluate(options, trainer, run)
+            result = _result_of(options, trainer, run, metrics, seconds)
+            _save(options, trainer, run, result)
+            return result
 
 
-def _train(options: TrainOptions, callbacks: Sequence[TrainerCallback]) -> TrainResult:
-    with whole_weights():
-        run = check_run(options)
-    with claimed(run.folder) if options.process_index == 0 else contextlib.nullcontext():
-        if options.process_index == 0:
-            check_folder_again(options, run)
-        return _train_in(options, callbacks, run)
+def _log_kernels(options: TrainOptions, model: PeftModel) -> None:
+    mixed = options.mixed_dtype
+    with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
+        for choice in kernels_report(model, modes=["training"]):
+            logger.info("Kernels, %s", choice)
 
 
-def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: CheckedRun) -> TrainResult:
-    """The run in its folder."""
-    pushes, options.push_to_hub = options.push_to_hub, False  # not by the trainer, see `mola.training.hub`
-    if pushes and options.process_index == 0:
-        run.record["repository"] = create_repository(options)
-    if options.full_determinism:  # cuBLAS reads what this sets when it is used first
-        enable_full_determinism(options.seed)
-    with whole_weights(), within_memory(loading_advice(options)):
-        model = build_model(options, run.checkpoint)
-    if options.process_index == 0 and not is_sharded(options):  # whose weights are not yet where they are computed
-        mixed = options.mixed_dtype
-        with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
-            for choice in kernels_report(model, modes=["training"]):
-                logger.info("Kernels, %s", choice)
-    interruption = Interruption()
-    trainer = make_trainer(options, model, run, interruption)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    # Not before: as long as anything can be wrong, in any process, the earlier run stays.
-    PartialState().wait_for_everyone()
-    if options.process_index == 0:
-        start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
-    run.record["num_experts"] = getattr(model.active_peft_config, "num_experts", 1)  # LoRA has no such field
-    run.record["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
-    write_record(trainer, run.folder, {**run.record, "status": "running"})
-    metrics, seconds = _trained(options, trainer, run, interruption)
-    if options.auto_find_batch_size:  # which may have found a smaller one
+def _write_record(trainer: MolaTrainer, run: CheckedRun, **more: Any) -> None:
+    if trainer.is_world_process_zero():
+        atomic_write_json(run.folder / RUN_FILE, {**run.record, **more})
+
+
+def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> tuple[dict[str, Any], float]:
+    """Train, and evaluate the weights that are kept: metrics, and seconds of training."""
+    interruption = trainer.interruption
+    telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
+    if options.expert_telemetry:
+        telemetry.add_to(trainer)
+    elif trainer.is_world_process_zero():
+        drop_later_lines(run.folder / ROUTING_FILE, run.first_step)
+    try:
+        with _failure_recorded(options, trainer, run):
+            with overflow_explained(trainer), compiler_settings(trainer):
+                checkpoint = str(run.checkpoint) if run.checkpoint else None
+                metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+            seconds = _seconds(trainer)
+            if trainer.state.global_step == run.first_step:
+                metrics.pop("train_loss", None)  # no step was trained
+            interruption.share(options)
+            if run.data.evaluation is not None and interruption.signal_number is None:
+                with interruption.leaving():
+                    metrics.update(trainer.evaluate())
+                interruption.share(options)
+            if interruption.signal_number is not None and trainer.state.global_step > run.first_step:
+                trainer.save_last_step()
+            return metrics, seconds
+    finally:
+        interruption.restore()
+        telemetry.close()
+
+
+@contextlib.contextmanager
+def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> Iterator[None]:
+    """Write the record of a failed run if the block ends with an error, which passes on."""
+    try:
+        with failures_explained(options):
+            yield
+    except BaseException as error:
+        if isinstance(error, NotFiniteError):
+            error.was_interrupted = trainer.interruption.received is not None
+        failure = {"error": str(error) or type(error).__name__, "seconds": _seconds(trainer)}
+        failure |= {"steps": trainer.state.global_step, "max_steps": trainer.state.max_steps}
+        with contextlib.suppress(MolaError):  # the disk may be full
+            _write_record(trainer, run, status="failed", **failure)
+        raise
+
+
+def _seconds(trainer: Trainer) -> float:
+    """Seconds of training until now. A resumed trainer may have another clock than the one it was given."""
+    return next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
+
+
+def _result_of(
+    options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, metrics: dict[str, Any], seconds: float
+) -> TrainResult:
+    if options.auto_find_batch_size:
         run.record["effective_batch_size"] = (
             trainer._train_batch_size * options.gradient_accumulation_steps * options.world_size
         )
     result = TrainResult(
         output_dir=str(run.folder),
-        status="finished" if interruption.signal_number is None else "interrupted",
+        status="finished" if trainer.interruption.signal_number is None else "interrupted",
         steps=trainer.state.global_step,
         metrics=metrics,
         trainable_parameters=run.record["trainable_parameters"],
@@ -147,66 +198,21 @@ def _train_in(options: TrainOptions, callbacks: Sequence[TrainerCallback], run: 
         logger.warning(result.warning)
     if options.load_best_model_at_end and result.status == "finished" and result.best_checkpoint is None:
         logger.warning("No evaluation chose a best checkpoint: the run ends with its last weights.")
-    _save(options, trainer, run, result)
     return result
 
 
-def _trained(
-    options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, interruption: Interruption
-) -> tuple[dict[str, Any], float]:
-    """Trains and evaluates: metrics, and seconds of training."""
-    telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
-    if options.expert_telemetry:
-        telemetry.add_to(trainer)
-    elif trainer.is_world_process_zero():
-        drop_later_lines(run.folder / ROUTING_FILE, run.first_step)
-    trainer.add_callback(TrainingClock())
-    trainer.first_step = run.first_step
-    try:
-        with failures_explained(options), overflow_explained(trainer), compiled_if_asked(trainer):
-            metrics = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None).metrics
-        interruption.share(options)  # a signal after the last step, to one of the processes
-        seconds = _seconds(trainer)
-        if trainer.state.global_step == run.first_step:
-            metrics.pop("train_loss", None)  # nothing was left to train: its 0 is no loss
-        if run.data.evaluation is not None and interruption.signal_number is None:
-            with interruption.leaving():
-                metrics.update(trainer.evaluate())
-            interruption.share(options)  # one that came too late to end it
-        if interruption.signal_number is not None and trainer.state.global_step > run.first_step:
-            trainer.save_last_step()
-    except BaseException as error:
-        reason = str(error) or type(error).__name__
-        failed = {**run.record, "status": "failed", "error": reason, "steps": trainer.state.global_step}
-        if isinstance(error, NotFiniteError):
-            error.was_interrupted = interruption.received is not None
-        failed |= {"max_steps": trainer.state.max_steps, "seconds": _seconds(trainer)}
-        with contextlib.suppress(MolaError):  # where the disk is full this cannot be written either
-            write_record(trainer, run.folder, failed)
-        raise
-    finally:
-        interruption.restore()
-        telemetry.close()
-    return metrics, seconds
-
-
-def _seconds(trainer: Trainer) -> float:
-    """Of training until now; `restore_callback_states_from_checkpoint` puts another clock in the place of the first."""
-    return next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
-
-
-def _save(options: TrainOptions, trainer: Trainer, run: CheckedRun, result: TrainResult) -> None:
-    """Adapter, record and card, here and on the Hub."""
-    saved = save_result(trainer.save_model, run.folder, is_main_process=trainer.is_world_process_zero())
+def _save(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, result: TrainResult) -> None:
+    """Write adapter, record and model card, and upload them if asked to."""
+    trainer.save_model()
     run.record |= asdict(result)
-    write_record(trainer, run.folder, run.record)
+    _write_record(trainer, run)
     if trainer.is_world_process_zero():
         write_card(run.folder, run.record)
-    if "repository" not in run.record:
+    if not options.push_to_hub:
         return
     if result.status == "finished":
-        others = [RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE]
-        upload(run.folder, [*saved, *others], run.record["repository"], options)
+        logger.info("The run is finished. Uploading %s.", run.folder)
+        trainer.push_to_hub(commit_message="Adapter trained with mola", revision=options.hub_revision)
     else:
         logger.warning("Not uploaded to %s: the run is not finished.", run.record["repository"])
 

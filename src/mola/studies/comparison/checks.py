@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
@@ -19,10 +21,10 @@ from mola.models.identity import weights_identity
 from mola.studies.comparison.options import Key
 from mola.studies.overlaps import Questions, check_training, is_subset, warn_of_shared
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
+from mola.training.checks import check_steps
 from mola.training.data import prepare_data
 from mola.training.options import ADAPTER_DEFAULTS
-from mola.training.schedule import check_steps
-from mola.training.setup import check_model_options, load_tokenizer_for
+from mola.training.setup import base_config, check_model_options, load_tokenizer_for
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +112,13 @@ def _checked(key: Key, options: TrainAndTestOptions, known: dict[str, _Data]) ->
     whole = json.dumps(values, sort_keys=True, default=str)
     if whole in known:
         return known[whole]
-    check_model_options(options)
+    base = base_config(options)
+    check_model_options(options, base)
     of_data = {name: value for name, value in values.items() if name not in _OF_THE_ADAPTER}
     part = json.dumps(of_data, sort_keys=True, default=str)
     if part not in known:
         logger.info("Checking %s on %s.", key.recipe, key.task)
-        known[part] = _check_data(key, options)
+        known[part] = _check_data(key, options, base)
     found = known[part]
     if options.adapter:
         fingerprints = {**found.fingerprints, "adapter": weights_sha256(options.adapter) or ""}
@@ -124,10 +127,10 @@ def _checked(key: Key, options: TrainAndTestOptions, known: dict[str, _Data]) ->
     return found
 
 
-def _check_data(key: Key, options: TrainAndTestOptions) -> _Data:
+def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> _Data:
     test = evaluation_of(options)
     task, examples, _ = check_evaluation(test)
-    data = prepare_data(copy.copy(options), load_tokenizer_for(options))
+    data = prepare_data(copy.copy(options), load_tokenizer_for(options), base)
     check_steps(options, data)
     questions = distinct_questions(examples)
     check_training(key.task, questions, test, options, data, is_search=bool(key.candidate))

@@ -37,7 +37,7 @@ from mola.studies.comparison.tables import (
     terminal_table,
 )
 from mola.studies.train_and_test import recorded, sigterm_as_interrupt
-from mola.training.hub import without_token
+from mola.training.run_folder import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 

@@ -40,8 +40,7 @@ from mola.studies.continual_learning.record import (
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 from mola.training.checkpoints import has_finished
-from mola.training.hub import without_token
-from mola.training.run_folder import check_start_is_kept, claimed
+from mola.training.run_folder import check_start_is_kept, claimed, without_token
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 

@@ -12,13 +12,13 @@ from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
+from mola.training.checks import check_steps
 from mola.training.data import prepare_data
-from mola.training.hub import check_hub_options
-from mola.training.schedule import check_steps
 from mola.training.setup import (
     adapter_config,
+    base_config,
+    check_losses,
     check_model_options,
-    check_settings,
     continued_config,
     load_tokenizer_for,
     training_changes,
@@ -46,7 +46,8 @@ class Stage:
 def check_stages(options: ContinualOptions) -> list[Stage]:
     """The stages in the order of training, all of them checked without loading weights; an error names the stage."""
     first = next(iter(options.stage_options.values()))
-    check_model_options(first)
+    base = base_config(first)
+    check_model_options(first, base)
     config: Any = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
     tokenizer = load_tokenizer_for(first)
     stages: list[Stage] = []
@@ -54,14 +55,13 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
-            check_hub_options(stage_options)
             if number > 1:  # which goes on with the adapter of the one before
                 changes = training_changes(stage_options)
                 config = replace(config, **changes) if changes else config
-                check_settings(stage_options, config)
+                check_losses(stage_options, config, base)
             test = evaluation_of(stage_options)
             _, test_examples, _ = check_evaluation(test)
-            data = prepare_data(stage_options, tokenizer)
+            data = prepare_data(stage_options, tokenizer, base)
             check_steps(stage_options, data)
             tests[name] = distinct_questions(test_examples), test
             for asked, (questions, source) in tests.items():  # the tests of the stages before are asked again

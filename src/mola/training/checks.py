@@ -1,0 +1,172 @@
+"""Everything that is checked and settled before the weights of a run are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+
+from mola.errors import MolaError
+from mola.files.reading import read_json_object
+from mola.models.adapters import check_adapter, warn_other_base
+from mola.training.checkpoints import (
+    STATE_FILE,
+    check_best_checkpoint,
+    check_same_run,
+    checkpoint_step,
+    find_checkpoint,
+)
+from mola.training.data import TrainingData, prepare_data
+from mola.training.distributed import check_distributed
+from mola.training.option_checks import EVALUATION_SCHEDULES, name_of
+from mola.training.options import TrainOptions
+from mola.training.run_folder import describe_run
+from mola.training.setup import base_config, check_model_options, load_tokenizer_for, stores_packed
+from mola.tuner.kernels.dispatch import forced_backend
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CheckedRun:
+    """A run whose options and data are right.
+
+    Attributes:
+        folder: the run folder.
+        checkpoint: where the run goes on from, or None.
+        first_step: number of steps that the checkpoint has done.
+        tokenizer: of the base model.
+        data: encoded samples.
+        record: what `run.json` will hold.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    first_step: int
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    record: dict[str, Any]
+
+
+def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
+    """Check a run, and settle the options that depend on its data; loads no weights.
+
+    Args:
+        options: of the run; some of them are changed.
+        folder: the run folder.
+
+    Raises:
+        MolaError: options, base model, data and checkpoint do not fit each other.
+    """
+    checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
+    forced_backend()  # raises for an unknown name in MOLA_KERNEL
+    config = base_config(options)
+    adapter, allocation = check_model_options(options, config, checkpoint)
+    check_distributed(
+        options,
+        checkpoint,
+        is_quantized=stores_packed(options, config),
+        has_stacked_experts=bool(getattr(adapter, "target_parameters", None)),
+    )
+    if options.adapter is not None and checkpoint is None:
+        warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
+    tokenizer = load_tokenizer_for(options)
+    data = prepare_data(options, tokenizer, config, checkpoint)
+    if checkpoint is not None and options.auto_find_batch_size:  # the Trainer goes on with the batch size it had found
+        found = read_json_object(checkpoint / STATE_FILE).get("train_batch_size")
+        options.per_device_train_batch_size = found or options.per_device_train_batch_size
+    steps = check_steps(options, data)
+    if options.num_gpus > 1:
+        logger.warning(
+            "One of %d GPUs is used. To use all start one process for each: with torchrun, in studies the same command "
+            "again with another CUDA_VISIBLE_DEVICES.",
+            options.num_gpus,
+        )
+    logger.info("%d steps of %d samples; base model in %s.", steps, options.effective_batch_size, options.dtype_reason)
+    _settle_steps(options, data, steps)
+    record = describe_run(options, config, data, allocation)
+    first_step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if checkpoint is not None:
+        check_same_run(checkpoint, record)
+        warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
+        if options.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
+        options.eval_on_start = False  # it was evaluated when it began
+        if first_step >= steps:
+            # Nothing is left to train, but in an epoch that was begun the Trainer would do one more step.
+            options.num_train_epochs, options.max_steps = 0, -1
+            options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
+    return CheckedRun(folder, checkpoint, first_step, tokenizer, data, record)
+
+
+def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:
+    if options.optim.startswith("schedule_free"):  # these optimisers count the steps of the warm-up themselves
+        options.warmup_steps = options.get_warmup_steps(steps)
+    if data.evaluation is None:
+        options.eval_strategy, options.load_best_model_at_end = "no", False
+        if getattr(options, "saves_as_evaluated", False):
+            options.save_steps = TrainingArguments.save_steps
+        if options.save_strategy == "best":
+            options.save_strategy = "epoch"
+
+
+def check_steps(options: TrainOptions, data: TrainingData) -> int:
+    """The number of optimiser steps of a run.
+
+    Args:
+        options: of the run.
+        data: its encoded samples.
+
+    Raises:
+        MolaError: the run has no step, or the learning rate would still be warming up when the run ends; the
+            optimiser or the schedule of the learning rate cannot be made.
+    """
+    whole = math.floor if options.dataloader_drop_last else math.ceil
+    batches = whole(len(data.train) / (options.train_batch_size * options.world_size))
+    if batches == 0:
+        raise MolaError(
+            f"`dataloader_drop_last` leaves nothing of {len(data.train)} training samples. Lower "
+            "`per_device_train_batch_size`, or leave it out."
+        )
+    per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
+    warmup = options.get_warmup_steps(steps)
+    if warmup >= steps:
+        raise MolaError(
+            f"`warmup_steps` must end before the run does: {warmup} steps of warm-up in a run of {steps} "
+            f"({len(data.train)} samples, effective batch {options.effective_batch_size}). Lower `warmup_steps` "
+            "(below 1 it is a share of the run), train longer, or use smaller batches."
+        )
+    schedule = name_of(options.lr_scheduler_type)
+    if schedule in EVALUATION_SCHEDULES and data.evaluation is None:
+        raise MolaError(
+            f"`lr_scheduler_type` {schedule} follows the evaluation loss, and there is no evaluation data. Pass "
+            "--eval_data, or another schedule."
+        )
+    # Made for a moment, so that wrong settings end here and not after the base model was loaded.
+    with library_errors(f"`lr_scheduler_type` {schedule}"):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+        kwargs: Any = options.lr_scheduler_kwargs
+        get_scheduler(options.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+    if "lomo" not in name_of(options.optim):  # these optimisers can only be made with a model
+        with library_errors(f"`optim` {name_of(options.optim)}"):
+            Trainer.get_optimizer_cls_and_kwargs(options)
+    return steps
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn an error of a library that cannot make `what` with the given options into a `MolaError`."""
+    try:
+        yield
+    except MolaError:
+        raise
+    except (ImportError, TypeError, ValueError) as error:
+        raise MolaError(f"{what} cannot be made with these options: {error}") from error

@@ -1,0 +1,259 @@
+"""Training in several processes: FSDP, DeepSpeed ZeRO, and what each of them cannot do.
+
+Both are chosen by options (`fsdp`, `fsdp_config`, `deepspeed`) or by `accelerate launch`, through environment
+variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import __version__ as accelerate_version
+from packaging.version import Version
+from transformers.integrations import deepspeed as integration
+
+from mola.errors import MolaError
+from mola.training.option_checks import name_of
+from mola.tuner.layer import MolaLinear
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+_FSDP_ACCELERATE = "1.15"  # the first version whose checkpoints hold the adapter
+_GATHERS = "stage3_gather_16bit_weights_on_model_save"
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def uses_fsdp(options: TrainingArguments) -> bool:
+    """Whether a run shards the model with FSDP."""
+    return bool(options.fsdp) or _launched_with("FSDP")
+
+
+def uses_deepspeed(options: TrainingArguments) -> bool:
+    """Whether a run uses DeepSpeed."""
+    return bool(options.deepspeed) or _launched_with("DEEPSPEED")
+
+
+def shares_weights(options: TrainingArguments) -> bool:
+    """Whether a run shares weights, gradients or the optimiser out over its processes."""
+    return uses_fsdp(options) or uses_deepspeed(options)
+
+
+def settle_deepspeed(options: TrainingArguments, device: torch.device) -> None:
+    """Prepare options for DeepSpeed on a CPU, which Accelerate knows on GPUs only.
+
+    Told of a CPU, Accelerate would copy the model to every process instead, without a word.
+
+    Raises:
+        MolaError: `deepspeed` is an option, which Accelerate reads on GPUs only.
+    """
+    if not uses_deepspeed(options) or device.type != "cpu":
+        return
+    if options.deepspeed:
+        raise MolaError(
+            "`deepspeed` as an option works on GPUs only. On a CPU start the run with accelerate launch and a "
+            "configuration such as the repository's recipes/accelerate/zero3.yaml, which may name the file as "
+            "`deepspeed_config_file`."
+        )
+    options.use_cpu, options.ddp_backend, options.dataloader_pin_memory = False, "gloo", False
+
+
+def check_distributed(
+    options: TrainingArguments, checkpoint: Path | None, *, is_quantized: bool, has_stacked_experts: bool
+) -> None:
+    """Check that the model can be trained in the way that was chosen, and its adapter saved.
+
+    Args:
+        options: of the run; the number of processes is known.
+        checkpoint: where the run goes on from, or None.
+        is_quantized: whether the base model's weights are packed in memory.
+        has_stacked_experts: whether the adapter has `target_parameters`.
+
+    Raises:
+        MolaError: FSDP or DeepSpeed would do nothing, round the routers or save no adapter; or the checkpoint was
+            written in another way.
+    """
+    reason = None
+    if uses_fsdp(options):
+        reason = _why_no_fsdp(options, is_quantized)
+    elif uses_deepspeed(options):
+        reason = _why_no_deepspeed(options, is_quantized, has_stacked_experts)
+    if reason is not None:
+        raise MolaError(reason)
+    if checkpoint is None:
+        return
+    written, now = _way_of_checkpoint(checkpoint), _way_of_run(options)
+    if written != now:
+        raise MolaError(
+            f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written with {written}, "
+            f"and this run is one with {now}. Start it in the same way, or start a new run with --adapter {checkpoint}."
+        )
+
+
+def _why_no_fsdp(options: TrainingArguments, is_quantized: bool) -> str | None:
+    if options.world_size == 1:
+        return (
+            "`fsdp` shards a model over several processes, this run has one. Start it with torchrun or accelerate "
+            "launch, or leave `fsdp` out."
+        )
+    if not can_shard(options.device):
+        return (
+            "`fsdp` works on GPUs only: on a CPU every process would hold the whole model after all. Leave it out to "
+            "train with one copy of the model per process."
+        )
+    if is_quantized:
+        return (
+            "`fsdp` cannot be combined with a quantised base: packed weights are not sharded, every process would "
+            "hold all of them. Leave the quantisation out, or train with one model per process "
+            "(as the repository's recipes/accelerate/ddp.yaml)."
+        )
+    if name_of(options.optim) == "adafactor":
+        return "`optim` adafactor does not work on sharded weights. Pass another optimiser, such as adamw_torch."
+    if Version(accelerate_version) < Version(_FSDP_ACCELERATE):
+        return (
+            f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: here is "
+            f"{accelerate_version}. Upgrade it, or leave `fsdp` out."
+        )
+    version = _fsdp_setting(options, "fsdp_version", default="1")
+    if version != "2":
+        return (
+            "`fsdp_config` must have version 2: FSDP1 needs all weights of a layer in one dtype, and routers "
+            f"stay in float32. Got version {version}; with accelerate launch set fsdp_version: 2."
+        )
+    saved = _fsdp_setting(options, "state_dict_type", default="SHARDED_STATE_DICT")
+    if saved != "FULL_STATE_DICT":
+        return (
+            f"`fsdp_config` must have state_dict_type FULL_STATE_DICT, or no adapter would be saved: got {saved}. With "
+            "accelerate launch set fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    return None
+
+
+def can_shard(device: torch.device) -> bool:
+    """Whether Accelerate shards a model on this kind of device."""
+    return device.type != "cpu"
+
+
+def _fsdp_setting(options: TrainingArguments, name: str, default: str) -> str:
+    """A setting of the option `fsdp_config`, else of `accelerate launch`, else Accelerate's default."""
+    variable = f"FSDP_{name.removeprefix('fsdp_').upper()}"
+    return str((options.fsdp_plugin_args or {}).get(name) or os.environ.get(variable, default)).upper()
+
+
+def _why_no_deepspeed(options: TrainingArguments, is_quantized: bool, has_stacked_experts: bool) -> str | None:
+    stage = _zero_stage(options)
+    if is_quantized:
+        return (
+            "`deepspeed` cannot be combined with a quantised base: its checkpoints do not load into packed weights. "
+            "Leave the quantisation out, or train with one model per process (as the repository's "
+            "recipes/accelerate/ddp.yaml)."
+        )
+    if name_of(options.optim) == "adafactor":
+        return (
+            "`optim` adafactor cannot be used with DeepSpeed, which flattens weights: adafactor needs their rows and "
+            "columns. Pass another optimiser, such as adamw_torch."
+        )
+    if options.bf16 or options.fp16:
+        return (
+            "`dtype` must be float32 with DeepSpeed: in half precision it casts every weight, and routers stay in "
+            "float32. Pass --dtype float32, or use FSDP, which keeps each weight's own format."
+        )
+    if stage not in (2, 3):
+        return (
+            f"`deepspeed` must have ZeRO stage 2 or 3: got {stage}. Set zero_stage, or leave DeepSpeed out to train "
+            "with one copy of the model per process."
+        )
+    plugin: Any = options.deepspeed_plugin
+    if stage == 3 and not plugin.hf_ds_config.is_true(f"zero_optimization.{_GATHERS}"):
+        return (
+            f"`deepspeed` with ZeRO-3 must have {_GATHERS} true, or no adapter would be saved. With accelerate launch "
+            "set zero3_save_16bit_model: true."
+        )
+    if stage == 3 and has_stacked_experts:
+        return (
+            "`target_parameters` cannot be trained with ZeRO-3: a layer reads these weights before DeepSpeed gathers "
+            "them. Set zero_stage 2, or leave `target_parameters` out."
+        )
+    return None
+
+
+def _zero_stage(options: TrainingArguments) -> int:
+    plugin: Any = options.deepspeed_plugin
+    return plugin.hf_ds_config.get_value("zero_optimization.stage", 0)
+
+
+def _way_of_run(options: TrainingArguments) -> str:
+    if uses_fsdp(options):
+        return "FSDP"
+    if uses_deepspeed(options):
+        return f"DeepSpeed ZeRO-{_zero_stage(options)} in {options.world_size} processes"
+    return "one model per process"
+
+
+def _way_of_checkpoint(checkpoint: Path) -> str:
+    if next(checkpoint.glob("pytorch_model_fsdp*"), None) is not None:
+        return "FSDP"
+    processes = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    if not processes:
+        return "one model per process"
+    shares_all = next(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"), None) is not None
+    return f"DeepSpeed ZeRO-{3 if shares_all else 2} in {processes} processes"
+
+
+def keep_dtypes(trainer: Trainer) -> None:
+    """Let FSDP compute with every weight in its own format; mixed precision is left to autocast.
+
+    The Trainer would have FSDP cast all weights to the format of the base model, and so round the routers.
+    """
+    if trainer.is_fsdp_enabled:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Build and load models in this block as without DeepSpeed.
+
+    With ZeRO-3 Transformers would share out every weight while it is loaded, also those of models on the meta device,
+    which fails. The weights are shared out when training begins.
+    """
+    settings = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = settings
+
+
+def register_experts(trainer: Trainer) -> None:
+    """Tell ZeRO-3 which weights a `MolaLinear` computes with.
+
+    ZeRO-3 gathers the weights of a module when the module is called. Experts lie in a dictionary, which is never
+    called.
+    """
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        model: Any = trainer.model
+        for layer in (module for module in model.modules() if isinstance(module, MolaLinear)):
+            for weights in (layer.mola_A, layer.mola_B, layer.mola_router):
+                for parameter in weights.values():
+                    deepspeed.zero.register_external_parameter(layer, parameter)
+
+
+def gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+    """A block in which a weight is whole. With ZeRO-3 all processes have to enter it."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter)
