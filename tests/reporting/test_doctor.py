@@ -102,9 +102,9 @@ def test_healthy_runs_are_left_alone(options, run):
 
 
 def test_a_rate_that_is_too_high(run, tmp_path):
-    assert run(learning_rate=2e-2, max_steps=40, r="16", target_modules="all-linear") == []
+    assert run(learning_rate=2e-2, max_steps=20, r="16", target_modules="all-linear") == []
     (tmp_path / "run").rename(tmp_path / "before")
-    found = run(adapter=str(tmp_path / "before"), learning_rate=0.3, lr_scheduler_type="constant", max_steps=16)
+    found = run(adapter=str(tmp_path / "before"), learning_rate=0.3, lr_scheduler_type="constant", max_steps=12)
     assert "learning rate too high" in found
 
 

@@ -230,11 +230,8 @@ def test_commands_measure_what_was_trained(run_dir):
     for section, wanted in (("accuracy", EvaluateOptions), ("gates", InspectOptions)):
         (command,) = {each.text for each in page.section(section).all("pre")}
         check_command(command)
-        options = parse(wanted, shlex.split(command)[2:], prog="")
-        given = {name: getattr(options, name) for name in asked}
-        given["filters"] = json.loads(given["filters"]) if isinstance(given["filters"], str) else given["filters"]
-        assert given == asked
-        assert (options.load_in_4bit, options.bnb_4bit_quant_type) == (True, "nf4")
+        loaded = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        assert given(command, wanted, asked | loaded) == asked | loaded
 
 
 def test_numbers_of_layers_are_those_of_the_configuration(run_dir):
@@ -463,26 +460,24 @@ def test_a_base_model_in_the_hub_cache_has_the_name_of_its_folder(run_dir, owner
     assert ("do not compare them" not in page_of(run_dir).section("accuracy").text) == is_same
 
 
-def test_the_command_for_a_missing_result_asks_as_the_other_was_asked(run_dir):
-    asked = {"split": "validation", "limit": 3, "scoring": "likelihood", "max_new_tokens": 7}
-    change(run_dir / "before.json", lambda result: result["settings"].update(asked))
-    (run_dir / "after.json").unlink()
-    (command,) = {each.text for each in page_of(run_dir).section("accuracy").all("pre")}
-    options = parse(EvaluateOptions, shlex.split(command)[2:], prog="")
-    assert {name: getattr(options, name) for name in asked} == asked
+def given(command, options, names):
+    """The values of some options in a command."""
+    parsed = parse(options, shlex.split(command)[2:], prog="")
+    values = {name: getattr(parsed, name) for name in names}
+    filters = values.get("filters")
+    return values | ({"filters": json.loads(filters)} if isinstance(filters, str) else {})
 
 
-def test_the_command_for_a_missing_result_has_the_rows_and_prompts_of_the_other(run_dir):
-    asked = {"template": "vicuna", "filters": {"category": ["Tense"]}, "split": "validation"}
-    change(run_dir / "before.json", lambda result: result["settings"].update(asked))
+def test_the_command_for_a_missing_result_has_the_settings_of_the_other_result(run_dir):
+    rows = {"template": "vicuna", "filters": {"category": ["Tense"]}, "split": "validation"}
+    scoring = {"limit": 3, "scoring": "likelihood", "max_new_tokens": 7}
+    change(run_dir / "before.json", lambda result: result["settings"].update(rows | scoring))
     (run_dir / "after.json").unlink()
     (run_dir / "inspect.json").unlink()
-    for section, wanted in (("accuracy", EvaluateOptions), ("gates", InspectOptions)):
-        (command,) = {each.text for each in page_of(run_dir).section(section).all("pre")}
-        options = parse(wanted, shlex.split(command)[2:], prog="")
-        given = {name: getattr(options, name) for name in asked}
-        given["filters"] = json.loads(given["filters"]) if isinstance(given["filters"], str) else given["filters"]
-        assert given == asked
+    page = page_of(run_dir)
+    for section, options, asked in (("accuracy", EvaluateOptions, rows | scoring), ("gates", InspectOptions, rows)):
+        (command,) = {each.text for each in page.section(section).all("pre")}
+        assert given(command, options, asked) == asked
 
 
 def test_the_base_model_is_asked_as_the_adapter_was(run_dir):
