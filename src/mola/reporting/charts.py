@@ -68,7 +68,6 @@ class Line:
     name: str
     points: Points
     look: str
-    band: Sequence[tuple[float, float, float]] = ()  # step and bounds of an area behind the curve
 
 
 def step_axis(lines: Sequence[Line]) -> Axis:

@@ -22,10 +22,9 @@ _FUNCTIONS: Sequence[Callable[..., Any]] = (charts.axis_names, charts.step_axis,
 class Section(NamedTuple):
     """A section of a page."""
 
-    key: str  # its id
+    key: str  # its id, and the name of its template
     title: str  # its heading
     data: Mapping[str, Any] | None  # what its template gets as `data`; None leaves the section out
-    template: str = ""  # name of its template, by default the key
 
 
 class Table(NamedTuple):
