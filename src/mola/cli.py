@@ -25,15 +25,12 @@ _LESS_MEMORY = (
 
 
 class Command(NamedTuple):
-    """Where a command lives: `module.options` is its dataclass, `module.main` runs it.
+    """Where the code of a command is."""
 
-    A first word without dashes is the value of the option `positional`, where there is one.
-    """
-
-    module: str
-    options: str
-    summary: str
-    positional: str | None = None
+    module: str  # its function `main` runs the command
+    options: str  # name of the options dataclass in the module
+    summary: str  # one line for the help text
+    positional: str | None = None  # the option that a first word without dashes sets
 
 
 COMMANDS = {
@@ -42,48 +39,50 @@ COMMANDS = {
     "continual": Command(
         "mola.studies.continual_learning.continual",
         "ContinualOptions",
-        "train on one task after the other, measure forgetting",
+        "train on one task after the other and measure forgetting",
     ),
-    "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "accuracy on a test file"),
-    "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "a model on the tasks of the LM Evaluation Harness"),
-    "generate": Command(
-        "mola.generation.generate", "GenerateOptions", "answer one prompt, or one line after the other"
-    ),
+    "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file"),
+    "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness"),
+    "generate": Command("mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of the input"),
     "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with OpenAI's interface"),
-    "plan": Command("mola.models.plan", "PlanOptions", "parameters and cost of an allocation, without loading weights"),
+    "plan": Command(
+        "mola.models.plan", "PlanOptions", "show parameters and cost of an allocation, without loading weights"
+    ),
     "compare": Command(
         "mola.studies.comparison.compare",
         "CompareOptions",
-        "recipes on tasks with several seeds: which differences are significant",
+        "train recipes on tasks with several seeds, and test which differences are significant",
     ),
     "allocate": Command(
-        "mola.allocation.allocate", "AllocateOptions", "how many experts each layer gets, at exactly a budget"
+        "mola.allocation.allocate", "AllocateOptions", "choose the number of experts of each layer, at exactly a budget"
     ),
     "reallocate": Command(
-        "mola.allocation.reallocate", "ReallocateOptions", "other numbers of experts for a trained adapter"
+        "mola.allocation.reallocate", "ReallocateOptions", "give a trained adapter other numbers of experts"
     ),
     "convert": Command(
         "mola.exporting.convert",
         "ConvertOptions",
-        "a mixture to LoRA, LoRAs to a mixture, adapters of other codes to mola's, and back",
+        "convert a mixture to LoRA, LoRAs to a mixture, or an adapter of another code, and back",
         "source",
     ),
-    "merge": Command("mola.exporting.merge", "MergeOptions", "base model and LoRA as one model folder", "adapter"),
+    "merge": Command(
+        "mola.exporting.merge", "MergeOptions", "write base model and LoRA as one model folder", "adapter"
+    ),
     "inspect": Command(
-        "mola.reporting.inspect", "InspectOptions", "which experts work on which tokens, and how alike they are"
+        "mola.reporting.inspect", "InspectOptions", "show which experts process which tokens, and how similar they are"
     ),
-    "report": Command(
-        "mola.reporting.report", "ReportOptions", "one HTML page about a run, to open from the disk", "run_dir"
-    ),
+    "report": Command("mola.reporting.report", "ReportOptions", "write one HTML page about a run", "run_dir"),
     "doctor": Command(
-        "mola.reporting.doctor", "DoctorOptions", "what is wrong with a run, and what to change", "run_dir"
+        "mola.reporting.doctor", "DoctorOptions", "find what is wrong with a run, and what to change", "run_dir"
     ),
     "demo": Command(
         "mola.serving.demonstration.demo",
         "DemoOptions",
-        "a page with answers, with and without an adapter, and their experts",
+        "open a page that answers with and without an adapter, and shows its experts",
     ),
-    "quickstart": Command("mola.studies.quickstart", "QuickstartOptions", "the whole way once, on a small real model"),
+    "quickstart": Command(
+        "mola.studies.quickstart", "QuickstartOptions", "prepare, train, evaluate and report once, on a small model"
+    ),
 }
 
 

@@ -6,23 +6,17 @@ from mola import MolaError
 from mola.files.reading import parse_yaml, read_json_lines, read_json_object, select_lines
 
 
-def test_yaml_words_and_numbers():
-    text = "a: no\nb: off\nc: true\nd: 1e-4\ne: 3.5e-4\nf: 2468\ng: 'true'\nh: null\ni: 1.5\nj: 2020-01-01\n"
-    assert parse_yaml(text) == {
-        **{
-            "a": "no",
-            "b": "off",
-            "c": True,
-            "d": 1e-4,
-            "e": 3.5e-4,
-            "f": 2468,
-            "g": "true",
-            "h": None,
-            "i": 1.5,
-            "j": "2020-01-01",
-        }
-    }
-    assert parse_yaml("") is None
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, text) for text in ("no", "off", "2020-01-01", "12:30", "010", "1.2.3")),
+        *[("true", True), ("'true'", "true"), ("2468", 2468), ("-3", -3), ("1.5", 1.5)],
+        *[("1e-4", 1e-4), ("3.5e-4", 3.5e-4), ("null", None), ("", None)],
+    ],
+)
+def test_yaml_words_and_numbers(text, value):
+    read = parse_yaml(f"key: {text}")["key"]
+    assert (read, type(read)) == (value, type(value))
 
 
 def test_yaml_references():

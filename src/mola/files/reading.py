@@ -71,9 +71,10 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as its writer means it: `no`, `off` and dates are text, `1e-4` is a number, a repeated key an error.
+    """Reads `no`, `off`, dates and `12:30` as text, and `1e-4` as a number; a repeated key is an error.
 
-    PyYAML implements YAML 1.1, in which `no` is false and `1e-4` is text. Of a repeated key it keeps the last value.
+    PyYAML implements YAML 1.1, in which `no` is false, `12:30` is 750 and `1e-4` is text. It keeps the last value of a
+    repeated key.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -85,12 +86,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_BOOL, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
+_BOOL, _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _DATE)]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_INT, re.compile("^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _QUANT_TYPES = ("nf4", "fp4")
 _TESTED_METHODS = ("bitsandbytes",)  # other methods are used with a warning
 
-GGUF_HELP = "GGUF file in the folder `base_model`; it is unpacked while it loads."
+GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
 
 
 @dataclass(kw_only=True)
