@@ -23,4 +23,4 @@ def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypa
 
 def test_without_the_option_the_model_decides(tiny_model_dir, tmp_path):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32")
-    assert setup.build_model(options).config._attn_implementation == "sdpa"
+    assert setup.build_model(options, setup.base_config(options)).config._attn_implementation == "sdpa"

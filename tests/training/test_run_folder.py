@@ -14,7 +14,7 @@ from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.training.run_folder import claimed
-from mola.training.setup import build_model
+from mola.training.setup import base_config, build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
 
@@ -87,7 +87,7 @@ def test_building_draws_the_experts_and_routers_alone(tiny_model_dir, tmp_path):
     options = TrainOptions(
         base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32", num_experts="2468", use_cpu=True
     )
-    model = build_model(options)
+    model = build_model(options, base_config(options))
     state = torch.get_rng_state()
     set_seed(options.seed)
     layers = [module for module in model.modules() if isinstance(module, MolaLinear)]

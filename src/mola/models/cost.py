@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import pattern_with, resolve_per_layer
@@ -30,10 +32,12 @@ def cost_of_allocation(
     num_experts_pattern: Mapping[str, int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     target_parameters: list[str] | None = None,
+    model: PreTrainedModel | None = None,
 ) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
     The arguments are options of `mola plan`; `with_kernels` adds which backends compute it on this machine's CPU.
+    `model` is the model on the meta device, if it has been built.
 
     Returns:
         The plan with `base_parameters`; `plan_allocation` has the formulas.
@@ -44,7 +48,7 @@ def cost_of_allocation(
     check_pattern(num_experts_pattern, "num_experts_pattern")
     num_experts_pattern = pattern_with(num_experts, num_experts_pattern)
     check_pattern(rank_pattern, "rank_pattern")
-    model = model_on_meta(base_model, trust_remote_code, gguf_file)
+    model = model or model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
     targets = names_between_commas(target_modules)
     linears = linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets))

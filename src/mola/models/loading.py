@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.checkpoints.adapter_folder import read_settings, read_tensors
 from mola.errors import MolaError
@@ -44,6 +44,8 @@ def check_adapter_fits(
     adapter: str | os.PathLike[str],
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    *,
+    config: PretrainedConfig | None = None,
 ) -> None:
     """Check that a mixture or a LoRA fits its base model, before the weights of the base model are loaded.
 
@@ -54,6 +56,7 @@ def check_adapter_fits(
         adapter: an adapter folder.
         trust_remote_code: skips the check: code shipped with the model may not work without weights.
         gguf_file: GGUF file in the model's folder, if it is one.
+        config: the model's configuration, if it has been read.
 
     Raises:
         MolaError: the model is of another kind, or the tensors do not fit it.
@@ -61,13 +64,12 @@ def check_adapter_fits(
     method = read_settings(Path(adapter))["peft_type"]
     if trust_remote_code or method not in ("MOLA", "LORA"):
         return
-    on_meta = model_on_meta(os.fspath(base_model), gguf_file=gguf_file)
+    on_meta = model_on_meta(os.fspath(base_model), gguf_file=gguf_file, config=config)
     if method == "LORA":
         check_lora(Path(adapter), on_meta, all_names=False)
         return
     try:
-        config = MolaConfig.from_pretrained(os.fspath(adapter))
-        check_fits(on_meta, config, read_tensors(Path(adapter)))
+        check_fits(on_meta, MolaConfig.from_pretrained(os.fspath(adapter)), read_tensors(Path(adapter)))
     except (MolaError, TypeError) as error:
         raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
 
@@ -80,6 +82,8 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
+    *,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
 
@@ -92,6 +96,7 @@ def load_model(
         trust_remote_code: run code shipped with the model.
         attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, ...); None for its default.
         quantization: how to quantise the base; None loads it as it is stored, quantised or not.
+        config: the base model's configuration, if it has been read.
 
     Returns:
         The model; a `PeftModel` when an adapter was given.
@@ -109,10 +114,10 @@ def load_model(
     torch_dtype, reason = resolve_dtype(dtype, target)
     quantization = quantization or Quantization()
     check_quantization(quantization, target, torch_dtype)
-    config = load_config(base_model, trust_remote_code, quantization.gguf_file)
+    config = config or load_config(base_model, trust_remote_code, quantization.gguf_file)
     check_quantized_base(os.fspath(base_model), config, quantization, target)
     for folder in adapters.values():
-        check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file)
+        check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file, config=config)
     _check_base_has_no_adapter(base_model, adapters)
     logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
     if target.type != "cpu":
@@ -122,7 +127,7 @@ def load_model(
         arguments["attn_implementation"] = attn_implementation
     arguments |= loading_arguments(quantization, torch_dtype)
     if quantization.on_loading:
-        check_packable(model_on_meta(os.fspath(base_model), trust_remote_code), os.fspath(base_model))
+        check_packable(model_on_meta(os.fspath(base_model), trust_remote_code, config=config), os.fspath(base_model))
     is_quantized = quantization.on_loading or stored_quantization(config) is not None
     if is_quantized:  # packed weights are placed while loading and cannot be moved afterwards
         arguments["device_map"] = {"": target}

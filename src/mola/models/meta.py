@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.models.base_model import check_base_model, check_own_code, one_line, read_config
 
 
-def model_on_meta(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedModel:
+def model_on_meta(
+    base_model: str,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    *,
+    config: PretrainedConfig | None = None,
+) -> PreTrainedModel:
     """Build a causal language model from its configuration only.
 
     Args:
         base_model: a folder with config.json, a config.json file, or a name on the hub.
         trust_remote_code: run code shipped with the model.
         gguf_file: as in `read_config`.
+        config: the model's configuration, if it has been read; it is not changed.
 
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
     """
-    place = os.path.expanduser(base_model) if gguf_file is None else base_model
-    if gguf_file is None and not os.path.isfile(place):
-        check_base_model(place)
-    config = read_config(place, trust_remote_code, gguf_file)
+    if config is None:
+        place = os.path.expanduser(base_model) if gguf_file is None else base_model
+        if gguf_file is None and not os.path.isfile(place):
+            check_base_model(place)
+        config = read_config(place, trust_remote_code, gguf_file)
+    else:
+        config = copy.deepcopy(config)  # Transformers writes a dtype into it
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

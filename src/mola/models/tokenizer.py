@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from mola._compat import own_tokenizers
@@ -24,6 +24,8 @@ def load_tokenizer(
     padding_side: str = "left",
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    *,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the base model with a padding token; the vocabulary never grows.
 
@@ -35,6 +37,7 @@ def load_tokenizer(
         padding_side: `"left"` for generation, `"right"` for training.
         trust_remote_code: run code shipped with the model.
         gguf_file: GGUF file in that folder; its tokenizer is used only if the folder has no other.
+        config: the model's configuration, if it has been read.
 
     Returns:
         The tokenizer.
@@ -42,10 +45,12 @@ def load_tokenizer(
     Raises:
         MolaError: see `check_base_model`; there is no tokenizer, or it has no token to pad with.
     """
-    check_base_model(base_model, gguf_file)
     name = os.fspath(base_model)
+    if config is None:
+        check_base_model(base_model, gguf_file)
+        config = read_config(name, trust_remote_code, gguf_file)
     tokenizer = own_tokenizer(name, trust_remote_code, gguf_file, padding_side=padding_side)
-    pads, vocabulary = tokenizer.pad_token_id, vocabulary_size(read_config(name, trust_remote_code, gguf_file))
+    pads, vocabulary = tokenizer.pad_token_id, vocabulary_size(config)
     if pads is None or (vocabulary is not None and pads >= vocabulary):
         substitute = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
         if substitute is None:

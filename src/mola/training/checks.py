@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
 
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
@@ -40,6 +40,7 @@ class CheckedRun:
 
     Attributes:
         folder: the run folder.
+        config: configuration of the base model.
         checkpoint: where the run goes on from, or None.
         first_step: number of steps that the checkpoint has done.
         tokenizer: of the base model.
@@ -48,6 +49,7 @@ class CheckedRun:
     """
 
     folder: Path
+    config: PretrainedConfig
     checkpoint: Path | None
     first_step: int
     tokenizer: PreTrainedTokenizerBase
@@ -77,7 +79,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     )
     if options.adapter is not None and checkpoint is None:
         warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
-    tokenizer = load_tokenizer_for(options)
+    tokenizer = load_tokenizer_for(options, config)
     data = prepare_data(options, tokenizer, config, checkpoint)
     if checkpoint is not None and options.auto_find_batch_size:  # the Trainer goes on with the batch size it had found
         found = read_json_object(checkpoint / STATE_FILE).get("train_batch_size")
@@ -103,7 +105,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
             # Nothing is left to train, but in an epoch that was begun the Trainer would do one more step.
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
-    return CheckedRun(folder, checkpoint, first_step, tokenizer, data, record)
+    return CheckedRun(folder, config, checkpoint, first_step, tokenizer, data, record)
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

@@ -62,34 +62,32 @@ def check_model_options(
     Raises:
         MolaError: anything that does not fit.
     """
-    base_model = options.base_model or ""
+    base_model, code, gguf_file = options.base_model or "", options.trust_remote_code, options.gguf_file
     check_quantized_base(base_model, config, options, options.device, training=True)
-    if options.modules_to_save and (options.on_loading or stored_quantization(config)):
-        model = model_on_meta(base_model, options.trust_remote_code)
-        check_packable(model, base_model, list_between_commas(options.modules_to_save, "modules_to_save") or ())
     if options.adapter is not None:
         folder = str(checkpoint or options.adapter)
         check_adapter(folder)
         adapter = continued_config(options, folder)
         check_losses(options, adapter, config)
-        check_adapter_fits(base_model, folder, options.trust_remote_code, options.gguf_file)
+        check_adapter_fits(base_model, folder, code, gguf_file, config=config)
         return adapter, {}
     wanted = adapter_config(options)
     check_losses(options, wanted, config)
+    model = model_on_meta(base_model, code, gguf_file, config=config)
     allocation = cost_of_allocation(
         base_model,
         options.adapter_setting("num_experts"),
         options.adapter_setting("top_k"),
         options.adapter_setting("r"),
         options.target_modules,
-        options.gguf_file,
-        options.trust_remote_code,
         num_experts_pattern=wanted.num_experts_pattern,
         rank_pattern=wanted.rank_pattern,
         target_parameters=wanted.target_parameters,
+        model=model,
     )
     if wanted.modules_to_save:
-        model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file)
+        if options.on_loading or stored_quantization(config):
+            check_packable(model, base_model, wanted.modules_to_save)
         resolve_modules_to_save(wanted.modules_to_save, dict(model.named_modules()), is_new=True)
     return wanted, allocation.to_dict()["totals"]
 
@@ -184,16 +182,21 @@ def stores_packed(options: TrainOptions, config: PretrainedConfig) -> bool:
     return (recorded_quantization(options, config) or {}).get("quant_method", "gguf") != "gguf"
 
 
-def load_tokenizer_for(options: TrainOptions) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. It pads on the right, where a padded position predicts no real token."""
-    return load_tokenizer(options.base_model or "", "right", options.trust_remote_code, options.gguf_file)
+def load_tokenizer_for(options: TrainOptions, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model with this configuration.
+
+    It pads on the right, where a padded position predicts no real token.
+    """
+    place = options.base_model or "", "right", options.trust_remote_code, options.gguf_file
+    return load_tokenizer(*place, config=config)
 
 
-def build_model(options: TrainOptions, checkpoint: Path | None = None) -> PeftModel:
+def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Path | None = None) -> PeftModel:
     """The base model with new experts, or with those of `adapter`, ready to train.
 
     Args:
         options: of the run.
+        config: of the base model.
         checkpoint: where the run goes on from, or None. A run with `adapter` takes the experts of its checkpoint, since
             the folder of `adapter` may hold others by now.
 
@@ -208,6 +211,7 @@ def build_model(options: TrainOptions, checkpoint: Path | None = None) -> PeftMo
         options.trust_remote_code,
         options.attn_implementation,
         options,
+        config=config,
     )
     base = prepare_for_training(base, bool(options.activation_checkpointing), options.activation_checkpointing_kwargs)
     set_all_seeds = enable_full_determinism if options.full_determinism else set_seed

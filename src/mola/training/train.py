@@ -94,7 +94,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
             with whole_weights():
                 run = check_run(options, folder)
                 with within_memory(loading_advice(options)):
-                    model = build_model(options, run.checkpoint)
+                    model = build_model(options, run.config, run.checkpoint)
             if is_main and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)

@@ -130,7 +130,7 @@ def _checked(key: Key, options: TrainAndTestOptions, known: dict[str, _Data]) ->
 def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> _Data:
     test = evaluation_of(options)
     task, examples, _ = check_evaluation(test)
-    data = prepare_data(copy.copy(options), load_tokenizer_for(options), base)
+    data = prepare_data(copy.copy(options), load_tokenizer_for(options, base), base)
     check_steps(options, data)
     questions = distinct_questions(examples)
     check_training(key.task, questions, test, options, data, is_search=bool(key.candidate))

@@ -49,7 +49,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     base = base_config(first)
     check_model_options(first, base)
     config: Any = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
-    tokenizer = load_tokenizer_for(first)
+    tokenizer = load_tokenizer_for(first, base)
     stages: list[Stage] = []
     tests: dict[str, tuple[Questions, EvaluateOptions]] = {}
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
