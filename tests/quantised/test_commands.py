@@ -70,7 +70,7 @@ def trained(blocks_dir, sample, tmp_path_factory):
 
     flags = ["--load_in_4bit", "--bnb_4bit_use_double_quant"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mola.training.setup.prepare_for_training", prepare)
+        patch.setattr("mola.training.model.prepare_for_training", prepare)
         assert train(blocks_dir, sample, folder, *flags, dtype="bfloat16") == 0
     assert packed == [28]
     return folder

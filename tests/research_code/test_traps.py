@@ -17,7 +17,7 @@ from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.data.tokenized import IGNORED
 from mola.models.prompts import template_for, trained_template
-from mola.training.setup import adapter_config
+from mola.training.model import adapter_config
 from research_code.training import train_settings
 
 from .scripts import write_dataset

@@ -3,14 +3,14 @@
 import pytest
 
 from mola.cli import main
-from mola.training import setup
+from mola.training import model
 from mola.training.options import TrainOptions
 from tests.training.runs import NO_EVALUATION, losses, read_record
 
 
 def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypatch):
     built = []
-    build = setup.build_model
+    build = model.build_model
     monkeypatch.setattr("mola.training.train.build_model", lambda *given: built.append(build(*given)) or built[-1])
     for name in ("eager", "sdpa"):
         more = {"attn_implementation": name, "lora_dropout": 0, "num_train_epochs": 1}
@@ -23,4 +23,4 @@ def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypa
 
 def test_without_the_option_the_model_decides(tiny_model_dir, tmp_path):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32")
-    assert setup.build_model(options, setup.base_config(options)).config._attn_implementation == "sdpa"
+    assert model.build_model(options, model.base_config(options)).config._attn_implementation == "sdpa"

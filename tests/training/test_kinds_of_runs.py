@@ -15,7 +15,7 @@ from mola import MolaError, TrainOptions, train
 from mola.cli import main
 from mola.data.templates import template_names
 from mola.training.distributed import check_distributed
-from mola.training.setup import adapter_config, base_config, build_model
+from mola.training.model import adapter_config, base_config, build_model
 from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
 from tests.versions import needs
@@ -174,7 +174,7 @@ def test_a_base_that_will_be_sharded_is_loaded_into_the_memory_of_the_machine(ti
     """Whatever the device of the process is: it may not have room for the whole model."""
     monkeypatch.setattr(TrainOptions, "device", torch.device("meta"))
     options = TrainOptions(base_model=str(tiny_model_dir), data=str(rows_file), output_dir="unused", dtype="float32")
-    monkeypatch.setattr("mola.training.setup.uses_fsdp", lambda options: True)
+    monkeypatch.setattr("mola.training.model.uses_fsdp", lambda options: True)
     assert {parameter.device.type for parameter in build_model(options, base_config(options)).parameters()} == {"cpu"}
 
 

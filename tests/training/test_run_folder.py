@@ -13,8 +13,8 @@ from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
+from mola.training.model import base_config, build_model
 from mola.training.run_folder import claimed
-from mola.training.setup import base_config, build_model
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
 

@@ -15,14 +15,14 @@ _WANTED = "Pass a folder with config.json, a config.json file, or a name on the 
 
 
 def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Refuse a base model that cannot load, before anything heavy happens; a hub id is let through.
+    """Check that a folder holds a base model. A hub id passes.
 
     Args:
         base_model: folder or hub id.
-        gguf_file: GGUF file in that folder, which holds everything; None for a folder with `config.json`.
+        gguf_file: GGUF file in that folder, or None for a folder with `config.json`.
 
     Raises:
-        MolaError: a folder without `config.json` or without the GGUF file, a file, or a path that does not exist.
+        MolaError: the path does not exist, is a file, or is a folder without `config.json` or the GGUF file.
     """
     name = os.fspath(base_model)
     if not name.strip():
@@ -49,7 +49,7 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
 
 
 def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:
-    """Configuration of a model, whatever may be wrong with it.
+    """Read the configuration of a model.
 
     Args:
         base_model: a folder with config.json, a config.json file, or a name on the hub.
@@ -57,7 +57,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
         gguf_file: name of a GGUF file there, which is read instead of config.json.
 
     Raises:
-        MolaError: it is not there, broken, or of a type that Transformers does not know.
+        MolaError: the configuration is missing or broken, or its type is unknown to Transformers.
     """
     try:
         if gguf_file is not None:
@@ -72,9 +72,9 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
 
 
 def model_name(base_model: str | os.PathLike[str]) -> str:
-    """The last part of a path or Hub name, also of its folder `models--owner--name/snapshots/<commit>`.
+    """The last part of a path or hub id, which still names the model when folders move.
 
-    Folders move and hub ids lose their owner: only this part says which model it is.
+    In the cache of the Hub (`models--owner--name/snapshots/<commit>`) it is the name before the commit.
     """
     path = Path(base_model)
     is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
@@ -84,7 +84,7 @@ def model_name(base_model: str | os.PathLike[str]) -> str:
 def load_config(
     base_model: str | os.PathLike[str], trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> PretrainedConfig:
-    """Configuration of the base model; loads no weights.
+    """Check that a base model is there, and read its configuration; loads no weights.
 
     Args:
         base_model: folder or hub id.
@@ -92,24 +92,24 @@ def load_config(
         gguf_file: GGUF file in that folder, if it is one.
 
     Raises:
-        MolaError: see `check_base_model`; also when the configuration is broken or the hub does not have it.
+        MolaError: see `check_base_model` and `read_config`.
     """
     check_base_model(base_model, gguf_file)
     return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest sequence a model of this configuration takes; None when it names no limit."""
+    """Maximum sequence length of a model with this configuration, or None if it has no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def vocabulary_size(config: Any) -> int | None:
-    """Tokens for which a model of this configuration has embeddings; None when it does not say."""
+    """Number of tokens in the vocabulary of a model with this configuration, or None if it does not say."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def check_own_code(base_model: str, error: Exception) -> None:
-    """Say what to do where `error` is that a model's own code was not run."""
+    """Raise a `MolaError` if `error` says that the model's own code was not run."""
     if "custom code" in str(error):
         raise MolaError(
             f"`base_model` {base_model!r} comes with code of its own, which would have to be run. Look at it, and pass "
@@ -118,6 +118,6 @@ def check_own_code(base_model: str, error: Exception) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line ends and not too long."""
+    """The text of an error on one line, cut to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -23,7 +23,7 @@ from mola.training.option_checks import (
     settle_schedule,
 )
 
-# Defaults of the adapter; None on the command line, so that "given" and "default" can be told apart.
+# Defaults of the adapter. The options themselves default to None, which shows that they were not given.
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "num_experts": "2468",
     "r": "8",
@@ -44,7 +44,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "alpha_pattern": None,
 }
 
-# These change how the experts are trained, not what they compute: an adapter that is trained on may get others.
+# Options that change how experts are trained, but not what they compute. With `adapter` they may be changed.
 TRAINING_ONLY = (
     "lora_dropout",
     "router_aux_loss_coef",
@@ -73,14 +73,14 @@ class TrainOptions(Quantization, TrainingArguments):
     )
     r: str | None = option(None, "Rank of each expert, one or a list. Default 8.")
     top_k: str | None = option(None, "Experts used per token, one or a list. Default 2.")
-    cutoff_len: int = option(512, "Most tokens of a sample.")
+    cutoff_len: int = option(512, "Maximum length of a sample in tokens.")
     num_train_epochs: float = option(3.0, "Passes over the training data.")
     learning_rate: float = option(3e-4, "Learning rate after warm-up.")
-    per_device_train_batch_size: int = option(8, "Samples that one device computes at once.")
-    gradient_accumulation_steps: int = option(1, "Batches that make up one step of the optimiser.")
+    per_device_train_batch_size: int = option(8, "Batch size per device.")
+    gradient_accumulation_steps: int = option(1, "Batches per optimiser step.")
 
     _adapter: ClassVar = Group("adapter")
-    adapter: str | None = option(None, "Adapter to train on; dropout and router losses may be changed.")
+    adapter: str | None = option(None, "Adapter to train further; dropout and router losses may be changed.")
     target_modules: str | None = option(
         None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
     )
@@ -96,19 +96,19 @@ class TrainOptions(Quantization, TrainingArguments):
     rank_pattern: dict[str, Any] | str | None = option(None, "Rank by name of module.")
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
-    init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal, principal.")
+    init_lora_weights: str | None = option(None, "Start of experts: true (default), gaussian, orthogonal, principal.")
 
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
     eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")
     eval_split: str = option("validation", "Split to evaluate on, if there is one.")
-    validation_size: float = option(0.0, "Take so many training samples, or a share, to evaluate on.")
+    validation_size: float = option(0.0, "Number or share of training samples to evaluate on instead.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(None, "Train on the first so many samples only.")
-    eval_limit: int | None = option(None, "Evaluate on the first so many samples only.")
+    limit: int | None = option(None, "Train on this many samples only, the first ones.")
+    eval_limit: int | None = option(None, "Evaluate on this many samples only, the first ones.")
     template: str | None = option(None, "Prompt template, or chat. Default: the task's, else alpaca.")
-    truncation: str = option("error", "For longer samples: error, drop, left or right.")
-    train_on_inputs: bool = option(False, "Train on the prompt's tokens as well.")
+    truncation: str = option("error", "What to do with longer samples: error, drop, left or right.")
+    train_on_inputs: bool = option(False, "Train on the tokens of the prompt as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 
     _base: ClassVar = Group("base model")
@@ -117,35 +117,35 @@ class TrainOptions(Quantization, TrainingArguments):
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     _run: ClassVar = Group("run")
-    max_steps: int = option(-1, "Steps in all; -1: as `num_train_epochs` says.")
-    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 the share of all.")
+    max_steps: int = option(-1, "Total steps; -1: given by `num_train_epochs`.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 their share of all steps.")
     lr_scheduler_type: SchedulerType | str = option("linear", "Linear, cosine, ...; constant has no warm-up.")
     weight_decay: float = option(0.0, "Weight decay of the optimiser.")
-    loraplus_lr_ratio: float | None = option(None, "LoRA+: how many times the learning rate B has.")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B, relative to that of the other weights.")
     bf16: bool = option(False, "Mixed precision in bfloat16; on if the base is in it.")
     fp16: bool = option(False, "Mixed precision in float16; on if the base is in it.")
     activation_checkpointing: bool | None = option(
-        None, "Less memory, more time; formerly named gradient_checkpointing.", nargs="?", const=True
+        None, "Less memory, more time; formerly gradient_checkpointing.", nargs="?", const=True
     )
-    torch_compile: bool = option(False, "Compile the step, after minutes; see docs/performance.md.")
+    torch_compile: bool = option(False, "Compile the step, which takes minutes; see docs/performance.md.")
     use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
     seed: int = option(42, "Seed of all random numbers.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
-    resume_from_checkpoint: str | None = option(None, "Go on with a stopped run: last, or a folder checkpoint-N.")
+    resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")
     logging_strategy: IntervalStrategy | str = option("steps", "When to log: no, steps or epoch.")
-    logging_steps: float = option(10, "Steps between logs, or below 1 the share of all.")
-    logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses. Off: they stop the run.")
-    expert_telemetry: bool = option(True, "Record experts' use: routing.jsonl and the log.")
+    logging_steps: float = option(10, "Steps between logs, or below 1 their share of all steps.")
+    logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses; if false they stop the run.")
+    expert_telemetry: bool = option(True, "Record the use of experts in routing.jsonl and the log.")
     report_to: None | str | list[str] = option("none", "Trackers between commas, such as tensorboard.")  # noqa: RUF036
     eval_strategy: str = option("epoch", "When to evaluate the loss: no, steps or epoch.")
-    eval_steps: float | None = option(None, "Evaluate every so many steps. Default: `logging_steps`.")
-    per_device_eval_batch_size: int = option(8, "As `per_device_train_batch_size`, in evaluations.")
+    eval_steps: float | None = option(None, "Steps between evaluations. Default: `logging_steps`.")
+    per_device_eval_batch_size: int = option(8, "Batch size per device in evaluations.")
     save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
-    save_steps: float = option(500, "Save every so many steps; see docs/training.md.")
-    save_total_limit: int | None = option(3, "Checkpoints to keep, the best one among them.")
-    load_best_model_at_end: bool = option(True, "Keep the weights of the lowest evaluation loss.")
+    save_steps: float = option(500, "Steps between checkpoints; see docs/training.md.")
+    save_total_limit: int | None = option(3, "Checkpoints to keep, including the best one.")
+    load_best_model_at_end: bool = option(True, "Keep the weights with the lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")
-    hub_strategy: str = option("end", "Only end: the finished run is uploaded, once.")
+    hub_strategy: str = option("end", "Only end: the finished run is uploaded once.")
 
     def __post_init__(self) -> None:
         paths_as_text(self)
@@ -184,7 +184,7 @@ class TrainOptions(Quantization, TrainingArguments):
         dtype, self.dtype_reason = resolve_dtype(self.dtype, device)
         if self.dtype == "auto" and (self.bf16 or self.fp16):
             dtype = DTYPES["bfloat16" if self.bf16 else "float16"]
-            self.dtype_reason = "as asked for with bf16 or fp16"
+            self.dtype_reason = "because of bf16 or fp16"
         self.base_dtype = str(dtype).removeprefix("torch.")
         if not (self.bf16 or self.fp16):
             self.bf16 = self.base_dtype == "bfloat16"
@@ -199,7 +199,7 @@ class TrainOptions(Quantization, TrainingArguments):
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:
-        """Format of products in mixed precision; None without it."""
+        """Dtype of mixed precision, or None without it."""
         return DTYPES["bfloat16"] if self.bf16 else DTYPES["float16"] if self.fp16 else None
 
     @property
@@ -209,10 +209,10 @@ class TrainOptions(Quantization, TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """All options, for records and trackers; secrets are masked."""
-        # Transformers takes every name that ends in `_token` for a secret.
+        # Transformers masks every name that ends in `_token`, also that of this option.
         return {**super().to_dict(), "add_eos_token": self.add_eos_token}
 
     def adapter_setting(self, name: str) -> Any:
-        """An option of the adapter, or its default."""
+        """The value of an option of the adapter, or its default."""
         value = getattr(self, name)
         return ADAPTER_DEFAULTS[name] if value is None else value

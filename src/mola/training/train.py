@@ -1,4 +1,4 @@
-"""`mola train`: fine-tune a mixture of LoRA experts with the trainer of Transformers.
+"""`mola train`: fine-tune a mixture of LoRA experts with the Trainer of Transformers.
 
 - Options, data and allocation are checked before weights are loaded.
 - The run folder holds the adapter, the loss curve and everything needed to repeat or resume the run.
@@ -34,9 +34,9 @@ from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import shares_weights, uses_fsdp, whole_weights
+from mola.training.model import build_model
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_output_dir, claimed, start_run
-from mola.training.setup import build_model
 from mola.training.trainer import MolaTrainer, compiler_settings, make_trainer
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -51,11 +51,11 @@ class TrainResult:
     Attributes:
         output_dir: the run folder; it holds the adapter.
         status: "finished", or "interrupted" by a signal.
-        steps: optimiser steps done, those before a resume included.
-        metrics: the trainer's final metrics; with evaluation data `eval_loss` of the saved weights.
+        steps: number of optimiser steps, including those before a resume.
+        metrics: final metrics of the Trainer; with evaluation data also `eval_loss` of the saved weights.
         trainable_parameters: number of trained values, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
-        seconds: wall time of training, that before a resume included, without loading.
+        seconds: wall time of training, including the time before a resume, without loading.
         warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
@@ -223,7 +223,7 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    if options.process_index != 0:  # what all of them would say is said once; errors of every process are shown
+    if options.process_index != 0:  # the main process logs for all; errors of every process are shown
         logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
@@ -242,6 +242,9 @@ def main(options: TrainOptions) -> int:
     if result.status == "interrupted":
         if newest_complete(Path(result.output_dir)) is not None:
             print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
-        else:  # as by --save_only_model, or where best weights had been loaded
-            print(f"There is no checkpoint to go on from: train on with --adapter {result.output_dir}", file=sys.stderr)
+        else:  # with `save_only_model`, or because the best weights had been loaded
+            print(
+                f"There is no checkpoint to go on from: train further with --adapter {result.output_dir}",
+                file=sys.stderr,
+            )
     return exit_code

@@ -14,7 +14,7 @@ from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.checks import check_steps
 from mola.training.data import prepare_data
-from mola.training.setup import (
+from mola.training.model import (
     adapter_config,
     base_config,
     check_losses,

@@ -125,7 +125,7 @@ def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedC
 
 
 def adapter_config(options: TrainOptions) -> MolaConfig:
-    """The adapter's configuration.
+    """The configuration of new experts, from the options.
 
     Raises:
         MolaError: a setting is out of range.
@@ -133,7 +133,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     setting = options.adapter_setting
     plain = ("num_experts", "r", "top_k", "lora_alpha", "lora_dropout")
     patterns = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-    start = setting("init_lora_weights")  # a text on the command line, perhaps a bool in Python
+    start = setting("init_lora_weights")  # a text on the command line, a bool or a text in Python
     if isinstance(start, str):
         start = {"true": True, "false": False}.get(start.lower(), start)
     router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
@@ -149,13 +149,17 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
 
 
 def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
-    """The configuration of an adapter that is trained on, with the training settings that were given.
+    """The configuration of an adapter that is trained further, with the options that may change it.
+
+    Args:
+        options: of the run.
+        adapter: folder of the adapter.
 
     Raises:
-        MolaError: a setting is out of range, or the adapter's method does not have it.
+        MolaError: an option is out of range, or the adapter is no mixture and does not have it.
     """
     config = PeftConfig.from_pretrained(adapter)
-    config.base_model_name_or_path = options.base_model  # from here on; PEFT keeps a name that is there
+    config.base_model_name_or_path = options.base_model  # PEFT would keep the earlier name
     changes = training_changes(options)
     if not changes:
         return config
@@ -168,7 +172,7 @@ def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
 
 
 def training_changes(options: TrainOptions) -> dict[str, Any]:
-    """Settings that were given for an adapter that is trained on."""
+    """The options that change an adapter which is trained further, and were given."""
     return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
 
 
