@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from mola import MolaConfig, MolaLinear
-from mola.insight.ablation import answer_loss, experiments, expert_left_out, losses_without
+from mola.insight.ablation import answer_loss, expert_left_out, list_experiments, measure_losses_without
 from mola.tuner.layer import ExpertSettings
 
 SAMPLES = [
@@ -26,7 +26,7 @@ def model(tiny_model_dir):
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (2, 1), (3, 3), (5, 2), (8, 8)])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_it_is_a_logit_of_minus_infinity(num_experts, top_k, tokens):
+def test_leaving_out_an_expert_equals_a_logit_of_minus_infinity(num_experts, top_k, tokens):
     torch.manual_seed(0)
     settings = ExpertSettings(4, num_experts, top_k, 8.0, init_lora_weights=False)
     layer = MolaLinear(torch.nn.Linear(16, 12), "default", settings).eval()
@@ -45,16 +45,16 @@ def test_it_is_a_logit_of_minus_infinity(num_experts, top_k, tokens):
     assert torch.equal(layer(x), whole)
 
 
-def test_every_expert_once_and_the_model_is_as_before(model):
+def test_experiments_cover_every_expert_and_restore_the_model(model):
     before = dict(model.named_parameters())
-    by_layer, by_module = experiments(model, "layers"), experiments(model, "modules")
+    by_layer, by_module = list_experiments(model, "layers"), list_experiments(model, "modules")
     assert [(each.layer_index, each.expert) for each in by_layer] == [
         (layer, expert) for layer in (1, 2, 3) for expert in range(layer + 1)
     ]
     assert all(each.module is None and len(each.layers) == 7 for each in by_layer)
     assert len(by_module) == 7 * (2 + 3 + 4)
     assert len({(each.module, each.expert) for each in by_module}) == len(by_module)
-    loss, found = losses_without(model, SAMPLES, by_layer)
+    loss, found = measure_losses_without(model, SAMPLES, by_layer)
     assert loss == answer_loss(model, SAMPLES)
     assert len({row.loss_change for row in found}) == len(found)
     after = dict(model.named_parameters())
@@ -62,7 +62,7 @@ def test_every_expert_once_and_the_model_is_as_before(model):
     assert all(after[name] is parameter for name, parameter in before.items())
 
 
-def test_the_loss_is_that_of_the_answers(model):
+def test_answer_loss_counts_only_answers(model):
     total, count = 0.0, 0
     for sample in SAMPLES:
         ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
@@ -73,18 +73,18 @@ def test_the_loss_is_that_of_the_answers(model):
     assert answer_loss(model, SAMPLES) == pytest.approx(total / count, rel=1e-6)
 
 
-def test_an_expert_that_is_never_chosen_is_not_missed(model):
+def test_the_loss_does_not_change_without_an_expert_that_is_never_chosen(model):
     for module in model.modules():
         if isinstance(module, MolaLinear) and module.layer_index == 2:
             torch.nn.init.zeros_(module.mola_router["default"])  # of equal logits the first is chosen
-    _, found = losses_without(model, SAMPLES, experiments(model, "layers"))
+    _, found = measure_losses_without(model, SAMPLES, list_experiments(model, "layers"))
     changes = {row.expert: row.loss_change for row in found if row.layer_index == 2}
     assert changes[1] == pytest.approx(0, abs=1e-6)
     assert changes[2] == pytest.approx(0, abs=1e-6)
     assert abs(changes[0]) > 1e-4
 
 
-def test_the_model_is_as_before_after_an_error(model):
+def test_an_error_restores_the_model(model):
     layers = [module for module in model.modules() if isinstance(module, MolaLinear) and module.layer_index == 3]
     with pytest.raises(IndexError), expert_left_out(layers, 1):
         model(torch.tensor([[10**6]]))  # no such token

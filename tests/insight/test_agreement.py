@@ -32,7 +32,7 @@ def measured(choices, widths, cut=None):
 
 
 @given(st.integers(2, 60), st.lists(st.integers(2, 8), min_size=2, max_size=4), st.integers(0, 2**31), st.data())
-def test_it_is_scipys_whatever_the_batches(num_tokens, widths, seed, data):
+def test_cramers_v_equals_scipys_for_any_batches(num_tokens, widths, seed, data):
     generator = torch.Generator().manual_seed(seed)
     choices = [torch.randint(width, (num_tokens,), generator=generator) for width in widths]
     choices[1] = torch.where(torch.rand(num_tokens, generator=generator) < 0.5, choices[0] % widths[1], choices[1])
@@ -53,7 +53,7 @@ def test_it_is_scipys_whatever_the_batches(num_tokens, widths, seed, data):
                     assert ours[one, other].item() == pytest.approx(association(table, method="cramer"), abs=1e-7)
 
 
-def test_other_numbers_for_the_same_choices():
+def test_renumbered_experts_agree():
     choice = torch.tensor([0, 1, 2, 2, 1, 0, 0])
     renamed = torch.tensor([2, 0, 1])[choice]
     coarser = (choice == 2).long()
@@ -70,7 +70,7 @@ def test_no_modules():
     assert counter.cramers_v().tolist() == []
 
 
-def test_modules_that_run_several_times_are_one_each():
+def test_calls_of_one_module_are_counted_together():
     first = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 0])]
     second = [torch.tensor([2, 2, 1, 0]), torch.tensor([0, 1, 0, 1])]
     counter = AgreementCounter()
@@ -80,7 +80,7 @@ def test_modules_that_run_several_times_are_one_each():
     assert torch.equal(counter.cramers_v(), measured(together, [3, 2]))
 
 
-def test_modules_that_see_other_tokens_in_some_pass_are_left_out():
+def test_modules_with_another_number_of_tokens_are_left_out():
     """As the experts of a base model's own, whatever it was in the first pass."""
     first = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 0]), torch.tensor([0, 1, 1, 0])]
     second = [torch.tensor([2, 2, 1, 0, 1]), torch.tensor([0, 1]), torch.tensor([0, 1, 0, 1, 1])]

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 import mola
 from mola import MolaError
-from mola.insight.kernels import TOKENS, inputs_for_shapes, report
+from mola.insight.kernels import TOKENS, inputs_for_shapes, kernel_choices
 from mola.tuner.kernels import dispatch
 from mola.tuner.kernels.api import MixtureSettings
 from tests.tuner.kernels.native import needs_numba
@@ -18,7 +18,7 @@ def model():
     return get_peft_model(tiny_llama(), random_config(num_experts="1248", lora_dropout=0.1))
 
 
-def test_every_module_is_told_for_both_modes(model):
+def test_the_report_counts_every_module_in_both_modes(model):
     choices = mola.kernels_report(model)
     for mode in TOKENS:
         of_mode = [choice for choice in choices if choice.mode == mode]
@@ -28,7 +28,7 @@ def test_every_module_is_told_for_both_modes(model):
         assert (lora.num_modules, lora.num_experts, lora.reasons) == (7, [1], {})
 
 
-def test_what_is_told_is_what_computes(model, monkeypatch):
+def test_the_reported_backends_are_those_that_compute(model, monkeypatch):
     select, used = dispatch.select, []
     monkeypatch.setattr(dispatch, "select", lambda inputs: used.append(select(inputs)) or used[-1])
     model.train()(input_ids=torch.randint(3, 60, (8, 64)))
@@ -37,12 +37,12 @@ def test_what_is_told_is_what_computes(model, monkeypatch):
 
 
 @needs_numba
-def test_decoding_has_kernels_of_its_own(model):
+def test_decoding_uses_its_own_kernels(model):
     choices = mola.kernels_report(model, modes=["decode"])
     assert {(choice.mode, choice.backend) for choice in choices} == {("decode", "lora"), ("decode", "cpu_decode")}
 
 
-def test_a_reason_for_each_faster_kernel(model, monkeypatch):
+def test_the_report_gives_a_reason_for_each_unused_backend(model, monkeypatch):
     monkeypatch.setattr("mola.tuner.kernels.native.load", lambda name: None)
     training = [choice for choice in mola.kernels_report(model) if choice.mode == "training"]
     dense = [choice for choice in training if choice.backend == "dense"]
@@ -65,13 +65,13 @@ def test_a_forced_kernel(model, force):
 
 
 @pytest.mark.parametrize("modes", ["prefill", ["training", "prefill"], []])
-def test_modes_that_there_are_not(model, modes):
+def test_unknown_modes_are_refused(model, modes):
     assert mola.kernels_report(model, modes="training") == mola.kernels_report(model, modes=["training"])
     with pytest.raises(MolaError, match="`modes` must be one or several of training, decode"):
         mola.kernels_report(model, modes=modes)
 
 
-def test_another_adapter_and_none(model):
+def test_another_adapter_and_a_model_without_one(model):
     model.add_adapter("other", random_config(num_experts=3))
     choices = mola.kernels_report(model, "other")
     assert sum(choice.num_modules for choice in choices) == 2 * 28
@@ -85,5 +85,5 @@ def test_another_adapter_and_none(model):
 def test_shapes_without_a_model():
     settings = MixtureSettings(2, 1.0, torch.float32, needs_router_output=False)
     calls = [("training", inputs_for_shapes("training", 64, 96, experts, 8, settings)) for experts in (1, 4, 4)]
-    assert sum(choice.num_modules for choice in report(calls)) == 3
-    assert {choice.backend for choice in report(calls)} > {"lora"}
+    assert sum(choice.num_modules for choice in kernel_choices(calls)) == 3
+    assert {choice.backend for choice in kernel_choices(calls)} > {"lora"}

@@ -31,7 +31,7 @@ def test_gates_by_module(model):
     }
 
 
-def test_they_explain_the_output(model):
+def test_recorded_gates_give_the_output_of_the_layer(model):
     """The update of a layer, put together from the recorded gates."""
     layer = model.base_model.model.model.layers[3].self_attn.q_proj
     calls = []
@@ -43,7 +43,7 @@ def test_they_explain_the_output(model):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_while_generating(model):
+def test_recording_does_not_change_a_generation(model):
     """Recording changes nothing, and what it says of a generated text later is what happened."""
     prompt = torch.tensor([IDS])
     plain = model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False, pad_token_id=1, eos_token_id=None)
@@ -56,14 +56,14 @@ def test_while_generating(model):
     torch.testing.assert_close(while_generating, afterwards[:-1], rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_left_behind(model):
+def test_recording_ends_with_the_block(model):
     with recorded_gates(model) as recorded:
         pass
     model(torch.tensor([IDS]))
     assert recorded == []
 
 
-def test_a_switched_off_adapter_decides_nothing(model):
+def test_a_disabled_adapter_is_not_recorded(model):
     with model.disable_adapter():
         assert gates_of_tokens(model, IDS) == []
 

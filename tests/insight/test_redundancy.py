@@ -18,7 +18,7 @@ def direct(experts_A, experts_B):
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
-def test_distances_are_those_of_the_definition(num_experts, r, width_in, width_out, seed):
+def test_distances_equal_the_definition(num_experts, r, width_in, width_out, seed):
     generator = torch.Generator().manual_seed(seed)
     experts_A = torch.randn(num_experts, r, width_in, generator=generator)
     experts_B = torch.randn(num_experts, r, width_out, generator=generator)
@@ -26,7 +26,7 @@ def test_distances_are_those_of_the_definition(num_experts, r, width_in, width_o
     torch.testing.assert_close(distances, 2 * direct(experts_A, experts_B), rtol=1e-6, atol=1e-6)
 
 
-def test_like_experts():
+def test_distance_of_nearly_equal_experts():
     """A difference that float32 would lose among the norms."""
     experts_A, experts_B = torch.randn(1, 4, 64).repeat(2, 1, 1), torch.randn(1, 4, 48).repeat(2, 1, 1)
     assert expert_distances(experts_A, experts_B)[0, 1] < 1e-5

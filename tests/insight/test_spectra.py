@@ -53,7 +53,7 @@ def test_a_common_factor_changes_nothing(values, factor):
         (torch.tensor([[math.nan, 1.0], [1.0, 1.0]]), "finite"),
     ],
 )
-def test_no_spectrum(weight, message):
+def test_matrices_without_a_spectrum_are_refused(weight, message):
     with pytest.raises(MolaError, match=message):
         eigenvalues(weight)
 
@@ -67,6 +67,6 @@ def test_no_spectrum(weight, message):
         (torch.eye(8), "differ"),
     ],
 )
-def test_no_power_law(weight, message):
+def test_spectra_without_a_power_law_are_refused(weight, message):
     with pytest.raises(MolaError, match=message):
         power_law_exponent(eigenvalues(weight))

@@ -41,7 +41,7 @@ def test_mean_gate_by_layer():
     ]
 
 
-def test_no_token_counts():
+def test_mean_gates_without_tokens():
     assert Cells(layers_table([TWO], slice(3, None))).rows[1] == ["0", "·", "·"]
 
 

@@ -150,13 +150,13 @@ def test_every_token_counts_once(make, model, data, tmp_path, options):
     assert sum(line["tokens"] for line in found) == sum(len(sample["input_ids"]) for sample in data)
 
 
-def test_with_router_losses_as_well(make, model, data, tmp_path):
+def test_telemetry_beside_router_losses(make, model, data, tmp_path):
     model.peft_config["default"].router_aux_loss_coef = 0.1
     make().train()
     assert_same_use(lines(tmp_path), expected(model, data))
 
 
-def test_gates_are_those_of_another_router(make, model, data, tmp_path, monkeypatch):
+def test_gates_come_from_the_adapters_router_function(make, model, data, tmp_path, monkeypatch):
     monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
     for layer in model.modules():
         if isinstance(layer, MolaLinear):
@@ -165,7 +165,7 @@ def test_gates_are_those_of_another_router(make, model, data, tmp_path, monkeypa
     assert_same_use(lines(tmp_path), expected(model, data))
 
 
-def test_a_line_is_the_use_of_its_steps(make, model, data, tmp_path):
+def test_a_line_counts_the_tokens_of_its_steps(make, model, data, tmp_path):
     trainer = make(max_steps=2)
     seen = []
     collate = trainer.data_collator
@@ -215,7 +215,7 @@ def test_a_run_that_diverges_is_recorded_to_its_end(make, model, tmp_path):
         assert line["modules"][0]["drift"] is None
 
 
-def test_experts_that_can_not_be_chosen_are_dead(make, model, tmp_path):
+def test_experts_that_are_never_chosen_are_dead(make, model, tmp_path):
     """In a run that trains everything but the routers of one layer."""
     for module in model.modules():
         if isinstance(module, MolaLinear) and module.layer_index == 2:
@@ -231,7 +231,7 @@ def test_experts_that_can_not_be_chosen_are_dead(make, model, tmp_path):
 
 
 @pytest.mark.parametrize("step", [*slow(1, 2), 3])
-def test_a_resumed_run_records_what_a_whole_one_does(step, make, tmp_path, model):
+def test_a_resumed_run_records_the_same_as_an_uninterrupted_run(step, make, tmp_path, model):
     """Stopped in the middle of an interval, and at its end."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -245,7 +245,7 @@ def test_a_resumed_run_records_what_a_whole_one_does(step, make, tmp_path, model
     assert lines(part) == lines(whole)
 
 
-def test_a_checkpoint_without_sums_is_named(make, tmp_path, caplog):
+def test_a_checkpoint_without_sums_is_warned_about(make, tmp_path, caplog):
     options = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
     make(**options).train()
     (tmp_path / "checkpoint-3" / "routing_sums.json").unlink()
@@ -253,7 +253,7 @@ def test_a_checkpoint_without_sums_is_named(make, tmp_path, caplog):
     assert "no sums of the experts' use since step 2" in caplog.text
 
 
-def test_nothing_is_left_on_the_model(make, model, tmp_path):
+def test_closing_removes_all_hooks(make, model, tmp_path):
     def hooks():
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -269,7 +269,7 @@ def test_nothing_is_left_on_the_model(make, model, tmp_path):
     assert not any(recorder.sums().flatten())
 
 
-def test_why_nothing_is_recorded_is_said_once(model, tmp_path, caplog):
+def test_a_warning_says_why_nothing_is_recorded(model, tmp_path, caplog):
     telemetry = ExpertTelemetry(tmp_path / ROUTING_FILE)
     telemetry.on_train_begin(SimpleNamespace(parallel_mode=ParallelMode.NOT_DISTRIBUTED), None, None)
     assert "not recorded under nn.DataParallel" in caplog.text
@@ -295,7 +295,7 @@ def test_log_only_and_models_without_routers(make, model, data, tmp_path, tiny_m
     assert not any("experts/balance" in entry for entry in trainer.state.log_history)
 
 
-def test_experts_of_a_layer_that_is_called_twice(model):
+def test_both_calls_of_a_layer_count(model):
     """Once with a shared input and once with another: both count."""
     recorder = RouterRecorder(model)
     layer = model.base_model.model.model.layers[3].self_attn.q_proj
@@ -308,7 +308,7 @@ def test_experts_of_a_layer_that_is_called_twice(model):
     recorder.close()
 
 
-def test_an_encoder_decoder_leaves_out_the_padding_of_either_side():
+def test_padding_of_encoder_and_decoder_does_not_count():
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))

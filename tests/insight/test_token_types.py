@@ -16,11 +16,11 @@ from tests.conftest import build_byte_tokenizer
         *((text, "space") for text in ("", " ", "\n\n", "\t", "\u00a0")),
     ],
 )
-def test_kind_of_a_text(text, kind):
+def test_type_of_text(text, kind):
     assert type_of_text(text) == kind
 
 
-def test_kinds_of_tokens(tiny_tokenizer):
+def test_types_of_tokens(tiny_tokenizer):
     types = TokenTypes(tiny_tokenizer)
     ids = tiny_tokenizer("a 1.")["input_ids"]
     for _ in range(2):
@@ -34,7 +34,7 @@ def test_kinds_of_tokens(tiny_tokenizer):
         ]
 
 
-def test_tokens_of_turns_are_special():
+def test_chat_tokens_are_special():
     """Of a chat template, which have no name in the tokenizer."""
     tokenizer = build_byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|user|>", special=True), AddedToken("mola")])

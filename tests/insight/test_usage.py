@@ -21,7 +21,7 @@ def gates(num_tokens, num_experts, top_k, seed):
 
 
 @given(st.integers(1, 20), st.integers(2, 6), st.data(), st.integers(0, 2**31))
-def test_definitions_whatever_the_batches(num_tokens, num_experts, data, seed):
+def test_usage_equals_its_definitions_for_any_batches(num_tokens, num_experts, data, seed):
     top_k = data.draw(st.integers(1, num_experts))
     cut = data.draw(st.integers(0, num_tokens))
     all_gates, entropies = gates(num_tokens, num_experts, top_k, seed)

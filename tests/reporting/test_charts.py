@@ -35,7 +35,7 @@ def test_ticks():
     assert Axis(3, 3).at(3) == 0.5
 
 
-def test_there_is_no_half_of_a_thing():
+def test_ticks_of_counts_are_whole():
     assert value_axis([0, 0], is_whole=True).ticks(4) == [0, 1]
     assert value_axis([2, 1], is_whole=True).ticks(4) == [0, 1, 2]
     assert step_axis([Line("a", [(1, 0.5), (3, 0.2)], "a")]).ticks() == [1, 2, 3]
@@ -89,7 +89,7 @@ def test_shades():
     assert shade(0.0, 0.0) == "s0"
 
 
-def test_words():
+def test_formatted_numbers():
     assert percent(0.35) == "35.0\u00a0%"
     assert percent(float("nan")) == percent(None) == number(None) == "–"
     assert number(1234567) == "1,234,567"

@@ -15,7 +15,7 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.reporting.doctor import DoctorOptions, doctor
-from mola.reporting.findings import findings
+from mola.reporting.findings import find_faults
 from mola.reporting.load_run import load_run
 from mola.reporting.routing_log import LateUse
 from tests.grids import slow
@@ -97,18 +97,18 @@ QUIET = {
     [{}, *slow({"num_experts": "2", "learning_rate": 1e-2}, {"top_k": "1", "router_aux_loss_coef": 1e-2})],
     ids=str,
 )
-def test_healthy_runs_are_left_alone(options, run):
+def test_healthy_runs_have_no_findings(options, run):
     assert run(**options) == []
 
 
-def test_a_rate_that_is_too_high(run, tmp_path):
+def test_learning_rate_too_high(run, tmp_path):
     assert run(learning_rate=2e-2, max_steps=20, r="16", target_modules="all-linear") == []
     (tmp_path / "run").rename(tmp_path / "before")
     found = run(adapter=str(tmp_path / "before"), learning_rate=0.3, lr_scheduler_type="constant", max_steps=12)
     assert "learning rate too high" in found
 
 
-def test_an_evaluation_loss_far_above(run, data, tmp_path):
+def test_evaluation_loss_far_above_training_loss(run, data, tmp_path):
     rows = json.loads((data.parent / "test.json").read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{**row, "output": "~}{|" * 5} for row in rows]))
@@ -123,7 +123,7 @@ def test_one_expert_per_token_without_balance_loss(run):
         assert run(top_k="1") == ["top_k 1 without balance loss"]
 
 
-def test_one_expert_per_token_in_some_linears_only(run):
+def test_one_expert_per_token_in_some_modules(run):
     with pytest.warns(UserWarning, match="`top_k=1`"):
         found = run(num_experts="1", num_experts_pattern='{"down_proj": 4}', top_k="1", router_z_loss_coef=1e-3)
     assert "top_k 1 without balance loss" in found
@@ -147,7 +147,7 @@ def test_gates_that_are_always_equal(run, planted):
     assert run(adapter=planted(2, 2, {"mola_router": torch.zeros_like}), **QUIET) == [LORA]
 
 
-def test_an_export_that_answers_as_well(finished_run, tmp_path, capsys):
+def test_an_exported_lora_that_answers_as_well(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     export = {
         "method": "regression",
@@ -170,7 +170,7 @@ def test_an_export_that_answers_as_well(finished_run, tmp_path, capsys):
     assert "Not looked at: whether a LoRA answers as well (no answers to a `test`" in capsys.readouterr().out
 
 
-def test_the_command_says_what_and_what_it_did_not_see(finished_run, tmp_path, capsys):
+def test_the_command_prints_findings_and_missing_parts(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     assert main(["doctor", str(folder), "--json", str(tmp_path / "found.json")]) == 0
     printed = capsys.readouterr().out
@@ -230,7 +230,7 @@ def test_a_run_that_failed(finished_run, tmp_path, tiny_model_dir, data):
     assert main(["report", str(folder)]) == 0
 
 
-def test_a_run_that_has_not_ended(finished_run, tmp_path, capsys):
+def test_a_running_run(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     change(folder / "run.json", lambda content: content.update(status="running"))
     losses(folder, [1.9, 0.7, 9.8])
@@ -240,7 +240,7 @@ def test_a_run_that_has_not_ended(finished_run, tmp_path, capsys):
     assert "Not looked at: the training loss (fewer than 4 entries in metrics.jsonl)." in printed
 
 
-def test_batches_that_differ_much_are_no_high_rate(finished_run, tmp_path):
+def test_noisy_losses_are_no_finding(finished_run, tmp_path):
     """Losses of single samples of two kinds, as logged at a rate of 1e-4."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     both = [
@@ -271,7 +271,7 @@ def test_batches_that_differ_much_are_no_high_rate(finished_run, tmp_path):
     assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]
 
 
-def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run, tmp_path):
+def test_the_evaluation_after_training_counts_for_the_best_step(finished_run, tmp_path):
     """The best weights are evaluated once more at the end: logged there, it is none of the last weights."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     entries = [{"step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (30, 0.3), (40, 0.1), (50, 0.1))]
@@ -288,7 +288,7 @@ def test_the_evaluation_loss_is_that_of_the_weights_that_were_saved(finished_run
     assert gap in [each.name for each in doctor(DoctorOptions(str(folder)))]
 
 
-def test_what_was_learnt_after_the_last_evaluation_is_not_compared_with_it(finished_run, tmp_path):
+def test_training_losses_after_the_last_evaluation_do_not_count(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
     entries = [{"step": 10, "loss": 1.15}, {"step": 10, "eval_loss": 1.2}, {"step": 19, "loss": 0.5}]
@@ -296,7 +296,7 @@ def test_what_was_learnt_after_the_last_evaluation_is_not_compared_with_it(finis
     assert "evaluation loss" not in " ".join(each.name for each in doctor(DoctorOptions(str(folder))))
 
 
-def test_an_evaluation_of_the_untrained_model_is_no_gap(finished_run, tmp_path, capsys):
+def test_an_evaluation_before_training_is_no_finding(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
     entries = [{"step": 0, "eval_loss": 3.4}, {"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.8}]
@@ -307,25 +307,25 @@ def test_an_evaluation_of_the_untrained_model_is_no_gap(finished_run, tmp_path, 
     assert "Not looked at: the evaluation loss" in printed
 
 
-def test_telemetry_that_ended_long_before_says_nothing_of_the_end(finished_run, tmp_path, capsys):
+def test_telemetry_that_ends_early_is_not_looked_at(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     change(folder / "run.json", lambda content: content.update(steps=1000))
     assert main(["doctor", str(folder)]) == 0
     assert "Not looked at: routers in the last quarter of training" in capsys.readouterr().out
 
 
-def test_what_is_advised_where_linears_have_numbers_of_their_own(finished_run, tmp_path):
+def test_advice_for_an_experts_pattern(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
     for pattern, advice in ((None, "`mola reallocate"), ({"q_proj": 2}, "linears (`num_experts_pattern`)")):
         change(
             folder / "adapter_config.json", lambda content, pattern=pattern: content.update(num_experts_pattern=pattern)
         )
-        (found,) = [each for each in findings(load_run(str(folder)), dead) if each.name == DEAD]
+        (found,) = [each for each in find_faults(load_run(str(folder)), dead) if each.name == DEAD]
         assert advice in found.change
 
 
-def test_weights_from_before_the_first_entry_are_compared_with_it(finished_run, tmp_path):
+def test_weights_from_before_the_first_loss_are_compared_with_it(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     entries = [{"step": step, "loss": loss} for step, loss in ((10, 0.9), (20, 0.3))]
     entries += [{"step": step, "eval_loss": loss} for step, loss in ((8, 3.0), (16, 3.5))]
@@ -335,7 +335,7 @@ def test_weights_from_before_the_first_entry_are_compared_with_it(finished_run, 
     assert "3.0000 at step 8, training 0.9000" in gap.seen
 
 
-def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path, capsys):
+def test_an_outdated_export_is_not_looked_at(finished_run, tmp_path, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     difference = {"lora": {"value": 0.0, "questions_95": [-0.2, 0.2]}}
     export = {"method": "regression", "rank": 8, "accuracy": {}, "differences": difference}
@@ -352,23 +352,23 @@ def test_an_export_of_an_earlier_adapter_is_not_looked_at(finished_run, tmp_path
     assert LORA in capsys.readouterr().out
 
 
-def test_small_gates_of_many_experts_are_no_sign_of_a_lora(finished_run):
+def test_small_margins_of_many_chosen_experts_are_no_finding(finished_run):
     """Of 32 chosen experts a fresh router's two largest gates are 0.02 apart, of two 0.2."""
     run = load_run(str(finished_run))
     for chosen, margin, is_said in ((2, 0.019, True), (2, 0.2, False), (32, 0.016, False), (32, 0.001, True)):
         late = {name: LateUse(10, [chosen / 64] * 64, margin) for name in "ab"}
-        assert (LORA in {each.name for each in findings(run, late)}) == is_said
+        assert (LORA in {each.name for each in find_faults(run, late)}) == is_said
 
 
-def test_twins_that_share_their_tokens_are_no_sign_of_a_lora(finished_run):
+def test_pairs_of_equal_experts_are_no_finding(finished_run):
     """As `mola reallocate` makes them of experts: either of two is as good, while the pairs are told apart."""
     run = load_run(str(finished_run))
     for entropy, is_said in ((0.95, False), (0.999, True)):
         late = {name: LateUse(10, [0.5] * 4, 0.01, entropy) for name in "ab"}
-        assert (LORA in {each.name for each in findings(run, late)}) == is_said
+        assert (LORA in {each.name for each in find_faults(run, late)}) == is_said
 
 
-def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
+def test_advice_on_the_balance_loss(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
     for weight, advice in ((0, "Switch the balance loss on"), (0.05, "--router_aux_loss_coef, 0.05 now")):
@@ -376,18 +376,18 @@ def test_a_balance_loss_that_is_on_is_to_be_raised(finished_run, tmp_path):
             folder / "run.json",
             lambda content, weight=weight: content["adapter_settings"].update(router_aux_loss_coef=weight),
         )
-        found = {each.name: each.change for each in findings(load_run(str(folder)), dead)}
+        found = {each.name: each.change for each in find_faults(load_run(str(folder)), dead)}
         assert advice in found[DEAD]
         assert advice in found[COLLAPSED]
 
 
-def test_no_run_in_the_folder(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
         doctor(DoctorOptions(str(tmp_path)))
 
 
 @pytest.mark.parametrize("seed", [0, *slow(1, 2, 3)])
-def test_a_lucky_first_batch_is_no_high_rate(seed, finished_run, tmp_path):
+def test_a_low_first_loss_is_no_finding(seed, finished_run, tmp_path):
     """Healthy losses of single batches, logged at every step."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     draw = random.Random(seed)
@@ -395,7 +395,7 @@ def test_a_lucky_first_batch_is_no_high_rate(seed, finished_run, tmp_path):
     assert "learning rate too high" not in [each.name for each in doctor(DoctorOptions(str(folder)))]
 
 
-def test_a_run_that_goes_on_and_gets_worse_from_its_first_entry(finished_run, tmp_path):
+def test_a_loss_that_rises_from_the_first_entry(finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     losses(folder, [0.5, *(0.5 + 2.5 * min(1, step / 20) for step in range(1, 100))])
     assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]

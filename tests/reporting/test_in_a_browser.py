@@ -78,7 +78,7 @@ def show(window, page, width=1280, height=900, scheme="light"):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_fits_and_can_be_read(window, page, tmp_path, width, scheme):
+def test_the_page_fits_and_is_legible(window, page, tmp_path, width, scheme):
     show(window, page, width, scheme=scheme)
     assert window.execute_script(OVERFLOW) <= 0
     sizes = window.execute_script(CHARTS)
@@ -95,7 +95,7 @@ def test_fits_and_can_be_read(window, page, tmp_path, width, scheme):
     assert {each for each in requested_addresses(window) if not each.startswith("data:")} == {page.as_uri()}
 
 
-def test_the_strongest_shades_can_be_read(window, run_dir):
+def test_numbers_on_all_shades_are_legible(window, run_dir):
     def edit(found):
         for row in found["usage"]["all"]:
             row["mean_gates"], row["dead_experts"] = [index / 20 for index in range(21)], []

@@ -16,7 +16,7 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
-from mola.insight.inspection import redundancy_of
+from mola.insight.inspection import measure_redundancy
 from mola.insight.recorder import gates_of_tokens
 from mola.models.prompts import trained_settings
 from mola.reporting.inspect import InspectOptions, _task_of, inspect
@@ -87,7 +87,7 @@ def test_text_without_a_prompt(tiny_model_dir, adapter, tmp_path):
     assert usage["answer"] == usage["all"]
 
 
-def test_a_group_called_as_kinds_of_tokens_are_is_refused(no_weights_dir, adapter, sample, tmp_path, capsys):
+def test_a_group_named_token_is_refused(no_weights_dir, adapter, sample, tmp_path, capsys):
     text = files("mola.data.tasks").joinpath("sample.yaml").read_text(encoding="utf-8")
     (tmp_path / "own.yaml").write_text(text.replace("groups: [category]", "groups: [token]"), encoding="utf-8")
     assert run(no_weights_dir, adapter, sample, "--task", tmp_path / "own.yaml") == 2
@@ -103,7 +103,7 @@ def test_an_adapter_without_routers_is_refused_before_the_weights_are_read(
 
 
 @pytest.mark.parametrize("result", ["--json", "--html"])
-def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
+def test_router_outputs_that_are_not_finite_are_refused(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
@@ -114,7 +114,7 @@ def test_routers_that_give_no_numbers_end_in_one_line(result, tiny_model_dir, ad
     assert not (tmp_path / "result").exists()
 
 
-def test_a_loss_that_is_no_number_ends_in_one_line(tiny_model_dir, adapter, sample, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_is_refused(tiny_model_dir, adapter, sample, tmp_path, capsys):
     """Behind the last router: what they decide is finite."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
@@ -206,7 +206,7 @@ def test_wrong_options_are_refused(tiny_model_dir, adapter, sample, capsys, word
     assert message in capsys.readouterr().err
 
 
-def test_the_task_is_that_of_the_training_or_none(tiny_model_dir, adapter, sample, tmp_path):
+def test_the_task_defaults_to_that_of_the_training(tiny_model_dir, adapter, sample, tmp_path):
     for place, groups in (("none", set()), ("trained", {"category"})):
         folder = shutil.copytree(adapter, tmp_path / place)
         if groups:
@@ -217,9 +217,7 @@ def test_the_task_is_that_of_the_training_or_none(tiny_model_dir, adapter, sampl
         assert {name for example in found for name in example["groups"]} == groups
 
 
-def test_the_task_of_the_training_is_found_from_a_checkpoint_and_may_be_elsewhere(
-    no_weights_dir, adapter, tmp_path, caplog
-):
+def test_the_task_of_a_checkpoint_and_a_moved_task(no_weights_dir, adapter, tmp_path, caplog):
     run_dir = tmp_path / "run"
     checkpoint = shutil.copytree(adapter, run_dir / "checkpoint-2")
     options = InspectOptions(str(no_weights_dir), str(checkpoint), "data")
@@ -230,7 +228,7 @@ def test_the_task_of_the_training_is_found_from_a_checkpoint_and_may_be_elsewher
     assert "The task of the training, moved.yaml, is not here: groups are left out" in caplog.text
 
 
-def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path):
+def test_shares_equal_the_gates_of_one_sample(tiny_model_dir, adapter, sample, tmp_path):
     """Of one sample, from its text."""
     output = tmp_path / "experts.json"
     assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", output, "--dtype", "float32") == 0
@@ -244,9 +242,9 @@ def test_shares_are_those_of_the_gates(tiny_model_dir, adapter, sample, tmp_path
     assert found == {module: pytest.approx(shares) for module, shares in expected.items()}
 
 
-def test_redundancy_is_that_of_the_weights(tiny_model_dir, adapter):
+def test_redundancy_equals_that_of_the_weights(tiny_model_dir, adapter):
     model = load_model(tiny_model_dir, adapter, dtype="float32", device="cpu")
-    found = {row.module: row for row in redundancy_of(model)}
+    found = {row.module: row for row in measure_redundancy(model)}
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
     assert isinstance(layer, MolaLinear)
     experts_A, experts_B = layer.mola_A["default"], layer.mola_B["default"]
@@ -273,7 +271,7 @@ def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, cap
     assert "`limit` must be at least 1" in capsys.readouterr().err
 
 
-def test_rows_and_prompts_are_those_that_are_asked_for(tiny_model_dir, adapter, sample, tmp_path, capsys):
+def test_split_filters_and_template_choose_rows_and_prompts(tiny_model_dir, adapter, sample, tmp_path, capsys):
     output, page = tmp_path / "experts.json", tmp_path / "experts.html"
     chosen = ("--split", "validation", "--filters", '{"category": "Tense"}', "--template", "alpaca")
     words = (tiny_model_dir, adapter, sample.parent / "dataset.hf", *chosen, "--json", output, "--html", page)
@@ -300,7 +298,7 @@ def test_rows_and_prompts_are_those_that_are_asked_for(tiny_model_dir, adapter, 
     assert len(Page(page.read_text()).section("samples").all("details")) == 1
 
 
-def test_modules_that_see_other_tokens_are_counted_in_all(tiny_model_dir, adapter, sample, tmp_path, monkeypatch):
+def test_modules_with_other_tokens_count_in_all_only(tiny_model_dir, adapter, sample, tmp_path, monkeypatch):
     """As each expert of a base model's own does, if it is a linear."""
     name = {}
 

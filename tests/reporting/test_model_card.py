@@ -99,7 +99,7 @@ def mola_log(caplog):
 # ---------------------------------------------------------------------- what it says
 
 
-def test_card_tells_the_run(finished, rows_file):
+def test_the_card_describes_the_run(finished, rows_file):
     card = ModelCard.load(finished / "README.md")
     assert card.data.library_name == "peft"
     assert "mola" in card.data.tags
@@ -118,7 +118,7 @@ def test_card_tells_the_run(finished, rows_file):
     assert (finished / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_counts_what_was_saved(finished):
+def test_the_table_counts_the_saved_values(finished):
     """Per layer and in all; by hand: attention 4 linears, MLP 3, of hidden 32, key/value 16 and 48."""
     ranks = sum(a + b for a, b in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
     inputs = 6 * 32 + 48
@@ -135,7 +135,7 @@ def test_table_counts_what_was_saved(finished):
     ]
 
 
-def test_layers_that_are_not_adapted_and_targets_as_an_expression(flags, tmp_path):
+def test_partly_adapted_layers_and_an_expression_as_target(flags, tmp_path):
     folder = tmp_path / 'a "run"'
     targets = r".*\.layers\.[02]\..*\.(q_proj|v_proj)"
     assert main(flags(folder, num_experts="3,", target_modules=targets)) == 0
@@ -148,7 +148,7 @@ def test_layers_that_are_not_adapted_and_targets_as_an_expression(flags, tmp_pat
     assert (allocation["num_layers"], allocation["num_experts"]) == (2, 6)
 
 
-def test_a_local_path_is_no_name_on_the_hub(finished, tmp_path, monkeypatch):
+def test_local_paths_are_not_in_the_front_matter(finished, tmp_path, monkeypatch):
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     record["settings"].update(base_model="./models/base", data="data/rows.json")
     monkeypatch.chdir(tmp_path)  # not where the run was
@@ -156,7 +156,7 @@ def test_a_local_path_is_no_name_on_the_hub(finished, tmp_path, monkeypatch):
     assert (card.data.base_model, card.data.datasets) == (None, None)
 
 
-def test_its_code_loads_the_adapter(finished):
+def test_the_code_on_the_card_loads_the_adapter(finished):
     blocks = re.findall(r"^```python\n(.*?)^```$", (finished / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) == 2
     ids, logits = torch.tensor([[3, 4, 5, 6]]), []
@@ -214,7 +214,7 @@ def test_accuracy_is_added_afterwards(run_folder, tmp_path):
     assert f"| accuracy, with `first`, {row}" in ModelCard.load(run_folder / "README.md").text
 
 
-def test_its_code_loads_the_base_as_the_run_did(finished):
+def test_the_code_on_the_card_loads_the_base_as_the_run_did(finished):
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     record["repository"] = "me/adapter"
     record["settings"].update(base_model="base", trust_remote_code=True, hub_revision="trial")
@@ -228,7 +228,7 @@ def test_its_code_loads_the_base_as_the_run_did(finished):
     assert 'AutoModelForCausalLM.from_pretrained("base", gguf_file="model.Q4_1.gguf")' in text
 
 
-def test_processes_of_a_launcher_are_said(finished):
+def test_the_card_names_the_launcher(finished):
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     assert "processes" not in render_card(finished, record)
     text = render_card(finished, {**record, "processes": 2})
@@ -237,7 +237,7 @@ def test_processes_of_a_launcher_are_said(finished):
 
 
 @pytest.mark.parametrize("content", ["{}", "no json", None])
-def test_other_files_are_no_results(run_folder, tmp_path, content):
+def test_other_files_are_refused_as_results(run_folder, tmp_path, content):
     file = tmp_path / "result.json"
     if content is not None:
         file.write_text(content, encoding="utf-8")
@@ -247,7 +247,7 @@ def test_other_files_are_no_results(run_folder, tmp_path, content):
     assert (run_folder / "README.md").read_bytes() == before
 
 
-def test_no_run_no_card(tmp_path):
+def test_a_folder_without_a_run_gets_no_card(tmp_path):
     with pytest.raises(MolaError, match="`folder`"):
         write_model_card(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +262,7 @@ def test_without_matplotlib_the_card_says_so(run_folder, monkeypatch):
     assert not (run_folder / PLOT_FILE).exists()
 
 
-def test_a_matplotlib_that_cannot_be_imported_ends_no_training(run_folder, monkeypatch, mola_log):
+def test_a_broken_matplotlib_does_not_end_a_training(run_folder, monkeypatch, mola_log):
     """As one that was made for another numpy."""
 
     def fail(name):

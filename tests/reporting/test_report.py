@@ -19,7 +19,7 @@ from mola.reporting.heatmaps import gate_maps
 from mola.reporting.inspect import InspectOptions, render_inspection
 from mola.reporting.load_run import load_run, step_of_weights
 from mola.reporting.report import ReportOptions, report
-from mola.reporting.run_summary import figures, small_percent
+from mola.reporting.run_summary import run_figures, small_percent
 from mola.training.run_folder import clear_run
 from tests.conftest import save_adapter
 from tests.damage import change_tensors, flip_bit
@@ -69,7 +69,7 @@ def test_structure(page):
         assert box.attributes["aria-label"]
 
 
-def test_nothing_from_elsewhere(page):
+def test_the_page_loads_nothing_from_elsewhere(page):
     tags = {node.tag for node in page.root}
     assert not tags & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
     attributes = {name for node in page.root for name in node.attributes}
@@ -132,7 +132,7 @@ def test_gates(page, finished_run):
                 assert shown == f"{100 * row['mean_gates'][expert]:.0f}"
 
 
-def test_redundancy_is_that_of_inspect(page, finished_run):
+def test_redundancy_equals_that_of_inspect(page, finished_run):
     found = read(finished_run / "inspect.json")["redundancy"]
     rows = page.section("redundancy").one("table").rows
     for layer in range(4):
@@ -144,7 +144,7 @@ def test_redundancy_is_that_of_inspect(page, finished_run):
             assert shown == "–" if not known else float(shown) == pytest.approx(sum(known) / len(known), rel=0.01)
 
 
-def test_telemetry_and_relations(page, finished_run):
+def test_routing_agreement_and_leave_one_out(page, finished_run):
     rows = page.section("routing").one("table").rows
     last = json.loads((finished_run / "routing.jsonl").read_text().splitlines()[-1])
     top = [module["balance"] for module in last["modules"] if module["layer_index"] == 3]
@@ -171,7 +171,7 @@ def test_samples(page, finished_run):
         assert row[1:] == [str(each.index(max(each))) for each in gates]
 
 
-def test_samples_that_say_most_are_shown_where_there_are_many(run_dir):
+def test_changed_and_wrong_samples_are_shown_first(run_dir):
     """Forty of them, in their order: those that changed or are wrong before those that stayed right."""
     for name, wrong in (("before", ()), ("after", (41, 42, 43, 44))):
         path = run_dir / f"{name}.json"
@@ -234,7 +234,7 @@ def test_commands_measure_what_was_trained(run_dir):
         assert given(command, wanted, asked | loaded) == asked | loaded
 
 
-def test_numbers_of_layers_are_those_of_the_configuration(run_dir):
+def test_numbers_of_layers_come_from_the_configuration(run_dir):
     """Some modules have more experts; the card and the plan show the layer's own number."""
     folder = run_dir.parent / "other"
     config = MolaConfig(num_experts=[2, 2, 1, 1], num_experts_pattern={r"layers\.0\..*q_proj": 6}, top_k=1, r=2)
@@ -246,7 +246,7 @@ def test_numbers_of_layers_are_those_of_the_configuration(run_dir):
     assert [layer.experts_text for layer in layers] == ["2–6", "2", "1", "1"]
 
 
-def test_mixtures_in_some_modules_only(run_dir):
+def test_mixtures_in_some_modules(run_dir):
     """Neither the layer's own number nor the sum of those is that of the mixtures."""
     config = MolaConfig(num_experts=1, num_experts_pattern={"mlp.*": 4}, top_k=2, r=2, task_type="CAUSAL_LM")
     save_adapter(json.loads((run_dir / "run.json").read_text())["settings"]["base_model"], run_dir, config)
@@ -266,7 +266,7 @@ def check_command(text):
     parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)
 
 
-def test_nothing_but_the_record(run_dir):
+def test_a_run_with_only_its_record(run_dir):
     for path in run_dir.iterdir():
         if path.is_file() and path.name != "run.json":
             path.unlink()
@@ -294,7 +294,7 @@ def looks(page):
     return {(node.tag, *sorted(node.attributes)) for node in page.root}
 
 
-def test_text_is_text(run_dir, page):
+def test_hostile_text_stays_text(run_dir, page):
     folder = run_dir.rename(run_dir.with_name("<b>run&amp;"))
 
     def edit_result(result):
@@ -384,7 +384,7 @@ def test_an_adapter_of_another_method(run_dir):
     assert "No module has several experts." in found.section("redundancy").text
 
 
-def test_a_run_without_routers_is_told_nothing_of_them(run_dir, tiny_model_dir, tmp_path, capsys):
+def test_a_run_without_routers_has_no_router_sections(run_dir, tiny_model_dir, tmp_path, capsys):
     """No command could say more of them."""
     lora = save_adapter(tiny_model_dir, tmp_path / "lora", MolaConfig(num_experts=1, r=2, task_type="CAUSAL_LM"))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -401,7 +401,7 @@ def test_a_run_without_routers_is_told_nothing_of_them(run_dir, tiny_model_dir, 
     assert "whether a LoRA answers as well" not in printed
 
 
-def test_experts_of_another_text_are_not_shown(run_dir):
+def test_experts_of_another_prompt_are_not_shown(run_dir):
     """Files without ids have the same ones, of their rows' numbers."""
 
     def edit(inspection):
@@ -412,7 +412,7 @@ def test_experts_of_another_text_are_not_shown(run_dir):
     assert not page_of(run_dir).section("samples").all("table")
 
 
-def test_test_data_are_asked_for_where_a_file_has_the_training_rows_only(run_dir):
+def test_commands_ask_for_test_data_after_training_on_a_file(run_dir):
     change(run_dir / "run.json", lambda record: record["settings"].update(data="train.jsonl.gz"))
     for name in ("before.json", "after.json", "inspect.json"):
         (run_dir / name).unlink()
@@ -422,7 +422,7 @@ def test_test_data_are_asked_for_where_a_file_has_the_training_rows_only(run_dir
     assert all("--data TEST_DATA" in command for command in asked)
 
 
-def test_values_that_are_not_known(run_dir):
+def test_unknown_values(run_dir):
     def edit(result):
         result["samples"][0].update(output=None, predicted=None, answer=None)
         result["settings"]["scoring"] = result["unanswered"] = result["metrics"] = None
@@ -436,25 +436,23 @@ def test_values_that_are_not_known(run_dir):
     assert "None" not in found.section("samples").text + found.section("accuracy").text
 
 
-def test_different_data_are_said(run_dir):
-    change(run_dir / "before.json", lambda result: result.update(data_fingerprint="0"))
-    assert "do not compare them" in page_of(run_dir).section("accuracy").text
-
-
-def test_results_in_other_prompts_are_said(run_dir):
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (lambda result: result.update(data_fingerprint="0"), "data"),
+        (lambda result: result["samples"][0].update(prompt="Asked in another way"), "prompts"),
+        (lambda result: result["settings"].update(base_model="elsewhere/other-model"), "base model"),
+        (lambda result: result["settings"].update(max_new_tokens=7), "longest answer"),
+    ],
+)
+def test_results_with_different_settings_are_warned_about(run_dir, edit, what):
     assert "do not compare them" not in page_of(run_dir).section("accuracy").text
-    change(run_dir / "before.json", lambda result: result["samples"][0].update(prompt="Asked in another way"))
-    assert "different prompts: do not compare them" in page_of(run_dir).section("accuracy").text
-
-
-@pytest.mark.parametrize(("name", "value"), [("base_model", "elsewhere/other-model"), ("max_new_tokens", 7)])
-def test_results_of_another_question_are_said(run_dir, name, value):
-    change(run_dir / "before.json", lambda result: result["settings"].update({name: value}))
-    assert "do not compare them" in page_of(run_dir).section("accuracy").text
+    change(run_dir / "before.json", edit)
+    assert f"different {what}: do not compare them" in page_of(run_dir).section("accuracy").text
 
 
 @pytest.mark.parametrize(("owner", "is_same"), [("models--owner--tiny", True), ("models--owner--other", False)])
-def test_a_base_model_in_the_hub_cache_has_the_name_of_its_folder(run_dir, owner, is_same):
+def test_a_base_model_in_the_hub_cache_has_its_hub_name(run_dir, owner, is_same):
     for name, base in (("before", "owner/tiny"), ("after", f"/cache/{owner}/snapshots/0123abc")):
         change(run_dir / f"{name}.json", lambda result, base=base: result["settings"].update(base_model=base))
     assert ("do not compare them" not in page_of(run_dir).section("accuracy").text) == is_same
@@ -480,7 +478,7 @@ def test_the_command_for_a_missing_result_has_the_settings_of_the_other_result(r
         assert given(command, options, asked) == asked
 
 
-def test_the_base_model_is_asked_as_the_adapter_was(run_dir):
+def test_the_base_model_gets_the_settings_of_the_adapters_result(run_dir):
     """Also where that was on other rows and in other prompts than the training."""
     changes = {"template": "alpaca_short", "filters": {"category": ["Tense"]}}
     change(run_dir / "run.json", lambda record: record["settings"].update(changes))
@@ -490,7 +488,7 @@ def test_the_base_model_is_asked_as_the_adapter_was(run_dir):
     assert (options.template, options.filters) == (None, None)
 
 
-def test_prompts_of_a_run_without_a_task_are_asked_for(run_dir):
+def test_commands_name_the_template_of_a_run_without_a_task(run_dir):
     for name in ("before.json", "after.json"):
         (run_dir / name).unlink()
     (run_dir / "inspect.json").unlink()
@@ -500,13 +498,13 @@ def test_prompts_of_a_run_without_a_task_are_asked_for(run_dir):
     assert ["--template alpaca" in command for command in commands] == [True, True]
 
 
-def test_results_in_each_others_place_are_said(run_dir):
+def test_results_in_the_wrong_place_are_warned_about(run_dir):
     assert "in the wrong place" not in page_of(run_dir).section("accuracy").text
     change(run_dir / "after.json", lambda result: result["settings"].update(adapter=None))
     assert "after was measured without an adapter" in page_of(run_dir).section("accuracy").text
 
 
-def test_a_task_of_free_text_is_not_to_be_evaluated(run_dir):
+def test_a_task_of_free_text_has_no_command_for_accuracy(run_dir):
     change(run_dir / "run.json", lambda record: record["settings"].update(task="openorca"))
     assert "free text" not in page_of(run_dir).section("accuracy").text, "there are results of another task"
     for name in ("before.json", "after.json", "inspect.json"):
@@ -516,7 +514,7 @@ def test_a_task_of_free_text_is_not_to_be_evaluated(run_dir):
     assert not [box for box in found.root.all("pre") if box.text.startswith("mola evaluate")]
 
 
-def test_results_of_another_adapter_are_said(run_dir, tmp_path, caplog):
+def test_results_of_another_adapter_are_warned_about(run_dir, tmp_path, caplog):
     for name in ("after", "inspect"):
         change(run_dir / f"{name}.json", lambda found: found["settings"].update(adapter="runs/b"))
     page = page_of(run_dir, output=str(tmp_path / "b.html"))
@@ -534,7 +532,7 @@ def test_results_of_another_adapter_are_said(run_dir, tmp_path, caplog):
         assert not page.root.one("header").all("p", class_="warning")
 
 
-def test_old_results_are_said(run_dir, caplog):
+def test_outdated_results_are_warned_about(run_dir, caplog):
     (run_dir / "adapter_model.safetensors").touch()
     page_of(run_dir)
     assert [record.args[0].name for record in caplog.records if "older than the adapter" in record.msg] == [
@@ -543,7 +541,7 @@ def test_old_results_are_said(run_dir, caplog):
     ]
 
 
-def test_a_line_cut_off_at_the_end(run_dir):
+def test_an_incomplete_last_line(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert len(page_of(run_dir).section("loss").one("table").rows) == 4
@@ -552,7 +550,7 @@ def test_a_line_cut_off_at_the_end(run_dir):
         page_of(run_dir)
 
 
-def test_many_groups_are_limited(run_dir):
+def test_at_most_24_groups_have_maps(run_dir):
     def edit(found):
         found["usage"].update({f"topic={index}": found["usage"]["all"] for index in range(400)})
 
@@ -564,7 +562,7 @@ def test_many_groups_are_limited(run_dir):
     assert f"{total - 24} smaller groups are left out here" in found.section("gates").text
 
 
-def test_replacing(run_dir, capsys):
+def test_only_own_reports_are_replaced(run_dir, capsys):
     assert main(["report", str(run_dir)]) == 0
     assert capsys.readouterr().out == f"Open {run_dir / 'report.html'} in a browser\n"
     page = run_dir / "report.html"
@@ -614,7 +612,7 @@ def test_telemetry_alone(run_dir):
     assert found.table("gates", f"{kind}, all tokens").rows[1][1] == f"{100 * last['mean_gates'][0]:.0f}"
 
 
-def test_layers_without_experts_are_no_neighbours(run_dir):
+def test_a_layer_without_experts_ends_a_range(run_dir):
 
     def change_layers(tensors):
         kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
@@ -634,21 +632,9 @@ def test_damaged_weights_are_not_reported_on(run_dir):
         page_of(run_dir)
 
 
-def test_a_damaged_configuration_is_not_taken_for_no_adapter(run_dir):
+def test_a_damaged_configuration_is_refused(run_dir):
     (run_dir / "adapter_config.json").write_text('{"peft_type": "MO')
     with pytest.raises(MolaError, match="adapter_config.json cannot be read"):
-        page_of(run_dir)
-
-
-@pytest.mark.parametrize("factor", ["mola_A", "mola_B"])
-def test_weights_that_are_not_finite_are_not_reported_on(run_dir, factor):
-    """Of an earlier version, which recorded no sum."""
-
-    def spoil(tensors):
-        next(tensor for name, tensor in tensors.items() if name.endswith(factor)).flatten()[3] = float("nan")
-
-    change_tensors(run_dir, spoil)
-    with pytest.raises(MolaError, match=f"adapter_model.safetensors must hold finite numbers: 1 of .*{factor}"):
         page_of(run_dir)
 
 
@@ -669,19 +655,19 @@ def test_a_new_run_in_the_folder_removes_the_report_of_the_old_one(run_dir):
     assert page.exists()
 
 
-def test_weights_of_an_earlier_step_are_said(run_dir):
+def test_the_page_names_the_step_of_the_best_weights(run_dir):
     change(run_dir / "run.json", lambda record: record.update(best_checkpoint="run/checkpoint-1", steps=9))
-    shown = {name: value for name, value, _ in figures(load_run(str(run_dir))) if value}
+    shown = {name: value for name, value, _ in run_figures(load_run(str(run_dir))) if value}
     assert (shown["steps"], shown["weights"]) == ("9", "of step 1")
     assert step_of_weights({"best_checkpoint": "checkpoint-" + "9" * 5000}) is None  # more digits than Python reads
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.213, "21.3"), (0.0004567, "0.046"), (0.00001, "0.0010")])
-def test_small_shares_have_digits(share, said):
+def test_small_percentages(share, said):
     assert small_percent(share) == f"{said}\u00a0%"
 
 
-def test_linears_that_see_other_tokens_leave_the_other_views_alone():
+def test_modules_with_other_tokens_are_in_the_view_of_all_tokens_only():
     """Such as a base model's own experts: they are in the view of all tokens only."""
     names = [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("up_proj", "experts.0.up_proj")]
     rows = [

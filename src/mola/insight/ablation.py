@@ -38,7 +38,7 @@ class Experiment:
     layers: tuple[MolaLinear, ...]
 
 
-def experiments(model: nn.Module, by: str) -> list[Experiment]:
+def list_experiments(model: nn.Module, by: str) -> list[Experiment]:
     """One experiment for every expert of the modules with a router; `by` is "layers" or "modules"."""
     groups: dict[tuple[int | None, str | None], list[MolaLinear]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -59,7 +59,7 @@ def _num_experts(layer: MolaLinear) -> int:
     return layer.num_experts[_adapter_with_router(layer) or ""]
 
 
-def losses_without(
+def measure_losses_without(
     model: Any, samples: Sequence[Mapping[str, Any]], experiments: Sequence[Experiment]
 ) -> tuple[float, list[LeftOut]]:
     """The loss of the whole model, and its change without each expert.

@@ -31,7 +31,7 @@ class ModuleRedundancy:
     output_overlap: float  # overlap of what experts write
 
 
-def redundancy_of(model: torch.nn.Module) -> list[ModuleRedundancy]:
+def measure_redundancy(model: torch.nn.Module) -> list[ModuleRedundancy]:
     """Redundancy of every module of the active adapters that has several experts."""
     found = []
     for name, module in model.named_modules():
@@ -100,7 +100,7 @@ class RouterUse:
     gates: dict[int, list[dict[str, Any]]]
 
 
-def router_use(
+def measure_router_use(
     model: Any,
     dataset: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, str]],

@@ -69,10 +69,10 @@ def kernels_report(
     if not calls and not any(adapter_name is None or adapter_name in layer.settings for layer in stacks):
         wanted = "an adapter of mola" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise MolaError(f"`model` must have {wanted} for a report on its kernels: no module has one.")
-    return report(calls)
+    return kernel_choices(calls)
 
 
-def report(calls: Iterable[tuple[str, MixtureInputs]]) -> list[KernelChoice]:
+def kernel_choices(calls: Iterable[tuple[str, MixtureInputs]]) -> list[KernelChoice]:
     """The choices for pairs of a mode and inputs. Only shapes and dtypes of the inputs matter, not their values."""
     num_experts: dict[tuple, list[int]] = defaultdict(list)
     choices: dict[tuple, tuple] = {}

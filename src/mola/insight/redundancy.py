@@ -66,7 +66,7 @@ def inner_products(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.Te
 
         <B_i A_i, B_j A_j> = sum over the entries of (B_i^T B_j) * (A_i A_j^T)
 
-    Two `(E r, E r)` matrices are all that is needed; an update alone would have `out * in` entries.
+    It forms two `(E r, E r)` matrices, whereas a single update would have `out * in` entries.
 
     Args:
         experts_A: `(E, r, in)`.

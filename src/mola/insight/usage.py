@@ -100,7 +100,7 @@ def usage_of_sums(routers: Sequence[RecordedRouter], sums: torch.Tensor) -> list
 def _module_usage(
     module: str, layer_index: int | None, sums: torch.Tensor, num_experts: int | None = None
 ) -> ModuleUsage:
-    """Use of one module from its sums, of which `num_experts` may be fewer than there is room for."""
+    """Use of one module from its sums, which may be padded for more than `num_experts` experts."""
     width = (len(sums) - SCALAR_SUMS) // 2
     chosen, gates, (entropy, margin, tokens) = sums.split([width, width, SCALAR_SUMS])
     chosen, mean = chosen[:num_experts], gates[:num_experts] / tokens

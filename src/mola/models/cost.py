@@ -12,7 +12,7 @@ from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import pattern_with, resolve_per_layer
 from mola.architecture.patterns import by_pattern, check_pattern
 from mola.architecture.targets import find_stacks, linear_shapes, resolve_target_modules
-from mola.insight.kernels import TOKENS, inputs_for_shapes, report
+from mola.insight.kernels import TOKENS, inputs_for_shapes, kernel_choices
 from mola.models.devices import resolve_dtype
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import names_between_commas
@@ -86,4 +86,4 @@ def _kernels(
         for mode in TOKENS:
             shape = linear.in_features, linear.out_features, experts, by_pattern(rank, linear.name, layer.r)
             calls.append((mode, inputs_for_shapes(mode, *shape, settings)))
-    return tuple(f"CPU, {str(dtype).removeprefix('torch.')}, {choice}" for choice in report(calls))
+    return tuple(f"CPU, {str(dtype).removeprefix('torch.')}, {choice}" for choice in kernel_choices(calls))

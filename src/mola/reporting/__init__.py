@@ -1,3 +1,3 @@
-"""One run as one HTML file: what its folder holds, charts and tables of it, the page."""
+"""Pages about runs and adapters, model cards, and faults of runs."""
 
 REPORT_FILE = "report.html"

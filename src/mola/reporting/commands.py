@@ -24,9 +24,10 @@ def has_answers(run: Run) -> bool:
 
 
 def evaluate_command(run: Run, name: str) -> str:
-    """The command for the result `before` or `after`, with the settings of the other one if that exists.
+    """The `mola evaluate` command that makes the result `name`, "before" or "after".
 
-    `TASK` is to be filled in where neither that result nor the training names a task.
+    If the other one of the two results exists, the command has the same settings. If neither that result nor the
+    training names a task, the command has `TASK` in its place, which the user replaces.
     """
     other = run.after if name == "before" else run.before
     settings = other["settings"] if other else {}
@@ -42,7 +43,7 @@ def evaluate_command(run: Run, name: str) -> str:
 
 
 def inspect_command(run: Run) -> str:
-    """The command for `inspection`, which replaces an existing one."""
+    """The `mola inspect` command that makes the run's inspection, or replaces it."""
     options = _base_model_options(run) | {"adapter": str(run.folder)}
     options["task"] = _settings_of_result(run).get("task") or run.record["settings"].get("task")
     options |= _data_options(run, with_adapter=True)
@@ -51,14 +52,14 @@ def inspect_command(run: Run) -> str:
 
 
 def _command(name: str, options: dict[str, Any], *words: str) -> str:
-    """A command with the options that have a value."""
+    """A command line with those options that have a value, followed by further words."""
     given = {key: value for key, value in options.items() if value}
     flags = [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given.items()]
     return shlex.join(["mola", name, *(word for pair in flags for word in pair), *words])
 
 
 def _base_model_options(run: Run) -> dict[str, Any]:
-    """The base model, loaded as in the training."""
+    """Options that load the base model as the training did."""
     settings = run.record["settings"]
     names = ("trust_remote_code", *QUANTIZATION_OPTIONS)
     return {"base_model": str(settings["base_model"])} | {name: settings.get(name) for name in names}
@@ -71,9 +72,10 @@ def _settings_of_result(run: Run) -> dict[str, Any]:
 
 
 def _data_options(run: Run, *, with_adapter: bool) -> dict[str, Any]:
-    """Data, template, filters and split of an existing result; what it leaves open is that of the training.
+    """Options for the rows and their prompts: those of an existing result, else those of the training.
 
-    The base model alone is asked exactly as in the existing result.
+    For a result with the adapter, settings that the existing result does not have are those of the training. For a
+    result of the base model alone, they stay unset.
     """
     settings, result = run.record["settings"], _settings_of_result(run)
     trained: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
-from mola.reporting.findings import MIN_LOSSES, Finding, describe, findings, is_compared
+from mola.reporting.findings import MIN_LOSSES, Finding, describe, find_faults, is_compared
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
 from mola.reporting.routing_log import LateUse, read_late_use
 
@@ -36,14 +36,14 @@ def doctor(options: DoctorOptions) -> list[Finding]:
     Raises:
         MolaError: no run in the folder, or a result file of another kind.
     """
-    return findings(*_load(options))
+    return find_faults(*_load(options))
 
 
 def main(options: DoctorOptions) -> int:
     """Run the command and print the findings."""
     path = None if options.json is None else check_new_file("json", options.json, options.overwrite)
     run, late = _load(options)
-    found = findings(run, late)
+    found = find_faults(run, late)
     if path is not None:
         atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
     lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]

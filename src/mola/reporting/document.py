@@ -14,7 +14,7 @@ from mola.reporting import charts, formatting
 
 _FILTERS: Sequence[Callable[..., str]] = (
     *(charts.shade, charts.share, charts.tick),
-    *(formatting.duration, formatting.interval, formatting.layer_range, formatting.number, formatting.percent),
+    *(formatting.interval, formatting.number, formatting.percent),
 )
 _FUNCTIONS: Sequence[Callable[..., Any]] = (charts.axis_names, charts.step_axis, charts.value_axis)
 

@@ -35,7 +35,7 @@ class Finding:
     change: str  # what to change
 
 
-def findings(run: Run, late: Mapping[str, LateUse]) -> list[Finding]:
+def find_faults(run: Run, late: Mapping[str, LateUse]) -> list[Finding]:
     """The faults of a run, gravest first; `late` is from `mola.reporting.routing_log.read_late_use`."""
     return [found for rule in _RULES if (found := rule(run, late)) is not None]
 

@@ -18,7 +18,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def points(value: float, sign: str = "+") -> str:
-    """A share in percentage points: 0.35 -> +35.0. Halves round away from zero, also where binary fractions do not."""
+    """A share in percentage points: 0.35 -> +35.0. A half rounds away from zero."""
     rounded = Decimal(str(round(100 * float(value), 6))).quantize(Decimal("0.1"), ROUND_HALF_UP)
     return f"{rounded + 0:{sign}}"  # adding 0 turns -0.0 into 0.0
 

@@ -18,8 +18,8 @@ from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.terminal import table_console
-from mola.insight.ablation import LEAVE_ONE_OUT, experiments, losses_without
-from mola.insight.inspection import TokenTypes, redundancy_of, router_use
+from mola.insight.ablation import LEAVE_ONE_OUT, list_experiments, measure_losses_without
+from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
@@ -98,11 +98,11 @@ def inspect(options: InspectOptions) -> InspectResult:
     """
     samples = _load_samples(options)
     model = model_for(options, options.adapter)
-    redundancy = redundancy_of(model)
+    redundancy = measure_redundancy(model)
     columns = [samples.task.group_values(example) if samples.task else {} for example in samples.examples]
     groups = [{name: str(value) for name, value in values.items()} for values in columns]
-    numbers = spread(options.examples, len(groups))
-    use = router_use(model, samples.dataset, groups, TokenTypes(samples.tokenizer), numbers)
+    numbers = _evenly_spread(options.examples, len(groups))
+    use = measure_router_use(model, samples.dataset, groups, TokenTypes(samples.tokenizer), numbers)
     examples = [
         {
             "id": str(samples.examples[number].get("id", number)),
@@ -126,7 +126,7 @@ def inspect(options: InspectOptions) -> InspectResult:
     return result
 
 
-def spread(count: int, total: int) -> list[int]:
+def _evenly_spread(count: int, total: int) -> list[int]:
     """Up to `count` numbers from 0 to `total - 1`, evenly spread, starting with 0."""
     count = min(count, total)
     return [index * total // count for index in range(count)]
@@ -134,13 +134,13 @@ def spread(count: int, total: int) -> list[int]:
 
 def _with_leave_one_out(result: InspectResult, model: Any, samples: _Samples, options: InspectOptions) -> InspectResult:
     count = min(options.leave_one_out_limit, len(samples.examples))
-    wanted = experiments(model, options.leave_one_out)
+    wanted = list_experiments(model, options.leave_one_out)
     passes = (len(wanted) + 1) * count
     Console(stderr=True).print(
         f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
     )
     dataset = [samples.dataset[number] for number in range(count)]
-    loss, changes = losses_without(model, dataset, wanted)
+    loss, changes = measure_losses_without(model, dataset, wanted)
     return replace(result, leave_one_out=changes, leave_one_out_baseline={"loss": loss, "samples": count})
 
 

@@ -22,7 +22,7 @@ from mola.reporting.expert_sections import (
 )
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
 from mola.reporting.result_sections import accuracy_section, loss_section, samples_section, worth_section
-from mola.reporting.run_summary import making_section, summary
+from mola.reporting.run_summary import making_section, summarize_run
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,6 @@ def render_page(run: Run) -> str:
         sections,
         gates["choices"] if gates else (),
         run=run,
-        summary=summary(run),
+        summary=summarize_run(run),
         others=results_of_other_adapters(run),
     )

@@ -91,7 +91,7 @@ _MODELS = {"base": "base model", "mixture": "mixture", "lora": "LoRA"}
 
 
 def worth_section(run: Run) -> dict[str, Any] | None:
-    """The report of `mola convert --to lora` as tables; None if there is none."""
+    """How a plain LoRA does in place of the mixture, from `mola convert --to lora`; None if there is no such LoRA."""
     export = run.export
     if export is None:
         return None

@@ -15,7 +15,7 @@ from mola.reporting.load_run import Run, step_of_weights
 _LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summarize_run(run: Run) -> dict[str, Any]:
     """The run in one sentence, its most important figures, then base model, data and machine."""
     record, settings = run.record, run.record["settings"]
     allocation, machine = record.get("allocation") or {}, record.get("machine", {})
@@ -29,7 +29,7 @@ def summary(run: Run) -> dict[str, Any]:
         "base": model_name(str(settings["base_model"])),
         "samples": record.get("data", {}).get("train", {}).get("kept"),
         "results": results,
-        "figures": figures(run),
+        "figures": run_figures(run),
         "facts": [
             ("Base model", settings["base_model"]),
             ("Task", settings.get("task")),
@@ -42,7 +42,7 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def figures(run: Run) -> list[tuple[str, str | None, str | None]]:
+def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
     """Name, value and remark of each figure; the page omits figures without a value."""
     record, allocation = run.record, run.record.get("allocation", {})
     accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mola import MolaError
-from mola.insight.kernels import report
+from mola.insight.kernels import kernel_choices
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.dispatch import mixture, narrowed, select
@@ -389,7 +389,7 @@ def test_what_is_told_under_autocast_is_what_computes(trusted):
     inputs = make((4, 24), params_dtype=torch.float32)
     wide = inputs._replace(x=inputs.x.detach().float().requires_grad_())
     with torch.autocast(DEVICE, torch.bfloat16):
-        (told,) = report([("training", wide)])
+        (told,) = kernel_choices([("training", wide)])
         assert told.backend == select(narrowed(wide)).name == "triton"
         alone = wide._replace(router=None, experts_A=wide.experts_A[:1], experts_B=wide.experts_B[:1])
         assert narrowed(alone).x is alone.x  # one expert is PEFT's LoRA, which leaves that to autocast
