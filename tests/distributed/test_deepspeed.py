@@ -193,7 +193,7 @@ def options_with(stage=3, gathers=True, **changes):
     ("options", "message"),
     [
         ({"bf16": True}, "`dtype` must be float32 with DeepSpeed"),
-        ({"optim": "adafactor"}, "`optim` adafactor cannot be used with DeepSpeed"),
+        ({"optim": "adafactor"}, "`optim` adafactor needs the rows and columns"),
         ({"stage": 1}, "ZeRO stage 2 or 3: got 1"),
         ({"gathers": False}, "stage3_gather_16bit_weights_on_model_save true, or no adapter"),
         ({"stacked": True}, "cannot be trained with ZeRO-3.* Set zero_stage 2"),

@@ -128,5 +128,5 @@ def test_fsdp(step, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["copied", "sharded"])
 @pytest.mark.parametrize("family", [" ".join(STACKED)])
-def test_the_base_s_own_experts_stacked(step, wrap, family):
+def test_stacked_experts_of_the_base(step, wrap, family):
     check(step(wrap, family))

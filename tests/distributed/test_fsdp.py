@@ -173,13 +173,13 @@ def test_signal_to_one_process_leaves_a_run_that_goes_on(processes, flags, tmp_p
         pytest.param({"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, "state_dict_type", id="sharded"),
     ],
 )
-def test_what_does_not_work_is_refused(processes, flags, tmp_path, options, reason):
+def test_unsupported_fsdp_settings_are_refused(processes, flags, tmp_path, options, reason):
     options = {name: json.dumps(value) for name, value in options.items()}
     assert processes.run(arguments=flags(tmp_path, **SHARDED, **options), shard=True) == [2, 2], processes.output
     assert reason in processes.output[0]
 
 
-def test_sharding_is_refused_where_it_would_not_happen(processes, flags, tmp_path):
+def test_fsdp_without_gpus_or_processes_is_refused(processes, flags, tmp_path):
     assert processes.run(arguments=flags(tmp_path, **SHARDED)) == [2, 2], processes.output
     assert "`fsdp` works on GPUs only" in processes.output[0]
     assert processes.run(arguments=flags(tmp_path, **SHARDED), processes=1) == [2], processes.output

@@ -8,7 +8,7 @@ from mola.training.options import TrainOptions
 from tests.training.runs import NO_EVALUATION, losses, read_record
 
 
-def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypatch):
+def test_training_uses_attn_implementation(flags, tmp_path, monkeypatch):
     built = []
     build = model.build_model
     monkeypatch.setattr("mola.training.train.build_model", lambda *given: built.append(build(*given)) or built[-1])
@@ -21,6 +21,6 @@ def test_the_model_trains_with_the_attention_asked_for(flags, tmp_path, monkeypa
     assert eager == pytest.approx(sdpa, rel=1e-3)
 
 
-def test_without_the_option_the_model_decides(tiny_model_dir, tmp_path):
+def test_default_attention_is_the_models(tiny_model_dir, tmp_path):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32")
     assert model.build_model(options, model.base_config(options)).config._attn_implementation == "sdpa"

@@ -93,7 +93,7 @@ def run(**settings):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_trains_as_an_eager_one_and_saves_a_plain_adapter(options, tmp_path, small_model_dir):
+def test_compiled_and_eager_runs_agree_and_save_the_same_adapter(options, tmp_path, small_model_dir):
     settings = {"lora_dropout": 0.0, "eval_strategy": "epoch", "save_strategy": "epoch", "validation_size": 2}
     run(**options("eager", **settings))
     assert graphs() == 0
@@ -133,7 +133,7 @@ def test_one_graph_serves_all_batches(options, changes):
 
 
 @pytest.mark.slow
-def test_router_losses_with_checkpointing_stay_in_graphs(options, tmp_path):
+def test_router_losses_with_checkpointing_break_no_graph(options, tmp_path):
     settings = {"limit": 10, "lora_dropout": 0.0, "router_aux_loss_coef": 0.5, "activation_checkpointing": True}
     run(**options("eager", **settings))
     run(**options("compiled", torch_compile=True, torch_compile_backend=BACKEND, **settings))
@@ -143,7 +143,7 @@ def test_router_losses_with_checkpointing_stay_in_graphs(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_one_run_asks_for_is_not_done_in_the_next(options):
+def test_compiling_one_run_does_not_compile_the_next(options):
     """Options of both exist before the first run, as in `mola continual`."""
     first = TrainOptions(**options("first", max_steps=1, torch_compile_backend="eager", warmup_steps=0))
     second = TrainOptions(**options("second", max_steps=1, warmup_steps=0))
@@ -154,7 +154,7 @@ def test_what_one_run_asks_for_is_not_done_in_the_next(options):
     assert graphs() == 1
 
 
-def test_compiling_rounds_no_router_logits(options):
+def test_compiling_does_not_switch_tf32_on(options):
     assert TrainOptions(**options(torch_compile_backend=BACKEND)).tf32 is False
     assert TrainOptions(**options()).tf32 is None
 

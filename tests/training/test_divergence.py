@@ -17,7 +17,7 @@ from tests.training.runs import NO_EVALUATION, WEIGHTS, losses, read_metrics, re
 
 
 @pytest.mark.parametrize("logging_steps", [*slow(1), 50])
-def test_divergence_stops_with_one_line_and_leaves_good_checkpoints(flags, tmp_path, error_line, logging_steps):
+def test_divergence_stops_the_run_and_leaves_finite_checkpoints(flags, tmp_path, error_line, logging_steps):
     """The loss is finite until the second step; without a log entry the weights tell."""
     line = error_line(
         flags(
@@ -49,7 +49,7 @@ def test_divergence_after_the_last_log_entry_is_noticed(flags, error_line):
     assert "`train_loss` is nan at step 9" in line
 
 
-def test_weights_after_the_last_step_are_looked_at_where_nothing_is_saved_before(flags, tmp_path, error_line):
+def test_weights_after_the_last_step_are_checked_without_checkpoints(flags, tmp_path, error_line):
     """Its loss is from before the step."""
     line = error_line(flags(learning_rate=1e39, warmup_steps=0, max_steps=1, **NO_EVALUATION))
     assert "weight " in line
@@ -61,7 +61,7 @@ def test_weights_after_the_last_step_are_looked_at_where_nothing_is_saved_before
     "options",
     [{"learning_rate": 1e39}, *slow({"learning_rate": 1e37, "loraplus_lr_ratio": 1e3})],
 )
-def test_a_step_that_overflows_is_one_line(flags, tmp_path, error_line, options):
+def test_overflow_of_an_optimiser_step_is_explained(flags, tmp_path, error_line, options):
     """AdamW that is not fused cannot compute it at all."""
     settings = {"optim": "adamw_torch", "warmup_steps": 0, "max_steps": 1, **NO_EVALUATION, **options}
     line = error_line(flags(**settings))
@@ -71,7 +71,7 @@ def test_a_step_that_overflows_is_one_line(flags, tmp_path, error_line, options)
     assert "overflows" in record["error"]
 
 
-def test_a_number_that_is_none_in_half_precision_is_no_fault_of_the_optimiser():
+def test_overflow_in_half_precision_is_not_explained_as_an_optimiser_step():
     with pytest.raises(RuntimeError, match="without overflow"), overflow_explained(None):
         torch.zeros(1, dtype=torch.float16).masked_fill(torch.ones(1, dtype=torch.bool), 1e39)
 
@@ -93,7 +93,7 @@ def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
         ),
     ],
 )
-def test_evaluation_far_above_training_is_said_with_both_losses(flags, rows_file, tmp_path, caplog, said, options):
+def test_evaluation_loss_far_above_training_loss_is_warned_of(flags, rows_file, tmp_path, caplog, said, options):
     """Ten epochs learn one answer by heart; an evaluation on another answer gets worse with every one."""
     rows = json.loads(rows_file.read_text(encoding="utf-8"))
     other, folder = tmp_path / "other.json", tmp_path / "run"
@@ -128,7 +128,7 @@ def test_evaluation_far_above_training_is_said_with_both_losses(flags, rows_file
         ({}, 9.0, False),  # nothing to compare with
     ],
 )
-def test_far_above_means_twice_as_high_and_by_half_a_nat(tiny_model_dir, tmp_path, logged, eval_loss, is_far):
+def test_far_above_means_twice_and_half_a_nat_above(tiny_model_dir, tmp_path, logged, eval_loss, is_far):
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), load_best_model_at_end=False)
     history = [{"step": step, "loss": loss} for step, loss in logged.items()]
     state = TrainerState(

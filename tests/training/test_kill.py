@@ -338,7 +338,7 @@ def test_checkpoint_without_one_of_its_files_is_refused(finished, name, caplog):
     assert "Skipping" in caplog.text
 
 
-def test_gradient_scaler_is_missed_where_other_checkpoints_have_one(finished):
+def test_checkpoint_without_scaler_is_incomplete_if_others_have_one(finished):
     shutil.copytree(finished / "checkpoint-5", finished / "checkpoint-4")
     torch.save({}, finished / "checkpoint-4" / "scaler.pt")
     assert find_checkpoint(finished, "last") == finished / "checkpoint-4"

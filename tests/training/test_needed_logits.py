@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_the_same(num_items, reduction):
         torch.testing.assert_close(two, one)
 
 
-def test_models_that_can(options):
+def test_models_with_needed_logits(options):
     model = get_peft_model(tiny_llama(), random_config()).train()
     before = torch.get_rng_state()
     assert computes_needed_logits(model, options())
@@ -68,19 +68,19 @@ def test_models_that_can(options):
 
 
 @pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"use_liger_kernel": True}])
-def test_where_something_else_reads_the_logits(setting, options, caplog):
+def test_options_that_need_all_logits(setting, options, caplog):
     with caplog.at_level("INFO"):
         assert not computes_needed_logits(tiny_llama(), options(**setting))
     assert f"`{next(iter(setting))}` reads them" in caplog.text
 
 
-def test_where_accelerate_cuts_batches(options, caplog):
+def test_dispatched_batches_need_all_logits(options, caplog):
     with caplog.at_level("INFO"):
         assert not computes_needed_logits(tiny_llama(), options(accelerator_config={"dispatch_batches": True}))
     assert "dispatch_batches cuts a batch" in caplog.text
 
 
-def test_models_that_can_not(options, caplog):
+def test_models_without_needed_logits(options, caplog):
     class NoSuchArgument(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,7 +121,7 @@ def test_batches_without_a_trained_token_stay_as_they_are(prompt, added):
     assert NeededLogits(lambda samples: dict(samples))(batch).keys() == batch.keys() | added
 
 
-def test_a_run_computes_them_and_ends_the_same(flags, tmp_path, monkeypatch):
+def test_run_with_needed_logits_ends_with_the_same_weights(flags, tmp_path, monkeypatch):
     positions = []
     forward = torch.nn.functional.cross_entropy
 

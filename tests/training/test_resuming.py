@@ -124,7 +124,7 @@ def test_interrupted_run_resumes_to_the_very_same_weights(
 
 
 @pytest.mark.slow
-def test_groups_of_similar_length_go_on_as_they_were(flags, tmp_path, run_and_signal):
+def test_resumed_run_keeps_the_groups_of_similar_length(flags, tmp_path, run_and_signal):
     """Stopped within the second epoch: no sample comes twice, or not at all."""
     options = {**INTERRUPTIBLE, "num_train_epochs": 3, "train_sampling_strategy": "group_by_length"}
     assert main(flags(tmp_path / "whole", **options)) == 0
@@ -134,7 +134,7 @@ def test_groups_of_similar_length_go_on_as_they_were(flags, tmp_path, run_and_si
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_groups_of_similar_length_are_those_of_seed_and_epoch():
+def test_groups_of_similar_length_depend_on_seed_and_epoch_only():
     lengths, epochs = [1 + i % 7 for i in range(200)], [0]
     original = LengthGroupedSampler(4, lengths=lengths)
     first, second = (SeededGroups(original, seed, lambda: epochs[0]) for seed in (0, 1))
@@ -187,7 +187,7 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_gone", [True, False])
-def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, tmp_path, run_and_signal, is_gone):
+def test_resumed_run_takes_the_adapter_of_its_checkpoint(flags, tmp_path, run_and_signal, is_gone):
     """Whatever is in the folder of that adapter by then."""
     plain = {**NO_EVALUATION, "max_steps": 8, "num_train_epochs": None, "warmup_steps": 0}
     for name, alpha in (("start", 4), ("other", 64)):
@@ -205,7 +205,7 @@ def test_a_run_that_began_from_an_adapter_goes_on_with_its_own_settings(flags, t
 
 
 @pytest.mark.parametrize("schedule", ["linear", *slow("cosine")])
-def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedule, flags, tmp_path):
+def test_run_resumed_with_more_epochs_has_the_rates_of_the_longer_schedule(schedule, flags, tmp_path):
     """Not with the 0 at which the shorter one ended."""
     options = {**NO_EVALUATION, "lr_scheduler_type": schedule, "save_strategy": "epoch", "warmup_steps": 0}
     assert main(flags(tmp_path / "whole", **{**options, "num_train_epochs": 2})) == 0
@@ -221,7 +221,7 @@ def test_a_run_with_more_epochs_goes_on_with_the_rate_of_its_own_schedule(schedu
 
 
 @pytest.mark.parametrize("restores", ["true", "false"])
-def test_time_counts_whichever_callbacks_are_restored(restores, finished_run):
+def test_training_time_includes_the_time_before_a_resume(restores, finished_run):
     folder, arguments = finished_run
     add_an_hour(folder / "checkpoint-4")
     shutil.rmtree(folder / "checkpoint-6")
@@ -359,14 +359,14 @@ def test_resume_refuses_another_allocation_or_other_data(finished_run, error_lin
         *("--data_seed=7", "--add_eos_token=false", "--loraplus_lr_ratio=4", "--adam_beta1=0.5", "--adam_epsilon=1e-3"),
     ],
 )
-def test_resume_refuses_what_the_run_did_not_begin_with(finished_run, error_line, flag):
+def test_resume_refuses_other_settings(finished_run, error_line, flag):
     folder, arguments = finished_run
     said = error_line([*arguments, "--resume_from_checkpoint=last", flag])
     assert f"`{flag[2:].partition('=')[0]}` (settings) differs" in said
     assert str(folder) in said
 
 
-def test_resume_refuses_other_prompts_whatever_says_them(finished_run, error_line, capsys):
+def test_resume_refuses_another_template(finished_run, error_line, capsys):
     """The template may be that of the task, which no option shows."""
     folder, arguments = finished_run
     said = error_line([*arguments, "--resume_from_checkpoint=last", "--template=vigogne"])
@@ -377,7 +377,7 @@ def test_resume_refuses_other_prompts_whatever_says_them(finished_run, error_lin
     assert "`template` (prompts) differs: 'alpaca_short'" in error_line([*arguments, "--resume_from_checkpoint=last"])
 
 
-def test_the_best_checkpoint_of_a_copied_folder_is_the_copy(tmp_path):
+def test_best_checkpoint_is_looked_for_in_the_copied_folder_first(tmp_path):
     """The folder that the state names may hold another run by now."""
     for name in ("first", "copy"):
         (tmp_path / name / "checkpoint-4").mkdir(parents=True)
@@ -402,7 +402,7 @@ def test_a_schedule_that_follows_evaluations_must_stay_the_same(finished_run, er
     assert "`lr_scheduler_type` (settings) differs" in said
 
 
-def test_other_batches_and_another_precision_are_said(finished_run, caplog, error_line):
+def test_resume_warns_of_other_batches_and_another_precision(finished_run, caplog, error_line):
     folder, arguments = finished_run
     on = [*arguments, "--resume_from_checkpoint=last", "--max_steps=7"]
     assert main([*on, "--per_device_train_batch_size=2", "--dtype=bfloat16"]) == 0
@@ -414,7 +414,7 @@ def test_other_batches_and_another_precision_are_said(finished_run, caplog, erro
     assert "`fp16` (settings) differs" in error_line(on)
 
 
-def test_a_test_file_of_another_process_is_no_earlier_run(flags, tmp_path):
+def test_write_test_of_another_process_is_no_earlier_run(flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"{WRITE_TEST}abc").touch()
     assert main(flags(**{**NO_EVALUATION, "max_steps": 2})) == 0
@@ -476,7 +476,7 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_
 
 
 @pytest.mark.parametrize("name", ["checkpoint-2", "adapter_config.json"])
-def test_what_another_program_has_written_is_not_overwritten(flags, tmp_path, error_line, name):
+def test_files_of_another_program_are_not_overwritten(flags, tmp_path, error_line, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     line = error_line([*flags(), "--overwrite_output_dir"])
     assert f"holds {name!r} but no run.json" in line

@@ -131,7 +131,7 @@ def test_options_of_the_caller_stay_as_they_are(tiny_model_dir, rows_file, tmp_p
     assert result.trainable_parameters == sum(w.numel() for w in load_file(tmp_path / "run" / WEIGHTS).values())
 
 
-def test_a_folder_is_one_runs_alone(flags, tmp_path, error_line):
+def test_two_runs_cannot_share_a_folder(flags, tmp_path, error_line):
     folder = tmp_path / "run"
     folder.mkdir()
     with claimed(folder):

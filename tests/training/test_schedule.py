@@ -87,7 +87,7 @@ def test_options_that_the_trainer_would_not_carry_out(wrong, reason, options_of)
         options_of(**wrong)
 
 
-def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_asked_to_now(tmp_path):
+def test_resumed_run_has_the_intervals_of_its_new_options(tmp_path):
     state = TrainerState(logging_steps=500, eval_steps=500, save_steps=500, max_steps=40)
     asked = {"logging_steps": 2, "eval_steps": 0.25, "save_steps": 10}
     args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, save_total_limit=None, **asked)
@@ -194,7 +194,7 @@ def test_the_last_step_of_a_run_is_evaluated_though_a_signal_came(step, is_evalu
 
 
 @pytest.mark.parametrize("asked", [{}, {"should_save": True}, {"should_training_stop": True}], ids=str)
-def test_optimizers_that_train_other_weights_are_asked_for_those_that_count(asked):
+def test_averaged_weights_are_used_when_the_run_saves_or_stops(asked):
     calls = []
     optimizer = SimpleNamespace(eval=lambda: calls.append("eval"))
     AveragedWeights().on_step_end(None, TrainerState(), TrainerControl(**asked), optimizer=optimizer)
@@ -231,6 +231,6 @@ def test_weights_of_a_schedule_free_optimizer_are_its_averages(options_of, tmp_p
 @pytest.mark.parametrize(
     "text", ["Evaluation hit an out-of-memory error. Lower it.", "No executable batch size found, reached zero."]
 )
-def test_searches_for_a_batch_that_end_without_one_are_lack_of_memory(text):
+def test_failed_search_for_a_batch_size_is_lack_of_memory(text):
     assert lack_of_memory(RuntimeError(text)) == "no memory left"
     assert lack_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) is not None

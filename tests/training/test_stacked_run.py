@@ -31,7 +31,7 @@ def totals(capsys, moe_dir, **options):
     return json.loads(capsys.readouterr().out)["totals"]
 
 
-def test_plan_counts_them(moe_dir, capsys):
+def test_plan_counts_stacked_experts(moe_dir, capsys):
     numbers = {"target_modules": "q_proj", "num_experts": "2,", "r": "3"}
     without = totals(capsys, moe_dir, **numbers)
     found = totals(capsys, moe_dir, **numbers, target_parameters=STACKS)
@@ -40,7 +40,7 @@ def test_plan_counts_them(moe_dir, capsys):
     assert found["flops_per_token"] == without["flops_per_token"]
 
 
-def test_a_run_trains_them_and_is_trained_on(flags, moe_dir, tmp_path, capsys):
+def test_stacked_experts_are_trained_and_trained_further(flags, moe_dir, tmp_path, capsys):
     common = {"base_model": moe_dir, "max_steps": 2, **NO_EVALUATION}
     assert main(flags(target_parameters=STACKS, **common, **OF_ATTENTION)) == 0
     record = read_record(tmp_path / "run")

@@ -183,7 +183,7 @@ def test_missing_tracker_is_one_line_before_anything_loads(flags, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_operations_of_a_batch_are_those_of_transformers(flags, monkeypatch):
+def test_floating_point_operations_are_those_of_transformers(flags, monkeypatch):
     made, make = [], train.make_trainer
     monkeypatch.setattr(train, "make_trainer", lambda *arguments: made.append(make(*arguments)) or made[0])
     assert main(flags(max_steps=1)) == 0

@@ -61,7 +61,7 @@ def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(fla
 
 
 @pytest.mark.parametrize("name", ["validation_size", *slow("eval_data", "eval_limit", "eval_steps"), "eval_split"])
-def test_evaluation_data_without_an_evaluation_are_warned_of(name, flags, rows_file, caplog):
+def test_unused_evaluation_options_are_warned_of(name, flags, rows_file, caplog):
     value = {"validation_size": 2, "eval_data": rows_file, "eval_limit": 2, "eval_steps": 2, "eval_split": "dev"}[name]
     assert main(flags(**{name: value}, num_train_epochs=1, **NO_EVALUATION)) == 0
     assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
@@ -87,12 +87,12 @@ def test_splits_and_limits_are_those_asked_for(flags, tmp_path, caplog):
     assert "`eval_limit` 2 leaves 2 samples that `validation_size` takes out" in caplog.text
 
 
-def test_a_run_whose_evaluation_chose_nothing_says_so(flags, caplog):
+def test_run_without_a_best_checkpoint_warns(flags, caplog):
     assert main(flags(validation_size=2, num_train_epochs=1, eval_delay=100)) == 0
     assert "No evaluation chose a best checkpoint" in caplog.text
 
 
-def test_a_split_that_is_not_there_is_named_as_the_options_are(flags, tmp_path, capsys):
+def test_missing_split_is_named_by_its_option(flags, tmp_path, capsys):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=4))
     data = tmp_path / "data" / "dataset.hf"
     for options, name in (
@@ -104,7 +104,7 @@ def test_a_split_that_is_not_there_is_named_as_the_options_are(flags, tmp_path, 
         assert name in capsys.readouterr().err
 
 
-def test_an_empty_validation_split_is_none(flags, tmp_path, caplog):
+def test_empty_validation_split_counts_as_none(flags, tmp_path, caplog):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=0, test_size=0))
     assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1)) == 0
     assert "no evaluation data (the split `validation` is empty)" in caplog.text
@@ -130,7 +130,7 @@ def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
     assert record["data_fingerprints"]["train"] != record["data_fingerprints"]["evaluation"]
 
 
-def test_a_base_model_that_does_not_fit_is_told_what_helps(flags, monkeypatch, error_line):
+def test_base_model_too_large_for_memory_names_remedies(flags, monkeypatch, error_line):
     def build(*given):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes.")
 
@@ -142,7 +142,7 @@ def test_a_base_model_that_does_not_fit_is_told_what_helps(flags, monkeypatch, e
     assert "batch" not in line
 
 
-def test_tokens_that_the_base_model_does_not_know_are_refused(tiny_model_dir, flags, tmp_path, error_line):
+def test_tokens_beyond_the_vocabulary_are_refused(tiny_model_dir, flags, tmp_path, error_line):
     """As a tokenizer has them that was given tokens after the model."""
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -82,23 +82,32 @@ def check_distributed(
             written in another way.
     """
     reason = None
-    if uses_fsdp(options):
-        reason = _why_no_fsdp(options, is_quantized)
+    if shares_weights(options) and is_quantized:
+        name = "fsdp" if uses_fsdp(options) else "deepspeed"
+        reason = (
+            f"`{name}` cannot be combined with a quantised base, whose packed weights are neither sharded nor loaded "
+            "from its checkpoints. Leave the quantisation out, or train with one model per process (as the "
+            "repository's recipes/accelerate/ddp.yaml)."
+        )
+    elif shares_weights(options) and name_of(options.optim) == "adafactor":
+        reason = (
+            "`optim` adafactor needs the rows and columns of whole weights, which FSDP and DeepSpeed share out. Pass "
+            "another optimiser, such as adamw_torch."
+        )
+    elif uses_fsdp(options):
+        reason = _why_no_fsdp(options)
     elif uses_deepspeed(options):
-        reason = _why_no_deepspeed(options, is_quantized, has_stacked_experts)
+        reason = _why_no_deepspeed(options, has_stacked_experts)
     if reason is not None:
         raise MolaError(reason)
-    if checkpoint is None:
-        return
-    written, now = _way_of_checkpoint(checkpoint), _way_of_run(options)
-    if written != now:
+    if checkpoint is not None and (written := _way_of_checkpoint(checkpoint)) != (now := _way_of_run(options)):
         raise MolaError(
             f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written with {written}, "
             f"and this run is one with {now}. Start it in the same way, or start a new run with --adapter {checkpoint}."
         )
 
 
-def _why_no_fsdp(options: TrainingArguments, is_quantized: bool) -> str | None:
+def _why_no_fsdp(options: TrainingArguments) -> str | None:
     if options.world_size == 1:
         return (
             "`fsdp` shards a model over several processes, this run has one. Start it with torchrun or accelerate "
@@ -109,14 +118,6 @@ def _why_no_fsdp(options: TrainingArguments, is_quantized: bool) -> str | None:
             "`fsdp` works on GPUs only: on a CPU every process would hold the whole model after all. Leave it out to "
             "train with one copy of the model per process."
         )
-    if is_quantized:
-        return (
-            "`fsdp` cannot be combined with a quantised base: packed weights are not sharded, every process would "
-            "hold all of them. Leave the quantisation out, or train with one model per process "
-            "(as the repository's recipes/accelerate/ddp.yaml)."
-        )
-    if name_of(options.optim) == "adafactor":
-        return "`optim` adafactor does not work on sharded weights. Pass another optimiser, such as adamw_torch."
     if Version(accelerate_version) < Version(_FSDP_ACCELERATE):
         return (
             f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: here is "
@@ -148,19 +149,9 @@ def _fsdp_setting(options: TrainingArguments, name: str, default: str) -> str:
     return str((options.fsdp_plugin_args or {}).get(name) or os.environ.get(variable, default)).upper()
 
 
-def _why_no_deepspeed(options: TrainingArguments, is_quantized: bool, has_stacked_experts: bool) -> str | None:
+def _why_no_deepspeed(options: TrainingArguments, has_stacked_experts: bool) -> str | None:
     stage = _zero_stage(options)
-    if is_quantized:
-        return (
-            "`deepspeed` cannot be combined with a quantised base: its checkpoints do not load into packed weights. "
-            "Leave the quantisation out, or train with one model per process (as the repository's "
-            "recipes/accelerate/ddp.yaml)."
-        )
-    if name_of(options.optim) == "adafactor":
-        return (
-            "`optim` adafactor cannot be used with DeepSpeed, which flattens weights: adafactor needs their rows and "
-            "columns. Pass another optimiser, such as adamw_torch."
-        )
+    plugin: Any = options.deepspeed_plugin
     if options.bf16 or options.fp16:
         return (
             "`dtype` must be float32 with DeepSpeed: in half precision it casts every weight, and routers stay in "
@@ -171,7 +162,6 @@ def _why_no_deepspeed(options: TrainingArguments, is_quantized: bool, has_stacke
             f"`deepspeed` must have ZeRO stage 2 or 3: got {stage}. Set zero_stage, or leave DeepSpeed out to train "
             "with one copy of the model per process."
         )
-    plugin: Any = options.deepspeed_plugin
     if stage == 3 and not plugin.hf_ds_config.is_true(f"zero_optimization.{_GATHERS}"):
         return (
             f"`deepspeed` with ZeRO-3 must have {_GATHERS} true, or no adapter would be saved. With accelerate launch "
