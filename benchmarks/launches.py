@@ -160,7 +160,7 @@ def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
         for name in names:
             stack.enter_context(patch.object(launch.jit, name, _Kernel(name, launches)))
         if launch is not None:
-            stack.enter_context(patch.object(launch, "_drops_on", lambda device: True))
+            stack.enter_context(patch.object(launch, "_is_dropout_right", lambda device: True))
         stack.enter_context(patch.object(torch.cuda, "device_of", contextlib.nullcontext))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         yield

@@ -28,7 +28,7 @@ def has_vectors(dtype):
     if not HAS_NUMBA:
         return False
     jit_instructions = importlib.import_module("mola.tuner.kernels.cpu.jit_instructions")
-    return jit_instructions.has_vectors(in_pairs=dtype == torch.bfloat16)
+    return jit_instructions.has_vectors(is_bf16=dtype == torch.bfloat16)
 
 
 def needs_vectors(dtype):

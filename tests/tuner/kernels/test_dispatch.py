@@ -107,7 +107,7 @@ def test_a_reason_for_each_that_is_not_chosen():
     }
 
 
-def test_the_first_without_a_reason_is_chosen():
+def test_the_first_without_a_reason_is_onednn_chosen():
     for inputs in (make(), make((3, 32)), quiet(make((3, 32))), make()._replace(router=None)):
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):

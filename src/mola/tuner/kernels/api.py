@@ -12,7 +12,7 @@ import torch
 
 from mola.tuner.routing import DEFAULT_ROUTER
 
-# Reasons that several backends give.
+# Reasons of several backends not to support inputs.
 NO_ROUTER = "a layer with one expert has no router"
 OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
@@ -26,16 +26,16 @@ class FrozenLinear(NamedTuple):
 
 
 class MixtureSettings(NamedTuple):
-    """What has no gradient.
+    """Settings of a mixture.
 
     Attributes:
         top_k: experts per token.
-        scaling: `lora_alpha / r`; divided by the probability of keeping an input once a dropout mask is drawn.
-        dtype: of the products.
-        dropout: probability with which an input of the experts is dropped.
+        scaling: `lora_alpha / r`; once a dropout mask is drawn, divided by the probability of keeping an element.
+        dtype: of the matrix products.
+        dropout: probability with which an element of the experts' input is dropped.
         jitter: relative noise on the router's input.
         router: name in `mola.tuner.routing.ROUTERS`.
-        needs_router_output: whether somebody reads logits and choices.
+        needs_router_output: whether the caller reads `Mixture.logits` and `Mixture.expert_indices`.
     """
 
     top_k: int
@@ -54,14 +54,14 @@ class MixtureInputs(NamedTuple):
         y = base output + scaling * sum_e g_e B_e A_e dropout(x)
 
     Attributes:
-        x: `(..., in)`; the router sees it as it is. In a backward pass: in the dtype of the products.
+        x: `(..., in)`; the router reads it without dropout. In a backward pass: in the dtype of the products.
         result: base output `(..., out)`; None where `weight` is given.
-        weight: `(out, in)` of a frozen linear map in the dtype of `x`: its product is part of the computation then.
+        weight: `(out, in)` of a frozen base layer in the dtype of `x`: the backend then computes the base output too.
         bias: `(out,)` of that map.
         experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider; None for one expert.
-        dropout_mask: see `mola.tuner.kernels.dropout`; None where nothing is dropped, or nothing is drawn yet.
+        dropout_mask: see `mola.tuner.kernels.dropout`; None without dropout, or if no mask is drawn yet.
         settings: see `MixtureSettings`.
     """
 
@@ -80,8 +80,9 @@ class Mixture(NamedTuple):
     """Result of a mixture.
 
     Attributes:
-        output: base output plus update, `(..., out)`; not a view, for some models change it in place.
-        logits: router logits, float32 `(E, N)`, with gradient; None if there is no router or nobody reads them.
+        output: base output plus update, `(..., out)`; not a view, because some models change it in place.
+        logits: router logits, float32 `(E, N)`, with gradient; None without a router. May be None as well unless
+            `needs_router_output`.
         expert_indices: chosen experts, `(top_k, N)`, in any order; None as `logits`.
     """
 
@@ -91,14 +92,14 @@ class Mixture(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward pass needs: the input in the dtype of the products, and what the backend likes to keep."""
+    """Tensors for the backward pass: the input in the dtype of the products, and tensors of the backend's choice."""
 
     x: torch.Tensor
     tensors: tuple[torch.Tensor | None, ...]
 
 
 class Grads(NamedTuple):
-    """Gradients, each in any dtype, None where not asked for; or which are asked for, as True and False."""
+    """A gradient for each input, in any dtype, None if it is not wanted. Also used with bools: which are wanted."""
 
     x: Any = None
     experts_A: Any = None
@@ -110,10 +111,10 @@ class Backend(ABC):
     """A way to compute a mixture.
 
     Attributes:
-        name: what `MOLA_KERNEL` and reports call it.
-        is_recorded: whether autograd records what `forward` does; else `backward` is the gradient.
-        casts_inputs: whether it takes `x` and `weight` in other dtypes than the products'.
-        device_type: the kind of device it is written for; None for all.
+        name: its name in `MOLA_KERNEL` and in reports.
+        is_recorded: whether autograd differentiates `forward`; if not, `backward` computes the gradients.
+        casts_inputs: whether `x` and `weight` may have other dtypes than the products.
+        device_type: the type of device that it is written for; None for all.
     """
 
     name: str
@@ -123,18 +124,18 @@ class Backend(ABC):
 
     @abstractmethod
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """None, or why this backend cannot compute such inputs here."""
+        """None if this backend can compute such inputs on this machine, else the reason why it cannot."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """None, or why a later backend of the table is expected to be faster; asked where `supports` gives None."""
+        """None, or why a later backend of the table is expected to be faster; for inputs that `supports` accepts."""
         return None
 
     @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
-        """The mixture, and what `backward` needs; None where there is nothing to save."""
+        """The mixture, and the tensors for `backward`; None where there is nothing to save."""
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
-        """The mixture where no gradient is recorded."""
+        """The mixture when no gradient is recorded."""
         return self.forward(inputs)[0]
 
     def backward(
@@ -145,5 +146,13 @@ class Backend(ABC):
         grad_logits: torch.Tensor | None,
         wanted: Grads,
     ) -> Grads:
-        """Gradients; `inputs.x` is `Saved.x`, `grad_logits: (E, N)` comes from losses of the router."""
+        """The gradients of the inputs.
+
+        Args:
+            inputs: as in `forward`, but `x` is `Saved.x`.
+            saved: `Saved.tensors`.
+            grad_output: `(..., out)`.
+            grad_logits: gradient of the logits from the router losses, `(E, N)`; None without such losses.
+            wanted: which gradients are wanted.
+        """
         raise NotImplementedError(f"{self.name} computes no gradients")

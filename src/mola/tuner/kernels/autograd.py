@@ -1,4 +1,4 @@
-"""The one autograd function: a backend's forward and backward pass."""
+"""Calls a backend, with its gradients: the one autograd function of all backends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from mola.tuner.kernels.dropout import sample_dropout_mask
 from mola.tuner.kernels.tensors import autocast_is_on
 
 _FIELDS = MixtureInputs._fields
-_GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]  # after the backend
+# Places of the inputs with gradients among the arguments of `_MixtureFunction.forward`, the first being the backend.
+_GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]
 
 
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
-    """The mixture by one backend, with its gradient; first-order gradients only where autograd does not record it."""
+    """Compute the mixture by a backend, and record its gradient.
+
+    Only a backend with `is_recorded` has second derivatives.
+    """
     if backend.is_recorded:
         return backend.forward(inputs)[0]
     settings = inputs.settings
@@ -46,25 +50,25 @@ class _MixtureFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_logits, _):
-        if torch.is_grad_enabled():  # its own gradient would be wrong in silence
+        if torch.is_grad_enabled():  # a second derivative would be wrong without an error
             raise MolaError(
                 "second derivatives through a mixture of experts are not supported: leave out `create_graph=True`."
             )
-        # Read once: checkpointing refuses to unpack twice.
+        # Read once: activation checkpointing raises when tensors are unpacked twice.
         x, weight, experts_A, experts_B, router, mask, *saved = ctx.saved_tensors
         parameters = experts_A, experts_B, router
         inputs = MixtureInputs(x, None, weight, None, *parameters, mask, ctx.settings)
         if grad_output is None:
             grad_output = x.new_zeros(*x.shape[:-1], inputs.experts_B.shape[2])
         wanted = Grads(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
-        # Formats are those of the forward pass: autocast around `backward()` may be another.
+        # The dtypes are those of the forward pass, also if `backward()` is called under another autocast.
         device = x.device.type
         with torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext():
             grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)
         grad_x = None if grads.x is None else grads.x.view(x.shape).to(ctx.x_dtype)
-        of_parameters = [
+        grads_of_parameters = [
             None if grad is None else grad.view(parameter.shape).to(parameter.dtype)
             for grad, parameter in zip(grads[1:], parameters, strict=True)
         ]
         grad_result = grad_output.to(ctx.result_dtype) if weight is None else None
-        return None, grad_x, grad_result, None, None, *of_parameters, None, None
+        return None, grad_x, grad_result, None, None, *grads_of_parameters, None, None

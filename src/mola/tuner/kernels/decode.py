@@ -1,7 +1,7 @@
-"""Few tokens without gradients on a CPU, as when text is generated, in operators of torch: calls cost most there.
+"""Few tokens without gradients on a CPU, as in text generation, in operators of torch.
 
-- The thin products are made in float32 for narrower dtypes too: that is faster for few rows, and more exact.
-- Experts are chosen by one sort, and nothing is kept for a backward pass.
+The calls of operators then take longer than their arithmetic, so this backend makes few calls. The products of A, B and
+router are in float32 for narrower dtypes too: this is faster for few rows, and more exact.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
-from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.gemm import base_output, linear
 from mola.tuner.kernels.tensors import as_rows, autocast_is_on
 from mola.tuner.routing import route_all
@@ -29,7 +29,7 @@ def is_decode(x: torch.Tensor) -> bool:
 
 
 def why_not_decode(inputs: MixtureInputs) -> str | None:
-    """Why no decode backend computes such inputs; None if one may."""
+    """Why the decode backends do not support such inputs; None if they may."""
     if inputs.router is None:
         return NO_ROUTER
     if torch.is_grad_enabled() or autocast_is_on(inputs.x.device.type):
@@ -38,17 +38,17 @@ def why_not_decode(inputs: MixtureInputs) -> str | None:
 
 
 class Decode(Backend):
-    """See the module."""
+    """All experts for few tokens, in few operators of torch."""
 
     name = "decode"
     device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Whatever is without gradients and dropout."""
-        return why_not_decode(inputs) or why_not_written_out(inputs)
+        """Calls without gradients and dropout."""
+        return why_not_decode(inputs) or why_no_own_backward(inputs)
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """For many tokens, and not on a CPU."""
+        """Slower for many tokens, and on other devices than a CPU."""
         return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:

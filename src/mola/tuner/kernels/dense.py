@@ -1,10 +1,10 @@
-"""All experts at once, in operators of torch, with the backward pass written out.
+"""All experts at once, in operators of torch, with a backward pass of its own.
 
-- A is one `(E*r, in)` matrix, B one `(E*r, out)`; gates act between them, in rank space.
-- Tensors of rank size have tokens last: operators over experts then run along memory, and the router's thin product
-  is twice as fast.
-- Kept for the backward pass: the input, which other linears that read it keep too, and tensors of rank size.
-- The update is added to the base output by the product itself; no tensor of output size is made for it.
+- A is used as one `(E*r, in)` matrix, B as one `(E*r, out)` matrix. The gates multiply the `E*r` numbers between them.
+- Tensors of rank size (`E*r` numbers per token) have tokens last: operators over experts then read contiguous memory,
+  and the router's thin product is twice as fast.
+- The backward pass keeps the input, which other linears that read it keep too, and tensors of rank size.
+- The product with B is added to the base output as it is computed; no tensor of output size is made for the update.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import apply_gates, gates_backward
-from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, wants_onednn
-from mola.tuner.kernels.tensors import as_rows, results_are_kept
+from mola.tuner.kernels.gemm import addmm_, base_output, linear_add, mm, uses_onednn
+from mola.tuner.kernels.tensors import as_rows, keeps_results
 from mola.tuner.routing import DEFAULT_ROUTER
 
 
-def why_not_written_out(inputs: MixtureInputs) -> str | None:
-    """Why no backend that writes its backward pass out computes such inputs; None if one may."""
+def why_no_own_backward(inputs: MixtureInputs) -> str | None:
+    """Why such inputs need a backend that autograd differentiates; None if a backend may have its own backward pass."""
     if inputs.router is None:
         return NO_ROUTER
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a compiler is given plain operators"
-    if results_are_kept():
-        return "selective activation checkpointing keeps results that would be added to"
+    if keeps_results():
+        return "selective activation checkpointing keeps results that would be changed"
     return "the router's input is jittered" if inputs.settings.jitter else None
 
 
 class Dense(Backend):
-    """See the module."""
+    """All experts for all tokens; gates of zero for experts that were not chosen."""
 
     name = "dense"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """See `why_not_written_out`."""
-        return why_not_written_out(inputs)
+        """See `why_no_own_backward`."""
+        return why_no_own_backward(inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
         """See `Backend`."""
@@ -48,19 +48,19 @@ class Dense(Backend):
         matrix_B = inputs.experts_B.flatten(0, 1).to(settings.dtype)
         gated = mm(matrix_A, drop(as_rows(x), inputs.dropout_mask).t())  # (E*r, N)
         gates = apply_gates(as_rows(inputs.x), inputs.router, gated, settings)
-        if weight is not None and wants_onednn(x, weight):  # which adds to a wide product for less than to a thin one
+        if weight is not None and uses_onednn(x, weight):  # oneDNN adds faster to the wide product than to the thin one
             rows = linear_add(as_rows(x), weight, inputs.bias, mm(gated.t(), matrix_B))
             output = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
         else:
             output = base_output(inputs, x)
             addmm_(output.view(-1, output.shape[-1]), gated.t(), matrix_B)
-        # What had to be cast is kept: adapters are too large to stay in a cache until the backward pass.
+        # Copies in another dtype are kept: casting again takes longer than reading them.
         copies = joined, None if joined is None else matrix_B
         logits = None if settings.router == DEFAULT_ROUTER else gates.logits
         return Mixture(output, gates.logits, gates.expert_indices), Saved(x, (gated, gates.weights, logits, *copies))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """With `a` what the gates gave: `dB = a dy^T`; through the gates from `B dy`, see `gates_backward`."""
+        """With `a` the gated output of A: `dB = a dy^T`; the gradient before the gates comes from `B dy`."""
         gated, weights, logits, joined, matrix_B = saved
         weight, dropout_mask, num_experts = inputs.weight, inputs.dropout_mask, len(inputs.router)
         rows = as_rows(grad_output).to(inputs.settings.dtype)
@@ -73,7 +73,7 @@ class Dense(Backend):
             grad_A, grad_router = _weight_gradients(grad_both, as_rows(inputs.x), num_experts, dropout_mask)
         if wanted.x:
             joined = _join(inputs, rows.dtype) if joined is None else joined
-            if weight is not None and wants_onednn(rows, weight):
+            if weight is not None and uses_onednn(rows, weight):
                 grad_x = _input_gradient(None, grad_both, joined, num_experts, dropout_mask)
                 grad_x = linear_add(rows, weight.t(), None, grad_x)
             else:
@@ -83,14 +83,14 @@ class Dense(Backend):
 
 
 def _join(inputs: MixtureInputs, dtype: torch.dtype) -> torch.Tensor:
-    """A and router, one below the other, in the dtype of the products: `(E*r + E, in)`."""
+    """A and below it the router, in one matrix in the dtype of the products: `(E*r + E, in)`."""
     matrix_A = inputs.experts_A.flatten(0, 1)
     shape = len(matrix_A) + len(inputs.router), matrix_A.shape[1]
     return torch.cat((matrix_A, inputs.router), out=torch.empty(shape, dtype=dtype, device=inputs.router.device))
 
 
 def _weight_gradients(grad_both, rows, num_experts: int, dropout_mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A and router; without dropout both read the same input, in one product."""
+    """Gradients of A and router: without dropout one product, because both read the same input."""
     if dropout_mask is None:
         both = mm(grad_both, rows)
         return both[:-num_experts], both[-num_experts:]
@@ -99,9 +99,9 @@ def _weight_gradients(grad_both, rows, num_experts: int, dropout_mask) -> tuple[
 
 
 def _input_gradient(total: torch.Tensor | None, grad_both, joined, num_experts: int, dropout_mask) -> torch.Tensor:
-    """Add what comes through A and the router to `total`, in place where there is one."""
+    """The input's gradient from A and router, added to `total` in place if there is one."""
     if dropout_mask is None:
         return mm(grad_both.t(), joined) if total is None else addmm_(total, grad_both.t(), joined)
-    through_A = drop(mm(grad_both[:-num_experts].t(), joined[:-num_experts]), dropout_mask)
-    total = through_A if total is None else total.add_(through_A)
+    from_A = drop(mm(grad_both[:-num_experts].t(), joined[:-num_experts]), dropout_mask)
+    total = from_A if total is None else total.add_(from_A)
     return addmm_(total, grad_both[-num_experts:].t(), joined[-num_experts:])

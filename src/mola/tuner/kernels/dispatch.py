@@ -1,7 +1,7 @@
-"""Which backend computes a mixture: the first of `BACKENDS` that supports its inputs, and is not slower.
+"""Chooses the backend that computes a mixture: the first of `BACKENDS` that supports its inputs and is not slower.
 
-`MOLA_KERNEL=name` in the environment forces one; what it cannot compute is an error that says why. Layers with one
-expert are LoRA whatever is forced.
+`MOLA_KERNEL=name` in the environment forces one backend. If it does not support the inputs, the error says why. Layers
+with one expert are always computed by the backend `lora`.
 """
 
 from __future__ import annotations
@@ -17,65 +17,64 @@ from mola.errors import MolaError
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.autograd import compute
+from mola.tuner.kernels.cpu import decode as cpu_decode
+from mola.tuner.kernels.cpu.decode_operator import register as register
+from mola.tuner.kernels.cpu.train import CpuTrain
 from mola.tuner.kernels.decode import Decode, is_decode
 from mola.tuner.kernels.dense import Dense
+from mola.tuner.kernels.gpu.backend import Triton
+from mola.tuner.kernels.gpu.backend import forget as forget
 from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
 from mola.tuner.kernels.tensors import autocast_is_on
 
 _CHOICE = "MOLA_KERNEL"
-# Without numba and Triton as yet.
-_cpu_decode, _cpu_train, _gpu = native.load("decode"), native.load("train"), native.load("backend", "gpu")
 
 BACKENDS: tuple[Backend, ...] = (
-    *(() if _cpu_decode is None else (_cpu_decode.CPU_DECODE,)),
+    cpu_decode.CPU_DECODE,
     Lora(),
     Gathered(),
     Decode(),
-    *(() if _gpu is None else (_gpu.Triton(),)),
-    *(() if _cpu_train is None else (_cpu_train.CpuTrain(),)),
+    Triton(),
+    CpuTrain(),
     Grouped(),
     Dense(),
     Reference(),
 )
-_FOR_GPUS = tuple(backend for backend in BACKENDS if backend.device_type != "cpu")  # others need not be asked
-# Lets compiled graphs find a layer by its B.
-register = (lambda layer: None) if _cpu_decode is None else _cpu_decode.register
-# Before the experts of a layer are trained.
-forget = (lambda experts: None) if _gpu is None else _gpu.forget
+_BACKENDS_FOR_GPUS = tuple(backend for backend in BACKENDS if backend.device_type != "cpu")
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """A layer's output for few tokens, on a short way; None where there is none, or `MOLA_KERNEL` is set."""
-    if _cpu_decode is None or not _cpu_decode.is_available() or _choice():
+    """A layer's output for few tokens, without building the inputs of a backend.
+
+    Arguments as in `mola.tuner.kernels.cpu.decode.decode_layer`. None if there is no native function for the layer, or
+    `MOLA_KERNEL` is set: the caller then calls `mixture`.
+    """
+    if not cpu_decode.is_available() or _choice():
         return None
-    return _cpu_decode.decode_layer(layer, adapter_name, x)
+    return cpu_decode.decode_layer(layer, adapter_name, x)
 
 
 def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
-    """What adds the updates of rows with different adapters at once; None where nothing does, as above."""
-    if _cpu_decode is None or not _cpu_decode.is_available() or _choice() or not is_decode(x):
+    """A `mola.tuner.kernels.cpu.decode.RowTable` for a batch whose rows have different adapters; None as above."""
+    if not cpu_decode.is_available() or _choice() or not is_decode(x):
         return None
-    return _cpu_decode.row_table(layer, names, x)
+    return cpu_decode.row_table(layer, names, x)
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:
-    """The mixture by the backend that `select` names.
-
-    Raises:
-        MolaError: as `select`.
-    """
+    """Compute a mixture by the backend that `select` returns; errors as there."""
     inputs = narrowed(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
 
 
 def narrowed(inputs: MixtureInputs) -> MixtureInputs:
-    """On a GPU, an input in float32 that autocast would cast for the products, cast once for router and products.
+    """On a GPU under autocast, cast a float32 input to the dtype of the products, once for router and products.
 
-    LayerNorm under autocast gives float32 there, where it gives the base's own dtype without: routers see the same.
-    One expert is left to autocast, as PEFT's LoRA is.
+    LayerNorm returns float32 under autocast, and the dtype of the base without it. After the cast, routers get the same
+    input in training and when the model answers. A layer with one expert is left to autocast, as PEFT's LoRA is.
     """
     if inputs.router is None:
         return inputs
@@ -86,10 +85,10 @@ def narrowed(inputs: MixtureInputs) -> MixtureInputs:
 
 
 def select(inputs: MixtureInputs) -> Backend:
-    """The backend for some inputs.
+    """The backend that computes these inputs.
 
     Raises:
-        MolaError: `MOLA_KERNEL` names none, or one that does not support these inputs.
+        MolaError: `MOLA_KERNEL` names no backend, or one that does not support these inputs.
     """
     forced = forced_backend()
     if forced is not None and inputs.router is not None:
@@ -100,19 +99,19 @@ def select(inputs: MixtureInputs) -> Backend:
                 f"{tuple(inputs.experts_A.shape)}: {reason}. Unset {_CHOICE} to let mola choose."
             )
         return forced
-    for backend in _FOR_GPUS if inputs.x.is_cuda else BACKENDS:
+    for backend in _BACKENDS_FOR_GPUS if inputs.x.is_cuda else BACKENDS:
         if backend.supports(inputs) is None and backend.is_slower(inputs) is None:
             return backend
-    raise AssertionError("the reference backend supports what no other does")
+    raise AssertionError("the reference backend supports everything with a router, `lora` everything without")
 
 
 def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
-    """Every backend's name, and why it is not chosen for these inputs (None if it could be), in the order of choice."""
+    """Names of all backends in the order of choice, each with the reason against it for these inputs, or None."""
     return [(backend.name, backend.supports(inputs) or backend.is_slower(inputs)) for backend in BACKENDS]
 
 
 def forced_backend() -> Backend | None:
-    """The backend that `MOLA_KERNEL` names, if it is set.
+    """The backend that `MOLA_KERNEL` names; None if the variable is not set.
 
     Raises:
         MolaError: there is no such backend.
@@ -134,7 +133,11 @@ def _read_choice() -> str:
 
 
 def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
-    """Inputs in the dtype of the products; autocast casts for itself, and leaves the router what it sees."""
+    """Cast the input to the dtype of the products, for backends that do not cast.
+
+    A base weight in another dtype is replaced by the base output, computed here. Under autocast the input stays as it
+    is: autocast casts it for the products, and the router gets the original.
+    """
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):
         inputs = inputs._replace(result=F.linear(x, weight, inputs.bias), weight=None, bias=None)

@@ -1,18 +1,21 @@
-"""Which elements of an input dropout keeps: a tensor that forward and backward pass share.
+"""Dropout of the experts' input. Forward and backward pass share one tensor, the dropout mask, in one of two forms:
 
-- On the CPU with numba (the extra `cpu`), and on GPUs with Triton: a seed, from which the mask is drawn again wherever
-  it is needed.
-- Else: the mask, booleans.
+- on a CPU with numba (the extra `cpu`) and on a GPU with Triton it is a seed, from which a native function draws the
+  mask again wherever it is needed;
+- everywhere else it is the mask itself, as booleans.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mola.tuner.kernels import native
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 
-_STEPS = 1 << 16  # of a probability that 16 bits decide
-_native = native.load("dropout")  # without numba as yet
+_STEPS = 1 << 16  # booleans on a CPU: 16 random bits decide about an element
+_WORDS = 1 << 32  # a seed on a CPU: 32 bits decide about an element
 
 
 def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -23,16 +26,19 @@ def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]
         p: probability with which an element is dropped, `0 <= p < 1`.
 
     Returns:
-        What `drop` needs, and the probability with which an element is kept: `1 - p`, to the nearest of as many steps
-        as the drawn bits decide between.
+        The mask for `drop`, and the probability with which an element is kept: `1 - p`, rounded to a step that the
+        random bits can express.
     """
-    compiled = native.load("launch", "gpu") if x.is_cuda or native.is_interpreting() else _native
-    sampled = None if compiled is None else compiled.sample_seed(x, p)
+    if x.is_cuda or native.is_interpreting():
+        launch = native.load("launch", "gpu")
+        sampled = None if launch is None else launch.sample_seed(x, p)
+    else:
+        sampled = _sample_cpu_seed(x, p)
     return sampled or (_sample_booleans(x, p), keep_probability(x, p))
 
 
 def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
-    """`rows` with 0 for what the mask drops; as they are without a mask.
+    """`rows` with 0 for every dropped element; unchanged without a mask.
 
     Args:
         rows: as many elements as the tensor that the mask was drawn for, in any shape and dtype.
@@ -44,29 +50,50 @@ def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
         return torch.where(dropout_mask.reshape(rows.shape), rows, 0.0)
     if is_gpu_seed(dropout_mask):
         return native.load("launch", "gpu").drop(rows, dropout_mask)
-    return _native.drop(rows, dropout_mask)
+    rows = rows.contiguous()
+    dropped = torch.empty_like(rows)
+    _drop_kernel(rows.element_size())(rows.data_ptr(), dropout_mask.data_ptr(), dropped.data_ptr(), rows.numel())
+    return dropped
 
 
 def is_gpu_seed(dropout_mask: torch.Tensor) -> bool:
-    """Whether it is a seed that Triton draws from: one of 64 bits; those of the CPU are words of 32."""
+    """Whether the mask is a seed for Triton: one number of 64 bits. Seeds of the CPU are words of 32 bits."""
     return dropout_mask.dtype is torch.int64
+
+
+def keep_probability(x: torch.Tensor, p: float) -> float:
+    """Probability with which `_sample_booleans` keeps an element: `1 - p`, on a CPU to the nearest of 65,536 steps."""
+    return 1.0 - (_steps(p) / _STEPS if x.device.type == "cpu" else p)
+
+
+def _sample_cpu_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
+    """The seed, and the probability of keeping; None if there is no native function.
+
+    The seed has three words of 32 bits: two random ones, and the threshold `p * 2**32` below which an element is
+    dropped.
+    """
+    if not are_plain_cpu_tensors(x) or _drop_kernel(x.element_size()) is None:
+        return None
+    threshold = min(round(p * _WORDS), _WORDS - 1)
+    seed = torch.empty(3, dtype=torch.int32, device="cpu").random_(-(_WORDS // 2), _WORDS // 2)
+    seed[2] = threshold - _WORDS if threshold >= _WORDS // 2 else threshold  # the same 32 bits, signed
+    return seed, 1.0 - threshold / _WORDS
+
+
+def _drop_kernel(itemsize: int) -> Any:
+    functions = native.load("jit_dropout")
+    return None if functions is None else functions.kernel(itemsize)
 
 
 def _sample_booleans(x: torch.Tensor, p: float) -> torch.Tensor:
     """Booleans of the shape of `x`, False with probability `p`; see `keep_probability`.
 
-    On the CPU 16 random bits decide about an element, a quarter of a 64-bit draw: several times
-    faster than a floating-point draw for each.
+    On a CPU each 64-bit draw decides about four elements: several times faster than a floating-point draw for each.
     """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep_probability(x, p))
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return (draws.view(torch.int16)[: x.numel()] >= _steps(p) - _STEPS // 2).view(x.shape)
-
-
-def keep_probability(x: torch.Tensor, p: float) -> float:
-    """Probability with which `_sample_booleans` says True: `1 - p`, on the CPU to the nearest of 65,536 steps."""
-    return 1.0 - (_steps(p) / _STEPS if x.device.type == "cpu" else p)
 
 
 def _steps(p: float) -> int:

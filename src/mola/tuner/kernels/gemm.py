@@ -1,55 +1,144 @@
-"""A layer's matrix products, by the library that is fast for them on this processor; see `cpu/onednn.py`."""
+"""A layer's matrix products, by the library that is faster on this processor. No product records a gradient.
+
+In float32 torch calls MKL. On AMD's processors with AVX-512 MKL is slower than oneDNN, which is part of torch and which
+torch calls for bfloat16: much slower on Zen 5, where MKL uses half of AVX-512, somewhat on Zen 4. On these processors
+oneDNN makes a layer's float32 products: those of the experts, and that of the base layer if it is a plain frozen linear
+map. `MOLA_ONEDNN=0` in the environment leaves all products to torch, `MOLA_ONEDNN=1` uses oneDNN on every processor.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mola.errors import MolaError
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import MixtureInputs
-from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.kernels.tensors import PLAIN_TYPES, are_plain_cpu_tensors, as_rows
 
-_onednn = native.load("onednn")  # which needs no numba
-
-
-def wants_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN makes the product of two tensors; a compiler may ask."""
-    # The dtype is asked first, for this is called several times for every linear.
-    return a.dtype is torch.float32 and _onednn is not None and _onednn.is_wanted(a, b)
-
-
-def onednn_is_faster() -> bool:
-    """Whether oneDNN is asked on this processor, in float32."""
-    return _onednn is not None and _onednn.onednn_is_faster()
+_CPU_INFO = Path("/proc/cpuinfo")  # on Linux `platform.processor` does not name the vendor
+# Measured on Zen 4 and Zen 5. Zen 3 is of Zen 4's family, but has no AVX-512.
+_VENDOR, _FIRST_FAMILY = "AuthenticAMD", 25
+_CHOICE = "MOLA_ONEDNN"
+_MAX_TOKENS, _COLUMNS = 32, 16  # of mola's native product: at most so many tokens, inputs in multiples of 16
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b` of a frozen `weight: (out, in)`, where no gradient is recorded."""
-    return _onednn.fast_linear(x, weight, bias) if wants_onednn(x, weight) else F.linear(x, weight, bias)
+    """`x W^T + b` of a frozen `weight: (out, in)`."""
+    return float32_linear(x, weight, bias) if uses_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
-    """`x W^T + b + addend` of matrices, made at once, where `wants_onednn` says so."""
-    return _onednn.linear_add(x, weight, bias, addend)
+    """`x W^T + b + addend` of matrices, in one product; only where `uses_onednn(x, weight)`."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of two matrices, where no gradient is recorded."""
-    return _onednn.linear_by_onednn(a, b.t(), None) if wants_onednn(a, b) else torch.mm(a, b)
+    """`a @ b` of two matrices."""
+    return _onednn_linear(a, b.t(), None) if uses_onednn(a, b) else torch.mm(a, b)
 
 
 def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add `a @ b` to `total` in place, in its dtype, where no gradient is recorded."""
-    if total.dtype is not a.dtype or wants_onednn(a, b):
+    """Add `a @ b` to `total` in place, in the dtype of `total`."""
+    if total.dtype is not a.dtype or uses_onednn(a, b):
         return total.add_(mm(a, b))
     return total.addmm_(a, b)
 
 
 def base_output(inputs: MixtureInputs, x: torch.Tensor) -> torch.Tensor:
-    """`x W^T + b`, or a copy of the base output that is not narrower than `x`; contiguous, to be added to."""
-    if inputs.weight is not None:  # of rows: with more dimensions the product is a view, which no one may change
+    """A new contiguous tensor with the base output, to which the update can be added in place.
+
+    It is `x W^T + b` if the inputs hold the base weight; otherwise a copy of their base output, in the wider of its
+    dtype and that of `x`.
+    """
+    if inputs.weight is not None:
+        # As rows: with more dimensions the product would be a view, which must not be changed in place.
         rows = linear(as_rows(x), inputs.weight, inputs.bias)
         return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(inputs.weight)])
     assert inputs.result is not None
     dtype = torch.promote_types(inputs.result.dtype, x.dtype)
     return inputs.result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether oneDNN makes the product of two tensors; `torch.compile` can trace this."""
+    # The dtype comes first, because this is called several times for every linear.
+    if a.dtype is not torch.float32 or b.dtype is not torch.float32:
+        return False
+    if not onednn_is_faster() or 0 in (a.numel(), b.numel()):
+        return False
+    if torch.compiler.is_compiling():
+        return a.is_cpu and type(b) in PLAIN_TYPES
+    return are_plain_cpu_tensors(a, b)
+
+
+@torch.compiler.assume_constant_result
+def onednn_is_faster() -> bool:
+    """Whether oneDNN makes float32 products on this processor.
+
+    The processor's name decides, and not a measurement: the library decides about the last bits of a result.
+
+    Raises:
+        MolaError: `MOLA_ONEDNN` is neither 0 nor 1.
+    """
+    backend: Any = torch.backends.mkldnn
+    return _is_onednn_chosen() and backend.is_available() and backend.enabled
+
+
+@functools.cache
+def _is_onednn_chosen() -> bool:
+    choice = os.environ.get(_CHOICE, "")
+    if choice not in ("", "0", "1"):
+        raise MolaError(f"The environment variable {_CHOICE} must be 0 or 1, or not be set: got {choice!r}.")
+    if choice == "0" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return choice == "1" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_new_amd_processor())
+
+
+def _is_new_amd_processor() -> bool:
+    try:
+        description = _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        description = platform.processor()
+    # "cpu family : 26" on Linux, "Family 26" on Windows
+    family = re.search(r"family\s*:?\s*(\d+)", description, re.IGNORECASE)
+    return _VENDOR in description and family is not None and int(family.group(1)) >= _FIRST_FAMILY
+
+
+def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b` where `uses_onednn`: few tokens on one thread by mola's native product, everything else by oneDNN."""
+    kernel = _native_linear(x, weight, bias)
+    if kernel is None:
+        return _onednn_linear(x, weight, bias)
+    x, (out_features, in_features) = x.contiguous(), weight.shape
+    output = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
+    bias_address = 0 if bias is None else bias.data_ptr()
+    num_tokens = x.numel() // in_features
+    kernel(x.data_ptr(), weight.data_ptr(), bias_address, output.data_ptr(), num_tokens, in_features, out_features)
+    return output
+
+
+def _native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The native function `linear_kernel` for these tensors; None if there is none."""
+    in_features = weight.shape[1]
+    if x.shape[-1] != in_features:
+        return None  # torch raises its own error
+    if x.numel() > _MAX_TOKENS * in_features or torch.get_num_threads() > 1 or in_features % _COLUMNS:
+        return None
+    if not weight.is_contiguous() or not are_plain_cpu_tensors(x, weight):
+        return None
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous() and are_plain_cpu_tensors(bias)):
+        return None
+    functions = native.load("jit_decode")
+    return None if functions is None else functions.linear_kernel()
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

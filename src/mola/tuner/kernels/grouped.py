@@ -1,7 +1,7 @@
-"""Chosen experts only, in operators of torch: where experts are many and products are slow, in float32 on a CPU.
+"""Chosen experts only, in operators of torch: faster for many experts in float32 on a CPU.
 
-Assignments of tokens to experts are sorted by expert, and each expert multiplies its own rows in one grouped product.
-Arithmetic then does not grow with the number of experts, which pays for sorting, gathering and adding back.
+Assignments of tokens to experts are sorted by expert, and a grouped product multiplies the rows of each expert with its
+matrix. The arithmetic does not grow with the number of experts; sorting, gathering and adding back take extra time.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import torch
 import torch.nn.functional as F
 
 from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
-from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import keep_losses_only
 from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import DEFAULT_ROUTER, router_logits_by_expert, top_k_softmax, top_k_softmax_backward
 
-# Of 2 per token, with SmolLM2's shapes and 512 tokens: by MKL 16 take less time this way than all do, and 8 more. Where
-# oneDNN makes the products of all, in half the time, that is so for 24 and 16.
-_FROM_EXPERTS, _FROM_EXPERTS_ONEDNN = 16, 24
+# Measured with SmolLM2's shapes, 512 tokens and top_k 2: `dense` is faster with 8 experts and slower with 16. Where
+# oneDNN makes the products of `dense`, in half the time, it is faster with 16 experts and slower with 24.
+_MIN_EXPERTS, _MIN_EXPERTS_ONEDNN = 16, 24
 _ROW_BYTES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertSort(NamedTuple):
-    """Which token visits which expert, sorted by expert; `M = top_k * N` of them.
+    """The `M = top_k * N` assignments of tokens to experts, sorted by expert.
 
     Attributes:
-        tokens: token of each, `(M,)`.
-        permutation: place of each in the flattened `(top_k, N)`.
+        tokens: the token of each sorted assignment, `(M,)`.
+        permutation: the place of each sorted assignment in the flattened `expert_indices`, `(M,)`.
         ends: where the assignments of each expert end, int32 `(E,)`.
-        expert_indices: expert of each, `(top_k, N)`.
+        expert_indices: the chosen experts, unsorted, `(top_k, N)`.
     """
 
     tokens: torch.Tensor
@@ -44,22 +44,22 @@ class ExpertSort(NamedTuple):
 
     @classmethod
     def of(cls, expert_indices: torch.Tensor, num_experts: int) -> ExpertSort:
-        """Sort the choices `(top_k, N)`."""
+        """Sort the chosen experts `(top_k, N)`."""
         experts = expert_indices.flatten()
         permutation = experts.argsort(stable=True)
         counts = experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
-        ends = counts.cumsum(0).to(torch.int32)  # not of `bincount`, which waits for the device
+        ends = counts.cumsum(0).to(torch.int32)  # `bincount` would wait for the device
         return cls(permutation % max(expert_indices.shape[1], 1), permutation, ends, expert_indices)
 
 
 class Grouped(Backend):
-    """See the module."""
+    """Chosen experts only, in grouped products."""
 
     name = "grouped"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """What is recorded by no compiler, in sizes that grouped products take."""
-        reason = why_not_written_out(inputs)
+        """Sizes and dtypes that grouped products take, without a compiler."""
+        reason = why_no_own_backward(inputs)
         if reason is not None:
             return reason
         if inputs.settings.router != DEFAULT_ROUTER:
@@ -73,11 +73,11 @@ class Grouped(Backend):
         return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Except in float32 on a CPU, with many experts for each that is chosen, and as many tokens as experts."""
+        """Slower except in float32 on a CPU, for many experts per chosen one and no fewer tokens than experts."""
         if not inputs.x.is_cpu or inputs.settings.dtype != torch.float32:
             return "slower than dense except in float32 on a CPU"
         num_experts = len(inputs.experts_A)
-        least = _FROM_EXPERTS_ONEDNN if onednn_is_faster() else _FROM_EXPERTS
+        least = _MIN_EXPERTS_ONEDNN if onednn_is_faster() else _MIN_EXPERTS
         if 2 * num_experts < least * inputs.settings.top_k or inputs.x.numel() < num_experts * inputs.x.shape[-1]:
             return "slower than dense for so few experts or tokens"
         return None
@@ -98,13 +98,13 @@ class Grouped(Backend):
         return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, *sort))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """As `Dense.backward`, with one row for every assignment in place of zeros for other experts."""
+        """As `Dense.backward`, with one row for every assignment instead of zeros for experts not chosen."""
         gated, weights, *fields = saved
         sort, dtype = ExpertSort(*fields), inputs.settings.dtype
         x, dropout_mask = as_rows(inputs.x), inputs.dropout_mask
         rows = as_rows(grad_output).to(dtype)
-        visiting = rows.index_select(0, sort.tokens)  # (M, out)
-        grad_hidden = F.grouped_mm(visiting, inputs.experts_B.to(dtype).transpose(1, 2), offs=sort.ends)  # (M, r)
+        sorted_rows = rows.index_select(0, sort.tokens)  # (M, out)
+        grad_hidden = F.grouped_mm(sorted_rows, inputs.experts_B.to(dtype).transpose(1, 2), offs=sort.ends)  # (M, r)
         agreement, by_choice = (
             torch.empty_like(values).index_copy_(0, sort.permutation, values).view(sort.expert_indices.shape)
             for values in ((grad_hidden * gated).sum(1), weights)
@@ -117,23 +117,30 @@ class Grouped(Backend):
         grad_hidden.mul_(weights.unsqueeze(1))
         grad_x = grad_A = grad_B = grad_router = None
         if wanted.experts_B:
-            grad_B = F.grouped_mm(gated.t(), visiting, offs=sort.ends)
+            grad_B = F.grouped_mm(gated.t(), sorted_rows, offs=sort.ends)
         if wanted.experts_A:
-            read = drop(x, dropout_mask).index_select(0, sort.tokens)
-            grad_A = F.grouped_mm(grad_hidden.t(), read, offs=sort.ends)
+            sorted_inputs = drop(x, dropout_mask).index_select(0, sort.tokens)
+            grad_A = F.grouped_mm(grad_hidden.t(), sorted_inputs, offs=sort.ends)
         if wanted.router:
             grad_router = grad_logits @ x
         if wanted.x:
             grad_x = torch.zeros_like(x) if inputs.weight is None else mm(rows, inputs.weight)
-            through_A = grad_x if dropout_mask is None else torch.zeros_like(grad_x)
-            _add_products(through_A, grad_hidden, inputs.experts_A.to(dtype), sort)
+            from_A = grad_x if dropout_mask is None else torch.zeros_like(grad_x)
+            _add_products(from_A, grad_hidden, inputs.experts_A.to(dtype), sort)
             if dropout_mask is not None:
-                grad_x.add_(drop(through_A, dropout_mask))
+                grad_x.add_(drop(from_A, dropout_mask))
             grad_x.addmm_(grad_logits.t(), inputs.router.to(dtype))
         return Grads(grad_x, grad_A, grad_B, grad_router)
 
 
 def _add_products(total: torch.Tensor, rows: torch.Tensor, matrices: torch.Tensor, sort: ExpertSort) -> None:
-    """Add `rows_a M_e` to the token of every assignment: `rows: (M, r)`, `matrices: (E, r, out)`, `total: (N, out)`."""
+    """Add the product of every assignment's row with its expert's matrix to the row of its token, in place.
+
+    Args:
+        total: `(N, out)`.
+        rows: `(M, r)`, sorted by expert.
+        matrices: `(E, r, out)`.
+        sort: the order of the rows.
+    """
     products = F.grouped_mm(rows, matrices, offs=sort.ends)
     total.index_add_(0, sort.tokens, products.to(total.dtype))

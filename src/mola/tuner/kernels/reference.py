@@ -1,6 +1,6 @@
-"""The formula of a mixture in plain operators of torch, and nothing else: what every other backend is held to.
+"""The formula of a mixture in plain operators of torch. All other backends are tested against it.
 
-It also runs where plain operators are wanted: under a compiler, and with jitter. One expert is PEFT's LoRA.
+These backends also compute what needs plain operators: calls under `torch.compile`, and router jitter.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
 
-_GATHERED_TOKENS = 8  # up to which reading matrices token by token is faster, where a compiler writes a CPU's loops
+_MAX_GATHERED_TOKENS = 8  # compiled for a CPU, `gathered` is faster up to so many tokens
 
 
 class Reference(Backend):
-    """All experts for all tokens, with gates of zero for those that were not chosen."""
+    """All experts for all tokens; gates of zero for experts that were not chosen."""
 
     name = "reference"
     is_recorded = True
@@ -28,7 +28,7 @@ class Reference(Backend):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
-        result = _base(inputs)  # first, so that its gradient is added first
+        result = _base(inputs)  # first, so that autograd adds up gradients in this order
         logits, routing = _route(inputs)
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         gates = dense_gates(routing, len(experts_A)) * inputs.settings.scaling
@@ -38,23 +38,23 @@ class Reference(Backend):
 
 
 class Gathered(Reference):
-    """Each token's chosen experts alone, for compilers, which read their matrices where they are; no gradient."""
+    """Chosen experts only, for compilers without gradients: compiled loops read the experts' matrices in place."""
 
     name = "gathered"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Whatever is without gradients."""
+        """Calls without gradients."""
         if inputs.router is None:
             return NO_ROUTER
         return "gradients are recorded" if torch.is_grad_enabled() else None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Without a compiler and for many tokens, where matrices are copied for every token."""
+        """Slower without a compiler, which would copy matrices for every token, and for many tokens."""
         if not torch.compiler.is_compiling():
-            return "no compiler writes its loops"
+            return "only faster under a compiler"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]
         few = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
-        return None if few or (inputs.x.is_cpu and num_tokens <= _GATHERED_TOKENS) else "too many tokens"
+        return None if few or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`; the update is made in float32 (float64 for float64)."""
@@ -69,18 +69,18 @@ class Gathered(Reference):
 
 
 class Lora(Reference):
-    """One expert, without a router: the same operators as PEFT's LoRA, to the last bit."""
+    """One expert without a router: the same operators as PEFT's LoRA, with bitwise equal results."""
 
     name = "lora"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """One expert."""
+        """Layers with one expert."""
         return None if inputs.router is None else "there are several experts"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """See `Backend`."""
         result = _base(inputs)
-        # The copy has LoRA's memory layout, and with it LoRA's last bits.
+        # The copy has the memory layout of PEFT's LoRA, so results are equal to the last bit.
         weight_B = inputs.experts_B[0].t().contiguous()
         hidden = F.linear(_dropped(inputs), inputs.experts_A[0])
         return Mixture(result + F.linear(hidden, weight_B) * inputs.settings.scaling), None
@@ -93,8 +93,12 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 
 def _dropped(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input: by a mask that was sampled, whose share is in `scaling`, or by torch's dropout."""
-    if inputs.dropout_mask is not None:  # not dropped by a native function, which autograd does not see
+    """The experts' input after dropout, by the given mask or else by torch's dropout.
+
+    With a mask, `scaling` already holds the division by the probability of keeping an element.
+    """
+    if inputs.dropout_mask is not None:
+        # By `torch.where`, which autograd records, and not by `drop` itself, which may be a native function.
         return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 

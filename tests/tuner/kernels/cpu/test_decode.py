@@ -18,7 +18,7 @@ from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.cpu import decode
 from mola.tuner.kernels.cpu.decode import CPU_DECODE
 from mola.tuner.kernels.decode import MAX_TOKENS
-from mola.tuner.kernels.gemm import wants_onednn
+from mola.tuner.kernels.gemm import uses_onednn
 from mola.tuner.kernels.reference import Reference
 from mola.tuner.layer import ExpertSettings
 from tests.versions import needs
@@ -220,7 +220,7 @@ def test_a_compiler_sees_one_operator(dtypes, num_tokens):
         part.to(weights)
     x = draw(2, num_tokens, 16, dtype=values)[:1]
     output, operators = compiled(layer, x)
-    operator = "mola.linear_decode" if wants_onednn(x, layer.base_layer.weight) else "mola.decode"
+    operator = "mola.linear_decode" if uses_onednn(x, layer.base_layer.weight) else "mola.decode"
     assert [name for name in operators if name.startswith("mola.")] == [operator] * (num_tokens <= MAX_TOKENS)
     with torch.no_grad():
         tolerance = {"atol": 5e-2, "rtol": 3e-2} if torch.bfloat16 in dtypes else {}
@@ -331,7 +331,7 @@ def test_operators_know_their_shapes():
 def test_what_the_function_cannot_read_is_refused():
     x, A, B, router = draw(3, 16), draw(4, 2, 16), draw(4, 2, 24), draw(4, 16)
     with pytest.raises(RuntimeError, match="contiguous"):
-        decode._add_update(draw(24, 3).t(), x, A, B, router, 1.0, 2)
+        decode.add_update(draw(24, 3).t(), x, A, B, router, 1.0, 2)
     for others in (
         (x, A, B[:3], router),
         (x, A, draw(4, 3, 24), router),
@@ -339,11 +339,11 @@ def test_what_the_function_cannot_read_is_refused():
         (x[:, :8], A, B, router),
     ):
         with pytest.raises(RuntimeError, match="do not fit"):
-            decode._add_update(draw(3, 24), *others, 1.0, 2)
+            decode.add_update(draw(3, 24), *others, 1.0, 2)
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
-        decode._add_update(draw(3, 24).double(), x.double(), A.double(), B.double(), router, 1.0, 2)
+        decode.add_update(draw(3, 24).double(), x.double(), A.double(), B.double(), router, 1.0, 2)
     with pytest.raises(ValueError, match="base layer's output"):
-        decode._add_update(draw(3, 25), x, A, B, router, 1.0, 2)
+        decode.add_update(draw(3, 25), x, A, B, router, 1.0, 2)
 
 
 # ------------------------------------------------------------------ where it is used

@@ -24,5 +24,5 @@ jit_instructions = importlib.import_module("mola.tuner.kernels.cpu.jit_instructi
 def test_processors(features, llvm, single, half, monkeypatch):
     monkeypatch.setattr(jit_instructions, "_features", lambda: features.split(","))
     monkeypatch.setattr(jit_instructions.llvm, "llvm_version_info", (llvm, 0, 0))
-    assert jit_instructions.has_vectors(in_pairs=False) == single
-    assert jit_instructions.has_vectors(in_pairs=True) == half
+    assert jit_instructions.has_vectors(is_bf16=False) == single
+    assert jit_instructions.has_vectors(is_bf16=True) == half

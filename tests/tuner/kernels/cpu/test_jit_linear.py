@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mola.tuner.kernels import native
-from mola.tuner.kernels.cpu import onednn
-from mola.tuner.kernels.cpu.onednn import _native_linear, fast_linear
+from mola.tuner.kernels import gemm, native
+from mola.tuner.kernels.gemm import _native_linear, float32_linear
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 from ..native import needs_vectors
@@ -26,23 +25,23 @@ def test_any_size(num_tokens, in_features, out_features, with_bias):
     x, weight = draw(num_tokens, in_features), draw(out_features, in_features, seed=1) / in_features**0.5
     bias = draw(out_features, seed=2) if with_bias else None
     assert _native_linear(x, weight, bias) is not None
-    torch.testing.assert_close(fast_linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(float32_linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32), (32,), (1, 1, 1, 32)])
 def test_any_number_of_dimensions_and_an_input_with_gaps(shape):
     x, weight = draw(*shape[:-1], 64)[..., ::2], draw(5, 32)
     assert not x.is_contiguous()
-    torch.testing.assert_close(fast_linear(x, weight, None), F.linear(x, weight), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(float32_linear(x, weight, None), F.linear(x, weight), atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_does_not_depend_on_its_neighbours():
     x, weight = draw(20, 160), draw(33, 160)
-    together = fast_linear(x, weight, None)
+    together = float32_linear(x, weight, None)
     for n in (0, 7, 8, 19):
-        assert torch.equal(fast_linear(x[n : n + 1], weight, None)[0], together[n])
+        assert torch.equal(float32_linear(x[n : n + 1], weight, None)[0], together[n])
     x[3, 5] = float("nan")
-    assert torch.equal(fast_linear(x, weight, None).isnan().any(1), torch.arange(20) == 3)
+    assert torch.equal(float32_linear(x, weight, None).isnan().any(1), torch.arange(20) == 3)
 
 
 @pytest.mark.parametrize("out_features", [1, 2, 3, 31])
@@ -51,7 +50,7 @@ def test_nothing_is_written_beside_the_output(num_tokens, out_features):
     x, weight = draw(num_tokens, 48), draw(out_features, 48)
     memory = torch.full((num_tokens * out_features + 200,), 77.0)
     output = memory[100:-100].view(num_tokens, out_features)
-    native.load("jit_linear").kernel()(
+    native.load("jit_decode").linear_kernel()(
         x.data_ptr(), weight.data_ptr(), 0, output.data_ptr(), num_tokens, 48, out_features
     )
     torch.testing.assert_close(output, x @ weight.t(), atol=1e-4, rtol=1e-5)
@@ -92,9 +91,9 @@ def test_a_layer_uses_it_and_computes_the_same(bias, monkeypatch):
     layer = MolaLinear(base, "default", ExpertSettings(4, 3, 2, 8.0, init_lora_weights=False)).eval()
     x, used = draw(2, 3, 32), []
     results = []
-    monkeypatch.setattr(onednn, "_native_linear", lambda *tensors: used.append(tensors) or _native_linear(*tensors))
+    monkeypatch.setattr(gemm, "_native_linear", lambda *tensors: used.append(tensors) or _native_linear(*tensors))
     for choice in (True, False):
-        monkeypatch.setattr(onednn, "onednn_is_faster", lambda choice=choice: choice)
+        monkeypatch.setattr(gemm, "onednn_is_faster", lambda choice=choice: choice)
         with torch.no_grad():
             results.append(layer(x))
     assert len(used) == 1

@@ -55,9 +55,9 @@ def backends(*, use_triton):
         used.add(select(inputs).name)
         return mixture(inputs)
 
-    plain = (*backend._PLAIN, FakeTensor) if use_triton else backend._PLAIN
+    plain = (*backend.PLAIN_TYPES, FakeTensor) if use_triton else backend.PLAIN_TYPES
     with (
-        patch.object(backend, "_PLAIN", plain),
+        patch.object(backend, "PLAIN_TYPES", plain),
         patch.object(first_use, "why_wrong", lambda *_: None),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
         patch("mola.tuner.layer.mixture", counted),

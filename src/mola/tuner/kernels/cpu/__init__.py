@@ -1,7 +1,7 @@
-"""Everything that numba compiles for CPUs: the extra `cpu`. Entered by `mola.tuner.kernels.native.load` only.
+"""Backends for CPUs whose inner loops numba compiles (the extra `cpu`).
 
-- `decode`, `train`: the backends, in torch; they load native functions when they are first used.
-- `registry`: finds the layer that owns a `mola_B`, for compiled graphs.
-- `jit`: what native functions share. `jit_decode`, `jit_train`, `jit_gates`, `jit_dropout`, `jit_linear`: they;
-  `jit_products`, `jit_vectors`, `jit_instructions`: what `jit_train` consists of, down to LLVM's vector instructions.
+- `decode`, `train`: the backends, in torch. `decode_operator`: the same as operators for `torch.compile`.
+- `jit_decode`, `jit_train`, `jit_gates`, `jit_dropout`: native functions, loaded by `mola.tuner.kernels.native` when
+  they are first used. `jit`: what they share.
+- `jit_products`, `jit_vectors`, `jit_instructions`: the loops of `jit_train`, down to LLVM's vector instructions.
 """

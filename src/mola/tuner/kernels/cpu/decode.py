@@ -1,6 +1,7 @@
-"""Few tokens without gradients on a CPU by one native function, which reads chosen experts only; see `jit_decode`.
+"""Few tokens without gradients on a CPU: one native function reads the chosen experts only, see `jit_decode`.
 
-A compiler meets it as an operator, `torch.ops.mola.decode`, that is given a layer's B; `registry` finds the rest.
+A layer calls `decode_layer` and a batch with several adapters `row_table`, past the table of backends: to build the
+inputs of a backend takes longer than the arithmetic of a mixture.
 """
 
 from __future__ import annotations
@@ -12,30 +13,26 @@ from torch import nn
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
-from mola.tuner.kernels.cpu.onednn import fast_linear
-from mola.tuner.kernels.cpu.registry import owner_of
-from mola.tuner.kernels.cpu.registry import register as register
-from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
 from mola.tuner.kernels.decode import Decode, is_decode, why_not_decode
-from mola.tuner.kernels.gemm import linear, wants_onednn
-from mola.tuner.kernels.tensors import has_hooks
+from mola.tuner.kernels.gemm import linear, uses_onednn
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
 from mola.tuner.routing import DEFAULT_ROUTER
 
 _NO_FUNCTION = "no native function for these dtypes, or no numba here"
 
 
 class CpuDecode(Decode):
-    """See the module."""
+    """Chosen experts only, in one native function."""
 
     name = "cpu_decode"
     casts_inputs = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """No gradients, no logits wanted, plain tensors in float32 or bfloat16."""
-        x, experts_A, router, settings = inputs.x, inputs.experts_A, inputs.router, inputs.settings
+        """No gradients, no router output wanted, plain tensors in float32 or bfloat16."""
+        x, settings = inputs.x, inputs.settings
         if torch.compiler.is_compiling():
             return "a compiler has an operator for this"
-        if not is_available():  # first, since without numba every token and linear would ask all the rest
+        if not is_available():  # first: without numba every token and linear would go through all other questions
             return _NO_FUNCTION
         reason = why_not_decode(inputs)
         if reason is not None:
@@ -44,7 +41,7 @@ class CpuDecode(Decode):
             return "router outputs or jitter are wanted"
         if settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
-        reason = _why_unreadable(x, experts_A, inputs.experts_B, router)
+        reason = _why_not_native(x, inputs.experts_A, inputs.experts_B, inputs.router)
         if reason is None and inputs.result is not None and inputs.result.dtype is not x.dtype:
             return "the base output has another dtype than the input"
         return reason
@@ -55,18 +52,19 @@ class CpuDecode(Decode):
             output = linear(inputs.x, inputs.weight, inputs.bias)
         else:
             assert inputs.result is not None
-            output = inputs.result.clone(memory_format=torch.contiguous_format)  # somebody else may hold it
+            output = inputs.result.clone(memory_format=torch.contiguous_format)  # the original may be used elsewhere
         settings = inputs.settings
-        _add_update(
+        add_update(
             output, inputs.x, inputs.experts_A, inputs.experts_B, inputs.router, settings.scaling, settings.top_k
         )
         return Mixture(output), None
 
 
-def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The output of a layer for few tokens; None where there is no native function for it.
+CPU_DECODE = CpuDecode()
 
-    What `CpuDecode` computes, on a short way: for every token and linear, building `MixtureInputs` can be measured.
+
+def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a layer for few tokens, as `CpuDecode` computes it; None if there is no native function for it.
 
     Args:
         layer: a `MolaLinear`.
@@ -79,32 +77,34 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
     experts_B = parts["mola_B"]._parameters.get(adapter_name)
     if experts_B is None or experts_B.is_meta:
         return None
-    is_compiling, others = torch.compiler.is_compiling(), None
-    if is_compiling:  # then B alone is looked at: compiled code compares what it reads, before every call
+    is_compiling, matrices = torch.compiler.is_compiling(), None
+    if is_compiling:
+        # Compiled code compares everything that it reads of the layer before every call, so it reads B alone.
         if torch.compiler.is_exporting() or len(experts_B) == 1 or not has_kernel(x.dtype, experts_B.dtype):
             return None
     else:
-        others = _readable(layer, adapter_name, x, experts_B)
-        if others is None:
+        matrices = native_matrices(layer, adapter_name, x, experts_B)
+        if matrices is None:
             return None
     base = parts["base_layer"]
     if type(base) is not nn.Linear or has_hooks(base):
-        output = base(x).clone(memory_format=torch.contiguous_format)  # somebody else may hold it
-    elif is_compiling and wants_onednn(x, base.weight):
+        output = base(x).clone(memory_format=torch.contiguous_format)  # the original may be used elsewhere
+    elif is_compiling and uses_onednn(x, base.weight):
         return torch.ops.mola.linear_decode(x, base.weight, base.bias, experts_B)
     else:
         output = linear(x, base.weight, base.bias)
     if type(output) is not torch.Tensor or output.dtype != x.dtype:
         return layer.add_experts(adapter_name, x, output).to(output.dtype)
-    if others is None:
+    if matrices is None:
         torch.ops.mola.decode(output, x, experts_B)
     else:
-        _add_update(output, x, others[0], experts_B, others[1], layer.scaling[adapter_name], layer.top_k[adapter_name])
+        experts_A, router = matrices
+        add_update(output, x, experts_A, experts_B, router, layer.scaling[adapter_name], layer.top_k[adapter_name])
     return output
 
 
-def _readable(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> tuple[Any, Any] | None:
-    """A and router of a layer, if the native function computes its tensors as they are."""
+def native_matrices(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.Tensor) -> tuple[Any, Any] | None:
+    """A and router of a layer's adapter; None if the native function cannot compute the adapter for `x`."""
     parts = layer._modules
     experts_A = parts["mola_A"]._parameters.get(adapter_name)
     router = parts["mola_router"]._parameters.get(adapter_name)
@@ -113,14 +113,14 @@ def _readable(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: torch.T
         and router is not None
         and layer.settings[adapter_name].router == DEFAULT_ROUTER
         and not parts["mola_dropout"]._modules[adapter_name].training
-        and _why_unreadable(x, experts_A, experts_B, router) is None
+        and _why_not_native(x, experts_A, experts_B, router) is None
     ):
         return experts_A, router
     return None
 
 
-def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: Any) -> str | None:
-    """Why the native function cannot read some tensors; None if it can."""
+def _why_not_native(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: Any) -> str | None:
+    """Why the native function cannot read these tensors; None if it can."""
     if router.dtype is not torch.float32:
         return OTHER_ROUTER
     if not are_plain_cpu_tensors(x, experts_A, experts_B, router):  # before anything is compiled
@@ -128,7 +128,7 @@ def _why_unreadable(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.T
     return _NO_FUNCTION if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None else None
 
 
-def _add_update(
+def add_update(
     output: torch.Tensor,
     x: torch.Tensor,
     experts_A: torch.Tensor,
@@ -138,6 +138,15 @@ def _add_update(
     top_k: int,
 ) -> None:
     """Add the update of a mixture to the base output `(..., out)`, in place.
+
+    Args:
+        output: contiguous, in the dtype of `x`.
+        x: `(..., in)`.
+        experts_A: `(E, r, in)`.
+        experts_B: `(E, r, out)`.
+        router: `(E, in)`, float32.
+        scaling: see `MixtureSettings`.
+        top_k: experts per token.
 
     Raises:
         RuntimeError: there is no native function for such tensors, or their shapes do not fit.
@@ -153,7 +162,7 @@ def _add_update(
         raise RuntimeError(f"mola::decode: {x.shape}, {experts_A.shape}, {experts_B.shape}, {router.shape} do not fit.")
     if output.shape != (*x.shape[:-1], out_features):
         raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
-    # Held by names until the call is over. Written out: this is called for every token and linear.
+    # Names keep the copies alive until the call is over. No loop: this runs for every token and linear.
     x, router, experts_A, experts_B = (
         x.contiguous(),
         router.contiguous(),
@@ -177,22 +186,38 @@ def _add_update(
 
 
 class RowTable(NamedTuple):
-    """Experts of each of a batch's rows, where they lie; see `rows_kernel` of `jit_decode`."""
+    """The experts of each row of a batch, by their addresses; see `rows_kernel` of `jit_decode`.
+
+    Attributes:
+        kernel: the native function.
+        experts: addresses and sizes of each row's experts, int64 `(rows, 6)`.
+        scalings: float32 `(rows,)`.
+        no_router: zeros, the router of adapters with one expert: its gate is then 1. Kept here so that it is not freed.
+    """
 
     kernel: Any
     experts: torch.Tensor
     scalings: torch.Tensor
-    no_router: torch.Tensor  # of adapters with one expert: zeros make its gate 1
+    no_router: torch.Tensor
 
     def add(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add each row's update to the base output `(rows, ..., out)`, in place; both contiguous."""
+        """Add each row's update to the base output `(rows, ..., out)`, in place; the output is contiguous."""
         x, sizes = x.contiguous(), (len(x), x.numel() // (len(x) * x.shape[-1]), x.shape[-1], output.shape[-1])
         self.kernel(x.data_ptr(), output.data_ptr(), self.experts.data_ptr(), self.scalings.data_ptr(), *sizes)
         return output
 
 
 def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
-    """Where a layer's experts for rows with these adapters lie; None if there is no native function for them."""
+    """The table of a layer's experts for a batch whose rows have different adapters.
+
+    Args:
+        layer: a `MolaLinear`.
+        names: the adapter of each row; an adapter that the layer does not have adds nothing.
+        x: `(rows, ..., in)`.
+
+    Returns:
+        The table; None if there is no native function for one of the adapters.
+    """
     parts, functions = layer._modules, native.load("jit_decode")
     no_router = torch.zeros(layer.in_features, dtype=torch.float32, device="cpu")
     entries, kernels = {}, set()
@@ -205,7 +230,7 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
         tensors = parts["mola_router"]._parameters.get(name, no_router.unsqueeze(0)), experts_A, experts_B
         shapes = (num_experts, x.shape[-1]), (num_experts, r, x.shape[-1]), (num_experts, r, layer.out_features)
         is_usual = layer.settings[name].router == DEFAULT_ROUTER and not parts["mola_dropout"]._modules[name].training
-        if not is_usual or layer.training or _why_unreadable(x, experts_A, experts_B, tensors[0]) is not None:
+        if not is_usual or layer.training or _why_not_native(x, experts_A, experts_B, tensors[0]) is not None:
             return None
         if not all(each.is_contiguous() and each.shape == shape for each, shape in zip(tensors, shapes, strict=True)):
             return None
@@ -215,58 +240,27 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
     if len(kernels) != 1:
         return None
     experts, scalings = zip(*map(entries.__getitem__, names), strict=True)
-    # What kernels read, whatever PyTorch's default is at this moment.
-    numbers = (
+    # On the CPU whatever torch's default device is.
+    return RowTable(
+        kernels.pop(),
         torch.tensor(experts, dtype=torch.int64, device="cpu"),
         torch.tensor(scalings, dtype=torch.float32, device="cpu"),
+        no_router,
     )
-    return RowTable(kernels.pop(), *numbers, no_router)
-
-
-def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> None:
-    owner = owner_of(experts_B)
-    layer, name = owner.layer(), owner.adapter_name
-    assert layer is not None
-    others = _readable(layer, name, x, experts_B)
-    if others is not None:
-        _add_update(output, x, others[0], experts_B, others[1], layer.scaling[name], layer.top_k[name])
-    else:  # as without a compiler, with dropout too
-        output.copy_(layer.add_experts(name, x, output))
-
-
-def _linear_decode(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, experts_B: torch.Tensor):
-    output = fast_linear(x, weight, bias)  # of which compilers could know only how to call it for constants
-    _decode(output, x, experts_B)
-    return output
-
-
-# For compilers: the update of the layer that B belongs to, and base output and update in one. With the decorator
-# `torch.library.custom_op` a call takes longer.
-_LIBRARY = torch.library.Library("mola", "FRAGMENT")
-_TAGS = (torch.Tag.needs_fixed_stride_order,)
-_LIBRARY.define("decode(Tensor(a!) output, Tensor x, Tensor experts_B) -> ()", tags=_TAGS)
-_LIBRARY.impl("decode", _decode, "CPU")
-_LIBRARY.impl("decode", lambda *arguments: None, "Meta")
-_LIBRARY.define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor experts_B) -> Tensor", tags=_TAGS)
-_LIBRARY.impl("linear_decode", _linear_decode, "CPU")
-_LIBRARY.impl("linear_decode", lambda x, weight, *others: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 
 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
-    """Whether there are native functions at all; a compiler may ask."""
+    """Whether there are native functions at all; `torch.compile` can trace this."""
     return native.load("jit_decode") is not None
 
 
 @torch.compiler.assume_constant_result
 def has_kernel(values: torch.dtype, weights: torch.dtype) -> bool:
-    """Whether there is a native function for these dtypes of the input and of A and B; a compiler may ask."""
+    """Whether there is a native function for these dtypes of the input and of A and B; `torch.compile` can trace it."""
     return _kernel(values, weights) is not None
 
 
 def _kernel(values: torch.dtype, weights: torch.dtype) -> Any:
     functions = native.load("jit_decode")
     return None if functions is None else functions.kernel(values, weights)
-
-
-CPU_DECODE = CpuDecode()

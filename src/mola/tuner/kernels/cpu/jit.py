@@ -1,10 +1,11 @@
-"""What native functions share: compiling and keeping them, dtypes as bits, the choice of experts."""
+"""What native functions share: compilation and its cache, bfloat16 as bits, the choice of experts."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,16 @@ import numpy as np
 import torch
 from numba import types
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-    raise ImportError("NUMBA_DISABLE_JIT is set, and these functions are none of Python's")
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these functions cannot run in Python")
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-# All but assuming that there is neither NaN nor infinity.
+FORMATS = {torch.float32: np.float32, torch.bfloat16: np.uint16}  # bfloat16 as integers with its bits
+# Fast mathematics, but without the assumption that there is no NaN and no infinity.
 MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -44,13 +44,13 @@ def _bitcast(source, target) -> Any:
     return intrinsic(cast)
 
 
-pointer: Any = intrinsic(_to_pointer)  # of an address, an integer
+pointer: Any = intrinsic(_to_pointer)  # an integer, an address, as a pointer
 _as_float = _bitcast(types.uint32, types.float32)
 _as_bits = _bitcast(types.float32, types.uint32)
 
 
 def widen(value):
-    """A number as float32; `uint16` is the bits of a bfloat16."""
+    """Convert a number to float32; an `uint16` holds the bits of a bfloat16."""
 
 
 @overload(widen, inline="always")
@@ -61,7 +61,7 @@ def _widen_overload(value):
 
 
 def narrow(value, like):
-    """A float32 in the format of `like`, to the nearest, ties to even."""
+    """Round a float32 to the dtype of `like`, to the nearest number, ties to even."""
 
 
 @overload(narrow, inline="always")
@@ -73,17 +73,18 @@ def _narrow_overload(value, like):
         bits = _as_bits(value)
         odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
-        # Without a branch: it is inlined where loops are to become vectors.
+        # Without a branch, so that loops around it can become vector instructions.
         is_nan = np.uint32(np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000))
         return np.uint16(np.uint32(rounded >> np.uint32(16)) | np.uint32(is_nan * np.uint32(0x7FC0)))
 
     return to_bfloat16
 
 
-# Inlined, here and below: of what is called, the process that compiles keeps another version than the disk.
+# `forceinline`, here and in other files: without it, the process that compiles a function and one that loads it from
+# the disk would run different code.
 @numba.njit(forceinline=True)
 def is_among(number, numbers):
-    """Whether it is one of them."""
+    """Whether `number` is one of `numbers`."""
     for each in numbers:  # noqa: SIM110 - numba knows no `any` of a generator
         if each == number:
             return True
@@ -92,15 +93,22 @@ def is_among(number, numbers):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def choose(logits, chosen, gates, scaling):
-    """Experts with the largest logits, which are written over, and their gates times scaling; both `(top_k,)`."""
+    """Choose the experts with the largest logits, and compute their gates times scaling.
+
+    Args:
+        logits: of one token, `(E,)`; changed.
+        chosen: written, expert of each choice, `(top_k,)`.
+        gates: written, gate of each choice times scaling, `(top_k,)`.
+        scaling: factor of the gates.
+    """
     total, largest = np.float32(0), np.float32(0)
     for k in range(len(chosen)):
         best = 0
         for expert in range(1, len(logits)):
             value, most = logits[expert], logits[best]
-            if value > most or (value != value and most == most):  # of equal ones the first; NaN is the largest
+            if value > most or (value != value and most == most):  # ties go to the first; NaN is the largest
                 best = expert
-        if logits[best] == -np.inf:  # it may be one that is chosen already
+        if logits[best] == -np.inf:  # all that are left are -inf, and `best` may already be chosen
             best = 0
             while is_among(best, chosen[:k]):
                 best += 1
@@ -114,37 +122,29 @@ def choose(logits, chosen, gates, scaling):
         gates[k] = gates[k] / total * scaling
 
 
-def compiled(function: Any, signature: Any, *inner: Any) -> Any:
-    """A function compiled for a signature; what was compiled is kept on disk where that is possible.
+def compiled(function: Any, signature: Any, *constants: Any) -> Any:
+    """Compile a function for a signature; the compiled code is kept on disk if a folder can be written.
 
-    `inner` are the dtypes and numbers that the function has from around it.
+    Args:
+        function: reads its constants from the function around it.
+        signature: types of its arguments.
+        constants: dtypes and numbers that the function reads from around it.
     """
-    # All by the name of the file. numba looks at the function's own source only, and what it calls is compiled in; it
-    # numbers what shares an index without a lock: of two processes one could leave its code under the other's number.
-    key = _sources_digest(), numba.__version__, cpu_target.target_context.codegen().magic_tuple(), inner
+    # Everything that decides about the code becomes part of the function's name, and so of its file's. numba compares
+    # the function's own source only, although what it calls is compiled in. And it numbers versions of one name without
+    # a lock: two processes could store their code under the same number.
+    key = _sources_digest(), numba.__version__, cpu_target.target_context.codegen().magic_tuple(), constants
     function.__qualname__ += f"_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
-    for is_again in (False, True):
-        try:
-            return numba.njit(signature, nogil=True, cache=True)(function)
-        except (RuntimeError, OSError) as error:  # no folder can be written, or the disk is full
-            logger.warning("Compiled code could not be kept on disk and is compiled in every process: %s", error)
-            break
-        except Exception:  # what is there was cut off
-            if is_again:
-                raise
-            _remove(function)
-    return numba.njit(signature, nogil=True)(function)
-
-
-def _remove(function: Any) -> None:
-    """What is on disk of a function; numba reads it before it writes it anew."""
-    folder, name = Path(FunctionCache(function).cache_path), function.__qualname__.rpartition(".")[2]
-    for path in folder.glob(f"*{name}*.nb[ic]"):  # index and code
-        path.unlink(missing_ok=True)
+    try:
+        return numba.njit(signature, nogil=True, cache=True)(function)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        # No folder can be written, the disk is full, or a file in the cache is damaged.
+        logger.warning("Compiled code cannot be kept on disk and is compiled in every process: %s", error)
+        return numba.njit(signature, nogil=True)(function)
 
 
 @functools.cache
 def _sources_digest() -> str:
-    """What the sources of all native functions are known by."""
+    """A digest of the sources of all native functions."""
     sources = sorted(Path(__file__).parent.glob("jit*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

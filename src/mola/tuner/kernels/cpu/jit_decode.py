@@ -1,10 +1,11 @@
-"""A mixture for few tokens as one native function, which numba compiles: the extra `cpu`.
+"""Native functions for few tokens: the update of a mixture, the same for rows with different adapters, a linear map.
 
-As operators of torch the update of one linear is some twenty calls, which cost more than its arithmetic, and it reads
-the matrices of all experts. The function chooses a token's experts, reads their matrices only, and adds the update to
-the base output, all in one call. It computes in float32.
+In operators of torch the update of one linear is some twenty calls, which take longer than its arithmetic, and it reads
+the matrices of all experts. The native function chooses a token's experts, reads their matrices only, and adds the
+update to the base output, all in one call. It computes in float32.
 
-It is compiled when first needed (a few seconds), then kept on disk, next to this file or in numba's cache folder.
+A function is compiled when it is first used (a few seconds), then kept on disk, next to this file or in numba's cache
+folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import torch
 from numba import types
 
 from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.kernels.cpu.jit_instructions import has_vectors
+from mola.tuner.kernels.cpu.jit_vectors import dot_rows, hold
+
+_TOKENS, _ROWS = 8, 3  # multiplied at once by `linear`: as many sums as there are registers for
+_AHEAD = 16384  # bytes that `linear` prefetches ahead, chosen with rows of 2 and of 6 KB
 
 
 @numba.njit(fastmath=MATH, inline="always")
@@ -41,6 +47,7 @@ def _dots(a, b0, b1, b2, b3):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def _add(x, router, experts_A, experts_B, output, scaling, top_k):
+    """Add the update of a mixture to `output: (N, out)`; the other shapes are as in `kernel`."""
     num_tokens, in_features = x.shape
     num_experts, r, out_features = experts_B.shape
     row = np.empty(in_features, np.float32)
@@ -66,7 +73,7 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
             matrix_A, matrix_B = experts_A[chosen[k]], experts_B[chosen[k]]
             gate = gates[k]
             j = 0
-            while j + 4 <= r:  # four rows of B at once: the update is read and written less often
+            while j + 4 <= r:  # four rows of B at once, so that the update is read and written less often
                 b0, b1, b2, b3 = matrix_B[j], matrix_B[j + 1], matrix_B[j + 2], matrix_B[j + 3]
                 h0, h1, h2, h3 = _dots(row, matrix_A[j], matrix_A[j + 1], matrix_A[j + 2], matrix_A[j + 3])
                 h0, h1, h2, h3 = h0 * gate, h1 * gate, h2 * gate, h3 * gate
@@ -121,16 +128,16 @@ def _specialize_rows(values: Any, weights: Any) -> Any:
 
 @functools.cache
 def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
-    """The native function for dtypes; None if there is none.
+    """The native function that adds the update of a mixture to the base output; None if there is none for the dtypes.
 
     Args:
-        values: of input and output.
-        weights: of A and B; the router is in float32.
+        values: dtype of input and output.
+        weights: dtype of A and B; the router is in float32.
 
     Returns:
-        A function of addresses and sizes that adds the update to the base output, in place and without a check:
-        `(x, router, experts_A, experts_B, output, num_tokens, num_experts, r, in, out, scaling, top_k)`.
-        All tensors contiguous, `1 <= top_k <= num_experts`.
+        A function of addresses and sizes: `(x, router, experts_A, experts_B, output, num_tokens, num_experts, r, in,
+        out, scaling, top_k)`. Shapes: `x (N, in)`, `router (E, in)`, `experts_A (E, r, in)`, `experts_B (E, r, out)`,
+        `output (N, out)`. It checks nothing; all tensors are contiguous, `1 <= top_k <= num_experts`.
     """
     formats = _formats(values, weights)
     return formats and _specialize(*formats)
@@ -138,12 +145,12 @@ def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
 
 @functools.cache
 def rows_kernel(values: torch.dtype, weights: torch.dtype) -> Any:
-    """The same for rows that have experts of their own; dtypes as for `kernel`.
+    """As `kernel`, for a batch whose rows have different experts.
 
     Returns:
-        A function of addresses and sizes: `(x, output, experts, scalings, num_rows, tokens_of_a_row, in, out)`.
-        Each row of `experts` has the addresses of router, A and B, and `num_experts, r, top_k`, in 64-bit integers;
-        with `top_k` 0 nothing is added.
+        A function of addresses and sizes: `(x, output, experts, scalings, num_rows, tokens_per_row, in, out)`.
+        Each row of `experts: int64 (num_rows, 6)` holds the addresses of router, A and B, and `num_experts, r, top_k`;
+        with `top_k` 0 nothing is added. `scalings: float32 (num_rows,)`.
     """
     formats = _formats(values, weights)
     return formats and _specialize_rows(*formats)
@@ -151,5 +158,45 @@ def rows_kernel(values: torch.dtype, weights: torch.dtype) -> Any:
 
 def _formats(values: torch.dtype, weights: torch.dtype) -> Any:
     formats = FORMATS.get(values), FORMATS.get(weights)
-    # The input would be rounded in the second case.
+    # A float32 input with bfloat16 weights would have to be rounded.
     return None if None in formats or (values, weights) == (torch.float32, torch.bfloat16) else formats
+
+
+def _linear(x, weight, bias, output, num_tokens, in_features, out_features):
+    padded = (num_tokens + _TOKENS - 1) // _TOKENS * _TOKENS
+    tokens = np.zeros((padded, in_features), np.float32)
+    tokens[:num_tokens] = numba.carray(pointer(x), (num_tokens, in_features), np.float32)
+    by_row = np.empty((out_features + _ROWS, padded), np.float32)
+    table = np.empty(_ROWS, np.int64)
+    at, first, target, num_bytes = table.ctypes.data, tokens.ctypes.data, by_row.ctypes.data, 4 * in_features
+    for row in range(0, out_features, _ROWS):
+        for t in range(_ROWS):  # beyond the last row the last row again
+            table[t] = weight + min(row + t, out_features - 1) * num_bytes
+        for start in range(0, padded, _TOKENS):
+            block, place = first + start * num_bytes, target + 4 * (row * padded + start)
+            dot_rows(at, block, num_bytes, num_bytes, place, 4 * padded, _AHEAD, _ROWS, _TOKENS, 0)
+    hold(table)
+    hold(tokens)
+    results = numba.carray(pointer(output), (num_tokens, out_features), np.float32)
+    added = numba.carray(pointer(bias), out_features if bias else 0, np.float32)
+    for n in range(num_tokens):
+        result = results[n]
+        for row in range(out_features):
+            result[row] = by_row[row, n]
+        if len(added) > 0:
+            result += added
+
+
+@functools.cache
+def linear_kernel() -> Any:
+    """The native function for a float32 linear map of few tokens; None on a processor without its vector instructions.
+
+    Such a product takes as long as its weight takes to come from memory. Libraries wait at the beginning of every row;
+    this function prefetches the weight.
+
+    Returns:
+        A function of addresses and sizes: `(x, weight, bias, output, num_tokens, in, out)`. It fills `output` with
+        `x W^T + b`; the address of `bias` may be 0. It checks nothing; all tensors are float32 and contiguous, `in` is
+        a multiple of 16.
+    """
+    return compiled(_linear, types.void(*[types.int64] * 7)) if has_vectors(is_bf16=False) else None

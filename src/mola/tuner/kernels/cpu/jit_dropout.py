@@ -1,8 +1,10 @@
-"""Dropout as one native function, which draws the mask again wherever it is needed: the extra `cpu`.
+"""Dropout as one native function, which computes the mask from a seed wherever it is needed.
 
-Whether element `i` is kept is a function of `i` and a seed of 64 bits, so nothing of the mask is stored. The function
-mixes bits as the finalizers of hash functions do: multiplications by odd numbers between shifts (constants: C. Wellons,
-"Prospecting for hash functions"), twice, with one half of the seed before and the other in between.
+Whether element `i` is kept is a function of `i` and a seed of 64 bits, so no mask is stored. The function mixes bits as
+the finalizers of hash functions do, by multiplications with odd numbers between shifts. It mixes twice: one half of the
+seed is added before the first time, the other half is combined with the result before the second.
+
+Source of the constants: C. Wellons, "Prospecting for hash functions".
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numba import types
 
 from mola.tuner.kernels.cpu.jit import compiled, pointer
 
-_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # of a number with so many bytes; zero is zero in each
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes of a number; zero has zero bits in every dtype
 
 
 @numba.njit(inline="always")
@@ -41,11 +43,11 @@ def _specialize(bits: Any) -> Any:
 
 @functools.cache
 def kernel(itemsize: int) -> Any:
-    """The native function for numbers of so many bytes; None if there is none.
+    """The native function for numbers of `itemsize` bytes; None if there is none.
 
     Returns:
-        A function `(source, seed, target, size)` of three addresses and a number of elements, all contiguous. It writes
-        those of the source that are kept, and zeros for the others. At the address of the seed are three words of 32
-        bits: two are the seed, the third says with which probability an element is dropped, times `2**32`.
+        A function `(source, seed, target, size)` of three addresses and a number of elements. It copies the elements of
+        the source that are kept, and writes zeros for the others. The seed has three words of 32 bits: two random ones,
+        and the probability of dropping an element times `2**32`.
     """
     return _specialize(_BITS[itemsize]) if itemsize in _BITS else None

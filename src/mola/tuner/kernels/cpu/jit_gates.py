@@ -1,8 +1,8 @@
-"""Gates of many tokens, and their gradient, as two native functions, which numba compiles: the extra `cpu`.
+"""Gates of many tokens, and their gradient, as two native functions.
 
-As operators of torch, gates are some fifteen calls forward and eight backward for every linear, on few numbers, and the
-router's product is too thin for the libraries: with a bfloat16 input, which it reads here as it is, it takes a third of
-the time. Tensors of rank size have tokens last, as in `mola.tuner.kernels.dense`.
+In operators of torch, gates are some fifteen calls forward and eight backward for every linear, on few numbers. And
+the router's product is too thin for the libraries: the function here reads a bfloat16 input without a copy and takes a
+third of the time. Tensors of rank size have tokens last, as in `mola.tuner.kernels.dense`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numba import types
 
 from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
 
-_ROWS, _COLUMNS = 8, 768  # of one tile of the input, which stays in the first cache
+_ROWS, _COLUMNS = 8, 768  # of a tile of the input, so that it stays in the first cache
 
 
 @numba.njit(fastmath=MATH, inline="always")
 def _tile(x, a, b):
-    """Products of eight rows with two, sixteen sums at once: as many as there are registers for."""
+    """Products of eight rows with two others: sixteen sums, as many as there are registers for."""
     s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     s4, s5, s6, s7 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -60,7 +60,7 @@ def router_logits(x, router, logits):
         count = min(_ROWS, num_tokens - first)
         for start in range(0, in_features, _COLUMNS):
             width = min(_COLUMNS, in_features - start)
-            for n in range(_ROWS):  # where tokens or experts run out, the last one again: all are added up alike
+            for n in range(_ROWS):  # beyond the last token the last token again, so that all are added up alike
                 source, row = x[min(first + n, num_tokens - 1), start : start + width], rows[n]
                 for i in range(width):
                     row[i] = widen(source[i])
@@ -75,23 +75,27 @@ def router_logits(x, router, logits):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def choose_all(logits, gates, expert_indices, scaling):
-    """Of every token the experts with the largest logits, and their gates times scaling, both `(top_k, N)`."""
+    """Fill `expert_indices` with every token's experts of the largest logits, `gates` with their gates times scaling.
+
+    Both are `(top_k, N)`; `logits: (E, N)`.
+    """
     num_experts, num_tokens = logits.shape
     top_k = len(expert_indices)
-    of_token = np.empty(num_experts, np.float32)
+    token_logits = np.empty(num_experts, np.float32)
     chosen = np.empty(top_k, np.int64)
-    gates_of_token = np.empty(top_k, np.float32)
+    token_gates = np.empty(top_k, np.float32)
     for n in range(num_tokens):
         for expert in range(num_experts):
-            of_token[expert] = logits[expert, n]
-        choose(of_token, chosen, gates_of_token, scaling)
+            token_logits[expert] = logits[expert, n]
+        choose(token_logits, chosen, token_gates, scaling)
         for k in range(top_k):
             expert_indices[k, n] = chosen[k]
-            gates[k, n] = gates_of_token[k]
+            gates[k, n] = token_gates[k]
 
 
 @numba.njit(forceinline=True)
 def _scatter(gates, expert_indices, weights):
+    """Fill `weights: (E, N)` with the gates `(top_k, N)` of the chosen experts, and 0 for all others."""
     top_k, num_tokens = gates.shape
     weights[:] = 0
     for k in range(top_k):
@@ -101,6 +105,7 @@ def _scatter(gates, expert_indices, weights):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def _multiply(hidden, weights):
+    """Multiply `hidden: (E, r, N)` by `weights: (E, N)`, in place."""
     num_experts, r, num_tokens = hidden.shape
     for expert in range(num_experts):
         gates = weights[expert]
@@ -111,23 +116,28 @@ def _multiply(hidden, weights):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def _through_gates(hidden, gated, weights, grad_logits, inner_hidden, inner_logits, scaling):
-    num_experts, r, num_tokens = hidden.shape
+def _gates_backward(grad_gated, gated, weights, grad_logits, grad_hidden, grad_router_logits, scaling):
+    """Fill the gradients `grad_hidden: (E, r, N)` of the output of A and `grad_router_logits: (E, N)`.
+
+    For the formula and the other arguments see `mola.tuner.kernels.gates.gates_backward`; `grad_logits` is `(0, N)`
+    without router losses.
+    """
+    num_experts, r, num_tokens = grad_gated.shape
     agreement = np.zeros((num_experts, num_tokens), np.float32)
     mean = np.zeros(num_tokens, np.float32)
     for expert in range(num_experts):
         sums, gates = agreement[expert], weights[expert]
         for j in range(r):
-            through, forward, target = hidden[expert, j], gated[expert, j], inner_hidden[expert, j]
+            grad, forward, target = grad_gated[expert, j], gated[expert, j], grad_hidden[expert, j]
             for n in range(num_tokens):
-                value = widen(through[n])
+                value = widen(grad[n])
                 sums[n] += value * widen(forward[n])
-                target[n] = narrow(value * gates[n], through[n])
+                target[n] = narrow(value * gates[n], grad[n])
         for n in range(num_tokens):
             mean[n] += sums[n]
     per_gate = np.float32(1.0) / scaling
     for expert in range(num_experts):
-        sums, gates, target = agreement[expert], weights[expert], inner_logits[expert]
+        sums, gates, target = agreement[expert], weights[expert], grad_router_logits[expert]
         for n in range(num_tokens):
             sums[n] -= gates[n] * per_gate * mean[n]
         if len(grad_logits) > 0:
@@ -145,44 +155,44 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         indices = numba.carray(pointer(expert_indices), (top_k, num_tokens), np.int64)
         rows = numba.carray(pointer(x), (num_tokens, in_features), values)
         router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
-        of_chosen = np.empty((top_k, num_tokens), np.float32)
-        choose_all(all_logits, of_chosen, indices, np.float32(s))
-        _scatter(of_chosen, indices, all_weights)
+        chosen_gates = np.empty((top_k, num_tokens), np.float32)
+        choose_all(all_logits, chosen_gates, indices, np.float32(s))
+        _scatter(chosen_gates, indices, all_weights)
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
     return compiled(gates, types.void(*[types.int64] * 11, types.float64), values, products)
 
 
 def _specialize_gradient(products: Any) -> Any:
-    def through(hidden, gated, weights, grad_logits, inner, num_tokens, num_experts, r, s):
+    def gradient(grad_gated, gated, weights, grad_logits, both, num_tokens, num_experts, r, s):
         size = num_experts * r
-        both = numba.carray(pointer(inner), (size + num_experts, num_tokens), products)
-        _through_gates(
-            numba.carray(pointer(hidden), (num_experts, r, num_tokens), products),
+        gradients = numba.carray(pointer(both), (size + num_experts, num_tokens), products)
+        _gates_backward(
+            numba.carray(pointer(grad_gated), (num_experts, r, num_tokens), products),
             numba.carray(pointer(gated), (num_experts, r, num_tokens), products),
             numba.carray(pointer(weights), (num_experts, num_tokens), np.float32),
             numba.carray(pointer(grad_logits), (num_experts if grad_logits else 0, num_tokens), np.float32),
-            both[:size].reshape((num_experts, r, num_tokens)),
-            both[size:],
+            gradients[:size].reshape((num_experts, r, num_tokens)),
+            gradients[size:],
             np.float32(s),
         )
 
-    return compiled(through, types.void(*[types.int64] * 8, types.float64), products)
+    return compiled(gradient, types.void(*[types.int64] * 8, types.float64), products)
 
 
 @functools.cache
 def gates_kernel(values: torch.dtype, products: torch.dtype) -> Any:
-    """Router, choice and gates as one function; None for formats there is none for.
+    """Router, choice of experts and gates as one native function; None if there is none for the dtypes.
 
     Args:
-        values: of the input; the router is in float32.
-        products: of what A gives.
+        values: dtype of the router's input; the router is in float32.
+        products: dtype of the output of A.
 
     Returns:
-        A function of addresses and sizes, without a check, all tensors contiguous: `(x, router, hidden, logits,
-        weights, expert_indices, num_tokens, in, num_experts, r, top_k, scaling)`. It fills `logits`, `weights` (gates
-        times scaling, float32 `(E, N)`) and `expert_indices` (int64 `(top_k, N)`), and multiplies `hidden: (E*r, N)`
-        by the weights.
+        A function of addresses and sizes: `(x, router, hidden, logits, weights, expert_indices, num_tokens, in,
+        num_experts, r, top_k, scaling)`. It reads `x (N, in)` and `router (E, in)`, fills `logits` and `weights` (gates
+        times scaling), both float32 `(E, N)`, and `expert_indices`, int64 `(top_k, N)`, and multiplies `hidden (E*r,
+        N)`, the output of A, by the weights. It checks nothing; all tensors are contiguous.
     """
     formats = FORMATS.get(values), FORMATS.get(products)
     return None if None in formats else _specialize_gates(*formats)
@@ -190,12 +200,11 @@ def gates_kernel(values: torch.dtype, products: torch.dtype) -> Any:
 
 @functools.cache
 def gradient_kernel(products: torch.dtype) -> Any:
-    """The gradient of gates; None for a format there is none for.
+    """The gradient of `gates_kernel` as one native function; None if there is none for the dtype.
 
     Returns:
-        A function of addresses and sizes, without a check: `(hidden, gated, weights, grad_logits, inner, num_tokens,
-        num_experts, r, scaling)`. From `hidden: (E*r, N)`, the gradient of what follows the gates, it fills `inner:
-        (E*r + E, N)` with the gradients of what A gives and of the router logits. The address of `grad_logits` is 0
-        where there are none.
+        A function of addresses and sizes: `(grad_gated, gated, weights, grad_logits, both, num_tokens, num_experts, r,
+        scaling)`. It fills `both (E*r + E, N)`, the result of `mola.tuner.kernels.gates.gates_backward`, whose
+        arguments the others are; the address of `grad_logits` is 0 without router losses.
     """
     return _specialize_gradient(FORMATS[products]) if products in FORMATS else None

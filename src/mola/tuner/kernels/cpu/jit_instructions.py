@@ -1,6 +1,6 @@
-"""Single instructions on vectors of 512 bits, as LLVM's, for the loops in `jit_vectors`.
+"""Single instructions of LLVM on vectors of 512 bits, for the loops in `jit_vectors`.
 
-A "lane" of four bytes is a float32 or a pair of bfloat16. Addresses are integers, and nothing is checked.
+A "lane" of four bytes is one float32 or a pair of bfloat16. Addresses are integers. Nothing is checked.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numba.core.registry import cpu_target
 
 LANES = 16  # of 4 bytes in a vector
 BYTES = 4 * LANES
-_FIRST_LLVM = 20  # the first one here that names bfloat16 the way these instructions need it
+_FIRST_LLVM = 20  # the first version whose bfloat16 type fits these instructions
 
-# LLVM's names had the types in them that pointers had.
+# Before, names of LLVM's functions contained the types that pointers had.
 _PREFETCH = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= _FIRST_LLVM else "llvm.prefetch.p0i8"
 
 _FLOAT, _BYTE, _HALF, WORD, LONG = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -25,7 +25,7 @@ _HALVES, PAIRS = ir.VectorType(_HALF, LANES), ir.VectorType(_HALF, 2 * LANES)
 
 
 class _Bfloat(ir.Type):
-    """bfloat16, which llvmlite has no name for."""
+    """The type bfloat16, which llvmlite does not have."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -37,24 +37,24 @@ class _Bfloat(ir.Type):
         return hash(_Bfloat)
 
 
-def has_vectors(*, in_pairs: bool) -> bool:
-    """Whether the instructions of `jit_vectors` exist on this processor, in float32, or `in_pairs` for bfloat16.
+def has_vectors(*, is_bf16: bool) -> bool:
+    """Whether the processor has the instructions of `jit_vectors` for float32 or, if `is_bf16`, for bfloat16.
 
-    Not for bfloat16 where the processor has matrix instructions (AMX), which libraries use and these loops do not.
+    For bfloat16 also False if it has matrix instructions (AMX): libraries use them and are faster then.
     """
     features = _features()
-    if not in_pairs:
+    if not is_bf16:
         return "+avx512f" in features and "+avx512bw" in features
     return "+avx512bf16" in features and "+amx-bf16" not in features and llvm.llvm_version_info[0] >= _FIRST_LLVM
 
 
 def _features() -> list[str]:
-    """Of the processor that numba compiles for, which its settings may make another than this one."""
+    """Features of the processor that numba compiles for; its settings may name another one than this machine's."""
     return cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
 def long(number: int) -> ir.Constant:
-    """A number as an instruction wants it."""
+    """A number as a 64-bit constant of LLVM."""
     return ir.Constant(LONG, number)
 
 
@@ -66,7 +66,7 @@ def at(builder, address, *offsets):
 
 
 def load(builder, address, kind, align: int = 4):
-    """What lies at an address, of an LLVM type."""
+    """Read a value of an LLVM type from an address."""
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = align
     return value
@@ -83,28 +83,28 @@ def address_in(builder, table, index):
 
 
 def pick(builder, first, second, places):
-    """Numbers of two vectors, by their places among both."""
+    """A vector of numbers of two vectors; `places` count through the first vector and on through the second."""
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, len(places)), places))
 
 
 def everywhere(builder, lane):
-    """A vector of one lane."""
+    """A vector that holds one lane at all places."""
     vector = builder.insert_element(ir.Constant(WORDS, ir.Undefined), lane, ir.Constant(WORD, 0))
     return pick(builder, vector, vector, [0] * LANES)
 
 
 def prefetch(builder, address) -> None:
-    """Ask for what lies at an address, without waiting for it."""
+    """Fetch the cache line at an address, without waiting for it."""
     pointer = _BYTE.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
     function = cgutils.get_or_insert_function(builder.module, kind, _PREFETCH)
-    # To read, as data, into the second cache: asked into the first it gains little.
+    # For reading, into the second cache (into the first one it gains little), as data.
     how = [ir.Constant(WORD, number) for number in (0, 2, 1)]
     builder.call(function, [builder.inttoptr(address, pointer), *how])
 
 
-def _multiply_add(builder, in_pairs: bool, total, first, second):
-    if in_pairs:
+def _multiply_add(builder, is_bf16: bool, total, first, second):
+    if is_bf16:
         operand, name = ir.VectorType(_Bfloat(), 2 * LANES), "llvm.x86.avx512bf16.dpbf16ps.512"
         arguments = [total, builder.bitcast(first, operand), builder.bitcast(second, operand)]
     else:
@@ -115,13 +115,13 @@ def _multiply_add(builder, in_pairs: bool, total, first, second):
 
 
 def zeros(builder, count: int) -> list[Any]:
-    """Places for sums, which begin at 0."""
+    """Variables for vectors of sums, initialised with 0."""
     return [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES)) for _ in range(count)]
 
 
-def accumulate(builder, in_pairs, total, first, second) -> None:
-    """Add products of lanes to a sum; `in_pairs` those of two bfloat16 each."""
-    builder.store(_multiply_add(builder, in_pairs, builder.load(total), first, second), total)
+def accumulate(builder, is_bf16, total, first, second) -> None:
+    """Add the products of two vectors' lanes to a sum; `is_bf16`: of two bfloat16 in each lane."""
+    builder.store(_multiply_add(builder, is_bf16, builder.load(total), first, second), total)
 
 
 def lane_sum(builder, vector):
@@ -135,7 +135,7 @@ def lane_sum(builder, vector):
 
 
 def sums_of_eight(builder, vectors):
-    """The sums of eight vectors as one, of which every step halves the number."""
+    """The lane sums of eight vectors as one vector of eight; every step halves the number of vectors."""
     low, high = list(range(8)), list(range(8, 16))
     vectors = [builder.fadd(pick(builder, v, v, low), pick(builder, v, v, high)) for v in vectors]
     for low, high in (
@@ -149,7 +149,7 @@ def sums_of_eight(builder, vectors):
 
 
 def load_floats(builder, address, from_bfloat16):
-    """A vector of float32, from as many float32 or bfloat16."""
+    """Read a vector of float32 from 16 numbers in float32 or bfloat16."""
     if not from_bfloat16:
         return load(builder, address, FLOATS)
     bits = builder.zext(load(builder, address, _HALVES, 2), WORDS)
@@ -157,5 +157,5 @@ def load_floats(builder, address, from_bfloat16):
 
 
 def to_bfloat16(builder, vector):
-    """A vector of float32 rounded to bfloat16, as numbers of 16 bits."""
+    """A vector of float32 rounded to bfloat16, as 16-bit integers with its bits."""
     return builder.bitcast(builder.fptrunc(vector, ir.VectorType(_Bfloat(), LANES)), _HALVES)

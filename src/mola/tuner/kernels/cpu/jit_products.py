@@ -1,8 +1,14 @@
-"""Products of tokens with the rows of their experts, of which `mola.tuner.kernels.cpu.jit_train` consists.
+"""Products of tokens with the matrices of their experts, from which `mola.tuner.kernels.cpu.jit_train` is built.
 
-Assignments of tokens to experts are sorted by expert. Rows of tokens come as a table of addresses in that order.
-`pairs` is 1 in bfloat16, where two rows share a lane of four bytes (a `group`), else 0. `whole` and `rest` say how many
-times eight rows there are, and how many more; they, `pairs` and `group` are constants of what is compiled.
+Assignments of tokens to experts are sorted by expert. The rows of the tokens are read in place, through a table of
+their addresses in sorted order.
+
+In bfloat16 two rows share a lane of four bytes, see `jit_vectors`. These arguments are constants of the compiled code:
+
+- `is_bf16`: 1 if the products are in bfloat16, 0 in float32.
+- `pack`: rows in a lane, `1 + is_bf16`.
+- `full_tiles`, `tail`: a matrix is multiplied in full tiles of eight rows and one tile of `tail` rows, see
+  `tiles_of_eight`.
 """
 
 from __future__ import annotations
@@ -15,147 +21,180 @@ import numpy as np
 from mola.tuner.kernels.cpu.jit import narrow, widen
 from mola.tuner.kernels.cpu.jit_vectors import BLOCK, add_rows, dot_rows, hold, outer_rows
 
-WIDE = 4 * BLOCK  # columns that are added to at once: the rows of eight experts for as many fit the first cache
-_AT_ONCE = 3  # tokens that are multiplied with eight rows at once: as many sums as there are registers for
+WIDE = 4 * BLOCK  # columns that are added to at once: so many columns of eight experts' rows fit the first cache
+_TOKENS = 3  # tokens that are multiplied with eight rows at once: as many sums as there are registers for
 
 
-class Order(NamedTuple):
-    """Assignments sorted by expert. One has a slot, `n * top_k + k`, and a place in this order.
+class ExpertSort(NamedTuple):
+    """Assignments of tokens to experts, sorted by expert. Choice `k` of token `n` is assignment `n * top_k + k`.
 
     Attributes:
-        starts: where the places of each expert begin, a multiple of the group, `(E + 1,)`.
-        counts: how many it has, `(E,)`; places beyond, up to a multiple of the group, are filled with its last slot.
-        slots: slot at every place.
-        places: place of every slot.
+        starts: where the sorted assignments of each expert begin, a multiple of `pack`, `(E + 1,)`.
+        counts: number of assignments of each expert, `(E,)`. The places beyond, up to a multiple of `pack`, repeat its
+            last assignment.
+        permutation: the assignment at every sorted place.
+        inverse: the sorted place of every assignment, `(N * top_k,)`.
     """
 
     starts: Any
     counts: Any
-    slots: Any
-    places: Any
+    permutation: Any
+    inverse: Any
 
 
 @numba.njit(forceinline=True)
-def sort_by_expert(expert_indices, num_experts, group):
-    """`Order` of `expert_indices: (top_k, N)`."""
+def sort_by_expert(expert_indices, num_experts, pack):
+    """The `ExpertSort` of `expert_indices: (top_k, N)`."""
     top_k, num_tokens = expert_indices.shape
     starts, counts = np.empty(num_experts + 1, np.int64), np.zeros(num_experts, np.int64)
-    slots = np.empty(top_k * num_tokens + (group - 1) * num_experts, np.int64)
-    places = np.empty(top_k * num_tokens, np.int64)
+    permutation = np.empty(top_k * num_tokens + (pack - 1) * num_experts, np.int64)
+    inverse = np.empty(top_k * num_tokens, np.int64)
     for k in range(top_k):
         for n in range(num_tokens):
             counts[expert_indices[k, n]] += 1
     place = 0
     for expert in range(num_experts):
         starts[expert] = place
-        place += (counts[expert] + group - 1) // group * group
+        place += (counts[expert] + pack - 1) // pack * pack
     starts[num_experts] = place
     following = starts.copy()
     for n in range(num_tokens):
         for k in range(top_k):
             expert = expert_indices[k, n]
-            slots[following[expert]] = n * top_k + k
-            places[n * top_k + k] = following[expert]
+            permutation[following[expert]] = n * top_k + k
+            inverse[n * top_k + k] = following[expert]
             following[expert] += 1
     for expert in range(num_experts):
-        for filled in range(following[expert], starts[expert + 1]):
-            slots[filled] = slots[following[expert] - 1]
-    return Order(starts, counts, slots, places)
+        for padding in range(following[expert], starts[expert + 1]):
+            permutation[padding] = permutation[following[expert] - 1]
+    return ExpertSort(starts, counts, permutation, inverse)
 
 
 @numba.njit(forceinline=True)
-def rows_by_place(order, top_k, first, stride):
-    """The address of the token's row at every place."""
-    table = np.empty(order.starts[-1], np.int64)
+def sorted_row_addresses(sort, top_k, first, stride):
+    """The address of the token's row at every sorted place; token `n` has the row at `first + n * stride`."""
+    table = np.empty(sort.starts[-1], np.int64)
     for place in range(len(table)):
-        table[place] = first + order.slots[place] // top_k * stride
+        table[place] = first + sort.permutation[place] // top_k * stride
     return table
 
 
 @numba.njit(forceinline=True)
-def _by_place(values, order, rows, group):
-    """`values: (slots, at least rows)` by place, `(places / group, rows, group)`; 0 at places that are filled up."""
-    lanes = np.empty((order.starts[-1] // group, rows, group), values.dtype)
-    for expert in range(len(order.counts)):
-        for place in range(order.starts[expert], order.starts[expert + 1]):
-            real = place < order.starts[expert] + order.counts[expert]
+def _sorted_lanes(values, sort, rows, pack):
+    """The first `rows` of `values: (assignments, at least rows)` in sorted order, `(places / pack, rows, pack)`.
+
+    0 at places that only fill up an expert's assignments to a multiple of `pack`.
+    """
+    lanes = np.empty((sort.starts[-1] // pack, rows, pack), values.dtype)
+    for expert in range(len(sort.counts)):
+        for place in range(sort.starts[expert], sort.starts[expert + 1]):
+            real = place < sort.starts[expert] + sort.counts[expert]
             for j in range(rows):
-                value = values[order.slots[place], j] if real else values.dtype.type(0)
-                lanes[place // group, j, place % group] = value
+                value = values[sort.permutation[place], j] if real else values.dtype.type(0)
+                lanes[place // pack, j, place % pack] = value
     return lanes
 
 
 @numba.njit(inline="always")
 def aligned(memory):
-    """The first address in `memory`, which has 64 bytes to spare, where a line of the cache begins."""
+    """The first address in `memory` at which a cache line begins; `memory` has 64 bytes to spare."""
     return (memory.ctypes.data + 63) // 64 * 64
 
 
 @numba.njit(forceinline=True)
 def round_to(source, target):
-    """Numbers in another format."""
+    """Copy numbers into another dtype."""
     for i in range(source.size):
         target[i] = narrow(widen(source[i]), target[i])
 
 
 @numba.njit(inline="always")
-def multiply(table, order, matrices, num_bytes, sums, r, whole, rest, pairs):
-    """`sums[place, j]`: products of every token with the `r` rows of its expert's matrix."""
+def multiply(table, sort, matrices, num_bytes, sums, r, full_tiles, tail, is_bf16):
+    """Fill `sums[place, j]` with the product of the token at `place` and row `j` of its expert's matrix.
+
+    Args:
+        table: addresses of the tokens' rows in sorted order, see `sorted_row_addresses`.
+        sort: the `ExpertSort`.
+        matrices: address of the experts' matrices, `(E, r, features)`.
+        num_bytes: of a row.
+        sums: float32 `(places, r)`, written.
+        r: rows of a matrix.
+        full_tiles: see the module; tiles of `r` rows.
+        tail: see `full_tiles`.
+        is_bf16: see the module.
+    """
     at = table.ctypes.data
-    for expert in range(len(order.counts)):
-        place, end = order.starts[expert], order.starts[expert] + order.counts[expert]
+    for expert in range(len(sort.counts)):
+        place, end = sort.starts[expert], sort.starts[expert] + sort.counts[expert]
         while place < end:
             rows, matrix = at + 8 * place, matrices + expert * r * num_bytes
             target = sums.ctypes.data + 4 * r * place
-            several = place + _AT_ONCE <= end
-            for _ in range(whole):
+            several = place + _TOKENS <= end
+            for _ in range(full_tiles):
                 if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _AT_ONCE, 8, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _TOKENS, 8, is_bf16)
                 else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, 8, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, 8, is_bf16)
                 matrix += 8 * num_bytes
                 target += 32
-            if whole * 8 < r:
+            if full_tiles * 8 < r:
                 if several:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _AT_ONCE, rest, pairs)
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, _TOKENS, tail, is_bf16)
                 else:
-                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, rest, pairs)
-            place += _AT_ONCE if several else 1
+                    dot_rows(rows, matrix, num_bytes, num_bytes, target, 4 * r, 0, 1, tail, is_bf16)
+            place += _TOKENS if several else 1
     hold(table)
 
 
 @numba.njit(forceinline=True)
-def pack(matrices, extra, packed, group):
-    """Rows of all experts, and one of `extra` below those of each where there is, as `add_to_tokens` reads them.
+def pack_rows(matrices, extra, packed, pack):
+    """Copy the rows of all experts into the layout that `add_to_tokens` reads.
 
-    By blocks of columns: `packed: (blocks, E * lanes, WIDE * group)`, where two rows take turns if `group` is 2.
+    Args:
+        matrices: `(E, r, features)`.
+        extra: one more row for each expert, below its own, `(E, features)`; or nothing, `(0, features)`.
+        packed: written, `(blocks of columns, E * lanes, WIDE * pack)`; if `pack` is 2, the columns of two rows
+            alternate.
+        pack: see the module.
     """
     num_experts, r, features = matrices.shape
     rows = r + (len(extra) > 0)
-    lanes = (rows + group - 1) // group
+    lanes = (rows + pack - 1) // pack
     for block in range(len(packed)):
         start = block * WIDE
         width = min(WIDE, features - start)
         for expert in range(num_experts):
-            for j in range(lanes * group):
-                target = packed[block, expert * lanes + j // group]
-                part = j % group
+            for j in range(lanes * pack):
+                target = packed[block, expert * lanes + j // pack]
+                part = j % pack
                 if j < r:
                     row = matrices[expert, j, start : start + width]
                     for i in range(width):
-                        target[i * group + part] = narrow(widen(row[i]), target[0])
+                        target[i * pack + part] = narrow(widen(row[i]), target[0])
                 elif j < rows:
-                    of_extra = extra[expert, start : start + width]
+                    extra_row = extra[expert, start : start + width]
                     for i in range(width):
-                        target[i * group + part] = narrow(of_extra[i], target[0])
+                        target[i * pack + part] = narrow(extra_row[i], target[0])
                 else:
                     for i in range(width):
-                        target[i * group + part] = 0
+                        target[i * pack + part] = 0
 
 
 @numba.njit(inline="always")
-def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed, lanes, coefficients, pairs):
-    """Add to every token the rows of its experts times its coefficients, `(N, top_k * lanes)` lanes of four bytes."""
+def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed, lanes, coefficients, is_bf16):
+    """Add to the row of every token the rows of its experts, each times a coefficient.
+
+    Args:
+        total: address of the tokens' rows, `(N, features)`, added to.
+        itemsize: bytes of one of its numbers.
+        num_tokens: `N`.
+        features: columns.
+        expert_indices: `(top_k, N)`.
+        packed: the experts' rows, see `pack_rows`.
+        lanes: of an expert.
+        coefficients: address of the coefficients, `(N, top_k * lanes)` lanes of four bytes.
+        is_bf16: see the module.
+    """
     top_k = len(expert_indices)
     num_experts_lanes = packed.shape[1]
     first, line = packed.ctypes.data, 4 * WIDE
@@ -172,37 +211,53 @@ def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed,
             target = total + (n * features + start) * itemsize
             rows, factors = at + 8 * count * n, coefficients + 4 * count * n
             if features - start >= WIDE:
-                add_rows(target, rows, offset, factors, count, 8, pairs)
+                add_rows(target, rows, offset, factors, count, 8, is_bf16)
             else:
                 for part in range(0, features - start, BLOCK):
-                    add_rows(target + part * itemsize, rows, offset + 4 * part, factors, count, 2, pairs)
+                    add_rows(target + part * itemsize, rows, offset + 4 * part, factors, count, 2, is_bf16)
     hold(table)
 
 
 @numba.njit(inline="always")
-def sum_outer(values, table, order, features, itemsize, targets, rows, whole, rest, group, pairs):
-    """`targets[expert, j] = sum over its tokens of values[slot, j] * row`: `targets` are addresses, `(E * rows,)`."""
-    by_place = _by_place(values, order, rows, group)
-    at, out, coefficients = table.ctypes.data, targets.ctypes.data, by_place.ctypes.data
-    for expert in range(len(order.counts)):
-        start_of_expert = order.starts[expert]
-        count = (order.starts[expert + 1] - start_of_expert) // group
-        first = coefficients + start_of_expert // group * rows * 4
-        of_expert = at + 8 * start_of_expert
+def sum_outer(values, table, sort, features, itemsize, targets, rows, full_tiles, tail, pack, is_bf16):
+    """Fill row `j` of every expert with the sum over its assignments of `values[assignment, j]` times the token's row.
+
+    Args:
+        values: `(assignments, at least rows)`.
+        table: addresses of the tokens' rows in sorted order, see `sorted_row_addresses`.
+        sort: the `ExpertSort`.
+        features: columns of a token's row.
+        itemsize: bytes of one of its numbers.
+        targets: addresses of the float32 rows to fill, `(E * rows,)`.
+        rows: rows of an expert.
+        full_tiles: see the module; tiles of `rows` rows.
+        tail: see `full_tiles`.
+        pack: see the module.
+        is_bf16: see the module.
+    """
+    sorted_values = _sorted_lanes(values, sort, rows, pack)
+    at, out, coefficients = table.ctypes.data, targets.ctypes.data, sorted_values.ctypes.data
+    for expert in range(len(sort.counts)):
+        start_of_expert = sort.starts[expert]
+        count = (sort.starts[expert + 1] - start_of_expert) // pack
+        first = coefficients + start_of_expert // pack * rows * 4
+        rows_of_expert = at + 8 * start_of_expert
         for start in range(0, features, BLOCK):
-            lanes, places = first, out + 8 * expert * rows
-            for _ in range(whole):
-                outer_rows(of_expert, start * itemsize, lanes, 4 * rows, count, places, 4 * start, 8, pairs)
+            lanes, addresses = first, out + 8 * expert * rows
+            for _ in range(full_tiles):
+                outer_rows(rows_of_expert, start * itemsize, lanes, 4 * rows, count, addresses, 4 * start, 8, is_bf16)
                 lanes += 32
-                places += 64
-            if whole * 8 < rows:
-                outer_rows(of_expert, start * itemsize, lanes, 4 * rows, count, places, 4 * start, rest, pairs)
-    hold(by_place)
+                addresses += 64
+            if full_tiles * 8 < rows:
+                outer_rows(
+                    rows_of_expert, start * itemsize, lanes, 4 * rows, count, addresses, 4 * start, tail, is_bf16
+                )
+    hold(sorted_values)
     hold(table)
     hold(targets)
 
 
-def split(rows: int) -> tuple[int, int]:
-    """How many times eight rows, and how many more; one more is taken with eight."""
-    whole, rest = divmod(rows, 8)
-    return (whole - 1, 9) if rest == 1 and whole else (whole, rest or 1)
+def tiles_of_eight(rows: int) -> tuple[int, int]:
+    """Number of full tiles of eight rows, and rows of the last tile; a single row joins the tile before it."""
+    full_tiles, tail = divmod(rows, 8)
+    return (full_tiles - 1, 9) if tail == 1 and full_tiles else (full_tiles, tail or 1)

@@ -1,15 +1,15 @@
 """Inner loops of small matrix products on vectors of 512 bits, for functions that numba compiles.
 
-Three of them, each over rows that are given by a table of addresses, so that rows may lie anywhere:
+Each loop reads rows through a table of their addresses, so the rows may be anywhere in memory:
 
-- `dot_rows`: products of several rows with several others, summed along memory;
-- `add_rows`: multiples of rows added to one row;
-- `outer_rows`: sums of multiples of rows, one for every column of coefficients.
+- `dot_rows`: the products of several rows with several other rows;
+- `add_rows`: multiples of several rows, added to one row;
+- `outer_rows`: sums of multiples of rows, one sum for every column of coefficients.
 
-Sums are in float32. In bfloat16 the processor multiplies two pairs and adds both products at once (AVX-512 BF16), so
-there rows and coefficients come in pairs; a "lane" of four bytes is a float32 or such a pair. Written as LLVM's
-instructions (`jit_instructions`), since compilers do not find these loops by themselves. Nothing is checked, addresses
-least of all.
+Sums are in float32. In bfloat16 one instruction (of AVX-512 BF16) multiplies two pairs of numbers and adds both
+products, so rows and coefficients come in pairs. A "lane" of four bytes is one float32 or one such pair. The loops are
+written in LLVM's instructions (`jit_instructions`), because compilers do not find them. They check nothing, not even
+addresses.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from numba.extending import intrinsic
 
 from mola.tuner.kernels.cpu import jit_instructions as op
 
-BLOCK = 2 * op.LANES  # columns that `outer_rows` makes at once, and the least that `add_rows` can
+BLOCK = 2 * op.LANES  # columns of one `outer_rows`; the smallest number of columns of `add_rows`
 
 
-def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, ahead, count, width, in_pairs):
-    """`sums[t, j] = <rows[t], matrix[j]>` for `t < count`, `j < width`.
+def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, ahead, count, width, is_bf16):
+    """Set `sums[t, j] = <rows[t], matrix[j]>` for `t < count`, `j < width`.
 
     Args:
         typing_context: numba's.
@@ -36,10 +36,10 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
         num_bytes: of a row, a multiple of 64.
         sums: address of float32 numbers, rows of them `sums_stride` bytes apart.
         sums_stride: see `sums`.
-        ahead: constant: how many bytes beyond `rows` to ask for what is wanted soon; 0 to ask for nothing.
-        count: constant; `count * width` of at most 24 stay in registers.
+        ahead: constant: how many bytes ahead in `rows` to prefetch; 0 for no prefetching.
+        count: constant; up to `count * width = 24` all sums stay in registers.
         width: constant.
-        in_pairs: constant: 1 for bfloat16, 0 for float32.
+        is_bf16: constant: 1 for bfloat16, 0 for float32.
     """
 
     def generate(context, builder, signature, arguments):
@@ -57,7 +57,7 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
             for j, address in enumerate(right):
                 vector = op.load(builder, op.at(builder, address, offset), op.WORDS)
                 for t, other in enumerate(vectors):
-                    op.accumulate(builder, in_pairs.literal_value, totals[t][j], other, vector)
+                    op.accumulate(builder, is_bf16.literal_value, totals[t][j], other, vector)
         for row in totals:
             values = [builder.load(total) for total in row]
             if len(values) == 8:
@@ -68,95 +68,95 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
             sums = op.at(builder, sums, sums_stride)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6, ahead, count, width, in_pairs), generate
+    return types.void(*[types.int64] * 6, ahead, count, width, is_bf16), generate
 
 
-def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, in_pairs):
-    """`target += sum_m coefficients[m] * rows[m]`, for `16 * num_vectors` columns.
+def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, is_bf16):
+    """Add `sum_m coefficients[m] * rows[m]` to `target`, for `16 * num_vectors` columns.
 
     Args:
         typing_context: numba's.
-        target: address of the first column, float32, or bfloat16 where `in_pairs`.
+        target: address of the first column, float32, or bfloat16 where `is_bf16`.
         rows: address of a table of `count` addresses.
         offset: added to each of them.
         coefficients: address of `count` lanes.
-        count: how many rows; in bfloat16 pairs of rows, whose columns alternate.
+        count: number of rows; in bfloat16 of pairs of rows, whose columns alternate.
         num_vectors: constant.
-        in_pairs: constant: 1 for bfloat16, 0 for float32.
+        is_bf16: constant: 1 for bfloat16, 0 for float32.
     """
 
     def generate(context, builder, signature, arguments):
         target, rows, offset, coefficients, count = arguments[:5]
-        pairs = in_pairs.literal_value
-        places = [op.at(builder, target, (2 if pairs else 4) * op.LANES * v) for v in range(num_vectors.literal_value)]
-        totals = [cgutils.alloca_once_value(builder, op.load_floats(builder, place, pairs)) for place in places]
+        bf16 = is_bf16.literal_value
+        places = [op.at(builder, target, (2 if bf16 else 4) * op.LANES * v) for v in range(num_vectors.literal_value)]
+        totals = [cgutils.alloca_once_value(builder, op.load_floats(builder, place, bf16)) for place in places]
         with cgutils.for_range(builder, count) as loop:
             lane = op.load(builder, op.at(builder, coefficients, builder.shl(loop.index, op.long(2))), op.WORD)
             factor = op.everywhere(builder, lane)
             row = op.at(builder, op.address_in(builder, rows, loop.index), offset)
             for v, total in enumerate(totals):
                 op.accumulate(
-                    builder, pairs, total, factor, op.load(builder, op.at(builder, row, op.BYTES * v), op.WORDS)
+                    builder, bf16, total, factor, op.load(builder, op.at(builder, row, op.BYTES * v), op.WORDS)
                 )
         for place, total in zip(places, totals, strict=True):
             value = builder.load(total)
-            if pairs:
+            if bf16:
                 value = op.to_bfloat16(builder, value)
             op.store(builder, value, place)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, num_vectors, in_pairs), generate
+    return types.void(*[types.int64] * 5, num_vectors, is_bf16), generate
 
 
-# Of two rows, columns of one and the other in turn: what the processor does at once within each quarter of a vector.
+# Shuffles that let the columns of two rows alternate, within each quarter of a vector as the processor does at once.
 _LOW = [part + 8 * q + i for q in range(4) for i in range(4) for part in (0, 2 * op.LANES)]
 _HIGH = [place + 4 for place in _LOW]
-# Hence sums come as columns 0 to 3, 8 to 11, ... and 4 to 7, 12 to 15, ...: brought into order again.
+# The sums then have columns 0 to 3, 8 to 11, ... and 4 to 7, 12 to 15, ...; these shuffles restore the order.
 _FIRST = [*range(4), *range(16, 20), *range(4, 8), *range(20, 24)]
 _SECOND = [place + 8 for place in _FIRST]
 
 
-def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targets, targets_offset, width, in_pairs):
-    """`targets[j] = sum_m coefficients[m, j] * rows[m]` for `j < width`, for 32 columns.
+def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targets, targets_offset, width, is_bf16):
+    """Set `targets[j] = sum_m coefficients[m, j] * rows[m]` for `j < width`, for 32 columns.
 
     Args:
         typing_context: numba's.
-        rows: address of a table of addresses, `count` of them, or twice as many where `in_pairs`.
+        rows: address of a table of addresses, `count` of them, or twice as many where `is_bf16`.
         offset: in bytes, added to each of them.
         coefficients: address of lanes, rows of them `stride` bytes apart.
         stride: see `coefficients`.
-        count: how many rows, or pairs of rows.
+        count: number of rows; where `is_bf16` of pairs of rows.
         targets: address of a table of `width` addresses of float32 numbers.
         targets_offset: in bytes, added to each of them.
         width: constant, at most 9.
-        in_pairs: constant: 1 for bfloat16, 0 for float32.
+        is_bf16: constant: 1 for bfloat16, 0 for float32.
     """
 
     def generate(context, builder, signature, arguments):
         rows, offset, coefficients, stride, count, targets, targets_offset = arguments[:7]
-        pairs = in_pairs.literal_value
+        bf16 = is_bf16.literal_value
         totals = [op.zeros(builder, 2) for _ in range(width.literal_value)]
         with cgutils.for_range(builder, count) as loop:
-            vectors = _two_vectors(builder, rows, loop.index, offset, pairs)
+            vectors = _two_vectors(builder, rows, loop.index, offset, bf16)
             lanes = op.at(builder, coefficients, builder.mul(loop.index, stride))
             for j, row in enumerate(totals):
                 factor = op.everywhere(builder, op.load(builder, op.at(builder, lanes, 4 * j), op.WORD))
                 for total, vector in zip(row, vectors, strict=True):
-                    op.accumulate(builder, pairs, total, factor, vector)
+                    op.accumulate(builder, bf16, total, factor, vector)
         for j, row in enumerate(totals):
             first, second = (builder.load(total) for total in row)
-            if pairs:
+            if bf16:
                 first, second = (op.pick(builder, first, second, order) for order in (_FIRST, _SECOND))
             place = op.at(builder, op.address_in(builder, targets, op.long(j)), targets_offset)
             op.store(builder, first, place)
             op.store(builder, second, op.at(builder, place, op.BYTES))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7, width, in_pairs), generate
+    return types.void(*[types.int64] * 7, width, is_bf16), generate
 
 
-def _two_vectors(builder, rows, index, offset, in_pairs):
-    if not in_pairs:
+def _two_vectors(builder, rows, index, offset, is_bf16):
+    if not is_bf16:
         row = op.at(builder, op.address_in(builder, rows, index), offset)
         return [op.load(builder, row, op.WORDS), op.load(builder, op.at(builder, row, op.BYTES), op.WORDS)]
     twice = builder.shl(index, op.long(1))
@@ -166,7 +166,7 @@ def _two_vectors(builder, rows, index, offset, in_pairs):
 
 
 def _hold(typing_context, array):
-    """Keep an array until here, of which only the address was used: numba frees what is not named any more."""
+    """Keep an array alive until here: numba frees an array after the last use of its name, not of its address."""
     return types.void(array), lambda context, builder, signature, arguments: context.get_dummy_value()
 
 

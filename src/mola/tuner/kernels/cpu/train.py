@@ -1,8 +1,7 @@
-"""Chosen experts only, in native functions: training on a CPU.
+"""Training on a CPU with the chosen experts only: one native function forward and one backward, see `jit_train`.
 
-One native function forward and one backward (`jit_train`) in place of products over all experts. They use one thread,
-so they pay where one thread has no more to do with chosen experts than each of all threads with all of them; and
-processor, dtypes and sizes must be what they were written for.
+The native functions use one thread, so they are faster while `top_k * threads <= num_experts`. They exist for some
+processors, dtypes and sizes.
 """
 
 from __future__ import annotations
@@ -20,26 +19,25 @@ from mola.tuner.kernels.api import (
     MixtureSettings,
     Saved,
 )
-from mola.tuner.kernels.cpu.tensors import are_plain_cpu_tensors
-from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
-from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
 from mola.tuner.routing import DEFAULT_ROUTER
 
 _FUNCTIONS = "jit_train"
-_COLUMNS = 32  # of which the native functions want multiples
+_COLUMNS = 32  # the native functions take features in multiples of this
 
 
 class CpuTrain(Backend):
-    """See the module."""
+    """Chosen experts only, in native functions with gradients."""
 
     name = "cpu_train"
     device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
         """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""
-        reason = why_not_written_out(inputs)
+        reason = why_no_own_backward(inputs)
         if reason is not None:
             return reason
         x, router, settings = inputs.x, inputs.router, inputs.settings
@@ -49,7 +47,7 @@ class CpuTrain(Backend):
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
             return OTHER_ROUTER
         if experts_A.dtype is not experts_B.dtype or not _fit(x, experts_A, experts_B, router):
-            return "shapes or dtypes of x, A, B and router do not fit"  # operators of torch say what does not
+            return "shapes or dtypes of x, A, B and router do not fit"  # torch then raises its own error
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
             return NOT_PLAIN
         functions = native.load(_FUNCTIONS)
@@ -58,7 +56,7 @@ class CpuTrain(Backend):
         return None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """With so many threads that each has less to do with all experts."""
+        """Slower with so many threads that each has less work with all experts."""
         if inputs.settings.top_k * torch.get_num_threads() > len(inputs.experts_A):
             return "slower than dense with so many threads: top_k * threads > num_experts"
         return None
@@ -79,7 +77,7 @@ class CpuTrain(Backend):
             torch.empty((size, num_tokens), dtype=torch.float32, device="cpu") for size in (num_experts, top_k)
         )
         expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64, device="cpu")
-        # What A gives, times gates and scaling; of an even r in bfloat16.
+        # The gated output of A; in bfloat16 its rank is rounded up to an even number.
         padded = r if dtype is torch.float32 else r + r % 2
         gated = torch.empty((num_tokens, top_k * padded), dtype=dtype, device="cpu")
         matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
@@ -96,14 +94,13 @@ class CpuTrain(Backend):
         x, weight, dropout_mask = as_rows(inputs.x), inputs.weight, inputs.dropout_mask
         dy = as_rows(grad_output).to(inputs.settings.dtype).contiguous()
         base = mm(dy, weight) if wanted.x and weight is not None else None
-        total = base  # to which the experts' part is added; what comes through dropout has a place of its own
+        total = base  # the experts' gradient is added to it; with dropout it needs a tensor of its own
         if wanted.x and (base is None or dropout_mask is not None):
             total = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        parts = _native_gradients(inputs, saved, dy, grad_logits, total, wanted)
-        grad_A, grad_B, grad_router, inner_logits = parts
+        grad_A, grad_B, grad_router, inner_logits = _native_gradients(inputs, saved, dy, grad_logits, total, wanted)
         if total is not None and dropout_mask is not None:
             total = drop(total, dropout_mask) if base is None else base.add_(drop(total, dropout_mask))
-        if inner_logits is not None:  # the router's part, which is not in the native function's
+        if inner_logits is not None:  # the router's gradients, which the native function did not compute
             grad_router = mm(inner_logits, x) if wanted.router else None
             total = None if total is None else addmm_(total, inner_logits.t(), inputs.router.to(dy.dtype))
         return Grads(total, grad_A if wanted.experts_A else None, grad_B, grad_router if wanted.router else None)
@@ -119,10 +116,10 @@ def _fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, rout
 
 
 def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, wanted: Grads):
-    """Gradients of A, B and router, in float32, and of the logits, in the dtype of the products; add to `total`.
+    """Compute the gradients of A, B and router, in float32, and add the input's gradient to `total`.
 
-    The gradient of the logits is None where that of the router and its part of `total` were made with A's: without
-    dropout both read the same input.
+    Without dropout and router losses the router's part is included. In other cases the last returned value is the
+    gradient of the logits, in the dtype of the products, from which the caller computes the router's part; else None.
     """
     settings: MixtureSettings = inputs.settings
     (num_experts, r, in_features), out_features = inputs.experts_A.shape, inputs.experts_B.shape[2]
@@ -138,9 +135,9 @@ def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, want
         )
     )
     inner_logits = None if joint else torch.empty((num_experts, len(rows)), dtype=settings.dtype, device="cpu")
-    extra = None if grad_logits is None else grad_logits.to(torch.float32).contiguous()
+    from_losses = None if grad_logits is None else grad_logits.to(torch.float32).contiguous()
     matrices = inputs.experts_A.contiguous(), inputs.experts_B.contiguous(), inputs.router.contiguous()
-    tensors = dy, rows, *saved, extra, *matrices, total, grad_A, grad_B, grad_router, inner_logits
+    tensors = dy, rows, *saved, from_losses, *matrices, total, grad_A, grad_B, grad_router, inner_logits
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     kernel = native.load(_FUNCTIONS).backward_kernel(settings.dtype, inputs.experts_A.dtype, r, joint)
     kernel(*addresses, len(rows), in_features, out_features, num_experts, settings.top_k, settings.scaling)

@@ -1,6 +1,6 @@
-"""What Triton compiles for GPUs. Entered by `mola.tuner.kernels.native.load` only.
+"""The backend for GPUs, whose kernels Triton compiles.
 
 - `backend`: the backend, in torch; it loads `launch` when it is first used on a GPU.
-- `first_use`: compares the kernels with the reference before they are trusted.
-- `launch`: calls of the kernels in `jit`, with their grids.
+- `first_use`: compares the kernels with the reference before they are used.
+- `launch`: calls the kernels of `jit` with their shapes and grids.
 """

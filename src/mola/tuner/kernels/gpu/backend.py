@@ -1,9 +1,9 @@
-"""All experts at once on a GPU: products by cuBLAS, what lies between them by Triton, one launch each way.
+"""All experts at once on a GPU. cuBLAS makes the products; Triton makes all between them in one launch each way.
 
-- The router's weight joins A's product as three parts of 16 bits, whose sum has the bits of float32: no float32 copy
-  of `x` is made, TF32 has no say, and the experts are those that float32 chooses.
+- The router is part of A's product: its float32 weight is split into three parts of 16 bits, whose sum has the bits of
+  float32. So no float32 copy of `x` is made, TF32 has no effect, and the experts are those that float32 would choose.
 - Dropout is drawn from a seed on the device; no mask is stored.
-- Without gradients packed weights are used again, see `_packed`.
+- Without gradients, packed weights are used again, see `_packed`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,33 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
-from mola.tuner.kernels.dense import why_not_written_out
+from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop, is_gpu_seed
 from mola.tuner.kernels.gates import keep_losses_only
 from mola.tuner.kernels.gemm import addmm_, base_output
 from mola.tuner.kernels.gpu import first_use
-from mola.tuner.kernels.tensors import as_rows
+from mola.tuner.kernels.tensors import PLAIN_TYPES, as_rows
 from mola.tuner.routing import DEFAULT_ROUTER
 
-_CAPABILITY = (8, 0)  # the first one with bfloat16
+_CAPABILITY = (8, 0)  # the first compute capability with bfloat16
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_EXPERTS = 64
-_PLAIN = (nn.Parameter, torch.Tensor)
 
 
 class Triton(Backend):
-    """See the module."""
+    """All experts on a GPU, with Triton between the products."""
 
     name = "triton"
     device_type = "cuda"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """In 16 bits, on NVIDIA's GPUs since Ampere, if its first results here were right."""
+        """Dtypes of 16 bits, on NVIDIA's GPUs since Ampere, if the first results on this device were right."""
         settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
-        reason = why_not_written_out(inputs) or _why_not_on(x.device)
+        reason = why_no_own_backward(inputs) or _why_not_on(x.device)
         if reason is not None:
             return reason
         if settings.router != DEFAULT_ROUTER or inputs.router.dtype is not torch.float32:
@@ -51,7 +49,7 @@ class Triton(Backend):
         if len(experts_A) > _MAX_EXPERTS:
             return f"at most {_MAX_EXPERTS} experts"
         tensors = x, experts_A, inputs.experts_B, inputs.router
-        if any(type(each) not in _PLAIN or each.device != x.device for each in tensors) or not x.numel():
+        if any(type(each) not in PLAIN_TYPES or each.device != x.device for each in tensors) or not x.numel():
             return "needs plain tensors on one device, and at least one token"
         return first_use.why_wrong(self, inputs)
 
@@ -65,7 +63,7 @@ class Triton(Backend):
         return _forward(inputs, *_packed(inputs))[0]
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """As that of `Dense`."""
+        """As `Dense.backward`."""
         launch, mask, settings = native.load("launch", "gpu"), inputs.dropout_mask, inputs.settings
         gated, weights, packed, matrix_B = saved
         x, rows = as_rows(inputs.x), as_rows(grad_output).to(settings.dtype)
@@ -73,7 +71,7 @@ class Triton(Backend):
         grad_both = launch.gates_backward(torch.mm(matrix_B, rows.t()), gated, weights, grad_logits, settings.scaling)
         keep_losses_only(grad_both[len(gated) :], grad_logits, settings)
         size, params = len(gated), inputs.experts_A.dtype
-        joined = packed[: len(grad_both)]  # with the router's first part, which is its weight in 16 bits
+        joined = packed[: len(grad_both)]  # A and the router's first part, which is its weight rounded to 16 bits
         grad_x = grad_A = grad_B = grad_router = None
         if wanted.experts_B:
             grad_B = _mm(gated, rows, inputs.experts_B.dtype)
@@ -108,7 +106,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`a @ b` of matrices in 16 bits, in their dtype or in float32, in which sums are made in any case."""
+    """`a @ b` of matrices in 16 bits, returned in their dtype or in float32; sums are in float32 either way."""
     if a.dtype is dtype:
         return torch.mm(a, b)
     if a.is_cuda:
@@ -122,7 +120,7 @@ def _mm_add(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> tor
 
 
 def _drop_add(rows: torch.Tensor, mask: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
-    """`rows` with zeros for what dropout drops, added to `total` in place where there is one."""
+    """`rows` with zeros for dropped elements, added to `total` in place if there is one."""
     if total is None or not is_gpu_seed(mask):
         dropped = drop(rows, mask)
         return dropped if total is None else total.add_(dropped)
@@ -134,12 +132,12 @@ def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor
     num_experts, size = len(inputs.experts_A), len(matrix_B)
     if mask is None:
         products = _mm(packed, rows.t(), torch.float32)
-        hidden, of_router = products[:size], products[size:]
+        hidden, router_products = products[:size], products[size:]
     else:
         hidden = torch.mm(packed[:size], drop(rows, mask).t())
-        of_router = _mm(packed[size:], rows.t(), torch.float32)
+        router_products = _mm(packed[size:], rows.t(), torch.float32)
     launch = native.load("launch", "gpu")
-    gates = launch.gates_forward(of_router, hidden, num_experts, settings.top_k, settings.scaling, settings.dtype)
+    gates = launch.gates_forward(router_products, hidden, num_experts, settings.top_k, settings.scaling, settings.dtype)
     output = base_output(inputs, inputs.x)
     addmm_(output.view(-1, output.shape[-1]), gates.gated.t(), matrix_B)
     saved = gates.gated, gates.weights, packed, None if matrix_B.dtype is inputs.experts_B.dtype else matrix_B
@@ -147,7 +145,7 @@ def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor
 
 
 def _pack(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """A with the router's parts, and B as a matrix, in the dtype of the products."""
+    """A with the router's three parts below it, and B, as two matrices in the dtype of the products."""
     dtype = inputs.settings.dtype
     packed = native.load("launch", "gpu").pack(inputs.experts_A, inputs.router, dtype)
     return packed, inputs.experts_B.flatten(0, 1).to(dtype)
@@ -157,10 +155,11 @@ _packed_of: Any = WeakTensorKeyDictionary()
 
 
 def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same; of frozen weights packed once and used until one changes. A CUDA graph packs in every replay.
+    """As `_pack`, but frozen weights are packed once and used again until one of them changes.
 
-    A weight's version tells of a change, but not of one by a fused optimiser, or by writing to `.data`. So weights that
-    are trained are packed for every pass, and those that were frozen after a pass with gradients anew.
+    A change is noticed by the weight's version. Fused optimisers and writes to `.data` change no version, so trained
+    weights are packed for every pass, and weights that are frozen later are packed anew after any pass with gradients.
+    A CUDA graph packs in every replay.
     """
     weights = inputs.experts_A, inputs.experts_B, inputs.router
     if any(each.requires_grad for each in weights):
@@ -176,14 +175,15 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forget(experts: Iterable[torch.Tensor]) -> None:
-    """Pack anew what belongs to these A: they are to be trained, which other backends may do, and optimisers hide."""
+    """Forget the packed weights of these A. Call it before they are trained: another backend may compute the training,
+    and the optimiser may not change their versions."""
     for experts_A in experts:
         _packed_of.pop(experts_A, None)
 
 
 def _stream(tensor: torch.Tensor) -> int:
-    """Where operators are queued: what another stream has packed may not be there yet."""
-    if not tensor.is_cuda or not torch.cuda.is_initialized():  # the latter: fake tensors, on a machine without a GPU
+    """The stream of operators: weights that another stream packs may not be ready yet."""
+    if not tensor.is_cuda or not torch.cuda.is_initialized():  # not initialized: fake tensors on a machine without GPU
         return 0
     return torch.cuda.current_stream(tensor.device).stream_id
 

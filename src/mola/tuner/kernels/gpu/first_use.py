@@ -1,6 +1,6 @@
-"""Before a kernel is trusted on a device: its results there beside the reference in float64, once per kind of call.
+"""Before a kernel is used on a device, its results are compared with the reference in float64, once per kind of call.
 
-A driver, a compiler or a card that nobody has tried costs a line in the log then, not a wrong training.
+So a GPU, driver or compiler on which the kernel fails leads to one line in the log, and not to a wrong training.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from mola.tuner.kernels.reference import Reference
 
 logger = logging.getLogger(__name__)
 
-_TOKENS, _FEATURES, _OUT = 67, 96, 80  # of what is tried: small, and no multiples of a kernel's tiles
-_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest error to the largest value
+_TOKENS, _FEATURES, _OUT = 67, 96, 80  # small, and no multiples of the kernels' tiles
+_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # largest error, as a share of the largest value
 _LEAVES = "x", *Grads._fields[1:]
 _found: dict[tuple[Any, ...], str | None] = {}
 
 
 def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
-    """Why a backend is not used for such inputs: what went wrong when it was tried; None if nothing did.
+    """What went wrong when a backend was compared with the reference for such inputs; None if nothing did.
 
-    Not tried while a CUDA graph is captured, which could not hold it.
+    The comparison runs once for each device, dtypes, number of experts, rank and `top_k`. It cannot run while a CUDA
+    graph is captured.
     """
     (num_experts, r, _), settings = inputs.experts_A.shape, inputs.settings
     key = inputs.x.device, settings.dtype, inputs.experts_A.dtype, num_experts, r, settings.top_k
@@ -45,34 +46,34 @@ def _try(backend: Backend, inputs: MixtureInputs) -> str | None:
     try:
         device = inputs.x.device
         with (
-            torch.random.fork_rng(range(torch.cuda.device_count())),  # they are all seeded
+            torch.random.fork_rng(range(torch.cuda.device_count())),  # `manual_seed` seeds all devices
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
-            # Not those of a checkpointed layer around this call, which would count the trial's tensors as its own.
-            torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is),
+            # Replaces the hooks of a checkpointed layer around this call, which would count these tensors as its own.
+            torch.autograd.graph.saved_tensors_hooks(_identity, _identity),
         ):
             torch.manual_seed(0)
             for dropout in (0.0, 0.3):
-                like = _like(inputs, dropout)
+                random = _random_inputs(inputs, dropout)
                 with native.load("launch", "gpu").poisoned():
-                    found = _results(backend, like)
-                expected = _results(Reference(), _in_float64(like))
+                    found = _results(backend, random)
+                expected = _results(Reference(), _in_float64(random))
                 for name, one, other in zip(("output", "logits", *_LEAVES), found, expected, strict=True):
                     error = (one.double() - other).abs().max() / other.abs().max()
                     if not error <= _TOLERANCE[inputs.settings.dtype]:
                         return f"its {name} differs from the reference by {error:.2g} of the largest value"
-    except Exception as error:  # of a compiler or driver: whatever it is, torch's operators do not need it
+    except Exception as error:  # any error of compiler or driver: other backends do not need them
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _like(inputs: MixtureInputs, dropout: float) -> MixtureInputs:
-    """Random inputs of the same dtypes, experts and rank, in leaves that ask for gradients."""
+def _random_inputs(inputs: MixtureInputs, dropout: float) -> MixtureInputs:
+    """Random inputs with the same dtypes, experts and rank, which require gradients."""
     num_experts, r, _ = inputs.experts_A.shape
     dtype, device, settings = inputs.settings.dtype, inputs.x.device, inputs.settings
 
@@ -89,7 +90,7 @@ def _like(inputs: MixtureInputs, dropout: float) -> MixtureInputs:
 
 
 def _in_float64(inputs: MixtureInputs) -> MixtureInputs:
-    """The same numbers in float64, in leaves of their own, and the same mask as booleans."""
+    """Copies of the inputs in float64, which require gradients, with the same dropout mask as booleans."""
     changed = {name: getattr(inputs, name).detach().double().requires_grad_() for name in _LEAVES}
     changed["weight"] = inputs.weight.double() if inputs.weight is not None else None
     if inputs.dropout_mask is not None:
@@ -99,7 +100,7 @@ def _in_float64(inputs: MixtureInputs) -> MixtureInputs:
 
 
 def _results(backend: Backend, inputs: MixtureInputs) -> list[torch.Tensor]:
-    """Output, logits and all gradients; a loss reads both."""
+    """Output, logits and all gradients of a loss that depends on both."""
     output, logits, _ = compute(backend, inputs)
     assert logits is not None
     weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float64).view(output.shape)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PARTS = 3  # of a router's weight in a dtype of 16 bits: their sum has the bits of float32
+PARTS = 3  # numbers of 16 bits whose sum has the bits of a float32
 
 
 @triton.jit
 def _split(value, dtype: tl.constexpr, STEP: tl.constexpr):
-    """A float32 number as three of 16 bits, `p0 + p1 / STEP + p2 / STEP^2`: what each leaves over is in the next."""
+    """Split a float32 number into three of 16 bits, `p0 + p1 / STEP + p2 / STEP^2`: each holds the rounding error of
+    those before."""
     p0 = value.to(dtype)
     rest = (value - p0.to(tl.float32)) * STEP
     p1 = rest.to(dtype)
@@ -26,9 +27,9 @@ def pack(
     experts_A, router, packed, in_features, num_rows: tl.constexpr, num_experts: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A `(E*r, in)` and three parts of the router `(E, in)` below it, in the dtype of `packed: (E*r + 3E, in)`.
+    """Fill `packed: (E*r + 3E, in)` with A `(E*r, in)` and, below it, the three parts of the router `(E, in)`.
 
-    One program per row of A and router, and block of columns.
+    There is one program for each row of A and router and each block of columns.
     """
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +49,7 @@ def pack(
 
 @triton.jit
 def _largest(keys, experts, free, BLOCK_E: tl.constexpr):
-    """The first expert of the largest key among those that are free, per token; NaN is the largest, as in torch."""
+    """Per token the expert with the largest key among those that are free: the first of equal ones, NaN before all."""
     is_nan = (keys != keys) & free
     numbers = tl.where(free & (keys == keys), keys, float("-inf"))
     largest = tl.max(numbers, 0)
@@ -64,17 +65,17 @@ def gates_forward(
     E: tl.constexpr, R: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Choose experts and multiply what A gives by gates and scaling.
+    """Choose experts, and multiply the output of A by gates and scaling.
 
     Args:
-        products: of the router's parts, float32 `(3E, N)`.
-        hidden: what A gives, `(E*r, N)`.
+        products: of the router's parts with the input, float32 `(3E, N)`.
+        hidden: the output of A, `(E*r, N)`.
         logits: written, float32 `(E, N)`.
         weights: written, gates times scaling, float32 `(E, N)`.
         indices: written, int64 `(TOP_K, N)`.
         gated: written, `(E*r, N)`.
         num_tokens: `N`.
-        scaling: what gates are multiplied by.
+        scaling: factor of the gates.
         E: experts.
         R: rank.
         TOP_K: experts per token.
@@ -98,7 +99,7 @@ def gates_forward(
     free = experts < E
     free = free & (tokens[None, :] >= 0)
     if TOP_K == E:
-        # All of them, in their own order.
+        # All experts are chosen, in the order of their indices.
         largest = tl.max(tl.where(free, z, float("-inf")), 0)
         powers = tl.where(free, tl.exp(z - largest[None, :]), 0.0)
         gates = powers / tl.sum(powers, 0)[None, :]
@@ -119,7 +120,7 @@ def gates_forward(
             free = free & (experts != chosen[None, :])
             tl.store(indices + k * count + tokens, chosen.to(tl.int64), mask=inside)
         gates = gates / total[None, :]
-        # What was not chosen is 0 whatever the sum is.
+        # Experts that were not chosen have a gate of 0, also if the sum is NaN.
         gates = tl.where(free, 0.0, gates)
     w = gates * scaling
     tl.store(weights + places, w, mask=valid)
@@ -139,16 +140,16 @@ def gates_backward(
     E: tl.constexpr, R: tl.constexpr, HAS_GRAD_LOGITS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what A gives and of the logits: see `mola.tuner.kernels.gates.gates_backward`.
+    """Gradients of the output of A and of the logits: see `mola.tuner.kernels.gates.gates_backward`.
 
     Args:
         grad_gated: `(E*r, N)`.
         gated: `(E*r, N)`.
         weights: gates times scaling, float32 `(E, N)`.
-        grad_logits: what router losses add, float32 `(E, N)`; read where HAS_GRAD_LOGITS.
+        grad_logits: gradient of the logits from router losses, float32 `(E, N)`; read if HAS_GRAD_LOGITS.
         both: written, `(E*r + E, N)`.
         num_tokens: `N`.
-        scaling: what gates were multiplied by.
+        scaling: factor of the gates.
         E: experts.
         R: rank.
         HAS_GRAD_LOGITS: whether `grad_logits` is a tensor.
@@ -184,15 +185,15 @@ def drop(
     source, seed, target, num_elements,
     SEEDS: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`source` with zeros where Philox numbers of the seed are below its probability; added to `target` if ADD.
+    """Copy `source`, with zeros where the seed's Philox number is below its probability; add to `target` if ADD.
 
-    Four numbers come from one call: for element `i` of a program's quarter `q`, the `q`-th.
+    One call of Philox gives four numbers: the `q`-th decides about an element of a program's `q`-th quarter.
 
     Args:
         source: read.
         seed: address of an int64: the steps of the probability, times SEEDS, plus a seed.
         target: written.
-        num_elements: of source and target, below 2^32.
+        num_elements: of source and target, less than 2^32.
         SEEDS: see `seed`, a power of 2.
         STEPS: of a probability.
         ADD: whether to add to what the target holds.

@@ -1,4 +1,4 @@
-"""Calls of the Triton kernels in `jit`: shapes, outputs, grids."""
+"""Calls the Triton kernels of `jit`: allocates their outputs and chooses their grids."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import triton
 
 from mola.tuner.kernels.gpu import jit
 
-IS_INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test
-_COLUMNS, _QUARTER = 1024, 256  # of a program that packs, and a quarter of one that drops
-_TILE = 1024  # numbers of a program's tile of experts and tokens
-_MAX_DROPPED = 2**32  # elements, which Philox counts in 32 bits
-_SEEDS, _STEPS = 2**40, 2**16  # a number of 64 bits: one of so many seeds, and above it a probability in steps
+IS_INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
+_COLUMNS = 1024  # of a program that packs
+_QUARTER = 256  # elements of a quarter of a program that drops
+_TILE = 1024  # numbers of a program's tile of experts (or ranks) and tokens
+_MAX_DROPPED = 2**32  # Philox counts elements in 32 bits
+_SEEDS, _STEPS = 2**40, 2**16  # a dropout mask is `step * _SEEDS + seed`, with the probability as a number of steps
 _poison = [False]
-_drops: dict[torch.device, bool] = {}
+_dropout_works: dict[torch.device, bool] = {}
 logger = logging.getLogger(__name__)
 
 
 class Gates(NamedTuple):
-    """As `mola.tuner.kernels.gates.Gates`, and what the gates give: `(E*r, N)`."""
+    """As `mola.tuner.kernels.gates.Gates`, and the gated output of A, `(E*r, N)`."""
 
     logits: torch.Tensor
     weights: torch.Tensor
@@ -33,7 +34,7 @@ class Gates(NamedTuple):
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill outputs before kernels write them, so that what they leave out shows."""
+    """Fill outputs with NaN or -1 before kernels write them, so that numbers they leave out are noticed."""
     _poison[0] = True
     try:
         yield
@@ -42,12 +43,12 @@ def poisoned() -> Iterator[None]:
 
 
 def step_of(dtype: torch.dtype) -> float:
-    """What each further part of a router's weight is multiplied by: float16 has no exponents for such small numbers."""
+    """Factor of each further part of a router's weight, so that the parts are not too small for float16."""
     return 2048.0 if dtype is torch.float16 else 1.0
 
 
 def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A, and the router in three parts below it: `(E*r + 3E, in)` in `dtype`.
+    """A and below it the router in three parts, in one matrix `(E*r + 3E, in)` in `dtype`.
 
     Args:
         experts_A: `(E, r, in)`.
@@ -69,15 +70,15 @@ def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> t
 def gates_forward(
     products: torch.Tensor, hidden: torch.Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
 ) -> Gates:
-    """Choose experts and multiply what A gives by gates and scaling.
+    """Choose experts, and multiply the output of A by gates and scaling.
 
     Args:
-        products: of the router's parts, float32 `(3E, N)`.
-        hidden: what A gives, `(E*r, N)`.
+        products: of the router's parts with the input, float32 `(3E, N)`.
+        hidden: the output of A, `(E*r, N)`.
         num_experts: `E`.
         top_k: experts per token.
-        scaling: what gates are multiplied by.
-        dtype: of what the gates give, and of the parts.
+        scaling: factor of the gates.
+        dtype: of the gated output, and of the router's parts.
     """
     size, num_tokens = hidden.shape
     logits, weights = (_empty(num_experts, num_tokens, like=products, dtype=torch.float32) for _ in range(2))
@@ -99,9 +100,9 @@ def gates_backward(
     grad_logits: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Gradients of what A gives and, below them, of the router logits: `(E*r + E, N)` in the dtype of `gated`.
+    """Gradients of the output of A and, below them, of the router logits: `(E*r + E, N)` in the dtype of `gated`.
 
-    Arguments as those of `mola.tuner.kernels.gates.gates_backward`.
+    Arguments as in `mola.tuner.kernels.gates.gates_backward`.
     """
     (size, num_tokens), num_experts = gated.shape, len(weights)
     both = _empty(size + num_experts, num_tokens, like=gated, dtype=gated.dtype)
@@ -117,11 +118,11 @@ def gates_backward(
 
 
 def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
-    """A seed on the device, which holds the probability too, and that of keeping.
+    """A dropout mask as a seed on the device, which includes `p`, and the probability of keeping an element.
 
-    None for too many elements, and on a device where the kernel does not do what it should.
+    None for more elements than Philox can count, and on a device on which the kernel gives wrong results.
     """
-    if x.numel() >= _MAX_DROPPED or not _drops_on(x.device):
+    if x.numel() >= _MAX_DROPPED or not _is_dropout_right(x.device):
         return None
     steps = min(round(p * _STEPS), _STEPS - 1)
     seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(steps * _SEEDS, (steps + 1) * _SEEDS)
@@ -129,7 +130,7 @@ def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
 
 
 def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows` with zeros for what the seed drops; added to `total` in place where there is one.
+    """`rows` with zeros for dropped elements; added to `total` in place if there is one.
 
     Args:
         rows: in any dtype.
@@ -146,19 +147,22 @@ def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = No
     return target
 
 
-def _drops_on(device: torch.device) -> bool:
-    """Whether `drop` works on a device, looked at once as in `first_use`; not yet while a CUDA graph is captured."""
-    if device not in _drops:
+def _is_dropout_right(device: torch.device) -> bool:
+    """Whether `drop` gives right results on a device, tested once, as in `first_use`.
+
+    False while a CUDA graph is captured before the test.
+    """
+    if device not in _dropout_works:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        reason = _why_not_dropped(device)
+        reason = _why_dropout_is_wrong(device)
         if reason is not None:
             logger.warning("Dropout of Triton is not used on %s: %s.", device, reason)
-        _drops[device] = reason is None
-    return _drops[device]
+        _dropout_works[device] = reason is None
+    return _dropout_works[device]
 
 
-def _why_not_dropped(device: torch.device) -> str | None:
+def _why_dropout_is_wrong(device: torch.device) -> str | None:
     try:
         with torch.no_grad(), poisoned():
             ones, seed = torch.ones(8192, device=device), torch.tensor([_STEPS // 4 * _SEEDS + 1], device=device)
@@ -167,7 +171,7 @@ def _why_not_dropped(device: torch.device) -> str | None:
             if not torch.equal(kept, again) or not ((kept == 0) | (kept == 1)).all():
                 return "it drops other elements the second time, or changes what it keeps"
             return None if abs(share - 0.75) < 0.05 else f"it keeps {share:.0%} instead of 75 %"
-    except Exception as error:  # of a compiler or driver, as in `first_use`
+    except Exception as error:  # any error of compiler or driver, as in `first_use`
         return f"{type(error).__name__}: {error}"
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mola.tuner.kernels.cpu import registry
-from mola.tuner.kernels.cpu.registry import owner_of
+from mola.tuner.kernels.cpu import decode_operator
+from mola.tuner.kernels.cpu.decode_operator import find_owner
 from mola.tuner.layer import ExpertSettings, MolaLinear
 from tests.versions import needs
 
@@ -41,45 +41,45 @@ def test_each_layer_and_adapter_is_found():
     for layer in [*layers, copy.deepcopy(layers[1])]:
         for name, experts_B in layer.mola_B.items():
             for _ in range(2):  # looked for, then known
-                owner = owner_of(experts_B)
+                owner = find_owner(experts_B)
                 assert (owner.layer(), owner.adapter_name) == (layer, name)
 
 
 def test_no_layer_is_kept_alive():
     layer = make_layer()
     key, parameter = id(layer.mola_B["default"]), weakref.ref(layer.mola_A["default"])
-    owner_of(layer.mola_B["default"])
-    assert key in registry._known
+    find_owner(layer.mola_B["default"])
+    assert key in decode_operator._owners
     del layer
     gc.collect()
     assert parameter() is None
-    assert key not in registry._known
+    assert key not in decode_operator._owners
 
 
 def test_a_layer_that_was_found_can_be_pickled_and_copied():
     layer = make_layer()
-    owner_of(layer.mola_B["default"])
+    find_owner(layer.mola_B["default"])
     for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
-        assert owner_of(other.mola_B["default"]).layer() is other
-    assert owner_of(layer.mola_B["default"]).layer() is layer
+        assert find_owner(other.mola_B["default"]).layer() is other
+    assert find_owner(layer.mola_B["default"]).layer() is layer
 
 
 def test_a_b_that_is_replaced_is_no_longer_the_layers():
     layer = make_layer()
     old = layer.mola_B["default"]
-    owner_of(old)
+    find_owner(old)
     layer.mola_B["default"] = nn.Parameter(old.detach().clone())
     with pytest.raises(RuntimeError, match="no layer's own"):
-        owner_of(old)
-    assert owner_of(layer.mola_B["default"]).layer() is layer
+        find_owner(old)
+    assert find_owner(layer.mola_B["default"]).layer() is layer
 
 
 def test_an_id_that_belongs_to_another_tensor_now():
     layers = make_layer(), make_layer()
-    owner = owner_of(layers[0].mola_B["default"])
+    owner = find_owner(layers[0].mola_B["default"])
     experts_B = layers[1].mola_B["default"]
-    registry._known[id(experts_B)] = owner
-    assert owner_of(experts_B).layer() is layers[1]
+    decode_operator._owners[id(experts_B)] = owner
+    assert find_owner(experts_B).layer() is layers[1]
 
 
 def test_many_threads_look_while_layers_come_and_go():
@@ -90,9 +90,9 @@ def test_many_threads_look_while_layers_come_and_go():
         start.wait()
         try:
             for _ in range(200):
-                assert owner_of(layer.mola_B["default"]).layer() is layer
+                assert find_owner(layer.mola_B["default"]).layer() is layer
                 other = copy.deepcopy(layer)
-                assert owner_of(other.mola_B["default"]).layer() is other
+                assert find_owner(other.mola_B["default"]).layer() is other
         except BaseException as error:
             failures.append(error)
 
@@ -106,25 +106,25 @@ def test_many_threads_look_while_layers_come_and_go():
 
 def test_a_b_that_is_nobodys():
     with pytest.raises(RuntimeError, match=r"of shape \(4, 4, 24\) that is no layer's own"):
-        owner_of(torch.zeros(4, 4, 24))
+        find_owner(torch.zeros(4, 4, 24))
 
 
 def test_layers_that_share_a_b():
     one, other = make_layer(), make_layer()
     other.mola_B["default"] = one.mola_B["default"]
     with pytest.raises(RuntimeError, match="layers share which differ in A, router, scaling or top_k"):
-        owner_of(one.mola_B["default"])
+        find_owner(one.mola_B["default"])
     other.mola_A["default"], other.mola_router["default"] = one.mola_A["default"], one.mola_router["default"]
     x = torch.ones(3, 16)
     with torch.no_grad():
         output = torch.zeros(3, 24)
         torch.ops.mola.decode(output, x, one.mola_B["default"])
         torch.testing.assert_close(output, one.add_experts("default", x, torch.zeros(3, 24)))
-    assert owner_of(one.mola_B["default"]).layer() in (one, other)
+    assert find_owner(one.mola_B["default"]).layer() in (one, other)
     other.scaling["default"] *= 2
-    registry._known.clear()
+    decode_operator._owners.clear()
     with pytest.raises(RuntimeError, match="layers share"):
-        owner_of(one.mola_B["default"])
+        find_owner(one.mola_B["default"])
 
 
 @torch.no_grad()
