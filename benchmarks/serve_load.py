@@ -11,11 +11,13 @@ import asyncio
 import itertools
 import logging
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,7 +26,6 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.errors import in_one_line
-from benchmarks.serving import save_adapter, server
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
@@ -36,6 +37,7 @@ logger = logging.getLogger("benchmarks")
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _ADAPTERS = ("first", "second")
+_STD = 0.3  # of the experts' B and of the routers
 _SUBJECTS = ("sun", "sea", "moon", "wind", "rain", "snow", "river", "forest")
 
 
@@ -83,12 +85,12 @@ def run(options: LoadOptions) -> int:
     with tempfile.TemporaryDirectory(prefix="mola-serve-load-") as temporary:
         folders = {name: Path(temporary) / name for name in _ADAPTERS}
         for seed, folder in enumerate(folders.values()):
-            save_adapter(options.base_model, folder, seed)
+            _save_adapter(options.base_model, folder, seed)
         expected, rows = _offline(options, folders)
         with ExitStack() as stack:
-            urls = {"server": stack.enter_context(_server(options, folders))[0]}
+            urls = {"server": stack.enter_context(_server(options, folders))}
             if options.before is not None:
-                urls["before"] = stack.enter_context(_server(options, folders, options.before))[0]
+                urls["before"] = stack.enter_context(_server(options, folders, options.before))
             for clients in options.clients:
                 for name, url in urls.items():
                     logger.info("%s, %s clients", name, clients)
@@ -120,13 +122,61 @@ def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple
     return expected, rows
 
 
-def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Any:
-    words = ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
-    words += ["--base_model", options.base_model, "--dtype", options.dtype, "--max_waiting", str(max(options.clients))]
-    words += [] if options.device is None else ["--device", options.device]
-    if options.max_batch_size is not None:
-        words += ["--max_batch_size", str(options.max_batch_size)]
-    return server(words, {} if sources is None else {"PYTHONPATH": os.path.abspath(sources)})
+def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
+    """A random mixture far enough from zero that its answers differ from the base's."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from mola import MolaConfig
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(base_model)
+    layers = base.config.num_hidden_layers
+    # The paper's 2-4-6-8, as far as the depth allows.
+    config = MolaConfig(
+        num_experts="2468" if layers >= 4 else 2, r=8, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "mola_B" in name or "mola_router" in name:
+            torch.nn.init.normal_(parameter, std=_STD)
+    model.save_pretrained(str(folder))
+
+
+@contextmanager
+def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Iterator[str]:
+    """Start `mola serve` on a free port, from the version in the folder `sources`; yields its address."""
+    command = [sys.executable, "-m", "mola.cli", "serve", "--base_name", "base", "--port", "0"]
+    command += ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
+    command += ["--base_model", options.base_model, "--dtype", options.dtype]
+    command += ["--max_waiting", str(max(options.clients))]
+    command += [] if options.device is None else ["--device", options.device]
+    command += [] if options.max_batch_size is None else ["--max_batch_size", str(options.max_batch_size)]
+    environment = {name: value for name, value in os.environ.items() if name != "MOLA_API_KEY"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sources is not None:
+        environment["PYTHONPATH"] = os.path.abspath(sources)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=environment, stderr=log) as process,
+    ):
+        try:
+            yield _wait_for_address(process, log)
+        finally:
+            process.terminate()
+
+
+def _wait_for_address(process: subprocess.Popen[bytes], log: Any) -> str:
+    while True:
+        is_running = process.poll() is None
+        log.seek(0)
+        text = log.read()
+        if found := re.search(r"Serving .* on (http://\S+)\n", text):
+            return found[1]
+        if not is_running:
+            raise RuntimeError(f"the server did not start:\n{text}")
+        time.sleep(0.1)
 
 
 async def _load(

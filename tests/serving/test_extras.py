@@ -1,7 +1,6 @@
 """Log-probabilities, penalties, metrics, and adapters that are loaded and unloaded while the server runs."""
 
 import asyncio
-import json
 import math
 import re
 
@@ -35,13 +34,10 @@ def root(tiny_model_dir, chat_model_dir, tmp_path_factory):
     others = {
         "broken": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
         "virtual": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-        "unknown": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     }
     for name, config in others.items():
         get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(root / name)
     change_tensors(root / "broken", lambda tensors: tensors.pop(sorted(tensors)[0]))
-    settings = root / "unknown" / "adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"task_type": "FOO"}))
     (root / "empty").mkdir()
     (root / "out").symlink_to(root.parent, target_is_directory=True)
     return root
@@ -238,7 +234,6 @@ WRONG = {
     "no adapter": ("empty", "adapter_config.json"),
     "a tensor is missing": ("broken", "1 tensors missing"),
     "virtual tokens": ("virtual", "before the prompt"),
-    "a setting that PEFT does not know": ("unknown", "settings that PEFT can use"),
 }
 
 
@@ -256,19 +251,6 @@ def test_the_base_model_stays(http):
     assert "base model" in load(http, "tiny-chat", "trained/one", load_inplace=True).json()["error"]["message"]
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-def test_virtual_tokens_cannot_be_unloaded(chat_model_dir, root):
-    """PEFT cannot remove them: the server says so, and goes on answering with them."""
-    options = ServeOptions(base_model=str(chat_model_dir), adapter=[f"v={root / 'virtual'}"], adapter_root=str(root))
-    options.port, options.api_key, options.dtype, options.device = 0, TOKEN, "float32", "cpu"
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with running_server(options) as url, httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as http:
-        answer = unload(http, "v")
-        assert (answer.status_code, "tokens before the prompt" in answer.json()["error"]["message"]) == (400, True)
-        body = {"model": "v", "prompt": PROMPT, "max_tokens": 2}
-        assert http.post("/v1/completions", json=body).status_code == 200
-
-
 def test_loading_is_off_unless_asked_for_and_needs_a_token(chat_model_dir, root):
     options = ServeOptions(base_model=str(chat_model_dir), port=0, dtype="float32", device="cpu")
     with running_server(options) as url:
@@ -278,7 +260,4 @@ def test_loading_is_off_unless_asked_for_and_needs_a_token(chat_model_dir, root)
             assert "--adapter_root" in answer.json()["error"]["message"]
     options.adapter_root = str(root)
     with pytest.raises(MolaError, match="needs a token"), running_server(options):
-        pass
-    options.adapter_root, options.api_key = str(root / "nowhere"), TOKEN
-    with pytest.raises(MolaError, match="`adapter_root` must be a folder"), running_server(options):
         pass

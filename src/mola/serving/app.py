@@ -48,10 +48,11 @@ def build_app(
         return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
 
     async def make_jobs(body: ChatRequest | CompletionRequest) -> list[Job]:
-        # Long prompts take a while, so this runs on another thread; one at a time, because tokenizers keep state.
+        # Tokenizing a long prompt takes a while, so it runs on another thread. Tokenizers keep state, so one at a time.
         async with tokenizing:
             made = await run_in_threadpool(jobs.make, body)
-            while any(job.adapter != jobs.adapter(body.model) for job in made):  # it was replaced in between
+            # Meanwhile a client may have replaced the adapter.
+            while any(job.adapter != jobs.adapter(body.model) for job in made):
                 made = await run_in_threadpool(jobs.make, body)
             return made
 
@@ -62,7 +63,7 @@ def build_app(
         queued = queue.submit(await make_jobs(body), body.model, is_streamed=bool(body.stream))
         metrics.prompt_tokens.inc(_count_prompt_tokens(queued))
         if body.stream:
-            return _EventStream(queued, _events(queued, answer_format, body.wants_usage()))
+            return _EventStream(queued, _write_events(queued, answer_format, body.wants_usage()))
         return await _answer_whole(request, queued, answer_format)
 
     @app.post("/v1/chat/completions")
@@ -79,7 +80,7 @@ def build_app(
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> dict[str, Any]:
-        jobs.adapter(name)
+        jobs.adapter(name)  # raises if there is no such model
         return describe_model(name)
 
     @app.post("/v1/load_lora_adapter")
@@ -118,9 +119,10 @@ class _EventStream(StreamingResponse):
             self._queued.cancel()
 
 
-async def _events(
+async def _write_events(
     queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, with_usage: bool
 ) -> AsyncIterator[str]:
+    """Write the pieces of a request as server-sent events."""
     num_tokens = 0
     try:
         for chunk in answer_format.first_chunks(len(queued.jobs)):

@@ -75,7 +75,7 @@ class JobMaker:
         Raises:
             RequestError: 404, there is no model of this name.
         """
-        adapter = self.adapters.get(name, _MISSING)
+        adapter = self.adapters.get(name, _MISSING)  # one look-up: another thread may remove the name
         if adapter is _MISSING:
             raise RequestError(
                 404,

@@ -80,7 +80,10 @@ class RequestMiddleware:
         return is_right and scheme.lower() == "bearer"
 
     def _limit_body(self, receive: Receive) -> Receive:
-        """Count the bytes of a body while they arrive: a chunked body declares no length."""
+        """Wrap `receive` so that it raises when a body exceeds the limit.
+
+        A chunked body declares no length, so the bytes are counted as they arrive.
+        """
         size = 0
 
         async def receive_and_count() -> Message:

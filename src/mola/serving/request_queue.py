@@ -272,7 +272,7 @@ class RequestQueue:
         seconds = time.monotonic() - request.submitted
         self._metrics.request_ended(request.model, "finished" if is_finished else "unfinished", seconds)
         if request.started is not None and is_finished:
-            # Time until a place becomes free: that many requests run side by side.
+            # Several requests run side by side, so a place becomes free sooner than one request takes.
             seconds = (time.monotonic() - request.started) / (1 + self.counts()["running"])
             self._mean_seconds = _OLD_WEIGHT * self._mean_seconds + (1 - _OLD_WEIGHT) * seconds
 

@@ -131,8 +131,6 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
             f"`base_name` must be left out with `engine` vllm and an adapter, got {options.base_name!r}: the base "
             "model is not served beside the adapter."
         )
-    if options.port == 0:
-        raise MolaError("`port` must not be 0 with `engine` vllm, which does not say which port it took.")
     name = next(iter(adapters), base_name)
     defaults = _GREEDY | {"max_new_tokens": options.max_tokens}
     words = ["-m", _SERVER, "--model", options.base_model, "--served-model-name", name]

@@ -122,7 +122,6 @@ def test_an_adapter_without_routers(options, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"port": 0}, "`port` must not be 0"),
         ({"template": "alpacka"}, "`template` must be one of"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"adapter": "nowhere"}, "`adapter` must be a folder"),

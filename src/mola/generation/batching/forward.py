@@ -105,9 +105,15 @@ class Adapters:
 
     @contextmanager
     def activate(self, names: Sequence[str | None], is_lasting: bool) -> Iterator[dict[str, Any]]:
-        """Arguments of the model with which each row uses its adapter, None for the base model.
+        """Give each row its adapter during a `with` block; None stands for the base model.
 
-        If all rows have the same adapter, `is_lasting` says whether it is worth switching the whole model.
+        Args:
+            names: adapter of each row.
+            is_lasting: whether these rows will go through the model again. If they share one adapter, switching the
+                whole model then pays.
+
+        Yields:
+            Further arguments with which the model is to be called.
         """
         first = names[0]
         is_one = all(name == first for name in names)
@@ -115,7 +121,7 @@ class Adapters:
             self._switch(first)
             yield {}
             return
-        if self._active is None:
+        if self._active is None:  # adapters can be mixed only while they are enabled
             self._switch(next(name for name in self.model.peft_config))
         peft_names = [BASE if name is None else name for name in names]
         if not RowAdapters.supports(self.model.base_model):  # PEFT mixes them

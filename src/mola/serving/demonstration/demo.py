@@ -86,8 +86,6 @@ def _check(options: DemoOptions, template: str) -> None:
 
     check_template(template)
     decoding_settings(options.max_new_tokens)
-    if options.port == 0:
-        raise MolaError("`port` must not be 0: gradio would take port 7860 or a later one instead.")
     check_model(options)
     reason = changes_base(check_adapter(options.adapter))
     if reason is not None:
