@@ -35,7 +35,7 @@ from mola._process import KEEP_MEMORY, MALLOC_VARIABLES, keep_freed_memory
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.options.parsing import parse
 
 logger = logging.getLogger("benchmarks")
@@ -100,7 +100,7 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
     prepare_torch(device, options.threads)
     output = _output(options)
     record = _record(options, arguments, device)
-    console = table_console()
+    console = make_table_console()
     for name in options.model:
         if name != "random12":
             with model_folder(name, options.seed) as folder:

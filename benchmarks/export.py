@@ -27,8 +27,8 @@ from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
-from mola.files.terminal import table_console
-from mola.options.fields import first_difference, option
+from mola.files.terminal import make_table_console
+from mola.options.fields import find_difference, option
 from mola.options.parsing import parse
 
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def measure(options: ExportOptions) -> dict[str, Any]:
     path = Path(options.output)
     document = json.loads(path.read_text()) if path.is_file() else {"settings": asdict(options), "rows": []}
     compared = asdict(options).keys() - {"output", "ways", "ranks"}
-    if name := first_difference(document["settings"], asdict(options), sorted(compared)):
+    if name := find_difference(document["settings"], asdict(options), sorted(compared)):
         raise MolaError(
             f"`output` has rows with another `{name}`: {document['settings'].get(name)!r}, now "
             f"{getattr(options, name)!r}. Pass another file."
@@ -138,7 +138,7 @@ def main(words: list[str] | None = None) -> int:
     """Run the command."""
     options = parse(ExportOptions, sys.argv[1:] if words is None else words, prog="python -m benchmarks.export")
     document = measure(options)
-    console = table_console()
+    console = make_table_console()
     for name in ("base", "mixture"):
         row = document["rows"][0]
         loss = row["loss"]["other text"][name]

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.errors import in_one_line
 from mola.errors import MolaError
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.tuner.kernels import native
 from mola.tuner.kernels.api import Backend, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.autograd import compute
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(name)
     for row in rows:
         table.add_row(*(str(row[name]) for name in columns))
-    table_console().print(table)
+    make_table_console().print(table)
     return 0
 
 

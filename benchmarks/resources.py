@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.errors import in_one_line
 from mola.errors import MolaError
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.tuner.kernels import native
 
 ARCHITECTURES = (80, 90)  # A100; H100
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [f"{row['registers']}, {row['spilled_bytes']}, {row['shared_bytes']}" for row in same]
         table.add_row(*size, *cells)
     table.caption = "registers per thread, bytes spilled, bytes of shared memory per program"
-    table_console().print(table)
+    make_table_console().print(table)
     return 0
 
 

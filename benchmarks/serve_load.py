@@ -29,7 +29,7 @@ from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.environment import machine_description, software_versions
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.options.fields import option
 from mola.options.parsing import parse
 
@@ -236,7 +236,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             row["what"], str(row["requests"]), f"{row['requests'] / row['seconds']:.2f}", *spreads, str(other)
         )
-    table_console().print(table)
+    make_table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from mola.cli import COMMANDS
 from mola.files.atomic import atomic_write_text
-from mola.options.fields import options_by_group
+from mola.options.fields import group_options
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """\
@@ -55,7 +55,7 @@ def _section(name: str) -> str:
     declared, base = _own(options)
     kinds = typing.get_type_hints(options)
     inherited = []
-    for heading, fields in options_by_group(options).items():
+    for heading, fields in group_options(options).items():
         own = [field for field in fields if field.name in declared]
         inherited += [field.name for field in fields if field.name not in declared]
         if own:

@@ -21,7 +21,7 @@ from mola.files.digests import CONFIG_FILE, WEIGHTS_FILES, file_sha256
 from mola.files.reading import read_json_object
 from mola.models.adapters import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
-from mola.options.fields import names_between_commas
+from mola.options.fields import split_names
 
 _RECORD = "conversion.json"  # in the converted folder: which files and which `top_k` it was made from
 
@@ -171,7 +171,7 @@ def _check_flags(
     if flags.lora_alpha is not None:
         compared["lora_alpha"] = float(flags.lora_alpha), float(config["lora_alpha"])
     if flags.lora_target_modules is not None:
-        names = names_between_commas(flags.lora_target_modules, "lora_target_modules")
+        names = split_names(flags.lora_target_modules, "lora_target_modules")
         saved = config.get("target_modules")
         compared["lora_target_modules"] = (saved if _same_linears(model, names, saved) else names), saved
     for flag, (wanted, saved) in compared.items():

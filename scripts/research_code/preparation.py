@@ -15,7 +15,7 @@ from mola.data.sampling import HELD_OUT_SIZE, draw_splits, drawn_sizes, single_s
 from mola.data.tasks import Task, load_task
 from mola.data.write import PROMPT_COLUMNS, merged_row, save_dataset, schema_of, write_json
 from mola.errors import MolaError
-from mola.files.atomic import check_output_folder, complete_folder
+from mola.files.atomic import check_output_folder, write_folder
 from mola.options.fields import option
 
 SPLITS = ("train", "validation", "test")
@@ -93,7 +93,7 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
     for split in sources.keys() - set(SPLITS):
         print(f"warning: the split {split} is not used")
     schema = schema_of(splits, first=SCIENCEQA_COLUMNS, last=PROMPT_COLUMNS, empty_types=_scienceqa_types())
-    with complete_folder(save_path, "save_path") as folder:
+    with write_folder(save_path, "save_path") as folder:
         for split, rows in splits.items():
             write_json(rows, schema.names, folder / f"scienceq_{split}.json")
         save_dataset({split: splits[split] for split in SPLITS}, schema, folder / SCIENCEQA_FOLDER)
@@ -133,7 +133,7 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     source = single_source(options.dataset, may_take_all=False)
     drawn = draw_splits(source, load_task("openorca"), sizes, options.seed, _text_alone, columns=(), unique_ids=False)
     schema = schema_of(drawn.splits, first=PROMPT_COLUMNS, empty_types={"output": pyarrow.string()})
-    with complete_folder(save_path, "save_path") as folder:
+    with write_folder(save_path, "save_path") as folder:
         save_dataset(drawn.splits, schema, folder)
     print(drawn.summary())
     print(f"written to {save_path}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
-from mola.files.failures import within_memory
+from mola.files.failures import explain_lack_of_memory
 from mola.files.terminal import close_output
 
 _LESS_MEMORY = (
@@ -162,7 +162,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
             positional=command.positional,
             bare_no=bare_no,
         )
-        with within_memory(_LESS_MEMORY):
+        with explain_lack_of_memory(_LESS_MEMORY):
             code: int = module.main(options)
         sys.stdout.flush()  # so that a broken pipe is noticed here
         return code

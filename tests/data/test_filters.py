@@ -8,7 +8,7 @@ from mola.cli import main
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.options.fields import mapping
+from mola.options.fields import parse_mapping
 
 ROWS = [
     {"question": f"q{i}", "choices": ["a", "b"], "answer": i % 2, "hint": "", "topic": topic, "grade": i}
@@ -87,7 +87,7 @@ def test_evaluate_takes_filters_from_flags_and_recipes(files, tiny_model_dir, tm
 @pytest.mark.parametrize("value", ["topic", "[1]", '{"a": 1, "a": 2}', [1], {1: 2}])
 def test_a_mapping_that_is_none_is_refused(value):
     with pytest.raises(MolaError, match="`filters`"):
-        mapping("filters", value)
+        parse_mapping("filters", value)
 
 
 def test_a_system_text_that_is_in_the_prompt_is_no_loss(tmp_path):

@@ -149,7 +149,6 @@ def test_wrong_number_of_kinds_is_refused(kinds):
         generate_splits({"train": 1}, kinds=kinds)
 
 
-@pytest.mark.parametrize("size", [-1, 2.0, True, None])
-def test_wrong_size_is_refused(size):
+def test_wrong_size_is_refused():
     with pytest.raises(MolaError, match="`[a-z]+_size`"):
-        generate_splits({"train": size})
+        generate_splits({"train": -1})

@@ -11,7 +11,7 @@ import transformers
 from accelerate import PartialState
 
 from mola.cli import main
-from mola.files.failures import lost_process
+from mola.files.failures import lost_process_reason
 from tests.versions import has
 
 from .conftest import write_rows
@@ -38,13 +38,13 @@ def lose_one(index: int) -> None:
         os._exit(0)
     with pytest.raises(RuntimeError) as caught:
         torch.distributed.all_reduce(torch.zeros(1))
-    assert lost_process(caught.value) is not None, caught.value
+    assert lost_process_reason(caught.value) is not None, caught.value
     os._exit(0)  # its group cannot be left in order any more
 
 
 def test_lost_process_is_known_by_the_error(processes):
     processes.call(lose_one)
-    assert lost_process(RuntimeError("shape mismatch")) is None
+    assert lost_process_reason(RuntimeError("shape mismatch")) is None
 
 
 def train_slowly(index: int, arguments: list[str]) -> None:

@@ -12,8 +12,8 @@ from mola.files.atomic import (
     check_new_folder,
     check_output_folder,
     check_writable,
-    complete_folder,
-    new_folder,
+    write_folder,
+    write_new_folder,
 )
 
 
@@ -102,7 +102,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 
 def fail_in_block(folder, error):
-    with complete_folder(folder) as new:
+    with write_folder(folder) as new:
         (new / "a").write_text("x")
         raise error
 
@@ -111,7 +111,7 @@ def test_folder_appears_only_without_an_error(tmp_path):
     with pytest.raises(KeyError):
         fail_in_block(tmp_path / "out", KeyError())
     assert list(tmp_path.iterdir()) == []
-    with complete_folder(tmp_path / "out") as folder:
+    with write_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("x")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
@@ -130,7 +130,7 @@ def test_folder_replaces_another_one_completely_or_not_at_all(tmp_path, monkeypa
         rename(source, target)
 
     def write():
-        with complete_folder(out) as folder:
+        with write_folder(out) as folder:
             (folder / "new").write_text("new")
 
     monkeypatch.setattr(os, "replace", replace)
@@ -151,7 +151,7 @@ def test_a_full_disk_is_reported_with_the_option(tmp_path):
 
 
 def write_while_another_program_does(folder):
-    with new_folder("output", folder) as new:
+    with write_new_folder("output", folder) as new:
         (new / "a").write_text("second")
         folder.mkdir()
         (folder / "a").write_text("first")

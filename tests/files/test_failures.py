@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mola.cli import main
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory, why_not_written, within_memory, writing
+from mola.files.failures import explain_lack_of_memory, explain_write_errors, memory_error_reason, write_error_reason
 from mola.training.advice import memory_advice
 from mola.training.checkpoints import newest_complete
 from mola.training.options import TrainOptions
@@ -26,35 +26,35 @@ def error_of(action):
 
 
 def test_errors_about_memory_are_known():
-    assert lack_of_memory(error_of(lambda: torch.empty(1 << 50))) == f"{4 << 20:.1f} GiB could not be allocated"
-    assert lack_of_memory(error_of(lambda: bytearray(1 << 50))) == "no memory left"
+    assert memory_error_reason(error_of(lambda: torch.empty(1 << 50))) == f"{4 << 20:.1f} GiB could not be allocated"
+    assert memory_error_reason(error_of(lambda: bytearray(1 << 50))) == "no memory left"
     gpu = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB."
-    assert lack_of_memory(torch.OutOfMemoryError(gpu)) == "CUDA out of memory. Tried to allocate 2.50 GiB"
+    assert memory_error_reason(torch.OutOfMemoryError(gpu)) == "CUDA out of memory. Tried to allocate 2.50 GiB"
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("a"), Exception("a")]
 )
 def test_other_errors_are_left_alone(error):
-    assert lack_of_memory(error) is None
-    assert why_not_written(error) is None
-    with pytest.raises(type(error)), within_memory("Buy some."), writing("`output`"):
+    assert memory_error_reason(error) is None
+    assert write_error_reason(error) is None
+    with pytest.raises(type(error)), explain_lack_of_memory("Buy some."), explain_write_errors("`output`"):
         raise error
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/dev/full", "No space left on device"), ("/no/such/place", None)])
 def test_errors_of_tokenizers_are_known(path, reason, tiny_tokenizer):
-    assert why_not_written(error_of(lambda: tiny_tokenizer.backend_tokenizer.save(path))) == reason
+    assert write_error_reason(error_of(lambda: tiny_tokenizer.backend_tokenizer.save(path))) == reason
 
 
 def test_errors_about_files_are_known(tmp_path):
-    assert why_not_written(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    assert write_error_reason(FileNotFoundError(errno.ENOENT, "no such file")) is None
     full = error_of(lambda: Path("/dev/full").write_text("x"))
-    assert why_not_written(full) == "No space left on device"
+    assert write_error_reason(full) == "No space left on device"
     message = r"^`output` cannot be written: No space left on device\. Free some space"
-    with pytest.raises(MolaError, match=message), writing("`output`"):
+    with pytest.raises(MolaError, match=message), explain_write_errors("`output`"):
         raise full
-    assert why_not_written(PermissionError(errno.EACCES, "no", "/a")) == "Permission denied: /a"
+    assert write_error_reason(PermissionError(errno.EACCES, "no", "/a")) == "Permission denied: /a"
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def at_most():
 )
 def test_libraries_that_can_not_write_all_of_a_file_are_known(save, size, tmp_path, at_most):
     at_most(resource.RLIMIT_FSIZE, size)
-    assert why_not_written(error_of(lambda: save({"a": torch.zeros(10_000)}, tmp_path / "file")))
+    assert write_error_reason(error_of(lambda: save({"a": torch.zeros(10_000)}, tmp_path / "file")))
 
 
 def test_advice_keeps_the_effective_batch(tmp_path):

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from mola import TrainOptions
 from mola._compat import has_activation_checkpointing
 from mola.cli import COMMANDS, main
-from mola.options.fields import options_by_group
+from mola.options.fields import group_options
 from tests.versions import needs
 
 FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
@@ -108,7 +108,7 @@ def test_all_lists_every_option_in_the_same_order(command, help_of):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_have_a_group_where_a_command_has_groups(command):
-    groups = options_by_group(options_class(command))
+    groups = group_options(options_class(command))
     if command in FEW:
         assert list(groups) == [""]
     else:
@@ -119,7 +119,7 @@ def test_options_have_a_group_where_a_command_has_groups(command):
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each not in OF_THE_TRAINER])
 def test_required_options_come_first(command):
-    first, *others = options_by_group(options_class(command)).values()
+    first, *others = group_options(options_class(command)).values()
     required = [each.default is each.default_factory for each in first]
     assert required == sorted(required, reverse=True)
     assert not any(each.default is each.default_factory for group in others for each in group)

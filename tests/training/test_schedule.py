@@ -14,7 +14,7 @@ from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerSta
 
 from mola import TrainOptions, train
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory
+from mola.files.failures import memory_error_reason
 from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedRun
 from mola.training.checkpoints import checkpoints_in
 from mola.training.interruption import Interruption
@@ -232,5 +232,5 @@ def test_weights_of_a_schedule_free_optimizer_are_its_averages(options_of, tmp_p
     "text", ["Evaluation hit an out-of-memory error. Lower it.", "No executable batch size found, reached zero."]
 )
 def test_failed_search_for_a_batch_size_is_lack_of_memory(text):
-    assert lack_of_memory(RuntimeError(text)) == "no memory left"
-    assert lack_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) is not None
+    assert memory_error_reason(RuntimeError(text)) == "no memory left"
+    assert memory_error_reason(torch.OutOfMemoryError("CUDA out of memory. Tried")) is not None

@@ -43,7 +43,7 @@ from mola.data.read import check_split
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
@@ -198,7 +198,7 @@ def _measured_scores(options: AllocateOptions, base: Base) -> list[ModuleScore]:
 def main(options: AllocateOptions) -> int:
     """Run the command, print the numbers and how to use the result; returns 0, the exit code."""
     result = allocate(options)
-    console = table_console()
+    console = make_table_console()
     title = f"{result.base_model}: {result.budget} experts by {result.method}"
     lines = [result.why]
     if options.per_module:

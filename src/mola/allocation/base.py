@@ -19,7 +19,7 @@ from mola.models.base_model import load_config
 from mola.models.loading import load_model
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.models.quantization import Quantization, stored_quantization
-from mola.options.fields import names_between_commas
+from mola.options.fields import split_names
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def read_base(
     stacks = LayerStacks.of(model)
     linears: list[LinearShape] = []
     if not has_probe:
-        targets = resolve_target_modules(model, stacks, names_between_commas(target_modules))
+        targets = resolve_target_modules(model, stacks, split_names(target_modules))
         linears = linear_shapes(model, *targets)
         ones = [1] * num_layers
         plan_allocation(linears, ones, ones, ones)  # raises for linears outside the layers

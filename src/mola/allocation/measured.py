@@ -12,7 +12,7 @@ from mola.allocation.base import Base, iterate_weights
 from mola.allocation.probe import read_probe, read_routing_records
 from mola.architecture.layer_stacks import module_kinds
 from mola.errors import MolaError
-from mola.files.terminal import progress
+from mola.files.terminal import show_progress
 from mola.insight.redundancy import expert_distances, mean_pairwise
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.models.devices import resolve_device
@@ -40,7 +40,7 @@ def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
     """
     target = resolve_device(device)
     found = {}
-    for name, weight in progress(iterate_weights(base), "Spectra of the weights", len(base.linears)):
+    for name, weight in show_progress(iterate_weights(base), "Spectra of the weights", len(base.linears)):
         try:
             found[name] = power_law_exponent(eigenvalues(weight.to(target)))
         except MolaError as error:

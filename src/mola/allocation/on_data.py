@@ -18,7 +18,7 @@ from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
 from mola.errors import MolaError
-from mola.files.terminal import progress
+from mola.files.terminal import show_progress
 from mola.insight.redundancy import in_float64
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
@@ -125,7 +125,7 @@ def _tensors(
     samples: Sequence[Mapping[str, Any]], model: Any, title: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     device = next(model.parameters()).device
-    for sample in progress(samples, title):
+    for sample in show_progress(samples, title):
         ids, labels = (torch.tensor([list(sample[name])], device=device) for name in ("input_ids", "labels"))
         yield ids, labels
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
 from mola.models.quantization import GGUF_HELP
-from mola.options.fields import option, paths_as_text
+from mola.options.fields import convert_paths, option
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
 _USE_DEVICE = ("alphalora", "gradient", "activation")
@@ -75,7 +75,7 @@ class AllocateOptions:
     overwrite: bool = option(False, "Replace an existing result.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        convert_paths(self)
 
 
 def method_name(method: str) -> str:

@@ -31,9 +31,9 @@ from mola.architecture.notation import (
 )
 from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
-from mola.files.atomic import check_new_folder, new_folder
+from mola.files.atomic import check_new_folder, write_new_folder
 from mola.files.digests import WEIGHTS_FILE
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.models.base_model import read_config
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.models.prompts import hand_on_prompts
@@ -144,7 +144,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     config.num_experts, config.top_k = _compact(after), _compact(top_k)
     if config.init_lora_weights == "principal" and any(new > old for old, new in zip(before, after, strict=True)):
         config.init_lora_weights = True  # a layer may have too few principal components for more experts
-    with new_folder("output_dir", output) as folder:
+    with write_new_folder("output_dir", output) as folder:
         save_file(resized, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         hand_on_prompts(options.adapter, folder)
@@ -173,7 +173,7 @@ def main(options: ReallocateOptions) -> int:
         for numbers in (result.before, result.num_experts)
     ]
     table.add_row("total", *map(str, totals), "", style="bold")
-    table_console().print(table)
+    make_table_console().print(table)
     print(
         f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
         f"  mola train --adapter {shlex.quote(result.output_dir)} ..."

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
-from mola.files.digests import WEIGHTS_FILES, check_digest, check_finite, damaged_record
+from mola.files.digests import WEIGHTS_FILES, check_digest, check_finite, find_damaged_part
 from mola.files.reading import read_json
 
 
@@ -59,7 +59,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    if damaged := damaged_record(path):  # torch.load does not compare checksums
+    if damaged := find_damaged_part(path):  # torch.load does not compare checksums
         raise ValueError(f"its part {damaged!r} does not have the checksum it was written with")
     # weights_only: a pickle from elsewhere must not run code.
     tensors = torch.load(path, map_location="cpu", weights_only=True)

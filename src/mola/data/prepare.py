@@ -32,18 +32,22 @@ class PrepareOptions:
     )
     num_samples: int | None = option(
         None,
-        "Draw so many training samples at random from a single source, without replacement and without equal texts, "
-        "and others for validation and test. Default: take the splits as they are.",
+        "Number of training samples to draw at random from a single source, without replacement and without equal "
+        "texts; samples for validation and test are drawn as well. Default: keep the splits of the source.",
     )
-    num_validation: int | None = option(None, "Validation samples to draw (with `num_samples` only; default 1000).")
-    num_test: int | None = option(None, "Test samples to draw (with `num_samples` only; default 1000).")
+    num_validation: int | None = option(
+        None, "Number of validation samples to draw (with `num_samples` only; default 1000)."
+    )
+    num_test: int | None = option(None, "Number of test samples to draw (with `num_samples` only; default 1000).")
     seed: int = option(0, "Seed of the drawn samples and of the generated questions.")
-    train_size: int | None = option(None, "Generated training questions (task `sample` only; default 640).")
-    validation_size: int | None = option(None, "Generated validation questions (task `sample` only; default 40).")
-    test_size: int | None = option(None, "Generated test questions (task `sample` only; default 100).")
+    train_size: int | None = option(None, "Number of generated training questions (task `sample` only; default 640).")
+    validation_size: int | None = option(
+        None, "Number of generated validation questions (task `sample` only; default 40)."
+    )
+    test_size: int | None = option(None, "Number of generated test questions (task `sample` only; default 100).")
     kinds: int | None = option(
         None,
-        "Kinds of generated questions, 1 to 12; those after the fifth are harder (task `sample` only; default 5).",
+        "Number of kinds of questions, 1 to 12; the kinds after the fifth are harder (task `sample` only; default 5).",
     )
     overwrite_output_dir: bool = option(False, "Replace an output folder that an earlier `mola prepare` wrote.")
 

@@ -1,9 +1,9 @@
 """Generated science questions in the ScienceQA schema: small data for the quickstart and for tests.
 
-Every sentence is our own. A topic asks one question about a sentence ("The river is 40 kilometres long.
-What was measured?") and offers its classes as options, always in the same order, so that a letter stands
-for a class. That is what a very small model can learn from a few hundred samples; to find a letter among
-shuffled options takes many more. Held-out questions are made of the same words in other sentences.
+A topic asks one question about a sentence ("The river is 40 kilometres long. What is measured?"). Its options are the
+classes of the topic, always in the same order, so that a letter stands for a class. A very small model can learn that
+from a few hundred samples; shuffled options would take many more. Held-out questions use the same words in other
+sentences.
 """
 
 import random
@@ -15,9 +15,8 @@ from mola.errors import MolaError
 
 DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
 
-# Share of questions that come with the topic's rule as a hint.
-HINT_SHARE = 0.2
-_TRIES = 200  # draws without a new question before a topic counts as used up
+HINT_SHARE = 0.2  # share of questions that have the topic's rule as a hint
+_TRIES = 200  # draws without a new question, after which no more questions of the topic are made
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Topic:
     category: str
     skill: str
     grades: tuple[int, ...]  # school years to choose from
-    question: str  # what is asked about the sentence
-    options: tuple[str, ...]  # the classes, in the order in which they are always offered
-    hint: str  # the rule, given as a hint now and then
-    sentence: Callable[[random.Random, int], str]  # draws a sentence that belongs to the class with this index
+    question: str  # stands after the sentence
+    options: tuple[str, ...]  # the classes, in the order of the letters
+    hint: str  # the rule
+    sentence: Callable[[random.Random, int], str]  # draws a sentence for the class with this index
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -197,7 +196,7 @@ TOPICS = (
     Topic("language science", "grammar", "Sentence types", "Name the kind of sentence", (2, 3),
           "What kind of sentence is this?", ("request", "question", "statement"), "A question asks for something.",
           _sentence_kind),
-    # From here on harder: longer options, and more to be known.
+    # The following topics are harder: they have longer options and need more knowledge.
     Topic("mathematics", "numbers", "Numbers", "Compare two numbers", (2, 3), "Which bag holds more?",
           ("the first bag", "the second bag", "neither of them, as both hold the same number"),
           "Of two numbers with two digits look at the tens first.", _compared),
@@ -229,25 +228,24 @@ def generate_splits(
 ) -> dict[str, list[dict[str, Any]]]:
     """Generate science questions, all different, in the ScienceQA schema.
 
-    No question stands twice, within a split or in two. Over all splits together topics take equal shares, and
-    within a topic every class is right equally often, up to one.
+    No question occurs twice, neither in one split nor in two. Over all splits together, topics have equal shares, and
+    the classes of a topic are the right answer equally often, up to one.
 
     Args:
         sizes: split name -> number of questions, 0 or more.
         seed: the same sizes, seed and kinds give the same questions.
-        kinds: how many topics, the first of `TOPICS`; those after the fifth are harder and have longer options.
+        kinds: number of topics, from the first of `TOPICS` on; the ones after the fifth are harder.
 
     Returns:
         Rows by split, with the columns of ScienceQA and an `id`; `answer` is the index of the right
         choice, `image` is None.
 
     Raises:
-        MolaError: a size is no integer or negative, there are not so many kinds, or more questions are asked for than
-            can be made.
+        MolaError: a size is negative, there are fewer kinds, or fewer different questions can be made.
     """
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise MolaError(f"`{name}_size` must be an integer of 0 or more: got {size!r}. Correct it.")
+        if size < 0:
+            raise MolaError(f"`{name}_size` must be 0 or more: got {size!r}. Correct it.")
     if not 1 <= kinds <= len(TOPICS):
         raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Ask for fewer kinds, or leave it out.")
     writer = _Writer(seed, TOPICS[:kinds])
@@ -255,7 +253,7 @@ def generate_splits(
 
 
 class _Writer:
-    """Draws one question after the other and remembers what it has used."""
+    """Draws one question after the other, and remembers the questions so far."""
 
     def __init__(self, seed: int, kinds: Sequence[Topic]) -> None:
         self._random = random.Random(seed)
@@ -285,13 +283,13 @@ class _Writer:
         }
 
     def _next_topic(self) -> Topic:
-        """Every topic comes once before any comes again."""
+        """Every topic comes once before the first one comes again."""
         if not self._topics:
             self._topics = self._random.sample(self._kinds, len(self._kinds))
         return self._topics.pop()
 
     def _next_answer(self, topic: Topic) -> int:
-        """Every class of a topic is right once before any is again."""
+        """Every class of a topic is the right answer once before one is again."""
         if not self._answers.get(topic.category):
             self._answers[topic.category] = self._random.sample(range(len(topic.options)), len(topic.options))
         return self._answers[topic.category].pop()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mola.errors import MolaError
-from mola.files.atomic import complete_folder
+from mola.files.atomic import write_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -113,7 +113,7 @@ def write_splits(splits: Mapping[str, Rows], output_dir: Path) -> None:
         MolaError: the folder cannot be written, or a column has values of different kinds.
     """
     schema = schema_of(splits, last=PROMPT_COLUMNS)
-    with complete_folder(output_dir) as folder:
+    with write_folder(output_dir) as folder:
         for split, rows in splits.items():
             write_json(rows, schema.names, folder / f"{split}.json")
         save_dataset(splits, schema, folder / DATASET_FOLDER)

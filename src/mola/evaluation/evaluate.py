@@ -23,12 +23,12 @@ from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.questions import MAX_NEW_TOKENS, checked_questions
 from mola.evaluation.resuming import AnswersFile, answers_made_with
 from mola.files.atomic import atomic_write_json, check_new_file
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
-from mola.options.fields import START, Group, check_positive, mapping, option
+from mola.options.fields import START, Group, check_positive, option, parse_mapping
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
 
@@ -116,7 +116,7 @@ def main(options: EvaluateOptions) -> int:
     if options.scoring == "likelihood" and options.max_new_tokens != MAX_NEW_TOKENS:
         logger.warning("`max_new_tokens` is not used: scoring by likelihood generates nothing.")
     result = evaluate(options)
-    table_console().print(_table(result, options))
+    make_table_console().print(_table(result, options))
     if options.output is not None:
         print(f"Every sample is in {options.output}")
     return 0
@@ -136,7 +136,7 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
             raise MolaError(f"`output` must not be `data` ({options.data!r}), which it would replace. Choose another.")
     task = load_task(options.task)
     check_split("split", options.split, EvaluateOptions.split, options.data)
-    filters = mapping("filters", options.filters)
+    filters = parse_mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)
     limit = max_positions(config)

@@ -17,7 +17,7 @@ from mola.models.adapters import check_adapter, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import check_adapter_fits
-from mola.options.fields import option, paths_as_text
+from mola.options.fields import convert_paths, option
 
 
 @dataclass
@@ -40,7 +40,7 @@ class LmEvalOptions:
     trust_remote_code: bool = option(False, "Run code shipped with the model or a data set.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        convert_paths(self)
 
 
 def lm_eval(options: LmEvalOptions) -> dict[str, Any]:

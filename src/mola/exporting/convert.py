@@ -23,7 +23,7 @@ from mola.exporting.options import ConvertOptions, check_direction
 from mola.exporting.other_formats import ConvertReport, convert_to_mola, convert_to_published
 from mola.exporting.to_lora import convert_to_lora
 from mola.files.atomic import check_new_folder
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 
 __all__ = ["ConvertOptions", "ConvertReport", "ExportReport", "MixtureReport", "convert", "main"]
 
@@ -62,6 +62,6 @@ def main(options: ConvertOptions) -> int:
     """Convert and print the report; returns 0, the exit code."""
     report = convert(options)
     if isinstance(report, ExportReport) and (report.divergence or report.accuracy):
-        table_console().print(report.table())
+        make_table_console().print(report.table())
     print(report)
     return 0

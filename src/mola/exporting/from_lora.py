@@ -22,7 +22,7 @@ from mola.exporting.lora_files import Factors, choose_target_names, read_lora
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
-from mola.files.atomic import new_folder
+from mola.files.atomic import write_new_folder
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
@@ -109,7 +109,7 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
         notes.append("the adapters were trained with different prompts: the mixture's folder names none")
     config.base_model_name_or_path = base_model
     config.inference_mode = True
-    with new_folder("output", output) as folder:
+    with write_new_folder("output", output) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         if has_one_prompt:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_new_folder, new_folder
-from mola.files.failures import lack_of_memory
+from mola.files.atomic import atomic_write_json, check_new_folder, write_new_folder
+from mola.files.failures import memory_error_reason
 from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
 from mola.models.adapters import check_adapter, check_fits, check_lora
@@ -75,7 +75,7 @@ def merge(options: MergeOptions) -> Path:
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, RuntimeError) as error:
-        if isinstance(error, MolaError) or lack_of_memory(error):
+        if isinstance(error, MolaError) or memory_error_reason(error):
             raise
         raise MolaError(f"`adapter` cannot be merged: {shlex.quote(adapter)}: {error}") from error
     embeddings, head = merged.get_input_embeddings(), merged.get_output_embeddings()
@@ -85,7 +85,7 @@ def merge(options: MergeOptions) -> Path:
     if chat is not None:
         warn_of_unknown_tokens(adapter, chat, tokenizer)
         use_chat(tokenizer, chat)
-    with new_folder("output", output) as folder:
+    with write_new_folder("output", output) as folder:
         _save(merged, folder)
         tokenizer.save_pretrained(folder)
         if chat is not None:

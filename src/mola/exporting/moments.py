@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mola.errors import MolaError
-from mola.files.terminal import progress
+from mola.files.terminal import show_progress
 from mola.generation.predicting import base_of, last_positions
 
 TokenIds = torch.Tensor  # (samples, length); all rows of a batch have one length, so there is no padding
@@ -136,7 +136,7 @@ def gather_moments(
             found[index][key] += product.to(found[index][key].device)
 
     with hooked_inputs({name: modules[name] for name in place}, add):
-        for number in progress(range(len(batches)), "Reading the data"):
+        for number in show_progress(range(len(batches)), "Reading the data"):
             weight = weight if weights is None else weights[number]
             run(model, batches[number], **all_logits_if_head(model, (modules[name] for name in place)))
     for names, sums in zip(groups, found, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from mola.errors import MolaError
-from mola.options.fields import START, Group, option, paths_as_text
+from mola.options.fields import START, Group, convert_paths, option
 
 METHODS = ("regression", "mean", "usage")
 
@@ -97,7 +97,7 @@ class ConvertOptions:
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one available.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        convert_paths(self)
 
 
 _READ_ALWAYS = ("source", "output", "source_format", "target_format")

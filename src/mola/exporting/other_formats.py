@@ -20,7 +20,7 @@ from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published, to_published
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
-from mola.files.atomic import new_folder
+from mola.files.atomic import write_new_folder
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_fits
 from mola.models.base_model import model_name
@@ -107,7 +107,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     if recorded and model_name(recorded) != model_name(base_model):
         notes.append(f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?")
     config.base_model_name_or_path = base_model
-    with new_folder("output", output) as folder:
+    with write_new_folder("output", output) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder), auto_mapping_dict=None)
     return ConvertReport(
@@ -192,7 +192,7 @@ def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport
     not_saved = {"top_k": top_k} | {name: value for name in router_settings if (value := getattr(config, name))}
     if config.router_aux_loss_coef:
         not_saved["router_aux_loss_reduction"] = config.router_aux_loss_reduction
-    with new_folder("output", output) as folder:
+    with write_new_folder("output", output) as folder:
         text = json.dumps(published_settings, indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         torch.save(published, folder / "adapter_model.bin")

@@ -31,7 +31,7 @@ from mola.exporting.measuring import (
 from mola.exporting.mixtures import Lora, Mixture, Update, as_loras, mola_layers, read_mixtures
 from mola.exporting.options import METHODS, ConvertOptions
 from mola.exporting.regression import fit_updates, mean_of_experts
-from mola.files.atomic import atomic_write_json, new_folder
+from mola.files.atomic import atomic_write_json, write_new_folder
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
@@ -99,7 +99,7 @@ def convert_to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     )
     config.base_model_name_or_path = str(options.base_model)
     others = {key: value for key, value in inputs.tensors.items() if ".mola_" not in key} | inputs.stacked
-    with new_folder("output", output) as folder:
+    with write_new_folder("output", output) as folder:
         write_lora(folder, updates, inputs.rank, config, inputs.on_meta, others, inputs.stacked_ranks)
         atomic_write_json(folder / REPORT_FILE, report.to_dict())
         hand_on_prompts(options.source[0], folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.failures import writing
+from mola.files.failures import explain_write_errors
 
 WRITE_TEST = ".write-test-"  # names of files that exist for a moment, to find out whether a folder can be written to
 
@@ -71,7 +71,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     # A plain open instead of `tempfile`: the result gets the permissions of any other new file.
     temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
-        with writing(repr(str(target))):
+        with explain_write_errors(repr(str(target))):
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 file.write(content)
@@ -92,11 +92,11 @@ def _check_no_device(target: Path) -> None:
 
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Append lines, given without line ends, to a text file in UTF-8."""
-    with writing(repr(os.fspath(path))), open(path, "a", encoding="utf-8") as file:
+    with explain_write_errors(repr(os.fspath(path))), open(path, "a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 
 
-def keep_on_disk(*paths: str | os.PathLike[str]) -> None:
+def flush_to_disk(*paths: str | os.PathLike[str]) -> None:
     """Flush files and folders to the disk, so that they survive a loss of power."""
     for path in paths:
         with contextlib.suppress(OSError):  # Windows cannot open a folder
@@ -179,7 +179,7 @@ def _check_access(what: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def complete_folder(folder: Path, option: str = "output_dir", *, replaces: bool = True) -> Iterator[Path]:
+def write_folder(folder: Path, option: str = "output_dir", *, replaces: bool = True) -> Iterator[Path]:
     """Write or replace a folder in one step: it appears when the block ends without an error.
 
     Args:
@@ -197,7 +197,7 @@ def complete_folder(folder: Path, option: str = "output_dir", *, replaces: bool 
     hidden_name = f".{folder.name[:40]}.{uuid.uuid4().hex}"
     temporary, old = folder.parent / f"{hidden_name}.tmp", folder.parent / f"{hidden_name}.old"
     try:
-        with writing(f"`{option}`"):
+        with explain_write_errors(f"`{option}`"):
             temporary.mkdir(parents=True)
             yield temporary
             if folder.is_dir() and not replaces and any(folder.iterdir()):
@@ -224,6 +224,6 @@ def _replace_folder(new: Path, folder: Path, old: Path) -> None:
         raise
 
 
-def new_folder(option: str, folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """`complete_folder` for a folder that must be new or empty."""
-    return complete_folder(folder, option, replaces=False)
+def write_new_folder(option: str, folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """`write_folder` for a folder that must be new or empty."""
+    return write_folder(folder, option, replaces=False)

@@ -93,13 +93,13 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def with_mark(text: str) -> str:
+def add_digest_line(text: str) -> str:
     """A page in Markdown or HTML with a last line that holds the sha256 of the text."""
     return f"{text}\n<!-- Written by mola; sha256 of the text above: {_text_sha256(text)} -->\n"
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a page is as `with_mark` made it: mola wrote it, and nobody has changed it."""
+    """Whether a page is as `add_digest_line` made it: mola wrote it, and nobody has changed it."""
     # Bytes instead of text: line ends count.
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     found = _PAGE_DIGEST.search(text)
@@ -110,7 +110,7 @@ def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def damaged_record(path: str | os.PathLike[str]) -> str | None:
+def find_damaged_part(path: str | os.PathLike[str]) -> str | None:
     """The first part of a file of `torch.save` whose checksum is wrong, or None; other files have no checksums.
 
     Raises:

@@ -1,7 +1,7 @@
 """Errors of the machine: a full or read-only disk, too little memory, a process of the run that has ended.
 
-- `why_not_written`, `lack_of_memory`, `lost_process`: what an error says about such a failure, or None.
-- `writing`, `within_memory`: turn such an error of the block into a `MolaError` that says what to do.
+- `write_error_reason`, `memory_error_reason`, `lost_process_reason`: what an error says about such a failure, or None.
+- `explain_write_errors`, `explain_lack_of_memory`: turn such an error of the block into a `MolaError` with advice.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _NO_MEMORY = re.compile(
 _GIB = 1 << 30
 
 
-def why_not_written(error: BaseException) -> str | None:
+def write_error_reason(error: BaseException) -> str | None:
     """Why a file could not be written, according to an error of Python, safetensors, tokenizers or torch.
 
     Returns:
@@ -42,7 +42,7 @@ def why_not_written(error: BaseException) -> str | None:
     return None
 
 
-def lack_of_memory(error: BaseException) -> str | None:
+def memory_error_reason(error: BaseException) -> str | None:
     """What an error of Python or torch says about too little memory, of the machine or of a GPU; None for any other."""
     if isinstance(error, MemoryError):
         return "no memory left"
@@ -55,7 +55,7 @@ def lack_of_memory(error: BaseException) -> str | None:
     return ". ".join(text.split(". ")[:2]) if text.startswith("CUDA") else "no memory left"
 
 
-def lost_process(error: BaseException) -> str | None:
+def lost_process_reason(error: BaseException) -> str | None:
     """The first line of an error of torch about another process that has ended or does not answer; None for any other.
 
     Errors of torch's own communication are a `DistError`. Those of gloo are a `RuntimeError` that names gloo's files.
@@ -66,24 +66,26 @@ def lost_process(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def writing(what: str, advice: str = "Free some space, or choose a folder you can write to.") -> Iterator[None]:
+def explain_write_errors(
+    what: str, advice: str = "Free some space, or choose a folder you can write to."
+) -> Iterator[None]:
     """Turn an error of writing in the block into a `MolaError` with advice; `what` is the option or the file."""
     try:
         yield
     except Exception as error:
-        reason = why_not_written(error)
+        reason = write_error_reason(error)
         if reason is None:
             raise
         raise MolaError(f"{what} cannot be written: {reason}. {advice}") from error
 
 
 @contextlib.contextmanager
-def within_memory(advice: str) -> Iterator[None]:
+def explain_lack_of_memory(advice: str) -> Iterator[None]:
     """Turn an error about too little memory in the block into a `MolaError` with advice."""
     try:
         yield
     except Exception as error:
-        lack = lack_of_memory(error)
+        lack = memory_error_reason(error)
         if lack is None:
             raise
         raise MolaError(f"out of memory: {lack}. {advice}") from error

@@ -20,7 +20,7 @@ def warn_of_no_locks(folder: Path) -> None:
 
 
 @contextmanager
-def held(path: Path, *, waits: bool) -> Iterator[bool]:
+def hold_lock(path: Path, *, waits: bool) -> Iterator[bool]:
     """Whether the lock in this file is the caller's within the block; a killed process holds none.
 
     On a file system without locks it is, and a warning says so once.

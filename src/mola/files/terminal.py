@@ -20,13 +20,13 @@ class OutputConsole(Console):
         raise BrokenPipeError
 
 
-def table_console() -> Console:
+def make_table_console() -> Console:
     """A console as wide as the terminal; in a pipe or a file, as wide as any table."""
     console = OutputConsole()
     return console if console.is_terminal else OutputConsole(width=_PIPE_WIDTH)
 
 
-def progress(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
+def show_progress(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
     """Yield the items and show a progress bar on standard error, if that is a terminal.
 
     Args:

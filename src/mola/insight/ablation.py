@@ -12,7 +12,7 @@ from torch import nn
 
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
-from mola.files.terminal import progress
+from mola.files.terminal import show_progress
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 LEAVE_ONE_OUT = ("none", "layers", "modules")
@@ -72,7 +72,7 @@ def measure_losses_without(
     """
     whole_loss, changes = 0.0, []
     steps: list[Experiment | None] = [None, *experiments]
-    for experiment in progress(steps, f"Leaving out {len(experiments)} experts"):
+    for experiment in show_progress(steps, f"Leaving out {len(experiments)} experts"):
         if experiment is None:
             whole_loss = answer_loss(model, samples)
             if not math.isfinite(whole_loss):

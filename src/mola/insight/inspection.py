@@ -9,7 +9,7 @@ import torch
 
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
-from mola.files.terminal import progress
+from mola.files.terminal import show_progress
 from mola.insight.ablation import LeftOut
 from mola.insight.agreement import AgreementCounter
 from mola.insight.recorder import ModuleGates, gates_of_tokens
@@ -127,7 +127,7 @@ def measure_router_use(
     counters: dict[str, UsageCounter] = {"all": UsageCounter()}
     agreement, gates = AgreementCounter(), {}
     samples = enumerate(zip(dataset, groups, strict=True))
-    for number, (sample, group) in progress(samples, "Looking at the experts", len(groups)):
+    for number, (sample, group) in show_progress(samples, "Looking at the experts", len(groups)):
         ids = list(sample["input_ids"])
         recorded = gates_of_tokens(model, ids)
         _check_finite(recorded)

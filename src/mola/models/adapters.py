@@ -21,7 +21,7 @@ from torch import nn
 
 from mola.checkpoints.adapter_folder import conversion_hint, read_settings, read_tensors
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory
+from mola.files.failures import memory_error_reason
 from mola.models.base_model import model_name
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
@@ -252,7 +252,7 @@ def _attach(model: Any, name: str, folder: str) -> PeftModel:
             # For a first adapter this reads the file again: `from_pretrained` does not return which tensors it used.
             result = model.load_adapter(folder, **settings)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if lack_of_memory(error):
+        if memory_error_reason(error):
             raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
     config = model.peft_config[name]

@@ -15,7 +15,7 @@ from mola.architecture.targets import find_stacks, linear_shapes, resolve_target
 from mola.insight.kernels import TOKENS, inputs_for_shapes, kernel_choices
 from mola.models.devices import resolve_dtype
 from mola.models.meta import count_decoder_layers, model_on_meta
-from mola.options.fields import names_between_commas
+from mola.options.fields import split_names
 from mola.tuner.kernels.api import MixtureSettings
 
 
@@ -50,7 +50,7 @@ def cost_of_allocation(
     check_pattern(rank_pattern, "rank_pattern")
     model = model or model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
-    targets = names_between_commas(target_modules)
+    targets = split_names(target_modules)
     linears = linear_shapes(model, *resolve_target_modules(model, LayerStacks.of(model), targets))
     chosen = resolve_per_layer(top_k, num_layers, "top_k")
     result = plan_allocation(

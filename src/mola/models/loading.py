@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.checkpoints.adapter_folder import read_settings, read_tensors
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory
+from mola.files.failures import memory_error_reason
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, check_lora, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
@@ -136,7 +136,7 @@ def load_model(
     except (OSError, ImportError) as error:  # code shipped with a model raises ImportError
         raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
     except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        if lack_of_memory(error) or isinstance(error, MolaError):
+        if memory_error_reason(error) or isinstance(error, MolaError):
             raise
         raise MolaError(
             f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}. Its weights may be damaged, cut off "

@@ -13,7 +13,7 @@ from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import load_model
 from mola.models.quantization import Quantization, check_quantization, check_quantized_base
 from mola.models.tokenizer import load_tokenizer
-from mola.options.fields import START, Group, option, paths_as_text
+from mola.options.fields import START, Group, convert_paths, option
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ModelOptions(Quantization):
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        convert_paths(self)
 
 
 def check_model(options: ModelOptions) -> PretrainedConfig:

@@ -17,10 +17,10 @@ from typing import Any
 from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
 from mola.models.quantization import GGUF_HELP
-from mola.options.fields import list_between_commas, mapping, option
+from mola.options.fields import option, parse_mapping, split_to_list
 
 
 @dataclass
@@ -75,9 +75,9 @@ def plan(options: PlanOptions) -> AllocationPlan:
         options.gguf_file,
         options.trust_remote_code,
         with_kernels=True,
-        num_experts_pattern=mapping("num_experts_pattern", options.num_experts_pattern),
-        rank_pattern=mapping("rank_pattern", options.rank_pattern),
-        target_parameters=list_between_commas(options.target_parameters or None, "target_parameters"),
+        num_experts_pattern=parse_mapping("num_experts_pattern", options.num_experts_pattern),
+        rank_pattern=parse_mapping("rank_pattern", options.rank_pattern),
+        target_parameters=split_to_list(options.target_parameters or None, "target_parameters"),
     )
 
 
@@ -120,7 +120,7 @@ def main(options: PlanOptions) -> int:
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        console = table_console()
+        console = make_table_console()
         console.print(render(result))
         for line in result.kernels:
             console.print(line, highlight=False, markup=False)

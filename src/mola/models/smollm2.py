@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
-from mola.files.failures import writing
+from mola.files.failures import explain_write_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
         raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with writing(f"'{target}'"):
+        with explain_write_errors(f"'{target}'"):
             _convert(source, temporary)
         try:
             os.replace(temporary, target)

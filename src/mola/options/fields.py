@@ -26,7 +26,7 @@ class Group(str):
 START = Group("start with these")
 
 
-def options_by_group(options_class: Any) -> dict[str, list[Field]]:
+def group_options(options_class: Any) -> dict[str, list[Field]]:
     """Heading -> options, in the order of the help text: a class before its parents, required options first.
 
     Options above the first heading of their class are under "".
@@ -46,7 +46,7 @@ def options_by_group(options_class: Any) -> dict[str, list[Field]]:
     return groups
 
 
-def paths_as_text(options: Any) -> None:
+def convert_paths(options: Any) -> None:
     """Replace each `os.PathLike` in an options object by its text, because options are recorded as JSON."""
     for each in fields(options):
         value = getattr(options, each.name, None)
@@ -56,7 +56,7 @@ def paths_as_text(options: Any) -> None:
             setattr(options, each.name, [os.fspath(item) for item in value])
 
 
-def names_between_commas(names: str | None, option: str = "target_modules") -> list[str] | str | None:
+def split_names(names: str | None, option: str = "target_modules") -> list[str] | str | None:
     """Split a text of module names at its commas; "all-linear" and a regular expression stay one text.
 
     Raises:
@@ -70,13 +70,13 @@ def names_between_commas(names: str | None, option: str = "target_modules") -> l
     return parts if all(re.fullmatch(r"[\w.]+", part) for part in parts) else names
 
 
-def list_between_commas(names: str | None, option: str) -> list[str] | None:
-    """`names_between_commas` as a list in any case, for options of PEFT that would read a text letter by letter."""
-    split = names_between_commas(names, option)
+def split_to_list(names: str | None, option: str) -> list[str] | None:
+    """`split_names` as a list in any case, for options of PEFT that would read a text letter by letter."""
+    split = split_names(names, option)
     return [split] if isinstance(split, str) else split
 
 
-def mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """The option `name`, whose value is a mapping: JSON text on the command line, a dict in Python, {} for None.
 
     Raises:
@@ -103,18 +103,18 @@ def _distinct_pairs(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
+def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
     """The option `name`, which maps names to sets of options; None stands for an empty set.
 
     Args:
         name: the option.
-        value: as of `mapping`. Each key becomes a part of a folder's name.
+        value: as of `parse_mapping`. Each key becomes a part of a folder's name.
         example: a right value, for messages.
 
     Raises:
         MolaError: no name is given, a name has other characters than folders can have, or a value is no mapping.
     """
-    entries = mapping(name, value)
+    entries = parse_mapping(name, value)
     if not entries:
         raise MolaError(f"`{name}` must not be empty. Set it in the recipe, or as JSON: --{name} '{example}'.")
     for key, values in entries.items():
@@ -125,7 +125,7 @@ def named_mappings(name: str, value: Mapping[str, Any] | str | None, example: st
     return {key: dict(values or {}) for key, values in entries.items()}
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
+def find_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
     """The first of `names` (by default all keys, sorted) with different values; a missing value counts as None."""
     compared = sorted({*old, *new}) if names is None else names
     return next((name for name in compared if old.get(name) != new.get(name)), None)

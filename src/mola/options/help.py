@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from mola.options.fields import options_by_group
+from mola.options.fields import group_options
 
 _INDENT = " " * 37
 _VALUE_NAMES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
@@ -26,7 +26,7 @@ def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
     (options_class,) = parser.dataclass_types
     kinds: dict[str, Any] = {"config": str, "help": str, **get_type_hints(options_class)}
     actions = {action.dest: action for action in reversed(parser._actions)}  # --no_x follows --x and has the same dest
-    groups = {heading: [each.name for each in group] for heading, group in options_by_group(options_class).items()}
+    groups = {heading: [each.name for each in group] for heading, group in group_options(options_class).items()}
     rest = groups.pop("", []) if len(groups) > 1 else []
     next(iter(groups.values())).extend(["config", "help"])
     if rest and is_complete:

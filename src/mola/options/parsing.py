@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from mola.errors import MolaError
 from mola.files.reading import parse_yaml
-from mola.options.fields import mapping
+from mola.options.fields import parse_mapping
 from mola.options.help import ShowHelp
 
 _FLAG = re.compile(r"--[\w-]+(=|$)")
@@ -167,7 +167,7 @@ def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action],
 
 
 def _json_mapping(text: str) -> dict[str, Any]:
-    return mapping("", text)
+    return parse_mapping("", text)
 
 
 _json_mapping.__name__ = "JSON mapping"  # argparse shows the name in messages

@@ -17,14 +17,14 @@ from mola.data.tasks import Task, load_task, template_name
 from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.insight.ablation import LEAVE_ONE_OUT, list_experiments, measure_losses_without
 from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, trained_settings, warn_of_other_template
-from mola.options.fields import START, Group, check_positive, mapping, option
+from mola.options.fields import START, Group, check_positive, option, parse_mapping
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.document import Section, render
 from mola.reporting.expert_sections import (
@@ -147,7 +147,7 @@ def _with_leave_one_out(result: InspectResult, model: Any, samples: _Samples, op
 def main(options: InspectOptions) -> int:
     """Run the command and print a table by layer."""
     result = inspect(options)
-    console = table_console()
+    console = make_table_console()
     console.print(result_table(result))
     if options.json is not None:
         console.print(f"Every module is in {options.json}", highlight=False, markup=False)
@@ -176,7 +176,7 @@ def _load_samples(options: InspectOptions) -> _Samples:
     check_template(prompts)
     warn_of_other_template(options.adapter, prompts)
     check_split("split", options.split, InspectOptions.split, options.data)
-    filters = mapping("filters", options.filters)
+    filters = parse_mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
     template = template_for(prompts, tokenizer, options.adapter)

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mola.data.read import hub_dataset, is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_text
-from mola.files.digests import WEIGHTS_FILE, is_own_file, with_mark
+from mola.files.digests import WEIGHTS_FILE, add_digest_line, is_own_file
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, layers_table, pattern_sentence, target_names, tensor_shapes
 from mola.reporting.formatting import markdown_table
@@ -93,7 +93,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
     if not has_plot:
         (folder / PLOT_FILE).unlink(missing_ok=True)
     text = render_card(folder, record, evaluations, has_plot=has_plot)
-    return atomic_write_text(path, with_mark(text))
+    return atomic_write_text(path, add_digest_line(text))
 
 
 def render_card(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_writable
-from mola.files.digests import is_own_file, with_mark
+from mola.files.digests import add_digest_line, is_own_file
 from mola.files.terminal import OutputConsole
 from mola.options.fields import option
 from mola.reporting import REPORT_FILE
@@ -79,7 +79,7 @@ def report(options: ReportOptions) -> Path:
         logger.warning("%s is older than the adapter: was it made with an earlier one?", run.paths[name])
     for name, adapter in results_of_other_adapters(run):
         logger.warning("%s was measured with another adapter: %r", run.paths[name], adapter)
-    return atomic_write_text(target, with_mark(render_page(run)))
+    return atomic_write_text(target, add_digest_line(render_page(run)))
 
 
 def main(options: ReportOptions) -> int:

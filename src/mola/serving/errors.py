@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory
+from mola.files.failures import memory_error_reason
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def to_request_error(error: Exception) -> RequestError:
         return _from_validation(error)
     if isinstance(error, MolaError):
         return RequestError(400, str(error))
-    if (lack := lack_of_memory(error)) is not None:
+    if (lack := memory_error_reason(error)) is not None:
         logger.warning("Out of memory: %s.", lack)
         return RequestError(503, "the server does not have enough memory for this request. Shorten it.")
     # After an unknown exception uvicorn closes the connection, so the response announces it.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from transformers import SchedulerType, TrainerState
 
 from mola.errors import MolaError
-from mola.files.failures import lost_process, within_memory, writing
+from mola.files.failures import explain_lack_of_memory, explain_write_errors, lost_process_reason
 from mola.reporting.findings import is_far_above, last_mean
 from mola.training.distributed import shares_weights, uses_deepspeed
 from mola.training.options import TrainOptions
@@ -24,8 +24,8 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
     going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
     with (
-        within_memory(f"{memory_advice(options)} {going_on}"),
-        writing("`output_dir`", f"{room} {going_on}"),
+        explain_lack_of_memory(f"{memory_advice(options)} {going_on}"),
+        explain_write_errors("`output_dir`", f"{room} {going_on}"),
         _lost_process_explained(),
     ):
         yield
@@ -36,7 +36,7 @@ def _lost_process_explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = lost_process(error)
+        reason = lost_process_reason(error)
         if reason is None:
             raise
         raise MolaError(

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE
 from mola.files.reading import read_json_object
-from mola.options.fields import first_difference
+from mola.options.fields import find_difference
 from mola.training.option_checks import EVALUATION_SCHEDULES
 
 RUN_FILE = "run.json"
@@ -193,7 +193,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     if before.get("template") and record.get("template"):
         parts += [("prompts", {"template": before["template"]}, {"template": record["template"]}, None)]
     for part, was, now, compared in parts:
-        if (key := first_difference(was, now, compared)) is not None:
+        if (key := find_difference(was, now, compared)) is not None:
             raise MolaError(
                 f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({part.replace('_', ' ')}) differs: "
                 f"{was.get(key)!r} in {checkpoint.parent}, now {now.get(key)!r}. Use the same options and data, or "

@@ -26,7 +26,7 @@ from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.models.base_model import max_positions, vocabulary_size
 from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
-from mola.options.fields import mapping
+from mola.options.fields import parse_mapping
 from mola.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def prepare_data(
         )
     task = load_task(options.task) if options.task is not None else None
     name, template = _template_of(options, task, tokenizer, checkpoint)
-    filters = mapping("filters", options.filters)
+    filters = parse_mapping("filters", options.filters)
     check_split("train_split", options.train_split, type(options).train_split, options.data)
     with _options_named(split="train_split"):
         samples = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
@@ -193,7 +193,7 @@ def _split_evaluation(options: TrainOptions, task: Task | None, samples: Example
 
 
 def _load_evaluation(options: TrainOptions, task: Task | None, data: str) -> Examples:
-    filters = mapping("filters", options.filters)
+    filters = parse_mapping("filters", options.filters)
     return load_examples(data, task, options.eval_split, limit=options.eval_limit, filters=filters)
 
 

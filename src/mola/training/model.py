@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, enable_full_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mola.errors import MolaError
-from mola.files.failures import lack_of_memory
+from mola.files.failures import memory_error_reason
 from mola.models.adapters import check_adapter
 from mola.models.base_model import load_config
 from mola.models.cost import cost_of_allocation
@@ -27,7 +27,7 @@ from mola.models.quantization import (
     stored_quantization,
 )
 from mola.models.tokenizer import load_tokenizer
-from mola.options.fields import list_between_commas, names_between_commas
+from mola.options.fields import split_names, split_to_list
 from mola.training.distributed import uses_fsdp
 from mola.training.options import TRAINING_ONLY, TrainOptions
 from mola.tuner import MolaConfig
@@ -141,9 +141,9 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         **{name: setting(name) for name in (*plain, *router, *patterns)},
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,
-        target_modules=names_between_commas(setting("target_modules")),
-        target_parameters=list_between_commas(setting("target_parameters"), "target_parameters"),
-        modules_to_save=list_between_commas(setting("modules_to_save"), "modules_to_save"),
+        target_modules=split_names(setting("target_modules")),
+        target_parameters=split_to_list(setting("target_parameters"), "target_parameters"),
+        modules_to_save=split_to_list(setting("modules_to_save"), "modules_to_save"),
         task_type=TaskType.CAUSAL_LM,
     )
 
@@ -239,6 +239,6 @@ def _with_adapter(base: Any, options: TrainOptions, folder: str) -> PeftModel:
     except MolaError:
         raise
     except (RuntimeError, ValueError, KeyError) as error:
-        if lack_of_memory(error):
+        if memory_error_reason(error):
             raise
         raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error

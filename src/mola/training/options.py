@@ -13,7 +13,7 @@ from mola._compat import share_checkpointing
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import Quantization, check_mixed_precision, check_quantization
-from mola.options.fields import START, Group, mapping, option, paths_as_text
+from mola.options.fields import START, Group, convert_paths, option, parse_mapping
 from mola.training.distributed import settle_deepspeed
 from mola.training.option_checks import (
     check_combinations,
@@ -148,9 +148,9 @@ class TrainOptions(Quantization, TrainingArguments):
     hub_strategy: str = option("end", "Only end: the finished run is uploaded once.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        convert_paths(self)
         for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            setattr(self, name, mapping(name, getattr(self, name)) or None)
+            setattr(self, name, parse_mapping(name, getattr(self, name)) or None)
         check_values(self)
         check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
         settle_schedule(self)

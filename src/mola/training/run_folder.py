@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
-from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, keep_on_disk
+from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, flush_to_disk
 from mola.files.digests import is_own_file
 from mola.files.environment import machine_description, software_versions
 from mola.files.locks import warn_of_no_locks
@@ -219,7 +219,7 @@ def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: b
             name = file.relative_to(temporary)
             if name.parts[0] not in _NOT_IN_RESULT:
                 (folder / name).parent.mkdir(exist_ok=True, parents=True)  # chat templates with a name have a folder
-                keep_on_disk(file)
+                flush_to_disk(file)
                 os.replace(file, folder / name)
 
 

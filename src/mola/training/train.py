@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError, NotFiniteError
 from mola.files.atomic import atomic_write_json
-from mola.files.failures import within_memory
+from mola.files.failures import explain_lack_of_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
@@ -93,7 +93,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         with claimed(folder) if is_main else contextlib.nullcontext():
             with whole_weights():
                 run = check_run(options, folder)
-                with within_memory(loading_advice(options)):
+                with explain_lack_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
             if is_main and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)

@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
-from mola.files.atomic import keep_on_disk
+from mola.files.atomic import flush_to_disk
 from mola.models.base_model import max_positions
 from mola.training.callbacks import (
     AveragedWeights,
@@ -173,11 +173,11 @@ class MolaTrainer(Trainer):
         if self.args.should_save:
             written = root / place.name
             self.state.save_to_json(str(written / STATE_FILE))  # with the final place of the best checkpoint
-            keep_on_disk(*(path for path in written.rglob("*") if path.is_file()), written)
+            flush_to_disk(*(path for path in written.rglob("*") if path.is_file()), written)
             shutil.rmtree(place, ignore_errors=True)
             written.rename(place)
             root.rmdir()
-            keep_on_disk(folder)  # before an older checkpoint is removed
+            flush_to_disk(folder)  # before an older checkpoint is removed
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text, check_writable
-from mola.files.locks import POLL_SECONDS, held
-from mola.files.terminal import table_console
+from mola.files.locks import POLL_SECONDS, hold_lock
+from mola.files.terminal import make_table_console
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.plots import check_matplotlib, draw_differences
@@ -85,7 +85,7 @@ def compare(options: CompareOptions) -> CompareResult:
 def main(options: CompareOptions) -> int:
     """Run the command and print the table; the exit code is 130 after an interruption."""
     result = compare(options)
-    console = table_console()
+    console = make_table_console()
     if result.found:
         header, lines = search_table(result.found)
         table = Table(*map(escape, header), title="search")
@@ -209,7 +209,7 @@ class _Comparison:
         return [each for each in self.results if each.key in keys or each.recipe == BASE]
 
     def _lock(self, name: str, waits: bool) -> Any:
-        return held(self.folder / ".locks" / name, waits=waits)
+        return hold_lock(self.folder / ".locks" / name, waits=waits)
 
     def _read_record(self) -> None:
         """Add the results that other processes have written.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from mola.errors import MolaError
-from mola.options.fields import START, Group, mapping, named_mappings, option
+from mola.options.fields import START, Group, option, parse_mapping, parse_named_mappings
 from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 
@@ -96,11 +96,11 @@ class CompareOptions(TrainAndTestOptions):
         # TrainingArguments replaces some values, so the runs get them as they were given.
         self._given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
-        self.tasks = named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
-        self.recipes = named_mappings("recipes", self.recipes, _RECIPES_EXAMPLE)
+        self.tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
+        self.recipes = parse_named_mappings("recipes", self.recipes, _RECIPES_EXAMPLE)
         if self.reference is None:
             self.reference = next(iter(self.recipes))
-        self.candidates = _candidates(mapping("tune", self.tune))
+        self.candidates = _candidates(parse_mapping("tune", self.tune))
         self._check()
         self._options_of = {
             f"{kind}.{name}": convert(TrainAndTestOptions, values, f"{kind}.{name}")

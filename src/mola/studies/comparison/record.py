@@ -12,7 +12,7 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_writable
 from mola.files.reading import read_json, read_json_object
-from mola.options.fields import first_difference
+from mola.options.fields import find_difference
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 
@@ -150,6 +150,6 @@ def _first_change(old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]]) 
     """The first difference of two identities, such as "setting `r`: 8, now 4"; None if there is none."""
     for part, values in json.loads(json.dumps(new)).items():  # JSON has lists for tuples
         before = old.get(part) or {}
-        if (name := first_difference(before, values)) is not None:
+        if (name := find_difference(before, values)) is not None:
             return f"{part} `{name}`: {before.get(name)!r}, now {values.get(name)!r}"
     return None

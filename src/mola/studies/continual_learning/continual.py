@@ -16,7 +16,7 @@ from typing import Any
 from mola.files.atomic import atomic_write_json
 from mola.files.digests import WEIGHTS_FILE, file_sha256, weights_sha256
 from mola.files.environment import machine_description, software_versions
-from mola.files.terminal import table_console
+from mola.files.terminal import make_table_console
 from mola.models.identity import weights_identity
 from mola.studies.continual_learning.metrics import (
     ContinualResult,
@@ -96,7 +96,7 @@ def main(options: ContinualOptions) -> int:
     """Run the command and print the table; the exit code is 130 after an interruption."""
     result = continual(options)
     if result.results or result.base is not None:
-        table_console().print(result_table(result))
+        make_table_console().print(result_table(result))
     record = Path(result.output_dir) / RECORD_FILE
     done = f"{len(result.results)} of {len(result.stages)} stages"
     print(f"{result.status} after {done}; all numbers are in {record}", file=sys.stderr)

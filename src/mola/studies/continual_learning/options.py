@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mola.errors import MolaError
 from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import START, Group, named_mappings, option
+from mola.options.fields import START, Group, option, parse_named_mappings
 from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
@@ -56,7 +56,7 @@ class ContinualOptions(TrainAndTestOptions):
         given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
         self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
-        self.stages = named_mappings("stages", self.stages, _EXAMPLE)
+        self.stages = parse_named_mappings("stages", self.stages, _EXAMPLE)
         self.stage_options: dict[str, TrainAndTestOptions] = {}
         for number, (name, values) in enumerate(self.stages.items(), start=1):
             try:

@@ -17,7 +17,7 @@ from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
 from mola.files.reading import read_json
-from mola.options.fields import first_difference
+from mola.options.fields import find_difference
 from mola.studies.continual_learning.stages import Stage
 from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 
@@ -124,7 +124,7 @@ def _is_begun(folder: Path) -> bool:
 def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
     for part, new in (("settings", stage.settings), ("data_fingerprints", stage.fingerprints)):
         old, new = entry[part], json.loads(json.dumps(new))  # JSON has lists for tuples
-        if (key := first_difference(old, new)) is not None:
+        if (key := find_difference(old, new)) is not None:
             raise MolaError(
                 f"stage `{stage.name}` was begun with another `{key}` ({part.replace('_', ' ')}): {old.get(key)!r} in "
                 f"{str(stage.folder)!r}, now {new.get(key)!r}. Use the same options and data, delete that folder and "
