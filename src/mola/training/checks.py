@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CheckedRun:
-    """A run whose options and data are right.
+    """A run whose options and data have been checked.
 
     Attributes:
         folder: the run folder.
@@ -87,25 +87,29 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     steps = check_steps(options, data)
     if options.num_gpus > 1:
         logger.warning(
-            "One of %d GPUs is used. To use all start one process for each: with torchrun, in studies the same command "
-            "again with another CUDA_VISIBLE_DEVICES.",
+            "One of %d GPUs is used. To use all of them, start one process per GPU with torchrun or accelerate launch.",
             options.num_gpus,
         )
     logger.info("%d steps of %d samples; base model in %s.", steps, options.effective_batch_size, options.dtype_reason)
     _settle_steps(options, data, steps)
     record = describe_run(options, config, data, allocation)
-    first_step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    first_step = 0
     if checkpoint is not None:
+        first_step = checkpoint_step(checkpoint)
         check_same_run(checkpoint, record)
         warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
-        if options.load_best_model_at_end:
-            check_best_checkpoint(checkpoint)
-        options.eval_on_start = False  # it was evaluated when it began
-        if first_step >= steps:
-            # Nothing is left to train, but in an epoch that was begun the Trainer would do one more step.
-            options.num_train_epochs, options.max_steps = 0, -1
-            options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
+        _settle_resumed(options, checkpoint, has_steps_left=first_step < steps)
     return CheckedRun(folder, config, checkpoint, first_step, tokenizer, data, record)
+
+
+def _settle_resumed(options: TrainOptions, checkpoint: Path, *, has_steps_left: bool) -> None:
+    if options.load_best_model_at_end:
+        check_best_checkpoint(checkpoint)
+    options.eval_on_start = False  # the run was evaluated when it began
+    if not has_steps_left:
+        # Without this the Trainer would do one more step in an epoch that was begun.
+        options.num_train_epochs, options.max_steps = 0, -1
+        options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

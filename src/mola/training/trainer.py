@@ -96,7 +96,7 @@ def _padding(options: TrainOptions, model: PeftModel) -> int | None:
 
 
 class MolaTrainer(Trainer):
-    """The Trainer for `TrainOptions`."""
+    """The Trainer of Transformers, for `TrainOptions` and an adapter."""
 
     interruption: Interruption
     first_step = 0  # number of steps that were done before this training
@@ -104,7 +104,7 @@ class MolaTrainer(Trainer):
     _operations_per_token: int | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As the Trainer's, with the parameter groups of `loraplus_lr_ratio`."""
+        """Make the optimiser. With `loraplus_lr_ratio` the matrices B have a learning rate of their own."""
         is_new = self.optimizer is None
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
@@ -115,14 +115,16 @@ class MolaTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
+        # The samples of one optimiser step are of similar length.
         sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededGroups(sampler, seed, lambda: int(self.state.epoch or 0))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but the loss of each process is the mean over its own tokens.
+        """Evaluate as the Trainer does, with the loss of each process as the mean over its own tokens.
 
-        With `average_tokens_across_devices` the samples that only fill the last batch would count.
+        With `average_tokens_across_devices` the Trainer would also count the tokens of samples that are repeated only
+        to fill the last batch.
         """
         is_averaged = self.args.average_tokens_across_devices
         self.args.average_tokens_across_devices = False
@@ -132,14 +134,14 @@ class MolaTrainer(Trainer):
             self.args.average_tokens_across_devices = is_averaged
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the Trainer's, which would walk through all modules for every batch."""
+        """Count the operations per token once. The Trainer would walk through all modules for every batch."""
         tokens = inputs["input_ids"].numel()
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) // tokens
         return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, but `train_loss` is the mean over the steps of this training and over all processes."""
+        """Log as the Trainer does, with `train_loss` as the mean over this training's steps and over all processes."""
         if "train_loss" in logs:
             steps = self.state.global_step - self.first_step
             loss = self._total_loss_scalar / steps if steps else 0.0
@@ -155,7 +157,7 @@ class MolaTrainer(Trainer):
         return self._checkpoint_root or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint as the Trainer does, but beside its place, and rename it: it is complete or absent."""
+        """Save a checkpoint beside its place, as the Trainer does, and rename it: it is complete or absent."""
         folder = Path(str(self.args.output_dir))
         place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.save_strategy == SaveStrategy.BEST:
@@ -192,7 +194,7 @@ class MolaTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, but the files of the run folder are written beside their place and renamed."""
+        """Save the adapter. In the run folder its files are written beside their place and renamed."""
         if output_dir is not None:
             super().save_model(output_dir, _internal_call=True)
             return
