@@ -221,7 +221,6 @@ def test_many_experts_are_possible_when_spelt_out():
     [
         ("[2, 2", "not valid JSON"),
         ("", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
         ("4", "must hold a list of integers"),
         ('"2468"', "must hold a list of integers"),
         ('{"experts": [2, 2]}', r"must have the key 'num_experts': it has \['experts'\]"),

@@ -133,7 +133,7 @@ def test_plan_of_a_language_model_beside_a_tower(tmp_path):
     [{"target_modules": ["linear1", "linear2"]}, {"target_modules": [], "target_parameters": ["linear1.weight"]}],
     ids=list,
 )
-def test_an_encoder_of_pytorch_has_its_experts_in_evaluation_too(targets):
+def test_pytorchs_encoder_uses_its_experts_in_evaluation(targets):
     """Its fast path there reads the weights of its linears, and takes padded batches in a form of its own."""
     torch.manual_seed(0)
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
@@ -146,7 +146,7 @@ def test_an_encoder_of_pytorch_has_its_experts_in_evaluation_too(targets):
     assert not torch.allclose(found[1], plain, atol=1e-3)
 
 
-def test_weights_that_are_read_and_never_called_are_not_adaptable():
+def test_linears_that_are_never_called_are_not_adapted():
     assert not is_adaptable(nn.MultiheadAttention(8, 2).out_proj)
     model = adapt(build("gemma3-composite"), "gemma3-composite", target_modules="all-linear", num_experts=2)
     assert not any("head.attention.out_proj" in name for name in layers(model))

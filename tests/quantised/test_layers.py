@@ -11,6 +11,7 @@ from mola.models.quantization import prepare_for_training, weight_bytes
 from tests.quantised.models import KINDS, packed_layers, quantised
 
 pytestmark = [pytest.mark.quant, pytest.mark.usefixtures("bitsandbytes")]
+ONE_KIND = [kind if kind == "nf4" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -60,7 +61,7 @@ def test_experts_and_routers_are_never_packed(dtype, blocks_dir):
     assert formats == {"mola_A": torch.float32, "mola_B": torch.float32, "mola_router": torch.float32}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_parameters_are_counted_unpacked(kind, blocks_dir, tmp_path):
     model = quantised(blocks_dir, kind)
     packed = sum(parameter.numel() for parameter in model.parameters())
@@ -90,7 +91,7 @@ def gradients(model):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_evaluation_does_not_change_the_gradients_after_it(kind, checkpointing, blocks_dir):
     """bitsandbytes repacks weights at an evaluation on some CPUs, and lets no gradient through from then on."""
@@ -161,7 +162,7 @@ def test_a_plain_base_comes_back_as_it_is(tiny_model):
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_merging_is_refused_and_changes_nothing(kind, blocks_dir):
     model = adapted(quantised(blocks_dir, kind), num_experts=1)
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_switched_off_it_is_the_packed_base(blocks_dir):
             assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_generating_equals_calling_the_model_token_by_token(kind, blocks_dir):
     model = adapted(quantised(blocks_dir, kind)).eval()
     with torch.no_grad():

@@ -269,7 +269,7 @@ def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it(dtype):
         assert part["default"].dtype == torch.float32
 
 
-def test_what_a_kernel_keeps_is_dropped_before_a_training(monkeypatch):
+def test_training_drops_what_kernels_cache(monkeypatch):
     layer, dropped = MolaLinear(nn.Linear(6, 5), "default", ExpertSettings(2, 3, 2, 4.0)), []
     monkeypatch.setattr("mola.tuner.layer.forget", lambda experts: dropped.extend(experts))
     layer.eval()

@@ -132,7 +132,7 @@ def test_the_first_matching_key_still_counts_after_loading(tmp_path):
         ({"init_lora_weights": "principal", "num_experts": 8}, "16 for .*: 8 experts of rank 4 are 32"),
     ],
 )
-def test_what_does_not_fit_the_model_leaves_it_as_it_was(settings, message):
+def test_settings_that_do_not_fit_leave_the_model_unchanged(settings, message):
     base = tiny_llama()
     before = [(name, type(module)) for name, module in base.named_modules()]
     with pytest.raises(MolaError, match=message):
@@ -161,7 +161,7 @@ def test_a_peft_that_ties_nothing_is_refused():
         ({"use_rslora": 1}, "`use_rslora` must be True or False, got 1"),
     ],
 )
-def test_values_that_cannot_be_right_are_refused(settings, message):
+def test_impossible_values_are_refused(settings, message):
     with pytest.raises(MolaError, match=message):
         MolaConfig(**settings)
 
@@ -229,7 +229,7 @@ def test_loraplus_gives_b_its_own_rate():
     optimizer.step()
 
 
-def test_loraplus_refuses_what_it_would_pass_over():
+def test_loraplus_refuses_a_ratio_of_zero_and_models_without_mixtures():
     with pytest.raises(MolaError, match="`loraplus_lr_ratio` must be a number above 0, got 0"):
         create_loraplus_optimizer(
             get_peft_model(tiny_llama(), random_config()), torch.optim.SGD, lr=1.0, loraplus_lr_ratio=0
@@ -256,7 +256,7 @@ def test_merging_and_unloading_leave_other_trained_modules_in_place(settings):
 
 
 @pytest.mark.parametrize("name", ["0", "layers", "self_attn", "q_proj", "mola_A", "model"])
-def test_an_adapter_is_not_called_as_a_module(name):
+def test_an_adapter_must_not_be_called_like_a_module(name):
     with pytest.raises(MolaError, match=f"An adapter cannot be called '{name}'"):
         get_peft_model(tiny_llama(), random_config(), adapter_name=name)
     model = get_peft_model(tiny_llama(), random_config(), adapter_name="first")

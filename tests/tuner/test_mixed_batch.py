@@ -99,7 +99,7 @@ def assert_untouched(model):
 # ---------------------------------------------------------------------- the same as alone
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_rows_are_as_with_their_adapter_alone(model, seed):
     rows = 3 + 2 * seed
     names = draw(seed, rows)
@@ -131,10 +131,9 @@ def test_a_model_that_passes_some_layers_all_tokens_in_one_dimension():
         model(**token_batch(3), adapter_names=names)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_in_float64_all_digits_are_the_same(seed):
+def test_in_float64_all_digits_are_the_same():
     model = several(dtype=torch.float64).eval()
-    assert largest_difference(model, token_batch(9, padding=2, seed=seed), draw(seed, 9)) < 1e-14
+    assert largest_difference(model, token_batch(9, padding=2), draw(0, 9)) < 1e-14
 
 
 def test_in_bfloat16():
@@ -157,7 +156,7 @@ def test_few_tokens(way, length, dtype, monkeypatch):
         monkeypatch.setattr(cpu_decode, "_kernel", lambda *dtypes: None)
     inputs = token_batch(7, length)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for seed in range(3):
+    for seed in range(2):
         assert largest_difference(model, inputs, draw(seed, 7)) < tolerance
 
 

@@ -57,18 +57,6 @@ def test_merging_twice_says_so_and_changes_nothing():
     assert torch.equal(model(x), before)
 
 
-def test_merging_no_adapter_merges_none():
-    model = adapted()
-    model.merge_adapter(adapter_names=[])
-    assert not any(layer.merged for layer in layers(model))
-
-
-def test_unmerging_what_is_not_merged_says_so():
-    layer = layers(adapted())[0]
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        layer.unmerge()
-
-
 def test_switched_off_adapters_leave_no_trace_of_a_merged_one():
     model, x = adapted(), torch.randn(4, 6)
     with model.disable_adapter():
@@ -295,7 +283,7 @@ def test_a_lone_name_of_a_module_to_save_is_one():
         MolaConfig(modules_to_save=3)
 
 
-def test_what_another_adapter_trains_in_full_is_no_linear_to_adapt():
+def test_a_saved_module_of_another_adapter_is_not_adapted():
     model = get_peft_model(tiny_llama(), random_config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(MolaError, match="lm_head"):
         model.add_adapter("second", random_config(target_modules=["q_proj", "lm_head"]))
@@ -356,7 +344,7 @@ class Blocks(nn.Module):
         return self.last(self.third(self.second(self.first(x))))
 
 
-def test_a_bases_own_router_is_trained_beside_mixtures(tmp_path):
+def test_a_router_of_the_base_model_is_trained_in_full(tmp_path):
     """Not ours, whose names end alike."""
     settings = {"target_modules": ["first", "last"], "modules_to_save": ["router"], "r": 2}
     model = get_peft_model(Blocks(), MolaConfig(num_experts=2, **settings))
@@ -373,19 +361,19 @@ def test_a_bases_own_router_is_trained_beside_mixtures(tmp_path):
     torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
 
 
-def test_a_module_that_is_not_there_cannot_be_saved():
+def test_modules_to_save_must_exist():
     with pytest.raises(MolaError, match="`modules_to_save` must all exist in the model, these do not: lats"):
         get_peft_model(Blocks(), MolaConfig(num_experts=2, r=2, target_modules=["first"], modules_to_save=["lats"]))
 
 
-def test_linears_inside_of_what_another_adapter_trains_are_refused():
+def test_linears_inside_a_saved_module_of_another_adapter_are_refused():
     first = MolaConfig(num_experts=2, r=2, target_modules=["first"], modules_to_save=["second"])
     model = get_peft_model(Blocks(), first)
     with pytest.raises(MolaError, match=r"`target_modules` matches 'second.*up', which lies in 'second'"):
         model.add_adapter("other", MolaConfig(num_experts=2, r=2, target_modules=["first", "up"]))
 
 
-def test_an_adapter_that_is_refused_late_leaves_nothing(tmp_path):
+def test_an_adapter_that_peft_refuses_leaves_nothing_behind(tmp_path):
     torch.manual_seed(0)
     base = tiny_llama()
     model = get_peft_model(clone(base), random_config())
@@ -399,7 +387,7 @@ def test_an_adapter_that_is_refused_late_leaves_nothing(tmp_path):
 
 
 @needs("peft", "0.21", "before, nobody is asked what is saved")
-def test_what_was_only_used_may_not_lose_tensors_when_it_is_saved(tmp_path):
+def test_an_adapter_called_like_a_module_is_not_saved(tmp_path):
     torch.manual_seed(0)
     for name in ("one", "two"):
         adapted().save_pretrained(tmp_path / name)
@@ -409,7 +397,7 @@ def test_what_was_only_used_may_not_lose_tensors_when_it_is_saved(tmp_path):
         model.save_pretrained(tmp_path / "again")
 
 
-def test_a_packed_linear_without_a_weight_is_put_back():
+def test_unloading_restores_a_packed_linear_without_a_weight():
     """As those of GPTQ."""
     model = adapted()
     for layer in layers(model):
@@ -417,7 +405,7 @@ def test_a_packed_linear_without_a_weight_is_put_back():
     assert [type(each) for each in model.unload().children()] == [nn.Linear, nn.Linear]
 
 
-def test_routers_that_are_rounded_after_their_first_use_are_told():
+def test_routers_cast_after_their_first_use_warn():
     model, batch = get_peft_model(tiny_llama(), random_config()).eval(), token_batch()
     with torch.no_grad():
         model(input_ids=batch["input_ids"])

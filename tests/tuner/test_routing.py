@@ -56,7 +56,7 @@ def test_ties_go_to_the_lower_index():
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_many_tokens_are_given_the_experts_that_few_are(top_k, dim):
+def test_many_tokens_get_the_same_experts_as_few(top_k, dim):
     """Few are sorted; many are passed over `top_k` times."""
     rows = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, 3.0], [-1.0, 4.0, 4.0, 5.0]])
     logits = rows.repeat(_FEW_TOKENS, 1)

@@ -419,7 +419,7 @@ def test_a_broken_update_is_not_merged():
         ),
     ],
 )
-def test_what_does_not_fit_the_model_leaves_it_as_it_was(options, message):
+def test_settings_that_do_not_fit_leave_the_model_unchanged(options, message):
     model = base()
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(MolaError, match=message):
@@ -463,7 +463,7 @@ def test_a_linear_of_another_adapter_s_other_field_is_refused(first, second):
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),
     ],
 )
-def test_values_that_cannot_be_right_are_refused(options, message):
+def test_impossible_values_are_refused(options, message):
     with pytest.raises(MolaError, match=message):
         MolaConfig(**options)
 

@@ -120,6 +120,12 @@ class LayerPlan:
     adapter_bytes: int
 
 
+_TOTALS = (
+    *("num_experts", "expert_parameters", "router_parameters", "trainable_parameters", "base_parameters"),
+    *("trainable_share", "flops_per_token", "active_flops_per_token", "adapter_bytes"),
+)
+
+
 @dataclass(frozen=True)
 class AllocationPlan:
     """The cost of an adapter, per layer and in total.
@@ -185,18 +191,7 @@ class AllocationPlan:
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "kernels": list(self.kernels),
-            "totals": {
-                "num_layers": len(self.adapted_layers),
-                "num_experts": self.num_experts,
-                "expert_parameters": self.expert_parameters,
-                "router_parameters": self.router_parameters,
-                "trainable_parameters": self.trainable_parameters,
-                "base_parameters": self.base_parameters,
-                "trainable_share": self.trainable_share,
-                "flops_per_token": self.flops_per_token,
-                "active_flops_per_token": self.active_flops_per_token,
-                "adapter_bytes": self.adapter_bytes,
-            },
+            "totals": {"num_layers": len(self.adapted_layers), **{name: getattr(self, name) for name in _TOTALS}},
         }
 
 

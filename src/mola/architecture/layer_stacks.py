@@ -88,16 +88,18 @@ class LayerStacks:
     Attributes:
         num_layers: number of layers; None if neither the config nor module names show it.
         num_encoder_layers: number of layers in the encoder of an encoder-decoder; 0 for other models.
-        language_model: name of the module that is, or holds the layers of, the language model; None without towers.
-        sides: names of the encoder's and of the decoder's layers; empty without towers.
-        lists: names of the lists that hold the encoder's and the decoder's layers; empty for other models.
+        encoder_decoder_lists: names of the lists of layers of an encoder-decoder: the encoder's and the decoder's.
+            Empty for other models.
+        language_model: name of the language model, or of its list of layers, if other parts stand beside it. None for
+            an encoder-decoder, and for a model that is nothing but a language model.
+        has_towers: whether an encoder-decoder has further lists of layers, such as those for images.
     """
 
     num_layers: int | None
     num_encoder_layers: int = 0
+    encoder_decoder_lists: tuple[str, ...] = field(default=(), compare=False)
     language_model: str | None = None
-    sides: tuple[str, ...] = ()
-    lists: tuple[str, ...] = field(default=(), compare=False)
+    has_towers: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStacks:
@@ -108,10 +110,9 @@ class LayerStacks:
         """
         model_config: Mapping[str, Any] = config_of(model) or {}
         names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
-        if model_config.get("is_encoder_decoder") and (sides := _sides(lists)):
-            encoder, decoder = (lists[side] for side in sides)
-            has_towers = len(lists) > len(sides)
-            return cls(encoder + decoder, encoder, sides=sides if has_towers else (), lists=sides)
+        if model_config.get("is_encoder_decoder") and (both := _encoder_and_decoder(lists)):
+            encoder_size, decoder_size = (lists[name] for name in both)
+            return cls(encoder_size + decoder_size, encoder_size, both, has_towers=len(lists) > len(both))
         language_model = _language_model(model, model_config)
         if language_model is not None:
             within = f"{language_model}."
@@ -119,19 +120,22 @@ class LayerStacks:
             lists = {name: size for name, size in lists.items() if f"{name}.".startswith(within)}
             model_config = config_of(model.get_submodule(language_model)) or model_config
         depth = count_layers(model_config, names)
-        if len(sizes := {*lists.values()} - {depth}) == 1 and depth not in lists.values():
-            inside = tuple(f"{name}." for name in lists)
+        sizes = {*lists.values()}
+        if len(sizes) == 1 and depth not in sizes:
+            # ALBERT's config counts how often its layers run, but a layer has one number of experts: its list counts.
+            within_lists = tuple(f"{name}." for name in lists)
             modules = dict(model.named_modules())
             numbered = [name for name in names if layer_index(name) is not None and is_adaptable(modules[name])]
-            if all(name.startswith(inside) for name in numbered):
-                # ALBERT's config counts how often its layers run, but every layer has one number of experts.
+            if all(name.startswith(within_lists) for name in numbered):
                 depth = sizes.pop()
         return cls(depth, language_model=language_model)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the modules that have towers beside them; empty for a model without towers."""
-        return self.sides or ((self.language_model,) if self.language_model else ())
+        """Names of the modules that the layers are in, if other parts stand beside them; else empty."""
+        if self.has_towers:
+            return self.encoder_decoder_lists
+        return (self.language_model,) if self.language_model else ()
 
     def index(self, module_name: str) -> int | None:
         """Layer of a module, 0 = nearest the input; None for modules outside the layers.
@@ -141,12 +145,13 @@ class LayerStacks:
         """
         if self.parts and not module_name.startswith(tuple(f"{part}." for part in self.parts)):
             return None
-        own = next((name for name in self.lists if module_name.startswith(f"{name}.")), None)
-        if own is None and self.lists:
-            return None
-        index = layer_index(module_name if own is None else module_name.removeprefix(f"{own}."))
-        is_later = own == self.lists[-1] if self.lists else _side(module_name) == "decoder"
-        return self.num_encoder_layers + index if index is not None and self.num_encoder_layers and is_later else index
+        if not self.encoder_decoder_lists:
+            return layer_index(module_name)
+        for name, first in zip(self.encoder_decoder_lists, (0, self.num_encoder_layers), strict=True):
+            if module_name.startswith(f"{name}."):
+                index = layer_index(module_name.removeprefix(f"{name}."))
+                return None if index is None else first + index
+        return None
 
     def is_encoder(self, index: int | None) -> bool:
         """Whether a layer belongs to the encoder of an encoder-decoder."""
@@ -186,12 +191,12 @@ def _layer_lists(model: nn.Module) -> dict[str, int]:
     return found or lists_of_linears
 
 
-def _sides(lists: Mapping[str, int]) -> tuple[str, ...]:
-    """Names of the encoder's and of the decoder's layers among `lists`; empty unless both exist.
+def _encoder_and_decoder(lists: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the encoder's and of the decoder's list of layers; empty unless both exist.
 
     Towers have encoders of their own. The text encoder is the one whose name shares most parts with the decoder's.
     """
-    decoders, encoders = ([name for name in lists if _side(name) == side] for side in ("decoder", "encoder"))
+    encoders, decoders = ([name for name in lists if _role(name) == role] for role in ("encoder", "decoder"))
     if not decoders or not encoders:
         return ()
     decoder = min(decoders, key=lambda name: name.count("."))
@@ -204,14 +209,14 @@ def _shared_parts(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
-def _side(module_name: str) -> str | None:
+def _role(module_name: str) -> str | None:
     """The first part of a name that is "encoder" or "decoder", with or without "text_"; None without one."""
-    sides = (part.removeprefix("text_") for part in module_name.split("."))
-    return next((part for part in sides if part in ("encoder", "decoder")), None)
+    parts = (part.removeprefix("text_") for part in module_name.split("."))
+    return next((part for part in parts if part in ("encoder", "decoder")), None)
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """The configuration of a module as a mapping, as PEFT reads it; None if it has none, or one that is no mapping."""
+    """The configuration of a module as a mapping; None if it has none, or if PEFT cannot make a mapping of it."""
     config = BaseTuner.get_model_config(module) if hasattr(module, "config") else None
     return config if isinstance(config, Mapping) else None
 

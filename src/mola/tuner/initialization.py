@@ -67,7 +67,9 @@ def initialize(
     router: torch.Tensor | None,
     base_layer: nn.Module,
 ) -> None:
-    """Fill experts and router of one module. The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5).
+    """Fill experts and router of one module with their initial values.
+
+    The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5); the table above has the experts.
 
     Args:
         method: one of `INITIALIZATIONS`.

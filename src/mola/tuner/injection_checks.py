@@ -118,7 +118,7 @@ def check_injection(
 def _check_layers_exist(config: MolaConfig, modules: Mapping[str, nn.Module]) -> None:
     """PEFT ignores a number in `layers_to_transform` that no layer has."""
     layers, probe = config.layers_to_transform, copy.copy(config)
-    probe.target_modules, probe.exclude_modules = {"inside"}, None  # a made-up module in everything that is numbered
+    probe.target_modules, probe.exclude_modules = {"inside"}, None  # the name of an invented linear in each layer
     names = [f"{name}.inside" for name in modules if name.rpartition(".")[2].isdigit()]
     for number in [layers] if isinstance(layers, int) else layers or []:
         probe.layers_to_transform = [number]

@@ -44,7 +44,10 @@ class ExpertSettings:
 
 @contextlib.contextmanager
 def keep_requires_grad(module: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of all parameters, since a `ParameterDict` makes tensors that it is given trainable."""
+    """Restore `requires_grad` of all parameters after the block, which assigns tensors to a `ParameterDict`.
+
+    A `ParameterDict` makes each assigned tensor a trainable parameter.
+    """
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     yield
     for name, parameter in module.named_parameters():
@@ -53,7 +56,7 @@ def keep_requires_grad(module: nn.Module) -> Iterator[None]:
 
 
 def offloaded_error() -> MolaError:
-    """The error for experts without values: accelerate offloaded them, and restores only modules that are called."""
+    """The error for experts without values: accelerate has offloaded them, and loads weights of called modules only."""
     return MolaError(
         "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate only restores the "
         "weights of modules that are called. Keep the model on its device."
@@ -156,18 +159,18 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def reset_parameters(self, adapter_name: str) -> None:
         """Draw new values for experts and router, by the method `init_lora_weights`."""
-        start = self.settings[adapter_name].init_lora_weights
-        parts = self.mola_A[adapter_name], self.mola_B[adapter_name], self.mola_router.get(adapter_name)
-        initialize(start, *parts, self.get_base_layer())
+        method = self.settings[adapter_name].init_lora_weights
+        router = self.mola_router.get(adapter_name)
+        initialize(method, self.mola_A[adapter_name], self.mola_B[adapter_name], router, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Keeps the dtype. PEFT's method casts to the base's dtype, also after it has loaded a file in float32.
-        parts = self.mola_A, self.mola_B, self.mola_router
-        kept = [(part, part[adapter_name]) for part in parts if adapter_name in part]
+        dicts = [each for each in (self.mola_A, self.mola_B, self.mola_router) if adapter_name in each]
+        originals = [parameters[adapter_name] for parameters in dicts]
         with keep_requires_grad(self):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-            for part, before in kept:
-                part[adapter_name] = nn.Parameter(before.detach().to(part[adapter_name].device))
+            for parameters, original in zip(dicts, originals, strict=True):
+                parameters[adapter_name] = nn.Parameter(original.detach().to(parameters[adapter_name].device))
 
     def _cast_experts(self, adapter_name: str) -> None:
         """Cast new experts to the base's dtype, as PEFT does, unless the base is quantised. Routers stay in float32."""
@@ -175,8 +178,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             return
         with keep_requires_grad(self):
-            for part in (self.mola_A, self.mola_B):
-                part[adapter_name] = nn.Parameter(part[adapter_name].detach().to(weight.dtype))
+            for experts in (self.mola_A, self.mola_B):
+                experts[adapter_name] = nn.Parameter(experts[adapter_name].detach().to(weight.dtype))
 
     # ------------------------------------------------------------------ forward
 
@@ -196,9 +199,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
+            # Few tokens without gradients: one native function computes base and experts.
             output = decode_layer(self, names[0], x)
             if output is not None:
                 return output
+            # A plain frozen base layer: a backend computes it together with the experts.
             if not torch.compiler.is_compiling() and (base := self.frozen_linear(x)) is not None:
                 return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)

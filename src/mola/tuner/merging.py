@@ -33,18 +33,16 @@ def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None =
         # PEFT merges trained tokens once for both modules.
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
             continue
-        known = {
-            *getattr(module, "scaling", {}),
-            *getattr(module, "settings", {}),
-        }  # `StackedParameters` has `settings`
-        if adapters is not None and not {*adapters} & known:
+        # Adapters of a layer are keys of `scaling`, and in `StackedParameters` of `settings`.
+        names = {*getattr(module, "scaling", {}), *getattr(module, "settings", {})}
+        if adapters is not None and names.isdisjoint(adapters):
             continue
         for parameter in module.get_base_layer().parameters(recurse=False):
             others = [other for other in owners.get(id(parameter), ()) if other != _adapted_module(name)]
             if others:
                 raise MolaError(
-                    f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, to "
-                    "which the update would be added as well. Keep it as an adapter, or train it without this module."
+                    f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, so "
+                    "the update would change both. Keep it as an adapter, or train it without this module."
                 )
 
 

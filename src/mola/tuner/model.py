@@ -42,7 +42,7 @@ class MolaModel(BaseTuner):
     (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Not possible, and an error: merging more than one expert, whose gates depend on the input, and
+    Two functions raise an error: merging more than one expert, whose gates depend on the input, and
     `add_weighted_adapter`. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` accept PEFT's own
     methods only.
     """
@@ -72,7 +72,7 @@ class MolaModel(BaseTuner):
                 "one kind, here MOLA."
             )
         _check_peft_version(passed)
-        # PEFT saves trainable models: adapters for inference only may be called like a module until one is saved.
+        # Such names do harm when an adapter is saved. Adapters for inference only are checked when they are saved.
         if not all(each.inference_mode for each in self.peft_config.values()):
             check_adapter_names(self.peft_config, model)
         check_base_model(passed, model)
@@ -125,10 +125,10 @@ class MolaModel(BaseTuner):
         )
 
     def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
-        """Name of the trained adapter if this adapter is the reference of a preference trainer, else None.
+        """Name of the trained adapter, if the new adapter is the reference "ref" of a preference trainer; else None.
 
-        TRL adds "ref" with the configuration object of the trained adapter, which `MolaModel` keeps as it was copied
-        for that adapter. TRL then copies tensors whose names contain ".default.", and those of mola end with it.
+        TRL adds "ref" with the configuration object of the trained adapter. It then copies the tensors whose names
+        contain ".default.". Names of mola's tensors end with ".default", so the reference would keep new values.
         """
         others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
         same = [name for name, config in others.items() if config is passed]
@@ -139,7 +139,7 @@ class MolaModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
-        # PEFT goes on with the passed object, so both get the names.
+        # PEFT reads the names from the object that the user passed, the model keeps the copy: both get them.
         tie_saved_embeddings(self.model, (peft_config, self._passed_config), tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -193,7 +193,7 @@ class MolaModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        # PEFT's method needs the attribute `weight`, which these modules lack.
+        # PEFT's method reads the attribute `weight`, which these modules may lack.
         is_base = isinstance(child, MolaLinear) and new_module is child.base_layer
         if is_base or isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
             setattr(parent, child_name, new_module)

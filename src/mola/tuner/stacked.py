@@ -58,9 +58,9 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         initialize(settings.init_lora_weights, A, B, None, self.base_layer)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = getattr(self.base_layer, stack.parameter).dtype
-        for part in "AB":  # as in PEFT, which may cast them later
-            held = getattr(self, f"mola_{part}_{stack.parameter}")
-            held[adapter_name] = nn.Parameter(held[adapter_name].detach().to(dtype))
+        for part in "AB":  # PEFT too starts in the base's dtype, and casts later if asked to
+            factors = getattr(self, f"mola_{part}_{stack.parameter}")
+            factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().to(dtype))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _factors(self, adapter_name: str, parameter: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,11 +70,11 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         for parameter in self.settings.get(adapter_name, {}):
             weight = getattr(self.base_layer, parameter)
             for part in "AB":
-                held = getattr(self, f"mola_{part}_{parameter}")
-                old = held[adapter_name]
+                factors = getattr(self, f"mola_{part}_{parameter}")
+                old = factors[adapter_name]
                 if not old.is_meta:
-                    held[adapter_name] = nn.Parameter(old.detach().to(device or weight.device))
-                    held[adapter_name].requires_grad_(old.requires_grad)
+                    factors[adapter_name] = nn.Parameter(old.detach().to(device or weight.device))
+                    factors[adapter_name].requires_grad_(old.requires_grad)
 
     # ------------------------------------------------------------------ forward
 
