@@ -1,4 +1,4 @@
-"""From options to cases, with the checks that need a model's configuration but not its weights."""
+"""Makes cases from options, and checks them against the model's configuration before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_compiler(options: BenchmarkOptions) -> None:
 
 
 def prepare_torch(device: str, threads: int) -> None:
-    """Number of threads and current GPU of this process."""
+    """Set the number of threads and the current GPU of this process."""
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -79,7 +79,7 @@ def cases(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Case]
 
 
 def check_model(options: BenchmarkOptions, folder: Path) -> None:
-    """Whether the options fit a model.
+    """Check that the options fit a model.
 
     Raises:
         MolaError: too many tokens for it, or an allocation that its layers cannot have.

@@ -1,4 +1,4 @@
-"""How the benchmarks' commands end: errors are one line on standard error, and the exit code 2."""
+"""Errors of the benchmarks' commands: one line on standard error, and the exit code 2."""
 
 import functools
 import sys
@@ -10,7 +10,7 @@ from mola.files.terminal import close_output
 
 
 def in_one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the `main` of the command `name`, which begins the line."""
+    """A decorator for the `main` of a command: an error becomes one line that begins with the command's `name`."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)

@@ -1,8 +1,8 @@
-"""Everything to know about a GPU, in one command: `make bench-gpu`, or `python -m benchmarks.gpu`.
+"""Measures mola on a GPU in one command: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
-Are the kernels right on this card, does a step wait for the host, what do a step, its memory and decoding cost beside
-LoRA and the frozen base: on SmolLM2, and on two random layers with LLaMA-2-7B's shapes at 4 x 1,024 tokens. Writes
-JSON, and tables in Markdown.
+It checks that the kernels are right on this GPU and that a step does not wait for the host. It measures what a step,
+its memory and decoding cost beside LoRA and the frozen base: on SmolLM2, and on two random layers with LLaMA-2-7B's
+shapes at 4 x 1,024 tokens. It writes JSON, and tables in Markdown.
 
 `--dry_run` does the same on a CPU, tiny and with Triton interpreted: its times mean nothing.
 """
@@ -42,7 +42,7 @@ _SQUARE = 8192
 
 
 class _Job:
-    """Runs the parts, and keeps what they gave; a part that fails leaves the others their turn."""
+    """Runs the parts and keeps their results; after a part that fails, the next one runs."""
 
     def __init__(self, output: Path, *, dry_run: bool, folder: Path) -> None:
         self.output, self.dry_run, self.folder = output, dry_run, folder
@@ -57,7 +57,7 @@ class _Job:
         }
 
     def run(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> str | None:
-        """A module in a process of its own: its output, or None if it failed."""
+        """Run a module in a process of its own; returns its output, or None if it failed."""
         logger.info("%s: python -m %s", name, " ".join(arguments))
         start = time.perf_counter()
         command = [sys.executable, "-m", *arguments]
@@ -74,13 +74,13 @@ class _Job:
         return done.stdout if done.returncode == 0 else None
 
     def keep(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        """A module that prints JSON, which is kept."""
+        """Run a module that prints JSON, and keep the JSON."""
         if (output := self.run(name, *arguments, environment=environment)) is not None:
             self.record["parts"][name]["results"] = json.loads(output)
             atomic_write_json(self.output, self.record)
 
     def suites(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        """Suites of `python -m benchmarks`, whose rows are kept."""
+        """Run suites of `python -m benchmarks`, and keep their rows."""
         results = self.folder / f"{name}.json"
         common = ("--device", self.device, "--dtype", "bfloat16", "--output", str(results), *PROVIDERS)
         self.run(name, "benchmarks", *arguments, *common, environment=environment)
@@ -90,7 +90,7 @@ class _Job:
 
 
 def measure(output: Path, *, dry_run: bool) -> tuple[dict[str, Any], bool]:
-    """All parts, one after the other: the record, and whether nobody has interrupted it.
+    """Run all parts; returns the record, and whether it was not interrupted.
 
     Args:
         output: JSON file, written after each part.
@@ -234,7 +234,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 @in_one_line("benchmarks.gpu")
 def main(arguments: list[str] | None = None) -> int:
-    """Run it: 0 if all parts went well, 1 if one failed, 2 without a GPU."""
+    """Run the command. Exit code: 0 if all parts went well, 1 if one failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, help="JSON file; .md beside it (default: results/gpu.json)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")

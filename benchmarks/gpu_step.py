@@ -1,6 +1,6 @@
-"""One training step of a small mixture in which nothing may wait for the GPU.
+"""`python -m benchmarks.gpu_step`: one training step of a small mixture, in which nothing may wait for the GPU.
 
-`python -m benchmarks.gpu_step`: PyTorch raises where an operator waits, and the profiler tells how many kernels ran.
+PyTorch raises if an operator waits, and the profiler counts the kernels.
 """
 
 from __future__ import annotations

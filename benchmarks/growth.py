@@ -55,7 +55,7 @@ def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str,
 
 
 def _overhead(times: dict[str, Times], name: str) -> dict[str, float | None]:
-    """Median time above the frozen base, in units of what LoRA adds; None where LoRA's own is lost in the noise."""
+    """Median time added to the frozen base, over the time that LoRA adds; None if LoRA added none within the noise."""
     if not {"frozen", "lora_8"} <= set(times):
         return {}
     frozen, lora, own = (times[each].row()["seconds"]["median"] for each in ("frozen", "lora_8", name))

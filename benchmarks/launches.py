@@ -1,7 +1,7 @@
-"""Kernels that a GPU is asked to run for one adapted linear, counted without a GPU: `python -m benchmarks.launches`.
+"""`python -m benchmarks.launches`: counts the kernels that a GPU runs for one adapted linear, without a GPU.
 
-Operators on fake CUDA tensors, views and allocations left out, and Triton's kernels. Small batches and decoding wait
-for these launches more than for the work in them.
+Counted are operators on fake CUDA tensors, without views and allocations, and Triton's kernels. With small batches and
+in decoding, launching kernels takes longer than their work.
 """
 
 # ruff: noqa: E402 - devices of type cuda must exist before torch is imported
@@ -50,7 +50,7 @@ _NO_KERNELS = (
 
 
 class _Launches(TorchDispatchMode):
-    """Counts what a GPU would run; `names` tells it in order."""
+    """Records the names of the kernels that a GPU would run, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Launches(TorchDispatchMode):
 
 
 class _Kernel:
-    """Stands for a kernel of Triton: a launch that computes nothing."""
+    """Replaces a kernel of Triton: a launch is recorded and computes nothing."""
 
     def __init__(self, name: str, launches: Callable[[], list[str]]) -> None:
         self.name, self.launches = name, launches
@@ -153,7 +153,7 @@ def _triton() -> Backend:
 
 @contextlib.contextmanager
 def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
-    """Kernels that are counted in place of Triton's, and no questions to a driver."""
+    """Replace Triton's kernels by kernels that are counted, and torch's questions to a CUDA driver by constants."""
     launch = native.load("launch", "gpu")
     names = () if launch is None else ("pack", "gates_forward", "gates_backward", "drop")
     with contextlib.ExitStack() as stack:
@@ -168,7 +168,7 @@ def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def autocast(adapters: torch.dtype) -> Iterator[None]:
-    """Of fake CUDA tensors to bfloat16, where adapters are in float32."""
+    """Autocast of fake CUDA tensors to bfloat16, if the adapters are in float32."""
     # Not `torch.autocast`, which asks a driver whether it can.
     torch.set_autocast_enabled("cuda", adapters is torch.float32)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

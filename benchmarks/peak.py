@@ -41,7 +41,7 @@ def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, A
 
 
 def measure(name: str, case: Case) -> dict[str, Any]:
-    """As `measure_in_fresh_process`, in this process, which should have done nothing else before."""
+    """As `measure_in_fresh_process`, but in this process, which must not have computed anything before."""
     base = load_base(case)
     provider = build(name, base, case)
     batch = training_batch(case, base.config.vocab_size)
@@ -88,7 +88,7 @@ def _run(step: Any) -> None:
 
 
 def _give_back_freed_memory() -> bool:
-    """Let the allocator return what it keeps for later, which would hide what the steps need."""
+    """Let the allocator return freed memory to the system: it would hide the memory that the steps need."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

@@ -1,6 +1,6 @@
-"""What Triton's kernels take of a GPU's cores, compiled ahead of time without a GPU: `python -m benchmarks.resources`.
+"""`python -m benchmarks.resources`: registers and shared memory of the Triton kernels, compiled without a GPU.
 
-Registers per thread decide how many programs share a core; a spill means that they did not suffice.
+Registers per thread decide how many programs run on a core at once. Spilled bytes mean too few registers.
 """
 
 from __future__ import annotations

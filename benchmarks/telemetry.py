@@ -1,8 +1,8 @@
 """The suite `telemetry`: what it costs a training step to record the use of experts.
 
 Two models with the same weights take turns. The experts of one are recorded, and every token counts, as in
-`mola train`.
-An interval of ten steps, the default between two lines, ends with the sums on the host and the records of a line.
+`mola train`. An interval of ten steps, the default between two lines, ends with the sums on the host and the records of
+a line.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_wrong_input_ends_in_one_line_before_the_work(arguments, message, tiny_m
 def test_a_model_without_a_tokenizer_is_refused_before_the_work(tiny_model, tmp_path, capsys):
     tiny_model.save_pretrained(tmp_path / "model")
     assert run(tmp_path / "model", tmp_path / "results.json", "--suite", "curve") == 2
-    assert "has no tokenizer that loads" in capsys.readouterr().err
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_the_random_model_has_no_text_and_says_so(tiny_model, tmp_path, monkeypatch, caplog):

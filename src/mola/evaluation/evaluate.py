@@ -1,8 +1,8 @@
-"""`mola evaluate`: a model's answers on a test file, and how many are right.
+"""`mola evaluate`: a model answers the questions of a test file, and the right answers are counted.
 
-- `evaluate_examples` is the core: loaded model, examples in memory.
-- `evaluate` adds checks before loading, loading, resuming, and the result file.
-- `main` is the command: it prints a table.
+- `evaluate_examples` in `mola.evaluation.core` asks a loaded model about examples in memory.
+- `evaluate` checks the options, loads model and data, resumes an interrupted evaluation and writes the result file.
+- `main` is the command, which prints a table.
 """
 
 import logging

@@ -9,7 +9,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.kernels.api import Backend, FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import BACKENDS, explain, forced_backend, narrowed
+from mola.tuner.kernels.dispatch import BACKENDS, cast_float32_input, explain, forced_backend
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
@@ -122,7 +122,7 @@ def _inputs_of(layer: MolaLinear, adapter_name: str, mode: str) -> MixtureInputs
 
 
 def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str], ...]]:
-    inputs = narrowed(inputs)
+    inputs = cast_float32_input(inputs)
     forced = None if inputs.router is None else forced_backend()
     with torch.set_grad_enabled(mode == "training"):
         if forced is not None:

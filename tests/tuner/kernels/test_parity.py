@@ -72,10 +72,9 @@ def grid(names, **axes):
 
 def backend_for(name, inputs):
     """The backend, or a skip that says what this machine lacks; a failure where it is required."""
-    backend = BY_NAME.get(name)
-    reason = "kernels/cpu is not installed" if backend is None else backend.supports(inputs)
+    reason = BY_NAME[name].supports(inputs)
     if reason is None:
-        return backend
+        return BY_NAME[name]
     message = f"{name}: {reason}"
     if name in REQUIRED:
         pytest.fail(f"MOLA_REQUIRE_KERNELS: {message}")

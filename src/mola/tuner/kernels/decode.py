@@ -52,7 +52,7 @@ class Decode(Backend):
         return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """See `Backend`."""
+        """Compute the products of A and B in float32, and add the update to a new base output."""
         settings, (num_experts, r, _) = inputs.settings, inputs.experts_A.shape
         dtype = torch.promote_types(settings.dtype, torch.float32)
         rows = as_rows(inputs.x).to(dtype)

@@ -40,7 +40,7 @@ class Dense(Backend):
         return why_no_own_backward(inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
-        """See `Backend`."""
+        """Multiply all experts at once. Keeps the gated output of A, the gates, and copies in another dtype."""
         settings, weight = inputs.settings, inputs.weight
         x = inputs.x.to(settings.dtype)
         joined = None if inputs.experts_A.dtype == settings.dtype else _join(inputs, settings.dtype)

@@ -65,12 +65,12 @@ def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
 
 def mixture(inputs: MixtureInputs) -> Mixture:
     """Compute a mixture by the backend that `select` returns; errors as there."""
-    inputs = narrowed(inputs)
+    inputs = cast_float32_input(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
 
 
-def narrowed(inputs: MixtureInputs) -> MixtureInputs:
+def cast_float32_input(inputs: MixtureInputs) -> MixtureInputs:
     """On a GPU under autocast, cast a float32 input to the dtype of the products, once for router and products.
 
     LayerNorm returns float32 under autocast, and the dtype of the base without it. After the cast, routers get the same

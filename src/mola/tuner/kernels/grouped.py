@@ -83,7 +83,7 @@ class Grouped(Backend):
         return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
-        """See `Backend`."""
+        """Gather the token of every assignment, multiply it by its expert, and add the result to its token."""
         settings = inputs.settings
         x = inputs.x.to(settings.dtype)
         logits = router_logits_by_expert(as_rows(inputs.x), inputs.router)

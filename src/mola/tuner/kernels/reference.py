@@ -27,7 +27,7 @@ class Reference(Backend):
         return NO_ROUTER if inputs.router is None else None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """See `Backend`."""
+        """`y = base output + scaling * sum_e g_e B_e A_e dropout(x)`, with the gates `g` of the router."""
         result = _base(inputs)  # first, so that autograd adds up gradients in this order
         logits, routing = _route(inputs)
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
@@ -57,7 +57,7 @@ class Gathered(Reference):
         return None if few or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """See `Backend`; the update is made in float32 (float64 for float64)."""
+        """As `Reference.forward`, but the sum is over the chosen experts; in float32, or float64 for float64."""
         result = _base(inputs)
         logits, routing = _route(inputs)
         rows = as_rows(_dropped(inputs))
@@ -78,7 +78,7 @@ class Lora(Reference):
         return None if inputs.router is None else "there are several experts"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """See `Backend`."""
+        """`y = base output + scaling * B A dropout(x)`."""
         result = _base(inputs)
         # The copy has the memory layout of PEFT's LoRA, so results are equal to the last bit.
         weight_B = inputs.experts_B[0].t().contiguous()

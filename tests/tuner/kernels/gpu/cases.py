@@ -12,7 +12,7 @@ from mola import MolaError
 from mola.insight.kernels import kernel_choices
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
-from mola.tuner.kernels.dispatch import mixture, narrowed, select
+from mola.tuner.kernels.dispatch import cast_float32_input, mixture, select
 from mola.tuner.kernels.dropout import drop, is_gpu_seed, sample_dropout_mask
 from mola.tuner.kernels.gpu import backend as backend_module
 from mola.tuner.kernels.gpu import first_use, launch
@@ -390,9 +390,9 @@ def test_what_is_told_under_autocast_is_what_computes(trusted):
     wide = inputs._replace(x=inputs.x.detach().float().requires_grad_())
     with torch.autocast(DEVICE, torch.bfloat16):
         (told,) = kernel_choices([("training", wide)])
-        assert told.backend == select(narrowed(wide)).name == "triton"
+        assert told.backend == select(cast_float32_input(wide)).name == "triton"
         alone = wide._replace(router=None, experts_A=wide.experts_A[:1], experts_B=wide.experts_B[:1])
-        assert narrowed(alone).x is alone.x  # one expert is PEFT's LoRA, which leaves that to autocast
+        assert cast_float32_input(alone).x is alone.x  # one expert is PEFT's LoRA, which leaves that to autocast
 
 
 @pytest.mark.parametrize("adapters", [*slow(torch.float32), torch.bfloat16], ids=str)

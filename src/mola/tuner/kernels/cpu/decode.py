@@ -47,7 +47,7 @@ class CpuDecode(Decode):
         return reason
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """See `Backend`."""
+        """Compute the base output, then add the update in place by the native function."""
         if inputs.weight is not None:
             output = linear(inputs.x, inputs.weight, inputs.bias)
         else:

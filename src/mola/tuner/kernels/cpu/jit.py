@@ -92,7 +92,7 @@ def is_among(number, numbers):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def choose(logits, chosen, gates, scaling):
+def choose_experts(logits, chosen, gates, scaling):
     """Choose the experts with the largest logits, and compute their gates times scaling.
 
     Args:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose_experts, compiled, narrow, pointer, widen
 from mola.tuner.kernels.cpu.jit_instructions import has_vectors
 from mola.tuner.kernels.cpu.jit_vectors import dot_rows, hold
 
@@ -28,6 +28,7 @@ _AHEAD = 16384  # bytes that `linear` prefetches ahead, chosen with rows of 2 an
 
 @numba.njit(fastmath=MATH, inline="always")
 def _dot(a, b):
+    """Dot product of a float32 row with a row in any dtype."""
     total = np.float32(0)
     for i in range(len(a)):
         total += a[i] * widen(b[i])
@@ -36,6 +37,7 @@ def _dot(a, b):
 
 @numba.njit(fastmath=MATH, inline="always")
 def _dots(a, b0, b1, b2, b3):
+    """Dot products of a float32 row with four rows."""
     s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for i in range(len(a)):
         s0 += a[i] * widen(b0[i])
@@ -67,7 +69,7 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
         while expert < num_experts:
             logits[expert] = _dot(row, router[expert])
             expert += 1
-        choose(logits, chosen, gates, scaling)
+        choose_experts(logits, chosen, gates, scaling)
         update[:] = 0
         for k in range(top_k):
             matrix_A, matrix_B = experts_A[chosen[k]], experts_B[chosen[k]]
@@ -90,6 +92,8 @@ def _add(x, router, experts_A, experts_B, output, scaling, top_k):
 
 
 def _specialize(values: Any, weights: Any) -> Any:
+    """Compile `kernel` for the dtypes of input and output, and of A and B."""
+
     def add(x, router, experts_A, experts_B, output, num_tokens, num_experts, r, in_features, out_features, s, top_k):
         _add(
             numba.carray(pointer(x), (num_tokens, in_features), values),
@@ -105,6 +109,8 @@ def _specialize(values: Any, weights: Any) -> Any:
 
 
 def _specialize_rows(values: Any, weights: Any) -> Any:
+    """Compile `rows_kernel` for the dtypes of input and output, and of A and B."""
+
     def add_rows(x, output, experts, scalings, num_rows, num_tokens, in_features, out_features):
         all_x = numba.carray(pointer(x), (num_rows, num_tokens, in_features), values)
         all_output = numba.carray(pointer(output), (num_rows, num_tokens, out_features), values)
@@ -163,6 +169,7 @@ def _formats(values: torch.dtype, weights: torch.dtype) -> Any:
 
 
 def _linear(x, weight, bias, output, num_tokens, in_features, out_features):
+    """Fill `output` with `x W^T + b`, in blocks of eight tokens and three rows of the weight; see `linear_kernel`."""
     padded = (num_tokens + _TOKENS - 1) // _TOKENS * _TOKENS
     tokens = np.zeros((padded, in_features), np.float32)
     tokens[:num_tokens] = numba.carray(pointer(x), (num_tokens, in_features), np.float32)

@@ -22,20 +22,23 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes of a number; zero
 
 
 @numba.njit(inline="always")
-def _mixed(x):
+def _mix_bits(x):
+    """Mix the bits of a 32-bit number, so that every bit of the result depends on all bits of `x`."""
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 def _specialize(bits: Any) -> Any:
+    """Compile `kernel` for the integer type of an element's bits."""
+
     def drop(source, seed, target, size):
         numbers, dropped = numba.carray(pointer(source), size, bits), numba.carray(pointer(target), size, bits)
         words = numba.carray(pointer(seed), 3, np.uint32)
         before, between, threshold = words[0], words[1], words[2]
         for i in range(size):
-            x = _mixed(np.uint32(np.uint32(i) + before))
-            x = _mixed(np.uint32(x ^ between))
+            x = _mix_bits(np.uint32(np.uint32(i) + before))
+            x = _mix_bits(np.uint32(x ^ between))
             dropped[i] = numbers[i] if x >= threshold else bits(0)
 
     return compiled(drop, types.void(*[types.int64] * 4), bits)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
-from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose, compiled, narrow, pointer, widen
+from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose_experts, compiled, narrow, pointer, widen
 
 _ROWS, _COLUMNS = 8, 768  # of a tile of the input, so that it stays in the first cache
 
@@ -74,7 +74,7 @@ def router_logits(x, router, logits):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def choose_all(logits, gates, expert_indices, scaling):
+def choose_for_all_tokens(logits, gates, expert_indices, scaling):
     """Fill `expert_indices` with every token's experts of the largest logits, `gates` with their gates times scaling.
 
     Both are `(top_k, N)`; `logits: (E, N)`.
@@ -87,7 +87,7 @@ def choose_all(logits, gates, expert_indices, scaling):
     for n in range(num_tokens):
         for expert in range(num_experts):
             token_logits[expert] = logits[expert, n]
-        choose(token_logits, chosen, token_gates, scaling)
+        choose_experts(token_logits, chosen, token_gates, scaling)
         for k in range(top_k):
             expert_indices[k, n] = chosen[k]
             gates[k, n] = token_gates[k]
@@ -149,6 +149,8 @@ def _gates_backward(grad_gated, gated, weights, grad_logits, grad_hidden, grad_r
 
 
 def _specialize_gates(values: Any, products: Any) -> Any:
+    """Compile `gates_kernel` for the dtypes of the router's input, and of the output of A."""
+
     def gates(x, router, hidden, logits, weights, expert_indices, num_tokens, in_features, num_experts, r, top_k, s):
         all_logits = numba.carray(pointer(logits), (num_experts, num_tokens), np.float32)
         all_weights = numba.carray(pointer(weights), (num_experts, num_tokens), np.float32)
@@ -156,7 +158,7 @@ def _specialize_gates(values: Any, products: Any) -> Any:
         rows = numba.carray(pointer(x), (num_tokens, in_features), values)
         router_logits(rows, numba.carray(pointer(router), (num_experts, in_features), np.float32), all_logits)
         chosen_gates = np.empty((top_k, num_tokens), np.float32)
-        choose_all(all_logits, chosen_gates, indices, np.float32(s))
+        choose_for_all_tokens(all_logits, chosen_gates, indices, np.float32(s))
         _scatter(chosen_gates, indices, all_weights)
         _multiply(numba.carray(pointer(hidden), (num_experts, r, num_tokens), products), all_weights)
 
@@ -164,6 +166,8 @@ def _specialize_gates(values: Any, products: Any) -> Any:
 
 
 def _specialize_gradient(products: Any) -> Any:
+    """Compile `gradient_kernel` for the dtype of the output of A."""
+
     def gradient(grad_gated, gated, weights, grad_logits, both, num_tokens, num_experts, r, s):
         size = num_experts * r
         gradients = numba.carray(pointer(both), (size + num_experts, num_tokens), products)

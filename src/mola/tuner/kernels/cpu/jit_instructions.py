@@ -53,15 +53,15 @@ def _features() -> list[str]:
     return cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
-def long(number: int) -> ir.Constant:
+def int64(number: int) -> ir.Constant:
     """A number as a 64-bit constant of LLVM."""
     return ir.Constant(LONG, number)
 
 
-def at(builder, address, *offsets):
+def shift(builder, address, *offsets):
     """An address with offsets added, in bytes."""
     for offset in offsets:
-        address = builder.add(address, offset if isinstance(offset, ir.Value) else long(offset))
+        address = builder.add(address, offset if isinstance(offset, ir.Value) else int64(offset))
     return address
 
 
@@ -77,20 +77,20 @@ def store(builder, value, address) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 2
 
 
-def address_in(builder, table, index):
+def load_address(builder, table, index):
     """Entry `index` of a table of addresses."""
-    return load(builder, at(builder, table, builder.shl(index, long(3))), LONG, 8)
+    return load(builder, shift(builder, table, builder.shl(index, int64(3))), LONG, 8)
 
 
-def pick(builder, first, second, places):
+def shuffle(builder, first, second, places):
     """A vector of numbers of two vectors; `places` count through the first vector and on through the second."""
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, len(places)), places))
 
 
-def everywhere(builder, lane):
+def broadcast(builder, lane):
     """A vector that holds one lane at all places."""
     vector = builder.insert_element(ir.Constant(WORDS, ir.Undefined), lane, ir.Constant(WORD, 0))
-    return pick(builder, vector, vector, [0] * LANES)
+    return shuffle(builder, vector, vector, [0] * LANES)
 
 
 def prefetch(builder, address) -> None:
@@ -130,21 +130,21 @@ def lane_sum(builder, vector):
     while width > 1:
         width //= 2
         low, high = list(range(width)), list(range(width, 2 * width))
-        vector = builder.fadd(pick(builder, vector, vector, low), pick(builder, vector, vector, high))
+        vector = builder.fadd(shuffle(builder, vector, vector, low), shuffle(builder, vector, vector, high))
     return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
 def sums_of_eight(builder, vectors):
     """The lane sums of eight vectors as one vector of eight; every step halves the number of vectors."""
     low, high = list(range(8)), list(range(8, 16))
-    vectors = [builder.fadd(pick(builder, v, v, low), pick(builder, v, v, high)) for v in vectors]
+    vectors = [builder.fadd(shuffle(builder, v, v, low), shuffle(builder, v, v, high)) for v in vectors]
     for low, high in (
         ([0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]),
         ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]),
         ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]),
     ):
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.fadd(pick(builder, a, b, low), pick(builder, a, b, high)) for a, b in pairs]
+        vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
     return vectors[0]
 
 

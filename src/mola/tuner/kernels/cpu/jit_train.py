@@ -19,7 +19,7 @@ import torch
 from numba import types
 
 from mola.tuner.kernels.cpu.jit import FORMATS, MATH, compiled, narrow, pointer, widen
-from mola.tuner.kernels.cpu.jit_gates import choose_all, router_logits
+from mola.tuner.kernels.cpu.jit_gates import choose_for_all_tokens, router_logits
 from mola.tuner.kernels.cpu.jit_instructions import has_vectors
 from mola.tuner.kernels.cpu.jit_products import (
     WIDE,
@@ -116,6 +116,7 @@ def _row_addresses(matrices, extra, num_experts, r, rows, num_bytes):
 
 
 def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
+    """Compile `forward_kernel`; its arguments are those there."""
     is_bf16, itemsize = (1, 2) if products is np.uint16 else (0, 4)
     pack, full_tiles, tail = 1 + is_bf16, r // 8, r % 8 or 1
     lanes = (r + is_bf16) // pack
@@ -130,7 +131,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         matrices_B = numba.carray(pointer(experts_B), (e, r, o), params)
         router_rows = numba.carray(pointer(router), (e, i), np.float32)
         router_logits(numba.carray(pointer(x), (n, i), values), router_rows, all_logits)
-        choose_all(all_logits, all_weights, expert_indices, np.float32(s))
+        choose_for_all_tokens(all_logits, all_weights, expert_indices, np.float32(s))
         sort = sort_by_expert(expert_indices, e, 1)
         memory = np.empty(e * r * i * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_A
@@ -154,6 +155,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
 
 
 def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any:
+    """Compile `backward_kernel`; its arguments are those there."""
     is_bf16, itemsize = (1, 2) if products is np.uint16 else (0, 4)
     pack, full_tiles, tail = 1 + is_bf16, r // 8, r % 8 or 1
     rows_A = r + joint  # with a row for the router where it reads the same input

@@ -45,17 +45,17 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
     def generate(context, builder, signature, arguments):
         rows, matrix, stride, num_bytes, sums, sums_stride = arguments[:6]
         totals = [op.zeros(builder, width.literal_value) for _ in range(count.literal_value)]
-        left = [op.address_in(builder, rows, op.long(t)) for t in range(len(totals))]
+        left = [op.load_address(builder, rows, op.int64(t)) for t in range(len(totals))]
         distance = ahead.literal_value
         right = [matrix]
         for _ in range(1, width.literal_value):
-            right.append(op.at(builder, right[-1], stride))
-        with cgutils.for_range_slice(builder, op.long(0), num_bytes, op.long(op.BYTES)) as (offset, _):
+            right.append(op.shift(builder, right[-1], stride))
+        with cgutils.for_range_slice(builder, op.int64(0), num_bytes, op.int64(op.BYTES)) as (offset, _):
             for address in left if distance else ():
-                op.prefetch(builder, op.at(builder, address, offset, distance))
-            vectors = [op.load(builder, op.at(builder, address, offset), op.WORDS) for address in left]
+                op.prefetch(builder, op.shift(builder, address, offset, distance))
+            vectors = [op.load(builder, op.shift(builder, address, offset), op.WORDS) for address in left]
             for j, address in enumerate(right):
-                vector = op.load(builder, op.at(builder, address, offset), op.WORDS)
+                vector = op.load(builder, op.shift(builder, address, offset), op.WORDS)
                 for t, other in enumerate(vectors):
                     op.accumulate(builder, is_bf16.literal_value, totals[t][j], other, vector)
         for row in totals:
@@ -64,8 +64,8 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
                 op.store(builder, op.sums_of_eight(builder, values), sums)
             else:
                 for j, value in enumerate(values):
-                    op.store(builder, op.lane_sum(builder, value), op.at(builder, sums, 4 * j))
-            sums = op.at(builder, sums, sums_stride)
+                    op.store(builder, op.lane_sum(builder, value), op.shift(builder, sums, 4 * j))
+            sums = op.shift(builder, sums, sums_stride)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, ahead, count, width, is_bf16), generate
@@ -88,15 +88,17 @@ def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vec
     def generate(context, builder, signature, arguments):
         target, rows, offset, coefficients, count = arguments[:5]
         bf16 = is_bf16.literal_value
-        places = [op.at(builder, target, (2 if bf16 else 4) * op.LANES * v) for v in range(num_vectors.literal_value)]
+        places = [
+            op.shift(builder, target, (2 if bf16 else 4) * op.LANES * v) for v in range(num_vectors.literal_value)
+        ]
         totals = [cgutils.alloca_once_value(builder, op.load_floats(builder, place, bf16)) for place in places]
         with cgutils.for_range(builder, count) as loop:
-            lane = op.load(builder, op.at(builder, coefficients, builder.shl(loop.index, op.long(2))), op.WORD)
-            factor = op.everywhere(builder, lane)
-            row = op.at(builder, op.address_in(builder, rows, loop.index), offset)
+            lane = op.load(builder, op.shift(builder, coefficients, builder.shl(loop.index, op.int64(2))), op.WORD)
+            factor = op.broadcast(builder, lane)
+            row = op.shift(builder, op.load_address(builder, rows, loop.index), offset)
             for v, total in enumerate(totals):
                 op.accumulate(
-                    builder, bf16, total, factor, op.load(builder, op.at(builder, row, op.BYTES * v), op.WORDS)
+                    builder, bf16, total, factor, op.load(builder, op.shift(builder, row, op.BYTES * v), op.WORDS)
                 )
         for place, total in zip(places, totals, strict=True):
             value = builder.load(total)
@@ -138,18 +140,18 @@ def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targe
         totals = [op.zeros(builder, 2) for _ in range(width.literal_value)]
         with cgutils.for_range(builder, count) as loop:
             vectors = _two_vectors(builder, rows, loop.index, offset, bf16)
-            lanes = op.at(builder, coefficients, builder.mul(loop.index, stride))
+            lanes = op.shift(builder, coefficients, builder.mul(loop.index, stride))
             for j, row in enumerate(totals):
-                factor = op.everywhere(builder, op.load(builder, op.at(builder, lanes, 4 * j), op.WORD))
+                factor = op.broadcast(builder, op.load(builder, op.shift(builder, lanes, 4 * j), op.WORD))
                 for total, vector in zip(row, vectors, strict=True):
                     op.accumulate(builder, bf16, total, factor, vector)
         for j, row in enumerate(totals):
             first, second = (builder.load(total) for total in row)
             if bf16:
-                first, second = (op.pick(builder, first, second, order) for order in (_FIRST, _SECOND))
-            place = op.at(builder, op.address_in(builder, targets, op.long(j)), targets_offset)
+                first, second = (op.shuffle(builder, first, second, order) for order in (_FIRST, _SECOND))
+            place = op.shift(builder, op.load_address(builder, targets, op.int64(j)), targets_offset)
             op.store(builder, first, place)
-            op.store(builder, second, op.at(builder, place, op.BYTES))
+            op.store(builder, second, op.shift(builder, place, op.BYTES))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, width, is_bf16), generate
@@ -157,12 +159,12 @@ def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targe
 
 def _two_vectors(builder, rows, index, offset, is_bf16):
     if not is_bf16:
-        row = op.at(builder, op.address_in(builder, rows, index), offset)
-        return [op.load(builder, row, op.WORDS), op.load(builder, op.at(builder, row, op.BYTES), op.WORDS)]
-    twice = builder.shl(index, op.long(1))
-    addresses = op.address_in(builder, rows, twice), op.address_in(builder, rows, op.at(builder, twice, 1))
-    one, other = (op.load(builder, op.at(builder, address, offset), op.PAIRS, 2) for address in addresses)
-    return [builder.bitcast(op.pick(builder, one, other, order), op.WORDS) for order in (_LOW, _HIGH)]
+        row = op.shift(builder, op.load_address(builder, rows, index), offset)
+        return [op.load(builder, row, op.WORDS), op.load(builder, op.shift(builder, row, op.BYTES), op.WORDS)]
+    twice = builder.shl(index, op.int64(1))
+    addresses = op.load_address(builder, rows, twice), op.load_address(builder, rows, op.shift(builder, twice, 1))
+    one, other = (op.load(builder, op.shift(builder, address, offset), op.PAIRS, 2) for address in addresses)
+    return [builder.bitcast(op.shuffle(builder, one, other, order), op.WORDS) for order in (_LOW, _HIGH)]
 
 
 def _hold(typing_context, array):

@@ -46,7 +46,7 @@ class CpuTrain(Backend):
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
         if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
             return OTHER_ROUTER
-        if experts_A.dtype is not experts_B.dtype or not _fit(x, experts_A, experts_B, router):
+        if experts_A.dtype is not experts_B.dtype or not _shapes_fit(x, experts_A, experts_B, router):
             return "shapes or dtypes of x, A, B and router do not fit"  # torch then raises its own error
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
             return NOT_PLAIN
@@ -62,7 +62,7 @@ class CpuTrain(Backend):
         return None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
-        """See `Backend`."""
+        """Call the native function with the addresses of all tensors; it adds the update to the base output."""
         settings, top_k, dtype = inputs.settings, inputs.settings.top_k, inputs.settings.dtype
         num_experts, r, in_features = inputs.experts_A.shape
         out_features = inputs.experts_B.shape[2]
@@ -106,7 +106,7 @@ class CpuTrain(Backend):
         return Grads(total, grad_A if wanted.experts_A else None, grad_B, grad_router if wanted.router else None)
 
 
-def _fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: torch.Tensor) -> bool:
+def _shapes_fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: torch.Tensor) -> bool:
     num_experts, r, in_features = experts_A.shape
     return (
         x.shape[-1] == in_features

@@ -54,12 +54,12 @@ class Triton(Backend):
         return first_use.why_wrong(self, inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
-        """See `Backend`."""
+        """Pack the weights for this pass, since they are trained, and compute the mixture."""
         _packed_of.pop(inputs.experts_A, None)
         return _forward(inputs, *_pack(inputs))
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
-        """See `Backend`; frozen weights are packed once."""
+        """Compute the mixture; the packed copies of frozen weights are used again."""
         return _forward(inputs, *_packed(inputs))[0]
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
@@ -92,6 +92,7 @@ class Triton(Backend):
 
 
 def _why_not_on(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can."""
     launch = native.load("launch", "gpu") if device.type == "cuda" or native.is_interpreting() else None
     if launch is None:
         return "needs a GPU and Triton"

@@ -35,14 +35,15 @@ def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
     if key not in _found:
         if inputs.x.is_cuda and torch.cuda.is_current_stream_capturing():
             return "was not tried before a CUDA graph was captured"
-        reason = _try(backend, inputs)
+        reason = _compare_with_reference(backend, inputs)
         if reason is not None:
             logger.warning("The kernel %s is not used on %s: %s.", backend.name, inputs.x.device, reason)
         _found[key] = reason
     return _found[key]
 
 
-def _try(backend: Backend, inputs: MixtureInputs) -> str | None:
+def _compare_with_reference(backend: Backend, inputs: MixtureInputs) -> str | None:
+    """Compute random inputs by the backend and by the reference; returns what differs, or the backend's error."""
     try:
         device = inputs.x.device
         with (

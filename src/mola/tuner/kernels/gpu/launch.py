@@ -176,11 +176,13 @@ def _why_dropout_is_wrong(device: torch.device) -> str | None:
 
 
 def _tiles(num_experts: int, r: int, num_tokens: int) -> tuple[dict[str, int], tuple[int]]:
+    """Block sizes of a program over experts, ranks and tokens, and the grid of programs."""
     experts, ranks = triton.next_power_of_2(num_experts), triton.next_power_of_2(r)
     tokens = max(16, min(128, _TILE // max(experts, ranks)))
     return {"BLOCK_E": experts, "BLOCK_R": ranks, "BLOCK_N": tokens}, (triton.cdiv(num_tokens, tokens),)
 
 
 def _empty(*shape: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor on the device of `like`, filled with NaN or -1 within `poisoned`."""
     tensor = torch.empty(shape, dtype=dtype, device=like.device)
     return tensor.fill_(float("nan") if dtype.is_floating_point else -1) if _poison[0] else tensor
