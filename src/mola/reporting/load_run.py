@@ -52,21 +52,31 @@ class Run:
         return self.adapter is None or bool(self.adapter.redundancy) or self.routing is not None
 
 
-def load_run(run_dir: str, **results: str | None) -> Run:
-    """Read a run folder.
+def load_run(
+    run_dir: str,
+    before: str | None = None,
+    after: str | None = None,
+    inspection: str | None = None,
+    export: str | None = None,
+) -> Run:
+    """Read a run folder and the results that belong to it.
 
     Args:
         run_dir: the folder.
-        **results: files of `before`, `after`, `inspection` and `export`; by default those in the folder.
+        before: result of `mola evaluate` without the adapter; by default the folder's own, if there is one.
+        after: the same with the adapter.
+        inspection: result of `mola inspect`.
+        export: report of `mola convert --to lora`.
 
     Raises:
-        MolaError: no run in the folder, or a result file of another kind.
+        MolaError: no run in the folder, or a result file that is missing or of another kind.
     """
     folder, record = Path(run_dir), read_record(run_dir)
-    for name, path in results.items():
+    given = {"before": before, "after": after, "inspection": inspection, "export": export}
+    for name, path in given.items():
         if path is not None and not Path(path).is_file():
             raise MolaError(f"`{name}` must be a file: {path!r} is none. Pass another one, or leave the option out.")
-    paths = {name: Path(results.get(name) or folder / file) for name, file in _RESULT_FILES.items()}
+    paths = {name: Path(path or folder / _RESULT_FILES[name]) for name, path in given.items()}
     return Run(
         folder,
         record,

@@ -61,13 +61,7 @@ def report(options: ReportOptions) -> Path:
         MolaError: no run in the folder, a result file of another kind, or the page would replace a file that mola did
             not write or that was changed since.
     """
-    run = load_run(
-        options.run_dir,
-        before=options.before,
-        after=options.after,
-        inspection=options.inspection,
-        export=options.export,
-    )
+    run = load_run(options.run_dir, options.before, options.after, options.inspection, options.export)
     target = Path(options.output or run.folder / REPORT_FILE)
     if target.exists() and not (options.overwrite or target.is_dir() or is_own_file(target)):
         raise MolaError(
