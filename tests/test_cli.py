@@ -238,7 +238,7 @@ def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no
         (["--outptu-dir", "x"], "no flag --outptu-dir. Did you mean --output_dir"),
     ],
 )
-def test_train_refuses_words_that_make_no_option(words, part, capsys):
+def test_train_refuses_stray_words_and_unknown_flags(words, part, capsys):
     assert main(["train", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mola train: error: ")
@@ -408,7 +408,7 @@ def test_a_list_is_given_once(tmp_path):
     assert parse(ServeOptions, words, prog="mola serve").adapter == ["a", "b"]
 
 
-def test_a_stray_word_joins_no_list_of_a_recipe(tmp_path):
+def test_a_stray_word_is_not_added_to_a_list_of_a_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text("seeds: [0, 1]\n")
     with pytest.raises(MolaError, match="'7' belongs to no flag"):
         parse(CompareOptions, ["--config", str(tmp_path / "recipe.yaml"), "7"], prog="mola compare")

@@ -132,7 +132,7 @@ def test_training_until_the_disk_is_full_goes_on_when_there_is_room(room, traini
     print(f"{room} bytes: full after {last.name if last else 'no checkpoint'}; {message}")
 
 
-def test_training_whose_folder_can_not_be_written_any_more(training, small, tmp_path, capsys):
+def test_training_on_a_disk_that_becomes_read_only(training, small, tmp_path, capsys):
     folder = small.path / "run"
 
     def take_away():

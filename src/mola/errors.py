@@ -5,15 +5,15 @@ class MolaError(ValueError):
     """Wrong input: the message names the field, the rule, the value received and the cure.
 
     It is a `ValueError`, so library users can catch it as usual. The command line prints the
-    message alone and exits with code 2; any other exception is a bug and keeps its traceback.
+    message alone and exits with code 2.
     """
 
 
 class NotFiniteError(MolaError):
-    """What a training or a model has computed, loss, weights or answers, is NaN or infinite.
+    """A computed loss, weight or answer is NaN or infinite.
 
     Attributes:
-        was_interrupted: whether a signal had asked the training to stop before.
+        was_interrupted: whether a signal had already asked the training to stop.
     """
 
     was_interrupted = False

@@ -78,7 +78,7 @@ def test_answer_ends_its_turn_and_the_text(tokenizer):
 
 
 @pytest.mark.parametrize("lead", [" ", "<think>\n\n</think>\n\n"])
-def test_what_stands_before_an_answer_is_trained_with_it(lead, tokenizer):
+def test_text_that_the_template_writes_before_an_answer_is_trained(lead, tokenizer):
     tokenizer.chat_template = TURNS.replace(
         "<|{{ message.role }}|>", "<|{{ message.role }}|>{% if message.role == 'assistant' %}" + lead + "{% endif %}"
     )
@@ -89,7 +89,7 @@ def test_what_stands_before_an_answer_is_trained_with_it(lead, tokenizer):
     assert tokenizer.decode(answer, skip_special_tokens=True) == lead + "The Nile."
 
 
-def test_an_output_that_has_its_own_thought_gets_no_other(tokenizer):
+def test_an_output_with_a_thought_gets_no_second_thought(tokenizer):
     tokenizer.chat_template = TURNS.replace(
         "<|{{ message.role }}|>",
         "<|{{ message.role }}|>{% if message.role == 'assistant' %}<think> </think>{% endif %}",
@@ -105,7 +105,7 @@ def test_an_output_that_has_its_own_thought_gets_no_other(tokenizer):
         assert question.option_texts("")[2] == f"{template.prompt('Which?')}{asked}Answer: The answer is C"
 
 
-def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_training(tokenizer):
+def test_a_template_whose_generation_prompt_differs_from_its_answers_is_refused_in_training(tokenizer):
     tokenizer.chat_template = TURNS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     template = get_template(CHAT, tokenizer)
     asked = template.prompt("Why?")
@@ -123,7 +123,7 @@ def crossing_tokenizer(blanks_tokenizer):
     return blanks_tokenizer
 
 
-def test_a_token_never_reaches_from_the_prompt_into_the_answer(crossing_tokenizer):
+def test_no_token_contains_the_border_between_prompt_and_answer(crossing_tokenizer):
     """Who asks has the prompt alone: two line breaks are one token of this vocabulary, whichever side they are on."""
     crossing_tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<think>\n\n</think>{{ m.content }}"
@@ -139,7 +139,7 @@ def test_a_token_never_reaches_from_the_prompt_into_the_answer(crossing_tokenize
     assert crossing_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
 
 
-def test_a_row_whose_first_token_would_reach_across_is_encoded_in_two_parts(crossing_tokenizer):
+def test_a_row_with_a_token_across_the_border_is_tokenised_in_two_parts(crossing_tokenizer):
     """Also where the template's own text leaves no such token: an output that begins with a line break."""
     crossing_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
@@ -166,7 +166,7 @@ def test_a_cut_prompt_keeps_its_begin_token(tokenizer):
     assert row["input_ids"] == [whole["input_ids"][0], *whole["input_ids"][6:]]
 
 
-def test_an_end_token_of_an_adapter_is_that_of_its_template(tokenizer):
+def test_the_template_of_an_adapter_uses_the_end_token_of_the_adapter(tokenizer):
     jinja = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     assert get_template(CHAT, tokenizer, jinja).prompt("Why?") == f"Why?{EOS}"
     template = get_template(CHAT, tokenizer, jinja, "<|end|>")
@@ -174,14 +174,14 @@ def test_an_end_token_of_an_adapter_is_that_of_its_template(tokenizer):
     assert template.ending(tokenizer) == tokenizer.convert_tokens_to_ids(["<|end|>", EOS])
 
 
-def test_a_template_without_a_token_for_turns_ends_with_the_text(tokenizer):
+def test_a_template_without_a_token_for_turns_adds_only_the_end_token(tokenizer):
     tokenizer.chat_template = PLAIN
     assert get_template(CHAT, tokenizer).ending(tokenizer) == [tokenizer.eos_token_id]
     tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content }}" + EOS)
     assert get_template(CHAT, tokenizer).ending(tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_what_cannot_be_written_is_one_error(tokenizer):
+def test_a_template_that_fails_raises_an_error_of_mola(tokenizer):
     check_template(CHAT)
     with pytest.raises(MolaError, match="`template` must be one of alpaca, .*chat: got 'chats'"):
         check_template("chats")

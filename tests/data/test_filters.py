@@ -40,7 +40,7 @@ def test_rows_with_the_wanted_values_keep_their_ids(files, name, filters, limit,
     assert [example["id"] for example in examples] == [f"test-{index}" for index in kept]
 
 
-def test_several_columns_must_all_fit(files):
+def test_filters_of_several_columns_must_all_match(files):
     task = load_task("scienceqa")
     filters = {"topic": "physics", "grade": [1, 2]}
     assert [e["id"] for e in load_examples(files / "raw.json", task, "test", filters=filters)] == ["test-2"]
@@ -55,13 +55,13 @@ def test_several_columns_must_all_fit(files):
         ({"topic": "physics", "grade": 1}, ["`grade` is 1", "2 rows left", "0, 2"]),
     ],
 )
-def test_filters_that_leave_nothing_say_what_there_is(files, filters, parts):
+def test_filters_that_leave_no_row_list_the_values(files, filters, parts):
     with pytest.raises(MolaError) as caught:
         load_examples(files / "raw.json", load_task("scienceqa"), "test", filters=filters)
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_a_value_of_several_that_no_row_has_is_said(files, caplog):
+def test_a_filter_value_that_no_row_has_is_a_warning(files, caplog):
     filters = {"topic": ["physics", "musik"]}
     assert load_examples(files / "raw.json", load_task("scienceqa"), "test", filters=filters)
     assert "no row of" in caplog.text
@@ -85,12 +85,12 @@ def test_evaluate_takes_filters_from_flags_and_recipes(files, tiny_model_dir, tm
 
 
 @pytest.mark.parametrize("value", ["topic", "[1]", '{"a": 1, "a": 2}', [1], {1: 2}])
-def test_a_mapping_that_is_none_is_refused(value):
+def test_text_that_is_not_a_mapping_is_refused(value):
     with pytest.raises(MolaError, match="`filters`"):
         parse_mapping("filters", value)
 
 
-def test_a_system_text_that_is_in_the_prompt_is_no_loss(tmp_path):
+def test_a_system_text_that_is_in_the_prompt_is_accepted(tmp_path):
     """As the rows of a task have it that puts it there."""
     rows = [{"system": "Be brief.", "instruction": f"Be brief.\nQ{i}", "output": "x"} for i in range(2)]
     path = tmp_path / "rows.json"
@@ -103,7 +103,7 @@ def test_a_system_text_that_is_in_the_prompt_is_no_loss(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["system", "history", "messages", "conversations"])
-def test_what_would_be_left_out_of_prompts_is_refused(name, tmp_path):
+def test_columns_that_would_be_missing_in_the_prompt_are_refused(name, tmp_path):
     """As other programs' rows have it; empty it says nothing."""
     rows = [{"instruction": f"Q{i}", "output": "x", name: ""} for i in range(3)]
     path = tmp_path / "rows.json"

@@ -80,7 +80,7 @@ def test_rows_with_columns_that_the_task_reads_go_through_it(tmp_path):
     assert load_examples(write(tmp_path, prepared), task, None)[0]["instruction"] == "PREFIX en"
 
 
-def test_what_is_prepared_of_such_a_task_is_not_prepared_again(tmp_path):
+def test_prepared_rows_of_a_task_that_reads_prompts_are_taken_as_they_are(tmp_path):
     layout = {"name": "french", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
     layout |= {"instruction": "Into French: {instruction}", "output": "It is {output}."}
     (tmp_path / "french.yaml").write_text(yaml.safe_dump(layout))
@@ -108,7 +108,7 @@ def test_rows_do_not_go_through_a_task_that_reads_prompts_twice(drawn, tmp_path)
 
 
 @pytest.mark.parametrize("drawn", [{}, {"num_samples": 2, "num_validation": 0, "num_test": 0}])
-def test_columns_that_are_written_over_are_named(drawn, tmp_path, capsys):
+def test_replaced_columns_are_named_in_a_warning(drawn, tmp_path, capsys):
     layout = {"name": "own", "version": 1, "template": "meta", "columns": ["question", "label"]}
     layout |= {"instruction": "{question}", "output": "{answer}", "input": "", "metric": "accuracy"}
     layout |= {"answer": {"column": "label", "words": {"a": "Yes", "b": "No"}}, "answer_pattern": "(Yes|No)"}
@@ -119,7 +119,7 @@ def test_columns_that_are_written_over_are_named(drawn, tmp_path, capsys):
     assert "warning: `answer`, `input` of the source is not kept" in capsys.readouterr().out
 
 
-def test_numbers_that_json_does_not_have_are_refused(tmp_path):
+def test_nan_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b", "score": NaN}\n')
     layout = {"name": "own", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
@@ -129,14 +129,14 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
-def test_a_column_that_is_there_twice_is_refused(ending, tmp_path):
+def test_a_repeated_column_is_refused(ending, tmp_path):
     row = '{"instruction": "a", "output": "b", "output": "c"}'
     (tmp_path / f"rows{ending}").write_text(f"[{row}]" if ending == ".json" else row)
     with pytest.raises(MolaError, match="the name 'output' occurs twice in one object"):
         load_examples(tmp_path / f"rows{ending}", None, None)
 
 
-def test_a_column_called_answer_that_nobody_reads(tmp_path):
+def test_an_answer_column_that_no_task_reads_may_hold_anything(tmp_path):
     rows = [{"instruction": "Add 40 and 2", "output": "It is 42", "answer": 42}]
     path, task = write(tmp_path, rows), replace(TASK, answer=None, fields={}, groups=())
     assert load_examples(path, None, None)[0]["answer"] is None
@@ -272,7 +272,7 @@ def test_output_dir_is_replaced_only_on_request(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_folder_of_someone_else_is_never_replaced(tmp_path):
+def test_folder_with_other_files_is_never_replaced(tmp_path):
     data = str(write(tmp_path, [question(0)]))
     with pytest.raises(MolaError, match=r"only if `mola prepare` wrote it.* holds a.jsonl"):
         run(tmp_path, data=data, output_dir=str(tmp_path), overwrite_output_dir=True)
@@ -351,7 +351,7 @@ def test_wrong_option_is_explained(tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_task_of_the_user_without_data_needs_some(tmp_path):
+def test_task_of_the_user_needs_data(tmp_path):
     task = {
         "name": "t",
         "version": 1,
@@ -376,7 +376,7 @@ def french(tmp_path, **changes):
     return str(tmp_path / "french.yaml")
 
 
-def test_raw_rows_that_look_prepared_are_not_taken_for_it_where_filters_tell(tmp_path):
+def test_raw_rows_that_look_prepared_are_refused_if_the_filters_leave_them_out(tmp_path):
     task = load_task(french(tmp_path, filters={"language": "en"}))
     rows = [{"id": i, "instruction": f"Q{i}", "input": "", "output": "x", "language": "en"} for i in range(3)]
     assert len(load_examples(write(tmp_path, rows), task, None)) == 3

@@ -43,7 +43,7 @@ def test_json_files_keep_values_as_they_are(tmp_path, name, mark):
 
 
 @pytest.mark.skipif(not hasattr(pyarrow, "json_"), reason="this pyarrow has no type for JSON texts")
-def test_values_of_mixed_kinds_are_what_they_were(tmp_path):
+def test_values_of_mixed_kinds_are_decoded(tmp_path):
     """Datasets stores them as texts in JSON, also inside of lists and mappings."""
     mixed = ["It is\nfour", 4, None, {"a": [1]}]
     encoded = pyarrow.array([None if value is None else json.dumps(value) for value in mixed]).cast(pyarrow.json_())
@@ -105,7 +105,7 @@ def test_images_are_not_decoded(tmp_path):
     assert [row["image"] for row in read_rows(tmp_path / "d")] == rows["image"]
 
 
-def test_split_must_be_chosen_from_those_there_are(tmp_path):
+def test_unknown_split_lists_the_splits(tmp_path):
     folder = saved(tmp_path / "d.hf", train=ROWS, test=ROWS)
     for split in ("validation", None):
         with pytest.raises(
@@ -160,7 +160,7 @@ def test_damaged_saved_dataset_is_explained(tmp_path):
         read_rows(folder, "train")
 
 
-def test_other_folder_says_what_it_holds(tmp_path):
+def test_folder_that_is_no_dataset_lists_its_files(tmp_path):
     write(tmp_path / "train.json", b"[]")
     for call in (read_rows, split_names):
         with pytest.raises(MolaError, match="holds train.json. Pass one"):
@@ -209,7 +209,7 @@ def test_hub_failure_names_both_readings(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
-def test_lines_are_read_when_they_are_asked_for(tmp_path, name):
+def test_lines_are_read_one_at_a_time(tmp_path, name):
     lines = b"x\n1\n2\n" if name == "a.csv" else b'{"x": "1"}\n{"x": "2"}\n'
     rows = stream_rows(write(tmp_path / name, lines + b'[broken, "\n'))
     assert [next(rows), next(rows)] == [{"x": "1"}, {"x": "2"}]

@@ -116,7 +116,7 @@ def test_some_questions_have_a_hint(rows):
     assert abs(share - HINT_SHARE) < 0.08
 
 
-def test_held_out_questions_are_of_the_kinds_that_training_taught(splits):
+def test_held_out_questions_have_the_kinds_of_the_training_questions(splits):
     kinds = [{(row["category"], row["answer"]) for row in splits[name]} for name in ("train", "test")]
     assert kinds[0] == kinds[1]
 
@@ -138,7 +138,7 @@ def test_other_seed_other_questions():
     assert generate_splits({"train": 20}, 0) != generate_splits({"train": 20}, 1)
 
 
-def test_more_than_exist_is_refused():
+def test_more_questions_than_exist_are_refused():
     with pytest.raises(MolaError, match="used up after .* questions"):
         generate_splits({"train": 100_000})
 

@@ -88,7 +88,7 @@ def test_validation_and_test_are_1000_rows_unless_told(tmp_path):
     }
 
 
-def test_split_of_no_rows_is_not_written(tmp_path):
+def test_split_of_size_0_is_not_written(tmp_path):
     run(tmp_path, write_orca(tmp_path / "a.jsonl", 50), num_validation=0)
     assert list(splits_of(tmp_path)) == ["train", "test"]
     assert not (tmp_path / "out" / "validation.json").exists()
@@ -114,7 +114,7 @@ def test_equal_texts_count_as_one_row(tmp_path, capsys):
     assert "25 with a text that an earlier row has" in capsys.readouterr().out
 
 
-def test_rows_with_an_id_that_was_there_are_left_out_so_that_training_takes_the_result(tmp_path):
+def test_rows_with_a_repeated_id_are_left_out(tmp_path):
     rows = list(orca_rows(62))
     rows[61]["id"] = rows[0]["id"]
     result = run(tmp_path, write(tmp_path, rows), num_samples=41)
@@ -201,7 +201,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
-def test_only_what_is_needed_is_read_at_first(tmp_path):
+def test_first_pass_reads_only_the_columns_of_the_task(tmp_path):
     # A column that cannot be written does not matter where it is not read; here it is, in the second pass.
     table = pyarrow.table({"sentence": ["a", "b", "c"], "label": [0, 1, 0], "other": [b"x", b"y", b"z"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -227,7 +227,7 @@ def test_source_that_changes_between_the_passes_is_an_error(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_nothing_goes_to_the_cache(tmp_path, monkeypatch):
+def test_the_cache_of_datasets_stays_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     run(tmp_path, write_orca(tmp_path / "a.jsonl", 60))
     assert not (tmp_path / "cache").exists()
@@ -261,14 +261,14 @@ def test_wrong_option_is_explained(tmp_path, options, message):
         ({"question": 4}, "`question` must be text: got 4"),
     ],
 )
-def test_row_that_does_not_fit_is_named(tmp_path, changes, message):
+def test_wrong_row_is_named(tmp_path, changes, message):
     rows = list(orca_rows(60))
     rows[7] |= changes
     with pytest.raises(MolaError, match=message):
         run(tmp_path, write(tmp_path, rows))
 
 
-def test_missing_column_is_named_with_all_there_are(tmp_path):
+def test_missing_column_is_named_with_the_columns_of_the_source(tmp_path):
     rows = [{"question": "q", "response": "r", "more": 1}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for data in (write(tmp_path, rows), tmp_path / "a.parquet"):
@@ -276,7 +276,7 @@ def test_missing_column_is_named_with_all_there_are(tmp_path):
             run(tmp_path, data)
 
 
-def test_source_with_splits_but_no_train_must_be_chosen_from(tmp_path):
+def test_source_with_splits_but_no_train_is_refused(tmp_path):
     part = datasets.Dataset.from_list(list(orca_rows(60)))
     datasets.DatasetDict(a=part, b=part).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(MolaError, match="must have a split `train` .* has a, b"):

@@ -193,7 +193,7 @@ def test_task_of_the_user_with_words(tmp_path):
         task.example({"sentence1": "a", "sentence2": "b", "label": -1}, 0)
 
 
-def test_words_and_filters_are_those_of_yaml_1_2(tmp_path):
+def test_no_and_yes_are_words_in_a_task_file(tmp_path):
     """`no` and `yes` are words, and texts that say true or false are labels like the truth values."""
     text = Path(write_task(tmp_path)).read_text(encoding="utf-8")
     words = "{yes: 'Yes', no: 'No', true: 'Right', false: 'Wrong'}"
@@ -284,7 +284,7 @@ def test_malformed_key_is_named(tmp_path, changes, message):
         load_task(write_task(tmp_path, changes))
 
 
-def test_a_column_called_options_is_that_of_the_source_where_the_answer_is_a_word(tmp_path):
+def test_options_may_be_a_column_of_a_task_with_words(tmp_path):
     changes = {"columns": ["sentence1", "options", "label"], "instruction": "{sentence1} {options}"}
     task = load_task(write_task(tmp_path, changes))
     row = {"sentence1": "Is it?", "options": "Yes, if agreed; No, if not", "label": 1}
@@ -306,7 +306,7 @@ def test_missing_key_is_named(tmp_path, key):
         ("name: a\ninstruction: one\ninstruction: two\n", "'instruction' occurs twice"),
     ],
 )
-def test_file_that_is_no_mapping(tmp_path, text, message):
+def test_file_that_is_not_a_mapping_is_refused(tmp_path, text, message):
     path = tmp_path / "task.yml"
     path.write_text(text)
     with pytest.raises(MolaError, match=message) as caught:
@@ -436,7 +436,7 @@ def test_row_without_a_group_is_named(value):
         load_task("openorca").strata.resolve({"id": value}, "r")
 
 
-def test_field_that_keeps_the_blanks_in_front(tmp_path):
+def test_field_with_strip_end_keeps_leading_blanks(tmp_path):
     fields = {
         "first": {"column": "sentence1", "strip": "end"},
         "second": {"column": "sentence2", "strip": "both", "default": "nothing"},
@@ -483,7 +483,7 @@ def test_empty_sentence_is_refused(name, column):
         ("", None),
     ],
 )
-def test_word_is_found_however_it_is_put(name, text, expected):
+def test_word_is_found_in_other_phrasings(name, text, expected):
     assert load_task(name).extract_answer(text, 2) == expected
 
 

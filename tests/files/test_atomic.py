@@ -53,7 +53,7 @@ def test_written_file_has_the_permissions_of_any_new_file(tmp_path):
     assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
 
 
-def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+def test_a_name_may_have_the_maximum_length_of_the_file_system(tmp_path):
     path = atomic_write_text(tmp_path / f"{'長' * 83}.json", "a")
     assert path.read_text(encoding="utf-8") == "a"
 

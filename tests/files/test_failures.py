@@ -35,7 +35,7 @@ def test_errors_about_memory_are_known():
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("a"), Exception("a")]
 )
-def test_other_errors_are_left_alone(error):
+def test_other_errors_pass_unchanged(error):
     assert memory_error_reason(error) is None
     assert write_error_reason(error) is None
     with pytest.raises(type(error)), explain_lack_of_memory("Buy some."), explain_write_errors("`output`"):
@@ -77,7 +77,7 @@ def at_most():
     # torch has another error for the last of its 41 kB
     [(lambda tensors, path: save_file(tensors, path), 10_000), (torch.save, 10_000), (torch.save, 40_700)],
 )
-def test_libraries_that_can_not_write_all_of_a_file_are_known(save, size, tmp_path, at_most):
+def test_errors_of_libraries_that_cannot_write_a_whole_file_are_known(save, size, tmp_path, at_most):
     at_most(resource.RLIMIT_FSIZE, size)
     assert write_error_reason(error_of(lambda: save({"a": torch.zeros(10_000)}, tmp_path / "file")))
 

@@ -84,7 +84,7 @@ def test_train_fits_two_screens_and_begins_with_what_a_newcomer_sets(help_of):
 
 @needs("transformers", "5.16", "its own texts have others")
 @pytest.mark.parametrize("options", [*map(options_class, COMMANDS)], ids=lambda cls: cls.__name__)
-def test_texts_have_percent_signs_as_argparse_wants_them(options):
+def test_percent_signs_are_escaped_for_argparse(options):
     """Python 3.14 refuses others when a parser is made."""
     for each in fields(options):
         assert "%" not in str(each.metadata.get("help", "")).replace("%%", ""), each.name
@@ -125,7 +125,7 @@ def test_required_options_come_first(command):
     assert not any(each.default is each.default_factory for group in others for each in group)
 
 
-def test_what_a_line_says(help_of):
+def test_a_line_shows_flag_value_text_and_default(help_of):
     def said(command, flag, *words):
         text = help_of(command, "--help", *words, columns=1000)
         return re.search(rf"^  ({flag}\b.*?) {{2,}}(.*)$", text, re.M).groups()

@@ -13,13 +13,10 @@ from mola.architecture.patterns import scaling_of
 from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.reading import read_json, read_json_lines
-from mola.files.schema import INTEGER, NUMBER, TEXT, check_form
 from mola.insight import ROUTING_FILE
 from mola.insight.usage import is_short_interval
 from mola.models.adapters import check_adapter
 from mola.tuner.loading import PREFIX
-
-_USE = {"module": TEXT, "layer_index": (INTEGER, None), "mean_gates": [NUMBER]}
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,6 @@ def read_routing_records(
         )
     try:
         records = _last_interval(path)["modules"] if inspection is None else read_json(path)["usage"]["all"]
-        check_form(records, [_USE], str(path), "Make it again.")
         return [
             {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records
         ], str(path)

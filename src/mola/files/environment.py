@@ -10,18 +10,19 @@ from mola._version import __version__
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of mola, torch, transformers, peft and Python; of numba and Triton where they are installed."""
+    """Versions of mola, torch, transformers, peft and Python; also of numba and Triton if they are installed."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    for name in ("numba", "triton"):  # with them other dropout masks are drawn
+    for name in ("numba", "triton"):  # they draw other dropout masks
         with suppress(metadata.PackageNotFoundError):
             libraries[name] = metadata.version(name)
     return {"mola": __version__, **libraries, "python": platform.python_version()}
 
 
 def machine_description(device: Any = None) -> dict[str, Any]:
-    """Name of the processor (`cpu`) and of the GPU (`gpu`, None without one), and the `threads` torch uses.
+    """Names of the processor (`cpu`) and the GPU (`gpu`, None without one), and the number of torch's `threads`.
 
-    With the `torch.device` that computed, `gpu` is that one, and None if it was none.
+    Args:
+        device: the `torch.device` that computed; `gpu` is None if it is not a GPU. By default any GPU counts.
     """
     import torch
 

@@ -28,7 +28,6 @@ from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, flush_to_disk
 from mola.files.digests import is_own_file
 from mola.files.environment import machine_description, software_versions
-from mola.files.locks import warn_of_no_locks
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
 from mola.reporting import REPORT_FILE
@@ -134,7 +133,6 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
-        warn_of_no_locks(folder)
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -147,7 +145,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 "or pass another folder."
             ) from None
         except OSError:  # of a file system without locks
-            warn_of_no_locks(folder)
+            logger.warning("%s cannot be locked: another run in it would not be noticed.", folder)
         yield
     finally:
         with contextlib.suppress(OSError):  # also for processes that were forked meanwhile

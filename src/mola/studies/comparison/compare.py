@@ -9,17 +9,18 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.markup import escape
 from rich.table import Table
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text, check_writable
-from mola.files.locks import POLL_SECONDS, hold_lock
 from mola.files.terminal import make_table_console
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.options import CompareOptions, Key
@@ -44,6 +45,7 @@ __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
+_POLL_SECONDS = 5.0  # between two looks at the results of other processes
 _TABLES, _PICTURES = (".csv", ".md"), (".png", ".svg")
 
 
@@ -195,7 +197,7 @@ class _Comparison:
                     if not self.options.keep_adapters:
                         remove_weights(run)
             if is_idle:
-                time.sleep(POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
                 self._read_record()
         return True
 
@@ -208,8 +210,19 @@ class _Comparison:
         keys = {run.key for run in self.runs}
         return [each for each in self.results if each.key in keys or each.recipe == BASE]
 
-    def _lock(self, name: str, waits: bool) -> Any:
-        return hold_lock(self.folder / ".locks" / name, waits=waits)
+    @contextmanager
+    def _lock(self, name: str, waits: bool) -> Iterator[bool]:
+        """Whether the lock belongs to this process within the block; the lock of a killed process is free."""
+        lock = FileLock(self.folder / ".locks" / name, fallback_to_soft=False)  # a killed process keeps a soft lock
+        try:
+            lock.acquire(blocking=waits)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _read_record(self) -> None:
         """Add the results that other processes have written.
