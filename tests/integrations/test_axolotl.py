@@ -255,5 +255,5 @@ def test_another_mixture_than_the_saved_one_is_refused(python, write, trained):
     file, folder = write(lora_model_dir=str(out), mola={"num_experts": "8642"})
     printed = run(python.parent / "axolotl", "train", file, "--launcher", "python", cwd=file.parent, succeeds=False)
     assert "MolaError: `num_experts` is [2, 4, 6, 8] in " in printed
-    assert "not '8642': leave it out, or begin with new experts" in " ".join(printed.split())
+    assert "not '8642': leave it out, or start with new experts" in " ".join(printed.split())
     assert not (folder / "adapter_model.safetensors").exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mola import MolaConfig, MolaError
-from mola.integrations.axolotl_fields import check_asking, check_merge, given_settings, new_config
+from mola.integrations.axolotl_fields import check_inference, check_merge, given_settings, new_config
 from mola.integrations.mixture_settings import continued_config
 from tests.conftest import save_adapter
 
@@ -102,10 +102,10 @@ def test_merging_is_refused_by_the_yaml_and_by_the_folder(saved, tmp_path):
 
 
 def test_asking_needs_the_adapter(saved):
-    check_asking(YAML)
-    check_asking({**YAML, "inference": True, "lora_model_dir": str(saved)})
+    check_inference(YAML)
+    check_inference({**YAML, "inference": True, "lora_model_dir": str(saved)})
     with pytest.raises(MolaError, match="`lora_model_dir`.*--lora-model-dir FOLDER.*'runs/out'"):
-        check_asking({**YAML, "inference": True})
+        check_inference({**YAML, "inference": True})
 
 
 def test_a_saved_mixture_keeps_its_structure_and_takes_training_settings(saved, tiny_model):

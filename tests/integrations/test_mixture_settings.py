@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig, MolaError
 from mola.integrations.mixture_settings import (
     FIELDS,
+    check_unused_fields,
     check_version,
     continue_mixture,
     continued_config,
-    keep_router_losses,
     read_settings,
-    refuse_others,
+    require_router_losses,
 )
 from tests.integrations.host_runs import first_adapter
 
@@ -52,9 +52,9 @@ class Group:
 
 
 def test_changed_fields_of_a_trainer_are_refused_unless_honoured():
-    refuse_others("a trainer", Group(rank=4), Group, ("rank",))
-    with pytest.raises(MolaError, match=r"no use for `use_dora` \(True\), `names` \(\['q'\]\) of a trainer"):
-        refuse_others("a trainer", Group(use_dora=True, names=["q"]), Group, ("rank",))
+    check_unused_fields("a trainer", Group(rank=4), Group, ("rank",))
+    with pytest.raises(MolaError, match=r"ignores `use_dora` \(True\), `names` \(\['q'\]\) of a trainer"):
+        check_unused_fields("a trainer", Group(use_dora=True, names=["q"]), Group, ("rank",))
 
 
 def test_other_versions_warn():
@@ -99,7 +99,7 @@ def test_names_in_another_order_are_the_same(tiny_model_dir, tiny_model, tmp_pat
 
 def test_lora_is_not_continued(tiny_model, tmp_path):
     get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    with pytest.raises(MolaError, match="is of type .*LORA, no mixture"):
+    with pytest.raises(MolaError, match="is of type .*LORA, not a mixture"):
         continue_mixture(tiny_model, str(tmp_path), {})
 
 
@@ -117,7 +117,7 @@ def test_loss_from_logits_is_refused_in_training_only(tiny_model_dir, tiny_model
 
 
 def test_without_router_losses_nothing_is_watched(tiny_model_dir, tiny_model, tmp_path):
-    model = keep_router_losses(continue_mixture(tiny_model, str(first_adapter(tiny_model_dir, tmp_path)), {}))
+    model = require_router_losses(continue_mixture(tiny_model, str(first_adapter(tiny_model_dir, tmp_path)), {}))
     model.train()
     assert model(input_ids=torch.tensor([[1, 2, 3]])).loss is None
 

@@ -171,7 +171,7 @@ def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, flags, tmp
         "computed from logits": sft(model_kwargs=loss, label_smoothing_factor=0.1),
         "need `tuner_type: mola`, got 'lora'": sft(tuner_type="lora", model_kwargs=settings(num_experts="2468")),
         "['mola_num_expert'] in `model_kwargs`": sft(tuner_type="full", model_kwargs=settings(num_expert=2)),
-        "is a mixture: `tuner_type: mola` trains it on": sft(tuner_type="lora", adapters=trained),
+        "is a mixture: set `tuner_type: mola` to train it": sft(tuner_type="lora", adapters=trained),
         "`mola_num_experts` is [2, 4, 6, 8]": sft(adapters=trained, model_kwargs=settings(num_experts="8642")),
         "`merge_lora`: a mixture cannot be merged": export("--merge_lora", "true"),
         "`to_ollama`: a mixture cannot be merged": export("--to_ollama", "true"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mola import MolaConfig, load_model
 from mola.errors import MolaError
 from mola.integrations.vllm_server import TRIED, check_version
-from mola.integrations.vllm_server.adapter import read_adapter
+from mola.integrations.vllm_server.parts import read_adapter
 from mola.tuner import MolaLinear
 from tests.conftest import save_adapter
 from tests.versions import needs

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mola.errors import MolaError
-from mola.integrations.vllm_server.mixture import FusedMixture, Part, PartSettings
-from mola.integrations.vllm_server.sharding import Shard, of_inputs, of_outputs, shards_of
+from mola.integrations.vllm_server.mixture import FusedMixture
+from mola.integrations.vllm_server.parts import Part, PartSettings, Shard, shards_of, slice_inputs, slice_outputs
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 IN, TOKENS = 24, 7
@@ -79,7 +79,7 @@ def test_slices_of_the_input_add_up(ranks, num_experts):
     """As in a row-parallel linear: logits are summed over ranks, outputs later."""
     layer, x = layer_of(num_experts, top_k=min(num_experts, 2)), torch.randn(TOKENS, IN)
     size = IN // ranks
-    parts = [of_inputs(part_of(layer), rank, ranks, "down_proj", size) for rank in range(ranks)]
+    parts = [slice_inputs(part_of(layer), rank, ranks, "down_proj", size) for rank in range(ranks)]
     seen = []
 
     def outputs(reduce):
@@ -107,7 +107,7 @@ def test_slices_of_the_output_lie_side_by_side(ranks, is_fused):
     for rank in range(ranks):
         shards = shards_of(sizes, rank, ranks, (1, copies, copies))
         of_each = [shards] if is_fused else [[shard] for shard in shards]
-        parts = [of_outputs(part_of(layer), own, "qkv") for layer, own in zip(layers, of_each, strict=True)]
+        parts = [slice_outputs(part_of(layer), own, "qkv") for layer, own in zip(layers, of_each, strict=True)]
         output = FusedMixture(parts, torch.float32)(x, torch.zeros(TOKENS, sum(sizes)))
         ranks_of = (rank, rank // copies, rank // copies)
         expected = [
@@ -120,9 +120,9 @@ def test_slices_of_the_output_lie_side_by_side(ranks, is_fused):
 def test_other_sizes_are_refused():
     part = part_of(layer_of())
     with pytest.raises(MolaError, match="experts of 'up' have 16 outputs, the linear there has 32"):
-        of_outputs(part, [Shard(16, 0, 0, 2)], "up")
+        slice_outputs(part, [Shard(16, 0, 0, 2)], "up")
     with pytest.raises(MolaError, match=f"experts of 'down' have {IN} inputs, the linear there has 26"):
-        of_inputs(part, 0, 2, "down", 13)
+        slice_inputs(part, 0, 2, "down", 13)
 
 
 @pytest.mark.parametrize("shapes", SHAPES)

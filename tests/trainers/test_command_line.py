@@ -58,7 +58,7 @@ def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
     from mola.integrations.trl_command import main
 
     (tmp_path / "recipe.yaml").write_text("lora_rank: 4\n", encoding="utf-8")
-    with pytest.raises(MolaError, match="a setting is refused: .*lora_rank"):
+    with pytest.raises(MolaError, match="wrong setting: .*lora_rank"):
         main(
             [
                 "sft",
@@ -82,14 +82,14 @@ def test_a_recipe_that_cannot_be_read_is_one_line(trl, tmp_path, text, message):
     recipe = tmp_path / "recipe.yaml"
     if text is not None:
         recipe.write_text(text, encoding="utf-8")
-    with pytest.raises(MolaError, match=f"(?s)a setting is refused: .*{message}"):
+    with pytest.raises(MolaError, match=f"(?s)wrong setting: .*{message}"):
         main(["sft", "--config", str(recipe)])
 
 
 def test_what_mixtures_do_not_have_is_refused(trl):
     from mola.integrations.trl_command import MixtureArguments, main, mixture_config
 
-    with pytest.raises(MolaError, match="`use_dora` is for LoRA and not for mixtures, got True"):
+    with pytest.raises(MolaError, match="`use_dora` does not work with a mixture, got True"):
         mixture_config(trl.ModelConfig(use_peft=True, use_dora=True), MixtureArguments())
     if hasattr(trl.ModelConfig, "lora_target_parameters"):
         given = trl.ModelConfig(use_peft=True, lora_target_parameters=["experts.down_proj"], lora_dropout=0.0)

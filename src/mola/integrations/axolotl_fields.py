@@ -1,4 +1,4 @@
-"""What the YAML of axolotl says of a mixture: as fields of `MolaConfig`, or refused. Needs no axolotl."""
+"""Converts the fields of axolotl's YAML to those of `MolaConfig` and checks the others. Does not import axolotl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mola.errors import MolaError
-from mola.integrations.mixture_settings import FIELDS, checked_settings, is_mixture, refuse_merging
+from mola.integrations.mixture_settings import FIELDS, checked_settings, is_mixture, raise_not_mergeable
 from mola.tuner import MolaConfig
 
 _FIELDS = {
@@ -20,8 +20,8 @@ _FIELDS = {
     "peft_layers_pattern": "layers_pattern",
 }
 _ALSO_READ = ("lora_model_dir", "lora_target_linear", "peft_autocast_adapter_dtype")
-_FOREIGN = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # how fields begin that are about adapters
-_QUANTISED = "axolotl quantises the base for its own adapters only, and `mola train` does for a mixture"
+_ADAPTER_PREFIXES = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # of fields about adapters
+_QUANTISED = "axolotl quantises the base only for its own adapters; `mola train` does it for a mixture"
 _SHARDED = "axolotl saves a sharded adapter by LoRA's names"
 _UNTRIED = "supervised fine-tuning has been tried alone"
 _REFUSED = {
@@ -34,26 +34,26 @@ _SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size
 
 
 def check_merge(cfg: Mapping[str, Any]) -> None:
-    """Refuse `axolotl merge-lora` for a mixture, whatever the YAML calls it: it would save the base model alone.
+    """Raise for `axolotl merge-lora` of a mixture: it would save the base model alone.
 
     Raises:
         MolaError: the adapter is a mixture.
     """
     folder = cfg.get("lora_model_dir") or cfg.get("output_dir")
     if cfg.get("merge_lora") and (cfg.get("adapter") == "mola" or is_mixture(folder)):
-        refuse_merging("`merge-lora`")
+        raise_not_mergeable("`merge-lora`")
 
 
-def check_asking(cfg: Mapping[str, Any]) -> None:
-    """Refuse `axolotl inference` without an adapter: a new mixture would answer, which changes nothing of the base.
+def check_inference(cfg: Mapping[str, Any]) -> None:
+    """Raise for `axolotl inference` without an adapter: a new mixture would answer, which equals the base model.
 
     Raises:
         MolaError: the YAML, with `adapter: mola`, names no `lora_model_dir`.
     """
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         raise MolaError(
-            "`adapter: mola` needs `lora_model_dir` where nothing is trained: give `--lora-model-dir FOLDER`, the "
-            f"folder of the trained adapter, such as `output_dir` ({cfg.get('output_dir')!r})."
+            "`adapter: mola` needs `lora_model_dir` for inference: pass `--lora-model-dir FOLDER`, the folder of the "
+            f"trained adapter, such as `output_dir` ({cfg.get('output_dir')!r})."
         )
 
 
@@ -64,14 +64,14 @@ def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
         cfg: the YAML with `adapter: mola`.
 
     Raises:
-        MolaError: a setting that a mixture does not have or that cannot be honoured, or a wrong value.
+        MolaError: a field that a mixture cannot use, or a wrong value.
     """
     block = cfg.get("mola") or {}
     unknown = sorted(set(block) - set(FIELDS)) if isinstance(block, Mapping) else [block]
     if unknown:
         raise MolaError(f"`mola` must be a block with settings among {', '.join(FIELDS)}: got {unknown}.")
     for name, value in cfg.items():
-        why = _REFUSED.get(name, "it is not for a mixture" if str(name).startswith(_FOREIGN) else None)
+        why = _REFUSED.get(name, "a mixture does not use it" if str(name).startswith(_ADAPTER_PREFIXES) else None)
         if value and why and name not in (*_FIELDS, *_ALSO_READ):
             raise MolaError(f"`{name}` must be left out with `adapter: mola`: got {value!r}, but {why}.")
         size = value.get("size") if name == "context_parallel" and isinstance(value, Mapping) else value

@@ -1,6 +1,6 @@
-"""axolotl trains a mixture: `adapter: mola` in its YAML, see docs/trainers.md.
+"""Plug-in for axolotl: `adapter: mola` in its YAML trains a mixture, see docs/trainers.md.
 
-axolotl finds it by the entry point in pyproject.toml and imports it at every start, whatever is trained.
+axolotl finds the plug-in by the entry point in pyproject.toml and imports it at every start, whatever is trained.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from transformers import set_seed
 
 from mola.errors import MolaError
 from mola.integrations import axolotl_fields as yaml
-from mola.integrations.mixture_settings import continued_config, keep_router_losses
+from mola.integrations.mixture_settings import continued_config, require_router_losses
 
 TRIED = "0.21.0"
 
 
 class MolaArgs(BaseModel):
-    """What axolotl's YAML gets in addition; `MolaPlugin.register` checks it."""
+    """The additional field of axolotl's YAML; `MolaPlugin.register` checks its value."""
 
     mola: dict[str, Any] | None = Field(None, description=f"Settings of a mixture: {', '.join(yaml.FIELDS)}")
 
 
 class MolaPlugin(BasePlugin):
-    """Adds `adapter: mola`."""
+    """Adds the adapter type `mola`."""
 
     _given: dict[str, Any] | None = None
 
@@ -36,27 +36,27 @@ class MolaPlugin(BasePlugin):
         """Check the YAML as the user wrote it, before anything is loaded.
 
         Raises:
-            MolaError: a field that a mixture cannot honour, a wrong value, or an attempt to merge one.
+            MolaError: a field that a mixture cannot use, a wrong value, or an attempt to merge a mixture.
         """
         yaml.check_merge(cfg)
         if cfg.get("adapter") == "mola":
             if version("axolotl") != TRIED:
                 warnings.warn(f"mola was tried with axolotl {TRIED}, this is {version('axolotl')}.", stacklevel=1)
-            yaml.check_asking(cfg)
+            yaml.check_inference(cfg)
             self._given = yaml.given_settings(cfg)
         elif cfg.get("mola"):
             raise MolaError(f"The block `mola` needs `adapter: mola`, got {cfg.get('adapter')!r}.")
 
     def get_input_args(self) -> str:
-        """The class with the fields that the YAML gets."""
+        """Name of the class with the additional fields of the YAML."""
         return f"{__name__}.MolaArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        """The name, without being like LoRA: axolotl would build a `LoraConfig`."""
+        """The adapter's name. It is not marked as a kind of LoRA, or axolotl would build a `LoraConfig`."""
         return [AdapterCapabilities(name="mola")]
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
-        """Put a new mixture into the model, or the one in `lora_model_dir`.
+        """Add a new mixture to the model, or load the one in `lora_model_dir`.
 
         Raises:
             MolaError: the mixture does not fit the model or the YAML.
@@ -78,4 +78,4 @@ class MolaPlugin(BasePlugin):
                 set_seed(cfg.seed)
             adapted = get_peft_model(model, config, **options)
         adapted.print_trainable_parameters()
-        return (adapted if inference else keep_router_losses(adapted)), config
+        return (adapted if inference else require_router_losses(adapted)), config

@@ -1,7 +1,7 @@
-"""Lets LLaMA-Factory train mixtures: `python -m mola.integrations.llama_factory train recipe.yaml`.
+"""Program that trains mixtures with LLaMA-Factory: `python -m mola.integrations.llama_factory train recipe.yaml`.
 
-LLaMA-Factory has no plug-ins: this program puts `finetuning_type: mola` beside LoRA's code in its own process and hands
-over to its command line. Outside of this file a mixture is `lora` to it.
+LLaMA-Factory has no plug-ins. This program adds `finetuning_type: mola` to LLaMA-Factory in its own process and then
+runs its command line. The rest of LLaMA-Factory takes the mixture for `lora`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mola.errors import MolaError
 from mola.integrations.mixture_settings import (
     FIELDS,
     PREFIX,
+    check_unused_fields,
     check_version,
     continue_mixture,
     continued_config,
     has_router_losses,
-    keep_router_losses,
+    raise_not_mergeable,
     read_settings,
-    refuse_merging,
-    refuse_others,
+    require_router_losses,
 )
 from mola.tuner import MolaConfig
 
@@ -50,10 +50,10 @@ def _check_arguments(self: Any) -> None:
     if self.mixture_settings and not self.is_mixture:
         raise MolaError(f"{[f'{PREFIX}{name}' for name in self.mixture_settings]} need `finetuning_type: mola`.")
     if self.is_mixture:
-        refuse_others("LLaMA-Factory", self, LoraArguments, _LORA)
+        check_unused_fields("LLaMA-Factory", self, LoraArguments, _LORA)
         for name in _OTHER_WAYS:
             if getattr(self, name):
-                raise MolaError(f"`{name}` is not for mixtures: leave it out.")
+                raise MolaError(f"`{name}` does not work with a mixture: leave it out.")
         if self.stage not in _STAGES:
             raise MolaError(f"`stage` must be one of {list(_STAGES)} for a mixture, got {self.stage!r}.")
         self.finetuning_type = "lora"
@@ -74,7 +74,7 @@ MixtureArguments = make_dataclass(
 def _set_up(
     original: Callable, config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool, cast: bool
 ) -> Any:
-    """In the place of `_setup_lora_tuning`, which gets whatever has nothing to do with a mixture."""
+    """Replaces `_setup_lora_tuning`; calls it for everything that is not a mixture."""
     folders = model_args.adapter_name_or_path or []
     init_kwargs = {
         "subfolder": model_args.adapter_folder,
@@ -82,11 +82,13 @@ def _set_up(
         "revision": model_args.model_revision,
         "token": model_args.hf_hub_token,
     }
-    kinds = [PeftConfig.from_pretrained(folder, **init_kwargs).peft_type == "MOLA" for folder in folders]
-    if not (getattr(finetuning_args, "is_mixture", False) or any(kinds)):
+    are_mixtures = [PeftConfig.from_pretrained(folder, **init_kwargs).peft_type == "MOLA" for folder in folders]
+    if not (getattr(finetuning_args, "is_mixture", False) or any(are_mixtures)):
         return original(config, model, model_args, finetuning_args, is_trainable, cast)
-    _check_use(model_args, finetuning_args, folders, kinds, is_trainable)
-    settings = getattr(finetuning_args, "mixture_settings", {})  # LLaMA-Factory makes some of its own class
+    _check_use(model_args, finetuning_args, folders, are_mixtures, is_trainable)
+    settings = getattr(
+        finetuning_args, "mixture_settings", {}
+    )  # LLaMA-Factory sometimes makes arguments of its own class
     if folders and not is_trainable:
         asked = continued_config(model, folders[0], settings, PREFIX, **init_kwargs)
         return PeftModel.from_pretrained(model, folders[0], config=asked, **init_kwargs)
@@ -99,7 +101,7 @@ def _set_up(
     else:
         with _config_of_mixture(settings):
             model = original(config, model, model_args, finetuning_args, is_trainable, cast)
-        keep_router_losses(model)
+        require_router_losses(model)
     base, checkpointing = model.get_base_model(), not model_args.disable_gradient_checkpointing
     if has_router_losses(vars(model.peft_config["default"])) and checkpointing and base.supports_gradient_checkpointing:
         adapter.logger.info_rank0("Router losses: gradient checkpointing is not re-entrant.")
@@ -108,7 +110,7 @@ def _set_up(
 
 
 def _checkpoint_without_reentering(base: Any) -> None:
-    """Now, and where the trainer switches checkpointing on without saying how: LLaMA-Factory's own way re-enters."""
+    """Switch to non-re-entrant checkpointing, now and when the trainer enables it without arguments."""
     enable, how = base.gradient_checkpointing_enable, {"use_reentrant": False}
     base.gradient_checkpointing_enable = lambda gradient_checkpointing_kwargs=None, **more: enable(
         gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or how, **more
@@ -116,23 +118,25 @@ def _checkpoint_without_reentering(base: Any) -> None:
     base.gradient_checkpointing_enable()
 
 
-def _check_use(model_args: Any, finetuning_args: Any, folders: list, kinds: list[bool], is_trainable: bool) -> None:
+def _check_use(
+    model_args: Any, finetuning_args: Any, folders: list, are_mixtures: list[bool], is_trainable: bool
+) -> None:
     for name in _OTHER_MODELS:
         if getattr(model_args, name):
-            raise MolaError(f"`{name}` is not for mixtures: leave it out.")
+            raise MolaError(f"`{name}` does not work with a mixture: leave it out.")
     if model_args.export_dir is not None:
-        refuse_merging("`export_dir`")
-    if len(folders) > 1 or not all(kinds) or finetuning_args.create_new_adapter:
+        raise_not_mergeable("`export_dir`")
+    if len(folders) > 1 or not all(are_mixtures) or finetuning_args.create_new_adapter:
         raise MolaError(f"`adapter_name_or_path` must be one mixture, which cannot be merged: got {folders}.")
     if is_trainable and not finetuning_args.is_mixture:
-        raise MolaError(f"{folders[0]!r} is a mixture: `finetuning_type: mola` trains it on.")
+        raise MolaError(f"{folders[0]!r} is a mixture: set `finetuning_type: mola` to train it.")
     if not is_trainable and not folders:
-        raise MolaError("`finetuning_type: mola` needs `adapter_name_or_path` where nothing is trained.")
+        raise MolaError("`finetuning_type: mola` needs `adapter_name_or_path` for inference.")
 
 
 @contextlib.contextmanager
 def _config_of_mixture(settings: dict[str, Any]) -> Iterator[None]:
-    """What LLaMA-Factory says of LoRA becomes a mixture's configuration; variants of LoRA were refused before."""
+    """Make LLaMA-Factory build a `MolaConfig` where it builds a `LoraConfig`, from the same arguments."""
 
     def make(use_rslora: bool, use_dora: bool, modules_to_save: Any, **lora: Any) -> MolaConfig:
         saved = modules_to_save and list(modules_to_save)

@@ -1,4 +1,4 @@
-"""What the plug-ins share: a mixture's settings out of a trainer's fields, and what a trainer must not do with it."""
+"""Shared by the plug-ins: reads the settings of a mixture from a trainer's fields, and checks what is not supported."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _NUMBERS = {field.name for field in dataclasses.fields(MolaConfig) if field.type
 
 
 def check_version(host: str, found: str, tried: str) -> None:
-    """Warn of a version of the trainer with which nobody has run the plug-in; `tried` is how those begin that were."""
+    """Warn if the trainer's version does not begin with `tried`, the version with which the plug-in was run."""
     if not f"{found}.".startswith(f"{tried}."):
         warnings.warn(f"mola was tried with {host} {tried}, this is {found}: other fields may exist.", stacklevel=2)
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by the names of `MolaConfig` out of fields `mola_<name>`; what is none of theirs is passed over.
+    """Read the fields `mola_<name>` of a trainer as settings by the names of `MolaConfig`; skip all other fields.
 
     Raises:
-        MolaError: there is no such setting, or its value is wrong.
+        MolaError: a field `mola_<name>` is unknown, a setting lacks the prefix, or a value is wrong.
     """
     names = {f"{PREFIX}{name}": name for name in FIELDS}
     unknown = [name for name in given if name in FIELDS or (name.lower().startswith(PREFIX) and name not in names)]
@@ -50,7 +50,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `MolaConfig` that are not None, with numbers and lists where a text stands for one.
+    """The settings that are not None, with text converted to numbers and lists where `MolaConfig` has them.
 
     Raises:
         MolaError: a value is wrong.
@@ -61,7 +61,7 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number_or_list(name: str, value: Any) -> Any:
-    """What a command line, or YAML where `1e-3` is a text, has made a text of; what is wrong stays as it is."""
+    """Convert text from a command line, or from YAML, where `1e-3` is text; other text stays for `MolaConfig`."""
     if isinstance(value, str) and (name in _NUMBERS or value.startswith("[")):
         try:
             return float(value) if name in _NUMBERS else json.loads(value)
@@ -70,11 +70,17 @@ def _number_or_list(name: str, value: Any) -> Any:
     return value
 
 
-def refuse_others(host: str, arguments: Any, group: type, honoured: tuple[str, ...]) -> None:
-    """Refuse settings of one of the trainer's groups of fields that were changed, except those of a mixture.
+def check_unused_fields(host: str, arguments: Any, group: type, honoured: tuple[str, ...]) -> None:
+    """Check that the user has not changed fields of the trainer that a mixture would ignore.
+
+    Args:
+        host: name of the trainer.
+        arguments: the trainer's arguments.
+        group: dataclass with the fields to check.
+        honoured: fields that a mixture does use.
 
     Raises:
-        MolaError: there are some.
+        MolaError: a field has another value than its default.
     """
     changed = []
     for field in dataclasses.fields(group):
@@ -83,11 +89,11 @@ def refuse_others(host: str, arguments: Any, group: type, honoured: tuple[str, .
         if field.name not in honoured and value != default:
             changed.append(f"`{field.name}` ({value!r})")
     if changed:
-        raise MolaError(f"A mixture has no use for {', '.join(changed)} of {host}: leave it out.")
+        raise MolaError(f"A mixture ignores {', '.join(changed)} of {host}: leave it out.")
 
 
 def has_router_losses(settings: Mapping[str, Any]) -> bool:
-    """Whether settings by name switch a router loss on."""
+    """Whether the settings switch a router loss on."""
     return any(settings.get(name) for name in ("router_aux_loss_coef", "router_z_loss_coef"))
 
 
@@ -97,8 +103,8 @@ def is_mixture(folder: str | Path | None) -> bool:
     return bool(folder) and path.is_file() and read_json(path).get("peft_type") == "MOLA"
 
 
-def refuse_merging(name: str) -> NoReturn:
-    """Refuse an option that merges a mixture, or writes it into a file that can hold none; says what to do instead.
+def raise_not_mergeable(name: str) -> NoReturn:
+    """Raise for the option `name`, which would merge a mixture into the base model.
 
     Raises:
         MolaError: always.
@@ -113,22 +119,22 @@ def refuse_merging(name: str) -> NoReturn:
 def continued_config(
     model: nn.Module, folder: str, settings: Mapping[str, Any], prefix: str = "", **kwargs: Any
 ) -> MolaConfig:
-    """The configuration of a saved mixture, to train on or to ask, with those of `settings` that only training reads.
+    """The configuration of a saved mixture, with the settings that may change when its training goes on.
 
     Args:
         model: the base model.
         folder: of the adapter.
         settings: fields of `MolaConfig`.
-        prefix: what the trainer puts before their names, for messages.
+        prefix: what the trainer puts before the names of settings, for messages.
         kwargs: for `PeftConfig.from_pretrained`.
 
     Raises:
-        MolaError: it is no mixture, or of another structure than `settings` say.
+        MolaError: the adapter is not a mixture, or the settings contradict its structure.
     """
     config = PeftConfig.from_pretrained(folder, **kwargs)
     check_digest(Path(folder, kwargs.get("subfolder") or ""))
     if not isinstance(config, MolaConfig):
-        raise MolaError(f"{folder!r} is of type {config.peft_type}, no mixture: it cannot be trained on here.")
+        raise MolaError(f"{folder!r} is of type {config.peft_type}, not a mixture.")
     layers = LayerStacks.of(model).num_layers or 1
     for name in sorted(set(settings) - set(TRAINING_ONLY)):
         own, other = getattr(config, name), settings[name]
@@ -140,34 +146,34 @@ def continued_config(
                 is_same = is_same and pattern_with(other, None) in (None, {}, config.num_experts_pattern)
         elif name in ("target_parameters", "modules_to_save", "layers_to_transform"):  # in any order
             is_same = isinstance(own, list) and isinstance(other, list) and sorted(own) == sorted(other)
-        else:  # target modules may be the same in other words
+        else:  # the same target modules may be written in other ways
             is_same = name == "target_modules" and (
                 linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)
             )
         if not is_same:
             raise MolaError(
-                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out, or begin with new experts."
+                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out, or start with new experts."
             )
     return dataclasses.replace(config, **{name: settings[name] for name in settings if name in TRAINING_ONLY})
 
 
 def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwargs: Any) -> PeftModel:
-    """Load an adapter to train on, as `continued_config` says."""
+    """Load a saved mixture for training; see `continued_config`."""
     config = continued_config(model, folder, settings, PREFIX, **kwargs)
-    return keep_router_losses(PeftModel.from_pretrained(model, folder, config=config, is_trainable=True, **kwargs))
+    return require_router_losses(PeftModel.from_pretrained(model, folder, config=config, is_trainable=True, **kwargs))
 
 
-def keep_router_losses(model: PeftModel) -> PeftModel:
-    """Refuse at its first step a loss that leaves the router losses out, as one computed from logits does."""
+def require_router_losses(model: PeftModel) -> PeftModel:
+    """Make the first training step raise if the trainer computes its loss from logits, without router losses."""
     if has_router_losses(vars(model.peft_config["default"])):
-        model.register_forward_hook(_refuse_outputs_without_loss)
+        model.register_forward_hook(_check_has_loss)
     return model
 
 
-def _refuse_outputs_without_loss(model: Any, inputs: Any, output: Any) -> None:
+def _check_has_loss(model: Any, inputs: Any, output: Any) -> None:
     if model.training and torch.is_grad_enabled() and getattr(output, "loss", None) is None:
         raise MolaError(
-            "This loss of the trainer is computed from logits (label smoothing, a scale per token, preferences), and "
-            "leaves router losses out: choose another, or set the mixture's `router_aux_loss_coef` and "
-            "`router_z_loss_coef` to 0."
+            "The trainer computes this loss from logits (label smoothing, a scale per token, preferences), without the "
+            "router losses: choose another loss, or set the mixture's `router_aux_loss_coef` and `router_z_loss_coef` "
+            "to 0."
         )

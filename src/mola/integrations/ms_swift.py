@@ -1,7 +1,7 @@
-"""Lets ms-swift train mixtures: `swift sft --external_plugins <this file> --tuner_type mola`; see docs/trainers.md.
+"""Plug-in for ms-swift: `swift sft --external_plugins <this file> --tuner_type mola`; see docs/trainers.md.
 
-ms-swift runs this file by its path while it checks its arguments. It refuses arguments that it does not know, so a
-mixture's settings travel in `model_kwargs`.
+ms-swift runs this file by its path while it checks its arguments. It rejects unknown arguments, so the settings of a
+mixture are in `model_kwargs`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from swift.utils import json_parse_to_dict
 from mola.errors import MolaError
 from mola.integrations.mixture_settings import (
     PREFIX,
+    check_unused_fields,
     check_version,
     continue_mixture,
     has_router_losses,
     is_mixture,
-    keep_router_losses,
+    raise_not_mergeable,
     read_settings,
-    refuse_merging,
-    refuse_others,
+    require_router_losses,
 )
 from mola.tuner import MolaConfig
 
@@ -56,7 +56,7 @@ _EXPORTS = ("merge_lora", "quant_method", "to_ollama", "to_mcore", "to_hf")
 class MolaTuner(PeftTuner):
     """The tuner type `mola`."""
 
-    settings: dict[str, Any] = {}  # noqa: RUF012 # of this process, which trains once
+    settings: dict[str, Any] = {}  # noqa: RUF012 # for this process, which trains once
 
     @staticmethod
     def prepare_model(args: Any, model: Any) -> PeftModel:
@@ -75,35 +75,35 @@ class MolaTuner(PeftTuner):
             task_type="CAUSAL_LM",
             **MolaTuner.settings,
         )
-        return keep_router_losses(get_peft_model(model, config))
+        return require_router_losses(get_peft_model(model, config))
 
     @staticmethod
     def save_pretrained(
         model: Any, save_directory: str, state_dict: Any = None, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """As PEFT does it, of the weights that the trainer has gathered where it shards them."""
+        """Save as PEFT does, with the weights that the trainer has gathered from its shards."""
         kwargs["selected_adapters"] = ["default"]
         model.save_pretrained(save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs)
 
     @staticmethod
     def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
-        """A saved mixture, to train on or to ask."""
+        """Load a saved mixture, for training or inference."""
         if is_trainable:
             return continue_mixture(model, model_id, MolaTuner.settings, **kwargs)
         return PeftModel.from_pretrained(model, model_id, **kwargs)
 
 
 def _check_training(args: Any) -> None:
-    """Refuse what a mixture cannot do, before anything is loaded; choose what router losses need."""
+    """Check the arguments for a mixture before anything is loaded, and set those that router losses need."""
     MolaTuner.settings = read_settings(args.model_kwargs)
-    refuse_others("ms-swift", args, TunerArguments, (*_LORA, *_TARGETS))
+    check_unused_fields("ms-swift", args, TunerArguments, (*_LORA, *_TARGETS))
     for name, tried in _TRIED.items():
         value = getattr(args, name, None)
         if value is not None and str(value).lower() not in tried:
             raise MolaError(f"`{name}` must be {' or '.join(tried) or 'left out'} for a mixture, got {value!r}.")
     if args.use_swift_lora or args.use_galore:
-        raise MolaError("`use_swift_lora` and `use_galore` are not for mixtures: leave them out.")
-    folder = _first_adapter(args)  # its router losses go on
+        raise MolaError("`use_swift_lora` and `use_galore` do not work with a mixture: leave them out.")
+    folder = _first_adapter(args)  # whose router losses continue
     own = vars(PeftConfig.from_pretrained(folder)) if folder else {}
     if has_router_losses({**own, **MolaTuner.settings}):
         checkpointing = args.gradient_checkpointing_kwargs = json_parse_to_dict(args.gradient_checkpointing_kwargs)
@@ -120,13 +120,13 @@ def _first_adapter(args: Any) -> str | None:
 
 
 def _check_other_training(args: Any) -> None:
-    """Refuse what only `tuner_type: mola` reads: ms-swift would train a LoRA, its default, and say nothing."""
+    """Raise for settings that only `tuner_type: mola` reads: ms-swift would silently train a LoRA, its default."""
     given = [name for name in args.model_kwargs if name.lower().startswith(PREFIX)]
     if given:
         raise MolaError(f"{given} in `model_kwargs` need `tuner_type: mola`, got {args.tuner_type!r}.")
     folder = _first_adapter(args)
     if is_mixture(folder):
-        raise MolaError(f"{folder!r} is a mixture: `tuner_type: mola` trains it on, got {args.tuner_type!r}.")
+        raise MolaError(f"{folder!r} is a mixture: set `tuner_type: mola` to train it, got {args.tuner_type!r}.")
 
 
 def _check_tuner(args: Any) -> None:
@@ -136,7 +136,7 @@ def _check_tuner(args: Any) -> None:
 def _check_export(args: Any) -> None:
     given = [f"`{name}`" for name in _EXPORTS if args.tuner_type == "mola" and getattr(args, name)]
     if given:
-        refuse_merging(", ".join(given))
+        raise_not_mergeable(", ".join(given))
 
 
 def _checked(method: Callable, check: Callable[[Any], None]) -> Callable:

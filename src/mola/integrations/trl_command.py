@@ -1,7 +1,7 @@
 """TRL's commands with a mixture in place of LoRA: `python -m mola.integrations.trl_command sft --config recipe.yaml`.
 
-They are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are its `lora_*`;
-what a mixture has besides is `mola_num_experts` and so on.
+They are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are TRL's `lora_*`
+flags. The other settings of a mixture are flags such as `mola_num_experts`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def mixture_config(model_args: Any, mixture: Any) -> MolaConfig:
     """The configuration that TRL's `ModelConfig` and `MixtureArguments` describe.
 
     Raises:
-        MolaError: a value is wrong, or one of LoRA's that mixtures do not have.
+        MolaError: a value is wrong, or `use_dora` is set.
     """
     if model_args.use_dora:
-        raise MolaError(f"`use_dora` is for LoRA and not for mixtures, got {model_args.use_dora!r}. Leave it out.")
+        raise MolaError(f"`use_dora` does not work with a mixture, got {model_args.use_dora!r}. Leave it out.")
     return MolaConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
@@ -77,12 +77,12 @@ def main(arguments: Sequence[str]) -> None:
     try:
         *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        # A file of --config that cannot be read or is no mapping, a key that no option has, a value that one refuses.
-        raise MolaError(f"a setting is refused: {error}") from error
+        # An unreadable --config file, an unknown key, or a wrong value.
+        raise MolaError(f"wrong setting: {error}") from error
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
-    # Wherever the script looks for it: at the top of its module, or inside its function.
-    places: Any = (trl, script)
-    for module in places:
+    # Scripts import `get_peft_config` at the top of their module or inside their function.
+    modules: Any = (trl, script)
+    for module in modules:
         if hasattr(module, "get_peft_config"):
             module.get_peft_config = lambda model_args: config
     script.main(*parsed)

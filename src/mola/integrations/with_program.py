@@ -1,10 +1,10 @@
-"""`mola with PROGRAM ...`: a program that knows PEFT and not mola, with the method registered in all its processes.
+"""`mola with PROGRAM ...`: run a program that uses PEFT with mola registered in all its processes.
 
     mola with transformers serve
     mola with accelerate launch --num_processes 2 train.py
     mola with python -m lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks my_task
 
-Without it such a program ends in `KeyError: 'MOLA'` when it meets an adapter: nothing tells PEFT to import mola.
+Without it such a program ends in `KeyError: 'MOLA'` when it loads an adapter of mola, since nothing imports mola.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from mola.integrations import startup
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a program in place of this process.
+    """Replace this process by a program.
 
     Args:
-        arguments: its name, and its own arguments.
+        arguments: name of the program, and its own arguments.
 
     Returns:
-        The exit code, where the process cannot be replaced.
+        The exit code of the program, on systems where a process cannot be replaced (Windows).
 
     Raises:
-        MolaError: there is no such program.
+        MolaError: there is no such program, or it cannot be started.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    # Programs of this environment first, as if it were activated.
+    # Programs of this Python environment come first, as if it were activated.
     own = os.path.dirname(sys.executable)
     program = shutil.which(arguments[0], path=os.pathsep.join([own, os.environ.get("PATH", os.defpath)]))
     if program is None:
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     path = [os.path.dirname(os.path.abspath(startup.__file__)), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [program, *arguments[1:]]
-    if os.name == "nt":  # where exec starts another process and ends this one
+    if os.name == "nt":  # exec would start another process and end this one
         return subprocess.call(command, env=environment)
     sys.stdout.flush()
     try:
         os.execve(program, command, environment)
-    except OSError as error:  # such as a script without a first line that says whose it is
+    except OSError as error:  # such as a script without a shebang line
         raise MolaError(
             f"`mola with` cannot start {program!r}: {error}. For a script write `mola with sh FILE`."
         ) from error

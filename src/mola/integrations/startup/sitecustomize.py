@@ -1,6 +1,6 @@
-"""Python imports this when it starts, where `mola with` put its folder on the path: mola follows PEFT.
+"""Python imports this module at its start, since `mola with` puts its folder on the path. It imports mola after PEFT.
 
-Nothing is imported here that is not loaded anyway: processes that never import PEFT notice nothing.
+It imports nothing that is not loaded anyway, so processes that never import PEFT start as before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _AfterPeft:
-    """Imports mola as soon as PEFT has been, which registers the method."""
+    """Import hook that imports mola as soon as PEFT is imported. Importing mola registers the method."""
 
     is_looking = False
 
@@ -23,7 +23,7 @@ class _AfterPeft:
             return None
         self.is_looking = True
         try:
-            spec = importlib.util.find_spec(name)  # by everybody else
+            spec = importlib.util.find_spec(name)  # by the other import hooks
         finally:
             self.is_looking = False
         if spec is not None and spec.loader is not None:
@@ -37,18 +37,18 @@ class _AfterPeft:
         return spec
 
 
-def _run_the_other() -> None:
-    """Python imports one module of this name: the one that it would have found without this folder."""
+def _run_other_sitecustomize() -> None:
+    """Run the `sitecustomize` that Python would have found without this folder: it imports only the first one."""
     here = os.path.dirname(os.path.abspath(__file__))
     others = [each for each in sys.path if os.path.abspath(each) != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
     try:
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except ModuleNotFoundError as error:  # its way of saying that it is not for this Python
+    except ModuleNotFoundError as error:  # which means that it is for another Python
         if error.name != "sitecustomize":
             raise
 
 
 sys.meta_path.insert(0, _AfterPeft())
-_run_the_other()
+_run_other_sitecustomize()

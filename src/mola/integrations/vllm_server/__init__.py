@@ -1,23 +1,22 @@
 """vLLM's server with a mixture: the load format `mola`, see docs/vllm.md.
 
-- `mixture`: what is added to a linear; `sharding`: which part of it a rank holds. Both need torch alone.
-- `adapter`: an adapter folder, read and checked as `load_model` does.
-- `places`: where a model of vLLM has the linears of a checkpoint; `loader`: the load format. These import vLLM.
+- `parts`: an adapter folder as parts of linears, and their slices; `mixture`: what is added to a linear. No vLLM.
+- `linears`: finds the linears of a checkpoint in a model of vLLM; `loader`: the load format. These import vLLM.
 
-vLLM finds it by the module `mola_vllm`, in every process and without importing mola.
+vLLM finds the load format by the module `mola_vllm`, which imports mola only when a model is loaded in it.
 """
 
 from mola.errors import MolaError
 
 TRIED = "0.32"
-"""How versions of vLLM begin with which this was tried."""
+"""Version of vLLM, up to its last part, with which this was tried."""
 
 
 def check_version(found: str) -> None:
-    """Refuse a version of vLLM whose parts may be others: before any of them is imported.
+    """Raise for another version of vLLM: its internals may differ, and wrong columns give wrong answers.
 
     Raises:
-        MolaError: it was not tried.
+        MolaError: the version was not tried.
     """
     if not f"{found}.".startswith(f"{TRIED}."):
         raise MolaError(

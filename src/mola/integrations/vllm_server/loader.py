@@ -1,9 +1,12 @@
-"""vLLM's load format `mola`: another format's weights, and a mixture on the linears.
+"""vLLM's load format `mola`: the weights of another load format, and a mixture on the linears.
 
     --load-format mola --model-loader-extra-config '{"adapter": "FOLDER"}'
 
 Other entries of the configuration: `load_format` of the base model ("auto" by default) and `untried_architecture` (true
-lets a model pass that is not among those tried); what else there is belongs to the base model's format.
+accepts an architecture that was not tried). All further entries go to the base model's load format.
+
+On a CPU the mixture is one operator for the compiler: generating loops for its small steps takes minutes and gains
+nothing. The operator finds the mixture by name in the context of the forward pass, as vLLM's attention does.
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.config.load import LoadConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
 
 from mola.errors import MolaError
-from mola.integrations.vllm_server import operator as operator
-from mola.integrations.vllm_server.adapter import Adapter, read_adapter
-from mola.integrations.vllm_server.mixture import FusedMixture, Part, Product
-from mola.integrations.vllm_server.places import find_places
+from mola.integrations.vllm_server.linears import find_linears
+from mola.integrations.vllm_server.mixture import FusedMixture, Product
+from mola.integrations.vllm_server.parts import Adapter, Part, read_adapter
 
 _TRIED_MODELS = (
     *(
@@ -36,8 +39,18 @@ _TRIED_MODELS = (
 )
 
 
+def _add_mixture(output: torch.Tensor, x: torch.Tensor, name: str) -> None:
+    get_forward_context().no_compile_layers[name](x, output)
+
+
+_LIBRARY = torch.library.Library("mola_vllm", "FRAGMENT")
+_LIBRARY.define("add_mixture(Tensor(a!) output, Tensor x, str name) -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
+_LIBRARY.impl("add_mixture", _add_mixture, "CPU")
+_LIBRARY.impl("add_mixture", lambda *arguments: None, "Meta")
+
+
 class MixtureLoader(BaseModelLoader):
-    """See the module."""
+    """Loads the base model in its own format and adds the mixture."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -57,33 +70,33 @@ class MixtureLoader(BaseModelLoader):
         if type(self._base).load_model is not BaseModelLoader.load_model:
             raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. {cure}")
         self._adapter: Adapter | None = None
-        self._places: dict[str, list[Part]] = {}
+        self._parts_by_linear: dict[str, list[Part]] = {}
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Of the base model."""
+        """Download the base model."""
         self._base.download_model(model_config)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Of the base model."""
+        """Load the weights of the base model."""
         self._base.load_weights(model, model_config)
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model without weights, in which every linear of the adapter is found."""
+        """Create the model without weights, and find every linear of the adapter in it."""
         model = super().create_model(vllm_config, model_config, prefix)
         assert self._adapter is not None
         _check_architecture(model, self._takes_untried)
-        self._places = find_places(model, self._adapter.parts)
+        self._parts_by_linear = find_linears(model, self._adapter.parts)
         return model
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model with the mixture; all that can be wrong is checked before the weights."""
+        """Load the model with the mixture; everything is checked before the weights are read."""
         _check_engine(vllm_config, model_config)
         self._adapter = read_adapter(self._folder, model_config.model, model_config.trust_remote_code)
-        # Part of the key by which compiled code is kept; the loader's own settings are not.
+        # The cache of compiled code has this in its key, but not the loader's own settings.
         vllm_config.additional_config["mola"] = self._adapter.digest
         model = super().load_model(vllm_config, model_config, prefix)
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
-        for name, parts in self._places.items():
+        for name, parts in self._parts_by_linear.items():
             _add(model.get_submodule(name), parts, device, vllm_config.compilation_config.static_forward_context)
         return model
 
@@ -120,7 +133,7 @@ def _check_architecture(model: nn.Module, takes_untried: Any) -> None:
 
 
 def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, Any]) -> None:
-    """Have a linear add its parts' updates, whatever computes the rest."""
+    """Make a linear add the updates of its parts after its own method has computed the output."""
     is_sum = type(layer) is RowParallelLinear and layer.tp_size > 1
     reduce = tensor_model_parallel_all_reduce if is_sum else None
     is_cpu = device.type == "cpu"
@@ -142,7 +155,7 @@ def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, A
 
 
 def _linear_of_vllm(matrix: torch.Tensor) -> Product:
-    """What vLLM itself has on a CPU for a matrix that stays: faster than torch's product on some processors."""
+    """vLLM's own product on a CPU with a constant matrix: faster than torch's on some processors."""
     method, holder = UnquantizedLinearMethod(), nn.Module()
     holder.weight = nn.Parameter(matrix, requires_grad=False)
     method.process_weights_after_loading(holder)

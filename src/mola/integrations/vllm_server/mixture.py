@@ -1,10 +1,9 @@
-"""What a mixture adds to one linear of a server: needs torch and mola's gates, and knows nothing of vLLM.
+"""What a mixture adds to one linear of a server. Needs torch and mola's gates, not vLLM.
 
-- A server's linear may be several of the checkpoint, fused; each of these is a `Part` with a router of its own.
-- The input is read once: As and routers of all parts are rows of one matrix.
-- Parts of one shape are routed together, by operators over all of them.
-- On a rank of several a part holds its slice: of B's outputs, or of the inputs of A and router. In the second case
-  router logits are summed over ranks; all after the gates is linear, and summed with the outputs.
+- The input is read once: the A matrices and routers of all parts are rows of one matrix.
+- Parts with the same settings are routed together, by operators over all of them.
+- With several ranks a part holds a slice: of B's outputs, or of the inputs of A and router. In the second case router
+  logits are summed over ranks. Everything after the gates is linear, so it is summed with the outputs.
 """
 
 from __future__ import annotations
@@ -17,46 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mola.integrations.vllm_server.parts import Part, PartSettings
 from mola.tuner.routing import route_all
 
-Product = Callable[[torch.Tensor], torch.Tensor]  # of a row per token, or a sum over ranks
-
-
-class PartSettings(NamedTuple):
-    """What parts must share to be routed together."""
-
-    num_experts: int
-    r: int
-    top_k: int
-    scaling: float
-    router: str
-
-
-class Part(NamedTuple):
-    """A linear of the checkpoint inside a linear of a server.
-
-    Attributes:
-        settings: see `PartSettings`.
-        experts_A: `(E, r, in)`.
-        experts_B: `(E, r, columns)`.
-        router: `(E, in)`; None for one expert.
-        start: the first of its columns in the output.
-    """
-
-    settings: PartSettings
-    experts_A: torch.Tensor
-    experts_B: torch.Tensor
-    router: torch.Tensor | None
-    start: int
+Product = Callable[[torch.Tensor], torch.Tensor]  # of rows, one per token; or a sum over ranks
 
 
 class _Group(NamedTuple):
-    """Parts side by side that are routed together."""
+    """Neighbouring parts that are routed together."""
 
     settings: PartSettings
     parts: int
-    hidden: slice  # columns of what A gives
-    logits: slice  # columns of what routers give; empty for one expert
+    hidden: slice  # columns of the products with A
+    logits: slice  # columns of the router logits; empty for one expert
 
 
 class FusedMixture(nn.Module):
@@ -65,12 +37,12 @@ class FusedMixture(nn.Module):
         y[:, columns of p] += scaling_p * sum_e g_pe(x) B_pe A_pe x
 
     Args:
-        parts: in any order, their columns apart.
-        dtype: of the products with A and B; routers' are in float32.
-        device: where the linear is.
-        reduce: sums router logits over ranks, where each sees a slice of the input; None where it sees all.
-        linear: makes the function `x -> x W^T` of a matrix `(out, in)`, in the way that is fast where the server runs;
-            None keeps matrices as buffers, which are in no checkpoint, and leaves their products to torch.
+        parts: in any order; their columns do not overlap.
+        dtype: of the products with A and B. Products with routers are in float32.
+        device: of the linear.
+        reduce: sums router logits over ranks, where each rank has a slice of the input; None where it has all of it.
+        linear: makes the function `x -> x W^T` of a matrix `(out, in)`, in the fastest way of the server. None keeps
+            the matrices as buffers, outside of checkpoints, and leaves the products to torch.
     """
 
     def __init__(

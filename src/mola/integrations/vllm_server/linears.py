@@ -1,4 +1,4 @@
-"""Where a model of vLLM has the linears of a checkpoint: by other names, several in one, and in slices."""
+"""Find the linears of a checkpoint in a model of vLLM, which has other names, fused linears and slices."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from mola.errors import MolaError
-from mola.integrations.vllm_server.mixture import Part
-from mola.integrations.vllm_server.sharding import Shard, of_inputs, of_outputs, shards_of
+from mola.integrations.vllm_server.parts import Part, Shard, shards_of, slice_inputs, slice_outputs
 
-# Not subclasses, which may compute, load or slice in other ways.
+# Only these classes: subclasses may compute, load or slice in other ways.
 _LINEARS = (ReplicatedLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
-# Fused in the checkpoint too, with columns in vLLM's order.
-_FUSED_ALIKE = ("qkv_proj", "gate_up_proj", "c_attn")
-_OTHERWISE = "Serve this adapter with `mola serve`, without --engine vllm."
+# Linears that are fused in the checkpoint too, with columns in vLLM's order.
+_FUSED_IN_CHECKPOINT = ("qkv_proj", "gate_up_proj", "c_attn")
+_CURE = "Serve this adapter with `mola serve`, without --engine vllm."
 
 
-def find_places(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, list[Part]]:
-    """Name of a linear in vLLM -> parts of it, in the slices of this rank; those of other pipeline stages are left out.
+def find_linears(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, list[Part]]:
+    """Map each linear in vLLM by name to its parts, sliced for this rank. Other pipeline stages are left out.
 
     Raises:
-        MolaError: a linear is nowhere, is no linear in vLLM, is quantised, or computes in a way of its own.
+        MolaError: a linear does not exist in vLLM, is quantised, or computes in a way of its own.
     """
     modules, rename = dict(model.named_modules()), _renaming(model)
     packed = {
@@ -40,20 +39,20 @@ def find_places(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, list[P
         for whole, names in get_packed_modules_mapping(model).items()
         for number, name in enumerate(names)
     }
-    places: dict[str, list[Part]] = {}
+    found: dict[str, list[Part]] = {}
     for name, part in parts.items():
         place, number = _locate(rename(name), modules, packed)
         if place is None:
             if not _is_on_another_stage(rename(name), modules):
                 raise MolaError(
                     f"`adapter` does not fit the model in vLLM: there is no linear {name!r} in its "
-                    f"{type(model).__name__}. {_OTHERWISE}"
+                    f"{type(model).__name__}. {_CURE}"
                 )
             continue
         layer = modules[place]
         _check_linear(layer, name)
-        places.setdefault(place, []).append(_slice(layer, part, number, name))
-    return places
+        found.setdefault(place, []).append(_slice(layer, part, number, name))
+    return found
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
@@ -65,7 +64,7 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
 
 
 def _locate(name: str, modules: Mapping[str, Any], packed: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """The module that holds a linear, and which of its outputs it is; None where it is all of them."""
+    """The module that holds a linear, and the index of the linear among its outputs; None where it has only one."""
     if name in modules and not isinstance(modules[name], PPMissingLayer):
         return name, None
     parent, _, leaf = name.rpartition(".")
@@ -75,10 +74,10 @@ def _locate(name: str, modules: Mapping[str, Any], packed: Mapping[str, Any]) ->
 
 
 def _is_on_another_stage(name: str, modules: Mapping[str, Any]) -> bool:
-    return any(isinstance(modules.get(above), PPMissingLayer) for above in _above(name))
+    return any(isinstance(modules.get(parent), PPMissingLayer) for parent in _parents(name))
 
 
-def _above(name: str) -> Iterator[str]:
+def _parents(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -88,29 +87,29 @@ def _check_linear(layer: Any, name: str) -> None:
     if type(layer) not in _LINEARS:
         raise MolaError(
             f"`adapter` does not fit the model in vLLM: {name!r} is a {type(layer).__name__} there, whose input or "
-            f"output a mixture does not reach. {_OTHERWISE}"
+            f"output a mixture does not reach. {_CURE}"
         )
     if type(layer.quant_method) is not UnquantizedLinearMethod:
         raise MolaError(
             f"`quantization` must be off for adapted linears in vLLM: {name!r} is computed by "
-            f"{type(layer.quant_method).__name__}, which may quantise the input that routers read. {_OTHERWISE}"
+            f"{type(layer.quant_method).__name__}, which may quantise the input that routers read. {_CURE}"
         )
 
 
 def _slice(layer: Any, part: Part, number: int | None, name: str) -> Part:
     if type(layer) is RowParallelLinear:
-        part = of_inputs(part, layer.tp_rank, layer.tp_size, name, layer.input_size_per_partition)
-        return of_outputs(part, [Shard(layer.output_size, 0, 0, 1)], name)
-    part = of_inputs(part, 0, 1, name, layer.input_size)
+        part = slice_inputs(part, layer.tp_rank, layer.tp_size, name, layer.input_size_per_partition)
+        return slice_outputs(part, [Shard(layer.output_size, 0, 0, 1)], name)
+    part = slice_inputs(part, 0, 1, name, layer.input_size)
     shards = _shards(layer)
     if number is not None and len(shards) > number:
-        return of_outputs(part, [shards[number]], name)
-    if len(shards) > 1 and name.rpartition(".")[2] not in _FUSED_ALIKE:
+        return slice_outputs(part, [shards[number]], name)
+    if len(shards) > 1 and name.rpartition(".")[2] not in _FUSED_IN_CHECKPOINT:
         raise MolaError(
             f"`adapter` does not fit the model in vLLM: {name!r} is several linears there, whose columns may be in "
-            f"another order. {_OTHERWISE}"
+            f"another order. {_CURE}"
         )
-    return of_outputs(part, shards, name)
+    return slice_outputs(part, shards, name)
 
 
 def _shards(layer: Any) -> list[Shard]:
